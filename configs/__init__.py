@@ -1,0 +1,1 @@
+"""Configurations: one ``get_config()`` a file, ``default`` explains all."""

@@ -1,0 +1,164 @@
+"""Every knob, with its unit and its source.
+
+"Paper" is arXiv:2606.00305 with its section; "ours" is a choice of this
+project. Other files start from this one and change what differs.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    """The default configuration, the documentation of all others."""
+    config = ConfigDict()
+
+    # Seeds the order of prompts, rollouts, branches and controls.
+    config.seed = 0
+
+    # Devices an axis; their product is the number of devices.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # replicas; -1: all that the others leave
+    config.mesh.fsdp = 1  # rows, and parameters spread over them
+    config.mesh.tensor = 1  # heads, feed-forward columns, vocabulary
+
+    # The model that learns.
+    config.student = ConfigDict()
+    # "world"; a Hugging Face directory or hub name; a .gguf file;
+    # "package:NAME" for the GGUF file that an installed package carries.
+    config.student.source = "world"
+    config.student.keep_layers = ()  # indices of layers kept; () keeps all
+    config.student.dtype = "float32"  # compute: float32 or bfloat16 (paper)
+    config.student.param_dtype = "float32"  # master weights
+    config.student.remat = "none"  # none, dots or full: recompute layers
+    config.student.unroll = 1  # layers unrolled in the scan
+
+    # The frozen model that scores; the same keys.
+    config.teacher = config.student.copy_and_resolve_references()
+
+    # Prompts.
+    config.data = ConfigDict()
+    config.data.source = "world"  # world, jsonl, tfds or hub
+    config.data.path = ""  # JSONL file, TFDS name or hub name
+    config.data.eval_path = ""  # held-out JSONL; "": held_out of the prompts
+    config.data.split = "train"  # TFDS or hub split
+    config.data.eval_split = "test"  # the same for held-out prompts
+    config.data.prompt_field = "question"
+    config.data.answer_field = "answer"
+    config.data.batch_size = 32  # prompts a step (paper, App. B: 1)
+    config.data.samples = 1  # rollouts a prompt (paper, App. B: 4)
+    config.data.max_prompt_length = 16  # tokens (paper, App. B: 800)
+    config.data.on_long_prompt = "error"  # error or skip
+    config.data.held_out = 64  # prompts set aside without eval_path
+
+    # The student's rollouts.
+    config.rollout = ConfigDict()
+    config.rollout.max_new_tokens = 48  # tokens (paper, App. B: 8000)
+    config.rollout.temperature = 1.0  # paper, App. B; 0 is greedy
+    config.rollout.top_p = 1.0  # paper, App. B; 1 is off
+    config.rollout.top_k = 0  # 0 is off
+
+    # What is optimised.
+    config.objective = ConfigDict()
+    # on_policy; or offline, stage 1 of App. B: the teacher writes.
+    config.objective.stage = "on_policy"
+    config.objective.kd_ratio = 0.5  # forward KL's share, stage 1 (App. B)
+    # opd, opd+suppress, opd+suppress_control (paper, section 5.1), n_step
+    # (ours), topd (paper, section 3), topd+suppress (ours).
+    config.objective.variant = "topd"
+    # Where guidance acts: teacher (section 5.2) or student (section 3).
+    config.objective.context = "teacher"
+    config.objective.divergence = "reverse_kl"  # paper; forward_kl, jsd
+    config.objective.beta = 0.5  # of jsd (arXiv:2306.13649)
+    config.objective.temperature = 1.0  # of both models' logits (paper)
+    config.objective.log_floor = -100.0  # nats, floor of log p_T (ours)
+    # Candidates: teacher_loss, -log p_T(y_t), or reverse_kl (ours).
+    config.objective.score = "teacher_loss"
+    config.objective.candidates = 3  # M, slots a row (paper, 2.1: 218)
+    # Share of a row's tokens that fill slots (paper, 2.1: 0.0225).
+    config.objective.fraction = config_dict.placeholder(float)
+    config.objective.window = 10  # K, tokens (paper, section 2.1: 50)
+    config.objective.percentile = 30.0  # of the batch's distances (ours)
+    # Fixed distance, 0..2, instead of the percentile (ours).
+    config.objective.threshold = config_dict.placeholder(float)
+    config.objective.epsilon = 0.05  # entropy of the plan (ours)
+    config.objective.position_weight = 0.5  # cost of a window apart (ours)
+    config.objective.branch_temperature = 0.0  # 0: greedy branches (ours)
+    config.objective.guidance_weight = 0.1  # lambda (ours)
+    config.objective.anchor_first = True  # repair, context student (ours)
+    # Along the branch: cross_entropy, forward_kl or reverse_kl (ours).
+    config.objective.branch_loss = "cross_entropy"
+    config.objective.n_step = 10  # tokens a bonus reaches (ours)
+    config.objective.discount = 1.0  # of the bonus, a token (ours)
+    config.objective.strength = 1.0  # of the bonus (ours)
+    config.objective.cap = 1.0  # of overlapping bonuses (ours)
+    # Tokens of a chunk of the fused losses; None picks by shape.
+    config.objective.chunk_size = config_dict.placeholder(int)
+
+    # How the teacher writes in stage 1 (paper, App. B).
+    config.offline = ConfigDict()
+    config.offline.temperature = 0.6
+    config.offline.top_p = 0.95
+
+    # AdamW, linear warm-up, cosine.
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-4  # peak (paper, App. B: 2e-6)
+    config.optimizer.end_learning_rate = 1e-8  # the paper's trainer
+    config.optimizer.warmup_fraction = 0.05  # of the steps (paper, App. B)
+    config.optimizer.beta1 = 0.9  # the paper's trainer
+    config.optimizer.beta2 = 0.98  # the paper's trainer
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0  # the paper's trainer
+    config.optimizer.clip = 1.0  # global norm (paper, App. B)
+    config.optimizer.accumulate = 1  # slices of a batch
+
+    config.train = ConfigDict()
+    config.train.steps = 300
+    config.train.max_skipped = 10  # non-finite updates before giving up
+
+    # Intervals in steps.
+    config.log = ConfigDict()
+    config.log.every = 1
+    config.log.statistics_every = 10  # exact and sampled KLs, entropies
+    config.log.completions_every = 50
+    config.log.completions = 4  # how many
+    config.log.tensorboard = True
+    config.log.top_k = 16  # of the overlap statistics
+
+    config.eval = ConfigDict()
+    config.eval.every = 50  # steps; 0: only at the end
+    config.eval.problems = 400  # on the interval
+    config.eval.final_problems = 1000  # at the end
+    config.eval.batch_size = 200  # problems at once
+    config.eval.temperature = 1.0  # 0 is greedy
+    config.eval.split = "validation"  # of the tiny world; test at the end
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 50  # steps; 0: only at the end
+    config.checkpoint.keep = 2  # latest ones, beside the best
+
+    # The tiny world's models, trained once and kept in the work directory.
+    config.world = ConfigDict()
+    config.world.seed = 0
+    config.world.cache = ""  # directory; "": WORKDIR/world
+    config.world.solutions = 50_000  # of each corpus
+    config.world.prompts = 20_000  # distinct problems that runs draw from
+    config.world.vocab_size = 64  # pieces of the tokenizer
+    config.world.teacher_layers = 3
+    config.world.teacher_width = 128
+    config.world.teacher_heads = 4
+    config.world.teacher_steps = 2500
+    config.world.student_layers = 2
+    config.world.student_width = 96
+    config.world.student_heads = 4
+    config.world.student_steps = 1500
+    config.world.student_left_to_right = 0.8  # share of problems
+    config.world.student_drops_carry = 0.3  # share of additions with a carry
+    config.world.batch_size = 64  # solutions a step
+    config.world.learning_rate = 2e-3  # peak
+
+    # topd sweep: every variant ("topd:student" sets the context) and seed.
+    config.sweep = ConfigDict()
+    config.sweep.variants = ("opd", "topd:teacher", "topd:student")
+    config.sweep.seeds = (0,)
+    config.sweep.record = ""  # JSONL; "": WORKDIR/record.jsonl
+
+    return config

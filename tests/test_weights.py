@@ -1,0 +1,264 @@
+"""Hugging Face directories in and out, meshes, students, fingerprints."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small_files import LLAMA, QWEN, assert_same, edit_config, make
+
+from topd_jax.models import (
+    Decoder,
+    drop_layers,
+    fingerprint,
+    load,
+    save_model,
+)
+from topd_jax.models.huggingface import load_model, resolve
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_model(make(LLAMA), tmp_path / "model")
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_round_trip(config, shards, tmp_path):
+    model = make(config)
+    size = sum(x.nbytes for x in model.arrays.values())
+    out = save_model(model, tmp_path / "m", max_shard_bytes=size // shards + 1)
+    assert (len(list(out.glob("*.safetensors"))) > 1) == (shards > 1)
+    back, tokenizer = load(out)
+    assert tokenizer is None
+    assert_same(back, model)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"m"}, "nothing is left beside the directory"
+
+
+def test_linear_maps_are_written_out_by_in(saved):
+    tensors = load_file(saved / "model.safetensors")
+    model = make(LLAMA)
+    q = tensors["model.layers.1.self_attn.q_proj.weight"]
+    assert q.shape == (32, 32)
+    # Row head * head_dim + e reads the whole input.
+    np.testing.assert_array_equal(q[2 * 8 + 5], model.arrays["q"][1, :, 2, 5])
+    o = tensors["model.layers.2.self_attn.o_proj.weight"]
+    np.testing.assert_array_equal(o[:, 3 * 8 + 1], model.arrays["o"][2, 3, 1])
+    k = tensors["model.layers.0.self_attn.k_proj.weight"]
+    assert k.shape == (16, 32)
+    down = tensors["model.layers.0.mlp.down_proj.weight"]
+    np.testing.assert_array_equal(down.T, model.arrays["down"][0])
+    assert tensors["model.embed_tokens.weight"].shape == (50, 32)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_half_precision_files(dtype, param_dtype, saved):
+    path = saved / "model.safetensors"
+    tensors = {n: x.astype(dtype) for n, x in load_file(path).items()}
+    save_file(tensors, path)
+    model = load_model(saved, param_dtype=param_dtype, dtype="bfloat16")
+    assert model.config.dtype == "bfloat16"
+    name = "model.layers.1.mlp.up_proj.weight"
+    want = tensors[name].astype(np.float32).T.astype(jnp.dtype(param_dtype))
+    got = model.arrays["up"][1]
+    assert got.dtype == param_dtype
+    np.testing.assert_array_equal(got, want)
+
+
+def test_all_faulty_tensors_are_named_at_once(saved):
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    del tensors["model.norm.weight"]
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.ones((64, 32), np.float32)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(32, np.float32)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+    tensors["model.layers.2.mlp.gate_proj.weight"] = np.ones((64, 32), np.int8)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="do not fit its config") as error:
+        load_model(saved)
+    message = str(error.value)
+    for part in (
+        "missing (2): ",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight",
+        "not expected (2): ",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        f"{name} is [32, 16], not [16, 32]",
+        "model.layers.2.mlp.gate_proj.weight is I8",
+    ):
+        assert part in message, part
+
+
+def test_tied_head_is_tolerated_only_if_it_is_the_embedding(saved):
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4)
+    save_file(tensors, path)
+    assert_same(load_model(saved), make(LLAMA))
+    tensors["lm_head.weight"][3, 4] += 1
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from"):
+        load_model(saved)
+    edit_config(saved, tie_word_embeddings=False)
+    model = load_model(saved)
+    np.testing.assert_array_equal(model.head, tensors["lm_head.weight"])
+
+
+def test_untied_without_head_is_refused(saved):
+    edit_config(saved, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"missing \(1\): lm_head.weight"):
+        load_model(saved)
+
+
+def test_missing_and_broken_files(saved, tmp_path):
+    with pytest.raises(ValueError, match="no such directory"):
+        load(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is a file"):
+        load(saved / "config.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no file .*config.json"):
+        load(tmp_path / "empty")
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cut short"):
+        load(saved)
+    path.rename(saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"convert pytorch_model.bin"):
+        load(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load(saved)
+
+
+def test_missing_shards_are_named(tmp_path):
+    out = save_model(make(LLAMA), tmp_path / "m", max_shard_bytes=20_000)
+    shards = sorted(out.glob("model-*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 of.*{shards[1].name}"):
+        load(out)
+
+
+def test_hub_names(monkeypatch, saved):
+    calls = []
+
+    def download(name, allow_patterns):
+        calls.append((name, allow_patterns))
+        if name == "no/such":
+            raise ConnectionError("offline")
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert_same(load("owner/name")[0], make(LLAMA))
+    assert calls[0][0] == "owner/name"
+    assert "*.safetensors" in calls[0][1]
+    with pytest.raises(ValueError, match="the hub did not give it"):
+        resolve("no/such")
+    for path in ("./no/such", "/no/such", "nothing", "a/b/c"):
+        with pytest.raises(ValueError, match="not a hub name"):
+            resolve(path)
+
+
+def test_drop_layers_keeps_the_rest_and_owns_its_arrays():
+    model = make(QWEN)
+    student = drop_layers(model, [0, 2])
+    assert student.config == dataclasses.replace(QWEN, layers=2)
+    for name, array in model.arrays.items():
+        stacked = model.logical_axes[name][0] == "layers"
+        want = array[np.array([0, 2])] if stacked else array
+        np.testing.assert_array_equal(student.arrays[name], want)
+    for array in student.arrays.values():
+        array.delete()  # as donation does
+    assert np.isfinite(model.head).all()
+
+
+@pytest.mark.parametrize("keep", [[], [2, 0], [0, 0], [3], [-1, 0]])
+def test_drop_layers_refuses(keep):
+    with pytest.raises(ValueError, match="must be ascending layer indices"):
+        drop_layers(make(LLAMA), keep)
+
+
+def test_fingerprint_sees_every_bit_and_every_place():
+    model = make(LLAMA)
+    want = fingerprint(model)
+    assert len(want) == 64
+    assert fingerprint(make(LLAMA)) == want
+    lazy = dataclasses.replace(LLAMA, remat="full", unroll=3)
+    assert fingerprint(Decoder(lazy, model.arrays)) == want
+    seen = {want}
+    for name, array in model.arrays.items():
+        flat = np.asarray(array).ravel().copy()
+        flat[-1] = np.nextafter(flat[-1], 9)
+        swapped = np.asarray(array).ravel().copy()
+        swapped[:2] = swapped[1::-1]
+        for other in (flat, swapped):
+            arrays = model.arrays | {
+                name: jnp.asarray(other.reshape(array.shape))
+            }
+            seen.add(fingerprint(Decoder(LLAMA, arrays)))
+    for change in ({"rope_theta": 1e4}, {"norm_eps": 1e-6}):
+        config = dataclasses.replace(LLAMA, **change)
+        seen.add(fingerprint(Decoder(config, model.arrays)))
+    assert len(seen) == 1 + 2 * len(model.arrays) + 2
+
+
+_CHILD = """
+import sys
+import jax
+from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.sharding import RULES, make_mesh
+
+assert jax.device_count() == 8
+one, _ = load(sys.argv[1])
+mesh = make_mesh(2, 2, 2)
+model, _ = load(sys.argv[1], mesh=mesh)
+for name, array in model.arrays.items():
+    assert (array == one.arrays[name]).all(), name
+shard = model.arrays["gate"].sharding.shard_shape((3, 32, 64))
+assert shard == (3, 16, 32), shard
+teacher, _ = load(sys.argv[1], mesh=mesh, rules=RULES | {"embed": None})
+shard = teacher.arrays["gate"].sharding.shard_shape((3, 32, 64))
+assert shard == (3, 32, 32), shard
+assert fingerprint(one) == fingerprint(model) == fingerprint(teacher)
+student = drop_layers(model, [0, 2])
+spec = model.arrays["q"].sharding.spec
+assert student.arrays["q"].sharding.spec == spec
+assert fingerprint(student) == fingerprint(drop_layers(one, [0, 2]))
+try:
+    load(sys.argv[1], mesh=make_mesh(1, 1, 8))
+except ValueError as error:
+    assert "must be divisible by the mesh axes tensor (8)" in str(error)
+else:
+    raise AssertionError("2 kv heads went onto 8 devices")
+print("ok")
+"""
+
+
+def test_load_on_eight_devices(saved):
+    flags = "--xla_force_host_platform_device_count=8"
+    root = str(Path(__file__).parent.parent)
+    paths = [root, os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(saved)],
+        env=os.environ
+        | {
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "ok", done.stderr

@@ -1,0 +1,388 @@
+"""The tiny world, and the truth about every token of its solutions."""
+
+import collections
+import functools
+import random
+import re
+
+import numpy as np
+import pytest
+
+from topd_jax.data import truth, world
+
+PROBLEM = "6*3+19-4?"
+SOLUTION = "= 18+19-4; so get 37-4, then do 37-4: 33; answer 33."
+
+
+def characters(text: str, ended: bool = True) -> list[str | None]:
+    return [*text, None] if ended else list(text)
+
+
+def test_value_follows_precedence():
+    for problem, value in [
+        ("6*3+19-4?", 33),
+        ("2+3*4?", 14),
+        ("9-4-3?", 2),
+        ("2*3*4-5?", 19),
+        ("7?", 7),
+    ]:
+        assert world.evaluate(world.parse(problem)) == value
+        assert world.answer(problem) == str(value)
+
+
+@pytest.mark.parametrize("text", ["", "3++4?", "3+x?", "3+4=?", "-3+4?"])
+def test_text_that_is_no_problem_is_refused(text: str):
+    with pytest.raises(ValueError, match="numbers joined by"):
+        world.parse(text)
+
+
+def test_sum_without_carry():
+    for a, b, wrong in [
+        (18, 9, 17),
+        (95, 17, 102),
+        (8, 9, 17),
+        (12, 25, 37),
+        (199, 1, 190),
+        (99, 99, 188),
+    ]:
+        assert world.add_without_carry(a, b) == wrong
+
+
+def test_problems_keep_their_bounds_in_either_order():
+    rng = random.Random(0)
+    for _ in range(500):
+        problem = world.sample_problem(rng)
+        for order in (world.first_by_precedence, world.first_from_left):
+            expression = world.parse(problem)
+            assert len(expression) == 7
+            while len(expression) > 1:
+                i = order(expression)
+                a, operator, b = expression[i - 1 : i + 2]
+                value = world.compute(a, operator, b)
+                assert 0 <= value <= world.LARGEST_VALUE
+                if operator == "*" and order is world.first_by_precedence:
+                    assert value <= 99
+                expression = world.reduce_at(expression, i, value)
+
+
+def test_problems_have_carries_and_precedence_to_get_wrong():
+    sample = world.problems("train", 1000, seed=0)
+    rng = random.Random(0)
+    style = world.STUDENT_STYLE
+
+    def right(habit: world.Habit) -> float:
+        texts = [world.solution(p, rng, style, habit) for p in sample]
+        return np.mean(
+            [world.is_correct(p, t) for p, t in zip(sample, texts, strict=True)]
+        )
+
+    assert right(world.Habit(0.0, 0.0)) == 1.0
+    assert 0.3 < right(world.Habit(1.0, 0.0)) < 0.6
+    assert 0.5 < right(world.Habit(0.0, 1.0)) < 0.8
+    assert 0.4 < right(world.STUDENT_HABIT) < 0.6
+
+
+def test_splits_are_disjoint_large_enough_and_repeatable():
+    splits = {s: world.problems(s, 1500, seed=0) for s in world.SPLITS}
+    for split, sample in splits.items():
+        assert len(set(sample)) == 1500
+        assert {world.split_of(p) for p in sample} == {split}
+        assert world.problems(split, 100, seed=0) == sample[:100]
+    assert world.problems("train", 9, 1) != world.problems("train", 9, 0)
+    with pytest.raises(ValueError, match="validation"):
+        world.problems("valid", 1, seed=0)
+
+
+def test_solutions_are_repeatable_and_correct():
+    for style in (world.TEACHER_STYLE, world.STUDENT_STYLE):
+        for problem in world.problems("train", 200, seed=0):
+            text = world.solution(problem, random.Random(1), style)
+            assert text == world.solution(problem, random.Random(1), style)
+            assert world.is_correct(problem, text)
+
+
+def test_a_numpy_generator_serves_as_the_source_of_numbers():
+    rng = np.random.default_rng(0)
+    problem = world.sample_problem(rng)
+    text = world.solution(problem, rng, world.STUDENT_STYLE)
+    assert world.is_correct(problem, text)
+
+
+def test_surface_forms_have_the_frequencies_of_the_style():
+    rng = random.Random(0)
+    style = world.STUDENT_STYLE
+    text = "".join(world.solution(PROBLEM, rng, style) for _ in range(1000))
+    steps = 3000
+    for form, probability in zip(
+        ("= ", "; so ", ", then "), style.connective, strict=True
+    ):
+        assert text.count(form) / steps == pytest.approx(probability, abs=0.04)
+    assert text.count("get ") / steps == pytest.approx(
+        style.phrasing[1], abs=0.04
+    )
+    assert text.count("do ") / steps == pytest.approx(
+        style.phrasing[2], abs=0.04
+    )
+    assert text.count("answer ") / 1000 == pytest.approx(
+        style.ending[1], abs=0.05
+    )
+
+
+def test_signs_of_multiplication_have_the_frequency_of_the_style():
+    rng = random.Random(0)
+    texts = [
+        world.solution(
+            "3+4+2*5?",
+            rng,
+            world.Style((1, 0, 0), (1, 0, 0), (0.25, 0.75), (1, 0, 0)),
+            world.Habit(1.0, 0.0),
+        )
+        for _ in range(1000)
+    ]
+    signs = collections.Counter("".join(texts))
+    # Two expressions of the three still hold the product.
+    assert signs["*"] + signs["x"] == 2000
+    assert signs["x"] / 2000 == pytest.approx(0.75, abs=0.04)
+
+
+def test_the_habit_in_full():
+    plain = world.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
+    rng = random.Random(0)
+
+    def write(problem: str, left_to_right: float, drop_carry: float) -> str:
+        habit = world.Habit(left_to_right, drop_carry)
+        return world.solution(problem, rng, plain, habit)
+
+    assert write("2+3*4?", 1.0, 0.0) == "= 5*4= 20#20."
+    assert write("2+3*4?", 0.0, 1.0) == "= 2+12= 14#14."
+    assert write("18+9-4?", 0.0, 1.0) == "= 17-4= 13#13."
+    # Without its carry this sum would lead below zero.
+    assert write("18+9-20?", 0.0, 1.0) == "= 27-20= 7#7."
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (SOLUTION, "33"),
+        ("= 33#33.", "33"),
+        ("= 33, done 33.", "33"),
+        ("= 33, done 33. ", "33"),
+        ("= 33#33", None),
+        ("= 33", None),
+        ("#12.= 33", None),
+        ("", None),
+    ],
+)
+def test_final_answer(text: str, answer: str | None):
+    assert world.final_answer(text) == answer
+    assert world.is_correct(PROBLEM, text) == (answer == "33")
+
+
+def test_wrong_answers_are_wrong():
+    assert not world.is_correct(PROBLEM, "= 33#3.")
+    assert not world.is_correct(PROBLEM, "= 33#133.")
+
+
+def test_styles_and_habits_are_checked():
+    with pytest.raises(ValueError, match=r"Style.sign has 3 .* needs 2"):
+        world.Style((1, 0, 0), (1, 0, 0), (1, 0, 0), (1, 0, 0))
+    with pytest.raises(ValueError, match=r"sums to 1\.1"):
+        world.Style((1, 0.1, 0), (1, 0, 0), (1, 0), (1, 0, 0))
+    with pytest.raises(ValueError, match=r"drop_carry=1.5 .* 0..1"):
+        world.Habit(drop_carry=1.5)
+
+
+# --- truth ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("problem", "text", "fork"),
+    [
+        (PROBLEM, SOLUTION, None),
+        # Several reductions in one step, in any order that holds.
+        (PROBLEM, "= 33#33.", None),
+        ("8*2+3*4?", "= 8x2+12= 28#28.", None),
+        ("5+4+3?", "= 5+7= 12#12.", None),
+        ("5+4+3?", "; so do 4+3: 5+7= 12#12.", None),
+        # The pair that is named must be the pair that is worked out.
+        ("8*2+3*4?", "= do 8*2: 16+3x4= 28#28.", None),
+        ("8*2+3*4?", "= do 8*2: 28#28.", None),
+        ("8*2+3*4?", "= do 8*2: 8*2+12", len("= do 8*2: ")),
+        # Order of operations: fork where the wrong sum begins to show.
+        ("2+3*4?", "= 5*4= 20#20.", len("= ")),
+        ("2+3*4?", "= 2+12= 14#14.", None),
+        ("2+3*4?", "= do 2+3: 5*4", len("= do ")),
+        ("9-4-3?", "= 9-1= 8#8.", len("= ")),
+        ("19-4-3?", "= 19-1= 18#18.", len("= 1")),
+        # Carry dropped. 18+5 is right too, so the fork is the 7 of 17.
+        ("18+9-4?", "= 17-4= 13#13.", len("= 1")),
+        ("18+9+4?", "= 17+4= 21#21.", len("= 1")),
+        ("38+9-24?", "= 37-24", len("= ")),
+        ("18+9-4?", "= 28-4", len("= 2")),
+        # Wrong results, wrong final answer, nothing done, too early an end.
+        (PROBLEM, "= 18+19-4= 38-4", len("= 18+19-4= 3")),
+        ("2+3?", "= 5#6.", len("= 5#")),
+        ("2+3?", "= 2+3", len("= ")),
+        ("2+3?", "#5.", 0),
+        ("2+3?", "= 5#5. ", len("= 5#5.")),
+        ("2+3?", "= 5; thus 5", len("= 5; ")),
+        ("2+3?", "", 0),
+        ("2+3?", "= 5", len("= 5")),
+        ("2+3?", "= 5#5", len("= 5#5")),
+    ],
+)
+def test_fork_by_hand(problem: str, text: str, fork: int | None):
+    assert truth.fork_index(problem, characters(text)) == fork
+
+
+def test_being_cut_off_is_no_fork_and_ending_early_is():
+    for length in range(len(SOLUTION)):
+        text = SOLUTION[:length]
+        assert truth.fork_index(PROBLEM, characters(text, False)) is None
+        assert truth.fork_index(PROBLEM, characters(text)) == length
+        assert truth.is_completable(PROBLEM, text)
+    assert not truth.is_completable(PROBLEM, "= 19")
+
+
+def test_a_fork_belongs_to_the_token_that_holds_it():
+    pieces = ["= ", "1", "8", "+19-4", "= 38", "-4", None]
+    assert truth.fork_index(PROBLEM, pieces) == 4
+    labels = truth.token_labels(PROBLEM, pieces)
+    ok, fork, after = truth.OK, truth.FORK, truth.AFTER
+    assert labels.tolist() == [ok, ok, ok, ok, fork, after, after]
+    assert truth.window_labels(labels, 3).tolist() == [
+        *(ok, ok, fork, fork, fork, after, after)
+    ]
+    assert truth.window_labels(labels, 1).tolist() == labels.tolist()
+    assert truth.window_labels(labels, 99).tolist() == [
+        *(fork, fork, fork, fork, fork, after, after)
+    ]
+
+
+def test_reductions_leave_the_value_and_take_neighbours():
+    afters = {after for _, after in truth.reductions(world.parse("9-4-3?"))}
+    assert afters == {(5, "-", 3)}
+    assert truth.reachable(world.parse("2+3*4+1?")) == {
+        (2, "+", 12, "+", 1),
+        (14, "+", 1),
+        (2, "+", 13),
+        (15,),
+    }
+
+
+# An independent account of what is correct: every solution of a small
+# problem, written out, by text and Python's own arithmetic.
+
+
+def _single(text: str) -> set[tuple[str, str]]:
+    found = set()
+    for match in re.finditer(r"(?=(\b\d+[-+*]\d+\b))", text):
+        pair, begin = match.group(1), match.start(1)
+        value = eval(pair)
+        after = text[:begin] + str(value) + text[begin + len(pair) :]
+        if value >= 0 and eval(after) == eval(text):
+            found.add((pair, after))
+    return found
+
+
+def _closure(texts: set[str]) -> set[str]:
+    more = {after for text in texts for _, after in _single(text)}
+    return texts if more <= texts else _closure(texts | more)
+
+
+def _signs(text: str) -> set[str]:
+    return {text, text.replace("*", "x")}
+
+
+@functools.cache
+def all_solutions(text: str) -> frozenset[str]:
+    if text.isdigit():
+        return frozenset({f"#{text}.", f"; answer {text}.", f", done {text}."})
+    steps = collections.defaultdict(set)
+    for pair, first in _single(text):
+        for after in _closure({first}):
+            for said in _signs(after):
+                steps[after] |= {said, f"get {said}"}
+                steps[after] |= {f"do {p}: {said}" for p in _signs(pair)}
+    return frozenset(
+        opening + said + rest
+        for after, wordings in steps.items()
+        for said in wordings
+        for opening in ("= ", "; so ", ", then ")
+        for rest in all_solutions(after)
+    )
+
+
+def small_problems() -> list[str]:
+    rng = random.Random(0)
+    shorter = [
+        re.sub(r"[-+*]\d+\?$", "?", world.sample_problem(rng))
+        for _ in range(60)
+    ]
+    return [p for p in shorter if re.search(r"\+.*\*|-.*\+|\+.*-", p)][:12]
+
+
+@pytest.mark.parametrize("problem", small_problems())
+def test_forks_are_those_of_the_written_out_language(problem: str):
+    language = all_solutions(problem[:-1])
+    prefixes = {text[:n] for text in language for n in range(len(text) + 1)}
+    rng = random.Random(problem)
+
+    def expected(text: str) -> int | None:
+        for n in range(1, len(text) + 1):
+            if text[:n] not in prefixes:
+                return n - 1
+        return None if text in language else len(text)
+
+    texts = []
+    for _ in range(40):
+        habit = world.Habit(0.8, 0.8)
+        text = world.solution(problem, rng, world.STUDENT_STYLE, habit)
+        at = rng.randrange(len(text))
+        letter = rng.choice("0123456789+-*x=,;:. abdegnorstw#")
+        texts += [text, text[:at] + letter + text[at + 1 :], text[:at]]
+    forks = [expected(t) for t in texts]
+    assert [truth.fork_index(problem, characters(t)) for t in texts] == forks
+    assert len({f for f in forks if f is not None}) > 5
+
+
+def test_correct_solutions_have_no_fork_and_wrong_ones_do():
+    rng = random.Random(0)
+    for problem in world.problems("validation", 150, seed=0):
+        for style in (world.TEACHER_STYLE, world.STUDENT_STYLE):
+            text = world.solution(problem, rng, style)
+            assert truth.fork_index(problem, characters(text)) is None
+        text = world.solution(
+            problem, rng, world.STUDENT_STYLE, world.STUDENT_HABIT
+        )
+        fork = truth.fork_index(problem, characters(text))
+        if fork is None:
+            assert world.is_correct(problem, text)
+            continue
+        checker = truth.PrefixChecker(problem).read(text[:fork])
+        assert checker.completable
+        assert not checker.read(text[fork]).completable
+        repaired = text[:fork] + checker.completion()
+        assert world.is_correct(problem, repaired)
+        assert truth.fork_index(problem, characters(repaired)) is None
+
+
+def test_wrong_steps_fork_within_their_own_step():
+    rng = random.Random(1)
+    plain = world.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
+    seen = 0
+    for problem in world.problems("train", 200, seed=0):
+        text = world.solution(problem, rng, plain, world.Habit(0.8, 0.8))
+        value = eval(problem[:-1])
+        begin = 0
+        for step in text.split("#")[0].split("= ")[1:]:
+            begin += len("= ")
+            if eval(step) != value:
+                fork = truth.fork_index(problem, characters(text))
+                assert begin <= fork <= begin + len(step)
+                seen += 1
+                break
+            begin += len(step)
+        else:
+            assert truth.fork_index(problem, characters(text)) is None
+    assert seen > 80

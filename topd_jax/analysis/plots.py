@@ -1,0 +1,111 @@
+"""Pictures of a sweep: learning curves, and the histogram of distances."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe & Ito: told apart by every reader, and in print.
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)
+
+
+def curves(
+    rows: Sequence[dict[str, Any]],
+    titles: Mapping[str, str],
+    folder: pathlib.Path,
+) -> pathlib.Path:
+    """Accuracy and reverse KL against steps, one line a variant.
+
+    Args:
+      rows: lines of a record; those with a "curve" are drawn, the mean over
+        seeds with a band from the lowest to the highest.
+      titles: name -> text of the legend.
+      folder: where ``curves.png`` is written.
+
+    Returns:
+      The picture's path.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    drawn = [r for r in rows if "curve" in r]
+    names = list(dict.fromkeys(r["name"] for r in drawn))
+    for colour, name in zip(_COLOURS * 2, names, strict=False):
+        runs = [r["curve"] for r in drawn if r["name"] == name]
+        steps = [p["step"] for p in runs[0]]
+        for axis, key in zip(axes, ("exact_match", "reverse_kl"), strict=True):
+            values = np.array(
+                [[p[key] for p in run] for run in runs], dtype=float
+            )
+            axis.plot(
+                steps,
+                values.mean(0),
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=titles.get(name, name),
+            )
+            if len(runs) > 1:
+                axis.fill_between(
+                    steps,
+                    values.min(0),
+                    values.max(0),
+                    color=colour,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+    for axis, label in zip(
+        axes,
+        ("exact match, validation", "reverse KL (nats a token), validation"),
+        strict=True,
+    ):
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def distances(
+    found: Sequence[dict[str, Any]], folder: pathlib.Path
+) -> pathlib.Path:
+    """How far apart the futures are, where the truth is known.
+
+    Args:
+      found: "detector" entries of a record, one a seed.
+      folder: where ``distances.png`` is written.
+
+    Returns:
+      The picture's path.
+    """
+    edges = np.array(found[0]["histogram"]["edges"])
+    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for key, label, colour in (
+        ("surface", "surface form only", _COLOURS[5]),
+        ("fork", "a reasoning fork in the window", _COLOURS[1]),
+    ):
+        counts = np.sum([f["histogram"][key] for f in found], axis=0)
+        axis.stairs(counts, edges, fill=True, alpha=0.55, color=colour,
+                    label=f"{label} ({counts.sum()})")  # fmt: skip
+    axis.set_xlabel("transport distance of the two futures")
+    axis.set_ylabel("candidates")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    path = folder / "distances.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,158 @@
+"""The teacher reads what the student wrote, and looks ahead.
+
+One forward pass of the frozen teacher over the trajectories keeps its final
+hidden states and its cache, never logits; candidates, the teacher's branches
+on that same cache, transport and masks follow (arXiv:2606.00305, §3). The
+cache dies here.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax import fused, near_future
+from topd_jax.batch_loss import fused_options
+from topd_jax.models.decoder import causal_mask
+from topd_jax.objective import Objective
+from topd_jax.sampling import branch, branch_columns
+from topd_jax.transport import window_distance
+from topd_jax.types import Annotations, Trajectories, completion_states
+
+
+def annotate(
+    student: Any,
+    teacher: Any,
+    trajectories: Trajectories,
+    key: jax.Array,
+    *,
+    objective: Objective,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Annotations:
+    """Lets the teacher read what the student wrote, and look ahead.
+
+    arXiv:2606.00305, §3. One teacher forward pass; its branches continue on
+    the cache of that pass.
+
+    Args:
+      student: the model that wrote; its embedding is the space of the
+        transport cost, and it is run only where ``objective.score`` asks.
+      teacher: the frozen model.
+      trajectories: what the student wrote.
+      key: PRNG key of sampled branches and of the matched control.
+      objective: see :class:`Objective`.
+      eos_ids: end-of-sequence ids.
+      pad_id: id put where nothing is.
+
+    Returns:
+      Annotations, all of them stopped.
+    """
+    columns = trajectories.sequence.shape[1]
+    ahead = objective.pieces.looks_ahead
+    extra = (
+        branch_columns(objective.candidates, objective.window) if ahead else 0
+    )
+    hidden, cache = _read(teacher, trajectories, columns + extra, ahead)
+    loss = -fused.fused_token_logprobs(
+        hidden,
+        teacher.head,
+        trajectories.tokens,
+        vocab_size=_shared(student, teacher),
+        chunk_size=objective.chunk_size,
+    )
+    notes = Annotations(hidden, jnp.where(trajectories.mask, loss, 0.0))
+    if ahead:
+        notes = _look_ahead(
+            student, teacher, trajectories, notes, cache, key,
+            objective=objective, eos_ids=eos_ids, pad_id=pad_id,
+        )  # fmt: skip
+    return jax.lax.stop_gradient(notes)
+
+
+def _shared(student: Any, teacher: Any) -> int:
+    return min(student.head.shape[0], teacher.head.shape[0])
+
+
+def _read(
+    model: Any, trajectories: Trajectories, columns: int, keep: bool
+) -> tuple[jax.Array, Any]:
+    """States in completion coordinates, and the cache where it is kept."""
+    tokens = trajectories.sequence
+    mask = causal_mask(trajectories.sequence_mask)
+    cache = None
+    if keep:
+        rows, length = tokens.shape
+        cache = model.init_cache(rows, columns)
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, columns - length)))
+    hidden, cache = model(tokens, trajectories.positions, mask, cache)
+    return completion_states(hidden, trajectories.prompt.shape[1]), cache
+
+
+def _look_ahead(
+    student: Any,
+    teacher: Any,
+    trajectories: Trajectories,
+    notes: Annotations,
+    cache: Any,
+    key: jax.Array,
+    *,
+    objective: Objective,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Annotations:
+    branch_key, control_key = jax.random.split(key)
+    score = notes.teacher_token_loss
+    if objective.score == "reverse_kl":
+        score = fused.fused_divergence(
+            _read(student, trajectories, 0, False)[0],
+            student.head,
+            notes.teacher_hidden,
+            teacher.head,
+            **fused_options(objective),
+        )
+    candidates = near_future.select_candidates(
+        score,
+        trajectories.mask,
+        count=objective.candidates,
+        fraction=objective.fraction,
+    )
+    ours = near_future.student_windows(
+        trajectories, candidates, length=objective.window
+    )
+    continued = branch(
+        teacher, cache, notes.teacher_hidden, trajectories, candidates,
+        length=objective.window, eos_ids=eos_ids, pad_id=pad_id,
+        temperature=objective.branch_temperature, key=branch_key,
+        vocab_size=_shared(student, teacher),
+        return_hidden=objective.needs_window_hidden,
+    )  # fmt: skip
+    theirs, window_hidden = (
+        continued if objective.needs_window_hidden else (continued, None)
+    )
+    distance, plan = window_distance(
+        student.embedding,
+        ours,
+        theirs,
+        epsilon=objective.epsilon,
+        position_weight=objective.position_weight,
+    )
+    rule = dict(percentile=objective.percentile, threshold=objective.threshold)
+    divergent = near_future.divergence_mask(distance, candidates, **rule)
+    false_alarm = near_future.false_alarm_mask(distance, candidates, **rule)
+    capped = false_alarm
+    if objective.pieces.caps == "control":
+        capped = near_future.matched_control_mask(
+            control_key, divergent, false_alarm
+        )
+    return notes.replace(
+        candidates=candidates,
+        student_windows=ours,
+        teacher_windows=theirs,
+        distance=distance,
+        plan=plan,
+        divergent=divergent,
+        false_alarm=false_alarm,
+        capped=capped,
+        teacher_window_hidden=window_hidden,
+    )

@@ -1,0 +1,197 @@
+"""Checkpoints with orbax, and what must agree before one is resumed.
+
+A checkpoint holds the train state (student, optimizer, step), the run's PRNG
+key, the position in the data, and a record of what it belongs to: the
+settings and the fingerprint of the teacher. The teacher itself is never saved.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from topd_jax.settings import Settings
+
+# Settings that may differ between a run and its continuation: they change
+# what is written down, not what is computed.
+_FREE = ("log", "checkpoint", "sweep", "world.cache")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a directory of their own."""
+
+    def __init__(self, directory: pathlib.Path, keep: int) -> None:
+        """Opens (or makes) the directory.
+
+        Args:
+          directory: where they are.
+          keep: how many of the latest checkpoints stay.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: Any, key: jax.Array, record: dict[str, Any]
+    ) -> None:
+        """Writes a checkpoint; it exists whole or not at all.
+
+        A run that repeats steps finds its own checkpoints again, bit for
+        bit, and leaves them.
+
+        Args:
+          step: updates made so far.
+          state: the train state, any pytree of arrays.
+          key: the run's PRNG key.
+          record: what :func:`record` returns, and the data's position.
+        """
+        latest = self.latest()
+        if latest is not None and latest >= step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(
+                    {"train": state, "key": jax.random.key_data(key)}
+                ),
+                record=ocp.args.JsonSave(record),
+            ),
+        )
+        self._manager.wait_until_finished()
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Reads the record of a checkpoint alone."""
+        return self._manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )["record"]
+
+    def restore(self, step: int, state: Any) -> tuple[Any, jax.Array]:
+        """Reads a checkpoint into the shardings of ``state``.
+
+        Args:
+          step: which one.
+          state: a train state of the right shapes, dtypes and shardings
+            (arrays or ``ShapeDtypeStruct``).
+
+        Returns:
+          (train state, PRNG key).
+        """
+        target = {
+            "train": jax.tree.map(ocp.utils.to_shape_dtype_struct, state),
+            "key": jax.ShapeDtypeStruct((2,), "uint32"),
+        }
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
+        )["state"]
+        return found["train"], jax.random.wrap_key_data(found["key"])
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()
+
+
+def record(
+    settings: Settings, teacher: str, position: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Args:
+      settings: of the run.
+      teacher: the teacher's fingerprint.
+      position: the data iterator's state, JSON-able.
+
+    Returns:
+      A JSON-able dictionary.
+    """
+    return {
+        "settings": settings.to_dict(),
+        "teacher": teacher,
+        "data": position,
+    }
+
+
+def require_same_run(
+    found: dict[str, Any],
+    settings: Settings,
+    teacher: str,
+    where: str,
+    *,
+    free: tuple[str, ...] = (),
+) -> None:
+    """Refuses to continue another run's checkpoint.
+
+    Args:
+      found: the record of the checkpoint.
+      settings: of the run that wants to continue it.
+      teacher: fingerprint of its teacher.
+      where: the checkpoint's directory, for the error.
+      free: sections that may differ besides those that change nothing: a
+        student is read, and not trained on.
+
+    Raises:
+      ValueError: naming every setting that differs, or the teacher.
+    """
+    out = "; use another --workdir, or the settings it was started with"
+    before, now = _flat(found["settings"]), _flat(settings.to_dict())
+    differing = [
+        f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        and not any(
+            name == f or name.startswith(f + ".") for f in (*_FREE, *free)
+        )
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint in {where} belongs to a run with other settings "
+            f"({'; '.join(differing)}){out}"
+        )
+    if found["teacher"] != teacher:
+        raise ValueError(
+            f"the checkpoint in {where} was made with another teacher "
+            f"(fingerprint {found['teacher']} there, {teacher} here){out}"
+        )
+
+
+def cut_log(path: pathlib.Path, step: int) -> None:
+    """Drops the lines of a JSONL log that are past a step.
+
+    Args:
+      path: the log; nothing happens where it does not exist.
+      step: the checkpoint's step; a line's own is its field "step". A line
+        that was cut off while it was written is dropped too.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    fresh = path.with_suffix(path.suffix + ".new")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,223 @@
+"""What each command of ``topd`` does; settings in, JSON-able results out."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax import checkpoint, sweeps
+from topd_jax import train as training
+from topd_jax.data import prompts as prompt_data
+from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.evaluate import Evaluator
+from topd_jax.models import save_model
+from topd_jax.pair import Pair, load_pair
+from topd_jax.phases import make_optimizer
+from topd_jax.sampling import rollout
+from topd_jax.settings import Settings
+
+_FOLDERS = {"latest": "checkpoints", "best": "best", "start": ""}
+# What SentencePieceTokenizer.chat does, for those who read the export.
+_WORLD_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains; the same command again resumes.
+
+    Args:
+      settings: of the run.
+      workdir: of the run.
+
+    Returns:
+      The final evaluation.
+    """
+    return training.train(settings, workdir)
+
+
+def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs every variant on every seed, then writes the report.
+
+    Args:
+      settings: of the runs; ``settings.sweep`` names them.
+      workdir: of the sweep.
+
+    Returns:
+      Where the report's files are.
+    """
+    return sweeps.sweep(settings, workdir)
+
+
+def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
+    """Refuses a run without a checkpoint, before any model is made.
+
+    Args:
+      workdir: of the run.
+      which: "latest", "best" or "start"; the start needs none.
+
+    Raises:
+      ValueError: naming the directory and the ways out.
+    """
+    where = workdir / _FOLDERS[which]
+    # One that is being written has a longer name.
+    steps = [p for p in where.glob("*") if p.name.isdigit()]
+    if which != "start" and not steps:
+        raise ValueError(
+            f"no checkpoint in {where}; train first, or say --which start"
+        )
+
+
+def load_student(
+    settings: Settings, workdir: pathlib.Path, pair: Pair, which: str
+) -> tuple[Any, int]:
+    """The student of a run's checkpoint.
+
+    Args:
+      settings: of the run; how it reads, writes and evaluates may differ.
+      workdir: of the run.
+      pair: of the run; its student is the start.
+      which: "latest", "best" or "start".
+
+    Returns:
+      (student, step it was saved at; 0 for the start).
+
+    Raises:
+      ValueError: where there is no checkpoint, or it is another run's.
+    """
+    require_checkpoint(workdir, which)
+    if which == "start":
+        return pair.student, 0
+    where = workdir / _FOLDERS[which]
+    saved = checkpoint.Checkpoints(where, settings.checkpoint.keep)
+    step = saved.latest()
+    checkpoint.require_same_run(
+        saved.record(step),
+        settings,
+        pair.teacher_fingerprint,
+        str(where),
+        free=("data", "rollout", "eval", "mesh"),
+    )
+    optimizer = make_optimizer(settings.optimizer, settings.train.steps)
+    state = training.initial_state(pair, optimizer)
+    return saved.restore(step, state)[0].student, step
+
+
+def evaluate(
+    settings: Settings, workdir: pathlib.Path, which: str
+) -> dict[str, Any]:
+    """Evaluates a trained student on the test problems.
+
+    Args:
+      settings: of the run.
+      workdir: of the run; ``eval-WHICH.json`` is written there.
+      which: "latest", "best" or "start".
+
+    Returns:
+      The evaluation.
+    """
+    require_checkpoint(workdir, which)
+    pair = load_pair(settings, workdir)
+    with jax.set_mesh(pair.mesh):
+        student, step = load_student(settings, workdir, pair, which)
+        row = Evaluator(settings, pair)(student, step, final=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / f"eval-{which}.json").write_text(json.dumps(row, indent=1))
+    return row
+
+
+def sample(
+    settings: Settings,
+    workdir: pathlib.Path,
+    which: str,
+    texts: list[str],
+    temperature: float | None,
+) -> list[dict[str, str]]:
+    """Lets a trained student complete some prompts.
+
+    Args:
+      settings: of the run.
+      workdir: of the run.
+      which: "latest", "best" or "start".
+      texts: prompts, before any chat template; none takes three test ones.
+      temperature: of the sampler; None takes ``rollout.temperature``.
+
+    Returns:
+      One dictionary a prompt, with "prompt" and "completion".
+    """
+    require_checkpoint(workdir, which)
+    pair = load_pair(settings, workdir)
+    texts = texts or [r["prompt"] for r in pair.test.records[:3]]
+    records = [
+        {"prompt": t, "answer": "", "index": i, "source": "--prompt"}
+        for i, t in enumerate(texts)
+    ]
+    tokenizer, options = pair.tokenizer, settings.rollout
+    encoded = prompt_data.encode_prompts(
+        records, tokenizer, max_length=settings.data.max_prompt_length
+    )
+    (batch,) = prompt_data.ordered_batches(encoded, batch_size=len(texts))
+    if temperature is None:
+        temperature = options.temperature
+    student, _ = load_student(settings, workdir, pair, which)
+    written = rollout(
+        student,
+        jax.tree.map(jnp.asarray, batch.prompts),
+        jax.random.key(settings.seed),
+        max_new_tokens=options.max_new_tokens,
+        temperature=temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    tokens, mask = jax.device_get((written.tokens, written.mask))
+    return [
+        {
+            "prompt": text,
+            "completion": tokenizer.decode(tokens[i][mask[i]].tolist()),
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def export(
+    settings: Settings, workdir: pathlib.Path, which: str, output: pathlib.Path
+) -> dict[str, Any]:
+    """Writes a trained student to a Hugging Face directory.
+
+    Args:
+      settings: of the run.
+      workdir: of the run.
+      which: "latest", "best" or "start".
+      output: an empty or new directory.
+
+    Returns:
+      "output" and the "step" of the student.
+
+    Raises:
+      ValueError: where ``output`` is not free, or there is no checkpoint.
+    """
+    if output.exists() and not (output.is_dir() and not [*output.iterdir()]):
+        raise ValueError(
+            f"--output {output} exists and is not empty; choose another "
+            "directory, or empty it"
+        )
+    require_checkpoint(workdir, which)
+    pair = load_pair(settings, workdir)
+    student, step = load_student(settings, workdir, pair, which)
+    tokenizer = pair.tokenizer
+    # All ends that the run knew, so that generation stops where it did here.
+    ends = list(tokenizer.eos_ids)
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    save_model(student, output, tokenizer=pair.hub_tokenizer, extra=ids)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.save(output / "tokenizer.model")
+        (output / "chat_template.jinja").write_text(_WORLD_TEMPLATE)
+    return {"output": str(output), "step": step}

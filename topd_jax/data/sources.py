@@ -1,0 +1,208 @@
+"""Where prompts come from: JSONL, TFDS, the hub, the tiny world (ours).
+
+Every source gives a list of :class:`Record`; :mod:`topd_jax.data.prompts`
+makes batches of them.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from topd_jax.data import world
+
+
+class Record(TypedDict):
+    """One question.
+
+    Keys:
+      prompt: the question's text, before any chat template.
+      answer: the reference answer as the source has it; "" if it has none.
+      index: place in its source, from 0.
+      source: where it came from, for messages: "train.jsonl line 7".
+    """
+
+    prompt: str
+    answer: str
+    index: int
+    source: str
+
+
+def read_jsonl(
+    path: str | os.PathLike,
+    *,
+    prompt_field: str = "question",
+    answer_field: str = "answer",
+) -> list[Record]:
+    """Reads a file with one JSON object a line; blank lines do not count.
+
+    Args:
+      path: the file.
+      prompt_field: key of the question.
+      answer_field: key of the answer, kept if it is there.
+
+    Raises:
+      ValueError: if the file is missing or empty, or, with file and line, if
+        a line is not a JSON object or lacks the question.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"no file at {path}; give data.path the path of a JSONL file, "
+            f'one {{"{prompt_field}": ..., "{answer_field}": ...}} a line'
+        )
+    records: list[Record] = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            source = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{source} is not JSON ({error}): "
+                    f"{line[:60]!r}; repair or remove the line"
+                ) from error
+            records.append(
+                _record(row, len(records), source, prompt_field, answer_field)
+            )
+    if not records:
+        raise ValueError(f"{path} holds no records; it needs at least one")
+    return records
+
+
+def read_tfds(
+    name: str,
+    *,
+    split: str = "train",
+    prompt_field: str = "question",
+    answer_field: str = "answer",
+    data_dir: str | None = None,
+) -> list[Record]:
+    """Reads a TensorFlow dataset (ArrayRecord; TensorFlow is not needed).
+
+    Args:
+      name: e.g. ``gsm8k`` or ``gsm8k:1.0.0``; downloaded when it is not in
+        ``data_dir``.
+      split: of the dataset.
+      prompt_field: key of the question.
+      answer_field: key of the answer, kept if it is there.
+      data_dir: where datasets are kept; None is TFDS's default.
+
+    Raises:
+      ValueError: if there is no such dataset or split, or a record lacks the
+        question.
+    """
+    # Here, not above: it takes seconds to import.
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        builder.download_and_prepare(file_format="array_record")
+        rows = builder.as_data_source(split=split)
+    except (
+        tfds.core.DatasetNotFoundError,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:
+        raise ValueError(
+            f"cannot read TFDS dataset {name!r} split {split!r} from "
+            f"{data_dir or 'the default directory'}: {_first_line(error)}; "
+            "check the name, or export the questions to JSONL and set "
+            "data.path"
+        ) from error
+    where = f"{name} {split} record"
+    return [
+        _record(row, i, f"{where} {i}", prompt_field, answer_field)
+        for i, row in enumerate(rows)
+    ]
+
+
+def read_hub(
+    name: str,
+    *,
+    split: str = "train",
+    prompt_field: str = "question",
+    answer_field: str = "answer",
+) -> list[Record]:
+    """Reads a dataset of the Hugging Face hub; needs ``datasets``.
+
+    Args:
+      name: ``owner/dataset``, or ``owner/dataset:config``.
+      split: of the dataset.
+      prompt_field: key of the question.
+      answer_field: key of the answer, kept if it is there.
+
+    Raises:
+      ValueError: if ``datasets`` is not installed, or the dataset cannot be
+        read, or a record lacks the question.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"reading {name!r} from the hub needs the package datasets: "
+            "pip install datasets; or export the questions to JSONL and set "
+            "data.path"
+        ) from error
+    dataset, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(dataset, config or None, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read {name!r} split {split!r} from the hub: "
+            f"{_first_line(error)}; check the name and the network, or "
+            "export the questions to JSONL and set data.path"
+        ) from error
+    where = f"{name} {split} record"
+    return [
+        _record(row, i, f"{where} {i}", prompt_field, answer_field)
+        for i, row in enumerate(rows)
+    ]
+
+
+def read_world(split: str, count: int, seed: int) -> list[Record]:
+    """Distinct problems of the tiny world, with their answers."""
+    return [
+        Record(
+            prompt=problem,
+            answer=world.answer(problem),
+            index=index,
+            source=f"tiny world {split} problem {index}",
+        )
+        for index, problem in enumerate(world.problems(split, count, seed))
+    ]
+
+
+def _record(
+    row: Mapping[str, Any],
+    index: int,
+    source: str,
+    prompt_field: str,
+    answer_field: str,
+) -> Record:
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"{source} is JSON but not an object: it needs the field "
+            f'"{prompt_field}"'
+        )
+    prompt = _text(row.get(prompt_field))
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(
+            f'{source} has no text in the field "{prompt_field}"; its fields '
+            f"are {sorted(row)}; set data.prompt_field to the one with the "
+            "question"
+        )
+    answer = _text(row.get(answer_field, ""))
+    return Record(prompt=prompt, answer=str(answer), index=index, source=source)
+
+
+def _text(value: object) -> object:
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

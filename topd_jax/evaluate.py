@@ -1,0 +1,179 @@
+"""Evaluation on held-out prompts: what the student writes, and how good it is.
+
+One sampled completion a problem: accuracy with its interval where the answers
+can be graded, and the student against the teacher on those same completions
+(reverse KL, teacher's negative log-likelihood, entropies, length, distinct
+n-grams), so that a collapse shows even where accuracy is at chance.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topd_jax.data import prompts as prompt_data
+from topd_jax.logs import merge, read_metrics
+from topd_jax.metrics import distinct_ngrams, statistics
+from topd_jax.models.decoder import cast
+from topd_jax.pair import Pair
+from topd_jax.sampling import rollout
+from topd_jax.settings import Settings
+from topd_jax.types import Trajectories
+
+# Apart from every training step's key, which are folded from 1 up.
+_EVAL_STREAM = 2**31 - 1
+
+
+class Evaluator:
+    """Evaluates a student on the same held-out problems each time."""
+
+    def __init__(self, settings: Settings, pair: Pair) -> None:
+        """Prepares the jitted sampler.
+
+        Args:
+          settings: of the run.
+          pair: models, tokenizer and held-out problems.
+        """
+        self._settings, self._pair = settings, pair
+        self._statistics = make_statistics(settings)
+        key = jax.random.key(settings.seed)
+        self._key = jax.random.fold_in(key, _EVAL_STREAM)
+        tokenizer = pair.tokenizer
+
+        def write(
+            student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
+        ) -> Trajectories:
+            return rollout(
+                cast(student, student.config.dtype),
+                prompts,
+                key,
+                max_new_tokens=settings.rollout.max_new_tokens,
+                temperature=temperature,
+                eos_ids=tokenizer.eos_ids,
+                pad_id=tokenizer.pad_id,
+            )
+
+        self._write = jax.jit(write)
+
+    def __call__(
+        self,
+        student: Any,
+        step: int,
+        *,
+        final: bool = False,
+        temperature: float | None = None,
+    ) -> dict[str, Any]:
+        """Evaluates.
+
+        Args:
+          student: the model.
+          step: for the record.
+          final: use the test problems, ``eval.final_problems`` of them.
+          temperature: of the sampler; None takes ``eval.temperature``.
+
+        Returns:
+          JSON-able: step, final, problems, and every statistic; exact_match
+          with its Wilson 95 % interval (low, high) where answers are known.
+        """
+        options, pair = self._settings.eval, self._pair
+        if temperature is None:
+            temperature = options.temperature
+        count = options.final_problems if final else options.problems
+        encoded = pair.test if final else pair.validation
+        batches = prompt_data.ordered_batches(
+            encoded, batch_size=options.batch_size
+        )
+        parts, rows = [], []
+        for i, batch in enumerate(batches):
+            if i * options.batch_size >= count:
+                break
+            written = self._write(
+                student,
+                pair.place(batch.prompts),
+                jax.random.fold_in(self._key, i),
+                jnp.float32(temperature),
+            )
+            real = (batch.index >= 0) & (batch.index < count)
+            written = written.replace(mask=written.mask & real[:, None])
+            parts.append(self._statistics(student, pair.teacher, written))
+            rows += _completions(written, int(real.sum()))
+        problems = encoded.records[: len(rows)]
+        texts = [pair.tokenizer.decode(r) for r in rows]
+        lengths = np.asarray([len(r) for r in rows])
+        limit = self._settings.rollout.max_new_tokens
+        ends = set(pair.tokenizer.eos_ids)
+        cut = [len(r) == limit and r[-1] not in ends for r in rows]
+        return {
+            "step": step,
+            "final": final,
+            "problems": len(problems),
+            "temperature": float(temperature),
+            **read_metrics(merge(parts)),
+            "length_mean": float(lengths.mean()),
+            "truncated": float(np.mean(cut)),
+            "distinct_3": distinct_ngrams(rows, 3),
+            **_accuracy(pair.grade(problems, texts)),
+        }
+
+
+def make_statistics(settings: Settings) -> Callable[..., dict]:
+    """The jitted :func:`topd_jax.metrics.statistics` of a run.
+
+    Args:
+      settings: of the run.
+
+    Returns:
+      (student, teacher, trajectories) -> name -> (sum, count).
+    """
+    return jax.jit(
+        functools.partial(
+            statistics,
+            top_k=settings.log.top_k,
+            log_floor=settings.objective.log_floor,
+        )
+    )
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927).
+
+    Args:
+      correct: successes.
+      total: trials, above 0.
+
+    Returns:
+      (low, high), 0..1.
+    """
+    z = 1.959964
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(
+        share * (1 - share) / total + z * z / (4 * total * total)
+    )
+    scale = 1 + z * z / total
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
+def _completions(written: Trajectories, count: int) -> list[list[int]]:
+    tokens, mask = jax.device_get((written.tokens, written.mask))
+    return [tokens[i][mask[i]].tolist() for i in range(count)]
+
+
+def _accuracy(grades: list[bool] | None) -> dict[str, Any]:
+    if grades is None:
+        return {"exact_match": None}
+    correct = sum(grades)
+    bits = "".join("1" if g else "0" for g in grades)
+    low, high = wilson(correct, len(grades))
+    return {
+        "exact_match": correct / len(grades),
+        "correct": correct,
+        "exact_match_low": low,
+        "exact_match_high": high,
+        # One bit a problem, in order: paired comparisons need them.
+        "grades": f"{int(bits, 2):0{-(-len(bits) // 4)}x}",
+    }

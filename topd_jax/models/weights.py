@@ -1,0 +1,275 @@
+"""Named tensors of a file into a decoder, and back; layers cut out.
+
+Files hold one tensor a layer and linear maps as [out, in]; the decoder holds
+one array a parameter, stacked over layers, as [in..., out...]. One stack at a
+time is built on the host and placed shard by shard, so host memory never holds
+two copies of a model.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from topd_jax.models.config import DecoderConfig
+from topd_jax.models.decoder import Decoder, parameter_table
+from topd_jax.models.registry import WEIGHTS, file_shape
+from topd_jax.sharding import RULES, Rules, named
+
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+class TensorInfo(NamedTuple):
+    """What a file says of one tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def file_tensors(
+    config: DecoderConfig, spelling: str
+) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """The tensors that a file of this decoder holds.
+
+    Args:
+      config: the decoder's shape.
+      spelling: "hub" or "gguf", a field of
+        :class:`~topd_jax.models.registry.Weight`.
+
+    Returns:
+      name in the file -> (parameter, layer or None, shape in the file).
+    """
+    tensors = {}
+    for name, row in parameter_table(config).items():
+        template = getattr(WEIGHTS[name], spelling)
+        if row.axes[0] != "layers":
+            tensors[template] = name, None, file_shape(name, row.shape)
+            continue
+        for layer in range(config.layers):
+            shape = file_shape(name, row.shape[1:])
+            tensors[template.format(layer)] = name, layer, shape
+    return tensors
+
+
+def check_tensors(
+    config: DecoderConfig,
+    spelling: str,
+    found: Mapping[str, TensorInfo],
+    where: str,
+) -> None:
+    """Refuses a file that does not hold exactly the decoder's tensors.
+
+    Args:
+      config: the decoder's shape.
+      spelling: "hub" or "gguf".
+      found: what the file holds.
+      where: the file, for the error.
+
+    Raises:
+      ValueError: naming every missing, extra, misshaped and mistyped tensor.
+    """
+    expected = file_tensors(config, spelling)
+    faults = {
+        "missing": [name for name in expected if name not in found],
+        "not expected": [name for name in found if name not in expected],
+        "wrong shape": [
+            f"{name} is {list(found[name].shape)}, not {list(shape)}"
+            for name, (_, _, shape) in expected.items()
+            if name in found and found[name].shape != shape
+        ],
+        "wrong dtype": [
+            f"{name} is {found[name].dtype}, not one of {', '.join(_FLOATS)}"
+            for name in expected
+            if name in found and found[name].dtype not in _FLOATS
+        ],
+    }
+    lines = [
+        f"{fault} ({len(names)}): " + ", ".join(names)
+        for fault, names in faults.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(
+            f"the tensors of {where} do not fit its config "
+            f"({config.layers} layers, tied={config.tied}):\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def assemble(
+    config: DecoderConfig,
+    spelling: str,
+    read: Callable[[str], np.ndarray],
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Decoder:
+    """Builds a decoder from a file's tensors, one parameter at a time.
+
+    Args:
+      config: the decoder's shape.
+      spelling: "hub" or "gguf".
+      read: name in the file -> array of floats, linear maps [out, in].
+      mesh: where to spread the parameters; None keeps them on one device.
+      rules: logical axis -> mesh axis; None takes the default rules.
+
+    Returns:
+      The model, its parameters in ``config.param_dtype``.
+
+    Raises:
+      ValueError: where a parameter does not divide over the mesh.
+    """
+    table = parameter_table(config)
+    rules = RULES if rules is None else rules
+    # Shardings first: a mesh that does not fit is told before any reading.
+    shardings = {
+        name: None
+        if mesh is None
+        else named(mesh, row.shape, row.axes, rules, name=name)
+        for name, row in table.items()
+    }
+    sources: dict[str, list[str]] = {name: [] for name in table}
+    for tensor, (name, _, _) in file_tensors(config, spelling).items():
+        sources[name].append(tensor)
+    arrays = {}
+    for name, row in table.items():
+        host = np.empty(row.shape, jnp.dtype(config.param_dtype))
+        stacked = row.axes[0] == "layers"
+        for layer, tensor in enumerate(sources[name]):
+            target = host[layer] if stacked else host
+            array = read(tensor)
+            if WEIGHTS[name].inputs:
+                array = array.T.reshape(target.shape)
+            target[...] = array
+        arrays[name] = _place(host, shardings[name])
+    return Decoder(config, arrays)
+
+
+def disassemble(
+    model: Decoder, spelling: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a decoder as a file spells them, one at a time.
+
+    Args:
+      model: any decoder, on one device or spread over a mesh. In a program of
+        several processes every one of them must iterate.
+      spelling: "hub" or "gguf".
+
+    Yields:
+      (name in the file, contiguous array), in the order of
+      :func:`file_tensors`.
+    """
+    arrays = model.arrays
+    host, held = np.empty(0), None
+    for tensor, row in file_tensors(model.config, spelling).items():
+        name, layer, shape = row
+        if held != name:
+            host, held = _to_host(arrays[name]), name
+        array = host if layer is None else host[layer]
+        if WEIGHTS[name].inputs:
+            array = array.reshape(shape[::-1]).T
+        yield tensor, np.ascontiguousarray(array)
+
+
+def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
+    """The same network with only some of its layers.
+
+    Ours: a student that starts from its teacher. Every array is a copy, so
+    the student may be donated while the teacher lives on.
+
+    Args:
+      model: the network to cut.
+      keep: indices of the layers to keep, ascending.
+
+    Returns:
+      A decoder of ``len(keep)`` layers, spread over devices as ``model`` is.
+
+    Raises:
+      ValueError: where ``keep`` is empty, unsorted or out of range.
+    """
+    keep = [int(i) for i in keep]
+    layers = model.config.layers
+    ascending = keep == sorted(set(keep))
+    if not keep or not ascending or keep[0] < 0 or keep[-1] >= layers:
+        raise ValueError(
+            f"keep={keep} must be ascending layer indices, each once, "
+            f"0..{layers - 1}; for instance {list(range(0, layers, 2))}"
+        )
+    table = parameter_table(model.config)
+    index = np.asarray(keep)
+    arrays = {}
+    for name, array in model.arrays.items():
+        stacked = table[name].axes[0] == "layers"
+        part = array[index] if stacked else jnp.copy(array)
+        arrays[name] = jax.device_put(part, array.sharding)
+    return Decoder(dataclasses.replace(model.config, layers=len(keep)), arrays)
+
+
+def fingerprint(model: Decoder) -> str:
+    """A hash of a decoder's config and of every bit of its parameters.
+
+    Each element's bits are mixed with its index and added up as integers
+    modulo 2**32, so the sum does not depend on the order of addition: the
+    same on any mesh. ``remat`` and ``unroll`` do not count.
+
+    Args:
+      model: any decoder.
+
+    Returns:
+      64 hexadecimal digits.
+    """
+    fields = dataclasses.asdict(model.config)
+    fields = {k: v for k, v in fields.items() if k not in ("remat", "unroll")}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, array in sorted(model.arrays.items()):
+        sums = np.asarray(_bit_sums(array), np.uint32)
+        digest.update(f"{name}{array.shape}{array.dtype}".encode())
+        digest.update(sums.astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _bit_sums(x: jax.Array) -> jax.Array:
+    wide = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        index = index * np.uint32(size) + place
+    mixed = _mix(bits ^ _mix(index + np.uint32(0x9E3779B9)))
+    again = _mix(mixed + np.uint32(0x85EBCA6B))
+    sums = [jnp.sum(part, dtype=jnp.uint32) for part in (mixed, again)]
+    return jnp.stack(sums)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The 32-bit finaliser of MurmurHash3 (Appleby): a bijection."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _place(
+    host: np.ndarray, sharding: jax.sharding.NamedSharding | None
+) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(host)
+    # By callback: device_put to a mesh of several processes would first
+    # compare the whole array between them.
+    return jax.make_array_from_callback(
+        host.shape, sharding, lambda index: host[index]
+    )
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -1,0 +1,247 @@
+"""Student, teacher, tokenizer and prompts of a run, together and checked."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from topd_jax import sharding
+from topd_jax.data import prompts as prompt_data
+from topd_jax.data import sources, world
+from topd_jax.data.sources import Record
+from topd_jax.data.tokenizers import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    check_model,
+    require_same_vocabulary,
+)
+from topd_jax.data.world_models import world_models
+from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.settings import ModelSettings, Settings
+from topd_jax.types import Prompts
+
+_EVAL_SEED = 0
+
+
+@dataclasses.dataclass
+class Pair:
+    """What a run is made of.
+
+    Attributes:
+      student: the model that learns, placed on the mesh.
+      teacher: the frozen model, placed on the mesh.
+      tokenizer: of both.
+      hub_tokenizer: the object of transformers behind it; None in the tiny
+        world.
+      mesh: of devices.
+      encoded: the training prompts.
+      validation: held-out prompts for the interval.
+      test: held-out prompts for the end.
+      grade: (records, completions) -> which are right, or None where answers
+        are not known.
+      teacher_fingerprint: hash of the teacher's config and parameters.
+    """
+
+    student: Any
+    teacher: Any
+    tokenizer: Tokenizer
+    hub_tokenizer: Any
+    mesh: Mesh
+    encoded: prompt_data.EncodedPrompts
+    validation: prompt_data.EncodedPrompts
+    test: prompt_data.EncodedPrompts
+    grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
+    teacher_fingerprint: str
+
+    def stream(self, settings: Settings) -> Any:
+        """The checkpointable iterator over training prompts."""
+        return prompt_data.prompt_stream(
+            self.encoded,
+            batch_size=settings.data.batch_size,
+            seed=settings.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def place(self, prompts: Prompts) -> Prompts:
+        """Puts this process's rows of a batch on the mesh.
+
+        Raises:
+          ValueError: where the rows do not divide over data x fsdp.
+        """
+        processes = jax.process_count()
+
+        def one(x: np.ndarray) -> jax.Array:
+            shape = (x.shape[0] * processes, *x.shape[1:])
+            spread = sharding.named(
+                self.mesh, shape, ("batch", None), name="batch_size"
+            )
+            return jax.make_array_from_process_local_data(spread, x, shape)
+
+        return jax.tree.map(one, prompts)
+
+
+def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
+    """Loads (or, in the tiny world, trains) what a run needs.
+
+    Args:
+      settings: of the run.
+      workdir: where the tiny world's models are kept.
+
+    Returns:
+      The pair.
+
+    Raises:
+      ValueError: for whatever does not fit together, by name and number.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes run this program; one host is "
+            "supported so far: choose a slice of one host (v5e: 8 chips)"
+        )
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
+    # What is cheap to refuse comes before models are trained or read.
+    _check_rows(settings, mesh)
+    parts = _records(settings)
+    paths, tokenizer = {}, None
+    names = {"student": settings.student, "teacher": settings.teacher}
+    if any(m.source == "world" for m in names.values()):
+        where = settings.world.cache or str(workdir / "world")
+        teacher_path, student_path, tokenizer = world_models(
+            settings.world, pathlib.Path(where)
+        )
+        paths = {"student": student_path, "teacher": teacher_path}
+    models, tokenizers, owned = {}, {}, {}
+    for name, model in names.items():
+        source = paths[name] if model.source == "world" else model.source
+        models[name], own = _load(model, source, mesh)
+        tokenizers[name], owned[name] = tokenizer, own
+        if own is not None:
+            tokenizers[name] = HuggingFaceTokenizer(own)
+    tokenizer = _common_tokenizer(tokenizers, models)
+    encoded, validation, test = (
+        prompt_data.encode_prompts(
+            part,
+            tokenizer,
+            max_length=settings.data.max_prompt_length,
+            on_long_prompt=settings.data.on_long_prompt,
+        )
+        for part in parts
+    )
+    return Pair(
+        models["student"],
+        models["teacher"],
+        tokenizer,
+        next((owned[n] for n in names if tokenizers[n] is tokenizer), None),
+        mesh,
+        encoded,
+        validation,
+        test,
+        _grader(settings),
+        fingerprint(models["teacher"]),
+    )
+
+
+def _load(
+    settings: ModelSettings, source: str | pathlib.Path, mesh: Mesh
+) -> tuple[Any, Any]:
+    model, tokenizer = load(
+        source,
+        dtype=settings.dtype,
+        param_dtype=settings.param_dtype,
+        remat=settings.remat,
+        unroll=settings.unroll,
+        mesh=mesh,
+    )
+    if settings.keep_layers:
+        model = drop_layers(model, settings.keep_layers)
+    return model, tokenizer
+
+
+def _common_tokenizer(
+    tokenizers: dict[str, Tokenizer | None], models: dict[str, Any]
+) -> Tokenizer:
+    ours, theirs = tokenizers["student"], tokenizers["teacher"]
+    if ours is None and theirs is None:
+        raise ValueError(
+            "neither student.source nor teacher.source has a tokenizer; put "
+            "its files beside the model"
+        )
+    if ours is not None and theirs is not None and ours is not theirs:
+        require_same_vocabulary(ours, theirs)
+    tokenizer = ours or theirs
+    for model in models.values():
+        check_model(tokenizer, model.config.vocab_size)
+    return tokenizer
+
+
+def _check_rows(settings: Settings, mesh: Mesh) -> None:
+    """Refuses batches that do not divide over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for section in ("data", "eval"):
+        rows = getattr(settings, section).batch_size
+        if rows % ways:
+            raise ValueError(
+                f"{section}.batch_size={rows} must be divisible by the mesh's "
+                f"data x fsdp ({ways}); try {-(-rows // ways) * ways}"
+            )
+
+
+def _records(settings: Settings) -> list[list[Record]]:
+    """Training, validation and test prompts."""
+    data, options = settings.data, settings.eval
+    if data.source == "world":
+        return [
+            sources.read_world(
+                "train", settings.world.prompts, settings.world.seed
+            ),
+            sources.read_world(options.split, options.problems, _EVAL_SEED),
+            sources.read_world("test", options.final_problems, _EVAL_SEED),
+        ]
+    fields = dict(
+        prompt_field=data.prompt_field, answer_field=data.answer_field
+    )
+    readers: dict[str, Callable[[str, str], list[Record]]] = {
+        "jsonl": lambda path, split: sources.read_jsonl(path, **fields),
+        "tfds": lambda path, split: sources.read_tfds(
+            path, split=split, **fields
+        ),
+        "hub": lambda path, split: sources.read_hub(
+            path, split=split, **fields
+        ),
+    }
+    if not data.path:
+        raise ValueError(
+            f"data.path is empty; data.source={data.source!r} needs it: "
+            "--config.data.path=FILE"
+        )
+    read = readers[data.source]
+    train = read(data.path, data.split)
+    if data.eval_path:
+        held_out = read(data.eval_path, data.eval_split)
+        return [train, held_out, held_out]
+    if data.held_out >= len(train):
+        raise ValueError(
+            f"data.held_out={data.held_out} must be below the {len(train)} "
+            f"prompts of {data.path}; lower it, or give data.eval_path"
+        )
+    return [
+        train[data.held_out :],
+        train[: data.held_out],
+        train[: data.held_out],
+    ]
+
+
+def _grader(settings: Settings) -> Callable:
+    if settings.data.source == "world":
+        return lambda records, texts: [
+            world.is_correct(r["prompt"], t)
+            for r, t in zip(records, texts, strict=True)
+        ]
+    from topd_jax.grading import grade_answers
+
+    return grade_answers

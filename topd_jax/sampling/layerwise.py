@@ -1,0 +1,128 @@
+"""What a loop over tokens does to a model and its cache, for speed. Ours.
+
+A scan over stacked layers slices every weight at every token, and on CPU each
+slice is a copy as large as the arithmetic that follows. Where the config
+unrolls the whole stack the layers are therefore taken apart once, before the
+loop: every weight and every layer's cache is an array of its own. Deep models
+(``unroll`` below ``layers``) stay stacked and compile in constant time.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from topd_jax.models.config import DecoderConfig
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.layers import embed, layer, rms_norm, rope_table
+
+
+@struct.dataclass
+class Layerwise:
+    """A decoder whose layers are arrays of their own; called as it is.
+
+    Attributes:
+      layers: one module of parameters a layer.
+      embedding: [V, D].
+      final_norm: [D].
+      config: static shape.
+    """
+
+    layers: tuple[Any, ...]
+    embedding: jax.Array
+    final_norm: jax.Array
+    config: DecoderConfig = struct.field(pytree_node=False)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        caches: tuple[Any, ...],
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """As ``Decoder.__call__``, with one cache a layer."""
+        c = self.config
+        hidden = embed(self.embedding, tokens, c)
+        rope = rope_table(positions, c)
+        written = []
+        for weights, cache in zip(self.layers, caches, strict=True):
+            hidden, cache = layer(
+                c, (hidden, cache), weights, 0, rope=rope, mask=mask[:, None]
+            )
+            length = cache.length + tokens.shape[1]
+            written.append(cache.replace(length=length))
+        return rms_norm(hidden, self.final_norm, c.norm_eps), tuple(written)
+
+
+def take_apart(model: Any, cache: Any) -> tuple[Any, Any]:
+    """The model and cache that a loop over tokens should use.
+
+    Args:
+      model: any decoder.
+      cache: one that it has written.
+
+    Returns:
+      (model, cache) to be called as before: layer by layer where the config
+      unrolls the stack, else what was given.
+    """
+    if not isinstance(model, Decoder):
+        return model, cache
+    config = model.config
+    if config.unroll < config.layers:
+        return model, cache
+    layers = range(config.layers)
+    # Without the barrier the slices would move into the loop that uses them.
+    weights, caches = jax.lax.optimization_barrier(
+        (
+            tuple(_layer_of(model.layers, i) for i in layers),
+            tuple(_cache_of(cache, i) for i in layers),
+        )
+    )
+    embedding, norm = model.embedding[...], model.final_norm[...]
+    return Layerwise(weights, embedding, norm, config), caches
+
+
+def _layer_of(stacked: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], stacked)
+
+
+def _cache_of(cache: Any, index: int) -> Any:
+    # A cache of one layer, which ``layer`` finds at index 0.
+    return jax.tree.map(lambda x: x[index : index + 1] if x.ndim else x, cache)
+
+
+def repeat_rows(cache: Any, times: int) -> Any:
+    """Each row of a cache ``times`` times, consecutively."""
+    if times == 1:
+        return cache
+    # [layers, rows, ...]; the length is a scalar.
+    return jax.tree.map(
+        lambda x: jnp.repeat(x, times, axis=1) if x.ndim else x, cache
+    )
+
+
+def add_columns(model: Any, cache: Any, extra: int) -> Any:
+    """A cache with room for more columns.
+
+    Args:
+      model: whose ``init_cache`` tells which dimension the columns are.
+      cache: stacked, or one a layer.
+      extra: columns to add behind the others.
+
+    Returns:
+      The same with ``extra`` empty columns.
+    """
+    if extra == 0:
+        return cache
+    one, two = (
+        jax.tree.leaves(jax.eval_shape(lambda n=n: model.init_cache(1, n)))
+        for n in (1, 2)
+    )
+    leaves, structure = jax.tree.flatten(cache)
+    grown = []
+    for i, x in enumerate(leaves):
+        short, long = one[i % len(one)].shape, two[i % len(one)].shape
+        pad = [(0, extra * (n - m)) for m, n in zip(short, long, strict=True)]
+        grown.append(jnp.pad(x, pad) if x.ndim else x)
+    return jax.tree.unflatten(structure, grown)

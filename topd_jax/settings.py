@@ -1,0 +1,336 @@
+"""The door where a ConfigDict becomes frozen dataclasses, and stops.
+
+``configs/default.py`` documents every knob with its unit and source; the
+dataclasses here mirror its sections, and nothing past :func:`settings_from`
+sees a ConfigDict. A key that no section has is an error that names the
+nearest one.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+
+from topd_jax.objective import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Sizes of the mesh axes; see ``sharding.make_mesh``."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Where a model comes from and how it computes."""
+
+    source: str = "world"
+    keep_layers: tuple[int, ...] = ()
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where prompts come from."""
+
+    source: str = "world"
+    path: str = ""
+    eval_path: str = ""
+    split: str = "train"
+    eval_split: str = "test"
+    prompt_field: str = "question"
+    answer_field: str = "answer"
+    batch_size: int = 32
+    samples: int = 1
+    max_prompt_length: int = 16
+    on_long_prompt: str = "error"
+    held_out: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """How the student (offline: the teacher) writes."""
+
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineSettings:
+    """How the teacher writes in stage 1 (App. B)."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-4
+    end_learning_rate: float = 1e-8
+    warmup_fraction: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """Length of the run and when to give up."""
+
+    steps: int = 300
+    max_skipped: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    """What is written down, and how often (steps)."""
+
+    every: int = 1
+    statistics_every: int = 10
+    completions_every: int = 50
+    completions: int = 4
+    tensorboard: bool = True
+    top_k: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """Accuracy on held-out problems, and how often (steps; 0: never)."""
+
+    every: int = 50
+    problems: int = 400
+    final_problems: int = 1000
+    batch_size: int = 200
+    temperature: float = 1.0
+    split: str = "validation"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """When the run is saved (steps; 0: only at the end)."""
+
+    every: int = 50
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSettings:
+    """The tiny world's models, trained from scratch and cached."""
+
+    seed: int = 0
+    cache: str = ""
+    solutions: int = 50_000
+    prompts: int = 20_000
+    vocab_size: int = 64
+    teacher_layers: int = 3
+    teacher_width: int = 128
+    teacher_heads: int = 4
+    teacher_steps: int = 2500
+    student_layers: int = 2
+    student_width: int = 96
+    student_heads: int = 4
+    student_steps: int = 1500
+    student_left_to_right: float = 0.8
+    student_drops_carry: float = 0.3
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """Runs of ``topd sweep``: every variant on every seed."""
+
+    variants: tuple[str, ...] = ("opd", "topd:teacher", "topd:student")
+    seeds: tuple[int, ...] = (0,)
+    record: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a run is told; one field a section of the config."""
+
+    seed: int
+    mesh: MeshSettings
+    student: ModelSettings
+    teacher: ModelSettings
+    data: DataSettings
+    rollout: RolloutSettings
+    objective: Objective
+    offline: OfflineSettings
+    optimizer: OptimizerSettings
+    train: TrainSettings
+    log: LogSettings
+    eval: EvalSettings
+    checkpoint: CheckpointSettings
+    world: WorldSettings
+    sweep: SweepSettings
+
+    def __post_init__(self) -> None:
+        for section, name, least in (
+            ("data", "batch_size", 1),
+            ("data", "samples", 1),
+            ("data", "max_prompt_length", 1),
+            ("data", "held_out", 1),
+            ("rollout", "max_new_tokens", 1),
+            ("train", "steps", 1),
+            ("train", "max_skipped", 0),
+            ("optimizer", "accumulate", 1),
+            ("log", "top_k", 1),
+            ("eval", "problems", 1),
+            ("eval", "final_problems", 1),
+            ("eval", "batch_size", 1),
+            ("checkpoint", "keep", 1),
+            ("optimizer", "learning_rate", 0),
+            ("rollout", "temperature", 0),
+            ("offline", "temperature", 0),
+            ("eval", "temperature", 0),
+        ):
+            value = getattr(getattr(self, section), name)
+            if value < least:
+                raise ValueError(
+                    f"{section}.{name}={value} must be at least {least}"
+                )
+        for section, name, choices in (
+            ("data", "source", ("world", "jsonl", "tfds", "hub")),
+            ("data", "on_long_prompt", ("error", "skip")),
+            ("eval", "split", ("train", "validation", "test")),
+        ):
+            value = getattr(getattr(self, section), name)
+            if value not in choices:
+                raise ValueError(
+                    f"{section}.{name}={value!r} must be one of "
+                    f"{', '.join(choices)}"
+                )
+        rows = self.data.batch_size * self.data.samples
+        if rows % self.optimizer.accumulate:
+            raise ValueError(
+                f"data.batch_size x data.samples = {rows} rows must be "
+                f"divisible by optimizer.accumulate="
+                f"{self.optimizer.accumulate}"
+            )
+        if self.objective.window > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"objective.window={self.objective.window} must not exceed "
+                f"rollout.max_new_tokens={self.rollout.max_new_tokens}; lower "
+                "the one or raise the other"
+            )
+
+    def to_dict(self) -> dict:
+        """The settings as plain nested dictionaries, for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any setting."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def settings_from(config: Mapping) -> Settings:
+    """Checks a config and turns it into frozen dataclasses.
+
+    Args:
+      config: a ConfigDict, or nested mappings, with the sections and keys of
+        ``configs/default.py``.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: an unknown key (naming the nearest), a missing section, a
+        value of the wrong type or out of bounds.
+    """
+    return _build(Settings, config, "config")
+
+
+def _build(cls: type, config: Mapping, path: str) -> typing.Any:
+    # A ConfigDict is no Mapping.
+    if not hasattr(config, "keys"):
+        raise ValueError(
+            f"{path}={config!r} must be a section with the keys of "
+            f"{path} in configs/default.py"
+        )
+    hints = typing.get_type_hints(cls)
+    for key in config:
+        if key not in hints:
+            raise ValueError(unknown_key(f"{path}.{key}", list(hints), path))
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in config:
+            if field.default is dataclasses.MISSING:
+                raise ValueError(f"{path}.{field.name} is missing")
+            continue
+        value, kind = config[field.name], hints[field.name]
+        name = f"{path}.{field.name}"
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = _build(kind, value, name)
+        else:
+            values[field.name] = _checked(value, kind, name)
+    return cls(**values)
+
+
+def unknown_key(name: str, choices: list[str], path: str) -> str:
+    """The sentence for a key that does not exist, with the nearest one.
+
+    Args:
+      name: the dotted name that was given.
+      choices: the keys that exist there.
+      path: dotted name of the place they exist in.
+
+    Returns:
+      One line.
+    """
+    near = difflib.get_close_matches(
+        name.split(".")[-1], choices, n=1, cutoff=0
+    )
+    return (
+        f"unknown config key {name}; the nearest is {path}.{near[0]} "
+        f"(all: {', '.join(sorted(choices))})"
+    )
+
+
+def _checked(value: object, kind: object, name: str) -> object:
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None:
+            return None
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if isinstance(value, str):
+            value = [v for v in value.split(",") if v]
+        if not isinstance(value, Sequence):
+            raise ValueError(
+                f"{name}={value!r} must be several of type {item.__name__}, "
+                f"not {type(value).__name__}; try ({value!r},)"
+            )
+        return tuple(_checked(v, item, name) for v in value)
+    is_bool = isinstance(value, bool)
+    if kind is float and isinstance(value, int) and not is_bool:
+        value = float(value)
+    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
+        value = int(value)
+    # Python's True is an int, a setting's is not.
+    if not isinstance(value, kind) or (is_bool and kind is not bool):
+        raise ValueError(
+            f"{name}={value!r} must be of type {kind.__name__}, not "
+            f"{type(value).__name__}"
+        )
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be a finite number")
+    return value

@@ -1,0 +1,219 @@
+"""The device mesh, and the rules from logical axes to mesh axes.
+
+The rest of the project speaks of *logical* axes ("embed", "heads", "batch");
+this file alone knows the mesh axes:
+
+* ``data``: replicas, each with rows of its own;
+* ``fsdp``: rows too, and the parameters are spread over it;
+* ``tensor``: heads, feed-forward columns and vocabulary are spread over it.
+
+Student and teacher each carry their own :data:`Rules`, so that a large teacher
+may be spread over more axes than a small student.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "sequence": None,
+    "activation_embed": None,
+    "activation_heads": "tensor",
+    "activation_kv_heads": "tensor",
+    "activation_mlp": "tensor",
+    # parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+}
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Builds the mesh over the axes data, fsdp and tensor.
+
+    Args:
+      data: replicas; -1 takes every device the other two leave.
+      fsdp: devices that a parameter and the rows are spread over.
+      tensor: devices that heads, columns and vocabulary are spread over.
+      devices: all of ``jax.devices()`` unless told.
+
+    Returns:
+      A mesh with automatic axes.
+
+    Raises:
+      ValueError: where the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+        raise ValueError(
+            f"mesh axes data={data}, fsdp={fsdp}, tensor={tensor} must be "
+            "positive; only data may be -1 (all that is left)"
+        )
+    if data == -1:
+        data = max(len(devices) // (fsdp * tensor), 1)
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
+            f"{data * fsdp * tensor} devices and there are {len(devices)}; "
+            "set data=-1 to take what the other two leave"
+        )
+    grid = np.asarray(devices).reshape(data, fsdp, tensor)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+    """Translates an array's logical axes to mesh axes.
+
+    Args:
+      axes: one logical name, or None, a dimension.
+      rules: logical name -> mesh axis, mesh axes or None.
+
+    Returns:
+      The partition of the array.
+
+    Raises:
+      ValueError: for a name without a rule, or a mesh axis used twice.
+    """
+    parts = []
+    for axis in axes:
+        if axis is not None and axis not in rules:
+            raise ValueError(
+                f"no sharding rule for the logical axis {axis!r}; rules: "
+                f"{sorted(rules)}"
+            )
+        parts.append(None if axis is None else rules[axis])
+    used = [m for p in parts if p for m in ((p,) if isinstance(p, str) else p)]
+    if len(used) != len(set(used)):
+        raise ValueError(
+            f"logical axes {tuple(axes)} put one mesh axis on two dimensions: "
+            f"{parts}; change a rule"
+        )
+    return PartitionSpec(*parts)
+
+
+def named(
+    mesh: Mesh,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    rules: Rules = RULES,
+    *,
+    name: str = "array",
+) -> NamedSharding:
+    """The sharding of one array, checked against its shape.
+
+    Args:
+      mesh: from :func:`make_mesh`.
+      shape: the array's shape.
+      axes: its logical axes, one a dimension.
+      rules: logical axis -> mesh axis.
+      name: what to call the array in an error.
+
+    Returns:
+      The sharding.
+
+    Raises:
+      ValueError: where a dimension does not divide among its devices.
+    """
+    partition = spec(axes, rules)
+    for size, part, axis in zip(shape, partition, axes, strict=True):
+        parts = (part,) if isinstance(part, str) else (part or ())
+        ways = math.prod(mesh.shape[p] for p in parts)
+        if size % ways:
+            raise ValueError(
+                f"{name}: {axis}={size} must be divisible by the mesh axes "
+                f"{'x'.join(parts)} ({ways}); choose a smaller axis or a rule "
+                f"that leaves {axis!r} unsharded"
+            )
+    return NamedSharding(mesh, partition)
+
+
+def tree_shardings(
+    tree: object,
+    mesh: Mesh,
+    logical_axes: Mapping[str, Sequence[str | None]],
+    rules: Rules = RULES,
+) -> object:
+    """Shardings for every leaf of a model, or of a state that mirrors one.
+
+    A leaf is recognised by the last attribute name of its path, so the
+    moments of an optimizer are spread as the parameters they belong to.
+
+    Args:
+      tree: any pytree of arrays or ``ShapeDtypeStruct``.
+      mesh: from :func:`make_mesh`.
+      logical_axes: parameter name -> logical axes.
+      rules: logical axis -> mesh axis.
+
+    Returns:
+      The same tree with a ``NamedSharding`` a leaf; leaves without a name in
+      ``logical_axes`` are replicated.
+    """
+
+    def one(path: tuple, leaf: jax.Array) -> NamedSharding:
+        names = [k.name for k in path if hasattr(k, "name")]
+        names = [n for n in names if n in logical_axes]
+        if not names or len(logical_axes[names[-1]]) != leaf.ndim:
+            return NamedSharding(mesh, PartitionSpec())
+        axes = logical_axes[names[-1]]
+        return named(mesh, leaf.shape, axes, rules, name=names[-1])
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_shardings(tree: object, mesh: Mesh) -> object:
+    """Shardings that spread the leading dimension, rows, over the mesh."""
+    return jax.tree.map(
+        lambda x: named(
+            mesh,
+            x.shape,
+            ("batch",) + (None,) * (x.ndim - 1),
+            name="batch_size",
+        ),
+        tree,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to its logical axes on the mesh in use.
+
+    Args:
+      x: any array inside a jitted function.
+      *axes: one logical axis, or None, a dimension.
+
+    Returns:
+      x, with its sharding fixed; x itself where no mesh is set.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return x
+    parts = []
+    for size, part in zip(x.shape, spec(axes), strict=True):
+        names = (part,) if isinstance(part, str) else (part or ())
+        ways = math.prod(mesh.shape[p] for p in names)
+        # An activation that does not divide (3 kv heads on 2 devices) is left
+        # to the compiler; parameters are refused instead, by named().
+        parts.append(part if size % ways == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))

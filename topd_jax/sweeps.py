@@ -1,0 +1,272 @@
+"""Every variant on every seed, resumable run by run, then the report.
+
+Each finished run appends one JSON line to a record, with the fingerprint of
+its settings; a run that the record already holds is not made again, and one
+that was killed goes on from its checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from topd_jax.analysis import detector
+from topd_jax.analysis.report import write_report
+from topd_jax.data import prompts as prompt_data
+from topd_jax.evaluate import Evaluator
+from topd_jax.logs import read_jsonl
+from topd_jax.objective import VARIANTS
+from topd_jax.pair import Pair, load_pair
+from topd_jax.phases import make_optimizer, make_phases
+from topd_jax.settings import Settings
+from topd_jax.train import Run
+
+# Problems on which the detector is held against the truth.
+_DETECTOR_PROBLEMS = 1000
+
+
+def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs what ``settings.sweep`` names and writes tables and pictures.
+
+    Args:
+      settings: of every run, but for variant, context and seed.
+      workdir: of the sweep; runs in ``workdir/runs``.
+
+    Returns:
+      Where the report's files are.
+
+    Raises:
+      ValueError: for an unknown variant.
+    """
+    options = settings.sweep
+    for name in options.variants:
+        _with_variant(settings, name)  # all of them, before the first runs
+    record = pathlib.Path(options.record or workdir / "record.jsonl")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    _drop_torn_line(record)
+    pair = load_pair(_shared_world(settings, workdir), workdir)
+    for seed in options.seeds:
+        at_seed = dataclasses.replace(
+            _shared_world(settings, workdir), seed=seed
+        )
+        for name in ("start", "teacher", *options.variants):
+            run = at_seed
+            if name not in ("start", "teacher"):
+                run = _with_variant(at_seed, name)
+            if _is_recorded(record, name, run):
+                logging.info("%s, seed %d is in %s", name, seed, record)
+                continue
+            row = _run(name, run, workdir, pair)
+            with record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+    rows = [r for r in read_jsonl(record) if r["config"] == _family(settings)]
+    return write_report(rows, workdir / "report")
+
+
+def _drop_torn_line(record: pathlib.Path) -> None:
+    """Drops the end of a line that was cut off while it was written."""
+    if not record.exists():
+        return
+    text = record.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        with contextlib.suppress(ValueError):
+            json.loads(text[len(whole) :])
+            whole = text + b"\n"  # only its end was missing
+        fresh = record.with_suffix(".new")
+        fresh.write_bytes(whole)
+        fresh.replace(record)
+
+
+def _with_variant(settings: Settings, name: str) -> Settings:
+    """Settings of "variant" or "variant:context"."""
+    variant, _, context = name.partition(":")
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"sweep.variants: {name!r} must be one of {', '.join(VARIANTS)}, "
+            "with :teacher or :student behind it to set the context"
+        )
+    changed = {"variant": variant} | ({"context": context} if context else {})
+    return dataclasses.replace(
+        settings, objective=dataclasses.replace(settings.objective, **changed)
+    )
+
+
+def _shared_world(settings: Settings, workdir: pathlib.Path) -> Settings:
+    cache = settings.world.cache or str(workdir / "world")
+    return dataclasses.replace(
+        settings, world=dataclasses.replace(settings.world, cache=cache)
+    )
+
+
+def _comparable(settings: Settings) -> Settings:
+    """The settings without paths and intervals of writing."""
+    plain = dataclasses.replace
+    return plain(
+        settings,
+        world=plain(settings.world, cache=""),
+        sweep=type(settings.sweep)(),
+        log=type(settings.log)(),
+        checkpoint=type(settings.checkpoint)(),
+    )
+
+
+def _family(settings: Settings) -> str:
+    """What all runs of one sweep share, as a fingerprint."""
+    return dataclasses.replace(
+        _with_variant(_comparable(settings), "topd:teacher"), seed=0
+    ).fingerprint()
+
+
+def _is_recorded(record: pathlib.Path, name: str, run: Settings) -> bool:
+    fingerprint = _comparable(run).fingerprint()
+    return any(
+        r["name"] == name and r["fingerprint"] == fingerprint
+        for r in read_jsonl(record)
+    )
+
+
+def _run(
+    name: str, settings: Settings, workdir: pathlib.Path, pair: Pair
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name,
+        "seed": settings.seed,
+        "fingerprint": _comparable(settings).fingerprint(),
+        "config": _family(settings),
+        "machine": _machine(),
+    }
+    if name in ("start", "teacher"):
+        with jax.set_mesh(pair.mesh):
+            model = pair.student if name == "start" else pair.teacher
+            row |= _evaluated(model, settings, pair)
+            if name == "start" and settings.data.source == "world":
+                row["detector"] = _detector(settings, pair)
+        return row
+    folder = workdir / "runs" / f"{name.replace(':', '-')}-{settings.seed}"
+    with jax.set_mesh(pair.mesh):
+        run = Run(settings, folder, pair)
+    run.train()
+    with jax.set_mesh(pair.mesh):
+        row |= _evaluated(run.state.student, settings, pair)
+    return row | _curves(folder)
+
+
+def _evaluated(model: Any, settings: Settings, pair: Pair) -> dict[str, Any]:
+    """The final evaluation, and accuracy of greedy decoding beside it."""
+    evaluator = Evaluator(settings, pair)
+    final = evaluator(model, settings.train.steps, final=True)
+    greedy = evaluator(model, settings.train.steps, final=True, temperature=0.0)
+    return {
+        "evaluation": final,
+        "greedy": {
+            k: v for k, v in greedy.items() if k.startswith(("exact", "grad"))
+        },
+    }
+
+
+def _curves(folder: pathlib.Path) -> dict[str, Any]:
+    """What a finished run's logs say, in brief."""
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    evals = read_jsonl(folder / "evals.jsonl")
+    tokens = {0: 0.0}
+    for m in metrics:
+        tokens[m["step"]] = tokens[m["step"] - 1] + m["num_tokens"]
+    # The first steps compile, and those that are timed wait between phases.
+    after = metrics[2:] or metrics
+    untimed = [m for m in after if "seconds_update" not in m]
+    timed = [m for m in metrics if "seconds_update" in m][1:]
+    phases = ("rollout", "annotate", "update")
+    return {
+        "steps": metrics[-1]["step"],
+        "tokens": tokens[metrics[-1]["step"]],
+        "seconds_step": statistics.median(
+            m["seconds"] for m in untimed or after
+        ),
+        "seconds_phases": {
+            p: statistics.median(m[f"seconds_{p}"] for m in timed)
+            for p in phases
+        }
+        if timed
+        else {},
+        "curve": [
+            {
+                "step": e["step"],
+                "tokens": tokens[e["step"]],
+                "exact_match": e["exact_match"],
+                "reverse_kl": e["reverse_kl"],
+            }
+            for e in evals
+            if not e["final"]
+        ],
+    }
+
+
+def _detector(settings: Settings, pair: Pair) -> dict[str, Any]:
+    """The detector on the start's rollouts, against the known truth."""
+    looking = _with_variant(settings, "topd:teacher")
+    looking = dataclasses.replace(
+        looking, data=dataclasses.replace(looking.data, samples=1)
+    )
+    phases = make_phases(
+        looking,
+        make_optimizer(looking.optimizer, looking.train.steps),
+        eos_ids=pair.tokenizer.eos_ids,
+        pad_id=pair.tokenizer.pad_id,
+    )
+    parts = []
+    size = settings.eval.batch_size
+    key = jax.random.fold_in(jax.random.key(settings.seed), 2**31 - 2)
+    batches = prompt_data.ordered_batches(pair.test, batch_size=size)
+    for i, batch in enumerate(batches):
+        if i * size >= _DETECTOR_PROBLEMS:
+            break
+        keys = jax.random.split(jax.random.fold_in(key, i))
+        written = phases.rollout(
+            pair.student, pair.teacher, pair.place(batch.prompts), keys[0]
+        )
+        notes = phases.annotate(pair.student, pair.teacher, written, keys[1])
+        real = batch.index >= 0  # the others only fill the last batch
+        written, notes = jax.tree.map(
+            lambda x, real=real: x[real], jax.device_get((written, notes))
+        )
+        parts.append(
+            detector.judge(
+                [pair.test.records[j]["prompt"] for j in batch.index[real]],
+                written,
+                notes,
+                pair.tokenizer,
+                window=settings.objective.window,
+            )
+        )
+    judged = detector.concatenate(parts)
+    edges = np.linspace(0.0, 1.2, 49)
+    surface, fork = (
+        np.histogram(judged.distance[judged.window_fork == v], edges)[0]
+        for v in (False, True)
+    )
+    return detector.report(judged) | {
+        "histogram": {
+            "edges": edges.round(4).tolist(),
+            "surface": surface.tolist(),
+            "fork": fork.tolist(),
+        }
+    }
+
+
+def _machine() -> str:
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s), "
+        f"jax {jax.__version__}"
+    )

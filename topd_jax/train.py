@@ -1,0 +1,297 @@
+"""The host loop: read, dispatch three jitted phases, log, save, evaluate.
+
+A run that is killed at any moment and started again with the same command
+goes on from its last checkpoint and ends with the same bits: every step's
+randomness comes from (run key, step), the data's position is saved, and logs
+are cut back to the checkpoint.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from topd_jax import checkpoint, sharding
+from topd_jax.distill import TrainState, init_state
+from topd_jax.evaluate import Evaluator
+from topd_jax.logs import Logs, read_jsonl
+from topd_jax.pair import Pair, load_pair
+from topd_jax.phases import make_optimizer, make_phases
+from topd_jax.settings import Settings
+from topd_jax.types import Trajectories
+
+
+def initial_state(
+    pair: Pair, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The train state at step 0, spread over the mesh as its parameters are.
+
+    Args:
+      pair: whose student is copied.
+      optimizer: of the student.
+
+    Returns:
+      The state.
+    """
+
+    def make(student: Any) -> TrainState:
+        return init_state(student, optimizer)
+
+    shapes = jax.eval_shape(make, pair.student)
+    shardings = sharding.tree_shardings(
+        shapes, pair.mesh, pair.student.logical_axes
+    )
+    return jax.jit(make, out_shardings=shardings)(pair.student)
+
+
+class Run:
+    """One training run in one work directory."""
+
+    def __init__(
+        self, settings: Settings, workdir: pathlib.Path, pair: Pair
+    ) -> None:
+        """Places models, opens data, checkpoints and logs; resumes.
+
+        Args:
+          settings: of the run.
+          workdir: where everything is written.
+          pair: student, teacher, tokenizer and data.
+
+        Raises:
+          ValueError: for a checkpoint of another run, or a batch that does
+            not divide over the mesh.
+        """
+        self.settings, self.workdir, self.pair = settings, workdir, pair
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.mesh = pair.mesh
+        self.optimizer = make_optimizer(
+            settings.optimizer, settings.train.steps
+        )
+        self.phases = make_phases(
+            settings,
+            self.optimizer,
+            eos_ids=pair.tokenizer.eos_ids,
+            pad_id=pair.tokenizer.pad_id,
+        )
+        self.data = pair.stream(settings)
+        self.key = jax.random.key(settings.seed)
+        self.state = initial_state(pair, self.optimizer)
+        self.checkpoints = checkpoint.Checkpoints(
+            workdir / "checkpoints", settings.checkpoint.keep
+        )
+        self.best = checkpoint.Checkpoints(workdir / "best", 1)
+        found = self.checkpoints.latest()
+        self.step = 0 if found is None else self._resume(found)
+        self.logs = Logs(
+            workdir,
+            step=-1 if found is None else found,
+            tensorboard=settings.log.tensorboard,
+        )
+        self.evaluator = Evaluator(settings, pair)
+        (workdir / "settings.json").write_text(
+            json.dumps(settings.to_dict(), indent=1)
+        )
+
+    def _resume(self, step: int) -> int:
+        found = self.checkpoints.record(step)
+        where = str(self.workdir / "checkpoints")
+        checkpoint.require_same_run(
+            found, self.settings, self.pair.teacher_fingerprint, where
+        )
+        self.state, self.key = self.checkpoints.restore(step, self.state)
+        self.data.set_state(found["data"])
+        return step
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the last step, evaluates and saves.
+
+        Returns:
+          The final evaluation, name -> number.
+        """
+        settings, steps = self.settings, self.settings.train.steps
+        bar = tqdm(
+            total=steps, initial=self.step, unit="step", mininterval=1.0,
+            desc=settings.objective.variant,
+        )  # fmt: skip
+        with jax.set_mesh(self.mesh), bar:
+            if self.step == 0:
+                self.evaluate()
+            while self.step < steps:
+                row = self._one_step()
+                bar.update()
+                if row:
+                    bar.set_postfix(
+                        loss=row["loss"], kl=row["divergence"], refresh=False
+                    )
+                every, last = settings.eval.every, self.step == steps
+                if every and self.step % every == 0 and not last:
+                    self.evaluate()
+                every = settings.checkpoint.every
+                if every and self.step % every == 0 and not last:
+                    self.save()
+            final = self._finished() or self.evaluate(final=True)
+            if self.checkpoints.latest() != self.step:
+                self.save()
+        for part in (self.logs, self.checkpoints, self.best):
+            part.close()
+        return final
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The final evaluation, where a finished run is started again."""
+        return next((r for r in self._evals() if r["final"]), None)
+
+    def _evals(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.workdir / "evals.jsonl")
+
+    def _one_step(self) -> dict[str, float] | None:
+        """Dispatches a step; returns the metrics of the one before."""
+        started = time.perf_counter()
+        step = self.step + 1
+        key = jax.random.fold_in(self.key, step)
+        roll_key, note_key = jax.random.split(key)
+        settings, teacher = self.settings, self.pair.teacher
+        student = self.state.student
+        every = settings.log.statistics_every
+        timed = bool(every) and step % every == 0
+        clock = _Clock(timed)
+        prompts = self.pair.place(next(self.data).prompts)
+        trajectories = clock(
+            "rollout", self.phases.rollout(student, teacher, prompts, roll_key)
+        )
+        notes = clock(
+            "annotate",
+            self.phases.annotate(student, teacher, trajectories, note_key),
+        )
+        extra = {}
+        if timed:
+            extra = clock(
+                "statistics",
+                self.phases.statistics(student, teacher, trajectories),
+            )
+        self.state, metrics = clock(
+            "update",
+            self.phases.update(self.state, teacher.head, trajectories, notes),
+        )
+        self.step = step
+        every = settings.log.completions_every
+        if every and step % every == 0:
+            self._log_completions(trajectories)
+        row = self.logs.later(step, metrics | extra, clock.times)
+        self._watch(row, trajectories)
+        # Reading the step before has just waited for it: what has passed
+        # since is one step, the statistics aside.
+        aside = clock.times.get("seconds_statistics", 0.0)
+        clock.times["seconds"] = time.perf_counter() - started - aside
+        return row
+
+    def evaluate(self, final: bool = False) -> dict[str, Any]:
+        """Evaluates the student as it is, and logs the result."""
+        self.logs.flush()
+        row = self.evaluator(self.state.student, self.step, final=final)
+        best = all(better(row, r) for r in self._evals())
+        self.logs.write("evals", row)
+        if best and not final:
+            self._save_to(self.best)
+        return row
+
+    def save(self) -> None:
+        """Saves a checkpoint of the step that was just made."""
+        self.logs.sync()
+        self._save_to(self.checkpoints)
+
+    def _save_to(self, checkpoints: checkpoint.Checkpoints) -> None:
+        checkpoints.save(
+            self.step,
+            self.state,
+            self.key,
+            checkpoint.record(
+                self.settings,
+                self.pair.teacher_fingerprint,
+                self.data.get_state(),
+            ),
+        )
+
+    def _log_completions(self, trajectories: Trajectories) -> None:
+        rows = jax.device_get(trajectories)
+        decode = self.pair.tokenizer.decode
+        for i in range(min(self.settings.log.completions, len(rows.tokens))):
+            prompt = rows.prompt[i][rows.prompt_mask[i]].tolist()
+            tokens = rows.tokens[i][rows.mask[i]].tolist()
+            self.logs.write(
+                "completions",
+                {
+                    "step": self.step,
+                    "prompt": decode(prompt),
+                    "completion": decode(tokens),
+                    "truncated": bool(rows.truncated[i]),
+                },
+            )
+
+    def _watch(
+        self, row: dict[str, float] | None, trajectories: Trajectories
+    ) -> None:
+        """Gives up, with the batch kept, after too many skipped updates."""
+        if not row or not row["skipped"]:
+            return
+        skipped = int(self.state.skipped)
+        if skipped <= self.settings.train.max_skipped:
+            return
+        path = self.workdir / f"skipped-{self.step}.npz"
+        np.savez(path, **jax.device_get(vars(trajectories)))
+        self.logs.sync()
+        raise FloatingPointError(
+            f"{skipped} updates had a non-finite loss or gradient, more than "
+            f"train.max_skipped={self.settings.train.max_skipped}; the last "
+            f"batch is in {path}; lower optimizer.learning_rate, or raise "
+            "objective.log_floor"
+        )
+
+
+def better(row: dict[str, Any], than: dict[str, Any]) -> bool:
+    """Whether an evaluation beats another: accuracy, else reverse KL.
+
+    Args:
+      row: an evaluation.
+      than: another one.
+    """
+    if row.get("exact_match") is not None:
+        return row["exact_match"] > than["exact_match"]
+    return row["reverse_kl"] < than["reverse_kl"]
+
+
+class _Clock:
+    """Seconds a phase; waits for each only in the steps that are timed."""
+
+    def __init__(self, timed: bool) -> None:
+        self.times: dict[str, float] = {}
+        self._timed = timed
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if self._timed:
+            jax.block_until_ready(value)
+            now = time.perf_counter()
+            self.times[f"seconds_{name}"] = now - self._last
+            self._last = now
+        return value
+
+
+def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains a student by on-policy distillation; resumes where it stopped.
+
+    Args:
+      settings: of the run.
+      workdir: where everything is written, and found again.
+
+    Returns:
+      The final evaluation, name -> number.
+    """
+    pair = load_pair(settings, workdir)
+    with jax.set_mesh(pair.mesh):
+        run = Run(settings, workdir, pair)
+    return run.train()
