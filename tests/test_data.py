@@ -198,10 +198,6 @@ def test_widths_are_buckets(encoded):
     assert prompts.default_buckets(16) == (16,)
     assert prompts.default_buckets(100) == (16, 32, 64, 100)
     assert prompts.default_buckets(128) == (16, 32, 64, 128)
-    assert prompts.bucket_of(17, (16, 32, 64)) == 32
-    assert prompts.bucket_of(16, (16, 32, 64)) == 16
-    with pytest.raises(ValueError, match="prompt of 65 tokens"):
-        prompts.bucket_of(65, (16, 32, 64))
     stream = prompts.prompt_stream(
         encoded, batch_size=1, seed=0, buckets=(9, 16)
     )

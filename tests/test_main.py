@@ -125,7 +125,7 @@ def test_a_line_that_says_too_little_or_too_much(refused, arguments, message):
         ("--config.log.tensorboard=maybe", "--config.log.tensorboard=maybe"),
         ("--config.optimizer.clip=low", "--config.optimizer.clip=low: could"),
         ("--config.optimizer.clip=nan", "config.optimizer.clip=nan must be"),
-        ("--config.sweep.seeds=0,b", "seeds='0' must be of type int, not str"),
+        ("--config.sweep.seeds=0,b", "seeds='b' must be of type int, not str"),
         ("--config.train.steps=0", "train.steps=0 must be at least 1"),
         ("--config.objective.variant=tpod",
          "objective.variant='tpod' must be one of opd, "),

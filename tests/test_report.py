@@ -162,7 +162,7 @@ def test_the_table_has_a_line_a_variant(rows):
                       "TOPD, context teacher")
     }  # fmt: skip
     assert all(x.count("|") == columns for x in named.values())
-    assert "10 / 20 / – / –" in named["OPD"]
+    assert "10 (0k) / 20 (1k) / – / –" in named["OPD"]
     assert named["OPD"].endswith("| 0.500 | 1.00 |")
     assert "Seeds 0, 1; a machine." in text
     assert "the token is the fork: by distance | 0.200 | 0.800 |" in text

@@ -86,7 +86,7 @@ def test_lines_hold_what_the_report_needs(finished):
         tokens = [m["num_tokens"] for m in metrics]
         assert row["steps"] == 4
         assert row["tokens"] == sum(tokens)
-        assert [p["step"] for p in row["curve"]] == [0, 2]
+        assert [p["step"] for p in row["curve"]] == [0, 2, 4]
         assert row["curve"][1]["tokens"] == sum(tokens[:2])
         assert row["seconds_step"] > 0
         assert set(row["seconds_phases"]) == {"rollout", "annotate", "update"}

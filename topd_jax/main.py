@@ -31,6 +31,7 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
 
 FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
 eval, sample and export take --which latest (default), best or start.
+TOPD_TRACEBACK=1 shows where an error came from.
 """
 
 
@@ -213,8 +214,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(result, indent=1))
     except Exception as error:
         line = _one_line(error)
-        if line is None:  # not the user's mistake: with its traceback
-            raise
+        if line is None or os.environ.get("TOPD_TRACEBACK"):
+            raise  # where it came from is the point
         print(f"topd: {line}", file=sys.stderr)
         raise SystemExit(2) from error
 

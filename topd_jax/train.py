@@ -129,7 +129,7 @@ class Run:
                         loss=row["loss"], kl=row["divergence"], refresh=False
                     )
                 every, last = settings.eval.every, self.step == steps
-                if every and self.step % every == 0 and not last:
+                if every and self.step % every == 0:
                     self.evaluate()
                 every = settings.checkpoint.every
                 if every and self.step % every == 0 and not last:

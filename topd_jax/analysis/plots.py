@@ -4,11 +4,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 # Okabe & Ito: told apart by every reader, and in print.
 _COLOURS = (
@@ -38,7 +35,8 @@ def curves(
     Returns:
       The picture's path.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     drawn = [r for r in rows if "curve" in r]
     names = list(dict.fromkeys(r["name"] for r in drawn))
     for colour, name in zip(_COLOURS * 2, names, strict=False):
@@ -76,7 +74,6 @@ def curves(
     axes[0].legend(fontsize=8)
     path = folder / "curves.png"
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 
@@ -93,7 +90,8 @@ def distances(
       The picture's path.
     """
     edges = np.array(found[0]["histogram"]["edges"])
-    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
     for key, label, colour in (
         ("surface", "surface form only", _COLOURS[5]),
         ("fork", "a reasoning fork in the window", _COLOURS[1]),
@@ -107,5 +105,4 @@ def distances(
     axis.grid(alpha=0.3)
     path = folder / "distances.png"
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path

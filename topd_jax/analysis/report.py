@@ -217,7 +217,8 @@ def markdown(summary: dict[str, Any]) -> str:
     """
     head = (
         "| | exact match (95 %) | gain over OPD (95 %) | greedy | reverse KL "
-        "| steps to 50 / 60 / 70 / 80 % | s a step | ÷ OPD |\n"
+        "| steps (rollout tokens) to 50 / 60 / 70 / 80 % | s a step | ÷ OPD "
+        "|\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
     lines = [_line(v) for v in summary["variants"]]
@@ -244,7 +245,10 @@ def _line(v: dict[str, Any]) -> str:
     if "milestones" in v:
         found = v["milestones"].values()
         cells.append(
-            " / ".join(f"{m['steps']:.0f}" if m else "–" for m in found)
+            " / ".join(
+                f"{m['steps']:.0f} ({m['tokens'] / 1000:.0f}k)" if m else "–"
+                for m in found
+            )
         )
         cells.append(f"{v['seconds_step']:.3f}")
         cells.append(f"{v['overhead']:.2f}" if v["overhead"] else "")

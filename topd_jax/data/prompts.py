@@ -17,6 +17,7 @@ from absl import logging
 
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer
+from topd_jax.sampling.prompts import bucket
 from topd_jax.types import Prompts
 
 
@@ -122,21 +123,6 @@ def default_buckets(max_length: int) -> tuple[int, ...]:
     return (*widths, max_length)
 
 
-def bucket_of(length: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds ``length`` columns.
-
-    Raises:
-      ValueError: if none does.
-    """
-    fitting = [b for b in buckets if b >= length]
-    if not fitting:
-        raise ValueError(
-            f"no bucket of {tuple(buckets)} holds a prompt of {length} "
-            "tokens; add one at least that wide"
-        )
-    return min(fitting)
-
-
 def pad_prompts(
     ids: Sequence[np.ndarray], *, pad_id: int, width: int
 ) -> Prompts:
@@ -188,11 +174,11 @@ def prompt_stream(
     """
     own = _own_rows(batch_size, process_index, process_count)
     widths = tuple(buckets or default_buckets(encoded.max_length))
-    bucket_of(max(map(len, encoded.ids)), widths)
+    bucket(max(map(len, encoded.ids)), widths)
 
     def collate(index: np.ndarray) -> PromptBatch:
         # The width is the global batch's: all processes run one program.
-        width = bucket_of(max(len(encoded.ids[i]) for i in index), widths)
+        width = bucket(max(len(encoded.ids[i]) for i in index), widths)
         mine = index[own]
         prompts = pad_prompts(
             [encoded.ids[i] for i in mine], pad_id=encoded.pad_id, width=width
@@ -250,7 +236,7 @@ def ordered_batches(
         fill = batch_size - len(ids)
         index = [*range(begin, begin + len(ids)), *[-1] * fill]
         ids += [ids[-1]] * fill
-        width = bucket_of(max(map(len, ids)), widths)
+        width = bucket(max(map(len, ids)), widths)
         yield PromptBatch(
             pad_prompts(ids, pad_id=encoded.pad_id, width=width),
             np.array(index, np.int32),

@@ -66,7 +66,7 @@ def world_models(
 
 
 def _name_of(settings: WorldSettings, part: str) -> str:
-    """Eight hex digits of the settings that a part is made from."""
+    """Eight hex digits of what a part is made from: settings and code."""
     fields = dataclasses.asdict(settings)
     for name in ("cache", "prompts"):
         fields.pop(name)
@@ -79,8 +79,14 @@ def _name_of(settings: WorldSettings, part: str) -> str:
         or not key.startswith(other)
         or key in ("student_left_to_right", "student_drops_carry")
     }
-    text = json.dumps([part, kept], sort_keys=True)
+    # A sample of both corpora stands for the code that writes them.
+    text = json.dumps([part, kept, _sample(settings)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _sample(settings: WorldSettings) -> dict[str, list[tuple[str, str]]]:
+    """The beginning of what :func:`_corpora` gives."""
+    return _corpora(dataclasses.replace(settings, solutions=50))
 
 
 def _corpora(settings: WorldSettings) -> dict[str, list[tuple[str, str]]]:
