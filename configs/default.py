@@ -145,11 +145,11 @@ def get_config() -> ConfigDict:
     config.world.teacher_layers = 3
     config.world.teacher_width = 128
     config.world.teacher_heads = 4
-    config.world.teacher_steps = 2500
+    config.world.teacher_steps = 2300
     config.world.student_layers = 2
     config.world.student_width = 96
     config.world.student_heads = 4
-    config.world.student_steps = 1500
+    config.world.student_steps = 2600
     config.world.student_left_to_right = 0.8  # share of problems
     config.world.student_drops_carry = 0.3  # share of additions with a carry
     config.world.batch_size = 64  # solutions a step

@@ -205,7 +205,7 @@ def test_widths_are_buckets(encoded):
     for batch in take(stream, 37):
         width = 9 if lengths[batch.index[0]] <= 9 else 16
         assert batch.prompts.tokens.shape == (1, width)
-    with pytest.raises(ValueError, match="no bucket"):
+    with pytest.raises(ValueError, match="largest bucket"):
         prompts.prompt_stream(encoded, batch_size=1, seed=0, buckets=(5,))
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.axes import Axes
 
 from topd_jax.analysis import plots, report
 from topd_jax.analysis.report import (
@@ -221,13 +222,13 @@ def test_all_files_are_written_and_the_pictures_are_not_blank(
 
 def test_more_variants_than_colours_are_all_drawn(tmp_path, monkeypatch):
     drawn = []
-    plain = plots.plt.Axes.plot
+    plain = Axes.plot
 
     def plot(self, *args, **fields):
         drawn.append(fields["label"])
         return plain(self, *args, **fields)
 
-    monkeypatch.setattr(plots.plt.Axes, "plot", plot)
+    monkeypatch.setattr(Axes, "plot", plot)
     names = [f"v{i}" for i in range(9)]
     plots.curves([line(n, 0, [1]) for n in names], {"v1": "one"}, tmp_path)
     titles = ["v0", "one", *names[2:]]

@@ -142,11 +142,11 @@ class WorldSettings:
     teacher_layers: int = 3
     teacher_width: int = 128
     teacher_heads: int = 4
-    teacher_steps: int = 2500
+    teacher_steps: int = 2300
     student_layers: int = 2
     student_width: int = 96
     student_heads: int = 4
-    student_steps: int = 1500
+    student_steps: int = 2600
     student_left_to_right: float = 0.8
     student_drops_carry: float = 0.3
     batch_size: int = 64
