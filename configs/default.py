@@ -130,6 +130,11 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 200  # problems at once
     config.eval.temperature = 1.0  # 0 is greedy
     config.eval.split = "validation"  # of the tiny world; test at the end
+    # topd eval only: completions a problem, and what to evaluate on instead
+    # of the test problems: JSONL files with "problem" or "question" and
+    # "answer", "tfds:NAME" or "hub:NAME" (split: data.eval_split).
+    config.eval.samples = 1
+    config.eval.benchmarks = ()
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 50  # steps; 0: only at the end

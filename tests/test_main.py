@@ -82,7 +82,7 @@ def test_help_is_shown(topd, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "no command 'trian'; one of train, eval, sample, export"),
+        (["trian"], "no command 'trian'; one of train, eval, compare, sample"),
         (["train"], "--config is missing; try --config tiny"),
         (["train", "--config"], "--config is missing"),
         (["train", "--config="], "--config is missing"),
@@ -340,13 +340,18 @@ def test_the_same_command_again_does_nothing(
 def test_eval_of_the_latest_is_the_runs_own(topd, trained, small_arguments):
     row = json.loads(topd("eval", *small_arguments, f"--workdir={trained}"))
     final = read_jsonl(trained / "evals.jsonl")[-1]
-    assert row == final
-    assert json.loads((trained / "eval-latest.json").read_text()) == row
+    summary = row["benchmarks"]["test"]
+    assert summary["runs"] == [final["exact_match"]]
+    for name in ("reverse_kl", "length_mean", "teacher_nll", "problems"):
+        assert summary[name] == final[name], name
+    written = json.loads((trained / "eval-latest.json").read_text())
+    assert written["step"] == row["step"] == final["step"]
+    assert written["benchmarks"]["test"]["summary"] == summary
     start = json.loads(topd(
         "eval", *small_arguments, f"--workdir={trained}", "--which=start"
     ))  # fmt: skip
     assert start["step"] == 0
-    assert start["reverse_kl"] != row["reverse_kl"]
+    assert start["benchmarks"]["test"]["reverse_kl"] != summary["reverse_kl"]
     best = json.loads(topd(
         "eval", *small_arguments, f"--workdir={trained}", "--which=best"
     ))  # fmt: skip
@@ -361,8 +366,9 @@ def test_eval_may_read_otherwise_than_it_was_trained(
         "--config.eval.temperature=0", "--config.eval.final_problems=5",
         "--config.rollout.max_new_tokens=8",
     ))  # fmt: skip
-    assert row["temperature"] == 0 and row["problems"] == 5
-    assert row["length_mean"] <= 8
+    summary = row["benchmarks"]["test"]
+    assert row["temperature"] == 0 and summary["problems"] == 5
+    assert summary["length_mean"] <= 8
 
 
 def test_sample_completes_prompts(topd, trained, small_arguments, refused):

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from topd_jax import checkpoint, sweeps
+from topd_jax import benchmarking, checkpoint, sweeps
 from topd_jax import train as training
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data.tokenizers import SentencePieceTokenizer
-from topd_jax.evaluate import Evaluator
 from topd_jax.models import save_model
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer
@@ -108,24 +107,41 @@ def load_student(
 def evaluate(
     settings: Settings, workdir: pathlib.Path, which: str
 ) -> dict[str, Any]:
-    """Evaluates a trained student on the test problems.
+    """Evaluates a trained student on test problems or benchmarks.
 
     Args:
-      settings: of the run.
-      workdir: of the run; ``eval-WHICH.json`` is written there.
+      settings: of the run; ``settings.eval`` names samples and benchmarks.
+      workdir: of the run; ``eval-WHICH.json``, with a record of every
+        problem, is written there.
       which: "latest", "best" or "start".
 
     Returns:
-      The evaluation.
+      The evaluation without the records.
     """
     require_checkpoint(workdir, which)
     pair = load_pair(settings, workdir)
     with jax.set_mesh(pair.mesh):
         student, step = load_student(settings, workdir, pair, which)
-        row = Evaluator(settings, pair)(student, step, final=True)
+        found = benchmarking.evaluate_all(settings, pair, student, step)
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / f"eval-{which}.json").write_text(json.dumps(row, indent=1))
-    return row
+    (workdir / f"eval-{which}.json").write_text(json.dumps(found, indent=1))
+    return benchmarking.summaries(found)
+
+
+def compare(a: list[str], b: list[str], which: str) -> dict[str, Any]:
+    """Compares evaluated runs on the same problems.
+
+    Args:
+      a: work directories of one method, one a seed.
+      b: of the other, as many.
+      which: "latest", "best" or "start".
+
+    Returns:
+      Benchmark -> difference, interval and test.
+    """
+    return benchmarking.compare_runs(
+        [pathlib.Path(d) for d in a], [pathlib.Path(d) for d in b], which
+    )
 
 
 def sample(

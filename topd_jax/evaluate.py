@@ -84,40 +84,64 @@ class Evaluator:
             temperature = options.temperature
         count = options.final_problems if final else options.problems
         encoded = pair.test if final else pair.validation
-        batches = prompt_data.ordered_batches(
-            encoded, batch_size=options.batch_size
-        )
-        parts, rows = [], []
-        for i, batch in enumerate(batches):
-            if i * options.batch_size >= count:
-                break
-            written = self._write(
-                student,
-                pair.place(batch.prompts),
-                jax.random.fold_in(self._key, i),
-                jnp.float32(temperature),
-            )
-            real = (batch.index >= 0) & (batch.index < count)
-            written = written.replace(mask=written.mask & real[:, None])
-            parts.append(self._statistics(student, pair.teacher, written))
-            rows += _completions(written, int(real.sum()))
+        rows, statistics = self.complete(student, encoded, count, temperature)
         problems = encoded.records[: len(rows)]
         texts = [pair.tokenizer.decode(r) for r in rows]
         lengths = np.asarray([len(r) for r in rows])
-        limit = self._settings.rollout.max_new_tokens
-        ends = set(pair.tokenizer.eos_ids)
-        cut = [len(r) == limit and r[-1] not in ends for r in rows]
         return {
             "step": step,
             "final": final,
             "problems": len(problems),
             "temperature": float(temperature),
-            **read_metrics(merge(parts)),
+            **statistics,
             "length_mean": float(lengths.mean()),
-            "truncated": float(np.mean(cut)),
+            "truncated": float(np.mean([self.is_cut(r) for r in rows])),
             "distinct_3": distinct_ngrams(rows, 3),
             **_accuracy(pair.grade(problems, texts)),
         }
+
+    def complete(
+        self,
+        student: Any,
+        encoded: prompt_data.EncodedPrompts,
+        count: int,
+        temperature: float,
+    ) -> tuple[list[list[int]], dict[str, float | None]]:
+        """Lets the student complete prompts, one completion each.
+
+        Args:
+          student: the model.
+          encoded: the prompts.
+          count: how many of them, from the first on.
+          temperature: of the sampler; 0 is greedy.
+
+        Returns:
+          (token ids of each completion, the end included; statistics of the
+          student against the teacher on all of them, name -> number).
+        """
+        size = self._settings.eval.batch_size
+        parts, rows = [], []
+        batches = prompt_data.ordered_batches(encoded, batch_size=size)
+        for i, batch in enumerate(batches):
+            if i * size >= count:
+                break
+            written = self._write(
+                student,
+                self._pair.place(batch.prompts),
+                jax.random.fold_in(self._key, i),
+                jnp.float32(temperature),
+            )
+            real = (batch.index >= 0) & (batch.index < count)
+            written = written.replace(mask=written.mask & real[:, None])
+            parts.append(self._statistics(student, self._pair.teacher, written))
+            rows += _completions(written, int(real.sum()))
+        return rows, read_metrics(merge(parts))
+
+    def is_cut(self, tokens: list[int]) -> bool:
+        """Whether a completion reached the limit without an end."""
+        limit = self._settings.rollout.max_new_tokens
+        ends = self._pair.tokenizer.eos_ids
+        return len(tokens) == limit and tokens[-1] not in ends
 
 
 def make_statistics(settings: Settings) -> Callable[..., dict]:

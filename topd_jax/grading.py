@@ -1,21 +1,35 @@
 """Grading of mathematical answers with math-verify, in a process of its own.
 
 A hostile or endless answer costs its deadline and the worker, never the run.
+An answer is right if its spelling is the reference's
+(:func:`topd_jax.answers.normal`) or math-verify proves the two equal.
 """
 
 import contextlib
 import json
 import logging
 import os
+import re
+import resource
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+from topd_jax.answers import normal, plain_latex, stated_answer
 from topd_jax.data.sources import Record
 
 DEADLINE = 10.0  # seconds an answer
 _START = 120.0  # seconds a fresh worker may need for its imports
+# Fewer answers than this are not worth another process.
+_SHARE = 32
+_MEMORY = 4 << 30  # bytes that a worker may ask for
+# Where nothing states the answer it stands near the end, if at all.
+_TAIL = 2000  # characters
+# An answer of words and one number, "18 eggs a day": read as prose.
+_PROSE = re.compile(r"[^\\^_{}()\[\],=;]*")
 
 
 def reference_answer(text: str) -> str:
@@ -30,6 +44,18 @@ def reference_answer(text: str) -> str:
     return text.rsplit("####", 1)[-1].strip()
 
 
+def final_answer(text: str) -> str:
+    """The answer that a completion gives, in one spelling, for votes.
+
+    Args:
+      text: the completion.
+
+    Returns:
+      A key that most spellings of one answer share; "" for none.
+    """
+    return normal(stated_answer(text)[1])
+
+
 def grade_answers(
     records: Sequence[Record],
     texts: Sequence[str],
@@ -37,6 +63,8 @@ def grade_answers(
     deadline: float = DEADLINE,
 ) -> list[bool] | None:
     """Which completions end with the right answer.
+
+    Several processes grade, one for every core where there is work for it.
 
     Args:
       records: questions with their reference answers.
@@ -51,14 +79,32 @@ def grade_answers(
     """
     if not all(r["answer"] for r in records):
         return None
+    pairs = [
+        (reference_answer(record["answer"]), text)
+        for record, text in zip(records, texts, strict=True)
+    ]
+    if not pairs:
+        return []
+    workers = min(os.cpu_count() or 1, -(-len(pairs) // _SHARE))
+    grades = [False] * len(pairs)
+    with ThreadPoolExecutor(workers) as pool:
+        shares = [slice(i, None, workers) for i in range(workers)]
+        graded = pool.map(lambda s: _grade_share(pairs[s], deadline), shares)
+        for share, found in zip(shares, graded, strict=True):
+            grades[share] = found
+    return grades
+
+
+def _grade_share(
+    pairs: Sequence[tuple[str, str]], deadline: float
+) -> list[bool]:
+    """Grades (reference, completion) pairs, one worker after the other."""
     worker = None
     grades = []
     try:
-        for record, text in zip(records, texts, strict=True):
+        for reference, text in pairs:
             worker = worker or _Worker()
-            grade = worker.ask(
-                reference_answer(record["answer"]), text, deadline
-            )
+            grade = worker.ask(reference, text, deadline)
             if grade is None:  # it hangs or died: the next one gets a new one
                 worker.stop()
                 worker = None
@@ -118,20 +164,48 @@ def _serve() -> None:
     # What the libraries print must not pass for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from math_verify import parse, verify
+    import math_verify
 
     logging.disable(logging.CRITICAL)
+    # An answer that would fill the machine's memory fails in here instead.
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("true", file=answers, flush=True)
     for line in sys.stdin:
         reference, text = json.loads(line)
         try:
-            # The deadline is the parent's: no alarms in here.
-            gold = parse(f"${reference}$", parsing_timeout=None)
-            found = parse(text, parsing_timeout=None)
-            grade = bool(verify(gold, found, timeout_seconds=None))
+            grade = _is_right(reference, text, math_verify)
         except Exception:  # whatever an answer provokes, it is not right
             grade = False
         print(json.dumps(grade), file=answers, flush=True)
+
+
+def _is_right(reference: str, text: str, math_verify: Any) -> bool:
+    how, answer = stated_answer(text)
+    # "62.5" answers what percentage it is.
+    same = {normal(reference), normal(reference).removesuffix("%")}
+    if how in ("boxed", "marked") and normal(answer) in same:
+        return True
+
+    # The deadline is the parent's: no alarms in here.
+    def read(text: str) -> list:
+        return math_verify.parse(text, parsing_timeout=None)
+
+    gold = read(f"${plain_latex(reference)}$")
+    latex = plain_latex(answer)
+    if how == "boxed":
+        readings = [f"\\boxed{{{latex}}}"]
+    elif how == "marked":
+        readings = [f"${latex}$"]
+        # "(3, 5)" as prose would end with a 5.
+        if _PROSE.fullmatch(latex):
+            readings.append(f"The answer is {latex}")
+    else:
+        readings = [text[-_TAIL:]]
+    return _any_equal(gold, map(read, readings), math_verify.verify)
+
+
+def _any_equal(gold: list, found: Any, verify: Callable) -> bool:
+    return any(verify(gold, f, timeout_seconds=None) for f in found)
 
 
 if __name__ == "__main__":

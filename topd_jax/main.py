@@ -1,6 +1,7 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
-``train`` a student, ``eval`` or ``sample`` from what was trained, ``export``
+``train`` a student, ``eval`` or ``sample`` from what was trained, ``compare``
+two of them, ``export``
 it to a Hugging Face directory, ``sweep`` over variants and seeds. Bad input
 is one clear line and exit code 2.
 """
@@ -24,7 +25,9 @@ USAGE = """\
 topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
 
   train    train the student; the same command again resumes
-  eval     evaluate a trained student on the test problems
+  eval     evaluate a trained student on the test problems, or on
+           config.eval.benchmarks, config.eval.samples times a problem
+  compare  two evaluated runs, paired: --a DIR --b DIR (again for more seeds)
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
   export   write it to a Hugging Face directory: --output DIR
   sweep    every variant on every seed of config.sweep, then the report
@@ -52,9 +55,12 @@ def _flag_values(
         "which", "latest", ["latest", "best", "start"], "which student",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_multi_string(
-        "prompt", [], "text to complete", flag_values=values
-    )
+    for name, about in (
+        ("prompt", "text to complete"),
+        ("a", "directory of an evaluated run"),
+        ("b", "directory of the run to compare with it"),
+    ):
+        flags.DEFINE_multi_string(name, [], about, flag_values=values)
     flags.DEFINE_float(
         "temperature", None, "of the sampler; 0 is greedy", flag_values=values
     )
@@ -139,7 +145,7 @@ def _checked_override(argument: str, config: ConfigDict) -> str:
             raise ValueError(unknown_key(f"{path}.{key}", list(place), path))
         place, path = place[key], f"{path}.{key}"
     name, _, value = argument.partition("=")
-    if isinstance(place, tuple) and re.fullmatch(r"[\w+:,-]+", value):
+    if isinstance(place, tuple) and re.fullmatch(r"[\w+:,./~-]+", value):
         # "opd,topd:teacher" without quotes, and "" for none.
         items = [v for v in value.split(",") if v]
         numbers = all(re.fullmatch(r"-?\d+", v) for v in items)
@@ -147,7 +153,7 @@ def _checked_override(argument: str, config: ConfigDict) -> str:
     return argument
 
 
-def _parse(arguments: list[str]) -> flags.FlagValues:
+def _parse(arguments: list[str], command: str = "") -> flags.FlagValues:
     """Reads the flags; every mistake becomes a ValueError."""
     given, others, rest = None, [], iter(arguments)
     for argument in rest:  # "--config X" and "--config=X" alike
@@ -156,9 +162,9 @@ def _parse(arguments: list[str]) -> flags.FlagValues:
             given = value if equals else next(rest, None)
         else:
             others.append(argument)
-    if not given:
+    if not given and command != "compare":
         raise ValueError("--config is missing; try --config tiny")
-    config = read_config(config_path(given))
+    config = read_config(config_path(given)) if given else ConfigDict()
     others = [_checked_override(argument, config) for argument in others]
     try:
         values = _flag_values(config, others)
@@ -167,7 +173,7 @@ def _parse(arguments: list[str]) -> flags.FlagValues:
         raise ValueError(f"{error}; topd --help lists the flags") from error
     if strays:
         raise ValueError(f"unexpected arguments: {' '.join(strays)}")
-    if not values.workdir:
+    if not values.workdir and command != "compare":
         raise ValueError("--workdir is missing; try --workdir runs/tiny")
     return values
 
@@ -176,6 +182,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     # Here, not above: orbax and others take seconds to import.
     from topd_jax import commands
 
+    if name == "compare":
+        return commands.compare(values.a, values.b, values.which)
     settings = settings_from(values.config)
     workdir = pathlib.Path(values.workdir).absolute()
     run = (settings, workdir)
@@ -201,7 +209,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
       arguments: without the program's name; None takes ``sys.argv``.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    names = ("train", "eval", "sample", "export", "sweep")
+    names = (
+        "train", "eval", "compare", "sample", "export", "sweep",
+    )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)
         return
@@ -210,7 +220,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         name = arguments[0]
         if name not in names:
             raise ValueError(f"no command {name!r}; one of {', '.join(names)}")
-        result = _command(name, _parse(arguments[1:]))
+        result = _command(name, _parse(arguments[1:], name))
         print(json.dumps(result, indent=1))
     except Exception as error:
         line = _one_line(error)

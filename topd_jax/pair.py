@@ -43,6 +43,7 @@ class Pair:
       test: held-out prompts for the end.
       grade: (records, completions) -> which are right, or None where answers
         are not known.
+      final_answer: completion -> the answer it gives, for votes; "" for none.
       teacher_fingerprint: hash of the teacher's config and parameters.
     """
 
@@ -55,6 +56,7 @@ class Pair:
     validation: prompt_data.EncodedPrompts
     test: prompt_data.EncodedPrompts
     grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
+    final_answer: Callable[[str], str]
     teacher_fingerprint: str
 
     def stream(self, settings: Settings) -> Any:
@@ -141,7 +143,7 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         encoded,
         validation,
         test,
-        _grader(settings),
+        *_grader(settings),
         fingerprint(models["teacher"]),
     )
 
@@ -236,12 +238,17 @@ def _records(settings: Settings) -> list[list[Record]]:
     ]
 
 
-def _grader(settings: Settings) -> Callable:
+def _grader(settings: Settings) -> tuple[Callable, Callable]:
+    """How completions are graded, and where each one's answer stands."""
     if settings.data.source == "world":
-        return lambda records, texts: [
-            world.is_correct(r["prompt"], t)
-            for r, t in zip(records, texts, strict=True)
-        ]
-    from topd_jax.grading import grade_answers
 
-    return grade_answers
+        def grade(records: Sequence[Record], texts: Sequence[str]) -> list:
+            return [
+                world.is_correct(r["prompt"], t)
+                for r, t in zip(records, texts, strict=True)
+            ]
+
+        return grade, lambda text: world.final_answer(text) or ""
+    from topd_jax.grading import final_answer, grade_answers
+
+    return grade_answers, final_answer

@@ -120,6 +120,8 @@ class EvalSettings:
     batch_size: int = 200
     temperature: float = 1.0
     split: str = "validation"
+    samples: int = 1
+    benchmarks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +198,7 @@ class Settings:
             ("eval", "problems", 1),
             ("eval", "final_problems", 1),
             ("eval", "batch_size", 1),
+            ("eval", "samples", 1),
             ("checkpoint", "keep", 1),
             ("optimizer", "learning_rate", 0),
             ("rollout", "temperature", 0),
