@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1  # replicas; -1: all that the others leave
     config.mesh.fsdp = 1  # rows, and parameters spread over them
     config.mesh.tensor = 1  # heads, feed-forward columns, vocabulary
+    config.mesh.expert = 1  # rows, and the experts of a mixture
 
     # The model that learns.
     config.student = ConfigDict()

@@ -10,8 +10,8 @@ import pytest
 from small_files import LLAMA, QWEN, assert_same, edit_config, make
 
 from topd_jax.models import save_model
+from topd_jax.models.hub_config import config_json, decoder_config
 from topd_jax.models.huggingface import load_model
-from topd_jax.models.registry import config_json, decoder_config
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def test_harmless_fields_pass():
 
 
 REFUSED = {
-    "hidden_act": "gelu",
-    "attention_bias": True,
-    "mlp_bias": True,
+    "hidden_act": "relu",
+    "attention_bias": "yes",
+    "mlp_bias": 1,
     "attention_dropout": 0.1,
     "use_sliding_window": True,
     "partial_rotary_factor": 0.5,
@@ -94,8 +94,8 @@ def test_unsupported_and_unknown_fields_are_named(field):
 
 def test_all_faulty_fields_are_named_at_once():
     with pytest.raises(ValueError, match="cannot be read") as error:
-        read(mlp_bias=True, frobnicate=3, vocab_size=...)
-    for name in ("mlp_bias=True", "frobnicate=3", "vocab_size=None"):
+        read(mlp_bias=1, frobnicate=3, vocab_size=...)
+    for name in ("mlp_bias=1", "frobnicate=3", "vocab_size=None"):
         assert name in str(error.value)
     assert "ignore=('frobnicate',)" in str(error.value)
     fields = config_json(LLAMA) | {"frobnicate": 3}
@@ -109,7 +109,7 @@ def test_disagreeing_thetas_are_refused():
 
 
 def test_unknown_model_type_lists_the_supported():
-    with pytest.raises(ValueError, match=r"'gpt2'.*supported: llama, qwen3"):
+    with pytest.raises(ValueError, match=r"'gpt2'.*supported: .*llama"):
         read(model_type="gpt2")
     with pytest.raises(ValueError, match="model_type=None"):
         read(model_type=...)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax import fused, guidance, near_future
+from topd_jax.head import Head
 from topd_jax.models.decoder import causal_mask
 from topd_jax.objective import Objective
 from topd_jax.types import Annotations, Trajectories, completion_states
@@ -19,7 +20,7 @@ from topd_jax.types import Annotations, Trajectories, completion_states
 
 def batch_loss(
     student: Any,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     trajectories: Trajectories,
     annotations: Annotations,
     totals: tuple[jax.Array, jax.Array],
@@ -117,7 +118,7 @@ def _guidance(
     hidden: jax.Array,
     along: jax.Array | None,
     student: Any,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     notes: Annotations,
     objective: Objective,
 ) -> jax.Array:
@@ -161,7 +162,7 @@ def _guidance(
 
 def _offline_loss(
     student: Any,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     trajectories: Trajectories,
     annotations: Annotations,
     totals: tuple[jax.Array, jax.Array],

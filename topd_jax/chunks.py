@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topd_jax.head import Head, head_cap, head_rows, soft_cap
 from topd_jax.losses import accumulation_dtype
 from topd_jax.sharding import MESH_AXES, RULES, constrain
 
@@ -36,6 +37,39 @@ class ChunkedLoss(NamedTuple):
 
     loss: Callable[[jax.Array, Any, Any], jax.Array]
     chunk_size: int
+
+
+def chunked_loss(
+    loss: Callable[[jax.Array, Any, Any], jax.Array],
+    head: Head,
+    chunk_size: int,
+) -> ChunkedLoss:
+    """A loss of the logits of a head, for rows that know no bound.
+
+    :func:`per_token` and :func:`weighted_sum` differentiate plain rows; where
+    the head bounds its logits the loss does so first.
+
+    Args:
+      loss: see :class:`ChunkedLoss`.
+      head: [V, D] that the logits are of.
+      chunk_size: tokens a chunk.
+
+    Returns:
+      What to call them with, beside ``head_rows(head)``.
+    """
+    if (cap := head_cap(head)) is not None:
+        loss = functools.partial(_capped, loss, cap)
+    return ChunkedLoss(loss, chunk_size)
+
+
+def _capped(
+    loss: Callable[[jax.Array, Any, Any], jax.Array],
+    cap: float,
+    logits: jax.Array,
+    constants: Any,
+    rows: Any,
+) -> jax.Array:
+    return loss(soft_cap(logits, cap), constants, rows)
 
 
 def chunk_tokens(vocab: int) -> int:
@@ -127,17 +161,18 @@ def over_tokens(
     return carry, jax.tree.map(join, outputs)
 
 
-def unembed_rows(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def unembed_rows(hidden: jax.Array, head: Head) -> jax.Array:
     """Logits of flattened tokens, adding up in float32.
 
     Args:
       hidden: [R, D].
-      head: [V, D].
+      head: [V, D]; a capped one bounds them.
 
     Returns:
       f32[R, V] (f64 for f64).
     """
-    return constrain(_product(hidden, head, 1, 1), "batch", "vocab")
+    logits = _product(hidden, head_rows(head), 1, 1)
+    return constrain(soft_cap(logits, head_cap(head)), "batch", "vocab")
 
 
 def _product(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:

@@ -20,6 +20,7 @@ from flax import struct
 
 from topd_jax.annotate import annotate
 from topd_jax.batch_loss import batch_loss
+from topd_jax.head import Head
 from topd_jax.objective import Objective
 from topd_jax.types import Annotations, Trajectories
 
@@ -64,7 +65,7 @@ def init_state(
 
 def update(
     state: TrainState,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     trajectories: Trajectories,
     annotations: Annotations,
     *,

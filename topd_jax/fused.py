@@ -12,7 +12,9 @@ shapes, :func:`topd_jax.chunks.chunk_tokens`). Two faces (ours):
   and nothing is computed twice.
 
 Either way the head's gradient is summed over chunks in float32. The teacher
-is data: no gradient flows to its states and head, nor to weights.
+is data: no gradient flows to its states and head, nor to weights. A head may
+bound its logits (:mod:`topd_jax.head`): each model's own bound applies before
+the temperature.
 """
 
 import functools
@@ -24,13 +26,14 @@ import jax.numpy as jnp
 
 from topd_jax import losses
 from topd_jax.chunks import (
-    ChunkedLoss,
     chunk_tokens,
+    chunked_loss,
     over_tokens,
     per_token,
     unembed_rows,
     weighted_sum,
 )
+from topd_jax.head import Head, head_cap, head_rows, soft_cap
 
 # (student_logp [R, V], teacher_logp [R, V]) -> [R]
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
@@ -44,9 +47,9 @@ DIVERGENCES = {
 
 def fused_divergence(
     student_hidden: jax.Array,
-    student_head: jax.Array,
+    student_head: Head,
     teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     *,
     divergence: str | Divergence = "reverse_kl",
     beta: float = 0.5,
@@ -86,9 +89,9 @@ def fused_divergence(
         _divergence_loss, _divergence(divergence, beta, log_floor)
     )
     return per_token(
-        ChunkedLoss(loss, _chunk_size(chunk_size, vocab)),
+        chunked_loss(loss, student_head, _chunk_size(chunk_size, vocab)),
         student_hidden,
-        student_head[:vocab],
+        head_rows(student_head)[:vocab],
         (_temperature(temperature, *arrays), teacher_head[:vocab]),
         teacher_hidden,
     )
@@ -96,9 +99,9 @@ def fused_divergence(
 
 def fused_weighted_sum(
     student_hidden: jax.Array,
-    student_head: jax.Array,
+    student_head: Head,
     teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     weights: jax.Array,
     *,
     divergence: str | Divergence = "reverse_kl",
@@ -145,10 +148,10 @@ def fused_weighted_sum(
         _divergence_loss, _divergence(divergence, beta, log_floor)
     )
     total, token_losses = weighted_sum(
-        ChunkedLoss(loss, _chunk_size(chunk_size, vocab)),
+        chunked_loss(loss, student_head, _chunk_size(chunk_size, vocab)),
         weights.astype(losses.accumulation_dtype(*arrays)),
         student_hidden,
-        student_head[:vocab],
+        head_rows(student_head)[:vocab],
         (_temperature(temperature, *arrays), teacher_head[:vocab]),
         teacher_hidden,
     )
@@ -158,9 +161,9 @@ def fused_weighted_sum(
 def fused_map(
     fn: Callable[..., Any],
     student_hidden: jax.Array,
-    student_head: jax.Array,
+    student_head: Head,
     teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     *args: Any,
     temperature: float | jax.Array = 1.0,
     vocab_size: int | None = None,
@@ -193,16 +196,17 @@ def fused_map(
 
     scale = _temperature(temperature, *arrays)
     # Chunks' gradients of the head add up in the type that a scan is given.
-    wide = student_head[:vocab].astype(
+    narrow, cap = head_rows(student_head)[:vocab], head_cap(student_head)
+    wide = narrow.astype(
         losses.accumulation_dtype(student_hidden, student_head)
     )
     teacher_head = jax.lax.stop_gradient(teacher_head[:vocab])
 
     def compare(_: None, chunk: tuple) -> tuple[None, Any]:
         student, teacher, rows = chunk
-        head = wide.astype(student_head.dtype)
+        logits = soft_cap(unembed_rows(student, wide.astype(narrow.dtype)), cap)
         return None, fn(
-            losses.log_softmax(unembed_rows(student, head) / scale),
+            losses.log_softmax(logits / scale),
             losses.log_softmax(unembed_rows(teacher, teacher_head) / scale),
             *rows,
         )
@@ -219,7 +223,7 @@ def fused_map(
 
 def fused_token_logprobs(
     hidden: jax.Array,
-    head: jax.Array,
+    head: Head,
     tokens: jax.Array,
     *,
     temperature: float | jax.Array = 1.0,
@@ -249,9 +253,9 @@ def fused_token_logprobs(
             f"{list(hidden.shape[:-1])}"
         )
     return per_token(
-        ChunkedLoss(_token_logprobs, _chunk_size(chunk_size, vocab)),
+        chunked_loss(_token_logprobs, head, _chunk_size(chunk_size, vocab)),
         hidden,
-        head[:vocab],
+        head_rows(head)[:vocab],
         _temperature(temperature, hidden, head),
         tokens,
     )
@@ -259,7 +263,7 @@ def fused_token_logprobs(
 
 def dropped_mass(
     hidden: jax.Array,
-    head: jax.Array,
+    head: Head,
     vocab_size: int,
     *,
     temperature: float | jax.Array = 1.0,
@@ -359,7 +363,7 @@ def _chunk_size(chunk_size: int | None, vocab: int) -> int:
     return chunk_size
 
 
-def _vocab(hidden: jax.Array, head: jax.Array, vocab_size: int | None) -> int:
+def _vocab(hidden: jax.Array, head: Head, vocab_size: int | None) -> int:
     if hidden.ndim < 2 or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         raise ValueError(
             f"hidden{list(hidden.shape)} must be [..., T, D] and "
@@ -377,9 +381,9 @@ def _vocab(hidden: jax.Array, head: jax.Array, vocab_size: int | None) -> int:
 
 def _shared_vocab(
     student_hidden: jax.Array,
-    student_head: jax.Array,
+    student_head: Head,
     teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teacher_head: Head,
     vocab_size: int | None,
 ) -> int:
     vocab = min(

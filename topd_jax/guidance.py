@@ -28,6 +28,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from topd_jax.head import Head, head_cap, head_rows, soft_cap
 from topd_jax.losses import LOG_FLOOR
 from topd_jax.near_future import slice_windows
 from topd_jax.types import Candidates, Windows
@@ -137,7 +138,7 @@ def window_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 def student_context_logprobs(
     student_hidden: jax.Array,
-    student_head: jax.Array,
+    student_head: Head,
     candidates: Candidates,
     teacher_windows: Windows,
     log_normalizer: jax.Array | None = None,
@@ -177,16 +178,18 @@ def student_context_logprobs(
     length = teacher_windows.tokens.shape[-1]
     starts = candidates.positions
     states = slice_windows(student_hidden, starts, length)
-    rows = student_head[teacher_windows.tokens].astype(states.dtype)
+    rows = head_rows(student_head)[teacher_windows.tokens]
+    rows = rows.astype(states.dtype)
     logits = jnp.einsum(
         "...id,...jd->...ij", states, rows, preferred_element_type=jnp.float32
     )
+    logits = soft_cap(logits, head_cap(student_head))
     return logits - slice_windows(log_normalizer, starts, length)[..., None]
 
 
 def fused_log_normalizer(
     hidden: jax.Array,
-    head: jax.Array,
+    head: Head,
     *,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
@@ -214,18 +217,18 @@ def fused_log_normalizer(
         raise ValueError(
             f"chunk_size={chunk_size} must be at least 1; None chooses it"
         )
-    head = head[:vocab_size]
+    head, cap = head_rows(head)[:vocab_size], head_cap(head)
     chunk_size = chunk_size or max(_CHUNK_ELEMENTS // head.shape[0], 1)
     *lead, length, width = hidden.shape
     columns = max(chunk_size // math.prod(lead), 1)
     if columns >= length:
-        return _log_normalizer(hidden, head)
+        return _log_normalizer(hidden, head, cap)
     # The cotangents of a loop's constants are summed in their own type.
     head = head.astype(jnp.float32)
 
     @jax.checkpoint
     def of_chunk(chunk: jax.Array) -> jax.Array:
-        return _log_normalizer(chunk, head)
+        return _log_normalizer(chunk, head, cap)
 
     chunks = -(-length // columns)
     pad = [(0, 0)] * len(lead) + [(0, chunks * columns - length), (0, 0)]
@@ -236,7 +239,9 @@ def fused_log_normalizer(
     return out[..., :length]
 
 
-def _log_normalizer(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def _log_normalizer(
+    hidden: jax.Array, head: jax.Array, cap: float | None
+) -> jax.Array:
     # Flattened: the head's gradient of a 3-D product is three times slower
     # on CPU.
     logits = jax.lax.dot_general(
@@ -245,4 +250,5 @@ def _log_normalizer(hidden: jax.Array, head: jax.Array) -> jax.Array:
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    logits = soft_cap(logits, cap)
     return jax.nn.logsumexp(logits, axis=-1).reshape(hidden.shape[:-1])

@@ -183,13 +183,13 @@ def _common_tokenizer(
 
 def _check_rows(settings: Settings, mesh: Mesh) -> None:
     """Refuses batches that do not divide over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = mesh.size // mesh.shape["tensor"]
     for section in ("data", "eval"):
         rows = getattr(settings, section).batch_size
         if rows % ways:
             raise ValueError(
                 f"{section}.batch_size={rows} must be divisible by the mesh's "
-                f"data x fsdp ({ways}); try {-(-rows // ways) * ways}"
+                f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
             )
 
 

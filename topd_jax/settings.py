@@ -25,6 +25,7 @@ class MeshSettings:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,26 +5,28 @@ this file alone knows the mesh axes:
 
 * ``data``: replicas, each with rows of its own;
 * ``fsdp``: rows too, and the parameters are spread over it;
-* ``tensor``: heads, feed-forward columns and vocabulary are spread over it.
+* ``tensor``: heads, feed-forward columns and vocabulary are spread over it;
+* ``expert``: rows, and the experts of a mixture are spread over it.
 
 Student and teacher each carry their own :data:`Rules`, so that a large teacher
 may be spread over more axes than a small student.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "sequence": None,
     "activation_embed": None,
     "activation_heads": "tensor",
@@ -38,6 +40,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "expert": "expert",
 }
 
 
@@ -45,14 +48,17 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    expert: int = 1,
+    *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Builds the mesh over the axes data, fsdp and tensor.
+    """Builds the mesh over the axes data, fsdp, tensor and expert.
 
     Args:
-      data: replicas; -1 takes every device the other two leave.
+      data: replicas; -1 takes every device the others leave.
       fsdp: devices that a parameter and the rows are spread over.
       tensor: devices that heads, columns and vocabulary are spread over.
+      expert: devices that rows, and the experts of a mixture, are spread over.
       devices: all of ``jax.devices()`` unless told.
 
     Returns:
@@ -62,21 +68,28 @@ def make_mesh(
       ValueError: where the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+    others = {"fsdp": fsdp, "tensor": tensor, "expert": expert}
+    sizes = {"data": data} | others
+    if min(others.values()) < 1 or (data < 1 and data != -1):
         raise ValueError(
-            f"mesh axes data={data}, fsdp={fsdp}, tensor={tensor} must be "
-            "positive; only data may be -1 (all that is left)"
+            f"mesh axes {_spelt(sizes, ', ')} must be positive; only data may "
+            "be -1 (all that is left)"
         )
+    rest = math.prod(others.values())
     if data == -1:
-        data = max(len(devices) // (fsdp * tensor), 1)
-    if data * fsdp * tensor != len(devices):
+        sizes["data"] = max(len(devices) // rest, 1)
+    if sizes["data"] * rest != len(devices):
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs "
-            f"{data * fsdp * tensor} devices and there are {len(devices)}; "
-            "set data=-1 to take what the other two leave"
+            f"mesh {_spelt(sizes, ' x ')} needs {sizes['data'] * rest} devices "
+            f"and there are {len(devices)}; set data=-1 to take what the "
+            "others leave"
         )
-    grid = np.asarray(devices).reshape(data, fsdp, tensor)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    grid = np.asarray(devices).reshape([sizes[name] for name in MESH_AXES])
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _spelt(sizes: Mapping[str, int], between: str) -> str:
+    return between.join(f"{name}={size}" for name, size in sizes.items())
 
 
 def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
@@ -206,8 +219,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     Returns:
       x, with its sharding fixed; x itself where no mesh is set.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    mesh = _mesh_in_use()
+    if mesh is None:
         return x
     parts = []
     for size, part in zip(x.shape, spec(axes), strict=True):
@@ -217,3 +230,65 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         # to the compiler; parameters are refused instead, by named().
         parts.append(part if size % ways == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def over_experts(
+    read: Callable[..., jax.Array],
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Sums what all experts say of each token, wherever they are held.
+
+    Every device holds some experts, and of those some columns; it reads all
+    tokens of its rows, which are gathered over the expert axis, and the parts
+    are summed. No token moves to an expert, so none can be dropped.
+
+    Args:
+      read: (x, chosen, weights, gate, up, down, first) -> [T, D], the share
+        of experts first .. first + len(gate) - 1.
+      x: [T, D].
+      chosen: i32[T, k] experts of each token.
+      weights: [T, k].
+      gate: [E, D, F].
+      up: [E, D, F].
+      down: [E, F, D].
+
+    Returns:
+      [T, D].
+    """
+    mesh = _mesh_in_use()
+    if mesh is None or math.prod(mesh.shape.values()) == 1:
+        return read(x, chosen, weights, gate, up, down, 0)
+    experts, columns = mesh.shape["expert"], mesh.shape["tensor"]
+    expert = "expert" if gate.shape[0] % experts == 0 else None
+    tensor = "tensor" if gate.shape[2] % columns == 0 else None
+    rows = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    row = PartitionSpec(("data", "fsdp") if rows else None, None)
+    wide = PartitionSpec(expert, None, tensor)
+
+    @functools.partial(
+        jax.shard_map,
+        in_specs=(row, row, row, wide, wide, PartitionSpec(expert, tensor)),
+        out_specs=row,
+        # ragged_dot does not say over which axes its result varies.
+        check_vma=False,
+    )
+    def share(x: jax.Array, *rest: jax.Array) -> jax.Array:
+        *routing, gate, up, down = rest
+        first = jax.lax.axis_index("expert") * gate.shape[0] if expert else 0
+        out = read(x, *routing, gate, up, down, first)
+        parts = tuple(axis for axis in (expert, tensor) if axis)
+        return jax.lax.psum(out, parts) if parts else out
+
+    return share(x, chosen, weights, gate, up, down)
+
+
+def _mesh_in_use() -> jax.sharding.AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return None
+    return mesh

@@ -1,11 +1,50 @@
 """The shape of a decoder, as one frozen dataclass."""
 
 import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to longer contexts.
+
+    Attributes:
+      kind: "linear", "llama3" or "yarn".
+      factor: low frequencies are divided by it.
+      original_length: tokens that the model was first trained on.
+      low_freq_factor: "llama3": wavelengths above original_length / this are
+        stretched whole.
+      high_freq_factor: "llama3": wavelengths below original_length / this
+        are left alone.
+      beta_fast: "yarn": pairs that turn more often than this are left alone.
+      beta_slow: "yarn": pairs that turn less often are stretched whole.
+      attention_factor: "yarn": multiplies cosine and sine.
+      truncate: "yarn": the two borders are rounded to whole pairs.
+    """
+
+    kind: str
+    factor: float
+    original_length: float = 0.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(
+                f"kind={self.kind!r} must be 'linear', 'llama3' or 'yarn'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that fixes a decoder's parameters and arithmetic.
+
+    Fields that differ between layers are tuples of one bool a layer; () means
+    False throughout.
 
     Attributes:
       vocab_size: rows of the embedding and of the output head.
@@ -19,6 +58,29 @@ class DecoderConfig:
       norm_eps: epsilon of every RMSNorm.
       tied: the output head is the embedding.
       qk_norm: RMSNorm over each head's query and key (Qwen3).
+      wide_qk_norm: RMSNorm over all heads' queries and keys together (OLMo 2).
+      attention_bias: q, k and v have biases (Qwen2).
+      output_bias: the attention's output has a bias.
+      mlp_bias: the feed-forward layer has biases.
+      pre_norms: RMSNorm before attention and feed-forward.
+      post_norms: RMSNorm after each of them, before the residual sum.
+      centred_norms: norms scale by 1 + w (Gemma).
+      activation: of the gate: "silu", "gelu" or "gelu_tanh".
+      scaled_embedding: embeddings are multiplied by sqrt(width) (Gemma).
+      query_scalar: scores are divided by its root; None is ``head_dim``.
+      attention_softcap: c of c * tanh(score / c); None is off (Gemma 2).
+      final_softcap: the same for the logits.
+      rope_scaling: stretching of the rotary frequencies.
+      local_rope_theta: base in sliding layers, never stretched; None is the
+        same as elsewhere (Gemma 3).
+      no_rope: layers whose queries and keys are not turned (SmolLM3).
+      window: columns that a sliding layer attends to, its own included.
+      sliding: layers that see ``window`` columns only.
+      experts: E, feed-forward networks to choose from; 0 is one, dense.
+      experts_per_token: how many of them read each token.
+      expert_width: inner size of an expert.
+      renormalise: weights of the chosen experts sum to one.
+      dense: layers without experts in a model that has some.
       dtype: compute dtype of activations, "float32" or "bfloat16".
       param_dtype: dtype in which parameters are kept.
       remat: "none", "full" (recompute each layer in the backward pass) or
@@ -37,22 +99,41 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     tied: bool = True
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
+    centred_norms: bool = False
+    activation: str = "silu"
+    scaled_embedding: bool = False
+    query_scalar: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    no_rope: tuple[bool, ...] = ()
+    window: int | None = None
+    sliding: tuple[bool, ...] = ()
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    renormalise: bool = False
+    dense: tuple[bool, ...] = ()
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                *others, last = map(repr, choices)
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be 'float32' or "
-                    "'bfloat16'"
+                    f"{name}={getattr(self, name)!r} must be "
+                    f"{', '.join(others)} or {last}"
                 )
-        if self.remat not in ("none", "full", "dots"):
-            raise ValueError(
-                f"remat={self.remat!r} must be 'none', 'full' or 'dots'"
-            )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads={self.heads} must be divisible by kv_heads="
@@ -63,3 +144,52 @@ class DecoderConfig:
                 f"head_dim={self.head_dim} must be even: rotary embedding "
                 "turns pairs"
             )
+        for name in _PER_LAYER:
+            given = getattr(self, name)
+            if given and len(given) != self.layers:
+                raise ValueError(
+                    f"{name} has {len(given)} entries and must have one a "
+                    f"layer, {self.layers}, or none at all"
+                )
+            if not any(given):  # one spelling of "nowhere"
+                object.__setattr__(self, name, ())
+        if any(self.sliding) and (self.window is None or self.window < 1):
+            raise ValueError(
+                f"window={self.window} must be positive where layers slide"
+            )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must lie in "
+                f"1..{self.experts}, the experts"
+            )
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        dense = self.dense or (False,) * self.layers
+        return tuple(i for i, d in enumerate(dense) if self.experts and not d)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with one feed-forward network."""
+        chosen = set(self.expert_layers)
+        return tuple(i for i in range(self.layers) if i not in chosen)
+
+    def keep_layers(self, keep: Sequence[int]) -> "DecoderConfig":
+        """The same decoder with only the layers of these indices."""
+        kept = {
+            name: tuple(getattr(self, name)[i] for i in keep)
+            for name in _PER_LAYER
+            if getattr(self, name)
+        }
+        return dataclasses.replace(self, layers=len(keep), **kept)
+
+
+_PER_LAYER = ("no_rope", "sliding", "dense")
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "full", "dots"),
+    "activation": ("silu", "gelu", "gelu_tanh"),
+}

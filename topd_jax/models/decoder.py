@@ -1,10 +1,11 @@
 """One decoder-only transformer, for every family that the config can spell.
 
-Pre-norm RMSNorm, rotary positions, grouped-query attention, gated SiLU
-feed-forward: Llama, SmolLM2 and Qwen3 (dense) differ by numbers and by the
-optional norm over heads. One table, :func:`parameter_table`, names each
+RMSNorm, rotary positions, grouped-query attention, a gated feed-forward layer
+or a mixture of them: families differ by the options of their config. One
+table, :func:`~topd_jax.models.parameters.parameter_table`, names each
 parameter with its shape, logical axes and initialiser; layers are stacked on a
-leading axis and scanned, so compile time does not grow with depth.
+leading axis and scanned, and what they differ in is scanned with them, so
+compile time does not grow with depth.
 
 A model is a Flax nnx module used as a plain pytree of arrays: it goes through
 ``jax.jit``, ``jax.grad`` and ``jax.eval_shape`` as it is.
@@ -13,66 +14,18 @@ A model is a Flax nnx module used as a plain pytree of arrays: it goes through
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from topd_jax.head import CappedHead, Head, head_cap, head_rows, soft_cap
+from topd_jax.models.attention import Cache, look
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.layers import Cache, embed, layer, rms_norm, rope_table
+from topd_jax.models.layers import embed, layer, layer_options, rms_norm
+from topd_jax.models.parameters import parameter_table
+from topd_jax.models.rope import rope_table
 from topd_jax.sharding import constrain
-
-
-class Parameter(NamedTuple):
-    """One row of the parameter table; ``scale`` None initialises to ones."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    scale: float | None
-
-
-def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
-    """Names, shapes, logical axes and initial scales of all parameters.
-
-    Args:
-      config: the decoder's shape.
-
-    Returns:
-      name -> row; names of layer parameters have "layers" as first axis.
-    """
-    n, d, f = config.layers, config.width, config.mlp_width
-    h, kv, hd = config.heads, config.kv_heads, config.head_dim
-    # Norm vectors are small; spreading them would cost more than it saves.
-    norm = Parameter((n, d), ("layers", None), None)
-    head_norm = Parameter((n, hd), ("layers", None), None)
-    vocab = Parameter((config.vocab_size, d), ("vocab", "embed"), d**-0.5)
-    query = Parameter(
-        (n, d, h, hd), ("layers", "embed", "heads", "head_dim"), d**-0.5
-    )
-    key = Parameter(
-        (n, d, kv, hd), ("layers", "embed", "kv_heads", "head_dim"), d**-0.5
-    )
-    out_axes = ("layers", "heads", "head_dim", "embed")
-    wide = Parameter((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
-    table = {
-        "embedding": vocab,
-        "attention_norm": norm,
-        "q": query,
-        "k": key,
-        "v": key,
-        "o": Parameter((n, h, hd, d), out_axes, (h * hd) ** -0.5),
-        "mlp_norm": norm,
-        "gate": wide,
-        "up": wide,
-        "down": Parameter((n, f, d), ("layers", "mlp", "embed"), f**-0.5),
-        "final_norm": Parameter((d,), (None,), None),
-    }
-    if config.qk_norm:
-        table |= {"q_norm": head_norm, "k_norm": head_norm}
-    if not config.tied:
-        table["output"] = vocab
-    return table
 
 
 class Layers(nnx.Module):
@@ -114,9 +67,15 @@ class Decoder(nnx.Module):
                 setattr(self, name, nnx.Param(arrays[name]))
 
     @property
-    def head(self) -> jax.Array:
-        """[V, D] output head; the embedding where they are tied."""
-        return (self.embedding if self.config.tied else self.output)[...]
+    def head(self) -> Head:
+        """[V, D] output head; the embedding where they are tied.
+
+        Where the config bounds the logits the head says so itself; see
+        :mod:`topd_jax.head`.
+        """
+        rows = (self.embedding if self.config.tied else self.output)[...]
+        cap = self.config.final_softcap
+        return rows if cap is None else CappedHead(rows, cap)
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
@@ -137,7 +96,11 @@ class Decoder(nnx.Module):
             jnp.zeros(shape, c.dtype),
             None, "batch", None, "activation_kv_heads", None,
         )  # fmt: skip
-        return Cache(zeros, zeros, jnp.zeros((), jnp.int32))
+        positions = None
+        if any(c.sliding):
+            positions = jnp.zeros((1, batch, columns), jnp.int32)
+            positions = constrain(positions, None, "batch", None)
+        return Cache(zeros, zeros, jnp.zeros((), jnp.int32), positions)
 
     def __call__(
         self,
@@ -162,20 +125,44 @@ class Decoder(nnx.Module):
         """
         c = self.config
         hidden = embed(self.embedding[...], tokens, c)
+        scanned, stacks = split_stacks(self)
+        sight, cache = look(c, positions, mask, cache)
         rope = rope_table(positions, c)
-        body = _rematerialised(
-            functools.partial(layer, c, rope=rope, mask=mask[:, None]), c
-        )
-        index = jnp.arange(c.layers)
+        body = functools.partial(layer, c, rope=rope, sight=sight)
+        body = _rematerialised(body, c)
+        options = jax.tree.map(jnp.asarray, layer_options(c))
         (hidden, cache), _ = jax.lax.scan(
-            lambda carry, x: (body(carry, *x), None),
+            lambda carry, x: (body(carry, *x, stacks=stacks), None),
             (hidden, cache),
-            (self.layers, index),
+            (scanned, options),
             unroll=min(c.unroll, c.layers),
         )
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens.shape[1])
-        return rms_norm(hidden, self.final_norm[...], c.norm_eps), cache
+        return rms_norm(hidden, self.final_norm[...], c), cache
+
+
+def split_stacks(
+    model: Decoder,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Layer parameters to scan, and those of which only some layers have one.
+
+    Args:
+      model: any decoder.
+
+    Returns:
+      (name -> [N, ...], name -> [fewer, ...]); the second is empty unless
+      some layers have experts and others have not.
+    """
+    arrays = {n: p[...] for n, p in vars(model.layers).items()
+              if isinstance(p, nnx.Variable)}  # fmt: skip
+    mixed = set()
+    if model.config.expert_layers and model.config.dense_layers:
+        mixed = {
+            n for n, x in arrays.items() if x.shape[0] < model.config.layers
+        }
+    scanned = {n: x for n, x in arrays.items() if n not in mixed}
+    return scanned, {n: arrays[n] for n in mixed}
 
 
 def init_decoder(config: DecoderConfig, key: jax.Array) -> Decoder:
@@ -186,22 +173,22 @@ def init_decoder(config: DecoderConfig, key: jax.Array) -> Decoder:
       key: PRNG key.
 
     Returns:
-      The model: normal weights of standard deviation fan_in ** -0.5, unit
-      norms, in ``config.param_dtype``.
+      The model: normal weights of standard deviation fan_in ** -0.5, norms
+      that scale by one and biases of zero, in ``config.param_dtype``.
     """
     table = parameter_table(config)
     keys = jax.random.split(key, len(table))
     arrays = {}
     for k, (name, row) in zip(keys, table.items(), strict=True):
         if row.scale is None:
-            arrays[name] = jnp.ones(row.shape, config.param_dtype)
+            arrays[name] = jnp.full(row.shape, row.start, config.param_dtype)
         else:
             noise = jax.random.normal(k, row.shape, jnp.float32) * row.scale
             arrays[name] = noise.astype(config.param_dtype)
     return Decoder(config, arrays)
 
 
-def unembed(head: jax.Array, hidden: jax.Array) -> jax.Array:
+def unembed(head: Head, hidden: jax.Array) -> jax.Array:
     """Logits of hidden states.
 
     Args:
@@ -209,15 +196,17 @@ def unembed(head: jax.Array, hidden: jax.Array) -> jax.Array:
       hidden: [..., D] final hidden states.
 
     Returns:
-      f32[..., V] raw logits, accumulated in float32.
+      f32[..., V] raw logits, accumulated in float32, bounded where the head
+      says so.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = jax.lax.dot_general(
         flat,
-        head.astype(hidden.dtype),
+        head_rows(head).astype(hidden.dtype),
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    logits = soft_cap(logits, head_cap(head))
     return logits.reshape(*hidden.shape[:-1], head.shape[0])
 
 

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.hub_config import config_json
 from topd_jax.models.huggingface import (
     INDEX_FILE,
     SINGLE_FILE,
     TOKENIZER_FILES,
     read_json,
 )
-from topd_jax.models.registry import config_json
 from topd_jax.models.weights import disassemble, file_tensors
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def save_model(
     Args:
       model: what to write.
       directory: destination; must be new or empty, unless ``overwrite``.
-      model_type: "llama" or "qwen3"; None takes the one that fits.
+      model_type: a family; None takes that of ``source``, or else the first
+        that fits.
       tokenizer: saved with the model; its special ids go into the config.
       source: directory of the model this one descends from; its tokenizer's
         files and generation_config.json are copied, its special ids and
@@ -80,7 +81,12 @@ def save_model(
     target = Path(directory).resolve()
     _check_free(target, overwrite)
     inherited = _inherited(tokenizer, source)
-    fields = config_json(model.config, model_type, inherited | (extra or {}))
+    like = None
+    if source is not None:
+        like = read_json(Path(source) / "config.json").get("model_type")
+    fields = config_json(
+        model.config, model_type, inherited | (extra or {}), like
+    )
     dtype = dtype or model.config.param_dtype
     fields |= {"dtype": dtype, "torch_dtype": dtype}
     if jax.process_index() != 0:

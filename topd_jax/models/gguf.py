@@ -19,12 +19,8 @@ from jax.sharding import Mesh
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.registry import (
-    FAMILIES,
-    WEIGHTS,
-    decoder_config,
-    family_of,
-)
+from topd_jax.models.hub_config import decoder_config
+from topd_jax.models.registry import FAMILIES, WEIGHTS, family_of
 from topd_jax.models.weights import TensorInfo, assemble, check_tensors
 from topd_jax.sharding import Rules
 

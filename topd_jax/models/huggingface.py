@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.registry import WEIGHTS, decoder_config
+from topd_jax.models.hub_config import decoder_config
+from topd_jax.models.hub_experts import split_experts
+from topd_jax.models.registry import WEIGHTS
 from topd_jax.models.weights import TensorInfo, assemble, check_tensors
 from topd_jax.sharding import Rules
 
@@ -141,6 +143,7 @@ def load_model(
         }
         if config.tied:
             _drop_tied_head(found, read, directory)
+        found, read = split_experts(found, read)
         check_tensors(config, "hub", found, str(directory))
         return assemble(config, "hub", read, mesh=mesh, rules=rules)
 

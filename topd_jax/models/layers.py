@@ -1,13 +1,22 @@
-"""The arithmetic of one decoder layer, and the cache that it writes.
+"""The arithmetic of one decoder layer, made of the config's options."""
 
-Attention goes through :func:`jax.nn.dot_product_attention`, in one place.
-"""
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+import numpy as np
 
+from topd_jax.models.attention import (
+    Cache,
+    Sight,
+    attend,
+    reach,
+    visible,
+    write_columns,
+)
 from topd_jax.models.config import DecoderConfig
+from topd_jax.models.experts import ACTIVATIONS, mix
+from topd_jax.models.rope import rope_rows, rotate
 from topd_jax.sharding import constrain
 
 # Below this many ids a lookup by one-hot product is cheaper than a gather,
@@ -15,36 +24,25 @@ from topd_jax.sharding import constrain
 _ONE_HOT_VOCAB = 512
 
 
-@struct.dataclass
-class Cache:
-    """Keys and values of the columns that a model has read.
-
-    Attributes:
-      keys: [N, B, L, kv_heads, head_dim] in compute dtype.
-      values: the same shape.
-      length: i32[] columns written so far.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    length: jax.Array
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+    x: jax.Array, scale: jax.Array, config: DecoderConfig
+) -> jax.Array:
     """x / rms(x) * scale, computed in float32 (Zhang & Sennrich, 2019).
 
     Args:
       x: [..., D].
-      scale: [D].
-      eps: added to the mean square.
+      scale: [D]; 1 + scale is used where ``config.centred_norms``.
+      config: for ``norm_eps`` and ``centred_norms``.
 
     Returns:
       [..., D] in x's dtype.
     """
     wide = x.astype(jnp.float32)
     square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype)
-    return normed * scale.astype(x.dtype)
+    normed = wide * jax.lax.rsqrt(square + config.norm_eps)
+    if config.centred_norms:  # rounded after scaling, as Gemma does
+        return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def embed(
@@ -57,31 +55,149 @@ def embed(
         hidden = _linear(one_hot, table)
     else:
         hidden = jnp.take(table, tokens, axis=0)
+    if config.scaled_embedding:
+        hidden = hidden * jnp.asarray(config.width**0.5, hidden.dtype)
     return constrain(hidden, "batch", "sequence", "activation_embed")
 
 
-def rope_table(
-    positions: jax.Array, config: DecoderConfig
-) -> tuple[jax.Array, jax.Array]:
-    """cos, sin of positions i32[B, S]: f32[B, S, 1, head_dim / 2] each.
+def layer_options(config: DecoderConfig) -> dict[str, np.ndarray]:
+    """What layers differ in beside their weights: i32[N] arrays to scan.
 
-    The angle of pair i is position * theta ** (-2 i / head_dim) (Su et al.,
-    arXiv:2104.09864).
+    "index": the layer; "rope": its row of the rotary table; "reach": how far
+    back it sees; "row": its row among the feed-forward stacks of its kind;
+    "expert": whether these are experts.
     """
-    half = config.head_dim // 2
-    exponent = jnp.arange(half, dtype=jnp.float32) * 2 / config.head_dim
-    frequency = config.rope_theta**-exponent
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    row = np.zeros(config.layers, np.int32)
+    for layers in (config.dense_layers, config.expert_layers):
+        row[list(layers)] = np.arange(len(layers))
+    index = np.arange(config.layers, dtype=np.int32)
+    return {
+        "index": index,
+        "rope": rope_rows(config),
+        "reach": reach(config),
+        "row": row,
+        "expert": np.isin(index, config.expert_layers),
+    }
 
 
-def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
+def layer(
+    config: DecoderConfig,
+    carry: tuple[jax.Array, Cache | None],
+    w: dict[str, jax.Array],
+    options: dict[str, Any],
+    *,
+    rope: tuple[jax.Array, jax.Array],
+    sight: Sight,
+    stacks: dict[str, jax.Array],
+) -> tuple[jax.Array, Cache | None]:
+    """One layer: attention, then feed-forward, both residual.
+
+    Args:
+      config: the decoder's shape.
+      carry: (hidden [B, S, D], cache or None).
+      w: this layer's parameters, without the stacking dimension.
+      options: this layer's entries of :func:`layer_options`; "index" is
+        where the cache holds its columns.
+      rope: from :func:`~topd_jax.models.rope.rope_table`.
+      sight: from :func:`~topd_jax.models.attention.look`.
+      stacks: feed-forward parameters of a model whose layers differ in kind,
+        whole; else empty.
+
+    Returns:
+      (hidden, cache) for the next layer.
+    """
+    hidden, cache = carry
+    w = {name: p.astype(config.dtype) for name, p in w.items()}
+
+    def norm(x: jax.Array, name: str) -> jax.Array:
+        return rms_norm(x, w[name], config) if name in w else x
+
+    normed = norm(hidden, "attention_norm")
+    attended, cache = _attention(config, w, normed, cache, options, rope, sight)
+    hidden = hidden + norm(attended, "attention_post_norm")
+    normed = norm(hidden, "mlp_norm")
+    if stacks:
+        out = _either(config, stacks, normed, options)
+    else:
+        out = (mix if config.experts else _mlp)(normed, w, config)
+    hidden = hidden + norm(out, "mlp_post_norm")
+    return constrain(hidden, "batch", "sequence", "activation_embed"), cache
+
+
+def _attention(
+    config: DecoderConfig,
+    w: dict[str, jax.Array],
+    x: jax.Array,
+    cache: Cache | None,
+    options: dict[str, Any],
+    rope: tuple[jax.Array, jax.Array],
+    sight: Sight,
+) -> tuple[jax.Array, Cache | None]:
+    query, key = _linear(x, w["q"]), _linear(x, w["k"])
+    value = _linear(x, w["v"])
+    if config.attention_bias:
+        query, key = query + w["q_bias"], key + w["k_bias"]
+        value = value + w["v_bias"]
+    if config.qk_norm:
+        query = rms_norm(query, w["q_norm"], config)
+        key = rms_norm(key, w["k_norm"], config)
+    if config.wide_qk_norm:
+        query = _wide_norm(query, w["q_norm"], config)
+        key = _wide_norm(key, w["k_norm"], config)
+    turn = [t[options["rope"]] if len(t) > 1 else t[0] for t in rope]
+    query, key = rotate(query, *turn), rotate(key, *turn)
+    if cache is not None:
+        cache, key, value = write_columns(cache, key, value, options["index"])
+    query = constrain(query, "batch", "sequence", "activation_heads", None)
+    key = constrain(key, "batch", "sequence", "activation_kv_heads", None)
+    value = constrain(value, "batch", "sequence", "activation_kv_heads", None)
+    mask = visible(sight, options["reach"])
+    out = attend(query, key, value, mask, config)
+    out = out.reshape(*x.shape[:-1], -1)
+    out = _linear(out, w["o"].reshape(-1, config.width))
+    return out + w["o_bias"] if config.output_bias else out, cache
+
+
+def _wide_norm(
+    x: jax.Array, scale: jax.Array, config: DecoderConfig
+) -> jax.Array:
+    flat = x.reshape(*x.shape[:-2], -1)
+    return rms_norm(flat, scale.reshape(-1), config).reshape(x.shape)
+
+
+def _mlp(
+    x: jax.Array, w: dict[str, jax.Array], config: DecoderConfig
+) -> jax.Array:
+    gate, up = _linear(x, w["gate"]), _linear(x, w["up"])
+    if config.mlp_bias:
+        gate, up = gate + w["gate_bias"], up + w["up_bias"]
+    inner = ACTIVATIONS[config.activation](gate) * up
+    inner = constrain(inner, "batch", "sequence", "activation_mlp")
+    out = _linear(inner, w["down"])
+    return out + w["down_bias"] if config.mlp_bias else out
+
+
+def _either(
+    config: DecoderConfig,
+    stacks: dict[str, jax.Array],
+    x: jax.Array,
+    options: dict[str, Any],
+) -> jax.Array:
+    """Experts or not, where layers differ: rows are taken from whole stacks."""
+
+    def rows(expert: bool) -> dict[str, jax.Array]:
+        return {
+            name: p[options["row"]].astype(config.dtype)
+            for name, p in stacks.items()
+            if (name == "router" or name.startswith("expert")) == expert
+        }
+
+    return jax.lax.cond(
+        options["expert"],
+        lambda x: mix(x, rows(True), config),
+        lambda x: _mlp(x, rows(False), config),
+        x,
     )
-    return turned.astype(x.dtype)
 
 
 def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -91,80 +207,3 @@ def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     out = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
-
-
-def layer(
-    config: DecoderConfig,
-    carry: tuple[jax.Array, Cache | None],
-    weights: nnx.Module,
-    index: jax.Array,
-    *,
-    rope: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
-) -> tuple[jax.Array, Cache | None]:
-    """One layer: attention, then the gated feed-forward, both residual.
-
-    Args:
-      config: the decoder's shape.
-      carry: (hidden [B, S, D], cache or None).
-      weights: this layer's parameters, without the stacking dimension.
-      index: i32[] number of the layer, where the cache holds its columns.
-      rope: from :func:`rope_table`.
-      mask: bool[B, 1, S, L] columns each token attends to.
-
-    Returns:
-      (hidden, cache) for the next layer.
-    """
-    hidden, cache = carry
-    w = {n: p[...].astype(config.dtype) for n, p in vars(weights).items()
-         if isinstance(p, nnx.Param)}  # fmt: skip
-    eps = config.norm_eps
-    normed = rms_norm(hidden, w["attention_norm"], eps)
-    attended, cache = _attention(config, w, normed, cache, index, rope, mask)
-    hidden = hidden + attended
-    normed = rms_norm(hidden, w["mlp_norm"], eps)
-    inner = jax.nn.silu(_linear(normed, w["gate"])) * _linear(normed, w["up"])
-    inner = constrain(inner, "batch", "sequence", "activation_mlp")
-    hidden = hidden + _linear(inner, w["down"])
-    return constrain(hidden, "batch", "sequence", "activation_embed"), cache
-
-
-def _attention(
-    config: DecoderConfig,
-    w: dict[str, jax.Array],
-    x: jax.Array,
-    cache: Cache | None,
-    index: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
-) -> tuple[jax.Array, Cache | None]:
-    query, key = _linear(x, w["q"]), _linear(x, w["k"])
-    value = _linear(x, w["v"])
-    if config.qk_norm:
-        query = rms_norm(query, w["q_norm"], config.norm_eps)
-        key = rms_norm(key, w["k_norm"], config.norm_eps)
-    query, key = _rotate(query, rope), _rotate(key, rope)
-    if cache is not None:
-        cache, key, value = _write(cache, key, value, index)
-    query = constrain(query, "batch", "sequence", "activation_heads", None)
-    key = constrain(key, "batch", "sequence", "activation_kv_heads", None)
-    value = constrain(value, "batch", "sequence", "activation_kv_heads", None)
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask)
-    out = out.reshape(*x.shape[:-1], -1)
-    kernel = w["o"].reshape(-1, config.width)
-    return _linear(out, kernel), cache
-
-
-def _write(
-    cache: Cache, key: jax.Array, value: jax.Array, index: jax.Array
-) -> tuple[Cache, jax.Array, jax.Array]:
-    """Writes one layer's new columns; returns the cache and that layer.
-
-    The whole cache is carried through the scan over layers and written in
-    place; as a scanned input and output it would be copied at every token.
-    """
-    start = (index, 0, cache.length, 0, 0)
-    keys = jax.lax.dynamic_update_slice(cache.keys, key[None], start)
-    values = jax.lax.dynamic_update_slice(cache.values, value[None], start)
-    cache = cache.replace(keys=keys, values=values)
-    return cache, keys[index], values[index]

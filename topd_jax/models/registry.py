@@ -1,18 +1,37 @@
 """The model families, as data: how each spells its config and its weights.
 
 A family is one row of :data:`FAMILIES`; a parameter is one row of
-:data:`WEIGHTS`. Reading a config is strict (ours): a field that the reference
-implementation reads and this decoder does not is refused with its value, and
-so is a field nobody has heard of, because a field silently ignored (Tunix's
-``rope_theta``) is a different model.
+:data:`WEIGHTS`. What each row composes:
+
+=============  ==============================================================
+model_type     beside pre-norms, rotary positions, grouped heads, gated SiLU
+=============  ==============================================================
+llama          Llama 2 and 3.x, SmolLM2: biases; linear, llama3, yarn scaling
+mistral        sliding window in every layer, or null
+qwen2          Qwen2, Qwen2.5: biases of q, k and v; sliding window
+qwen3          norm of each head's q and k; biases; sliding window
+qwen3_moe      the same with experts, in all layers or in some
+smollm3        SmolLM3: layers without rotation; biases; sliding window
+olmo2          norms after and not before; norm of q and k over all heads
+gemma2         norms before and after, scaling by 1 + w; scaled embedding;
+               tanh-GELU; soft-capped scores and logits; every second layer
+               slides
+gemma3_text    the same without soft-capped scores; norm of q and k; five of
+               six layers slide, with a rotary base of their own
+=============  ==============================================================
+
+Reading a config (:mod:`topd_jax.models.hub_config`) is strict.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from topd_jax.models.config import DecoderConfig
+
+# Looks a field up in a config, or in its family's defaults.
+Get = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,119 +41,261 @@ class Family:
     Attributes:
       model_type: as ``config.json`` (and ``general.architecture``) spells it.
       architecture: the class that transformers loads it with.
-      qk_norm: queries and keys are normalised a head.
-      kv_heads: where the config is silent; None means as many as heads.
-      head_dim: where the config is silent; None means width / heads.
+      options: fields of :class:`DecoderConfig` that the family fixes.
+      defaults: field of ``config.json`` -> value where the file is silent.
+      reads: fields beside the common ones -> fields of the decoder that they
+        set, with the name given.
+      slides: (get, layer) -> whether a layer slides; None: none ever does.
+      switched: windows count only where ``use_sliding_window`` is true.
+      layer_types: the file may say which layers slide.
+      activation: the field that names it.
+      local_rope: sliding layers have a rotary base of their own.
+      no_rope: the file may say which layers are not turned.
+      heads_divide_width: transformers refuses other configs.
+      gguf: read from GGUF files.
       gguf_permuted: llama.cpp reorders the rows of q and k in its files.
     """
 
     model_type: str
     architecture: str
-    qk_norm: bool
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )
+    slides: Callable[[Get, int], bool] | None = None
+    switched: bool = False
+    layer_types: bool = False
+    activation: str = "hidden_act"
+    local_rope: bool = False
+    no_rope: bool = False
+    heads_divide_width: bool = False
+    gguf: bool = False
     gguf_permuted: bool = False
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", "LlamaForCausalLM", False, gguf_permuted=True),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", True, 32, 128),
+_ALL_BIASES = {"attention_bias": ("attention_bias", "output_bias")}
+_MLP_BIAS = {"mlp_bias": ("mlp_bias",)}
+_QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = dict(
+    options={
+        "post_norms": True,
+        "centred_norms": True,
+        "scaled_embedding": True,
+    },
+    activation="hidden_activation",
+    layer_types=True,
+    heads_divide_width=True,
+)
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
 }
+_GEMMA_READS = _ALL_BIASES | {
+    "query_pre_attn_scalar": ("query_scalar",),
+    "final_logit_softcapping": ("final_softcap",),
+}
+_EXPERTS = {
+    "num_experts": ("experts",),
+    "num_experts_per_tok": ("experts_per_token",),
+    "moe_intermediate_size": ("expert_width",),
+    "norm_topk_prob": ("renormalise",),
+}
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "llama", "LlamaForCausalLM",
+            defaults={"max_position_embeddings": 2048},
+            reads=_ALL_BIASES | _MLP_BIAS,
+            heads_divide_width=True, gguf=True, gguf_permuted=True,
+        ),
+        Family(
+            "mistral", "MistralForCausalLM",
+            defaults={
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+                "max_position_embeddings": 4096 * 32,
+            },
+            slides=lambda get, layer: True,
+        ),
+        Family(
+            "qwen2", "Qwen2ForCausalLM",
+            options={"attention_bias": True},
+            defaults={"num_key_value_heads": 32} | _QWEN_WINDOW,
+            slides=lambda get, layer: layer >= get("max_window_layers"),
+            switched=True, layer_types=True, gguf=True,
+        ),
+        Family(
+            "qwen3", "Qwen3ForCausalLM",
+            options={"qk_norm": True},
+            defaults={"num_key_value_heads": 32, "head_dim": 128}
+            | _QWEN_WINDOW,
+            reads=_ALL_BIASES,
+            slides=lambda get, layer: layer >= get("max_window_layers"),
+            switched=True, layer_types=True, gguf=True,
+        ),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM",
+            options={"qk_norm": True},
+            defaults={
+                "num_key_value_heads": 4,
+                "sliding_window": 4096,
+                "decoder_sparse_step": 1,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+            },
+            reads=_ALL_BIASES | _EXPERTS,
+            slides=lambda get, layer: True,
+            switched=True,
+        ),
+        Family(
+            "smollm3", "SmolLM3ForCausalLM",
+            defaults={
+                "num_key_value_heads": 4,
+                "tie_word_embeddings": True,
+                "rope_theta": 2_000_000.0,
+                "no_rope_layer_interval": 4,
+                "sliding_window": None,
+            },
+            reads=_ALL_BIASES | _MLP_BIAS,
+            slides=lambda get, layer: not get("no_rope_layers")[layer],
+            switched=True, layer_types=True, no_rope=True,
+        ),
+        Family(
+            "olmo2", "Olmo2ForCausalLM",
+            options={
+                "pre_norms": False, "post_norms": True, "wide_qk_norm": True
+            },
+            defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+            reads=_ALL_BIASES,
+        ),
+        Family(
+            "gemma2", "Gemma2ForCausalLM",
+            **_GEMMA,
+            defaults=_GEMMA_DEFAULTS
+            | {
+                "final_logit_softcapping": 30.0,
+                "attn_logit_softcapping": 50.0,
+                "max_position_embeddings": 8192,
+            },
+            reads=_GEMMA_READS
+            | {"attn_logit_softcapping": ("attention_softcap",)},
+            slides=lambda get, layer: layer % 2 == 0,
+        ),
+        Family(
+            "gemma3_text", "Gemma3ForCausalLM",
+            **(_GEMMA | {"options": _GEMMA["options"] | {"qk_norm": True}}),
+            defaults=_GEMMA_DEFAULTS
+            | {
+                "sliding_window_pattern": 6,
+                "rope_theta": 1_000_000.0,
+                "rope_local_base_freq": 10_000.0,
+                "max_position_embeddings": 131_072,
+            },
+            reads=_GEMMA_READS,
+            slides=lambda get, layer: (
+                (layer + 1) % get("sliding_window_pattern") != 0
+            ),
+            local_rope=True,
+        ),
+    )
+}  # fmt: skip
 
 
 class Weight(NamedTuple):
     """How files spell one parameter.
 
     Attributes:
-      hub: name in safetensors files, ``{}`` for the layer.
+      hub: name in safetensors files, ``{}`` for the layer, then the expert.
       gguf: name in GGUF files.
-      inputs: leading dimensions (after the layer's) that a linear map reads;
-        files hold it as [out, in]. 0: files hold it as it is.
+      inputs: leading dimensions (after the layer's and the expert's) that a
+        linear map reads; files hold it as [out, in]. 0: files hold it flat.
+      expert: the first dimension after the layer's counts experts.
     """
 
     hub: str
     gguf: str
     inputs: int
+    expert: bool = False
 
+
+_LAYER, _BLOCK = "model.layers.{}.", "blk.{}."
 
 WEIGHTS: dict[str, Weight] = {
-    name: Weight(f"{hub}.weight", f"{gguf}.weight", inputs)
+    "embedding": Weight("model.embed_tokens.weight", "token_embd.weight", 0),
+    "final_norm": Weight("model.norm.weight", "output_norm.weight", 0),
+    "output": Weight("lm_head.weight", "output.weight", 0),
+} | {
+    name: Weight(_LAYER + hub, _BLOCK + gguf, inputs, ".experts." in hub)
     for name, hub, gguf, inputs in (
-        ("embedding", "model.embed_tokens", "token_embd", 0),
+        ("attention_norm", "input_layernorm.weight", "attn_norm.weight", 0),
         (
-            "attention_norm",
-            "model.layers.{}.input_layernorm",
-            "blk.{}.attn_norm",
-            0,
+            "attention_post_norm", "post_attention_layernorm.weight",
+            "post_attention_norm.weight", 0,
         ),
-        ("q", "model.layers.{}.self_attn.q_proj", "blk.{}.attn_q", 1),
-        ("k", "model.layers.{}.self_attn.k_proj", "blk.{}.attn_k", 1),
-        ("v", "model.layers.{}.self_attn.v_proj", "blk.{}.attn_v", 1),
-        ("o", "model.layers.{}.self_attn.o_proj", "blk.{}.attn_output", 2),
-        ("q_norm", "model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm", 0),
-        ("k_norm", "model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm", 0),
+        ("q", "self_attn.q_proj.weight", "attn_q.weight", 1),
+        ("k", "self_attn.k_proj.weight", "attn_k.weight", 1),
+        ("v", "self_attn.v_proj.weight", "attn_v.weight", 1),
+        ("o", "self_attn.o_proj.weight", "attn_output.weight", 2),
+        ("q_bias", "self_attn.q_proj.bias", "attn_q.bias", 0),
+        ("k_bias", "self_attn.k_proj.bias", "attn_k.bias", 0),
+        ("v_bias", "self_attn.v_proj.bias", "attn_v.bias", 0),
+        ("o_bias", "self_attn.o_proj.bias", "attn_output.bias", 0),
+        ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", 0),
+        ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", 0),
+        ("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight", 0),
         (
-            "mlp_norm",
-            "model.layers.{}.post_attention_layernorm",
-            "blk.{}.ffn_norm",
-            0,
+            "mlp_post_norm", "post_feedforward_layernorm.weight",
+            "post_ffw_norm.weight", 0,
         ),
-        ("gate", "model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate", 1),
-        ("up", "model.layers.{}.mlp.up_proj", "blk.{}.ffn_up", 1),
-        ("down", "model.layers.{}.mlp.down_proj", "blk.{}.ffn_down", 1),
-        ("final_norm", "model.norm", "output_norm", 0),
-        ("output", "lm_head", "output", 0),
+        ("gate", "mlp.gate_proj.weight", "ffn_gate.weight", 1),
+        ("up", "mlp.up_proj.weight", "ffn_up.weight", 1),
+        ("down", "mlp.down_proj.weight", "ffn_down.weight", 1),
+        ("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias", 0),
+        ("up_bias", "mlp.up_proj.bias", "ffn_up.bias", 0),
+        ("down_bias", "mlp.down_proj.bias", "ffn_down.bias", 0),
+        ("router", "mlp.gate.weight", "ffn_gate_inp.weight", 1),
+        (
+            "expert_gate", "mlp.experts.{}.gate_proj.weight",
+            "ffn_gate_exps.weight", 1,
+        ),
+        (
+            "expert_up", "mlp.experts.{}.up_proj.weight",
+            "ffn_up_exps.weight", 1,
+        ),
+        (
+            "expert_down", "mlp.experts.{}.down_proj.weight",
+            "ffn_down_exps.weight", 1,
+        ),
     )
-}
-
-_REQUIRED = {
-    "vocab_size": "vocab_size",
-    "num_hidden_layers": "layers",
-    "hidden_size": "width",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp_width",
-}
-
-_OPTIONAL = {
-    "model_type", "num_key_value_heads", "head_dim", "rms_norm_eps",
-    "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
 }  # fmt: skip
 
-# Fields that change the network: only these values are implemented.
-_FIXED: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "is_llama_config": (True, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "per_layer_config": (None, {}),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-}
+# With norms on both sides the hub calls the feed-forward's first one so.
+_MLP_NORM_BETWEEN = Weight(
+    _LAYER + "pre_feedforward_layernorm.weight", _BLOCK + "ffn_norm.weight", 0
+)
 
-# Fields that do not change the logits. ``sliding_window`` and
-# ``max_window_layers`` are read only where ``use_sliding_window`` is true.
-_HARMLESS = {
-    "architectures", "torch_dtype", "dtype", "transformers_version",
-    "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id",
-    "unk_token_id", "sep_token_id", "use_cache", "pretraining_tp",
-    "max_position_embeddings", "initializer_range", "sliding_window",
-    "max_window_layers", "output_hidden_states", "output_attentions",
-    "return_dict", "chunk_size_feed_forward", "id2label", "label2id",
-    "problem_type", "is_decoder", "tie_encoder_decoder", "torchscript",
-    "use_bfloat16", "tie_last_hidden_states", "cross_attention_hidden_size",
-    "_attn_implementation", "attn_implementation",
-    "_attn_implementation_autoset", "transformers.js_config",
-    "task_specific_params", "finetuning_task", "tokenizer_class",
-    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p",
-    "typical_p", "repetition_penalty", "num_beams", "unsloth_version",
-    "unsloth_fixed",
-}  # fmt: skip
+
+def weight(config: DecoderConfig, name: str) -> Weight:
+    """How files of this decoder spell a parameter.
+
+    Args:
+      config: the decoder's shape.
+      name: of the parameter.
+
+    Returns:
+      The row of :data:`WEIGHTS`, or what replaces it.
+    """
+    if name == "mlp_norm" and config.post_norms:
+        return _MLP_NORM_BETWEEN
+    return WEIGHTS[name]
 
 
 def family_of(model_type: object, where: str) -> Family:
@@ -158,194 +319,19 @@ def family_of(model_type: object, where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def decoder_config(
-    fields: Mapping[str, object],
-    *,
-    where: str,
-    ignore: Iterable[str] = (),
-    dtype: str = "float32",
-    param_dtype: str = "float32",
-    remat: str = "none",
-    unroll: int = 1,
-) -> DecoderConfig:
-    """Reads the fields of a ``config.json``.
-
-    Args:
-      fields: the parsed file; RoPE spelt ``rope_theta`` / ``rope_scaling`` or
-        ``rope_parameters`` (transformers 5).
-      where: the file, for errors.
-      ignore: fields of no consequence that this reader does not know.
-      dtype: compute dtype.
-      param_dtype: dtype in which parameters are kept.
-      remat: see :class:`DecoderConfig`.
-      unroll: see :class:`DecoderConfig`.
-
-    Returns:
-      The decoder's shape.
-
-    Raises:
-      ValueError: listing every missing, unsupported and unknown field.
-    """
-    family = family_of(fields.get("model_type"), where)
-    problems = _problems(fields, frozenset(ignore))
-    theta = _rope_theta(fields, problems)
-    if problems:
-        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
-    shape = {ours: fields[theirs] for theirs, ours in _REQUIRED.items()}
-    heads, width = shape["heads"], shape["width"]
-    kv_heads = fields.get("num_key_value_heads", family.kv_heads) or heads
-    head_dim = fields.get("head_dim", family.head_dim) or width // heads
-    return DecoderConfig(
-        **shape,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        rope_theta=theta,
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-        tied=bool(fields.get("tie_word_embeddings", False)),
-        qk_norm=family.qk_norm,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        unroll=unroll,
-    )
-
-
-def config_json(
-    config: DecoderConfig,
-    model_type: str | None = None,
-    extra: Mapping[str, object] | None = None,
-) -> dict[str, object]:
-    """The ``config.json`` that transformers reads; inverse of the above.
-
-    Args:
-      config: the decoder's shape.
-      model_type: a family; None takes the one that ``qk_norm`` implies.
-      extra: fields that do not change the logits (special ids, lengths).
-
-    Returns:
-      The fields. RoPE is spelt in both ways, for transformers 4 and 5.
-
-    Raises:
-      ValueError: where the family cannot hold this decoder, or ``extra``
-        would change the network.
-    """
-    if model_type is None:
-        model_type = "qwen3" if config.qk_norm else "llama"
-    family = family_of(model_type, "model_type")
-    if family.qk_norm != config.qk_norm:
-        raise ValueError(
-            f"a decoder with qk_norm={config.qk_norm} cannot be written as "
-            f"model_type={model_type!r}; leave model_type out"
-        )
-    if model_type == "llama" and config.width % config.heads:
-        raise ValueError(
-            f"width={config.width} must be divisible by heads={config.heads}: "
-            "transformers refuses other Llama configs"
-        )
-    harmful = sorted(set(extra or ()) - _HARMLESS)
-    if harmful:
-        raise ValueError(
-            f"extra={harmful} would change, or is not known to leave alone, "
-            "what the decoder computes; only fields such as bos_token_id or "
-            "max_position_embeddings may be given"
-        )
-    fields = {
-        "architectures": [family.architecture],
-        "model_type": model_type,
-        **{theirs: getattr(config, ours) for theirs, ours in _REQUIRED.items()},
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "attention_bias": False,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rope_theta,
-        },
-    }
-    return fields | dict(extra or {})
-
-
 def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that files give one layer of a parameter.
+    """The shape that files give one layer (and expert) of a parameter.
 
     Args:
       name: of the parameter.
-      shape: of one layer, the stacking dimension left out.
+      shape: of one layer, the stacking dimensions left out.
 
     Returns:
-      (out, in) for linear maps, else ``shape``.
+      (out, in) for linear maps, flat for biases and norms over heads, else
+      ``shape``.
     """
     inputs = WEIGHTS[name].inputs
-    if not inputs:
-        return shape
-    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-
-
-def _problems(fields: Mapping[str, object], ignore: frozenset) -> list[str]:
-    problems = []
-    for name in (*_REQUIRED, "num_key_value_heads", "head_dim"):
-        value = fields.get(name)
-        optional = name not in _REQUIRED and value is None
-        good = isinstance(value, int) and not isinstance(value, bool)
-        if not optional and not (good and value > 0):
-            problems.append(f"{name}={value!r} must be a positive integer")
-    known = _OPTIONAL | _HARMLESS | ignore | set(_REQUIRED)
-    for name, value in fields.items():
-        if name in _FIXED and name not in ignore:
-            if value not in _FIXED[name]:
-                problems.append(
-                    f"{name}={value!r} is not supported, only "
-                    f"{_FIXED[name][0]!r}"
-                )
-        elif name == "layer_types":
-            if value is not None and set(value) != {"full_attention"}:
-                problems.append(
-                    f"layer_types={sorted(set(value))} is not supported, only "
-                    "'full_attention' throughout"
-                )
-        elif name not in known:
-            problems.append(
-                f"{name}={value!r} is not known; if the model's reference "
-                "does not read it, delete it from the file or pass "
-                f"ignore=({name!r},)"
-            )
-    return problems
-
-
-def _rope_theta(fields: Mapping[str, object], problems: list[str]) -> float:
-    """One theta from either spelling; every other RoPE variant refused."""
-    found = {}
-    if fields.get("rope_theta") is not None:
-        found["rope_theta"] = fields["rope_theta"]
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, Mapping):
-            problems.append(f"{name}={rope!r} must be an object")
-            continue
-        if "rope_theta" in rope:
-            found[f"{name}.rope_theta"] = rope["rope_theta"]
-        allowed = {"rope_type": "default", "type": "default"}
-        allowed |= {"partial_rotary_factor": 1}
-        odd = {k: v for k, v in rope.items() if k != "rope_theta"}
-        if any(allowed.get(k) != v for k, v in odd.items()):
-            problems.append(
-                f"{name}={dict(rope)} is not supported, only "
-                "{'rope_type': 'default', 'rope_theta': ...}"
-            )
-    bad = {k: v for k, v in found.items() if not _positive(v)}
-    if bad:
-        problems.append(f"{bad} must be a positive number")
-    elif len(set(found.values())) > 1:
-        problems.append(f"{found} disagree; keep one of them")
-    theta = next(iter(found.values()), 10_000.0)
-    return float(theta) if _positive(theta) else math.nan
-
-
-def _positive(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and value > 0
+    if inputs:
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+    matrix = name in ("embedding", "output")
+    return shape if matrix else (math.prod(shape),)

@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.decoder import Decoder, parameter_table
-from topd_jax.models.registry import WEIGHTS, file_shape
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.parameters import parameter_layers, parameter_table
+from topd_jax.models.registry import file_shape, weight
 from topd_jax.sharding import RULES, Rules, named
 
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -34,7 +35,7 @@ class TensorInfo(NamedTuple):
 
 def file_tensors(
     config: DecoderConfig, spelling: str
-) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """The tensors that a file of this decoder holds.
 
     Args:
@@ -43,17 +44,24 @@ def file_tensors(
         :class:`~topd_jax.models.registry.Weight`.
 
     Returns:
-      name in the file -> (parameter, layer or None, shape in the file).
+      name in the file -> (parameter, index into it, shape in the file); the
+      index is (), (row of its layer,) or (row, expert).
     """
     tensors = {}
     for name, row in parameter_table(config).items():
-        template = getattr(WEIGHTS[name], spelling)
+        spelt = weight(config, name)
+        template = getattr(spelt, spelling)
         if row.axes[0] != "layers":
-            tensors[template] = name, None, file_shape(name, row.shape)
+            tensors[template] = name, (), file_shape(name, row.shape)
             continue
-        for layer in range(config.layers):
-            shape = file_shape(name, row.shape[1:])
-            tensors[template.format(layer)] = name, layer, shape
+        for i, layer in enumerate(parameter_layers(config, name)):
+            shape = file_shape(name, row.shape[1 + spelt.expert :])
+            if not spelt.expert:
+                tensors[template.format(layer)] = name, (i,), shape
+                continue
+            for expert in range(config.experts):
+                tensor = template.format(layer, expert)
+                tensors[tensor] = name, (i, expert), shape
     return tensors
 
 
@@ -134,19 +142,20 @@ def assemble(
         else named(mesh, row.shape, row.axes, rules, name=name)
         for name, row in table.items()
     }
-    sources: dict[str, list[str]] = {name: [] for name in table}
-    for tensor, (name, _, _) in file_tensors(config, spelling).items():
-        sources[name].append(tensor)
+    sources: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+        name: [] for name in table
+    }
+    for tensor, (name, index, _) in file_tensors(config, spelling).items():
+        sources[name].append((tensor, index))
     arrays = {}
     for name, row in table.items():
         host = np.empty(row.shape, jnp.dtype(config.param_dtype))
-        stacked = row.axes[0] == "layers"
-        for layer, tensor in enumerate(sources[name]):
-            target = host[layer] if stacked else host
+        for tensor, index in sources[name]:
+            target = host[index]
             array = read(tensor)
-            if WEIGHTS[name].inputs:
-                array = array.T.reshape(target.shape)
-            target[...] = array
+            if weight(config, name).inputs:
+                array = array.T
+            target[...] = array.reshape(target.shape)
         arrays[name] = _place(host, shardings[name])
     return Decoder(config, arrays)
 
@@ -168,13 +177,13 @@ def disassemble(
     arrays = model.arrays
     host, held = np.empty(0), None
     for tensor, row in file_tensors(model.config, spelling).items():
-        name, layer, shape = row
+        name, index, shape = row
         if held != name:
             host, held = _to_host(arrays[name]), name
-        array = host if layer is None else host[layer]
-        if WEIGHTS[name].inputs:
+        array = host[index]
+        if weight(model.config, name).inputs:
             array = array.reshape(shape[::-1]).T
-        yield tensor, np.ascontiguousarray(array)
+        yield tensor, np.ascontiguousarray(array).reshape(shape)
 
 
 def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
@@ -202,13 +211,18 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
             f"0..{layers - 1}; for instance {list(range(0, layers, 2))}"
         )
     table = parameter_table(model.config)
-    index = np.asarray(keep)
     arrays = {}
     for name, array in model.arrays.items():
-        stacked = table[name].axes[0] == "layers"
-        part = array[index] if stacked else jnp.copy(array)
+        if table[name].axes[0] == "layers":
+            owners = parameter_layers(model.config, name)
+            rows = [i for i, layer in enumerate(owners) if layer in keep]
+            if not rows:  # no layer of this kind is left
+                continue
+            part = array[np.asarray(rows)]
+        else:
+            part = jnp.copy(array)
         arrays[name] = jax.device_put(part, array.sharding)
-    return Decoder(dataclasses.replace(model.config, layers=len(keep)), arrays)
+    return Decoder(model.config.keep_layers(keep), arrays)
 
 
 def fingerprint(model: Decoder) -> str:

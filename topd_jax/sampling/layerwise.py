@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from topd_jax.models.attention import look
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.decoder import Decoder
-from topd_jax.models.layers import embed, layer, rms_norm, rope_table
+from topd_jax.models.decoder import Decoder, split_stacks
+from topd_jax.models.layers import embed, layer, layer_options, rms_norm
+from topd_jax.models.rope import rope_table
 
 
 @struct.dataclass
@@ -23,13 +25,15 @@ class Layerwise:
     """A decoder whose layers are arrays of their own; called as it is.
 
     Attributes:
-      layers: one module of parameters a layer.
+      layers: parameter name -> array, one dictionary a layer.
+      stacks: feed-forward parameters that only some layers have, whole.
       embedding: [V, D].
       final_norm: [D].
       config: static shape.
     """
 
-    layers: tuple[Any, ...]
+    layers: tuple[dict[str, jax.Array], ...]
+    stacks: dict[str, jax.Array]
     embedding: jax.Array
     final_norm: jax.Array
     config: DecoderConfig = struct.field(pytree_node=False)
@@ -45,14 +49,21 @@ class Layerwise:
         c = self.config
         hidden = embed(self.embedding, tokens, c)
         rope = rope_table(positions, c)
+        sight, noted = look(c, positions, mask, caches[0])
+        options = layer_options(c)
         written = []
-        for weights, cache in zip(self.layers, caches, strict=True):
+        for i, (weights, cache) in enumerate(
+            zip(self.layers, caches, strict=True)
+        ):
+            own = {name: x[i] for name, x in options.items()} | {"index": 0}
+            carry = (hidden, cache.replace(positions=noted.positions))
             hidden, cache = layer(
-                c, (hidden, cache), weights, 0, rope=rope, mask=mask[:, None]
-            )
+                c, carry, weights, own,
+                rope=rope, sight=sight, stacks=self.stacks,
+            )  # fmt: skip
             length = cache.length + tokens.shape[1]
             written.append(cache.replace(length=length))
-        return rms_norm(hidden, self.final_norm, c.norm_eps), tuple(written)
+        return rms_norm(hidden, self.final_norm, c), tuple(written)
 
 
 def take_apart(model: Any, cache: Any) -> tuple[Any, Any]:
@@ -72,31 +83,29 @@ def take_apart(model: Any, cache: Any) -> tuple[Any, Any]:
     if config.unroll < config.layers:
         return model, cache
     layers = range(config.layers)
+    scanned, stacks = split_stacks(model)
     # Without the barrier the slices would move into the loop that uses them.
     weights, caches = jax.lax.optimization_barrier(
         (
-            tuple(_layer_of(model.layers, i) for i in layers),
+            tuple({n: x[i] for n, x in scanned.items()} for i in layers),
             tuple(_cache_of(cache, i) for i in layers),
         )
     )
     embedding, norm = model.embedding[...], model.final_norm[...]
-    return Layerwise(weights, embedding, norm, config), caches
-
-
-def _layer_of(stacked: Any, index: int) -> Any:
-    return jax.tree.map(lambda x: x[index], stacked)
+    return Layerwise(weights, stacks, embedding, norm, config), caches
 
 
 def _cache_of(cache: Any, index: int) -> Any:
     # A cache of one layer, which ``layer`` finds at index 0.
-    return jax.tree.map(lambda x: x[index : index + 1] if x.ndim else x, cache)
+    one = slice(index, index + 1)
+    return cache.replace(keys=cache.keys[one], values=cache.values[one])
 
 
 def repeat_rows(cache: Any, times: int) -> Any:
     """Each row of a cache ``times`` times, consecutively."""
     if times == 1:
         return cache
-    # [layers, rows, ...]; the length is a scalar.
+    # [layers or 1, rows, ...]; the length is a scalar.
     return jax.tree.map(
         lambda x: jnp.repeat(x, times, axis=1) if x.ndim else x, cache
     )

@@ -1,0 +1,230 @@
+"""What layers see: windows by position, soft-capped scores, the cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import EOS, PAD, make_trajectories
+from small_files import make
+
+from topd_jax.batch_loss import batch_loss
+from topd_jax.distill import annotate
+from topd_jax.models import DecoderConfig, causal_mask, unembed
+from topd_jax.models.attention import attend, look, reach, visible
+from topd_jax.objective import Objective
+from topd_jax.sampling import branch, branch_columns, rollout
+from topd_jax.types import Candidates, Prompts, completion_states, positions_of
+
+CONFIG = DecoderConfig(
+    vocab_size=40,
+    layers=3,
+    width=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=24,
+    rope_theta=100.0,
+    local_rope_theta=10.0,
+    window=3,
+    sliding=(True, False, True),
+    no_rope=(False, False, True),
+    query_scalar=4,
+    attention_softcap=2.0,
+    final_softcap=3.0,
+)
+CONFIGS = {
+    "scanned": CONFIG,
+    "unrolled": dataclasses.replace(CONFIG, unroll=3),
+}
+
+
+def seen(mask, positions, cache=None, window=3):
+    """The mask of a sliding layer, as 0 and 1."""
+    config = dataclasses.replace(CONFIG, window=window)
+    sight, cache = look(config, positions, mask, cache)
+    assert reach(config).tolist()[::2] == [window, window]
+    return np.asarray(visible(sight, reach(config)[0]))[:, 0].astype(int), cache
+
+
+def test_window_over_left_padding():
+    exists = jnp.array([[0, 0, 1, 1, 1, 1, 1]], bool)
+    got, _ = seen(causal_mask(exists), positions_of(exists))
+    np.testing.assert_array_equal(
+        got[0, 2:, 2:],
+        [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [0, 1, 1, 1, 0],
+            [0, 0, 1, 1, 1],
+        ],
+    )
+    assert not got[0, :, :2].any()
+
+
+def test_window_goes_by_position_in_a_cache():
+    """Two branches that leave a prefix of four at different places.
+
+    Columns 0-3 are the prefix; branch a leaves before its token 2 and branch b
+    after token 3; then each writes a second token: columns a0 b0 a1 b1.
+    """
+    cache = make(CONFIG).init_cache(1, 8)
+    exists = jnp.array([[1, 1, 1, 1]], bool)
+    mask = jnp.pad(causal_mask(exists), ((0, 0), (0, 0), (0, 4)))
+    _, cache = seen(mask, positions_of(exists), cache)
+    for step, want in enumerate(
+        (
+            # a at position 2 sees 0, 1, itself; b at 4 sees 2, 3, itself
+            [[1, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 1, 0, 0]],
+            # a at 3 sees 1, a0, itself; b at 5 sees 3, b0, itself
+            [[0, 1, 0, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1, 0, 1]],
+        )
+    ):
+        own = np.zeros((1, 2, 8), bool)
+        own[0, 0, :2] = own[0, 1, :4] = True
+        for earlier in range(step + 1):
+            own[0, 0, 4 + 2 * earlier] = own[0, 1, 5 + 2 * earlier] = True
+        cache = cache.replace(length=jnp.int32(4 + 2 * step))
+        positions = jnp.array([[2, 4]]) + step
+        got, cache = seen(jnp.asarray(own), positions, cache)
+        np.testing.assert_array_equal(got[0], want)
+
+
+def test_nothing_is_kept_where_no_layer_slides():
+    plain = dataclasses.replace(CONFIG, sliding=())
+    assert make(plain).init_cache(2, 5).positions is None
+    assert make(CONFIG).init_cache(2, 5).positions.shape == (1, 2, 5)
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_attention_against_plain_loops(cap):
+    rng = np.random.default_rng(0)
+    config = dataclasses.replace(CONFIG, attention_softcap=cap)
+    query = rng.normal(size=(1, 3, 4, 8))
+    key, value = rng.normal(size=(2, 1, 5, 2, 8))
+    mask = rng.random((1, 1, 3, 5)) < 0.6
+    mask[..., 0] = True
+    want = np.zeros_like(query)
+    for s in range(3):
+        for head in range(4):
+            scores = key[0, :, head // 2] @ query[0, s, head] / 2  # sqrt(4)
+            if cap:
+                scores = cap * np.tanh(scores / cap)
+            weights = np.where(mask[0, 0, s], np.exp(scores), 0)
+            weights /= weights.sum()
+            want[0, s, head] = weights @ value[0, :, head // 2]
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    got = attend(*arrays, jnp.asarray(mask), config)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_capped_scores_of_a_row_that_sees_nothing_are_finite():
+    x = jnp.ones((1, 2, 4, 8))
+    mask = jnp.zeros((1, 1, 2, 2), bool)
+
+    def total(x):
+        return attend(x, x[:, :, :2], x[:, :, :2], mask, CONFIG).sum()
+
+    assert np.isfinite(jax.grad(total)(x)).all()
+
+
+def forward(model, tokens, mask):
+    hidden, _ = model(tokens, positions_of(mask), causal_mask(mask))
+    return hidden
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rollout_equals_reading_it_again(name):
+    """Through cache and left padding; its log-probabilities are capped."""
+    model = make(CONFIGS[name])
+    mask = jnp.arange(6) >= jnp.array([[0], [2], [5]])
+    tokens = jax.random.randint(jax.random.key(1), (3, 6), 3, 40)
+    written = rollout(
+        model, Prompts(tokens, mask), jax.random.key(0),
+        max_new_tokens=9, eos_ids=(), pad_id=PAD, buckets=(),
+    )  # fmt: skip
+    states = jax.jit(forward)(model, written.sequence, written.sequence_mask)
+    logits = unembed(model.head, completion_states(states, 6))
+    assert np.abs(logits).max() < 3
+    want = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), written.tokens[..., None], -1
+    )[..., 0]
+    np.testing.assert_allclose(written.logp, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scanned", "unrolled"])
+def test_branches_equal_reading_their_text(name):
+    model = make(CONFIGS[name])
+    written = make_trajectories(rows=3)
+    candidates = Candidates(
+        jnp.array([[0, 2, 3], [1, 2, 3], [0, 1, 3]]), jnp.ones((3, 3), bool)
+    )
+    extra = branch_columns(3, 5)
+    rows, length = written.sequence.shape
+    mask = causal_mask(written.sequence_mask)
+    hidden, cache = jax.jit(lambda model, *read: model(*read))(
+        model,
+        written.sequence,
+        written.positions,
+        jnp.pad(mask, ((0, 0), (0, 0), (0, extra))),
+        model.init_cache(rows, length + extra),
+    )
+    windows, states = branch(
+        model, cache, completion_states(hidden, 5), written, candidates,
+        length=5, eos_ids=(), pad_id=PAD, return_hidden=True,
+    )  # fmt: skip
+    texts, masks = [], []
+    for row, slot in np.ndindex(3, 3):
+        end = 5 + int(candidates.positions[row, slot])
+        pad = (8 - end, 0)
+        branched = np.asarray(windows.tokens[row, slot, :-1])
+        prefix = np.pad(written.sequence[row, :end], pad)
+        texts.append(np.concatenate([prefix, branched]))
+        prefix = np.pad(written.sequence_mask[row, :end], pad)
+        masks.append(np.concatenate([prefix, np.ones(4, bool)]))
+    want = jax.jit(forward)(model, np.stack(texts), np.stack(masks))[:, 7:]
+    np.testing.assert_allclose(
+        states, want.reshape(states.shape), atol=1e-5
+    )
+
+
+def test_student_and_teacher_agree_along_branches():
+    """One through extra columns, one through its cache: no loss is left."""
+    model = make(CONFIG)
+    written = make_trajectories(rows=4)
+    objective = Objective(
+        candidates=2, window=5, branch_loss="reverse_kl", percentile=0.0
+    )
+    @jax.jit
+    def step(model):
+        notes = annotate(
+            model, model, written, jax.random.key(0), objective=objective,
+            eos_ids=(EOS,), pad_id=PAD,
+        )  # fmt: skip
+        ones = jnp.ones(()), jnp.ones(())
+        return notes, batch_loss(
+            model, model.head, written, notes, ones, objective
+        )
+
+    notes, (loss, sums) = step(model)
+    assert notes.divergent.any()
+    np.testing.assert_allclose(sums["guidance"], 0, atol=1e-5)
+    np.testing.assert_allclose(loss, 0, atol=1e-4)
+
+
+def test_programs_do_not_grow_with_depth():
+    def program(layers):
+        config = dataclasses.replace(
+            CONFIG,
+            layers=layers,
+            sliding=(True, False, True) * (layers // 3),
+            no_rope=(False, False, True) * (layers // 3),
+        )
+        shapes = jax.eval_shape(lambda: make.__wrapped__(config))
+        tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        mask = jax.ShapeDtypeStruct((1, 4), bool)
+        return jax.jit(forward).lower(shapes, tokens, mask).as_text()
+
+    assert len(program(12).splitlines()) == len(program(3).splitlines())

@@ -1,0 +1,261 @@
+"""Families: their configs read and written, and what is refused by name."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from small_files import assert_same, make
+
+from topd_jax.models import DecoderConfig, RopeScaling, drop_layers, save_model
+from topd_jax.models.hub_config import config_json, decoder_config
+from topd_jax.models.huggingface import load_model
+from topd_jax.models.registry import FAMILIES
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+BASE = DecoderConfig(
+    vocab_size=50,
+    layers=3,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=64,
+)
+GEMMA = dataclasses.replace(
+    BASE,
+    post_norms=True,
+    centred_norms=True,
+    activation="gelu_tanh",
+    scaled_embedding=True,
+    query_scalar=20,
+    window=3,
+)
+CONFIGS = {
+    "llama": dataclasses.replace(
+        BASE,
+        mlp_bias=True,
+        rope_scaling=RopeScaling("llama3", 8.0, 64.0),
+    ),
+    "mistral": dataclasses.replace(BASE, window=3, sliding=(True,) * 3),
+    "qwen2": dataclasses.replace(
+        BASE, attention_bias=True, window=3, sliding=(False, False, True)
+    ),
+    "qwen3": dataclasses.replace(
+        BASE, qk_norm=True, attention_bias=True, output_bias=True
+    ),
+    "qwen3_moe": dataclasses.replace(
+        BASE,
+        qk_norm=True,
+        experts=4,
+        experts_per_token=2,
+        expert_width=24,
+        renormalise=True,
+        dense=(False, True, False),
+    ),
+    "smollm3": dataclasses.replace(
+        BASE,
+        no_rope=(False, True, False),
+        rope_scaling=RopeScaling("yarn", 4.0, 64.0, attention_factor=1.1),
+    ),
+    "olmo2": dataclasses.replace(
+        BASE, pre_norms=False, post_norms=True, wide_qk_norm=True
+    ),
+    "gemma2": dataclasses.replace(
+        GEMMA,
+        attention_softcap=50.0,
+        final_softcap=30.0,
+        sliding=(True, False, True),
+    ),
+    "gemma3_text": dataclasses.replace(
+        GEMMA,
+        qk_norm=True,
+        local_rope_theta=300.0,
+        sliding=(True, True, False),
+        rope_scaling=RopeScaling("linear", 8.0),
+    ),
+}
+
+
+def read(model_type, **changes):
+    fields = SHAPE | {"model_type": model_type} | changes
+    return decoder_config(fields, where="config.json")
+
+
+def test_every_family_has_a_row_here():
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_family_is_found_and_files_come_back(name, tmp_path):
+    model = make(CONFIGS[name])
+    out = save_model(model, tmp_path / "m")
+    assert json.loads((out / "config.json").read_text())["model_type"] == name
+    assert_same(load_model(out), model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_families_refuse_by_the_field_that_they_lose(name):
+    other = "olmo2" if name != "olmo2" else "llama"
+    with pytest.raises(ValueError, match=r"=.* cannot be written as"):
+        config_json(CONFIGS[name], other)
+
+
+def test_a_source_names_the_family(tmp_path):
+    plain = make(BASE)
+    source = save_model(plain, tmp_path / "a", model_type="mistral")
+    out = save_model(plain, tmp_path / "b", source=source)
+    fields = json.loads((out / "config.json").read_text())
+    assert (fields["model_type"], fields["sliding_window"]) == ("mistral", None)
+
+
+def test_dropped_layers_take_their_options_with_them():
+    student = drop_layers(make(CONFIGS["gemma2"]), [0, 1])
+    assert student.config.sliding == (True, False)
+    teacher = make(CONFIGS["qwen3_moe"])
+    student = drop_layers(teacher, [1, 2])
+    assert student.config.dense == (True, False)
+    got, want = student.arrays, teacher.arrays
+    np.testing.assert_array_equal(got["gate"], want["gate"])
+    np.testing.assert_array_equal(got["router"], want["router"][1:])
+    assert "gate" not in drop_layers(teacher, [0, 2]).arrays
+
+
+def test_windows_as_each_family_spells_them():
+    assert read("mistral").sliding == (True,) * 6
+    assert read("mistral").window == 4096
+    assert read("mistral", sliding_window=None).sliding == ()
+    on = {"use_sliding_window": True, "sliding_window": 9}
+    for family in ("qwen2", "qwen3"):
+        assert read(family, sliding_window=9).window is None
+        got = read(family, max_window_layers=4, **on)
+        assert (got.window, got.sliding) == (9, (False,) * 4 + (True,) * 2)
+        kinds = ["sliding_attention", *["full_attention"] * 5]
+        got = read(family, layer_types=kinds, **on)
+        assert got.sliding == (True, *[False] * 5)
+    assert read("qwen3_moe", **on).sliding == (True,) * 6
+    assert read("gemma2").sliding == (True, False) * 3
+    assert read("gemma3_text").sliding == (True,) * 5 + (False,)
+    got = read("gemma3_text", sliding_window_pattern=2)
+    assert got.sliding == (True, False) * 3
+    got = read("smollm3", no_rope_layer_interval=3, **on)
+    assert got.no_rope == got.sliding == (False, False, True) * 2
+
+
+def test_rope_in_the_old_and_the_new_spelling():
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    want = RopeScaling("llama3", 8.0, 8192.0, 1.0, 4.0)
+    old = {"rope_type": "llama3"} | llama3
+    new = old | {"rope_theta": 5e5}
+    for spelt in (
+        {"rope_theta": 5e5, "rope_scaling": old},
+        {"rope_parameters": new},
+        {"rope_theta": 5e5, "rope_scaling": old, "rope_parameters": new},
+    ):
+        got = read("llama", **spelt)
+        assert (got.rope_theta, got.rope_scaling) == (5e5, want)
+    with pytest.raises(ValueError, match="disagree"):
+        read("llama", rope_scaling=old | {"factor": 4.0}, rope_parameters=new)
+    yarn = {"type": "yarn", "factor": 4.0}
+    got = read("qwen2", rope_scaling=yarn, max_position_embeddings=99)
+    assert got.rope_scaling.original_length == 99
+    # 0.1 ln 4 + 1
+    assert got.rope_scaling.attention_factor == pytest.approx(1.1386294)
+
+
+def test_local_rope_in_the_old_and_the_new_spelling():
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    old = {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": scaled,
+    }
+    new = {
+        "full_attention": scaled | {"rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    for spelt in (old, {"rope_parameters": new}):
+        got = read("gemma3_text", **spelt)
+        assert got.rope_theta == 1e6
+        assert got.local_rope_theta == 1e4
+        assert got.rope_scaling == RopeScaling("linear", 8.0)
+    got = read("gemma3_text")
+    assert (got.rope_theta, got.local_rope_theta) == (1e6, 1e4)
+    bad = new | {"sliding_attention": scaled}
+    with pytest.raises(ValueError, match="rope_parameters.sliding_attention"):
+        read("gemma3_text", rope_parameters=bad)
+
+
+def test_experts_in_some_layers():
+    got = read("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3])
+    assert got.expert_layers == (1, 5)
+    assert (got.experts, got.experts_per_token, got.expert_width) == (
+        128, 8, 768,
+    )  # fmt: skip
+    assert read("qwen3_moe", num_local_experts=16).experts == 16
+    assert read("qwen3_moe", num_experts=0).expert_layers == ()
+
+
+REFUSED = [
+    ("gemma3_text", "attn_logit_softcapping", 50.0),
+    ("gemma2", "use_bidirectional_attention", True),
+    ("gemma2", "final_logit_softcapping", 0),
+    ("gemma2", "query_pre_attn_scalar", None),
+    ("gemma2", "hidden_act", "silu"),
+    ("llama", "final_logit_softcapping", 30.0),
+    ("mistral", "sliding_window", 0),
+    ("mistral", "attention_bias", True),
+    ("mistral", "layer_types", ["full_attention"] * 6),
+    ("qwen2", "layer_types", ["sliding_attention"] * 6),
+    ("qwen2", "mlp_bias", True),
+    ("qwen2", "layer_types", ["chunked_attention"] * 6),
+    ("qwen3_moe", "num_experts_per_tok", 129),
+    ("qwen3_moe", "decoder_sparse_step", 0),
+    ("qwen3_moe", "norm_topk_prob", 3),
+    ("smollm3", "no_rope_layers", [1, 0]),
+    ("smollm3", "no_rope_layer_interval", 0),
+    ("llama", "rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
+    ("llama", "rope_parameters", {"rope_type": "linear"}),
+    ("llama", "rope_parameters", {"full_attention": {"rope_theta": 1.0}}),
+    ("llama", "rope_scaling", {"rope_type": "default", "factor": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("family", "field", "value"), REFUSED)
+def test_what_is_not_supported_is_refused_by_name(family, field, value):
+    match = "sliding_window=None" if (family, field) == (
+        "qwen2", "layer_types"
+    ) and value[0] == "sliding_attention" else field  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+        read(family, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("sliding", (True,), "sliding has 1 entries and must have one a layer"),
+        ("sliding", (True,) * 3, "window=None must be positive"),
+        ("experts", 4, r"experts_per_token=0 must lie in 1\.\.4"),
+        ("activation", "relu", "activation='relu' must be"),
+        ("rope_scaling", "longrope", "kind='longrope' must be"),
+    ],
+)
+def test_bad_options_are_refused(field, value, match):
+    with pytest.raises(ValueError, match=match):
+        if field == "rope_scaling":
+            value = RopeScaling(value, 2.0)
+        dataclasses.replace(BASE, **{field: value})

@@ -1,0 +1,85 @@
+"""Rotary frequencies and their stretching, by hand."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topd_jax.models import DecoderConfig, RopeScaling
+from topd_jax.models.rope import frequencies, rope_rows, rope_table
+
+CONFIG = DecoderConfig(
+    vocab_size=8,
+    layers=4,
+    width=8,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    mlp_width=8,
+    rope_theta=100.0,
+)
+
+
+def test_plain_and_linear():
+    # 100 ** (-0 / 4), 100 ** (-2 / 4)
+    np.testing.assert_allclose(frequencies(100.0, 4), [1.0, 0.1])
+    got = frequencies(100.0, 4, RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(got, [0.25, 0.025])
+
+
+def test_llama3_leaves_fast_pairs_and_stretches_slow_ones():
+    """Wavelengths 2 pi / f against 80 / 4 = 20 and 80 / 1 = 80."""
+    scaling = RopeScaling("llama3", 8.0, 80.0, 1.0, 4.0)
+    got = frequencies(10_000.0, 8, scaling)
+    # f = 1, .1, .01, .001; waves 6.3, 62.8, 628, 6283: the first is left
+    # alone, the last two are divided by 8; the second turns 80 / 62.83 =
+    # 1.27324 times: share (1.27324 - 1) / (4 - 1) = 0.0910798 of it stays.
+    share = 0.0910798
+    mixed = 0.1 * (share + (1 - share) / 8)
+    np.testing.assert_allclose(got, [1, mixed, 0.01 / 8, 0.001 / 8], rtol=1e-6)
+
+
+def test_yarn_ramps_between_its_borders():
+    """Borders: pairs that turn 8 times and once in 64 tokens."""
+    scaling = RopeScaling("yarn", 4.0, 64.0, beta_fast=8.0, beta_slow=1.0)
+    plain = frequencies(100.0, 8)
+    # 8 ln(64 / 16 pi) / (2 ln 100) = 0.21, down to 0; with one turn:
+    # 8 ln(64 / 2 pi) / (2 ln 100) = 2.02, up to 3. Ramp 0, 1/3, 2/3, 1.
+    assert math.ceil(8 * math.log(64 / (2 * math.pi)) / 2 / math.log(100)) == 3
+    keep = 1 - np.array([0, 1 / 3, 2 / 3, 1]) * 3 / 4
+    np.testing.assert_allclose(frequencies(100.0, 8, scaling), plain * keep)
+    fine = dataclasses.replace(scaling, truncate=False)
+    assert not np.allclose(frequencies(100.0, 8, fine), plain * keep)
+
+
+def test_each_layer_is_turned_in_its_own_way():
+    config = dataclasses.replace(
+        CONFIG,
+        local_rope_theta=25.0,
+        rope_scaling=RopeScaling("yarn", 1.0, 64.0, attention_factor=2.0),
+        window=3,
+        sliding=(True, False, True, False),
+        no_rope=(False, False, True, False),
+    )
+    np.testing.assert_array_equal(rope_rows(config), [1, 0, 2, 0])
+    cos, sin = rope_table(jnp.array([[3]]), config)
+    assert cos.shape == (3, 1, 1, 1, 2)
+    want = [
+        2 * np.cos([3.0, 0.3]),  # yarn's factor of both
+        np.cos([3.0, 3 / 5]),  # 25 ** -0.5, never stretched
+        [1.0, 1.0],
+    ]
+    np.testing.assert_allclose(cos[:, 0, 0, 0], want, rtol=1e-5)
+    np.testing.assert_allclose(sin[2], 0)
+    # What no layer uses is not computed.
+    assert rope_table(jnp.array([[3]]), CONFIG)[0].shape[0] == 1
+    np.testing.assert_array_equal(rope_rows(CONFIG), [0] * 4)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_stretching_by_one_changes_nothing(theta):
+    for kind in ("linear", "llama3", "yarn"):
+        got = frequencies(theta, 16, RopeScaling(kind, 1.0, 64.0))
+        np.testing.assert_allclose(got, frequencies(theta, 16), rtol=1e-12)

@@ -1,0 +1,148 @@
+"""Tiny random models of transformers, one a family and option."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 301
+
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def rope(kind, theta=500.0, **rest):
+    return {"rope_type": kind, "rope_theta": theta, **rest}
+
+
+BIASES = {"attention_bias": True}
+GEMMA = {
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 5,
+    "tie_word_embeddings": True,
+}
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+
+# name -> (class of transformers, fields)
+MODELS = {
+    "llama3": (
+        "Llama",
+        BIASES
+        | {
+            "mlp_bias": True,
+            "rope_parameters": rope(
+                "llama3", factor=8.0, low_freq_factor=1.0,
+                high_freq_factor=4.0, original_max_position_embeddings=64,
+            ),
+        },
+    ),
+    "llama-linear": ("Llama", {"rope_parameters": rope("linear", factor=3.0)}),
+    "llama-yarn": (
+        "Llama",
+        {
+            "rope_parameters": rope(
+                "yarn", factor=4.0, original_max_position_embeddings=64,
+                beta_fast=8.0, beta_slow=2.0,
+            )
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "mistral-null": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3-window": (
+        "Qwen3",
+        BIASES
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 2,
+        },
+    ),
+    "smollm3": ("SmolLM3", BIASES | {"no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "mlp_bias": True,
+            "no_rope_layers": [1, 0, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "olmo2": ("Olmo2", BIASES),
+    "gemma2": (
+        "Gemma2",
+        GEMMA
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        GEMMA
+        | {
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": rope("linear", 1e5, factor=8.0),
+                "sliding_attention": rope("default", 300.0),
+            },
+        },
+    ),
+    "gemma3-capped": ("Gemma3", GEMMA | BIASES | {
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["full_attention", *["sliding_attention"] * 2],
+    }),
+    "moe": ("Qwen3Moe", EXPERTS | BIASES | {"norm_topk_prob": True}),
+    "moe-mixed": (
+        "Qwen3Moe",
+        EXPERTS
+        | {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+}  # fmt: skip
+
+
+def build(name):
+    """A random model, its norms and biases far from where they start."""
+    family, fields = MODELS[name]
+    torch.manual_seed(0)
+    text = "Text" if family == "Gemma3" else ""
+    config = getattr(transformers, f"{family}{text}Config")(**SHAPE | fields)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for key, value in model.named_parameters():
+        if "norm" in key:
+            low = -0.5 if "Gemma" in family else 0.5
+            value.data.uniform_(low, low + 1)
+        elif key.endswith("bias"):
+            value.data.uniform_(-0.5, 0.5)
+        elif "experts" in key or "mlp.gate.weight" in key:
+            value.data.normal_(0, 0.2)
+    return model

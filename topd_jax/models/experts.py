@@ -1,0 +1,95 @@
+"""Mixture of experts: each token is read by the k experts its router likes.
+
+``y = sum_{e in top k} p_e * E_e(x)`` with ``p = softmax(x R)``, renormalised
+over the chosen ones where the config says so (Qwen3-MoE). Copies of tokens are
+sorted by expert and multiplied group by group (``jax.lax.ragged_dot``), so no
+expert has a capacity and no token is dropped.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax.models.config import DecoderConfig
+from topd_jax.sharding import over_experts
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def route(
+    x: jax.Array, router: jax.Array, config: DecoderConfig
+) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token, and their weights.
+
+    Args:
+      x: [T, D].
+      router: [D, E].
+      config: for ``experts_per_token`` and ``renormalise``.
+
+    Returns:
+      (experts i32[T, k], weights [T, k] in x's dtype).
+    """
+    chances = jax.nn.softmax((x @ router).astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(chances, config.experts_per_token)
+    if config.renormalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return chosen, weights.astype(x.dtype)
+
+
+def mix(
+    x: jax.Array, w: dict[str, jax.Array], config: DecoderConfig
+) -> jax.Array:
+    """The feed-forward layer of a mixture of experts.
+
+    Over a mesh every device holds some experts, reads all tokens of its rows
+    and adds what its own experts say; the sum over devices is the output.
+
+    Args:
+      x: [B, S, D].
+      w: "router" [D, E], "expert_gate" and "expert_up" [E, D, F],
+        "expert_down" [E, F, D].
+      config: the decoder's shape.
+
+    Returns:
+      [B, S, D].
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    chosen, weights = route(flat, w["router"], config)
+    names = ("expert_gate", "expert_up", "expert_down")
+    read = functools.partial(_read, activation=config.activation)
+    out = over_experts(read, flat, chosen, weights, *(w[n] for n in names))
+    return out.reshape(x.shape)
+
+
+def _read(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    first: jax.Array | int,
+    *,
+    activation: str,
+) -> jax.Array:
+    """What experts first .. first + E - 1 add to the output [T, D].
+
+    Copies that belong to other experts are sorted behind all groups, where
+    ``ragged_dot`` leaves zeros.
+    """
+    count, (tokens, copies) = gate.shape[0], chosen.shape
+    own = chosen.reshape(-1) - first
+    own = jnp.where((own >= 0) & (own < count), own, count)
+    order = jnp.argsort(own)  # stable: copies of one expert stay in order
+    sizes = jnp.bincount(own, length=count + 1)[:count].astype(jnp.int32)
+    rows = x[order // copies]
+    dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+    inner = ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up)
+    out = dot(inner, down)[jnp.argsort(order)].reshape(tokens, copies, -1)
+    mine = (own < count).reshape(tokens, copies)
+    return jnp.sum(jnp.where(mine, weights, 0)[..., None] * out, axis=1)

@@ -1,0 +1,62 @@
+"""Experts that a file holds as one tensor, shown as one tensor an expert.
+
+Hub files of mixtures hold each expert's three maps apart; what transformers 5
+keeps in memory, and some files therefore hold, is ``experts.gate_up_proj``
+[E, 2 F, D] and ``experts.down_proj`` [E, D, F]. Both are read; the first is
+written, since every version of transformers reads it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from topd_jax.models.weights import TensorInfo
+
+_STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
+
+
+def split_experts(
+    found: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
+) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
+    """Shows every stacked tensor as those of its experts.
+
+    Args:
+      found: name -> shape and type of all tensors.
+      read: name -> array.
+
+    Returns:
+      The same two, in the spelling of one tensor an expert.
+    """
+    shown: dict[str, TensorInfo] = {}
+    parts: dict[str, tuple[str, int, slice]] = {}
+    for name, info in found.items():
+        stacked = _STACKED.fullmatch(name)
+        if not stacked or len(info.shape) != 3:
+            shown[name] = info
+            continue
+        count, rows, columns = info.shape
+        cuts = {"down_proj": slice(0, rows)}
+        if stacked[2] == "gate_up_proj":
+            cuts = {
+                "gate_proj": slice(0, rows // 2),
+                "up_proj": slice(rows // 2, rows),
+            }
+        for expert in range(count):
+            for part, cut in cuts.items():
+                own = f"{stacked[1]}{expert}.{part}.weight"
+                shape = (cut.stop - cut.start, columns)
+                shown[own] = TensorInfo(shape, info.dtype)
+                parts[own] = name, expert, cut
+    held: dict[str, np.ndarray] = {}
+
+    def read_part(name: str) -> np.ndarray:
+        if name not in parts:
+            return read(name)
+        whole, expert, cut = parts[name]
+        if whole not in held:  # one at a time: its experts follow each other
+            held.clear()
+            held[whole] = read(whole)
+        return held[whole][expert, cut]
+
+    return shown, read_part

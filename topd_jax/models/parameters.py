@@ -1,0 +1,121 @@
+"""The parameters of a decoder, as one table of names, shapes and axes."""
+
+from typing import NamedTuple
+
+from topd_jax.models.config import DecoderConfig
+
+
+class Parameter(NamedTuple):
+    """One row of the parameter table.
+
+    Attributes:
+      shape: of the whole array.
+      axes: logical axes; layer parameters have "layers" as first one.
+      scale: standard deviation of initial weights; None starts at ``start``.
+      start: initial value where there is no scale.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    scale: float | None
+    start: float = 1.0
+
+
+def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
+    """Names, shapes, logical axes and initial scales of all parameters.
+
+    Args:
+      config: the decoder's shape.
+
+    Returns:
+      name -> row; names of layer parameters have "layers" as first axis.
+    """
+    d = config.width
+    vocab = Parameter((config.vocab_size, d), ("vocab", "embed"), d**-0.5)
+    table = {"embedding": vocab}
+    table |= _attention(config)
+    if config.dense_layers:
+        table |= _dense(config)
+    if config.expert_layers:
+        table |= _experts(config)
+    start = 0.0 if config.centred_norms else 1.0
+    table["final_norm"] = Parameter((d,), (None,), None, start)
+    if not config.tied:
+        table["output"] = vocab
+    return table
+
+
+def parameter_layers(config: DecoderConfig, name: str) -> tuple[int, ...]:
+    """Which layers the rows of a stacked parameter belong to, in order."""
+    if name in ("router", "expert_gate", "expert_up", "expert_down"):
+        return config.expert_layers
+    if name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
+        return config.dense_layers
+    return tuple(range(config.layers))
+
+
+def _attention(config: DecoderConfig) -> dict[str, Parameter]:
+    """Attention, and the norms of a layer."""
+    n, d = config.layers, config.width
+    h, kv, hd = config.heads, config.kv_heads, config.head_dim
+    query = Parameter(
+        (n, d, h, hd), ("layers", "embed", "heads", "head_dim"), d**-0.5
+    )
+    key = Parameter(
+        (n, d, kv, hd), ("layers", "embed", "kv_heads", "head_dim"), d**-0.5
+    )
+    out_axes = ("layers", "heads", "head_dim", "embed")
+    out = Parameter((n, h, hd, d), out_axes, (h * hd) ** -0.5)
+    table = {"q": query, "k": key, "v": key, "o": out}
+    # Norm and bias vectors are small; spreading them would cost more than it
+    # saves.
+    start = 0.0 if config.centred_norms else 1.0
+
+    def vector(*shape: int, start: float = start) -> Parameter:
+        axes = ("layers", *(None,) * len(shape))
+        return Parameter((n, *shape), axes, None, start)
+
+    if config.pre_norms:
+        table |= {"attention_norm": vector(d), "mlp_norm": vector(d)}
+    if config.post_norms:
+        table |= {"attention_post_norm": vector(d), "mlp_post_norm": vector(d)}
+    if config.qk_norm:
+        table |= {"q_norm": vector(hd), "k_norm": vector(hd)}
+    if config.wide_qk_norm:
+        table |= {"q_norm": vector(h, hd), "k_norm": vector(kv, hd)}
+    if config.attention_bias:
+        bias = vector(kv, hd, start=0.0)
+        table |= {"q_bias": vector(h, hd, start=0.0)}
+        table |= {"k_bias": bias, "v_bias": bias}
+    if config.output_bias:
+        table["o_bias"] = vector(d, start=0.0)
+    return table
+
+
+def _dense(config: DecoderConfig) -> dict[str, Parameter]:
+    """The gated feed-forward network of the layers that have one."""
+    n, d, f = len(config.dense_layers), config.width, config.mlp_width
+    wide = Parameter((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
+    down = Parameter((n, f, d), ("layers", "mlp", "embed"), f**-0.5)
+    table = {"gate": wide, "up": wide, "down": down}
+    if config.mlp_bias:
+        bias = Parameter((n, f), ("layers", None), None, 0.0)
+        table |= {"gate_bias": bias, "up_bias": bias}
+        table["down_bias"] = Parameter((n, d), ("layers", None), None, 0.0)
+    return table
+
+
+def _experts(config: DecoderConfig) -> dict[str, Parameter]:
+    """Router and experts of the layers that have them."""
+    n, d = len(config.expert_layers), config.width
+    e, f = config.experts, config.expert_width
+    wide = Parameter(
+        (n, e, d, f), ("layers", "expert", "embed", "mlp"), d**-0.5
+    )
+    down_axes = ("layers", "expert", "mlp", "embed")
+    return {
+        "router": Parameter((n, d, e), ("layers", "embed", None), d**-0.5),
+        "expert_gate": wide,
+        "expert_up": wide,
+        "expert_down": Parameter((n, e, f, d), down_axes, f**-0.5),
+    }

@@ -1,0 +1,129 @@
+"""Rotary positions (Su et al., arXiv:2104.09864), and how they are stretched.
+
+A decoder may turn its layers in up to three ways: as the config's base says,
+by a local base (sliding layers), or not at all. Each way is a row of one small
+table; a layer picks its row by number, so that layers can be scanned.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topd_jax.models.config import DecoderConfig, RopeScaling
+
+
+def frequencies(
+    theta: float, head_dim: int, scaling: RopeScaling | None = None
+) -> np.ndarray:
+    """Angle a position of every rotary pair.
+
+    Args:
+      theta: base; pair i turns by theta ** (-2 i / head_dim).
+      head_dim: of which half are pairs.
+      scaling: how long wavelengths are stretched.
+
+    Returns:
+      f64[head_dim / 2].
+    """
+    plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if scaling is None:
+        return plain
+    stretch = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+    return stretch[scaling.kind](plain, theta, head_dim, scaling)
+
+
+def _linear(
+    plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
+) -> np.ndarray:
+    return plain / scaling.factor
+
+
+def _llama3(
+    plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
+) -> np.ndarray:
+    """Llama 3.1: stretched where few turns fit the original length."""
+    turns = scaling.original_length * plain / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return plain * (share + (1 - share) / scaling.factor)
+
+
+def _yarn(
+    plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
+) -> np.ndarray:
+    """YaRN (Peng et al., arXiv:2309.00071, §3.2): a ramp over pairs."""
+
+    def border(turns: float) -> float:
+        length = scaling.original_length / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(theta))
+
+    first, last = border(scaling.beta_fast), border(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 1e-3
+    ramp = np.clip((np.arange(len(plain)) - first) / (last - first), 0, 1)
+    return plain * (1 - ramp + ramp / scaling.factor)
+
+
+def rope_rows(config: DecoderConfig) -> np.ndarray:
+    """i32[N]: which row of :func:`rope_table` each layer is turned by."""
+    return np.unique(_ways(config), return_inverse=True)[1].astype(np.int32)
+
+
+def rope_table(
+    positions: jax.Array, config: DecoderConfig
+) -> tuple[jax.Array, jax.Array]:
+    """cos, sin of positions i32[B, S]: f32[R, B, S, 1, head_dim / 2] each.
+
+    Args:
+      positions: rotary positions.
+      config: the decoder's shape.
+
+    Returns:
+      (cos, sin), the R ways that the config's layers are turned in.
+    """
+    scaling, size = config.rope_scaling, config.head_dim
+    ways = [(frequencies(config.rope_theta, size, scaling), 1.0)]
+    if scaling is not None:
+        ways[0] = ways[0][0], scaling.attention_factor
+    local = config.local_rope_theta or config.rope_theta
+    ways += [(frequencies(local, size), 1.0), (np.zeros(size // 2), 1.0)]
+    used = np.unique(_ways(config))  # what no layer uses is left out
+    turn = np.stack([ways[i][0] for i in used]).astype(np.float32)
+    scale = np.asarray([ways[i][1] for i in used], np.float32)
+    scale = scale[:, None, None, None, None]
+    turn = turn[:, None, None, None]
+    angle = positions[None, ..., None, None].astype(jnp.float32) * turn
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def _ways(config: DecoderConfig) -> np.ndarray:
+    """i32[N]: 0 for the base, 1 for the local base, 2 for not at all."""
+    ways = np.zeros(config.layers, np.int32)
+    if config.local_rope_theta is not None and config.sliding:
+        ways[np.asarray(config.sliding)] = 1
+    if config.no_rope:
+        ways[np.asarray(config.no_rope)] = 2
+    return ways
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (i, i + head_dim / 2) of x.
+
+    Args:
+      x: [B, S, heads, head_dim].
+      cos: f32[B, S, 1, head_dim / 2].
+      sin: the same.
+
+    Returns:
+      [B, S, heads, head_dim] in x's dtype.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return turned.astype(x.dtype)
