@@ -16,6 +16,8 @@ from topd_jax.answers import normal, stated_answer
         ("the answer is 3. \\boxed{4", ("marked", "3. \\boxed{4")),
         ("1 + 1 = 2\n#### 2\n", ("marked", "2")),
         ("The answer is 72. I hope that helps.", ("marked", "72.")),
+        ("\\boxed{ \\boxed{72}", ("boxed", "72")),
+        ("\\boxed{a \\boxed{b} c}", ("boxed", "a \\boxed{b} c")),
         ("**Answer:** 7.5\nbye 3", ("marked", "7.5")),
         ("The answer is:\n\n5", ("marked", "5")),
         ("the final answers are 1 and 2", ("marked", "1 and 2")),

@@ -101,6 +101,7 @@ def written() -> dict:
         changed("checkpoint", keep=9),
         changed("sweep", seeds=(1, 2)),
         changed("world", cache="elsewhere"),
+        changed("eval", samples=16, benchmarks=("aime24.jsonl",)),
     ],
 )
 def test_what_changes_nothing_may_differ(settings):

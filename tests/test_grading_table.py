@@ -132,13 +132,10 @@ TABLE = [
 ]  # fmt: skip
 # Each of these costs memory or time without end where nothing stops it.
 HOSTILE = [
-    "\\boxed{9^{9^{9^{9^{9}}}}}",
     "\\boxed{" + "(" * 20_000 + "}",
     "\\boxed{" * 20_000,
-    "\\boxed{\\frac{" + "1" * 20_000 + "}{0}}",
     "\\boxed{10000000!!!}",
     "the answer is " + "answer is " * 20_000,
-    "1," * 50_000,
 ]
 
 

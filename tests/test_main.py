@@ -82,7 +82,7 @@ def test_help_is_shown(topd, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "no command 'trian'; one of train, eval, compare, sample"),
+        (["trian"], "no command 'trian'; one of train, eval, compare, inspect"),
         (["train"], "--config is missing; try --config tiny"),
         (["train", "--config"], "--config is missing"),
         (["train", "--config="], "--config is missing"),

@@ -29,6 +29,7 @@ def annotate(
     objective: Objective,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    score: jax.Array | None = None,
 ) -> Annotations:
     """Lets the teacher read what the student wrote, and look ahead.
 
@@ -44,6 +45,8 @@ def annotate(
       objective: see :class:`Objective`.
       eos_ids: end-of-sequence ids.
       pad_id: id put where nothing is.
+      score: f32[B, T] what candidates are ranked by; None takes
+        ``objective.score``.
 
     Returns:
       Annotations, all of them stopped.
@@ -65,7 +68,7 @@ def annotate(
     if ahead:
         notes = _look_ahead(
             student, teacher, trajectories, notes, cache, key,
-            objective=objective, eos_ids=eos_ids, pad_id=pad_id,
+            objective=objective, eos_ids=eos_ids, pad_id=pad_id, score=score,
         )  # fmt: skip
     return jax.lax.stop_gradient(notes)
 
@@ -100,17 +103,11 @@ def _look_ahead(
     objective: Objective,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    score: jax.Array | None,
 ) -> Annotations:
     branch_key, control_key = jax.random.split(key)
-    score = notes.teacher_token_loss
-    if objective.score == "reverse_kl":
-        score = fused.fused_divergence(
-            _read(student, trajectories, 0, False)[0],
-            student.head,
-            notes.teacher_hidden,
-            teacher.head,
-            **fused_options(objective),
-        )
+    if score is None:
+        score = _own_score(student, teacher, trajectories, notes, objective)
     candidates = near_future.select_candidates(
         score,
         trajectories.mask,
@@ -155,4 +152,23 @@ def _look_ahead(
         false_alarm=false_alarm,
         capped=capped,
         teacher_window_hidden=window_hidden,
+    )
+
+
+def _own_score(
+    student: Any,
+    teacher: Any,
+    trajectories: Trajectories,
+    notes: Annotations,
+    objective: Objective,
+) -> jax.Array:
+    """f32[B, T]: what the objective ranks candidates by."""
+    if objective.score == "teacher_loss":
+        return notes.teacher_token_loss
+    return fused.fused_divergence(
+        _read(student, trajectories, 0, False)[0],
+        student.head,
+        notes.teacher_hidden,
+        teacher.head,
+        **fused_options(objective),
     )

@@ -7,7 +7,10 @@ of two that it keeps apart nothing is said.
 
 import re
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# A box that opens; an escaped sign, which counts for nothing; a brace.
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]")
+# Characters; what is longer is no answer.
+_LONGEST = 2000
 # Boxes with no more than this between them are parts of one answer.
 _JOIN = re.compile(r"[\s,;$.]*(?:and|or)?[\s$]*")
 _STATED = re.compile(r"answers?\W{0,4}\s*(?:is|are|:|=)[\s:*]*([^\n]+)", re.I)
@@ -67,7 +70,7 @@ def stated_answer(text: str) -> tuple[str, str]:
     if found:
         return "marked", _line(found[-1])
     numbers = _NUMBER.findall(text)
-    return ("number", numbers[-1]) if numbers else ("", "")
+    return ("number", numbers[-1][:_LONGEST]) if numbers else ("", "")
 
 
 def plain_latex(answer: str) -> str:
@@ -107,20 +110,27 @@ def normal(answer: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """(begin, end, content) of each box that is closed."""
-    found = []
-    for match in _BOX.finditer(text):
-        depth, end = 1, match.end()
-        while depth and end < len(text):
-            if text[end - 1] != "\\":
-                depth += (text[end] == "{") - (text[end] == "}")
-            end += 1
-        if not depth:
-            found.append((match.start(), end, text[match.end() : end - 1]))
+    """(begin, end, content) of each outermost box that is closed.
+
+    One pass, in linear time: whatever a model writes is read here.
+    """
+    found, open_ = [], []
+    for match in _BRACES.finditer(text):
+        if match[0] == "}":
+            begin, inside = open_.pop() if open_ else (None, 0)
+            if begin is not None:
+                while found and found[-1][0] > begin:
+                    found.pop()
+                content = text[inside : match.start()][:_LONGEST]
+                found.append((begin, match.end(), content))
+        elif match[0].endswith("{") and match[0] != "\\{":
+            is_box = match[0] != "{"
+            open_.append((match.start() if is_box else None, match.end()))
     return found
 
 
 def _line(text: str) -> str:
     """The first line, up to the end of its first sentence."""
     line = next((s for s in text.splitlines() if s.strip()), "")
-    return re.split(r"\.\s+(?=[A-Z])", line.strip())[0].strip("* ")
+    line = line.strip()[:_LONGEST]
+    return re.split(r"\.\s+(?=[A-Z])", line)[0].strip("* ")

@@ -12,11 +12,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from topd_jax.settings import Settings
+from topd_jax.settings import EVAL_ONLY, Settings
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
-_FREE = ("log", "checkpoint", "sweep", "world.cache")
+_FREE = (
+    *("log", "checkpoint", "sweep", "world.cache"),
+    *(f"eval.{name}" for name in EVAL_ONLY),
+)
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -142,6 +143,104 @@ def compare(a: list[str], b: list[str], which: str) -> dict[str, Any]:
     return benchmarking.compare_runs(
         [pathlib.Path(d) for d in a], [pathlib.Path(d) for d in b], which
     )
+
+
+def inspect(
+    settings: Settings, workdir: pathlib.Path, which: str, count: int
+) -> dict[str, Any]:
+    """Writes a page that shows what the detector sees in trajectories.
+
+    Args:
+      settings: of the run.
+      workdir: of the run; ``inspect-WHICH.html`` is written there.
+      which: "latest", "best" or "start".
+      count: test prompts that the student completes for it.
+
+    Returns:
+      "page", its path, "step" and the numbers of "trajectories" and
+      "candidates".
+    """
+    # Here, not above: only this command needs a template engine.
+    from topd_jax.analysis import inspection
+    from topd_jax.analysis.observe import observe
+
+    require_checkpoint(workdir, which)
+    pair = load_pair(settings, workdir)
+    with jax.set_mesh(pair.mesh):
+        student, step = load_student(settings, workdir, pair, which)
+        rows = [
+            row
+            for seen in observe(settings, pair, student, count)
+            for row in inspection.trajectories_of(
+                seen,
+                pair,
+                window=settings.objective.window,
+                is_world=settings.data.source == "world",
+            )
+        ]
+    facts = {
+        "student": f"{which}, step {step}",
+        "variant": settings.objective.variant,
+        "window": f"{settings.objective.window} tokens",
+        "run": workdir.name,
+    }
+    page = workdir / f"inspect-{which}.html"
+    inspection.write_page(
+        rows, {"title": "Trajectories under the detector", "facts": facts}, page
+    )
+    return {
+        "page": str(page),
+        "step": step,
+        "trajectories": len(rows),
+        "candidates": sum(len(r["candidates"]) for r in rows),
+    }
+
+
+def probe(
+    settings: Settings, workdir: pathlib.Path, which: str, count: int
+) -> dict[str, Any]:
+    """Measures whether high loss means that the futures part (§2.1).
+
+    Args:
+      settings: of the run; ``objective.candidates`` positions a row and group.
+      workdir: of the run; ``probe-WHICH`` with the JSON and figures is
+        written there.
+      which: "latest", "best" or "start".
+      count: test prompts that the student completes for it.
+
+    Returns:
+      The numbers, those of the paper and the figures' paths.
+    """
+    # Here, not above: scipy's statistics and matplotlib take seconds.
+    from topd_jax.analysis import probe as probing
+    from topd_jax.analysis.observe import observe
+
+    require_checkpoint(workdir, which)
+    pair = load_pair(settings, workdir)
+    window = settings.objective.window
+    with jax.set_mesh(pair.mesh):
+        student, step = load_student(settings, workdir, pair, which)
+        found = probing.collect(
+            observe(settings, pair, student, count, probing.scores_for(window))
+        )
+    folder = workdir / f"probe-{which}"
+    numbers = probing.report(found)
+    result = {
+        "step": step,
+        "window": window,
+        **numbers,
+        "paper": probing.PAPER,
+        "figures": probing.figures(found, folder),
+    }
+    positions = {
+        group: {name: v.tolist() for name, v in values.items()}
+        for group, values in found.items()
+    }
+    (folder / "probe.json").write_text(
+        json.dumps(result | {"positions": positions}, indent=1)
+    )
+    print(probing.table(numbers), file=sys.stderr, flush=True)
+    return result
 
 
 def sample(

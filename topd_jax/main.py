@@ -1,9 +1,9 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
-``train`` a student, ``eval`` or ``sample`` from what was trained, ``compare``
-two of them, ``export``
-it to a Hugging Face directory, ``sweep`` over variants and seeds. Bad input
-is one clear line and exit code 2.
+``train`` a student; ``eval``, ``inspect``, ``probe`` or ``sample`` from what
+was trained; ``compare`` two of them; ``export`` one to a Hugging Face
+directory; ``sweep`` over variants and seeds. Bad input is one clear line and
+exit code 2.
 """
 
 import errno
@@ -28,12 +28,15 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   eval     evaluate a trained student on the test problems, or on
            config.eval.benchmarks, config.eval.samples times a problem
   compare  two evaluated runs, paired: --a DIR --b DIR (again for more seeds)
+  inspect  one HTML page of its trajectories, --count of them, and of what
+           the detector saw in them
+  probe    does a high loss mean that the futures part? on --count prompts
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
   export   write it to a Hugging Face directory: --output DIR
   sweep    every variant on every seed of config.sweep, then the report
 
 FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
-eval, sample and export take --which latest (default), best or start.
+All that read a run take --which latest (default), best or start.
 TOPD_TRACEBACK=1 shows where an error came from.
 """
 
@@ -61,6 +64,13 @@ def _flag_values(
         ("b", "directory of the run to compare with it"),
     ):
         flags.DEFINE_multi_string(name, [], about, flag_values=values)
+    flags.DEFINE_integer(
+        "count",
+        32,
+        "trajectories to look at",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "temperature", None, "of the sampler; 0 is greedy", flag_values=values
     )
@@ -191,6 +201,10 @@ def _command(name: str, values: flags.FlagValues) -> Any:
         return commands.train(*run)
     if name == "eval":
         return commands.evaluate(*run, values.which)
+    if name == "inspect":
+        return commands.inspect(*run, values.which, values.count)
+    if name == "probe":
+        return commands.probe(*run, values.which, values.count)
     if name == "sample":
         return commands.sample(
             *run, values.which, values.prompt, values.temperature
@@ -210,7 +224,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
-        "train", "eval", "compare", "sample", "export", "sweep",
+        "train", "eval", "compare", "inspect", "probe", "sample", "export",
+        "sweep",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)

@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 
 from topd_jax.objective import Objective
 
+# Of section eval, read by ``topd eval`` alone: no run depends on them.
+EVAL_ONLY = ("samples", "benchmarks")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
@@ -241,8 +244,11 @@ class Settings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with any setting."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
+        """Sixteen hex digits that change with any setting of a run."""
+        values = self.to_dict()
+        for name in EVAL_ONLY:
+            del values["eval"][name]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,168 @@
+"""The page of a run's trajectories: its data, and what a browser shows."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from small_run import small_config
+
+from topd_jax import main
+from topd_jax.analysis.inspection import trajectories_of, write_page
+from topd_jax.analysis.observe import looking_ahead, observe
+from topd_jax.objective import Objective
+from topd_jax.pair import load_pair
+from topd_jax.settings import settings_from
+
+ABOUT = {"title": "A <page>", "facts": {"student": "start & more"}}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Page(html.parser.HTMLParser):
+    """The scripts of a page, and every address that it names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.scripts, self.addresses, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "script":
+            self.scripts.append("")
+            self.open.append(dict(attrs).get("id"))
+        self.addresses += [v for k, v in attrs if k in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self.open.append(None)
+
+    def handle_data(self, data):
+        if self.open and (self.open[-1] or len(self.open) % 2):
+            self.scripts[-1] += data
+
+
+@pytest.fixture(scope="module")
+def seen(world_cache, tmp_path_factory):
+    """(settings, pair, batches) of six problems in batches of four."""
+    config = small_config()
+    config.world.cache = str(world_cache)
+    config.eval.batch_size = 4
+    config.objective.variant = "opd"  # trains without looking ahead
+    settings = settings_from(config)
+    pair = load_pair(settings, tmp_path_factory.mktemp("pair"))
+    with jax.set_mesh(pair.mesh):
+        batches = list(observe(settings, pair, pair.student, 6))
+    return settings, pair, batches
+
+
+@pytest.fixture(scope="module")
+def rows(seen):
+    _, pair, batches = seen
+    return [
+        row
+        for batch in batches
+        for row in trajectories_of(batch, pair, window=4, is_world=True)
+    ]
+
+
+def test_every_objective_can_look_ahead():
+    plain = Objective(variant="opd", window=7)
+    assert looking_ahead(plain).pieces.looks_ahead
+    assert looking_ahead(plain).window == 7
+    capped = Objective(variant="opd+suppress")
+    assert looking_ahead(capped) is capped
+
+
+def test_rows_say_what_the_arrays_hold(seen, rows):
+    _, pair, batches = seen
+    assert [len(b.records) for b in batches] == [4, 2]
+    assert [r["problem"] for r in rows] == [
+        r["prompt"] for r in pair.test.records[:6]
+    ]
+    row, notes = rows[4], batches[1].notes[0]  # the second batch's first
+    written = batches[1].trajectories
+    count = int(written.mask[0].sum())
+    assert len(row["tokens"]) == len(row["loss"]) == len(row["truth"]) == count
+    ids = written.tokens[0][:count].tolist()
+    text = "".join(row["tokens"]).replace("<end>", "")
+    assert text == pair.tokenizer.decode(ids)
+    assert row["right"] is pair.grade(batches[1].records[:1], [text])[0]
+    for slot, found in enumerate(row["candidates"]):
+        at = notes.candidates.positions[0, slot]
+        assert found["at"] == at
+        assert found["distance"] == pytest.approx(
+            float(notes.distance[0, slot]), abs=1e-4
+        )
+        assert found["divergent"] == notes.divergent[0, slot]
+        assert found["student"] == row["tokens"][at : at + 4]
+        plan = np.array(found["plan"])
+        assert plan.shape == (len(found["student"]), len(found["teacher"]))
+        np.testing.assert_allclose(plan.sum(1), 1.0, atol=0.01)
+    losses = [row["loss"][c["at"]] for c in row["candidates"]]
+    assert sorted(losses) == sorted(row["loss"])[-len(losses) :]
+
+
+def test_the_page_carries_all_and_asks_for_nothing(rows, tmp_path):
+    rows = [dict(rows[0], problem="</script><!--<b>&\u2028"), *rows[1:]]
+    path = tmp_path / "page.html"
+    write_page(rows, ABOUT, path)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.scripts) == 2
+    assert json.loads(page.scripts[0]) == {"trajectories": rows}
+    assert set(page.addresses) == {"data:,"}
+    assert not re.search(r"https?://|@import|url\(|fetch\(", text)
+    assert "A &lt;page&gt;" in text and "start &amp; more" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_inspect_from_the_command_line(trained, small_arguments, capsys):
+    capsys.readouterr()
+    main.run(["inspect", *small_arguments, f"--workdir={trained}",
+              "--which=start", "--count=3"])  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["trajectories"] == 3 and 3 <= found["candidates"] <= 6
+    page = Page((trained / "inspect-start.html").read_text())
+    assert len(json.loads(page.scripts[0])["trajectories"]) == 3
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_browser_shows_the_branch_that_is_clicked(rows, tmp_path):
+    path = tmp_path / "page.html"
+    write_page(rows, ABOUT, path)
+    script = """<script>
+      addEventListener("error", e => document.title = "failed " + e.message);
+    </script>"""
+    click = """<script>
+      document.querySelectorAll("article")[1]
+        .querySelectorAll("button")[1].click();
+      const search = document.getElementById("search");
+      search.value = "PROBLEM"; search.dispatchEvent(new Event("input"));
+    </script>""".replace("PROBLEM", rows[1]["problem"])
+    text = path.read_text().replace("<head>", "<head>" + script)
+    path.write_text(text.replace("</body>", click + "</body>"))
+    run = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
+         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+         "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in run.stderr
+    dom = run.stdout
+    assert "<title>A &lt;page&gt;</title>" in dom
+    assert dom.count('<section class="detail">') == 1
+    candidate = rows[1]["candidates"][1]
+    detail = dom[dom.index('<section class="detail">') :]
+    sides = re.findall(r"<h3.*?</h3><p>(.*?)</p>", detail, re.S)
+    assert [html.unescape(s) for s in sides] == [
+        "".join(candidate["student"]), "".join(candidate["teacher"])
+    ]  # fmt: skip
+    assert detail.count("<td") == len(candidate["plan"]) * len(
+        candidate["plan"][0]
+    )
+    alike = sum(rows[1]["problem"] == r["problem"] for r in rows)
+    assert f">{alike} of {len(rows)}<" in dom

@@ -1,0 +1,111 @@
+"""The probe of section 2.1: which positions, and what is said of them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_trajectories
+from matplotlib import image
+
+from topd_jax import main
+from topd_jax.analysis.probe import (
+    GROUPS,
+    PAPER,
+    figures,
+    report,
+    scores_for,
+    table,
+)
+
+
+def group(loss, distance):
+    return {"loss": np.array(loss, np.float32),
+            "distance": np.array(distance, np.float32)}  # fmt: skip
+
+
+FOUND = {
+    "high": group([1.0, 2.0, 3.0, 4.0], [0.1, 0.5, 0.3, 0.9]),
+    "random": group([0.5, 0.6], [0.2, 0.4]),
+    "low": group([0.0, 0.0, 0.0, 0.1, 0.1], [0.0, 0.1, 0.2, 0.4, 0.8]),
+}
+NOTHING = {g: group([], []) for g in GROUPS}
+
+
+def test_the_numbers_by_hand():
+    found = report(FOUND)
+    assert found["count"] == {"high": 4, "random": 2, "low": 5}
+    assert found["median"] == pytest.approx(
+        {"high": 0.4, "random": 0.3, "low": 0.2}
+    )
+    assert found["quartiles"]["low"] == pytest.approx([0.1, 0.4])
+    # Below 0.4 lie 0.1 and 0.3.
+    assert found["threshold"] == pytest.approx(0.4)
+    assert found["false_alarm_fraction"] == 0.5
+    # Deviations -1.5 -0.5 0.5 1.5 and -.35 .05 -.15 .45; ranks 1 3 2 4.
+    assert found["pearson"] == pytest.approx(1.1 / np.sqrt(5 * 0.35), abs=1e-5)
+    assert found["spearman"] == pytest.approx(0.8)
+
+
+def test_what_does_not_exist_is_none():
+    found = report(NOTHING)
+    assert found["median"]["high"] is None and found["pearson"] is None
+    assert found["false_alarm_fraction"] is None
+    alike = {**FOUND, "high": group([1.0, 1.0, 1.0], [0.1, 0.2, 0.3])}
+    assert report(alike)["spearman"] is None
+    json.dumps(report(alike), allow_nan=False)
+    assert "–" in table(found)
+
+
+def test_the_table_has_the_papers_numbers_beside():
+    text = table(report(FOUND))
+    (line,) = [s for s in text.splitlines() if "low loss" in s]
+    assert line.split()[-2:] == ["0.200", "0.315"]
+    assert all(f"{v:.3f}" in text for v in PAPER["median"].values())
+
+
+def test_positions_are_ranked_three_ways():
+    written = make_trajectories(rows=6)
+    key = jax.random.key(0)
+    loss = np.random.default_rng(0).random(written.tokens.shape, np.float32)
+    high, lot, low = (
+        np.asarray(score(loss, written, key)) for score in scores_for(4)
+    )
+    kept = np.isfinite(high)
+    for score in (lot, low):
+        np.testing.assert_array_equal(np.isfinite(score), kept)
+    np.testing.assert_array_equal(high[kept], loss[kept])
+    np.testing.assert_array_equal(low[kept], -loss[kept])
+    assert abs(np.corrcoef(lot[kept], loss[kept])[0, 1]) < 0.5
+    # A row that ended has all its positions, one that was cut off lacks 3.
+    lengths = np.asarray(written.mask).sum(1)
+    cut = np.asarray(written.truncated)
+    assert cut.any() and not cut.all()
+    usable = (kept & np.asarray(written.mask)).sum(1)
+    np.testing.assert_array_equal(usable, lengths - 3 * cut)
+
+
+def test_the_figures_are_pictures(tmp_path):
+    for found in (FOUND, NOTHING):
+        paths = figures(found, tmp_path)
+        assert list(paths) == ["figure2", "figure4", "figure6"]
+        for path in paths.values():
+            assert image.imread(path).std() > 0.01
+
+
+def test_probe_from_the_command_line(trained, small_arguments, capsys):
+    capsys.readouterr()
+    main.run(["probe", *small_arguments, f"--workdir={trained}",
+              "--which=start", "--count=8"])  # fmt: skip
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["paper"] == PAPER and "paper" in err
+    assert found["loss"]["high"] > found["loss"]["random"]
+    assert found["loss"]["random"] > found["loss"]["low"]
+    written = json.loads((trained / "probe-start" / "probe.json").read_text())
+    assert written["median"] == found["median"]
+    positions = written["positions"]["high"]
+    assert len(positions["loss"]) == found["count"]["high"] > 0
+    assert np.median(positions["distance"]) == pytest.approx(
+        found["median"]["high"]
+    )
