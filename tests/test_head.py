@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_trajectories
+from small_files import make
 from small_heads import (
     DENSE,
     SHAPE,
@@ -17,7 +18,6 @@ from small_heads import (
     heads,
     weights_of,
 )
-from small_files import make
 
 from topd_jax import fused, guidance, losses
 from topd_jax.head import CappedHead, soft_cap
