@@ -25,15 +25,14 @@ CAUTION = {
     "attn_logit_softcapping",
     "use_sliding_window",
     "layer_types",
+    "tie_word_embeddings",  # where the file holds another head
 }
 
 
-def changes(value):
+def change(value):
     if isinstance(value, bool):
-        return [not value]
-    if isinstance(value, int):
-        return [value + 1, value * 2] if value else [1]
-    return [value * 1.5] if value else [0.1]
+        return not value
+    return value + 1 if isinstance(value, int) else value * 1.5 or 0.1
 
 
 def fields_of(node, path=()):
@@ -68,12 +67,7 @@ def reference(directory, tokens, mask):
         return None
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2-window", "qwen3-window", *(
-        n for n in MODELS if n not in ("qwen2", "mistral-null", "qwen3-window",
-                                       "qwen2-window")
-    )]
-)  # fmt: skip
+@pytest.mark.parametrize("name", MODELS)
 def test_every_number_counts_as_in_the_reference(name, tmp_path):
     build(name).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -82,23 +76,22 @@ def test_every_number_counts_as_in_the_reference(name, tmp_path):
     start = reference(tmp_path, tokens, mask)
     moved, refused = set(), set()
     for where, value in fields_of(fields):
-        for changed in changes(value):
-            label = ".".join(where)
-            path.write_text(json.dumps(put(fields, where, changed)))
-            want = reference(tmp_path, tokens, mask)
-            try:
-                ours, _ = load(tmp_path)
-            except ValueError:
-                refused |= {where[-1]} if want is not None else set()
-                continue
-            if want is None:
-                continue
-            got = np.asarray(logits_of(ours, tokens, jnp.asarray(mask)))
-            np.testing.assert_allclose(
-                got[mask], want[mask], atol=1e-4, err_msg=label
-            )
-            if np.abs(want - start)[mask].max() > 1e-3:
-                moved.add(label)
+        label = ".".join(where)
+        path.write_text(json.dumps(put(fields, where, change(value))))
+        want = reference(tmp_path, tokens, mask)
+        try:
+            ours, _ = load(tmp_path)
+        except ValueError:
+            refused |= {where[-1]} if want is not None else set()
+            continue
+        if want is None:
+            continue
+        got = np.asarray(logits_of(ours, tokens, jnp.asarray(mask)))
+        np.testing.assert_allclose(
+            got[mask], want[mask], atol=1e-4, err_msg=label
+        )
+        if np.abs(want - start)[mask].max() > 1e-3:
+            moved.add(label)
     assert "rms_norm_eps" in moved
     assert refused <= CAUTION
     print(name, "moved:", sorted(moved), "refused:", sorted(refused))
