@@ -23,6 +23,7 @@ LLAMA = DecoderConfig(
     rope_theta=5e5,
     norm_eps=1e-5,
 )
+QWEN2 = dataclasses.replace(LLAMA, attention_bias=True)
 QWEN = dataclasses.replace(LLAMA, qk_norm=True, tied=False, head_dim=6)
 
 
@@ -67,7 +68,8 @@ def permuted(rows, heads):
 def write_gguf(path, model, kinds=None, metadata=None, permute=True):
     """A GGUF file of ``model``; kinds: parameter -> quantisation."""
     c = model.config
-    arch = "qwen3" if c.qk_norm else "llama"
+    arch = "qwen2" if c.attention_bias else "llama"
+    arch = "qwen3" if c.qk_norm else arch
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(c.layers)
     writer.add_context_length(77)
@@ -99,7 +101,7 @@ def write_gguf(path, model, kinds=None, metadata=None, permute=True):
     )
     for tensor, array in disassemble(model, "gguf"):
         name = file_tensors(c, "gguf")[tensor][0]
-        if permute and not c.qk_norm and name in ("q", "k"):
+        if permute and arch == "llama" and name in ("q", "k"):
             array = permuted(array, c.heads if name == "q" else c.kv_heads)
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         if kind == gguf.GGMLQuantizationType.F32:

@@ -185,9 +185,7 @@ def test_branches_equal_reading_their_text(name):
         prefix = np.pad(written.sequence_mask[row, :end], pad)
         masks.append(np.concatenate([prefix, np.ones(4, bool)]))
     want = jax.jit(forward)(model, np.stack(texts), np.stack(masks))[:, 7:]
-    np.testing.assert_allclose(
-        states, want.reshape(states.shape), atol=1e-5
-    )
+    np.testing.assert_allclose(states, want.reshape(states.shape), atol=1e-5)
 
 
 def test_student_and_teacher_agree_along_branches():
@@ -197,6 +195,7 @@ def test_student_and_teacher_agree_along_branches():
     objective = Objective(
         candidates=2, window=5, branch_loss="reverse_kl", percentile=0.0
     )
+
     @jax.jit
     def step(model):
         notes = annotate(

@@ -107,7 +107,8 @@ def test_gradients_agree(name, models, tmp_path):
         else:
             found = got.pop(key)
         error = np.abs(found - slope).max()
-        assert error <= 1e-3 * np.abs(slope).max() + 1e-6, key
+        # A bias of keys that are not turned has no gradient but rounding.
+        assert error <= 1e-3 * np.abs(slope).max() + 1e-4, key
     assert not got
 
 

@@ -235,7 +235,7 @@ def test_a_batch_that_the_mesh_does_not_divide(command, tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "topd: data.batch_size=12 must be divisible by the mesh's data x fsdp "
-        "(8); try 16\n"
+        "x expert (8); try 16\n"
     )
     assert not (tmp_path / "run").exists()
 

@@ -100,7 +100,7 @@ def untouched(tmp_path):
     [
         (
             {"mesh__fsdp": 3},
-            "mesh data=1 x fsdp=3 x tensor=1 needs 3 devices and there are 1",
+            "mesh data=1 x fsdp=3 x tensor=1 x expert=1 needs 3 devices",
         ),
         (
             {"data__source": "jsonl"},
@@ -120,13 +120,14 @@ def test_cheap_refusals_come_before_any_training(tmp_path, changes, message):
 
 @pytest.mark.parametrize("section", ["data", "eval"])
 def test_a_batch_must_divide_over_the_mesh(tmp_path, monkeypatch, section):
-    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 1})
+    shape = {"data": 2, "fsdp": 2, "tensor": 1, "expert": 2}
+    mesh = types.SimpleNamespace(shape=shape)
     monkeypatch.setattr("topd_jax.pair.sharding.make_mesh", lambda **_: mesh)
     settings = settings_with(**{f"{section}__batch_size": 12})
     with pytest.raises(
         ValueError,
         match=rf"{section}\.batch_size=12 must be divisible by the mesh's "
-        r"data x fsdp \(8\); try 16",
+        r"data x fsdp x expert \(8\); try 16",
     ):
         load_pair(settings, tmp_path)
     assert untouched(tmp_path)

@@ -38,7 +38,8 @@ def test_mesh_must_fit_the_devices():
 
 
 def abstract_mesh(data, fsdp, tensor):
-    return jax.sharding.AbstractMesh((data, fsdp, tensor), sharding.MESH_AXES)
+    sizes = (data, fsdp, tensor, 1)
+    return jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
 
 
 def test_what_does_not_divide_is_refused_by_name():

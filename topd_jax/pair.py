@@ -1,6 +1,7 @@
 """Student, teacher, tokenizer and prompts of a run, together and checked."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -183,7 +184,7 @@ def _common_tokenizer(
 
 def _check_rows(settings: Settings, mesh: Mesh) -> None:
     """Refuses batches that do not divide over the mesh."""
-    ways = mesh.size // mesh.shape["tensor"]
+    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
     for section in ("data", "eval"):
         rows = getattr(settings, section).batch_size
         if rows % ways:

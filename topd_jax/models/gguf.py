@@ -193,7 +193,7 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     """The metadata, spelt as a config.json."""
     metadata = file.metadata
     where = str(file.path)
-    family = family_of(metadata.get("general.architecture"), where)
+    family = family_of(metadata.get("general.architecture"), where, gguf=True)
     prefix = f"{family.model_type}."
     own = {
         key.removeprefix(prefix): value

@@ -298,12 +298,13 @@ def weight(config: DecoderConfig, name: str) -> Weight:
     return WEIGHTS[name]
 
 
-def family_of(model_type: object, where: str) -> Family:
+def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
     """The family of a ``model_type``.
 
     Args:
       model_type: as the file spells it.
       where: the file, for the error.
+      gguf: only those that are read from GGUF files.
 
     Returns:
       The row of :data:`FAMILIES`.
@@ -311,10 +312,11 @@ def family_of(model_type: object, where: str) -> Family:
     Raises:
       ValueError: listing the supported families.
     """
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    known = sorted(n for n, row in FAMILIES.items() if row.gguf or not gguf)
+    if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(
             f"{where}: model_type={model_type!r} is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"{', '.join(known)}"
         )
     return FAMILIES[model_type]
 

@@ -1,0 +1,182 @@
+"""Mixtures of experts: routing, no token dropped, meshes, real sizes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_files import make
+
+from topd_jax.models import (
+    DecoderConfig,
+    causal_mask,
+    init_decoder,
+    unembed,
+)
+from topd_jax.models.experts import mix, route
+from topd_jax.models.hub_config import decoder_config
+from topd_jax.types import positions_of
+
+CONFIG = DecoderConfig(
+    vocab_size=40,
+    layers=3,
+    width=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=24,
+    experts=4,
+    experts_per_token=2,
+    expert_width=12,
+    renormalise=True,
+)
+
+
+def weights(seed=0, experts=4):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "router": (16, experts),
+        "expert_gate": (experts, 16, 12),
+        "expert_up": (experts, 16, 12),
+        "expert_down": (experts, 12, 16),
+    }
+    return {n: rng.normal(size=s) for n, s in shapes.items()}
+
+
+def dense_loop(x, w, config):
+    """Every token by every chosen expert, one at a time, in float64."""
+    out = np.zeros_like(x)
+    for t, token in enumerate(x):
+        scores = token @ w["router"]
+        chances = np.exp(scores - scores.max())
+        chances /= chances.sum()
+        chosen = np.argsort(-chances)[: config.experts_per_token]
+        total = chances[chosen].sum() if config.renormalise else 1.0
+        for e in chosen:
+            gate = token @ w["expert_gate"][e]
+            inner = gate / (1 + np.exp(-gate)) * (token @ w["expert_up"][e])
+            out[t] += chances[e] / total * (inner @ w["expert_down"][e])
+    return out
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("copies", [1, 2, 4])
+def test_equals_a_dense_loop(renormalise, copies):
+    config = dataclasses.replace(
+        CONFIG, renormalise=renormalise, experts_per_token=copies
+    )
+    x = np.random.default_rng(1).normal(size=(2, 5, 16))
+    w = weights()
+    got = mix(
+        jnp.asarray(x, jnp.float32),
+        {n: jnp.asarray(p, jnp.float32) for n, p in w.items()},
+        config,
+    )
+    want = dense_loop(x.reshape(10, 16), w, config).reshape(x.shape)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_no_token_is_dropped_where_all_want_one_expert():
+    w = weights()
+    w["router"][:] = 0
+    w["router"][0, 3] = 50.0  # every token with x_0 > 0 goes to expert 3
+    x = np.abs(np.random.default_rng(1).normal(size=(64, 16)))
+    config = dataclasses.replace(CONFIG, experts_per_token=1)
+    arrays = {n: jnp.asarray(p, jnp.float32) for n, p in w.items()}
+    x32 = jnp.asarray(x, jnp.float32)
+    chosen, _ = route(x32, arrays["router"], config)
+    assert (np.asarray(chosen) == 3).all()
+    got = mix(x32[None], arrays, config)[0]
+    want = dense_loop(x, w, config)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_routing_by_hand():
+    x = jnp.array([[1.0]])
+    router = jnp.log(jnp.array([[1.0, 4.0, 3.0, 2.0]]))
+    config = dataclasses.replace(CONFIG, renormalise=False)
+    chosen, chances = route(x, router, config)
+    np.testing.assert_array_equal(chosen, [[1, 2]])
+    np.testing.assert_allclose(chances, [[0.4, 0.3]], rtol=1e-6)
+    _, chances = route(x, router, CONFIG)
+    np.testing.assert_allclose(chances, [[4 / 7, 3 / 7]], rtol=1e-6)
+
+
+def test_layers_of_two_kinds_scanned_and_unrolled():
+    """Layer 1 is dense; every row of every stack is used and learns."""
+    mixed = dataclasses.replace(CONFIG, dense=(False, True, False))
+    tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 40)
+    mask = jnp.ones((2, 7), bool)
+
+    @jax.jit
+    def logits(model):
+        hidden, _ = model(tokens, positions_of(mask), causal_mask(mask))
+        return unembed(model.head, hidden)
+
+    model = make(mixed)
+    lazy = dataclasses.replace(mixed, remat="full", unroll=3)
+    other = model.__class__(lazy, model.arrays)
+    np.testing.assert_allclose(logits(model), logits(other), atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda m: (logits(m) ** 2).sum()))(model)
+    for name, slope in gradient.arrays.items():
+        assert np.isfinite(slope).all(), name
+        each = np.abs(slope).reshape(len(slope), -1).max(-1)
+        assert name in ("embedding", "final_norm") or each.all(), name
+
+
+def test_qwen3_30b_a3b_lowers():
+    """The paper's teacher, from shapes alone."""
+    fields = {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "rope_theta": 1e7,
+    }
+    config = decoder_config(
+        fields, where="x", dtype="bfloat16", param_dtype="bfloat16"
+    )
+    model = jax.eval_shape(
+        lambda key: init_decoder(config, key), jax.random.key(0)
+    )
+    count = sum(x.size for x in jax.tree.leaves(model))
+    assert round(count / 1e9, 1) == 30.5
+
+    def states(model, tokens, mask):
+        return model(tokens, positions_of(mask), causal_mask(mask))[0]
+
+    lowered = jax.jit(states).lower(
+        model,
+        jax.ShapeDtypeStruct((2, 64), jnp.int32),
+        jax.ShapeDtypeStruct((2, 64), bool),
+    )
+    assert lowered.out_info.shape == (2, 64, 2048)
+
+
+def test_eight_devices_say_what_one_says():
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "sharded_experts.py"],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("same on") == 4
