@@ -29,7 +29,8 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
                      committed is not copied
   --config FILE      the config, a path in the checkout
   --workdir DIR      default runs/NAME. A relative path is in ~/topd_jax of
-                     each worker; with several workers give a bucket, gs://...
+                     each worker; with several workers give a directory that
+                     all of them see (Filestore, or a bucket under gcsfuse)
   --worker N         whose log (default 0)
   --no-follow        print the end of the log and return
   --dry-run          print every command, run none
@@ -140,6 +141,10 @@ check() {
     if ((${#capacity[@]} > 1)); then
         die "--spot and --reserved exclude each other: give one"
     fi
+    if [[ "$workdir" == *://* ]]; then
+        die "--workdir=$workdir must be a directory on the workers: mount the" \
+            "bucket there (gcsfuse) and give the place where it is mounted"
+    fi
     if [[ "$command" == all && -n "$queued" ]]; then
         die "all cannot wait for a queued resource: create --queued, and when" \
             "gcloud compute tpus queued-resources describe says ACTIVE," \
@@ -236,10 +241,11 @@ run() {
     file="$(quote "${config%%:*}")" # what follows a colon is its argument
     : "${workdir:=runs/$name}"
     case "$workdir" in
-        /* | *://*) place="$(quote "$workdir")" ;;
+        /*) place="$(quote "$workdir")" ;;
         *) place="\"\$HOME\"/topd_jax/$(quote "$workdir")" ;;
     esac
-    train="../venv/bin/topd train --config $(quote "$config") --workdir $place"
+    train="../venv/bin/topd train --distributed"
+    train+=" --config $(quote "$config") --workdir $place"
     if ((${#arguments[@]})); then
         train+=" $(quote "${arguments[@]}")"
     fi

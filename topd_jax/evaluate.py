@@ -20,6 +20,7 @@ from topd_jax.logs import merge, read_metrics
 from topd_jax.metrics import distinct_ngrams, statistics
 from topd_jax.models.decoder import cast
 from topd_jax.pair import Pair
+from topd_jax.processes import on_host
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
 from topd_jax.types import Trajectories
@@ -127,7 +128,7 @@ class Evaluator:
                 break
             written = self._write(
                 student,
-                self._pair.place(batch.prompts),
+                self._pair.spread(batch.prompts),
                 jax.random.fold_in(self._key, i),
                 jnp.float32(temperature),
             )
@@ -183,7 +184,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def _completions(written: Trajectories, count: int) -> list[list[int]]:
-    tokens, mask = jax.device_get((written.tokens, written.mask))
+    tokens, mask = on_host((written.tokens, written.mask))
     return [tokens[i][mask[i]].tolist() for i in range(count)]
 
 

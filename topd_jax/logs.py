@@ -15,16 +15,20 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from topd_jax import processes
 from topd_jax.checkpoint import cut_log
 
 
 class Logs:
-    """The log files of one run.
+    """The log files of one run, written by the first process alone.
 
     ``metrics.jsonl`` has one line a logged step, ``evals.jsonl`` one an
     evaluation, ``completions.jsonl`` one a completion; ``tensorboard/`` has
     the numbers again. Keys that begin with "seconds" or "rate" are times;
     every other number is reproduced bit for bit by the same command.
+
+    Attributes:
+      evals: the lines of ``evals.jsonl``, known to every process.
     """
 
     def __init__(
@@ -38,14 +42,17 @@ class Logs:
           tensorboard: whether to write for TensorBoard too.
         """
         workdir.mkdir(parents=True, exist_ok=True)
-        self._workdir = workdir
         self._files = {}
+        self._board = None
+        first = processes.is_first()
         for name in ("metrics", "evals", "completions"):
             path = workdir / f"{name}.jsonl"
-            cut_log(path, step)
-            self._files[name] = path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
+            if first:
+                cut_log(path, step)
+                self._files[name] = path.open("a", encoding="utf-8")
+        processes.meet("logs are cut")
+        self.evals = read_jsonl(workdir / "evals.jsonl")
+        if tensorboard and first:
             self._board = SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=step + 1
             )
@@ -83,9 +90,12 @@ class Logs:
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
         """Appends one line to a log, and its numbers to TensorBoard."""
-        file = self._files[name]
-        file.write(json.dumps(row) + "\n")
-        file.flush()
+        if name == "evals":
+            self.evals.append(dict(row))
+        if name in self._files:
+            file = self._files[name]
+            file.write(json.dumps(row) + "\n")
+            file.flush()
         if self._board is not None and name != "completions":
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "step":

@@ -13,6 +13,7 @@ import pathlib
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,9 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
 
 FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
 All that read a run take --which latest (default), best or start.
+train runs as several processes, the same command in each, with --distributed
+(Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; a
+process silent for --heartbeat SECONDS (100) counts as dead.
 TOPD_TRACEBACK=1 shows where an error came from.
 """
 
@@ -52,6 +56,7 @@ def _flag_values(
     for name, about in (
         ("workdir", "directory of the run"),
         ("output", "directory to export to"),
+        ("coordinator", "HOST:PORT of the first of several processes"),
     ):
         flags.DEFINE_string(name, None, about, flag_values=values)
     flags.DEFINE_enum(
@@ -64,13 +69,20 @@ def _flag_values(
         ("b", "directory of the run to compare with it"),
     ):
         flags.DEFINE_multi_string(name, [], about, flag_values=values)
-    flags.DEFINE_integer(
-        "count",
-        32,
-        "trajectories to look at",
-        lower_bound=1,
+    flags.DEFINE_bool(
+        "distributed", False, "several processes that JAX finds by itself",
         flag_values=values,
-    )
+    )  # fmt: skip
+    for name, default, about in (
+        ("count", 32, "trajectories to look at"),
+        ("processes", None, "how many run this command"),
+        ("process", None, "which of them this is, from 0"),
+        ("heartbeat", 100, "seconds of silence after which one is dead"),
+    ):
+        least = 0 if name == "process" else 1
+        flags.DEFINE_integer(
+            name, default, about, lower_bound=least, flag_values=values
+        )
     flags.DEFINE_float(
         "temperature", None, "of the sampler; 0 is greedy", flag_values=values
     )
@@ -195,7 +207,13 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     if name == "compare":
         return commands.compare(values.a, values.b, values.which)
     settings = settings_from(values.config)
+    if "://" in values.workdir:
+        raise ValueError(
+            f"--workdir={values.workdir} must be a directory; mount the bucket "
+            "(gcsfuse) and give the place where it is mounted"
+        )
     workdir = pathlib.Path(values.workdir).absolute()
+    _join(name, values)
     run = (settings, workdir)
     if name == "train":
         return commands.train(*run)
@@ -214,6 +232,21 @@ def _command(name: str, values: flags.FlagValues) -> Any:
             raise ValueError("--output is missing: a directory to export to")
         return commands.export(*run, values.which, pathlib.Path(values.output))
     return commands.sweep(*run)
+
+
+def _join(command: str, values: flags.FlagValues) -> None:
+    """Makes this process one of several, where the flags say so."""
+    given = (values.coordinator, values.processes, values.process)
+    if not values.distributed and given == (None, None, None):
+        return
+    if command != "train":
+        raise ValueError(
+            f"topd {command} runs as one process; leave --distributed, "
+            "--coordinator, --processes and --process out"
+        )
+    from topd_jax import processes
+
+    processes.start(*given, heartbeat_seconds=values.heartbeat)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -236,13 +269,28 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if name not in names:
             raise ValueError(f"no command {name!r}; one of {', '.join(names)}")
         result = _command(name, _parse(arguments[1:], name))
-        print(json.dumps(result, indent=1))
+        if not _process():
+            print(json.dumps(result, indent=1))
     except Exception as error:
         line = _one_line(error)
         if line is None or os.environ.get("TOPD_TRACEBACK"):
-            raise  # where it came from is the point
-        print(f"topd: {line}", file=sys.stderr)
+            if _process() is None:
+                raise  # where it came from is the point
+            traceback.print_exc()
+        else:
+            print(f"topd: {line}", file=sys.stderr, flush=True)
+        if _process() is not None:
+            # Python's own exit would wait for the others, which wait for us.
+            os._exit(2)
         raise SystemExit(2) from error
+
+
+def _process() -> int | None:
+    """Which of several processes this is; None where it is alone."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return None
+    return jax.process_index()
 
 
 def _one_line(error: Exception) -> str | None:

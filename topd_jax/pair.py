@@ -60,6 +60,20 @@ class Pair:
     final_answer: Callable[[str], str]
     teacher_fingerprint: str
 
+    def spread(self, prompts: Prompts) -> Prompts:
+        """Puts a batch that every process holds whole on the mesh.
+
+        Raises:
+          ValueError: where the rows do not divide over data x fsdp.
+        """
+
+        def one(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(
+                x.shape, self._rows(x.shape), lambda index: x[index]
+            )
+
+        return jax.tree.map(one, prompts)
+
     def stream(self, settings: Settings) -> Any:
         """The checkpointable iterator over training prompts."""
         return prompt_data.prompt_stream(
@@ -76,16 +90,20 @@ class Pair:
         Raises:
           ValueError: where the rows do not divide over data x fsdp.
         """
-        processes = jax.process_count()
+        count = jax.process_count()
 
         def one(x: np.ndarray) -> jax.Array:
-            shape = (x.shape[0] * processes, *x.shape[1:])
-            spread = sharding.named(
-                self.mesh, shape, ("batch", None), name="batch_size"
+            shape = (x.shape[0] * count, *x.shape[1:])
+            return jax.make_array_from_process_local_data(
+                self._rows(shape), x, shape
             )
-            return jax.make_array_from_process_local_data(spread, x, shape)
 
         return jax.tree.map(one, prompts)
+
+    def _rows(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+        return sharding.named(
+            self.mesh, shape, ("batch", None), name="batch_size"
+        )
 
 
 def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
@@ -101,11 +119,6 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     Raises:
       ValueError: for whatever does not fit together, by name and number.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes run this program; one host is "
-            "supported so far: choose a slice of one host (v5e: 8 chips)"
-        )
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     # What is cheap to refuse comes before models are trained or read.
     _check_rows(settings, mesh)

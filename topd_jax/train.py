@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from topd_jax import checkpoint, sharding
+from topd_jax import checkpoint, processes, sharding
 from topd_jax.distill import TrainState, init_state
 from topd_jax.evaluate import Evaluator
-from topd_jax.logs import Logs, read_jsonl
+from topd_jax.logs import Logs
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings
@@ -93,9 +93,10 @@ class Run:
             tensorboard=settings.log.tensorboard,
         )
         self.evaluator = Evaluator(settings, pair)
-        (workdir / "settings.json").write_text(
-            json.dumps(settings.to_dict(), indent=1)
-        )
+        if processes.is_first():
+            (workdir / "settings.json").write_text(
+                json.dumps(settings.to_dict(), indent=1)
+            )
 
     def _resume(self, step: int) -> int:
         found = self.checkpoints.record(step)
@@ -116,7 +117,7 @@ class Run:
         settings, steps = self.settings, self.settings.train.steps
         bar = tqdm(
             total=steps, initial=self.step, unit="step", mininterval=1.0,
-            desc=settings.objective.variant,
+            desc=settings.objective.variant, disable=not processes.is_first(),
         )  # fmt: skip
         with jax.set_mesh(self.mesh), bar:
             if self.step == 0:
@@ -143,10 +144,7 @@ class Run:
 
     def _finished(self) -> dict[str, Any] | None:
         """The final evaluation, where a finished run is started again."""
-        return next((r for r in self._evals() if r["final"]), None)
-
-    def _evals(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.workdir / "evals.jsonl")
+        return next((r for r in self.logs.evals if r["final"]), None)
 
     def _one_step(self) -> dict[str, float] | None:
         """Dispatches a step; returns the metrics of the one before."""
@@ -193,7 +191,7 @@ class Run:
         """Evaluates the student as it is, and logs the result."""
         self.logs.flush()
         row = self.evaluator(self.state.student, self.step, final=final)
-        best = all(better(row, r) for r in self._evals())
+        best = all(better(row, r) for r in self.logs.evals)
         self.logs.write("evals", row)
         if best and not final:
             self._save_to(self.best)
@@ -217,7 +215,7 @@ class Run:
         )
 
     def _log_completions(self, trajectories: Trajectories) -> None:
-        rows = jax.device_get(trajectories)
+        rows = processes.on_host(trajectories)
         decode = self.pair.tokenizer.decode
         for i in range(min(self.settings.log.completions, len(rows.tokens))):
             prompt = rows.prompt[i][rows.prompt_mask[i]].tolist()
@@ -242,7 +240,9 @@ class Run:
         if skipped <= self.settings.train.max_skipped:
             return
         path = self.workdir / f"skipped-{self.step}.npz"
-        np.savez(path, **jax.device_get(vars(trajectories)))
+        batch = processes.on_host(vars(trajectories))
+        if processes.is_first():
+            np.savez(path, **batch)
         self.logs.sync()
         raise FloatingPointError(
             f"{skipped} updates had a non-finite loss or gradient, more than "

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from topd_jax import processes
 from topd_jax.data import corpus, world
 from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.models import (
@@ -46,7 +47,9 @@ def world_models(
     }
     file = cache / f"tokenizer-{_name_of(settings, 'tokenizer')}.model"
     missing = [name for name in makers if not paths[name].exists()]
-    if missing or not file.exists():
+    if not processes.is_first():
+        processes.wait_for([*paths.values(), file])
+    elif missing or not file.exists():
         logging.info("the tiny world is made in %s", cache)
         pairs = _corpora(settings)
         tokenizer = corpus.train_tokenizer(

@@ -1,0 +1,168 @@
+"""Several processes as one program: real ones, on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_run import small_config
+
+from topd_jax import main, processes
+from topd_jax.checkpoint import Checkpoints
+from topd_jax.logs import read_jsonl
+from topd_jax.pair import load_pair
+from topd_jax.phases import make_optimizer
+from topd_jax.settings import settings_from
+from topd_jax.train import initial_state
+
+TESTS = Path(__file__).parent
+CHILD = "import sys; from topd_jax.main import run; run(sys.argv[1:])"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def begin(world, workdir, count, *, devices, more=()):
+    """Starts ``topd train`` as ``count`` processes of some devices each."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    line = [
+        sys.executable, "-c", CHILD, "train",
+        f"--config={TESTS / 'small_run.py'}",
+        f"--config.world.cache={world}",
+        f"--workdir={workdir}",
+        "--config.mesh.fsdp=2",
+        *more,
+    ]  # fmt: skip
+    address = f"localhost:{free_port()}"
+    lines = [line]
+    if count > 1:
+        several = [f"--coordinator={address}", f"--processes={count}"]
+        lines = [[*line, *several, f"--process={i}"] for i in range(count)]
+    return [
+        subprocess.Popen(
+            x, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for x in lines
+    ]  # fmt: skip
+
+
+def finish(children):
+    return [(*c.communicate(timeout=600), c.returncode) for c in children]
+
+
+def parameters(workdir, world):
+    """The trained student, read back on this process's one device."""
+    config = small_config()
+    config.world.cache = str(world)
+    settings = settings_from(config)
+    pair = load_pair(settings, workdir)
+    state = initial_state(pair, make_optimizer(settings.optimizer, 6))
+    found = Checkpoints(workdir / "checkpoints", 2)
+    state, _ = found.restore(found.latest(), state)
+    return jax.device_get(jax.tree.leaves(state.student))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes") / "world"
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    ((_, err, code),) = finish(begin(world, workdir, 1, devices=4))
+    assert code == 0, err
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_are_one_program(alone, world, tmp_path, count):
+    done = finish(begin(world, tmp_path, count, devices=4 // count))
+    for _, err, code in done:
+        assert code == 0, err
+    # The first alone speaks.
+    assert [bool(out) for out, _, _ in done] == [True] + [False] * (count - 1)
+    ours, theirs = (
+        read_jsonl(w / "metrics.jsonl") for w in (tmp_path, alone)
+    )
+    assert [m["step"] for m in ours] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["num_tokens"] == b["num_tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    got = read_jsonl(tmp_path / "evals.jsonl")
+    want = read_jsonl(alone / "evals.jsonl")
+    for a, b in zip(got, want, strict=True):
+        assert a["reverse_kl"] == pytest.approx(b["reverse_kl"], rel=1e-4)
+    for a, b in zip(
+        parameters(tmp_path, world), parameters(alone, world), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_process_stops_the_others_and_the_job_resumes(
+    alone, world, tmp_path
+):
+    children = begin(
+        world, tmp_path, 2, devices=2,
+        more=["--heartbeat=10", "--config.train.steps=6"],
+    )  # fmt: skip
+    saved = tmp_path / "checkpoints" / "2"
+    while not saved.exists():
+        assert children[0].poll() is None, children[0].communicate()[1]
+        time.sleep(0.1)
+    children[1].send_signal(signal.SIGKILL)
+    (_, err, code), _ = finish(children)
+    assert code != 0
+    assert "task" in err.lower() or "peer" in err.lower(), err
+    for _, err, code in finish(begin(world, tmp_path, 2, devices=2)):
+        assert code == 0, err
+    assert [m["step"] for m in read_jsonl(tmp_path / "metrics.jsonl")] == [
+        1, 2, 3, 4, 5, 6
+    ]  # fmt: skip
+    whole = read_jsonl(alone / "evals.jsonl")[-1]
+    again = read_jsonl(tmp_path / "evals.jsonl")[-1]
+    assert again["reverse_kl"] == pytest.approx(whole["reverse_kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--processes=2"], "--coordinator, --process missing"),
+        (["train", "--coordinator=localhost:1", "--processes=2",
+          "--process=2"], "--process=2 must be in 0..1"),
+        (["eval", "--distributed"], "topd eval runs as one process"),
+        (["train", "--workdir=gs://bucket/run"], "must be a directory; mount"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_go_together(arguments, message, tmp_path, capsys):
+    given = [f"--workdir={tmp_path}", *arguments[1:]]
+    with pytest.raises(SystemExit) as exit_:
+        main.run([arguments[0], "--config=tiny", *given])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_is_first_and_waits_for_nobody(tmp_path):
+    assert processes.is_first()
+    processes.meet("here")
+    processes.wait_for([tmp_path])
+    tree = {"a": jax.numpy.arange(3), "b": 4}
+    found = processes.on_host(tree)
+    assert isinstance(found["a"], np.ndarray)
+    assert found["b"] == 4

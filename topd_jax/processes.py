@@ -1,0 +1,102 @@
+"""Several processes as one program, as a pod of several hosts runs it (ours).
+
+Every process runs the same command and calls the same jitted phases; each
+feeds its own rows of the batch. The first alone writes: logs, settings, the
+tiny world's models. All must see one work directory.
+"""
+
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+_POLL_SECONDS = 0.5
+
+
+def start(
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    *,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Joins the other processes; before anything touches a device.
+
+    Args:
+      coordinator: ``HOST:PORT`` of the first process; None lets JAX find it
+        (Cloud TPU, SLURM, Kubernetes), and the two below.
+      count: of processes.
+      index: of this one, 0 is the first.
+      heartbeat_seconds: of silence, after which a process counts as dead and
+        the others stop with an error.
+
+    Raises:
+      ValueError: for arguments that do not go together.
+    """
+    given = {"coordinator": coordinator, "processes": count, "process": index}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise ValueError(
+            f"{', '.join(missing)} missing: --coordinator HOST:PORT, "
+            "--processes N and --process I go together; on Cloud TPU give "
+            "--distributed alone"
+        )
+    if count is not None and not 0 <= index < count:
+        raise ValueError(
+            f"--process={index} must be in 0..{count - 1}, below "
+            f"--processes={count}"
+        )
+    jax.distributed.initialize(
+        coordinator, count, index, heartbeat_timeout_seconds=heartbeat_seconds
+    )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def meet(name: str) -> None:
+    """Waits until every process has come to the same place.
+
+    Args:
+      name: of the place; the same in all of them.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays as NumPy arrays, whole, wherever their parts are.
+
+    Args:
+      tree: of arrays; the same in every process, which must all call this.
+    """
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return jax.device_get(x)
+        if x.is_fully_replicated:
+            return jax.device_get(x.addressable_data(0))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def wait_for(paths: Sequence[pathlib.Path]) -> None:
+    """Waits for what the first process writes, however long that takes.
+
+    Not a collective, which would time out: if the first process dies, the
+    heartbeat ends this one.
+
+    Args:
+      paths: of files or directories that appear whole.
+    """
+    if not all(p.exists() for p in paths):
+        logging.info("waiting for the first process to write %s", paths[0])
+    while not all(p.exists() for p in paths):
+        time.sleep(_POLL_SECONDS)
