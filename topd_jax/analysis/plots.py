@@ -71,6 +71,7 @@ def curves(
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")  # it falls thirtyfold
     axes[0].legend(fontsize=8)
     path = folder / "curves.png"
     figure.savefig(path, dpi=130)
