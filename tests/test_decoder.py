@@ -11,6 +11,7 @@ import pytest
 from topd_jax.models import (
     Decoder,
     DecoderConfig,
+    RopeScaling,
     cast,
     causal_mask,
     init_decoder,
@@ -199,6 +200,20 @@ CHANGES = {
     "qk_norm": True,
     "tied": False,
     "dtype": "bfloat16",
+    "wide_qk_norm": True,
+    "attention_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "pre_norms": False,
+    "post_norms": True,
+    "centred_norms": True,
+    "activation": "gelu_tanh",
+    "scaled_embedding": True,
+    "query_scalar": 3.0,
+    "attention_softcap": 0.5,
+    "final_softcap": 0.5,
+    "rope_scaling": RopeScaling("linear", 3.0),
+    "no_rope": (False, True, False),
 }
 
 
@@ -209,9 +224,11 @@ def test_every_config_number_changes_the_logits(field):
     tokens = tokens_for(BASE)
     config = dataclasses.replace(BASE, **{field: CHANGES[field]})
     arrays = dict(model.arrays)
-    for name, row in parameter_table(config).items():
+    table = parameter_table(config)
+    for name, row in table.items():
         if name not in arrays:
             arrays[name] = jnp.full(row.shape, 0.7)
+    arrays = {name: arrays[name] for name in table}
     want = logits_of(model, tokens, full(tokens))
     got = logits_of(Decoder(config, arrays), tokens, full(tokens))
     assert np.abs(got - want).max() > 1e-3

@@ -32,7 +32,10 @@ CAUTION = {
 def change(value):
     if isinstance(value, bool):
         return not value
-    return value + 1 if isinstance(value, int) else value * 1.5 or 0.1
+    if isinstance(value, int):
+        return value + 1
+    # An epsilon must grow by much before it shows.
+    return value * (500 if value < 1e-2 else 1.5) or 0.1
 
 
 def fields_of(node, path=()):
