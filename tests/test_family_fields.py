@@ -26,6 +26,7 @@ CAUTION = {
     "use_sliding_window",
     "layer_types",
     "tie_word_embeddings",  # where the file holds another head
+    "use_bidirectional_attention",  # Gemma 3 without a cache
 }
 
 

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from topd_jax.settings import EVAL_ONLY, Settings
@@ -65,7 +66,11 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(
-                    {"train": state, "key": jax.random.key_data(key)}
+                    # NumPy: a key must not remember the devices it was on.
+                    {
+                        "train": state,
+                        "key": np.asarray(jax.random.key_data(key)),
+                    }
                 ),
                 record=ocp.args.JsonSave(record),
             ),
@@ -91,7 +96,7 @@ class Checkpoints:
         """
         target = {
             "train": jax.tree.map(ocp.utils.to_shape_dtype_struct, state),
-            "key": jax.ShapeDtypeStruct((2,), "uint32"),
+            "key": np.zeros(2, np.uint32),
         }
         found = self._manager.restore(
             step,

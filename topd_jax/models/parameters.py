@@ -66,7 +66,6 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
     )
     out_axes = ("layers", "heads", "head_dim", "embed")
     out = Parameter((n, h, hd, d), out_axes, (h * hd) ** -0.5)
-    table = {"q": query, "k": key, "v": key, "o": out}
     # Norm and bias vectors are small; spreading them would cost more than it
     # saves.
     start = 0.0 if config.centred_norms else 1.0
@@ -75,8 +74,11 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
         axes = ("layers", *(None,) * len(shape))
         return Parameter((n, *shape), axes, None, start)
 
+    # The order is that of the initialiser's keys: keep it.
+    table = {"attention_norm": vector(d)} if config.pre_norms else {}
+    table |= {"q": query, "k": key, "v": key, "o": out}
     if config.pre_norms:
-        table |= {"attention_norm": vector(d), "mlp_norm": vector(d)}
+        table["mlp_norm"] = vector(d)
     if config.post_norms:
         table |= {"attention_post_norm": vector(d), "mlp_post_norm": vector(d)}
     if config.qk_norm:
