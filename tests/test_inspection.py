@@ -134,15 +134,18 @@ def test_inspect_from_the_command_line(trained, small_arguments, capsys):
 def test_a_browser_shows_the_branch_that_is_clicked(rows, tmp_path):
     path = tmp_path / "page.html"
     write_page(rows, ABOUT, path)
+    chosen = max(range(len(rows)), key=lambda i: len(rows[i]["candidates"]))
+    row, last = rows[chosen], len(rows[chosen]["candidates"]) - 1
     script = """<script>
       addEventListener("error", e => document.title = "failed " + e.message);
     </script>"""
     click = """<script>
-      document.querySelectorAll("article")[1]
-        .querySelectorAll("button")[1].click();
+      document.querySelectorAll("article")[CHOSEN]
+        .querySelectorAll("button")[LAST].click();
       const search = document.getElementById("search");
       search.value = "PROBLEM"; search.dispatchEvent(new Event("input"));
-    </script>""".replace("PROBLEM", rows[1]["problem"])
+    </script>""".replace("PROBLEM", row["problem"])
+    click = click.replace("CHOSEN", str(chosen)).replace("LAST", str(last))
     text = path.read_text().replace("<head>", "<head>" + script)
     path.write_text(text.replace("</body>", click + "</body>"))
     run = subprocess.run(
@@ -155,7 +158,7 @@ def test_a_browser_shows_the_branch_that_is_clicked(rows, tmp_path):
     dom = run.stdout
     assert "<title>A &lt;page&gt;</title>" in dom
     assert dom.count('<section class="detail">') == 1
-    candidate = rows[1]["candidates"][1]
+    candidate = row["candidates"][last]
     detail = dom[dom.index('<section class="detail">') :]
     sides = re.findall(r"<h3.*?</h3><p>(.*?)</p>", detail, re.S)
     assert [html.unescape(s) for s in sides] == [
@@ -164,5 +167,5 @@ def test_a_browser_shows_the_branch_that_is_clicked(rows, tmp_path):
     assert detail.count("<td") == len(candidate["plan"]) * len(
         candidate["plan"][0]
     )
-    alike = sum(rows[1]["problem"] == r["problem"] for r in rows)
+    alike = sum(row["problem"] == r["problem"] for r in rows)
     assert f">{alike} of {len(rows)}<" in dom
