@@ -72,6 +72,7 @@ def batch_loss(
 
 
 def fused_options(objective: Objective) -> dict[str, Any]:
+    """What an objective tells the fused losses, as keyword arguments."""
     return dict(
         divergence=objective.divergence,
         beta=objective.beta,
