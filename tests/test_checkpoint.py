@@ -121,13 +121,16 @@ def test_every_difference_is_named_with_both_values():
     assert "use another --workdir" in text
 
 
-def test_a_key_that_came_or_went_is_a_difference():
+def test_a_key_that_came_was_at_its_default_and_one_that_went_differs():
     found = written()
     del found["settings"]["optimizer"]["clip"]
+    require_same_run(found, SETTINGS, "t" * 64, "there")
     found["settings"]["optimizer"]["momentum"] = 0.5
     with pytest.raises(ValueError) as error:
-        require_same_run(found, SETTINGS, "t" * 64, "there")
-    assert "optimizer.clip: None there, 1.0 here" in str(error.value)
+        require_same_run(
+            found, changed("optimizer", clip=2.0), "t" * 64, "there"
+        )
+    assert "optimizer.clip: 1.0 there, 2.0 here" in str(error.value)
     assert "optimizer.momentum: 0.5 there, None here" in str(error.value)
 
 

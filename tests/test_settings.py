@@ -11,7 +11,7 @@ from topd_jax.configs import default
 
 from topd_jax import configs
 from topd_jax.objective import Objective
-from topd_jax.settings import EVAL_ONLY, Settings, settings_from
+from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, settings_from
 
 SHIPPED = sorted(
     p.stem
@@ -203,3 +203,14 @@ def test_the_fingerprint_changes_with_any_setting():
     assert settings_from(small_config()).fingerprint() in prints
     for path in eval_only:
         assert changed(settings, path, "another").fingerprint() in prints
+
+
+def test_settings_at_their_default_do_not_enter_the_fingerprint(monkeypatch):
+    made = settings_from(small_config())
+    before = made.fingerprint()
+    name = "rollout.top_p"
+    assert DEFAULTS[name] == made.rollout.top_p
+    # With another default the same value counts.
+    monkeypatch.setitem(DEFAULTS, name, 0.5)
+    assert made.fingerprint() != before
+    assert changed(made, ("rollout", "top_p"), 0.5).fingerprint() == before

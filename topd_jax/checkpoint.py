@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from topd_jax.settings import EVAL_ONLY, Settings
+from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, flat
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
@@ -151,7 +151,9 @@ def require_same_run(
       ValueError: naming every setting that differs, or the teacher.
     """
     out = "; use another --workdir, or the settings it was started with"
-    before, now = _flat(found["settings"]), _flat(settings.to_dict())
+    # A setting that is younger than the checkpoint was at its default there.
+    before = DEFAULTS | flat(found["settings"])
+    now = flat(settings.to_dict())
     differing = [
         f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())
@@ -193,13 +195,3 @@ def cut_log(path: pathlib.Path, step: int) -> None:
     fresh = path.with_suffix(path.suffix + ".new")
     fresh.write_text("".join(kept), encoding="utf-8")
     fresh.replace(path)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

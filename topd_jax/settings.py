@@ -244,12 +244,52 @@ class Settings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with any setting of a run."""
-        values = self.to_dict()
-        for name in EVAL_ONLY:
-            del values["eval"][name]
+        """Sixteen hex digits that change with any setting of a run.
+
+        Settings at their default do not enter it: one that is added later
+        leaves the fingerprints of earlier runs as they are.
+        """
+        values = {
+            name: value
+            for name, value in flat(self.to_dict()).items()
+            if name not in {f"eval.{n}" for n in EVAL_ONLY}
+            and (name not in DEFAULTS or DEFAULTS[name] != value)
+        }
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested settings as one mapping.
+
+    Args:
+      tree: what :meth:`Settings.to_dict` gives.
+      prefix: of every name.
+
+    Returns:
+      "section.key" -> value.
+    """
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def _defaults() -> dict[str, object]:
+    sections = typing.get_type_hints(Settings)
+    made = {
+        name: dataclasses.asdict(kind())
+        for name, kind in sections.items()
+        if dataclasses.is_dataclass(kind)
+    }
+    return flat(json.loads(json.dumps(made)))
+
+
+# "section.key" -> what a run that does not say has.
+DEFAULTS = _defaults()
 
 
 def settings_from(config: Mapping) -> Settings:

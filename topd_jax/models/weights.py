@@ -230,7 +230,8 @@ def fingerprint(model: Decoder) -> str:
 
     Each element's bits are mixed with its index and added up as integers
     modulo 2**32, so the sum does not depend on the order of addition: the
-    same on any mesh. ``remat`` and ``unroll`` do not count.
+    same on any mesh. ``remat`` and ``unroll`` do not count, nor do options
+    at their default: one that is added later changes no fingerprint.
 
     Args:
       model: any decoder.
@@ -238,9 +239,16 @@ def fingerprint(model: Decoder) -> str:
     Returns:
       64 hexadecimal digits.
     """
-    fields = dataclasses.asdict(model.config)
-    fields = {k: v for k, v in fields.items() if k not in ("remat", "unroll")}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    config = model.config
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in ("remat", "unroll")
+        and getattr(config, field.name) != field.default
+    }
+    digest = hashlib.sha256(
+        json.dumps(fields, sort_keys=True, default=vars).encode()
+    )
     for name, array in sorted(model.arrays.items()):
         sums = np.asarray(_bit_sums(array), np.uint32)
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
