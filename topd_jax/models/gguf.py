@@ -1,15 +1,15 @@
 """Models in GGUF files, the format of llama.cpp: weights, config, tokenizer.
 
-One file holds everything. Quantised tensors are expanded to floats when they
-are read. llama.cpp pairs neighbouring rotary dimensions where Hugging Face
-pairs the two halves of a head, so its converter reorders the rows of q and k
-of the Llama family; they are put back here.
+One file holds everything. Quantised tensors are expanded to floats piece by
+piece, when they are read. llama.cpp pairs neighbouring rotary dimensions where
+Hugging Face pairs the two halves of a head, so its converter reorders the rows
+of q and k of the Llama family; they are put back here.
 """
 
 import dataclasses
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.hub_config import decoder_config
 from topd_jax.models.registry import FAMILIES, WEIGHTS, family_of
+from topd_jax.models.streaming import Finish, Read
 from topd_jax.models.weights import TensorInfo, assemble, check_tensors
 from topd_jax.sharding import Rules
 
@@ -109,6 +110,8 @@ def load_gguf(
     unroll: int = 1,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    label: str | None = None,
+    finish: Finish | None = None,
 ) -> Decoder:
     """Loads a decoder from a GGUF file.
 
@@ -120,6 +123,8 @@ def load_gguf(
       unroll: see the same.
       mesh: where to spread the parameters; None is one device.
       rules: logical axis -> mesh axis; None takes the default rules.
+      label: the model's name, for the progress bar; None is the file's.
+      finish: see :func:`~topd_jax.models.weights.assemble`.
 
     Returns:
       The model, quantised tensors expanded.
@@ -146,8 +151,9 @@ def load_gguf(
     }
     check_tensors(config, "gguf", found, str(file.path))
     return assemble(
-        config, "gguf", _reader(file, config), mesh=mesh, rules=rules
-    )
+        config, "gguf", _reader(file, config), label=label or file.path.name,
+        mesh=mesh, rules=rules, finish=finish,
+    )  # fmt: skip
 
 
 def packaged_gguf(requirement: str) -> Path:
@@ -230,9 +236,7 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     return fields
 
 
-def _reader(
-    file: GGUFFile, config: DecoderConfig
-) -> Callable[[str], np.ndarray]:
+def _reader(file: GGUFFile, config: DecoderConfig) -> Read:
     family = FAMILIES[file.metadata["general.architecture"]]
     heads = {}
     if family.gguf_permuted:
@@ -240,24 +244,41 @@ def _reader(
             heads[WEIGHTS["q"].gguf.format(layer)] = config.heads
             heads[WEIGHTS["k"].gguf.format(layer)] = config.kv_heads
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = file.tensors[name]
+        rows, *columns = index
+        if name in heads:
+            count = int(tensor.shape[-1])
+            rows = _unpermuted_rows(count, heads[name])[rows]
         try:
-            # asarray: a memmap's bookkeeping would double the time.
-            data = np.asarray(tensor.data)
-            array = gguf.dequantize(data, tensor.tensor_type)
+            return _expand(tensor, (rows, *columns))
         except NotImplementedError:
             raise ValueError(
                 f"{file.path}: {name} is quantised as "
                 f"{tensor.tensor_type.name}, which the gguf package cannot "
                 "expand; convert the file to Q8_0 or F16"
             ) from None
-        return _unpermute(array, heads[name]) if name in heads else array
 
     return read
 
 
-def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (pair, half) back to (half, pair) order."""
-    rows = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
-    return rows.swapaxes(1, 2).reshape(array.shape)
+def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
+    """Expands the asked part of a tensor, and of its blocks no others."""
+    numbers, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    # asarray: a memmap's bookkeeping would double the time.
+    data = np.asarray(tensor.data)
+    *others, last = index
+    if data.dtype == np.uint8:  # blocks of bytes, along the last dimension
+        first, end = last.start // numbers, -(-last.stop // numbers)
+        data = data[(*others, slice(first * size, end * size))]
+        start = last.start - first * numbers
+        own = slice(start, start + last.stop - last.start)
+    else:
+        data, own = data[index], slice(None)
+    return gguf.dequantize(data, tensor.tensor_type)[..., own]
+
+
+def _unpermuted_rows(count: int, heads: int) -> np.ndarray:
+    """Where each row of q or k, (head, half, pair), stands in the file."""
+    rows = np.arange(count).reshape(heads, count // heads // 2, 2)
+    return rows.swapaxes(1, 2).reshape(count)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
@@ -10,6 +11,7 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.gguf import load_gguf, open_gguf, packaged_gguf
 from topd_jax.models.gguf_tokenizer import gguf_tokenizer
 from topd_jax.models.huggingface import load_model, load_tokenizer, resolve
+from topd_jax.models.streaming import Finish
 from topd_jax.sharding import Rules
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     ignore: Sequence[str] = (),
+    finish: Finish | None = None,
 ) -> "tuple[Decoder, PreTrainedTokenizerBase | None]":
     """Loads a model and its tokenizer from wherever they are.
 
@@ -42,6 +45,8 @@ def load(
       mesh: where to spread the parameters; None is one device.
       rules: logical axis -> mesh axis; None takes the default rules.
       ignore: unknown fields of a config.json to pass over.
+      finish: (parameter, array) -> what the model holds instead; called as
+        soon as each is placed, before the next one is read.
 
     Returns:
       (model, tokenizer); the tokenizer is None where a directory has none.
@@ -57,6 +62,7 @@ def load(
         "unroll": unroll,
         "mesh": mesh,
         "rules": rules,
+        "finish": finish,
     }
     name = str(source)
     if name.startswith(_PACKAGE) or name.endswith(".gguf"):
@@ -66,7 +72,9 @@ def load(
         model, tokenizer = load_gguf(file, **options), gguf_tokenizer(file)
     else:
         directory = resolve(source)
-        model = load_model(directory, ignore=ignore, **options)
+        model = load_model(
+            directory, ignore=ignore, label=Path(name).name, **options
+        )
         tokenizer = load_tokenizer(directory)
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(

@@ -321,6 +321,25 @@ def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
     return FAMILIES[model_type]
 
 
+def file_dims(name: str, ndim: int) -> tuple[tuple[int, ...], ...]:
+    """Which dimensions of a parameter each one of its tensor runs through.
+
+    Args:
+      name: of the parameter.
+      ndim: of one layer, the stacking dimensions left out.
+
+    Returns:
+      The outputs, then the inputs of linear maps; all of them, flat, for
+      biases and norms over heads; else one each.
+    """
+    inputs, dims = WEIGHTS[name].inputs, tuple(range(ndim))
+    if inputs:
+        return dims[inputs:], dims[:inputs]
+    if name in ("embedding", "output"):
+        return dims[:1], dims[1:]
+    return (dims,)
+
+
 def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that files give one layer (and expert) of a parameter.
 
@@ -332,8 +351,7 @@ def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
       (out, in) for linear maps, flat for biases and norms over heads, else
       ``shape``.
     """
-    inputs = WEIGHTS[name].inputs
-    if inputs:
-        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-    matrix = name in ("embedding", "output")
-    return shape if matrix else (math.prod(shape),)
+    return tuple(
+        math.prod(shape[d] for d in dims)
+        for dims in file_dims(name, len(shape))
+    )
