@@ -194,9 +194,7 @@ def tree_shardings(
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def coarser(
-    sharding: NamedSharding, shape: Sequence[int]
-) -> NamedSharding:
+def coarser(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array with one entry for several of another's.
 
     Args:
@@ -305,7 +303,7 @@ def over_experts(
         jax.shard_map,
         in_specs=(row, row, row, wide, wide, PartitionSpec(expert, tensor)),
         out_specs=row,
-        # ragged_dot does not say over which axes its result varies.
+        # Grouped products do not say over which axes their result varies.
         check_vma=False,
     )
     def share(x: jax.Array, *rest: jax.Array) -> jax.Array:
