@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from topd_jax.checkpoint import Checkpoints
+from topd_jax.distill import init_state
 from topd_jax.models import Decoder, DecoderConfig, parameter_table
 from topd_jax.models.weights import disassemble, file_tensors
 
@@ -57,6 +61,17 @@ def edit_config(directory, **changes):
         if value is ...:
             del fields[name]
     path.write_text(json.dumps(fields))
+
+
+def save_run(workdir, model, step=3, folder="checkpoints", record=None):
+    """The checkpoint of a run whose student is ``model``."""
+    saved = Checkpoints(workdir / folder, 2)
+    state = init_state(model, optax.adam(1e-3))
+    if record is None:
+        record = {"student": model.config.to_dict()}
+    saved.save(step, state, jax.random.key(0), record)
+    saved.close()
+    return workdir
 
 
 def permuted(rows, heads):

@@ -3,10 +3,9 @@
 import json
 import sys
 
-import jax
 import jax.numpy as jnp
 
-from topd_jax.models import load
+from topd_jax.models import fingerprint, load
 from topd_jax.sharding import make_mesh
 
 
@@ -20,8 +19,10 @@ def main(path: str, axes: list[int]) -> None:
     held = sum(s.data.nbytes for x in arrays for s in x.addressable_shards)
     found = {"held": held, "largest": max(x.nbytes for x in arrays)}
     print(json.dumps(found), flush=True)
-    sys.stdin.readline()  # what is held stays so while it is looked at
-    jax.block_until_ready(arrays)
+    # Nothing more is watched.
+    if sys.stdin.readline() == "fingerprint\n":
+        found = {"fingerprint": fingerprint(model)}
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
