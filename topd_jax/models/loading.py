@@ -54,7 +54,7 @@ def load(
 
     Returns:
       (model, tokenizer); the tokenizer is None where a directory has none,
-      and ours where it has nothing but a SentencePiece model.
+      and ours where it is that of a run in the tiny world.
 
     Raises:
       ValueError: for whatever is missing, broken or not supported, and for a
@@ -77,13 +77,13 @@ def load(
         model, tokenizer = load_gguf(file, **options), gguf_tokenizer(file)
     elif is_run(source):
         model = load_run(source, **options)
-        tokenizer = _tokenizer(tokenizer_directory(source))
+        tokenizer = _run_tokenizer(tokenizer_directory(source))
     else:
         directory = resolve(source)
         model = load_model(
             directory, ignore=ignore, label=Path(name).name, **options
         )
-        tokenizer = _tokenizer(directory)
+        tokenizer = load_tokenizer(directory)
     if tokenizer is not None:
         ours = isinstance(tokenizer, SentencePieceTokenizer)
         size = tokenizer.vocab_size if ours else len(tokenizer)
@@ -95,12 +95,11 @@ def load(
     return model, tokenizer
 
 
-def _tokenizer(
+def _run_tokenizer(
     directory: Path,
 ) -> "PreTrainedTokenizerBase | SentencePieceTokenizer | None":
-    bare = directory / SentencePieceTokenizer.FILE
-    described = ("tokenizer.json", "tokenizer_config.json")
-    if bare.exists() and not any((directory / n).exists() for n in described):
-        # transformers would guess how such a model treats spaces.
-        return SentencePieceTokenizer.load(bare)
+    """What ``save_pretrained`` of the run's tokenizer wrote."""
+    ours = directory / SentencePieceTokenizer.FILE
+    if ours.exists() and not (directory / "tokenizer_config.json").exists():
+        return SentencePieceTokenizer.load(ours)
     return load_tokenizer(directory)
