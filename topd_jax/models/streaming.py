@@ -7,6 +7,7 @@ file one small piece.
 
 import contextlib
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 Finish = Callable[[str, jax.Array], object]
 
 # Turned and cast at once: small beside a stack, large beside a call.
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 # Models below this are read before a bar could be looked at.
 _SHOWN_BYTES = 64 << 20
 
@@ -112,8 +113,6 @@ def stream(
             at = tuple(s.index(i) for i, s in zip(index, spans, strict=True))
             box = _box(name, shape[stacked:], cover[stacked:])
             _fill(_as_in_file(name, host[at]), tensor, box, read, advance)
-    if sharding is None:
-        return jax.block_until_ready(jnp.asarray(hosts.pop()))
     placed = []
     for block, cover in zip(reversed(blocks), reversed(covers), strict=True):
         own = tuple(
@@ -121,9 +120,14 @@ def stream(
             for s, c in zip(block.spans, cover, strict=True)
         )
         host = hosts.pop()[own]
-        placed += [jax.device_put(host, device) for device in block.devices]
-        # Else the hosts' copies would wait for one another to be moved.
+        # Without a device the array stays free to follow others.
+        placed += [jax.device_put(host, d) for d in block.devices or (None,)]
         jax.block_until_ready(placed)
+        del host
+        # JAX lets go of what it has copied when Python collects garbage.
+        gc.collect(0)
+    if sharding is None:
+        return placed[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
