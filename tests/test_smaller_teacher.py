@@ -1,6 +1,5 @@
 """A step with a teacher in fewer bits, and what topd quantize says of it."""
 
-import dataclasses
 import json
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from small_run import small_config
 
-from topd_jax import commands
+from topd_jax import commands, main
 from topd_jax.models import fingerprint
 from topd_jax.models.quantize import is_quantized
 from topd_jax.pair import load_pair
@@ -71,11 +70,16 @@ def test_an_fp32_student_learns_from_it(world_cache, tmp_path, changes):
     assert fingerprint(teacher) == pair.teacher_fingerprint
 
 
-def test_the_command_measures_bytes_and_divergences(world_cache, tmp_path):
-    settings = settings_with(world_cache)
-    found = commands.quantize(settings, tmp_path, "start", 5)
-    kept = json.loads((tmp_path / "quantize-start.json").read_text())
-    assert kept == json.loads(json.dumps(found))
+def test_the_command_measures_bytes_and_divergences(
+    world_cache, small_arguments, tmp_path, capsys
+):
+    workdir = f"--workdir={tmp_path}"
+    which = ("--which=start", "--count=5")
+    main.run(["quantize", *small_arguments, workdir, *which])
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert json.loads((tmp_path / "quantize-start.json").read_text()) == found
+    assert "| int4 |" in err
     names = [row["teacher"] for row in found["rows"]]
     assert names == ["float32", "bfloat16", "int8", "int4"]
     float32, bfloat16, int8, int4 = found["rows"]
@@ -89,9 +93,7 @@ def test_the_command_measures_bytes_and_divergences(world_cache, tmp_path):
         assert row["reverse_kl"] == pytest.approx(
             float32["reverse_kl"] + row["change"]
         )
-    quantised = dataclasses.replace(
-        settings, teacher=dataclasses.replace(settings.teacher, quantize="int8")
-    )
+    quantised = settings_with(world_cache, teacher__quantize="int8")
     with pytest.raises(ValueError, match="quantised model; load it without"):
         commands.quantize(quantised, tmp_path, "start", 5)
 
