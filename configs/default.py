@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
 
     # The frozen model that scores; the same keys.
     config.teacher = config.student.copy_and_resolve_references()
+    # Several teachers instead: name -> a section with the keys of teacher.
+    # data.teacher_field says which of them each prompt belongs to.
+    config.teachers = ConfigDict()
 
     # Prompts.
     config.data = ConfigDict()
@@ -44,6 +47,10 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "test"  # the same for held-out prompts
     config.data.prompt_field = "question"
     config.data.answer_field = "answer"
+    config.data.teacher_field = ""  # names one of config.teachers
+    # Prompts a step of each of config.teachers, by name; (): as many as their
+    # share of the records, at least one (ours).
+    config.data.teacher_prompts = ()
     config.data.batch_size = 32  # prompts a step (paper, App. B: 1)
     config.data.samples = 1  # rollouts a prompt (paper, App. B: 4)
     config.data.max_prompt_length = 16  # tokens (paper, App. B: 800)

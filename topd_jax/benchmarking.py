@@ -236,6 +236,4 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _first(encoded: EncodedPrompts, count: int) -> EncodedPrompts:
-    return dataclasses.replace(
-        encoded, records=encoded.records[:count], ids=encoded.ids[:count]
-    )
+    return encoded.take(range(min(count, len(encoded.records))))
