@@ -84,7 +84,8 @@ def get_config() -> ConfigDict:
     # Share of a row's tokens that fill slots (paper, 2.1: 0.0225).
     config.objective.fraction = config_dict.placeholder(float)
     config.objective.window = 10  # K, tokens (paper, section 2.1: 50)
-    config.objective.percentile = 30.0  # of the batch's distances (ours)
+    # Of the batch's distances, each teacher's apart (ours).
+    config.objective.percentile = 30.0
     # Fixed distance, 0..2, instead of the percentile (ours).
     config.objective.threshold = config_dict.placeholder(float)
     config.objective.epsilon = 0.05  # entropy of the plan (ours)

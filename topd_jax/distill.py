@@ -128,11 +128,8 @@ def update(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     state = _apply(state, grads, optimizer, finite)
-    metrics = _metrics(
-        trajectories,
-        notes,
-        functools.reduce(_add, sums.values()),
-    )
+    whole = functools.reduce(_add, sums.values())
+    metrics = _metrics(trajectories, notes, whole)
     if isinstance(annotations, Mapping):
         metrics |= by_name(
             {n: _metrics(t, [a], sums[n]) for n, (t, a) in batch.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from topd_jax import sharding
@@ -159,7 +160,7 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     # What is cheap to refuse comes before models are trained or read.
     _check_rows(settings, mesh)
     parts = _records(settings)
-    shares = _shares(settings, parts[0], mesh)
+    shares = _shares(settings, parts, mesh)
     paths, tokenizer = {}, None
     teachers = {_ONLY: settings.teacher}
     if settings.teachers:
@@ -251,13 +252,19 @@ def _common_tokenizer(
 
 
 def _shares(
-    settings: Settings, records: Sequence[Record], mesh: Mesh
+    settings: Settings, parts: Sequence[list[Record]], mesh: Mesh
 ) -> dict[str, int]:
     """How many prompts of each teacher a batch holds; {} for the only one."""
     names, data = tuple(settings.teachers), settings.data
     if not names:
         return {}
-    counts = count_records(records, names)
+    counts = count_records(parts[0], names)
+    if absent := [n for n in names if n not in places_of(parts[-1])]:
+        logging.warning(
+            "no held-out prompt is of the teacher %s; data.held_out takes the "
+            "first records: mix them, or give data.eval_path",
+            ", ".join(absent),
+        )
     if data.teacher_prompts:
         shares = dict(zip(names, data.teacher_prompts, strict=True))
     else:

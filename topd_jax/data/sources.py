@@ -84,9 +84,7 @@ def read_jsonl(
                     f"{source} is not JSON ({error}): "
                     f"{line[:60]!r}; repair or remove the line"
                 ) from error
-            records.append(
-                _record(row, len(records), source, fields)
-            )
+            records.append(_record(row, len(records), source, fields))
     if not records:
         raise ValueError(f"{path} holds no records; it needs at least one")
     return records
@@ -140,8 +138,7 @@ def read_tfds(
     fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     where = f"{name} {split} record"
     return [
-        _record(row, i, f"{where} {i}", fields)
-        for i, row in enumerate(rows)
+        _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
     ]
 
 
@@ -188,8 +185,7 @@ def read_hub(
     fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     where = f"{name} {split} record"
     return [
-        _record(row, i, f"{where} {i}", fields)
-        for i, row in enumerate(rows)
+        _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
     ]
 
 
