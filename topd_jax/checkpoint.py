@@ -1,8 +1,9 @@
 """Checkpoints with orbax, and what must agree before one is resumed.
 
-A checkpoint holds the train state (student, optimizer, step), the run's PRNG
-key, the position in the data, and a record of what it belongs to: the
-settings and the fingerprint of the teacher. The teacher itself is never saved.
+A checkpoint holds the train state (what is trained of the student, optimizer,
+step), the run's PRNG key, the position in the data, and a record of what it
+belongs to: the settings and the fingerprints of the teacher and of what the
+student does not train. Neither of these is ever saved.
 """
 
 import json
@@ -110,7 +111,11 @@ class Checkpoints:
 
 
 def record(
-    settings: Settings, teacher: str, position: dict[str, Any]
+    settings: Settings,
+    teacher: str,
+    position: dict[str, Any],
+    *,
+    frozen: str = "",
 ) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
@@ -118,6 +123,7 @@ def record(
       settings: of the run.
       teacher: the teacher's fingerprint.
       position: the data iterator's state, JSON-able.
+      frozen: fingerprint of what the student does not train; "": nothing.
 
     Returns:
       A JSON-able dictionary.
@@ -125,6 +131,7 @@ def record(
     return {
         "settings": settings.to_dict(),
         "teacher": teacher,
+        "frozen": frozen,
         "data": position,
     }
 
@@ -135,6 +142,7 @@ def require_same_run(
     teacher: str,
     where: str,
     *,
+    frozen: str = "",
     free: tuple[str, ...] = (),
 ) -> None:
     """Refuses to continue another run's checkpoint.
@@ -144,11 +152,13 @@ def require_same_run(
       settings: of the run that wants to continue it.
       teacher: fingerprint of its teacher.
       where: the checkpoint's directory, for the error.
+      frozen: fingerprint of what its student does not train.
       free: sections that may differ besides those that change nothing: a
         student is read, and not trained on.
 
     Raises:
-      ValueError: naming every setting that differs, or the teacher.
+      ValueError: naming every setting that differs, or the teacher, or the
+        model under the student's adapters.
     """
     out = "; use another --workdir, or the settings it was started with"
     # A setting that is younger than the checkpoint was at its default there.
@@ -171,6 +181,14 @@ def require_same_run(
         raise ValueError(
             f"the checkpoint in {where} was made with another teacher "
             f"(fingerprint {found['teacher']} there, {teacher} here){out}"
+        )
+    # Before there were adapters everything was trained.
+    before = found.get("frozen", "")
+    if before != frozen:
+        raise ValueError(
+            f"the checkpoint in {where} holds adapters of another model, or "
+            f"of another scale (fingerprint {before or 'none'} there, "
+            f"{frozen or 'none'} here){out}"
         )
 
 

@@ -21,6 +21,7 @@ from flax import struct
 from topd_jax.annotate import annotate
 from topd_jax.batch_loss import batch_loss
 from topd_jax.head import Head
+from topd_jax.models.lora import join, split
 from topd_jax.objective import Objective
 from topd_jax.types import Annotations, Trajectories
 
@@ -32,7 +33,8 @@ class TrainState:
     """What an update changes.
 
     Attributes:
-      student: the model; a pytree.
+      student: what is trained of it: the whole model, or its adapters; see
+        :func:`topd_jax.models.lora.split`.
       opt_state: the optimizer's state.
       step: i32[] updates tried.
       skipped: i32[] updates left out because something was not finite.
@@ -50,17 +52,20 @@ def init_state(
     """A fresh train state for a student.
 
     Args:
-      student: the model.
+      student: the model; of one with adapters only these are kept.
       optimizer: any optax transformation.
 
     Returns:
       The state at step 0.
     """
     zero = jnp.zeros((), jnp.int32)
+    student, _ = split(student)
     # The student is copied: update donates the state, and the caller may
     # start a second run from the same arrays.
     student = jax.tree.map(jnp.copy, student)
-    return TrainState(student, optimizer.init(student), zero, zero)
+    state = optimizer.init(student)
+    # Two zeros: one buffer cannot be donated twice.
+    return TrainState(student, state, zero, jnp.copy(zero))
 
 
 def update(
@@ -68,6 +73,7 @@ def update(
     teacher_head: Head,
     trajectories: Trajectories,
     annotations: Annotations,
+    frozen: Any = None,
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -84,6 +90,8 @@ def update(
       teacher_head: [V, D_teacher].
       trajectories: B rows, B divisible by ``accumulate``.
       annotations: of the same rows.
+      frozen: what of the student is not trained, from
+        :func:`topd_jax.models.lora.split`; do not donate it. None: nothing.
       objective: see :class:`Objective`.
       optimizer: the transformation that ``state.opt_state`` belongs to.
       accumulate: slices the batch is worked through in.
@@ -104,7 +112,8 @@ def update(
     totals = _totals(trajectories, annotations, objective)
 
     def loss_fn(student: Any, batch: tuple) -> tuple[jax.Array, dict]:
-        return batch_loss(student, teacher_head, *batch, totals, objective)
+        whole = join(student, frozen)
+        return batch_loss(whole, teacher_head, *batch, totals, objective)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     batch = (trajectories, annotations)

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 
+from topd_jax.models.config import LORA_TARGETS
 from topd_jax.objective import Objective
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
@@ -41,6 +42,11 @@ class ModelSettings:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ()
+    lora_rank_stabilised: bool = False
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +200,7 @@ class Settings:
             ("data", "samples", 1),
             ("data", "max_prompt_length", 1),
             ("data", "held_out", 1),
+            ("student", "lora_rank", 0),
             ("rollout", "max_new_tokens", 1),
             ("train", "steps", 1),
             ("train", "max_skipped", 0),
@@ -225,6 +232,7 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
+        _check_adapters(self.student, self.teacher)
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(
@@ -257,6 +265,24 @@ class Settings:
         }
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_adapters(student: ModelSettings, teacher: ModelSettings) -> None:
+    if student.lora_alpha <= 0:
+        raise ValueError(
+            f"student.lora_alpha={student.lora_alpha} must be above 0"
+        )
+    unknown = sorted(set(student.lora_targets) - set(LORA_TARGETS))
+    if unknown:
+        raise ValueError(
+            f"student.lora_targets={student.lora_targets!r} must be some of "
+            f"{', '.join(LORA_TARGETS)}, or () for all"
+        )
+    if teacher.lora_rank:
+        raise ValueError(
+            f"teacher.lora_rank={teacher.lora_rank} must be 0: the teacher "
+            "learns nothing; teacher.adapter merges a trained one into it"
+        )
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:

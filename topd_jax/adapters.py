@@ -1,0 +1,91 @@
+"""The adapters that the settings ask for, beside a model that was loaded."""
+
+from jax.sharding import Mesh
+
+from topd_jax.models.config import Lora
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.lora import add_lora, merge_lora
+from topd_jax.models.peft_files import load_adapter
+from topd_jax.settings import ModelSettings
+
+
+def adapt(
+    model: Decoder, settings: ModelSettings, mesh: Mesh, *, train: bool
+) -> Decoder:
+    """A loaded model with its adapters, or with these merged into it.
+
+    Args:
+      model: as it was loaded, whole.
+      settings: of the model.
+      mesh: where to spread the adapters.
+      train: keep the adapters apart, to be trained; else they are merged and
+        the arrays of ``model`` given up.
+
+    Returns:
+      The model; itself where the settings ask for nothing.
+
+    Raises:
+      ValueError: for adapters that do not fit the model or the settings.
+    """
+    if settings.adapter:
+        found = load_adapter(model, settings.adapter, mesh=mesh)
+        if not train:
+            return merge_lora(found, donate=True)
+        _require_agreement(settings, found.config.lora)
+        return found
+    if not settings.lora_rank:
+        return model
+    lora = Lora(
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_targets or model.config.lora_targets,
+        settings.lora_rank_stabilised,
+    )
+    return add_lora(model, lora, mesh=mesh)
+
+
+def require_adapter(settings: ModelSettings) -> None:
+    """Refuses to export the adapters of a student that has none of its own.
+
+    Args:
+      settings: of the student.
+
+    Raises:
+      ValueError: where there are none, or no file holds the model that they
+        belong to.
+    """
+    if not settings.lora_rank and not settings.adapter:
+        raise ValueError(
+            "the student has no adapters to export: student.lora_rank=0; "
+            "leave --adapter out to export it whole"
+        )
+    if settings.keep_layers:
+        raise ValueError(
+            f"student.keep_layers={settings.keep_layers}: no file holds the "
+            "model that these adapters belong to, whose layers were cut; "
+            "leave --adapter out to export it whole"
+        )
+
+
+def _require_agreement(settings: ModelSettings, lora: Lora) -> None:
+    """Refuses settings that say otherwise than the adapter; defaults do not."""
+    default = ModelSettings()
+    found = {
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_targets": lora.targets,
+        "lora_rank_stabilised": lora.rank_stabilised,
+    }
+    differing = []
+    for name, value in found.items():
+        said = getattr(settings, name)
+        same = set(said) == set(value) if name == "lora_targets" else (
+            said == value
+        )  # fmt: skip
+        if said != getattr(default, name) and not same:
+            differing.append(f"{name}={said!r}, the adapter has {value!r}")
+    if differing:
+        raise ValueError(
+            f"student.{'; student.'.join(differing)}; leave these settings "
+            f"out: they are read from {settings.adapter}"
+        )
