@@ -28,7 +28,8 @@ from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
 
 LORA = Lora(rank=3, alpha=6.0, targets=LORA_TARGETS)
-GOAL = Objective(candidates=3, window=4, guidance_weight=0.3)
+PLAIN = Objective(variant="opd")
+GUIDED = Objective(candidates=3, window=4, guidance_weight=0.3)
 IDS = {"eos_ids": (EOS,), "pad_id": PAD}
 
 
@@ -173,30 +174,32 @@ def test_what_does_not_fit_is_refused_by_name(adapted):
 
 
 @functools.cache
-def data():
-    teacher, trajectories = make_model(1, layers=3, width=24), make_trajectories()
-    notes = jax.jit(functools.partial(annotate, objective=GOAL, **IDS))(
+def data(goal=PLAIN):
+    teacher, trajectories = make_model(1, width=24), make_trajectories()
+    notes = jax.jit(functools.partial(annotate, objective=goal, **IDS))(
         make_model(0), teacher, trajectories, jax.random.key(0)
     )
     return teacher.head, trajectories, notes
 
 
 def learner(optimizer, **options):
-    options = {"objective": GOAL, "optimizer": optimizer, **options}
+    options = {"objective": PLAIN, "optimizer": optimizer, **options}
     return jax.jit(functools.partial(update, **options), donate_argnums=0)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("goal", "accumulate"), [(GUIDED, 1), (PLAIN, 2)])
 def test_gradients_are_those_of_the_merged_map_by_the_chain_rule(
-    adapted, accumulate
+    adapted, goal, accumulate
 ):
     sgd = optax.sgd(1.0)
     trained, frozen = split(adapted)
-    state, _ = learner(sgd, accumulate=accumulate)(
-        init_state(adapted, sgd), *data(), frozen
+    state, _ = learner(sgd, objective=goal, accumulate=accumulate)(
+        init_state(adapted, sgd), *data(goal), frozen
     )
     merged = merge_lora(adapted)
-    whole, _ = learner(sgd)(init_state(merged, sgd), *data())
+    whole, _ = learner(sgd, objective=goal)(
+        init_state(merged, sgd), *data(goal)
+    )
     before, after = trained.arrays, state.student.arrays
     for name in LORA_TARGETS:
         w = merged.arrays[name]
