@@ -1,16 +1,52 @@
 """The adapters that the settings ask for, beside a model that was loaded."""
 
+from typing import TYPE_CHECKING
+
 from jax.sharding import Mesh
 
-from topd_jax.models.config import Lora
+from topd_jax.models.config import LORA_TARGETS, Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.peft_files import load_adapter
-from topd_jax.settings import ModelSettings
+
+if TYPE_CHECKING:  # settings import this file, for check_settings
+    from topd_jax.settings import ModelSettings
+
+
+def check_settings(student: "ModelSettings", teacher: "ModelSettings") -> None:
+    """Refuses settings of adapters that mean nothing.
+
+    Args:
+      student: its settings.
+      teacher: its settings.
+
+    Raises:
+      ValueError: by name.
+    """
+    if student.lora_alpha <= 0:
+        raise ValueError(
+            f"student.lora_alpha={student.lora_alpha} must be above 0"
+        )
+    if not set(student.lora_targets) <= set(LORA_TARGETS):
+        raise ValueError(
+            f"student.lora_targets={student.lora_targets!r} must be some of "
+            f"{', '.join(LORA_TARGETS)}, or () for all"
+        )
+    if student.lora_targets and not (student.lora_rank or student.adapter):
+        raise ValueError(
+            f"student.lora_rank={student.lora_rank} must be at least 1 where "
+            f"student.lora_targets={student.lora_targets!r}; 0 trains the "
+            "whole student"
+        )
+    if teacher.lora_rank:
+        raise ValueError(
+            f"teacher.lora_rank={teacher.lora_rank} must be 0: the teacher "
+            "learns nothing; teacher.adapter merges a trained one into it"
+        )
 
 
 def adapt(
-    model: Decoder, settings: ModelSettings, mesh: Mesh, *, train: bool
+    model: Decoder, settings: "ModelSettings", mesh: Mesh, *, train: bool
 ) -> Decoder:
     """A loaded model with its adapters, or with these merged into it.
 
@@ -44,7 +80,7 @@ def adapt(
     return add_lora(model, lora, mesh=mesh)
 
 
-def require_adapter(settings: ModelSettings) -> None:
+def require_adapter(settings: "ModelSettings") -> None:
     """Refuses to export the adapters of a student that has none of its own.
 
     Args:
@@ -67,9 +103,9 @@ def require_adapter(settings: ModelSettings) -> None:
         )
 
 
-def _require_agreement(settings: ModelSettings, lora: Lora) -> None:
+def _require_agreement(settings: "ModelSettings", lora: Lora) -> None:
     """Refuses settings that say otherwise than the adapter; defaults do not."""
-    default = ModelSettings()
+    default = type(settings)()
     found = {
         "lora_rank": lora.rank,
         "lora_alpha": lora.alpha,

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 
-from topd_jax.models.config import LORA_TARGETS
+from topd_jax.adapters import check_settings
 from topd_jax.objective import Objective
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
@@ -232,7 +232,7 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
-        _check_adapters(self.student, self.teacher)
+        check_settings(self.student, self.teacher)
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(
@@ -265,24 +265,6 @@ class Settings:
         }
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _check_adapters(student: ModelSettings, teacher: ModelSettings) -> None:
-    if student.lora_alpha <= 0:
-        raise ValueError(
-            f"student.lora_alpha={student.lora_alpha} must be above 0"
-        )
-    unknown = sorted(set(student.lora_targets) - set(LORA_TARGETS))
-    if unknown:
-        raise ValueError(
-            f"student.lora_targets={student.lora_targets!r} must be some of "
-            f"{', '.join(LORA_TARGETS)}, or () for all"
-        )
-    if teacher.lora_rank:
-        raise ValueError(
-            f"teacher.lora_rank={teacher.lora_rank} must be 0: the teacher "
-            "learns nothing; teacher.adapter merges a trained one into it"
-        )
 
 
 def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
