@@ -14,7 +14,7 @@ from topd_jax import commands
 from topd_jax import train as training
 from topd_jax.adapters import adapt
 from topd_jax.logs import read_jsonl
-from topd_jax.models import load, load_adapter, merge_lora
+from topd_jax.models import DecoderConfig, load, load_adapter, merge_lora
 from topd_jax.models.lora import split
 from topd_jax.pair import load_pair
 from topd_jax.settings import ModelSettings, settings_from
@@ -119,6 +119,12 @@ def test_adapters_go_out_and_in(finished, student, settings, tmp_path):
     merged = tmp_path / "merged"
     commands.export(settings, finished, "latest", merged)
     assert_equal(arrays(load(merged)[0]), arrays(merge_lora(student)))
+
+
+def test_a_run_of_adapters_is_no_whole_model(finished, student):
+    assert DecoderConfig.from_dict(student.config.to_dict()) == student.config
+    with pytest.raises(ValueError, match="only a part of its student"):
+        load(finished)
 
 
 def test_settings_that_contradict_an_adapter_are_refused(

@@ -2,8 +2,9 @@
 
 A checkpoint holds the train state (what is trained of the student, optimizer,
 step), the run's PRNG key, the position in the data, and a record of what it
-belongs to: the settings and the fingerprints of the teacher and of what the
-student does not train. Neither of these is ever saved.
+belongs to: the settings, the fingerprints of the teacher and of what the
+student does not train, and the student's shape, by which other runs load it
+(:mod:`topd_jax.models.runs`). What is not trained is never saved.
 """
 
 import json
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from topd_jax.models import DecoderConfig
 from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, flat
 
 # Settings that may differ between a run and its continuation: they change
@@ -114,6 +116,7 @@ def record(
     settings: Settings,
     teacher: str,
     position: dict[str, Any],
+    student: DecoderConfig,
     *,
     frozen: str = "",
 ) -> dict[str, Any]:
@@ -123,6 +126,7 @@ def record(
       settings: of the run.
       teacher: the teacher's fingerprint.
       position: the data iterator's state, JSON-able.
+      student: its shape, so that others can load it from here.
       frozen: fingerprint of what the student does not train; "": nothing.
 
     Returns:
@@ -133,6 +137,7 @@ def record(
         "teacher": teacher,
         "frozen": frozen,
         "data": position,
+        "student": student.to_dict(),
     }
 
 

@@ -17,6 +17,7 @@ from topd_jax.data import sources, world
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import (
     HuggingFaceTokenizer,
+    SentencePieceTokenizer,
     Tokenizer,
     check_model,
     require_same_vocabulary,
@@ -143,7 +144,9 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         source = paths[name] if model.source == "world" else model.source
         models[name], own = _load(model, source, mesh, name == "student")
         tokenizers[name], owned[name] = tokenizer, own
-        if own is not None:
+        if isinstance(own, SentencePieceTokenizer):
+            tokenizers[name], owned[name] = own, None
+        elif own is not None:
             tokenizers[name] = HuggingFaceTokenizer(own)
     tokenizer = _common_tokenizer(tokenizers, models)
     encoded, validation, test = (

@@ -10,7 +10,6 @@ A training step takes a model apart into what is trained and what is not
 everything is trained.
 """
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -69,7 +68,7 @@ def split(model: Any) -> tuple[Any, Any]:
     arrays = model.arrays
     names = _names(model.config.lora)
     own = {n: arrays.pop(n) for n in names}
-    config = dataclasses.replace(model.config, lora=None)
+    config = model.config.replace(lora=None)
     return Adapters(model.config.lora, own), Decoder(config, arrays)
 
 
@@ -85,7 +84,7 @@ def join(trained: Any, frozen: Any) -> Any:
     """
     if frozen is None:
         return trained
-    config = dataclasses.replace(frozen.config, lora=trained.lora)
+    config = frozen.config.replace(lora=trained.lora)
     return Decoder(config, frozen.arrays | trained.arrays)
 
 
@@ -121,7 +120,7 @@ def add_lora(
             f"the model has adapters already ({model.config.lora}); merge "
             "them first"
         )
-    config = dataclasses.replace(model.config, lora=lora)
+    config = model.config.replace(lora=lora)
     table = parameter_table(config)
     # NumPy: the same numbers whatever the devices, in every process.
     draw = np.random.default_rng(0)

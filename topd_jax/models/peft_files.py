@@ -6,7 +6,6 @@ of every adapted linear map. Reading is strict: what would change the
 arithmetic and is not implemented is refused by name.
 """
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,7 +88,7 @@ def load_adapter(
     fields = read_json(directory / CONFIG_FILE)
     tensors = _read_tensors(directory)
     lora = _lora(model.config, fields, tensors, directory)
-    config = dataclasses.replace(model.config, lora=lora)
+    config = model.config.replace(lora=lora)
     rows = adapter_tensors(config)
     _check_tensors(rows, tensors, directory)
     table = parameter_table(config)
