@@ -33,6 +33,16 @@ def get_config() -> ConfigDict:
     config.student.param_dtype = "float32"  # master weights
     config.student.remat = "none"  # none, dots or full: recompute layers
     config.student.unroll = 1  # layers unrolled in the scan
+    # Low-rank adapters (arXiv:2106.09685): only they are trained, in float32.
+    config.student.lora_rank = 0  # r; 0: the whole student is trained
+    config.student.lora_alpha = 16.0  # scale is alpha / r (PEFT's scripts)
+    # Of q, k, v, o, gate, up, down; (): all, but never experts.
+    config.student.lora_targets = ()
+    # Scale alpha / sqrt(r) instead (arXiv:2312.03732).
+    config.student.lora_rank_stabilised = False
+    # Directory or hub name of a PEFT adapter to start from, which then says
+    # rank, alpha and targets; the teacher's is merged into it. "": none.
+    config.student.adapter = ""
 
     # "int8" or "int4": large matrices kept as integers, frozen (teacher only).
     config.student.quantize = ""

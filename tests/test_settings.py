@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,10 @@ def test_a_wrong_type_is_named(path, value, message):
         ("eval.temperature", -1.0, "at least 0"),
         ("log.top_k", 0, "at least 1"),
         ("checkpoint.keep", 0, "at least 1"),
+        ("student.lora_rank", -1, "at least 0"),
+        ("student.lora_alpha", 0.0, "above 0"),
+        ("student.lora_targets", ("q", "head"), "some of q, k, v, o, gate"),
+        ("teacher.lora_rank", 4, "be 0: .*teacher.adapter merges"),
         ("objective.candidates", 0, "at least 1"),
         ("objective.percentile", 101.0, r"in 0\.\.100"),
         ("objective.temperature", 0.0, "above 0"),
@@ -137,7 +142,8 @@ def test_a_wrong_type_is_named(path, value, message):
 def test_a_value_out_of_bounds_is_refused_with_its_bound(path, value, bound):
     section, name = path.split(".")
     with pytest.raises(
-        ValueError, match=rf"{section}\.{name}={value!r} must .*{bound}"
+        ValueError,
+        match=rf"{section}\.{name}={re.escape(repr(value))} must .*{bound}",
     ):
         settings_from(with_value(path, value))
 
@@ -155,6 +161,11 @@ def test_values_that_do_not_fit_together_are_refused():
         ValueError, match=r"window=49 must not exceed .*max_new_tokens=48"
     ):
         settings_from(config)
+
+
+def test_targets_without_a_rank_are_refused():
+    with pytest.raises(ValueError, match=r"lora_rank=0 must .*=\('q',\)"):
+        settings_from(with_value("student.lora_targets", ("q",)))
 
 
 def test_what_a_command_line_writes_is_understood():

@@ -36,7 +36,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   quantize what a smaller teacher costs: bytes, and reverse KL on --count
            completions
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
-  export   write it to a Hugging Face directory: --output DIR
+  export   write it to a Hugging Face directory: --output DIR; of a LoRA
+           student, with --adapter, its adapters alone as PEFT loads them
   sweep    every variant on every seed of config.sweep, then the report
 
 FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
@@ -72,10 +73,11 @@ def _flag_values(
         ("b", "directory of the run to compare with it"),
     ):
         flags.DEFINE_multi_string(name, [], about, flag_values=values)
-    flags.DEFINE_bool(
-        "distributed", False, "several processes that JAX finds by itself",
-        flag_values=values,
-    )  # fmt: skip
+    for name, about in (
+        ("distributed", "several processes that JAX finds by itself"),
+        ("adapter", "export the adapters alone, as PEFT loads them"),
+    ):
+        flags.DEFINE_bool(name, False, about, flag_values=values)
     for name, default, about in (
         ("count", 32, "trajectories to look at"),
         ("processes", None, "how many run this command"),
@@ -235,7 +237,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     if name == "export":
         if values.output is None:
             raise ValueError("--output is missing: a directory to export to")
-        return commands.export(*run, values.which, pathlib.Path(values.output))
+        output = pathlib.Path(values.output)
+        return commands.export(*run, values.which, output, values.adapter)
     return commands.sweep(*run)
 
 

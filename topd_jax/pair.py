@@ -12,6 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from topd_jax import sharding
+from topd_jax.adapters import adapt
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import sources, world
 from topd_jax.data.routing import (
@@ -30,6 +31,7 @@ from topd_jax.data.tokenizers import (
 )
 from topd_jax.data.world_models import world_models
 from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantize import quantizer
 from topd_jax.settings import ModelSettings, Settings
 from topd_jax.teachers import Teachers
@@ -60,6 +62,9 @@ class Pair:
       final_answer: completion -> the answer it gives, for votes; "" for none.
       teacher_fingerprint: hash of the teacher's config and parameters; of
         several, name -> hash.
+      frozen_fingerprint: hash of what the student does not train; "" where
+        it trains everything.
+      student_source: where the student was read: a path or a hub name.
     """
 
     student: Any
@@ -73,6 +78,8 @@ class Pair:
     grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
     final_answer: Callable[[str], str]
     teacher_fingerprint: str | dict[str, str]
+    frozen_fingerprint: str = ""
+    student_source: str = ""
 
     def spread(self, prompts: Prompts) -> Prompts:
         """Puts a batch that every process holds whole on the mesh.
@@ -177,7 +184,7 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     models, tokenizers, owned = {}, {}, {}
     for name, model in names.items():
         source = paths[name] if model.source == "world" else model.source
-        models[name], own = _load(model, source, mesh)
+        models[name], own = _load(model, source, mesh, name == "student")
         tokenizers[name], owned[name] = tokenizer, own
         if isinstance(own, SentencePieceTokenizer):
             tokenizers[name], owned[name] = own, None
@@ -205,11 +212,16 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         test,
         *_grader(settings),
         mark,
+        frozen_fingerprint(models["student"]),
+        str(paths.get("student", settings.student.source)),
     )
 
 
 def _load(
-    settings: ModelSettings, source: str | pathlib.Path, mesh: Mesh
+    settings: ModelSettings,
+    source: str | pathlib.Path,
+    mesh: Mesh,
+    train: bool,
 ) -> tuple[Any, Any]:
     model, tokenizer = load(
         source,
@@ -220,6 +232,7 @@ def _load(
         mesh=mesh,
         finish=quantizer(settings.quantize, settings.quantize_tile),
     )
+    model = adapt(model, settings, mesh, train=train)
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)
     return model, tokenizer

@@ -1,7 +1,7 @@
 """Decoders: their shape, their arithmetic, their files."""
 
 from topd_jax.models.attention import Cache
-from topd_jax.models.config import DecoderConfig, RopeScaling
+from topd_jax.models.config import DecoderConfig, Lora, RopeScaling
 from topd_jax.models.decoder import (
     Decoder,
     cast,
@@ -11,7 +11,9 @@ from topd_jax.models.decoder import (
 )
 from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
+from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.parameters import parameter_table
+from topd_jax.models.peft_files import load_adapter, save_adapter
 from topd_jax.models.quantize import dequantize, quantize
 from topd_jax.models.weights import drop_layers, fingerprint
 
@@ -19,7 +21,9 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Lora",
     "RopeScaling",
+    "add_lora",
     "cast",
     "causal_mask",
     "dequantize",
@@ -27,8 +31,11 @@ __all__ = [
     "fingerprint",
     "init_decoder",
     "load",
+    "load_adapter",
+    "merge_lora",
     "parameter_table",
     "quantize",
+    "save_adapter",
     "save_model",
     "unembed",
 ]
