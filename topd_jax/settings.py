@@ -230,8 +230,9 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
-        for name in ("student", "teacher"):
-            model = getattr(self, name)
+        models = {"student": self.student, "teacher": self.teacher}
+        models |= {f"teachers.{n}": m for n, m in self.teachers.items()}
+        for name, model in models.items():
             check_quantized(name, model.quantize, model.quantize_tile)
         if self.student.quantize:
             raise ValueError(
