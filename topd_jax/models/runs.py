@@ -87,7 +87,8 @@ def load_run(
     """
     folder, step = _find(Path(source))
     where = folder / str(step)
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    # Nothing is saved through this one, and so nothing is dropped either.
+    options = ocp.CheckpointManagerOptions(create=False)
     handlers = {
         "state": ocp.PyTreeCheckpointHandler(),
         "record": ocp.JsonCheckpointHandler(),
