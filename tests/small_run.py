@@ -24,6 +24,7 @@ def small_config() -> ConfigDict:
     config.objective.candidates = 2
     config.objective.window = 4
     config.train.steps = 6
+    config.train.preflight = False  # tests of its own; seconds a run
     config.log.statistics_every = 3
     config.log.completions_every = 3
     config.log.tensorboard = False

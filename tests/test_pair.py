@@ -8,12 +8,19 @@ import types
 
 import numpy as np
 import pytest
-from small_files import LLAMA, make, write_gguf
+import small_hub
+from small_files import LLAMA, edit_config, make, write_gguf
 from small_run import small_config
 
 from topd_jax.data import world_models
 from topd_jax.data.tokenizers import SentencePieceTokenizer
-from topd_jax.models import fingerprint, load, save_model
+from topd_jax.models import (
+    describe,
+    end_ids,
+    fingerprint,
+    load,
+    save_model,
+)
 from topd_jax.pair import load_pair
 from topd_jax.settings import settings_from
 
@@ -200,6 +207,64 @@ def test_a_model_that_is_not_there_is_named(world_cache, tmp_path, source):
     settings = settings_with(world_cache, student__source=source)
     with pytest.raises((ValueError, OSError), match=re.escape(source)):
         load_pair(settings, tmp_path)
+
+
+def hub_settings(tmp_path, student, teacher, **changes):
+    return settings_with(
+        student__source=student, teacher__source=teacher, data__source="jsonl",
+        data__path=small_hub.questions(tmp_path / "q.jsonl"), data__held_out=3,
+        data__max_prompt_length=80, **changes,
+    )  # fmt: skip
+
+
+def test_a_run_stops_at_the_ends_that_either_model_names(tmp_path):
+    """generation_config.json counts, not only the tokenizer's own end."""
+    one = small_hub.hub_directory(tmp_path / "one", ends=[2, 1])
+    two = small_hub.hub_directory(tmp_path / "two", seed=1, ends=0)
+    pair = load_pair(hub_settings(tmp_path, one, two), tmp_path)
+    assert pair.tokenizer.eos_ids == (2, 1, 0)
+    more = hub_settings(tmp_path, one, one, data__end_ids=(7,))
+    assert load_pair(more, tmp_path).tokenizer.eos_ids == (2, 1, 7)
+
+
+def test_config_json_names_the_ends_where_no_other_file_does(tmp_path):
+    one = small_hub.hub_directory(tmp_path / "one")
+    edit_config(one, eos_token_id=[1, 2])
+    assert end_ids(one) == (1, 2)
+    pair = load_pair(hub_settings(tmp_path, one, one), tmp_path)
+    assert pair.tokenizer.eos_ids == (1, 2)
+    (tmp_path / "one" / "generation_config.json").write_text("{}")
+    assert end_ids(one) == ()  # as in transformers
+
+
+def test_a_gguf_names_the_end_of_a_turn_beside_that_of_a_text(tmp_path):
+    file = write_gguf(
+        tmp_path / "m.gguf", make(LLAMA),
+        metadata={"tokenizer.ggml.eot_token_id": 5},
+    )  # fmt: skip
+    assert end_ids(file) == (0, 5)
+
+
+def test_thinking_is_told_to_the_chat_template(tmp_path):
+    source = small_hub.hub_directory(
+        tmp_path / "one", template=small_hub.THINKING
+    )
+    lengths = []
+    for thinking in (None, True, False):
+        settings = hub_settings(
+            tmp_path, source, source, data__thinking=thinking
+        )
+        pair = load_pair(settings, tmp_path)
+        lengths.append(len(pair.encoded.ids[0]))
+    assert lengths[0] == lengths[1] == lengths[2] - len("<think></think>")
+
+
+def test_a_description_agrees_with_what_is_loaded(tmp_path, gguf):
+    for source in (gguf, small_hub.hub_directory(tmp_path / "one", ends=2)):
+        described = describe(source, dtype="bfloat16")
+        model, tokenizer = load(source, dtype="bfloat16")
+        assert described.config == model.config
+        assert described.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 class Killed(BaseException):

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, flat
+from topd_jax.settings import DEFAULTS, NO_IDENTITY, Settings, flat
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
 _FREE = (
     *("log", "checkpoint", "sweep", "world.cache"),
-    *(f"eval.{name}" for name in EVAL_ONLY),
+    *NO_IDENTITY,
 )
 
 

@@ -21,7 +21,7 @@ from topd_jax.data.tokenizers import (
     require_same_vocabulary,
 )
 from topd_jax.data.world_models import world_models
-from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.models import drop_layers, end_ids, fingerprint, load
 from topd_jax.settings import ModelSettings, Settings
 from topd_jax.types import Prompts
 
@@ -132,12 +132,13 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         )
         paths = {"student": student_path, "teacher": teacher_path}
     models, tokenizers, owned = {}, {}, {}
+    options = tokenizer_options(settings)
     for name, model in names.items():
         source = paths[name] if model.source == "world" else model.source
         models[name], own = _load(model, source, mesh)
         tokenizers[name], owned[name] = tokenizer, own
         if own is not None:
-            tokenizers[name] = HuggingFaceTokenizer(own)
+            tokenizers[name] = HuggingFaceTokenizer(own, **options)
     tokenizer = _common_tokenizer(tokenizers, models)
     encoded, validation, test = (
         prompt_data.encode_prompts(
@@ -160,6 +161,27 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         *_grader(settings),
         fingerprint(models["teacher"]),
     )
+
+
+def tokenizer_options(settings: Settings) -> dict[str, Any]:
+    """What the settings, and both models' files, tell a hub's tokenizer.
+
+    A completion ends where either model would end it: the student learns the
+    teacher's ends.
+
+    Args:
+      settings: of the run.
+
+    Returns:
+      Keyword arguments of :class:`HuggingFaceTokenizer`.
+    """
+    ends: list[int] = []
+    for model in (settings.student, settings.teacher):
+        ends += () if model.source == "world" else end_ids(model.source)
+    ends += settings.data.end_ids
+    thinking = settings.data.thinking
+    template = {} if thinking is None else {"enable_thinking": thinking}
+    return {"eos_ids": ends, "template_options": template}
 
 
 def _load(

@@ -9,6 +9,7 @@ from topd_jax.models.decoder import (
     init_decoder,
     unembed,
 )
+from topd_jax.models.description import Description, describe, end_ids
 from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
 from topd_jax.models.parameters import parameter_table
@@ -18,10 +19,13 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Description",
     "RopeScaling",
     "cast",
     "causal_mask",
+    "describe",
     "drop_layers",
+    "end_ids",
     "fingerprint",
     "init_decoder",
     "load",

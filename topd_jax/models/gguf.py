@@ -130,14 +130,8 @@ def load_gguf(
     """
     if not isinstance(file, GGUFFile):
         file = open_gguf(file)
-    fields = _config_fields(file)
-    config = decoder_config(
-        fields,
-        where=str(file.path),
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        unroll=unroll,
+    config = gguf_config(
+        file, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
     )
     found = {
         # Every quantisation is expanded to float32.
@@ -148,6 +142,19 @@ def load_gguf(
     return assemble(
         config, "gguf", _reader(file, config), mesh=mesh, rules=rules
     )
+
+
+def gguf_config(file: GGUFFile, **options: Any) -> DecoderConfig:
+    """The shape of the decoder in a GGUF file.
+
+    Args:
+      file: from :func:`open_gguf`.
+      **options: of :func:`~topd_jax.models.hub_config.decoder_config`.
+
+    Raises:
+      ValueError: for metadata that is not supported, by name.
+    """
+    return decoder_config(_config_fields(file), where=str(file.path), **options)
 
 
 def packaged_gguf(requirement: str) -> Path:

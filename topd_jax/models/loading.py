@@ -15,7 +15,7 @@ from topd_jax.sharding import Rules
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PACKAGE = "package:"
+PACKAGE = "package:"
 
 
 def load(
@@ -59,9 +59,9 @@ def load(
         "rules": rules,
     }
     name = str(source)
-    if name.startswith(_PACKAGE) or name.endswith(".gguf"):
-        packaged = name.startswith(_PACKAGE)
-        path = packaged_gguf(name.removeprefix(_PACKAGE)) if packaged else name
+    if name.startswith(PACKAGE) or name.endswith(".gguf"):
+        packaged = name.startswith(PACKAGE)
+        path = packaged_gguf(name.removeprefix(PACKAGE)) if packaged else name
         file = open_gguf(path)
         model, tokenizer = load_gguf(file, **options), gguf_tokenizer(file)
     else:
