@@ -1,14 +1,18 @@
-"""Hugging Face directories of tiny random models, to be doctored by tests."""
+"""Hugging Face directories of tiny models, to be doctored by tests."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 from small_files import LLAMA, make
+from small_run import settings_with
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from topd_jax.models import DecoderConfig, save_model
+from topd_jax.models import Decoder, save_model
+from topd_jax.settings import Settings
 
 START, END, STOP = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TEMPLATE = (
@@ -22,7 +26,9 @@ THINKING = TEMPLATE.replace(
     "%}<think></think>{% endif %}{% endif %}",
 )
 IDS = 259
-CONFIG = dataclasses.replace(LLAMA, vocab_size=IDS, layers=2, width=16)
+CONFIG = dataclasses.replace(
+    LLAMA, vocab_size=IDS, layers=1, width=64, tied=False
+)
 
 
 def small_tokenizer(
@@ -47,11 +53,35 @@ def small_tokenizer(
     )
 
 
+def copier(
+    certainty: float, rows: int = IDS, shuffled: bool = False
+) -> Decoder:
+    """A model that expects every token again: it knows "aaaa" by heart.
+
+    Args:
+      certainty: the logit of the token itself; others have about 0.
+      rows: of the vocabulary.
+      shuffled: the output's rows are those of other tokens.
+    """
+    config = dataclasses.replace(CONFIG, vocab_size=rows)
+    arrays = dict(make(config).arrays)
+    for name in ("o", "down"):  # the layer adds nothing
+        arrays[name] = jnp.zeros_like(arrays[name])
+    rng = np.random.default_rng(0)
+    embedding = rng.choice([-1.0, 1.0], (rows, config.width))
+    output = embedding * certainty / config.width
+    if shuffled:
+        output = np.roll(output, 7, axis=0)
+    arrays["final_norm"] = jnp.ones_like(arrays["final_norm"])
+    arrays["embedding"] = jnp.asarray(embedding, jnp.float32)
+    arrays["output"] = jnp.asarray(output, jnp.float32)
+    return Decoder(config, arrays)
+
+
 def hub_directory(
     path: Path,
     *,
-    config: DecoderConfig = CONFIG,
-    seed: int = 0,
+    model: Decoder | None = None,
     ends: list[int] | int | None = None,
     **tokenizer: object,
 ) -> str:
@@ -59,8 +89,7 @@ def hub_directory(
 
     Args:
       path: of the new directory.
-      config: of the model.
-      seed: of its weights.
+      model: None takes a :func:`copier`.
       ends: "eos_token_id" of generation_config.json; None writes no file.
       **tokenizer: of :func:`small_tokenizer`.
 
@@ -68,7 +97,7 @@ def hub_directory(
       The path.
     """
     made = small_tokenizer(**tokenizer)
-    save_model(make(config, seed), path, tokenizer=made)
+    save_model(model or copier(8.0), path, tokenizer=made)
     file = path / "generation_config.json"
     file.unlink(missing_ok=True)
     if ends is not None:
@@ -79,8 +108,22 @@ def hub_directory(
 def questions(path: Path, count: int = 12) -> str:
     """A JSONL file of questions with answers."""
     rows = [
-        {"question": f"what is {i}?", "answer": f"#### {i}"}
+        {"question": f"{i} " + "a" * 60, "answer": "a" * 9}
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)
+
+
+def settings(
+    folder: Path, student: str, teacher: str, **changes: object
+) -> Settings:
+    """The small settings with these two models and twelve questions."""
+    return settings_with(
+        student__source=student,
+        teacher__source=teacher,
+        data__source="jsonl",
+        data__path=questions(folder / "questions.jsonl"),
+        data__held_out=3,
+        **{"data__max_prompt_length": 120} | changes,
+    )

@@ -6,6 +6,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from topd_jax.configs import tiny
 
+from topd_jax.settings import Settings, settings_from
+
 
 def small_config() -> ConfigDict:
     """The tiny config, cut down until a run takes seconds."""
@@ -35,6 +37,17 @@ def small_config() -> ConfigDict:
     return config
 
 
+def settings_with(cache: Path | None = None, **changes: object) -> Settings:
+    """The small settings; changes as section__name=value."""
+    config = small_config()
+    if cache is not None:
+        config.world.cache = str(cache)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return settings_from(config)
+
+
 def get_config() -> ConfigDict:
     """So that this file serves as --config."""
     return small_config()
@@ -45,7 +58,6 @@ if __name__ == "__main__":  # a run of its own, to be killed
     import signal
 
     from topd_jax import train
-    from topd_jax.settings import settings_from
 
     workdir, kill_at, where = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     name = {"before_save": "save", "after_step": "_one_step"}[where]

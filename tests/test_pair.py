@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_hub
 from small_files import LLAMA, edit_config, make, write_gguf
-from small_run import small_config
+from small_run import settings_with
 
 from topd_jax.data import world_models
 from topd_jax.data.tokenizers import SentencePieceTokenizer
@@ -22,18 +22,6 @@ from topd_jax.models import (
     save_model,
 )
 from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
-
-
-def settings_with(cache=None, **changes):
-    """The small settings; changes as section__name=value."""
-    config = small_config()
-    if cache is not None:
-        config.world.cache = str(cache)
-    for name, value in changes.items():
-        section, key = name.split("__")
-        config[section][key] = value
-    return settings_from(config)
 
 
 @pytest.fixture(scope="module")
@@ -209,21 +197,13 @@ def test_a_model_that_is_not_there_is_named(world_cache, tmp_path, source):
         load_pair(settings, tmp_path)
 
 
-def hub_settings(tmp_path, student, teacher, **changes):
-    return settings_with(
-        student__source=student, teacher__source=teacher, data__source="jsonl",
-        data__path=small_hub.questions(tmp_path / "q.jsonl"), data__held_out=3,
-        data__max_prompt_length=80, **changes,
-    )  # fmt: skip
-
-
 def test_a_run_stops_at_the_ends_that_either_model_names(tmp_path):
     """generation_config.json counts, not only the tokenizer's own end."""
     one = small_hub.hub_directory(tmp_path / "one", ends=[2, 1])
-    two = small_hub.hub_directory(tmp_path / "two", seed=1, ends=0)
-    pair = load_pair(hub_settings(tmp_path, one, two), tmp_path)
+    two = small_hub.hub_directory(tmp_path / "two", ends=0)
+    pair = load_pair(small_hub.settings(tmp_path, one, two), tmp_path)
     assert pair.tokenizer.eos_ids == (2, 1, 0)
-    more = hub_settings(tmp_path, one, one, data__end_ids=(7,))
+    more = small_hub.settings(tmp_path, one, one, data__end_ids=(7,))
     assert load_pair(more, tmp_path).tokenizer.eos_ids == (2, 1, 7)
 
 
@@ -231,7 +211,7 @@ def test_config_json_names_the_ends_where_no_other_file_does(tmp_path):
     one = small_hub.hub_directory(tmp_path / "one")
     edit_config(one, eos_token_id=[1, 2])
     assert end_ids(one) == (1, 2)
-    pair = load_pair(hub_settings(tmp_path, one, one), tmp_path)
+    pair = load_pair(small_hub.settings(tmp_path, one, one), tmp_path)
     assert pair.tokenizer.eos_ids == (1, 2)
     (tmp_path / "one" / "generation_config.json").write_text("{}")
     assert end_ids(one) == ()  # as in transformers
@@ -251,7 +231,7 @@ def test_thinking_is_told_to_the_chat_template(tmp_path):
     )
     lengths = []
     for thinking in (None, True, False):
-        settings = hub_settings(
+        settings = small_hub.settings(
             tmp_path, source, source, data__thinking=thinking
         )
         pair = load_pair(settings, tmp_path)

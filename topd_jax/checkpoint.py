@@ -109,6 +109,12 @@ class Checkpoints:
         self._manager.close()
 
 
+def has_steps(directory: pathlib.Path) -> bool:
+    """Whether a directory holds a complete checkpoint."""
+    # One that is being written has a longer name.
+    return any(p.name.isdigit() for p in directory.glob("*"))
+
+
 def record(
     settings: Settings, teacher: str, position: dict[str, Any]
 ) -> dict[str, Any]:

@@ -121,8 +121,9 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     # What is cheap to refuse comes before models are trained or read.
-    _check_rows(settings, mesh)
-    parts = _records(settings)
+    for section in ("data", "eval"):
+        check_rows(settings, mesh, section)
+    parts = read_records(settings)
     paths, tokenizer = {}, None
     names = {"student": settings.student, "teacher": settings.teacher}
     if any(m.source == "world" for m in names.values()):
@@ -217,19 +218,27 @@ def _common_tokenizer(
     return tokenizer
 
 
-def _check_rows(settings: Settings, mesh: Mesh) -> None:
-    """Refuses batches that do not divide over the mesh."""
+def check_rows(settings: Settings, mesh: Mesh, section: str) -> None:
+    """Refuses batches that do not divide over the mesh.
+
+    Args:
+      settings: of the run.
+      mesh: of devices.
+      section: whose ``batch_size`` it is, "data" or "eval".
+
+    Raises:
+      ValueError: naming a size that does.
+    """
     ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
-    for section in ("data", "eval"):
-        rows = getattr(settings, section).batch_size
-        if rows % ways:
-            raise ValueError(
-                f"{section}.batch_size={rows} must be divisible by the mesh's "
-                f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
-            )
+    rows = getattr(settings, section).batch_size
+    if rows % ways:
+        raise ValueError(
+            f"{section}.batch_size={rows} must be divisible by the mesh's "
+            f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
+        )
 
 
-def _records(settings: Settings) -> list[list[Record]]:
+def read_records(settings: Settings) -> list[list[Record]]:
     """Training, validation and test prompts."""
     data, options = settings.data, settings.eval
     if data.source == "world":

@@ -7,6 +7,7 @@ of the Llama family; they are put back here.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping
@@ -89,6 +90,12 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no model at {path}: no such file")
+    return _opened(path, path.stat().st_mtime_ns)
+
+
+# Reading the metadata takes seconds, and student and teacher may be one file.
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, _: int) -> GGUFFile:
     try:
         reader = gguf.GGUFReader(path)
         metadata = {n: f.contents() for n, f in reader.fields.items()}

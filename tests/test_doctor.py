@@ -1,0 +1,592 @@
+"""The preflight: what fits, and every kind of misfit with its way out."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_hub
+from conftest import make_trajectories
+from small_files import edit_config
+from small_hub import CONFIG, END, IDS, STOP, copier, hub_directory
+from small_run import settings_with
+
+from topd_jax import main, sharding
+from topd_jax.doctor import examine, findings, fit, scored, tokens, verdicts
+from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.phases import make_optimizer, make_phases
+from topd_jax.train import init_state, train
+from topd_jax.types import Prompts
+
+
+def named(found, name):
+    """The findings of a name: (level, text, way out)."""
+    return [(f.level, f.text, f.way_out) for f in found if f.name == name]
+
+
+def levels(found):
+    return {f.name: f.level for f in found if f.level != "ok"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return hub_directory(tmp_path_factory.mktemp("t") / "teacher", ends=[1])
+
+
+def looked(tmp_path, teacher, changes=(), **options):
+    """What the first stage says of a doctored student."""
+    student = hub_directory(tmp_path / "student", **options)
+    settings = small_hub.settings(tmp_path, student, teacher, **dict(changes))
+    return examine.examine_files(settings, tmp_path / "none")
+
+
+def test_nothing_is_found_in_a_pair_that_fits(tmp_path, teacher):
+    found = looked(tmp_path, teacher, ends=[1], model=copier(4.0))
+    assert levels(found) == {}
+    names = {f.name for f in found}
+    assert names >= {
+        "tokenizers", "encoding", "chat template", "prompts", "vocabulary",
+        "ends", "pad", "dtype", "mesh", "memory",
+    }  # fmt: skip
+    assert not any(f.way_out for f in found)
+
+
+# Tokenizers, templates, ends.
+
+
+def test_one_id_that_means_another_piece(tmp_path, teacher):
+    found = looked(tmp_path, teacher, swapped=("a", "z"))
+    ((level, text, way_out),) = named(found, "tokenizers")
+    assert level == "error"
+    vocabulary = small_hub.small_tokenizer().get_vocab()
+    a, z = vocabulary["a"], vocabulary["z"]
+    assert text == (
+        "different vocabularies (259 and 259 ids): 2 ids differ, first (id: "
+        f"student / teacher) {a}: 'z' / 'a', {z}: 'a' / 'z'"
+    )
+    assert "choose a pair that shares one tokenizer" in way_out
+    assert named(found, "mesh")  # the rest was looked at all the same
+
+
+class Words:
+    """A tokenizer of given pieces, one a word."""
+
+    def __init__(self, *names, begin=0):
+        self._names, self._begin = names, begin
+
+    def vocabulary(self):
+        return [*self._names]
+
+    def encode(self, text):
+        return [len(w) + self._begin for w in text.split()]
+
+
+def test_ids_that_only_one_side_has():
+    (found,) = tokens.vocabularies(Words("a", "b"), Words("a", "b", "", "<x>"))
+    assert (found.level, found.text) == (
+        "error",
+        "different vocabularies (2 and 4 ids): only the teacher has ids from 2 "
+        "on, 1 of them named: '<x>'",
+    )
+
+
+def test_the_same_pieces_may_be_cut_in_another_way():
+    records = [{"prompt": "a bc", "answer": "d"}]
+    ours, theirs = Words(*"abcdef"), Words(*"abcdef", begin=2)
+    (found,) = tokens.encodings(ours, ours, records)
+    assert found.level == "ok"
+    (found,) = tokens.encodings(ours, theirs, records)
+    assert found.level == "warning"
+    assert "from token 0 on: 1 'b', 2 'c' / 3 'd', 4 'e'" in found.text
+
+
+def test_where_two_chat_templates_part(tmp_path, teacher):
+    other = small_hub.TEMPLATE.replace("assistant\n", "assistant: ")
+    found = looked(tmp_path, teacher, template=other)
+    ((level, text, way_out),) = named(found, "chat template")
+    assert level == "warning"
+    at = len("Suser\n") + len("3 ") + 60 + len("E\nSassistant")
+    assert f"from token {at} on: student ':Ġ', teacher 'Ċ'" in text
+    assert "copy the teacher's chat_template.jinja to the student" in way_out
+
+
+def test_a_student_without_a_template(tmp_path, teacher):
+    found = looked(tmp_path, teacher, template=None)
+    ((level, text, way_out),) = named(found, "chat template")
+    assert (level, "no chat template" in text) == ("error", True)
+    assert "put a chat_template.jinja beside" in way_out
+
+
+@pytest.mark.parametrize(
+    ("template", "value", "level", "text"),
+    [
+        (small_hub.TEMPLATE, False, "warning",
+         "data.thinking=False changes nothing: the chat template does not "
+         "read enable_thinking"),
+        (small_hub.THINKING, False, "ok", "data.thinking=False"),
+        (small_hub.THINKING, None, "ok",
+         "left to the template: on (data.thinking=None)"),
+    ],
+)  # fmt: skip
+def test_the_thinking_mode(tmp_path, teacher, template, value, level, text):
+    changes = {"data__thinking": value}
+    found = looked(tmp_path, teacher, changes, template=template)
+    ((got, said, _),) = named(found, "thinking mode")
+    assert (got, said) == (level, text)
+
+
+def test_an_end_of_turn_at_which_nothing_stops(tmp_path):
+    """The tokenizer says <|endoftext|>, the template <|im_end|>."""
+    teacher = hub_directory(tmp_path / "teacher", eos=STOP)
+    (found,) = named(looked(tmp_path, teacher, eos=STOP), "ends")
+    assert found == (
+        "warning",
+        f"the chat template ends a text with 1 {END!r}, at which this run does "
+        "not stop: completions may go on to the limit",
+        "--config.data.end_ids=1",
+    )
+    changes = {"data__end_ids": (1,)}
+    settings = small_hub.settings(tmp_path, teacher, teacher, **changes)
+    ((level, text, _),) = named(
+        examine.examine_files(settings, tmp_path), "ends"
+    )
+    assert (level, text) == ("ok", f"stops at 1 {END!r}, 2 {STOP!r}")
+
+
+def test_an_end_that_config_json_alone_knows(tmp_path, teacher):
+    student = hub_directory(tmp_path / "student", ends=1)
+    edit_config(student, eos_token_id=[1, 2])
+    settings = small_hub.settings(tmp_path, student, teacher)
+    ((level, text, way_out),) = named(
+        examine.examine_files(settings, tmp_path), "ends"
+    )
+    assert (level, way_out) == ("warning", "--config.data.end_ids=2")
+    assert text.startswith(
+        f"the student's config.json ends a text with 2 {STOP!r}"
+    )
+
+
+def test_an_end_that_no_row_can_be(tmp_path, teacher):
+    found = looked(tmp_path, teacher, ends=[1, 300])
+    ((level, text, _),) = named(found, "ends")
+    assert level == "error"
+    assert "end or pad ids [300] are not below the models' 259 rows" in text
+
+
+@pytest.mark.parametrize(
+    ("begin", "template", "text"),
+    [
+        (True, small_hub.TEMPLATE, "but prompts of the chat template do not"),
+        (False, "{{ bos_token * 2 }}a", "bos twice"),
+        (True, "{{ bos_token }}" + small_hub.TEMPLATE, None),
+    ],
+)  # fmt: skip
+def test_how_prompts_begin(begin, template, text):
+    class Begun:
+        bos_id, begins_texts = 2, begin
+
+        def __init__(self):
+            self.made = small_hub.small_tokenizer(template)
+            self.made.bos_token = STOP
+
+        def chat(self, prompt):
+            message = [{"role": "user", "content": prompt}]
+            return self.made.apply_chat_template(message, return_dict=False)
+
+        def vocabulary(self):
+            return ["", "", STOP]
+
+    found = tokens.beginning(Begun(), "a")
+    assert [f.level for f in found] == (["warning"] if text else [])
+    assert text is None or text in found[0].text
+
+
+# Vocabularies, prompts, mesh, dtypes, memory.
+
+
+def test_padded_rows_are_counted(tmp_path, teacher):
+    found = looked(tmp_path, teacher, model=copier(8.0, rows=264))
+    assert named(found, "vocabulary") == [
+        ("ok",
+         "259 ids; student 264 rows (5 padded), teacher 259 rows (0 padded); "
+         "dropped 5 of the student, the rest renormalised",
+         "")
+    ]  # fmt: skip
+
+
+def test_a_model_with_fewer_rows_than_ids(tmp_path, teacher):
+    student = hub_directory(tmp_path / "student")
+    edit_config(student, vocab_size=200)
+    settings = small_hub.settings(tmp_path, student, teacher)
+    found = examine.examine_files(settings, tmp_path)
+    ((level, text, _),) = named(found, "vocabulary")
+    assert (level, text) == (
+        "error", "the tokenizer has 259 ids and the student 200 rows"
+    )  # fmt: skip
+
+
+def test_prompts_that_are_too_long(tmp_path, teacher):
+    changes = {"data__max_prompt_length": 60}
+    found = looked(tmp_path, teacher, changes)
+    ((level, text, way_out),) = named(found, "prompts")
+    assert level == "error"
+    assert text.startswith("100% are longer than allowed: median 90, longest")
+    assert way_out.startswith("--config.data.max_prompt_length=91")
+    skip = changes | {"data__on_long_prompt": "skip"}
+    some = skip | {"data__max_prompt_length": 90}
+    student = str(tmp_path / "student")
+    for changes, level in ((skip, "error"), (some, "warning")):
+        settings = small_hub.settings(tmp_path, student, teacher, **changes)
+        found = examine.examine_files(settings, tmp_path)
+        assert [f[0] for f in named(found, "prompts")] == [level]
+
+
+def test_every_parameter_that_does_not_divide_is_named():
+    mesh = jax.sharding.AbstractMesh((1, 5, 3, 1), sharding.MESH_AXES)
+    shape = dataclasses.replace(CONFIG, width=60, mlp_width=66)
+    found = fit.mesh_fit({"student": CONFIG, "teacher": shape}, mesh)
+    assert [f.level for f in found] == ["error", "error"]
+    assert found[0].text.startswith(
+        "student: embedding: vocab=259 must be divisible by the mesh axes "
+        "tensor (3); q: embed=64 must be divisible by the mesh axes fsdp (5)"
+    )
+    assert found[0].text.endswith("more parameters")
+    assert "q: heads=4 must" in found[1].text
+    assert "gate" not in found[1].text  # 60 and 66 divide
+    (found,) = fit.mesh_fit(
+        {"student": CONFIG},
+        jax.sharding.AbstractMesh((2, 4, 2, 1), sharding.MESH_AXES),
+    )
+    assert found.level == "error"
+    assert found.text == (
+        "student: embedding: vocab=259 must be divisible by the mesh axes "
+        "tensor (2); output: vocab=259 must be divisible by the mesh axes "
+        "tensor (2)"
+    )
+
+
+def test_a_mesh_without_its_devices_is_one_of_several_errors(tmp_path, teacher):
+    changes = {"mesh__fsdp": 3, "data__held_out": 50}
+    found = looked(tmp_path, teacher, changes, swapped=("a", "z"))
+    assert levels(found) == {
+        "mesh": "error", "data": "error", "tokenizers": "error"
+    }  # fmt: skip
+    ((_, text, way_out),) = named(found, "mesh")
+    assert "needs 3 devices and there are" in text
+    assert way_out == "set data=-1 to take what the others leave"
+
+
+def test_updates_that_bfloat16_would_lose():
+    narrow = dataclasses.replace(CONFIG, param_dtype="bfloat16")
+    configs = {"student": narrow, "teacher": CONFIG}
+    settings = settings_with(optimizer__learning_rate=2e-6)
+    (found,) = fit.dtypes(settings, configs)
+    assert found.level == "warning"
+    assert "optimizer.learning_rate=2e-06 are lost in rounding" in found.text
+    assert found.way_out == "--config.student.param_dtype=float32"
+    # What the check claims, in bfloat16 itself.
+    weight = jnp.bfloat16(CONFIG.width**-0.5)
+    assert weight + jnp.bfloat16(2e-6) == weight
+    assert weight + jnp.bfloat16(1e-2) != weight
+    assert (
+        fit.dtypes(settings_with(optimizer__learning_rate=1e-2), configs)[
+            0
+        ].level
+        == "ok"
+    )
+    wide = {"student": CONFIG, "teacher": narrow}
+    assert fit.dtypes(settings, wide)[0].level == "ok"
+
+
+def test_what_a_device_has_not_is_a_warning(monkeypatch):
+    mesh, configs = sharding.make_mesh(), {"student": CONFIG, "teacher": CONFIG}
+    settings = settings_with()
+    need = fit.estimate(settings, configs, mesh)
+    for have, level in ((need.peak * 1.2, "ok"), (need.peak, "warning")):
+        monkeypatch.setattr(fit, "device_bytes", lambda _, have=have: have)
+        (found,) = fit.memory(settings, configs, mesh)
+        assert (found.level, bool(found.way_out)) == (level, level != "ok")
+    monkeypatch.setattr(fit, "device_bytes", lambda _: None)
+    assert "does not say" in fit.memory(settings, configs, mesh)[0].text
+
+
+def test_memory_is_shared_among_devices():
+    settings = settings_with(data__batch_size=16)
+    shape = dataclasses.replace(CONFIG, vocab_size=256)
+    configs = {"student": shape, "teacher": shape}
+    one, four, eight = (
+        fit.estimate(
+            settings, configs, jax.sharding.AbstractMesh(n, sharding.MESH_AXES)
+        )
+        for n in ((1, 1, 1, 1), (1, 4, 1, 1), (1, 4, 2, 1))
+    )
+    # Norms alone are not spread.
+    assert four.kept == pytest.approx(one.kept / 4, rel=0.02)
+    assert eight.kept == pytest.approx(one.kept / 8, rel=0.05)
+    assert four.rollout == pytest.approx(one.rollout / 4)
+    assert eight.rollout == pytest.approx(one.rollout / 8)
+    assert eight.update < four.update < one.update
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "remat", "variant"), [(8, "none", "topd"), (16, "full", "opd")]
+)
+def test_memory_is_what_the_compiler_says_within_a_factor(rows, remat, variant):
+    settings = settings_with(
+        data__batch_size=rows, data__max_prompt_length=64,
+        rollout__max_new_tokens=64, objective__variant=variant,
+    )  # fmt: skip
+    shape = DecoderConfig(
+        vocab_size=2048, layers=4, width=128, heads=4, kv_heads=2, head_dim=32,
+        mlp_width=384, remat=remat,
+    )  # fmt: skip
+    configs = {
+        "student": shape, "teacher": dataclasses.replace(shape, layers=8)
+    }  # fmt: skip
+    guess = fit.estimate(settings, configs, sharding.make_mesh())
+    key = jax.random.key(0)
+    optimizer = make_optimizer(settings.optimizer, 6)
+    phases = make_phases(settings, optimizer, eos_ids=(2,), pad_id=0)
+    student, teacher = (
+        jax.eval_shape(lambda k, c=c: init_decoder(c, k), key)
+        for c in configs.values()
+    )
+    state = jax.eval_shape(lambda m: init_state(m, optimizer), student)
+    head = jax.eval_shape(lambda m: m.head, teacher)
+    prompts = Prompts(
+        jax.ShapeDtypeStruct((rows, 64), jnp.int32),
+        jax.ShapeDtypeStruct((rows, 64), bool),
+    )
+    written = jax.eval_shape(phases.rollout, student, teacher, prompts, key)
+    notes = jax.eval_shape(phases.annotate, student, teacher, written, key)
+    most = 0
+    for lowered in (
+        phases.rollout.lower(student, teacher, prompts, key),
+        phases.annotate.lower(student, teacher, written, key),
+        phases.update.lower(state, head, written, notes),
+    ):
+        most = max(most, lowered.compile().memory_analysis().temp_size_in_bytes)
+    models = [sum(x.size * 4 for x in jax.tree.leaves(m))
+              for m in (state, student, teacher)]  # fmt: skip
+    assert guess.kept == pytest.approx(sum(models), rel=0.01)
+    assert 0.5 < guess.peak / (sum(models) + most) < 2
+
+
+# What the models do.
+
+
+def scored_pair(tmp_path, student, teacher, **changes):
+    """(settings, pair) of two models with the small tokenizer."""
+    from topd_jax.pair import load_pair
+
+    paths = [
+        hub_directory(tmp_path / name, model=model, ends=[1])
+        for name, model in (("student", student), ("teacher", teacher))
+    ]
+    settings = small_hub.settings(tmp_path, *paths, **changes)
+    return settings, load_pair(settings, tmp_path)
+
+
+def test_a_pair_that_fits_is_scored(tmp_path):
+    settings, pair = scored_pair(tmp_path, copier(6.0), copier(10.0))
+    found = examine.examine_pair(settings, pair)
+    assert levels(found) == {"completions": "warning"}
+    with jax.set_mesh(pair.mesh):
+        scores = scored.score(settings, pair)
+    assert scores.itself == pytest.approx(0, abs=1e-6)
+    assert scores.sampler == pytest.approx(0, abs=1e-4)
+    assert 0.01 < scores.reverse_kl < 5
+    assert scores.prompt_nll < 1
+    # "aaaaaaaaa": both expect one more.
+    letter = pair.tokenizer.encode("a")[0]
+    assert (scores.next_ids["teacher"] == letter).all()
+    assert scores.ending["teacher"] < scores.ending["student"] < 0.1
+    assert scores.written.tokens.shape == (4, 16)
+
+
+def test_a_teacher_of_another_vocabulary_reads_noise(tmp_path):
+    """Its files look right; only its weights tell."""
+    settings, pair = scored_pair(
+        tmp_path, copier(8.0), copier(8.0, shuffled=True)
+    )
+    found = examine.examine_pair(settings, pair)
+    ((level, text, way_out),) = named(found, "one batch")
+    assert level == "warning"
+    assert text.startswith("prompts and completions are noise to the teacher")
+    assert "compare the teacher's tokenizer files" in way_out
+
+
+def test_the_dtypes_of_a_run_bound_its_loss(tmp_path):
+    settings, pair = scored_pair(
+        tmp_path, copier(6.0), copier(10.0), teacher__dtype="bfloat16",
+        teacher__param_dtype="bfloat16",
+    )  # fmt: skip
+    with jax.set_mesh(pair.mesh):
+        scores = scored.score(settings, pair)
+    assert 1e-6 < scores.itself < 0.1
+    assert levels(verdicts.judge(scores, settings, pair)) == {
+        "completions": "warning"
+    }
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    broken = copier(6.0)
+    broken.final_norm[...] = broken.final_norm[...].at[:2].set(jnp.nan)
+    settings, pair = scored_pair(tmp_path, broken, copier(10.0))
+    (found,) = examine.examine_pair(settings, pair)
+    assert (found.level, found.text) == (
+        "error", "the student's are not all finite: 2 in final_norm"
+    )  # fmt: skip
+    assert "download it again" in found.way_out
+
+
+class Known:
+    """A pair as far as verdicts look at it."""
+
+    class tokenizer:
+        eos_ids = (1,)
+        special_ids = frozenset({0, 1, 2})
+
+        @staticmethod
+        def vocabulary():
+            return ["<s>", END, STOP, *"abcdefgh"]
+
+    class student:
+        config, head = CONFIG, np.zeros((IDS, 2))
+
+    teacher = student
+
+
+GOOD = scored.Scores(
+    written=dataclasses.replace(make_trajectories()),
+    itself=0.0, reverse_kl=1.0, teacher_nll=2.0, prompt_nll=2.0, sampler=0.0,
+    padded_mass=0.0, next_ids={"student": np.array([1, 2, 5])}, ending={},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "level", "text"),
+    [
+        ({}, None, None, None),
+        ({"itself": 0.02}, "student == teacher", "error", "loss 0.02 nats"),
+        ({"itself": np.nan}, "student == teacher", "error", "nan"),
+        ({"sampler": 0.02}, "sampler", "warning", "within 0.02 nats"),
+        ({"reverse_kl": np.inf}, "one batch", "error", "not finite"),
+        ({"reverse_kl": 1e-6}, "one batch", "warning", "already says"),
+        ({"teacher_nll": 5.5}, "one batch", "warning", "prompts are not:"),
+        ({"teacher_nll": 5.5, "prompt_nll": 5.5}, "one batch", "warning",
+         "prompts and completions are noise"),
+        ({"padded_mass": 0.72}, "vocabulary", "warning", "72.00% of its"),
+        ({"next_ids": {"teacher": np.array([2, 2, 5])}}, "ends in practice",
+         "warning", f"the teacher expects 2 {STOP!r}, at which this run does"),
+    ],
+)  # fmt: skip
+def test_what_scores_mean(changes, name, level, text):
+    scores = dataclasses.replace(GOOD, **changes)
+    rest = [
+        f
+        for f in (
+            *verdicts.itself(scores, Known), *verdicts.sampler(scores, Known),
+            *verdicts.batch(scores, Known), *verdicts.padded(scores),
+            *verdicts.endings(scores, Known),
+        )
+        if f.level != "ok"
+    ]  # fmt: skip
+    assert [(f.name, f.level) for f in rest] == [(name, level)] * bool(name)
+    assert all(text in f.text and f.way_out for f in rest)
+
+
+def test_masks_that_do_not_stop_at_the_end():
+    written = make_trajectories()
+    assert verdicts.masks(written, (2,))[0].level == "ok"
+    late = written.replace(mask=jnp.ones_like(written.mask))
+    assert verdicts.masks(late, (2,))[0].level == "error"
+    early = written.replace(mask=written.mask & (written.tokens != 2))
+    assert verdicts.masks(early, (2,))[0].level == "error"
+    assert verdicts.masks(written, (2, 5))[0].level == "error"
+
+
+# The report, the command, the start of a run.
+
+
+def test_the_report_is_in_columns():
+    report = [
+        findings.ok("mesh", "1 device"),
+        findings.warning("ends", "word " * 30, "try this"),
+        findings.refusal("data", ValueError("no file; give a path")),
+    ]
+    text = findings.lines(report)
+    assert text.splitlines()[0] == "ok       mesh  1 device"
+    assert text.splitlines()[2].startswith(" " * 15 + "word")
+    assert "               -> try this\nerror    data  no file\n" in text
+    assert text.endswith("-> give a path")
+    assert "\033[33mwarning\033[0m" in findings.lines(report, colour=True)
+    assert findings.summary(report) == "1 ok, 1 warning, 1 error"
+    with pytest.raises(ValueError, match=r"1 error: data: no file -> give a"):
+        findings.require(report)
+    findings.require(report[:2])
+
+
+def command(tmp_path, student, teacher, *more):
+    data = small_hub.questions(tmp_path / "q.jsonl")
+    folder = small_hub.__file__.rpartition("/")[0]
+    return [
+        f"--config={folder}/small_run.py", "--config.data.source=jsonl",
+        f"--config.data.path={data}", "--config.data.held_out=3",
+        "--config.data.max_prompt_length=120",
+        f"--config.student.source={student}",
+        f"--config.teacher.source={teacher}", *more,
+    ]  # fmt: skip
+
+
+def test_topd_doctor_prints_and_exits(tmp_path, teacher, capsys):
+    student = hub_directory(tmp_path / "student", model=copier(4.0), ends=1)
+    line = command(tmp_path, student, teacher, "--config.data.thinking=False")
+    with pytest.raises(SystemExit) as exit_:
+        main.run(["doctor", *line])
+    out = capsys.readouterr().out.splitlines()
+    assert exit_.value.code == 0
+    assert out[0] == "ok       tokenizers          equal, 259 ids"
+    assert out[-1] == "16 ok, 2 warnings, 0 errors"  # thinking, completions
+    other = hub_directory(tmp_path / "other", swapped=("a", "z"))
+    line = command(tmp_path, other, teacher, "--json")
+    with pytest.raises(SystemExit) as exit_:
+        main.run(["doctor", *line])
+    assert exit_.value.code == 2
+    first = json.loads(capsys.readouterr().out)[0]
+    assert (first["level"], first["name"]) == ("error", "tokenizers")
+
+
+def test_the_world_needs_a_place_to_be_made_in(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main.run(["doctor", "--config=tiny"])
+    assert exit_.value.code == 2
+    assert "--workdir is missing" in capsys.readouterr().err
+
+
+def test_a_run_with_an_error_does_not_begin(tmp_path, teacher, monkeypatch):
+    other = hub_directory(tmp_path / "other", swapped=("a", "z"))
+    changes = {"train__preflight": True, "data__max_prompt_length": 60}
+    settings = small_hub.settings(tmp_path, other, teacher, **changes)
+    monkeypatch.setattr("topd_jax.train.load_pair", None)  # is not reached
+    with pytest.raises(
+        ValueError,
+        match=r"preflight: 2 errors: tokenizers: .*choose a pair.*; prompts: "
+        r".*preflight=False passes over them",
+    ):
+        train(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_broken_weights_does_not_begin(tmp_path, teacher):
+    broken = copier(6.0)
+    broken.final_norm[...] = broken.final_norm[...] * jnp.inf
+    student = hub_directory(tmp_path / "student", model=broken)
+    settings = small_hub.settings(
+        tmp_path, student, teacher, train__preflight=True
+    )
+    with pytest.raises(ValueError, match="the student's are not all finite"):
+        train(settings, tmp_path / "run")
