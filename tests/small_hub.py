@@ -124,6 +124,5 @@ def settings(
         teacher__source=teacher,
         data__source="jsonl",
         data__path=questions(folder / "questions.jsonl"),
-        data__held_out=3,
-        **{"data__max_prompt_length": 120} | changes,
+        **{"data__held_out": 3, "data__max_prompt_length": 120} | changes,
     )

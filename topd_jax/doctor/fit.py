@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from topd_jax import sharding
+from topd_jax.chunks import chunk_tokens
 from topd_jax.doctor.findings import Finding, error, ok, warning
 from topd_jax.models import DecoderConfig, parameter_table
 from topd_jax.sampling import branch_columns
@@ -17,9 +18,8 @@ from topd_jax.settings import Settings
 _BYTES = {"float32": 4, "bfloat16": 2}
 # Spacing of bfloat16 numbers, relative to the number.
 _BFLOAT16_STEP = 2.0**-8
-# A chunk of logits is 32 MiB, and four such blocks live at a time
-# (topd_jax.chunks).
-_LOGIT_BLOCKS = 4 * 2**25
+# Chunks of logits that live at a time (topd_jax.chunks).
+_LOGIT_BLOCKS = 4
 _LARGE = 10**9
 _GB = 1e9
 
@@ -125,12 +125,13 @@ def estimate(
     * annotate: the teacher's cache over P + T + E columns and one layer;
     * update: 4 W_s (gradient, and new student and moments beside the old) +
       what a layer keeps for the backward pass, N times (with remat "full" its
-      input, N times, and one layer) + the head's gradient in float32.
+      input, N times, and one layer), of one slice of optimizer.accumulate +
+      the head's gradient in float32.
 
     A layer keeps, a column, 8 width + 3 mlp_width + 3 (heads + kv_heads)
     head_dim numbers, and its attention heads (P + T)^2 scores twice: float32,
-    and the weights. Blocks of logits are added to both passes. It is a rule
-    of thumb: compilers fuse and copy as they like.
+    and the weights. Four chunks of logits are added to both passes. It is a
+    rule of thumb: compilers fuse and copy as they like.
 
     Args:
       settings: of the run.
@@ -153,7 +154,8 @@ def estimate(
         copied = _parameter_bytes(wrote, mesh) * _BYTES[wrote.dtype]
         copied /= _BYTES[wrote.param_dtype]
     read = length + extra * ahead
-    annotated = _layer(teacher, rows, length, mesh) + _LOGIT_BLOCKS
+    logits = _logits(student, rows * settings.rollout.max_new_tokens, mesh)
+    annotated = _layer(teacher, rows, length, mesh) + logits
     annotated += ahead * _cache(teacher, rows, read, mesh)
     learned = length + extra * objective.trains_on_branch
     slice_rows = math.ceil(rows / settings.optimizer.accumulate)
@@ -164,7 +166,7 @@ def estimate(
         4 * ours
         + _backward(student, slice_rows, learned, mesh)
         + 4 * student.vocab_size * student.width / _ways(mesh, "vocab")
-        + _LOGIT_BLOCKS,
+        + logits,
     )
 
 
@@ -238,6 +240,13 @@ def _cache(config: DecoderConfig, rows: int, columns: int, mesh: Mesh) -> float:
     heads = config.kv_heads / _ways(mesh, "activation_kv_heads")
     size = config.layers * rows * columns * heads * config.head_dim
     return 2 * size * _BYTES[config.dtype]
+
+
+def _logits(config: DecoderConfig, count: int, mesh: Mesh) -> float:
+    # With no mesh in use, chunk_tokens speaks of one device.
+    chunk = min(chunk_tokens(config.vocab_size), count)
+    size = 4 * chunk * config.vocab_size / _ways(mesh, "vocab")
+    return _LOGIT_BLOCKS * size
 
 
 def _layer(config: DecoderConfig, rows: int, columns: int, mesh: Mesh) -> float:
