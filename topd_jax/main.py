@@ -273,8 +273,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
-        "doctor", "train", "eval", "compare", "inspect", "probe", "sample",
-        "export", "sweep",
+        "train", "eval", "compare", "inspect", "probe", "sample", "export",
+        "sweep", "doctor",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)
