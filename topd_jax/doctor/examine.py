@@ -10,7 +10,11 @@ from jax.sharding import Mesh
 from topd_jax import sharding
 from topd_jax.data import world_models
 from topd_jax.data.sources import Record
-from topd_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from topd_jax.data.tokenizers import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 from topd_jax.doctor import fit, scored, tokens, verdicts
 from topd_jax.doctor.findings import Finding, count, refusal
 from topd_jax.models import DecoderConfig, Description, describe
@@ -91,6 +95,8 @@ def _described(
     found = describe(source)
     if found.tokenizer is None:
         return found, None
+    if isinstance(found.tokenizer, SentencePieceTokenizer):
+        return dataclasses.replace(found, tokenizer=None), found.tokenizer
     options = tokenizer_options(settings)
     return found, HuggingFaceTokenizer(found.tokenizer, **options)
 
@@ -169,7 +175,7 @@ def _tokens(
     owner = next(
         (s.described for s in sides.values() if s.tokenizer is tokenizer), None
     )
-    if owner is not None:
+    if owner is not None and owner.tokenizer is not None:
         found += tokens.pad(tokenizer, owner.tokenizer.pad_token_id)
     return found
 

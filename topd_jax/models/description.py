@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.gguf import gguf_config, open_gguf, packaged_gguf
 from topd_jax.models.gguf_tokenizer import gguf_tokenizer
 from topd_jax.models.hub_config import decoder_config
 from topd_jax.models.huggingface import load_tokenizer, read_json, resolve
-from topd_jax.models.loading import PACKAGE
+from topd_jax.models.loading import PACKAGE, run_tokenizer
+from topd_jax.models.runs import is_run, run_config, tokenizer_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,7 @@ class Description:
 
     Attributes:
       config: its shape.
-      tokenizer: of transformers; None where there is none.
+      tokenizer: of transformers, or ours; None where there is none.
       end_ids: ids that end its text, as its files name them: see
         :func:`end_ids`.
       config_end_ids: those that config.json names; generation ignores them
@@ -38,7 +40,7 @@ class Description:
     """
 
     config: DecoderConfig
-    tokenizer: "PreTrainedTokenizerBase | None"
+    tokenizer: "PreTrainedTokenizerBase | SentencePieceTokenizer | None"
     end_ids: tuple[int, ...]
     config_end_ids: tuple[int, ...] = ()
 
@@ -63,6 +65,12 @@ def describe(source: str | os.PathLike, **options: Any) -> Description:
             gguf_tokenizer(file),
             _ids(file.metadata, _GGUF_ENDS),
         )
+    if is_run(source):
+        config = run_config(source)
+        config = config.replace(**options) if options else config
+        return Description(
+            config, run_tokenizer(tokenizer_directory(source)), ()
+        )
     directory = resolve(source)
     path = directory / "config.json"
     fields = read_json(path)
@@ -80,7 +88,8 @@ def end_ids(source: str | os.PathLike) -> tuple[int, ...]:
     generation_config.json names them ("eos_token_id", one or several: the end
     of a turn beside the end of a text); config.json does where that file is
     missing, as in transformers. A GGUF file names both in its metadata. The
-    tokenizer's own end is not among them unless they say so.
+    tokenizer's own end is not among them unless they say so. A run of ours
+    has its tokenizer's alone.
 
     Args:
       source: as in :func:`topd_jax.models.load`.
@@ -93,6 +102,8 @@ def end_ids(source: str | os.PathLike) -> tuple[int, ...]:
     """
     if _is_gguf(source):
         return _ids(_open(source).metadata, _GGUF_ENDS)
+    if is_run(source):
+        return ()
     directory = resolve(source)
     return _directory_ends(directory, read_json(directory / "config.json"))
 
