@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import small_hub
-from small_files import LLAMA, edit_config, make, write_gguf
+from small_files import LLAMA, edit_config, make, save_run, write_gguf
 from small_run import settings_with
 
 from topd_jax.data import world_models
@@ -245,6 +245,10 @@ def test_a_description_agrees_with_what_is_loaded(tmp_path, gguf):
         model, tokenizer = load(source, dtype="bfloat16")
         assert described.config == model.config
         assert described.tokenizer.get_vocab() == tokenizer.get_vocab()
+    run = save_run(tmp_path / "run", make(LLAMA))
+    assert describe(run, unroll=3).config == load(run, unroll=3)[0].config
+    assert describe(run).tokenizer is None
+    assert end_ids(run) == ()
 
 
 class Killed(BaseException):
