@@ -179,14 +179,13 @@ def memory(
         name: getattr(need, name) for name in ("rollout", "annotate", "update")
     }
     largest = max(phases, key=phases.get)
-    peak, more = need.peak / _GB, phases[largest] / _GB
     text = (
-        f"about {peak:.1f} GB a device at the peak: models and optimizer "
-        f"{need.kept / _GB:.1f}, {largest} {more:.1f}"
+        f"about {_spelt(need.peak)} a device at the peak: models and optimizer "
+        f"{_spelt(need.kept)}, {largest} {_spelt(phases[largest])}"
     )
     if have is None:
         return [ok("memory", f"{text}; the device does not say what it has")]
-    text += f"; it has {have / _GB:.1f}"
+    text += f"; it has {_spelt(have)}"
     if need.peak < 0.9 * have:
         return [ok("memory", text)]
     return [
@@ -216,6 +215,10 @@ def device_bytes(mesh: Mesh) -> float | None:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total / jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _spelt(size: float) -> str:
+    return f"{size / _GB:.1f} GB" if size >= _GB else f"{size / 1e6:.0f} MB"
 
 
 def _ways(mesh: Mesh, axis: str) -> int:
