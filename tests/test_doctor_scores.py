@@ -1,6 +1,7 @@
 """The preflight's second stage: what models do with one small batch."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,39 @@ def test_weights_that_are_no_numbers(tmp_path):
         "error", "the student's are not all finite: 2 in final_norm"
     )  # fmt: skip
     assert "download it again" in found.way_out
+
+
+def test_every_teacher_is_looked_at(tmp_path):
+    paths = {
+        name: hub_directory(tmp_path / name, model=model, ends=[1])
+        for name, model in (
+            ("student", copier(6.0)), ("good", copier(10.0)),
+            ("other", copier(8.0, shuffled=True)),
+        )
+    }  # fmt: skip
+    settings = small_hub.settings(tmp_path, paths["student"], paths["good"])
+    rows = (tmp_path / "questions.jsonl").read_text().splitlines()
+    (tmp_path / "questions.jsonl").write_text(
+        "".join(
+            json.dumps(json.loads(row) | {"who": ["good", "other"][i % 2]})
+            + "\n"
+            for i, row in enumerate(rows)
+        )
+    )
+    teachers = {
+        name: dataclasses.replace(settings.teacher, source=paths[name])
+        for name in ("good", "other")
+    }
+    data = dataclasses.replace(settings.data, teacher_field="who")
+    settings = dataclasses.replace(settings, teachers=teachers, data=data)
+    found = examine.examine(settings, tmp_path)
+    assert ("one batch (good)", "ok") in {(f.name, f.level) for f in found}
+    assert {f.name for f in found if f.level != "ok"} <= {
+        "one batch (other)", "completions (good)", "completions (other)",
+    }  # fmt: skip
+    ((level, text, _),) = named(found, "one batch (other)")
+    assert level == "warning"
+    assert "prompts and completions are noise" in text
 
 
 class Known:

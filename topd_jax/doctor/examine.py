@@ -22,7 +22,9 @@ from topd_jax.pair import (
     Pair,
     check_rows,
     load_pair,
+    model_settings,
     read_records,
+    teacher_shares,
     tokenizer_options,
 )
 from topd_jax.settings import ModelSettings, Settings
@@ -63,7 +65,9 @@ def examine_files(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
         for section in ("data", "eval"):
             tried("mesh", check_rows, settings, mesh, section)
     parts = tried("data", read_records, settings)
-    models = {"student": settings.student, "teacher": settings.teacher}
+    if mesh is not None and parts and settings.teachers:
+        tried("teachers", teacher_shares, settings, parts, mesh)
+    models = model_settings(settings)
     world = any(m.source == "world" for m in models.values())
     if world and count(found, "error"):
         return found  # making it takes minutes
@@ -114,7 +118,10 @@ def _side(
     }
     described, tokenizer = files or (None, made)
     if described is None:
-        config = getattr(world_models, f"{name}_config")(settings.world)
+        make = world_models.teacher_config
+        if name == "student":
+            make = world_models.student_config
+        config = make(settings.world)
     else:
         config = described.config
     config = dataclasses.replace(config, **kinds)
@@ -143,30 +150,31 @@ def _compare(
 def _tokens(
     settings: Settings, sides: dict[str, _Side], records: list[Record]
 ) -> list[Finding]:
-    ours, theirs = (sides[n].tokenizer for n in ("student", "teacher"))
-    tokenizer = ours or theirs
-    if tokenizer is None:
+    owners = [side for side in sides.values() if side.tokenizer is not None]
+    if not owners:
         return [
             refusal(
                 "tokenizers",
-                ValueError(
-                    "neither student.source nor teacher.source has one; put "
-                    "its files beside the model"
-                ),
+                ValueError("no model has one; put its files beside the model"),
             )
         ]
     configs = {name: side.config for name, side in sides.items()}
-    found = tokens.vocabularies(ours or theirs, theirs or ours)
+    tokenizer = owners[0].tokenizer
+    found, made = [], []
+    for side in owners[1:] or owners:
+        other = side.tokenizer
+        same = tokens.vocabularies(tokenizer, other)
+        found += same
+        if records and other is not tokenizer and not count(same, "error"):
+            found += tokens.encodings(tokenizer, other, records)
+        if records:
+            made += tokens.templates(tokenizer, other, records)
     apart = bool(count(found, "error"))
-    if records and ours and theirs and ours is not theirs and not apart:
-        found += tokens.encodings(ours, theirs, records)
-    if records:
-        made = tokens.templates(tokenizer, theirs or tokenizer, records)
-        found += made
-        if not count(made, "error"):
-            found += tokens.thinking(tokenizer, settings.data.thinking)
-            found += tokens.beginning(tokenizer, records[0]["prompt"])
-            found += tokens.prompt_lengths(tokenizer, records, settings)
+    found = list(dict.fromkeys([*found, *made]))
+    if records and not count(made, "error"):
+        found += tokens.thinking(tokenizer, settings.data.thinking)
+        found += tokens.beginning(tokenizer, records[0]["prompt"])
+        found += tokens.prompt_lengths(tokenizer, records, settings)
     found += tokens.rows(configs, tokenizer)
     if apart:
         return found
@@ -206,12 +214,21 @@ def examine_pair(settings: Settings, pair: Pair) -> list[Finding]:
     Returns:
       The findings.
     """
-    found = scored.weights({"student": pair.student, "teacher": pair.teacher})
+    several = list(pair.by_teacher(pair.encoded, len(pair.encoded.records)))
+    models = {f"teacher {name}".strip(): model for name, model, *_ in several}
+    found = scored.weights({"student": pair.student} | models)
     if count(found, "error"):
         return found
-    with jax.set_mesh(pair.mesh):
-        scores = scored.score(settings, pair)
-    return [*found, *verdicts.judge(scores, settings, pair)]
+    for name, teacher, prompts, _ in several:
+        one = dataclasses.replace(pair, teacher=teacher, encoded=prompts)
+        with jax.set_mesh(pair.mesh):
+            scores = scored.score(settings, one)
+        where = f" ({name})" if name else ""
+        found += [
+            dataclasses.replace(f, name=f.name + where)
+            for f in verdicts.judge(scores, settings, one)
+        ]
+    return found
 
 
 def examine(settings: Settings, workdir: pathlib.Path) -> list[Finding]:

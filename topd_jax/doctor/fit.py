@@ -78,13 +78,14 @@ def dtypes(
         f"{who} {c.param_dtype}, computed in {c.dtype}"
         for who, c in configs.items()
     )
-    teacher = configs["teacher"]
-    size = _parameter_count(teacher)
-    if teacher.param_dtype == "float32" and size > _LARGE:
-        text += (
-            f"; the teacher's {4 * size / _GB:.0f} GB would be half in "
-            "bfloat16 (teacher.param_dtype)"
-        )
+    for who, teacher in configs.items():
+        size = _parameter_count(teacher)
+        wide = teacher.param_dtype == "float32" and who != "student"
+        if wide and size > _LARGE:
+            text += (
+                f"; the {who}'s {4 * size / _GB:.0f} GB would be half in "
+                f"bfloat16 ({who}.param_dtype)"
+            )
     return found or [ok(name, text)]
 
 
@@ -135,19 +136,23 @@ def estimate(
 
     Args:
       settings: of the run.
-      configs: "student" and "teacher".
+      configs: "student" and every teacher; one in fewer bits
+        (teacher.quantize) counts as if it had all of them.
       mesh: of devices.
 
     Returns:
       The bytes.
     """
     data, objective = settings.data, settings.objective
-    student, teacher = configs["student"], configs["teacher"]
+    student = configs["student"]
+    teachers = [c for who, c in configs.items() if who != "student"]
+    teacher = max(teachers, key=_parameter_count)
     rows = math.ceil(data.batch_size * data.samples / _ways(mesh, "batch"))
     length = data.max_prompt_length + settings.rollout.max_new_tokens
     ahead = objective.pieces.looks_ahead
     extra = branch_columns(objective.candidates, objective.window)
-    ours, theirs = (_parameter_bytes(c, mesh) for c in (student, teacher))
+    ours = _parameter_bytes(student, mesh)
+    theirs = sum(_parameter_bytes(c, mesh) for c in teachers)
     wrote = teacher if objective.offline else student
     copied = 0.0
     if wrote.dtype != wrote.param_dtype:

@@ -84,10 +84,16 @@ def weights(models: Mapping[str, Any]) -> list[Finding]:
 
 @jax.jit
 def _not_finite(model: Any) -> dict[str, jax.Array]:
-    return {
-        name: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
-        for name, x in model.arrays.items()
-    }
+    def wrong(array: Any) -> jax.Array:
+        # Of quantised weights the scales alone can be no numbers.
+        parts = [
+            jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
+            for x in jax.tree.leaves(array)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+        return sum(parts, jnp.zeros((), jnp.int32))
+
+    return {name: wrong(array) for name, array in model.arrays.items()}
 
 
 def score(settings: Settings, pair: Pair) -> Scores:

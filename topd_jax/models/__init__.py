@@ -13,6 +13,7 @@ from topd_jax.models.description import Description, describe, end_ids
 from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
 from topd_jax.models.parameters import parameter_table
+from topd_jax.models.quantize import dequantize, quantize
 from topd_jax.models.weights import drop_layers, fingerprint
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RopeScaling",
     "cast",
     "causal_mask",
+    "dequantize",
     "describe",
     "drop_layers",
     "end_ids",
@@ -30,6 +32,7 @@ __all__ = [
     "init_decoder",
     "load",
     "parameter_table",
+    "quantize",
     "save_model",
     "unembed",
 ]
