@@ -20,6 +20,8 @@ from topd_jax.sections import build
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
+# What may change without making it another run.
+NO_IDENTITY = (*(f"eval.{name}" for name in EVAL_ONLY), "train.preflight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class DataSettings:
     samples: int = 1
     max_prompt_length: int = 16
     on_long_prompt: str = "error"
+    thinking: bool | None = None
+    end_ids: tuple[int, ...] = ()
     held_out: int = 64
 
 
@@ -110,6 +114,7 @@ class TrainSettings:
 
     steps: int = 300
     max_skipped: int = 10
+    preflight: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +313,7 @@ class Settings:
         values = {
             name: value
             for name, value in flat(self.to_dict()).items()
-            if name not in {f"eval.{n}" for n in EVAL_ONLY}
+            if name not in NO_IDENTITY
             and (name not in known or known[name] != value)
         }
         text = json.dumps(values, sort_keys=True)
