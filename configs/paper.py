@@ -13,7 +13,7 @@ silent. Where it contradicts itself this file takes
 * a global batch of 4 as 4 trajectories, the 4 rollouts of one prompt.
 
 The prompts: --config.data.path=FILE, a JSONL file with "question" and
-"answer". The student should be the result of its first stage:
+"answer". The student should be the result of configs/paper_stage1.py:
 --config.student.source=DIRECTORY.
 """
 

@@ -1,7 +1,7 @@
 """The paper's configurations, number by number."""
 
 import pytest
-from topd_jax.configs import paper
+from topd_jax.configs import paper, paper_stage1
 
 from topd_jax.objective import VARIANTS
 from topd_jax.settings import Settings, settings_from
@@ -44,6 +44,27 @@ STAGE_2 = {
     "optimizer.end_learning_rate": 1e-8,
     "eval.samples": 5,
 }
+# App. B, stage 1.
+STAGE_1 = {
+    "student.source": "Qwen/Qwen3-4B-Instruct-2507",
+    "teacher.source": "Qwen/Qwen3-30B-A3B-Instruct-2507",
+    "student.dtype": "bfloat16",
+    "objective.stage": "offline",
+    "objective.kd_ratio": 0.5,
+    "offline.temperature": 0.6,
+    "offline.top_p": 0.95,
+    "offline.pack_length": 16384,
+    "rollout.max_new_tokens": 16384,
+    "data.batch_size": 128,
+    "data.samples": 1,
+    "optimizer.learning_rate": 2e-5,
+    "optimizer.warmup_fraction": 0.05,
+    "optimizer.clip": 1.0,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.98,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.end_learning_rate": 1e-8,
+}
 
 
 def value(settings: Settings, name: str) -> object:
@@ -61,6 +82,18 @@ def test_stage_2_is_one_epoch_of_ten_thousand_prompts_in_fours():
     settings = settings_from(paper.get_config())
     assert settings.data.batch_size * settings.data.samples == 4
     assert settings.train.steps * settings.data.batch_size == 10_000
+
+
+@pytest.mark.parametrize("name", STAGE_1)
+def test_stage_1_has_the_papers_number(name):
+    settings = settings_from(paper_stage1.get_config())
+    assert value(settings, name) == STAGE_1[name]
+
+
+def test_stage_1_is_one_epoch_of_twenty_thousand_solutions():
+    settings = settings_from(paper_stage1.get_config())
+    seen = settings.train.steps * settings.data.batch_size
+    assert 20_000 - settings.data.batch_size < seen <= 20_000
 
 
 def test_the_share_of_candidates_is_the_papers_example():

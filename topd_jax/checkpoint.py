@@ -19,6 +19,7 @@ from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, flat
 # what is written down, not what is computed.
 _FREE = (
     *("log", "checkpoint", "sweep", "world.cache"),
+    *("offline.format", "offline.shard_size"),
     *(f"eval.{name}" for name in EVAL_ONLY),
 )
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax import benchmarking, checkpoint, sweeps
+from topd_jax import generate as generation
 from topd_jax import train as training
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data.tokenizers import SentencePieceTokenizer
@@ -36,6 +37,22 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       The final evaluation.
     """
     return training.train(settings, workdir)
+
+
+def generate(
+    settings: Settings, workdir: pathlib.Path, count: int | None
+) -> dict[str, Any]:
+    """Lets the teacher write; the same command again resumes.
+
+    Args:
+      settings: of the teacher, the prompts and how it writes.
+      workdir: where ``solutions`` is written.
+      count: prompts, from the first on; None takes them all.
+
+    Returns:
+      The set's path, what it holds, and tokens a second.
+    """
+    return generation.generate(settings, workdir, count)
 
 
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:

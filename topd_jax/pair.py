@@ -1,7 +1,6 @@
 """Student, teacher, tokenizer and prompts of a run, together and checked."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from topd_jax import sharding
+from topd_jax.data import packing, sources, tokenizers, world
 from topd_jax.data import prompts as prompt_data
-from topd_jax.data import sources, world
+from topd_jax.data import solutions as solution_data
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import (
     HuggingFaceTokenizer,
@@ -75,7 +75,9 @@ class Pair:
         return jax.tree.map(one, prompts)
 
     def stream(self, settings: Settings) -> Any:
-        """The checkpointable iterator over training prompts."""
+        """The checkpointable iterator over prompts, or written solutions."""
+        if settings.offline.path:
+            return self._solutions(settings)
         return prompt_data.prompt_stream(
             self.encoded,
             batch_size=settings.data.batch_size,
@@ -84,7 +86,26 @@ class Pair:
             process_count=jax.process_count(),
         )
 
-    def place(self, prompts: Prompts) -> Prompts:
+    def _solutions(self, settings: Settings) -> packing.SolutionStream:
+        data, offline = settings.data, settings.offline
+        unit = sharding.row_ways(self.mesh) * settings.optimizer.accumulate
+        return packing.SolutionStream(
+            solution_data.read_solutions(
+                offline.path,
+                offline.keep,
+                tokenizer=tokenizers.fingerprint(self.tokenizer),
+            ),
+            eos_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+            batch_size=data.batch_size * data.samples,
+            length=offline.pack_length,
+            unit=unit,
+            seed=settings.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def place(self, prompts: Any) -> Any:
         """Puts this process's rows of a batch on the mesh.
 
         Raises:
@@ -102,7 +123,10 @@ class Pair:
 
     def _rows(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
         return sharding.named(
-            self.mesh, shape, ("batch", None), name="batch_size"
+            self.mesh,
+            shape,
+            ("batch",) + (None,) * (len(shape) - 1),
+            name="batch_size",
         )
 
 
@@ -197,7 +221,7 @@ def _common_tokenizer(
 
 def _check_rows(settings: Settings, mesh: Mesh) -> None:
     """Refuses batches that do not divide over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    ways = sharding.row_ways(mesh)
     for section in ("data", "eval"):
         rows = getattr(settings, section).batch_size
         if rows % ways:

@@ -11,17 +11,21 @@ import optax
 
 from topd_jax.distill import TrainState, annotate, update
 from topd_jax.evaluate import make_statistics
+from topd_jax.head import Head
 from topd_jax.models.decoder import cast
+from topd_jax.packed import annotate_packed, packed_metrics
 from topd_jax.sampling import rollout
 from topd_jax.settings import OptimizerSettings, Settings
-from topd_jax.types import Annotations, Trajectories
+from topd_jax.types import Annotations, PackedRows, Trajectories
 
 
 class Phases(NamedTuple):
     """The jitted parts of a step.
 
     Attributes:
-      rollout: (student, teacher, prompts, key) -> trajectories.
+      rollout: (student, teacher, prompts, key) -> trajectories; packed rows
+        of written solutions, in the place of prompts, stay as they are, and
+        the other parts take them in the place of trajectories.
       annotate: (student, teacher, trajectories, key) -> annotations.
       update: (state, teacher_head, trajectories, annotations) -> (state,
         metrics); donates the state.
@@ -89,7 +93,9 @@ def make_phases(
 
     def write(
         student: Any, teacher: Any, prompts: Any, key: jax.Array
-    ) -> Trajectories:
+    ) -> Trajectories | PackedRows:
+        if isinstance(prompts, PackedRows):
+            return prompts
         model = teacher if offline else student
         return rollout(
             cast(model, model.config.dtype),
@@ -103,16 +109,31 @@ def make_phases(
             **ids,
         )
 
-    def read(*args: Any) -> Annotations:
-        return annotate(*args, objective=objective, **ids)
+    slices = settings.optimizer.accumulate
 
-    def learn(*args: Any) -> tuple[TrainState, dict]:
-        return update(
-            *args,
+    def read(
+        student: Any, teacher: Any, trajectories: Any, key: jax.Array
+    ) -> Annotations:
+        given = (student, teacher, trajectories)
+        if isinstance(trajectories, PackedRows):
+            return annotate_packed(*given, objective=objective, slices=slices)
+        return annotate(*given, key, objective=objective, **ids)
+
+    def learn(
+        state: TrainState, teacher_head: Head, trajectories: Any, notes: Any
+    ) -> tuple[TrainState, dict]:
+        state, metrics = update(
+            state,
+            teacher_head,
+            trajectories,
+            notes,
             objective=objective,
             optimizer=optimizer,
-            accumulate=settings.optimizer.accumulate,
+            accumulate=slices,
         )
+        if isinstance(trajectories, PackedRows):
+            metrics = packed_metrics(trajectories, metrics)
+        return state, metrics
 
     return Phases(
         jax.jit(write),
