@@ -111,28 +111,26 @@ def make_phases(
 
     slices = settings.optimizer.accumulate
 
-    def read(
-        student: Any, teacher: Any, trajectories: Any, key: jax.Array
-    ) -> Annotations:
-        given = (student, teacher, trajectories)
-        if isinstance(trajectories, PackedRows):
+    def read(student: Any, teacher: Any, rows: Any, *key: Any) -> Annotations:
+        given = (student, teacher, rows)
+        if isinstance(rows, PackedRows):
             return annotate_packed(*given, objective=objective, slices=slices)
-        return annotate(*given, key, objective=objective, **ids)
+        return annotate(*given, *key, objective=objective, **ids)
 
     def learn(
-        state: TrainState, teacher_head: Head, trajectories: Any, notes: Any
+        state: TrainState, teacher_head: Head, rows: Any, *notes: Any
     ) -> tuple[TrainState, dict]:
         state, metrics = update(
             state,
             teacher_head,
-            trajectories,
-            notes,
+            rows,
+            *notes,
             objective=objective,
             optimizer=optimizer,
             accumulate=slices,
         )
-        if isinstance(trajectories, PackedRows):
-            metrics = packed_metrics(trajectories, metrics)
+        if isinstance(rows, PackedRows):
+            metrics = packed_metrics(rows, metrics)
         return state, metrics
 
     return Phases(
