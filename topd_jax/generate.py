@@ -6,7 +6,6 @@ whole or absent: a job that was killed goes on where it was and ends with the
 same bytes as one that was not.
 """
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
@@ -48,16 +47,18 @@ def generate(
       the tokens written, seconds and tokens a second.
 
     Raises:
-      ValueError: for a set there that was begun with other settings.
+      ValueError: for several teachers, or a set there that was begun with
+        other settings.
     """
+    if settings.teachers:
+        raise ValueError(
+            f"config.teachers names {', '.join(settings.teachers)}; topd "
+            "generate lets one teacher write: config.teacher"
+        )
     pair = load_pair(settings, workdir)
     # It is here to be checked against the teacher, and writes nothing.
     pair.student = None
-    encoded = dataclasses.replace(
-        pair.encoded,
-        records=pair.encoded.records[:count],
-        ids=pair.encoded.ids[:count],
-    )
+    encoded = pair.encoded.take(range(len(pair.encoded.ids))[:count])
     about = _about(settings, pair, encoded)
     files = solution_data.open_set(workdir / "solutions", about)
     with jax.set_mesh(pair.mesh):

@@ -20,7 +20,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from topd_jax.settings import settings_from, unknown_key
+from topd_jax.sections import unknown_key
+from topd_jax.settings import settings_from
 
 # Trajectories that inspect and probe take without --count.
 LOOK_AT = 32
@@ -37,6 +38,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   inspect  one HTML page of its trajectories, --count of them, and of what
            the detector saw in them
   probe    does a high loss mean that the futures part? on --count prompts
+  quantize what a smaller teacher costs: bytes, and reverse KL on --count
+           completions
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
   export   write it to a Hugging Face directory: --output DIR
   sweep    every variant on every seed of config.sweep, then the report
@@ -229,6 +232,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
         return commands.inspect(*run, values.which, values.count or LOOK_AT)
     if name == "probe":
         return commands.probe(*run, values.which, values.count or LOOK_AT)
+    if name == "quantize":
+        return commands.quantize(*run, values.which, values.count or LOOK_AT)
     if name == "generate":
         return commands.generate(*run, values.count)
     if name == "sample":
@@ -265,8 +270,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
-        "train", "eval", "compare", "inspect", "probe", "sample", "export",
-        "sweep", "generate",
+        "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
+        "export", "sweep", "generate",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from topd_jax.distill import TrainState, annotate, update
@@ -16,6 +17,7 @@ from topd_jax.models.decoder import cast
 from topd_jax.packed import annotate_packed, packed_metrics
 from topd_jax.sampling import rollout
 from topd_jax.settings import OptimizerSettings, Settings
+from topd_jax.teachers import Teachers
 from topd_jax.types import Annotations, PackedRows, Trajectories
 
 
@@ -26,14 +28,15 @@ class Phases(NamedTuple):
       rollout: (student, teacher, prompts, key) -> trajectories; packed rows
         of written solutions, in the place of prompts, stay as they are, and
         the other parts take them in the place of trajectories.
-      annotate: (student, teacher, trajectories, key) -> annotations.
+      annotate: (student, teacher, trajectories, key) -> annotations; of
+        several teachers, name -> annotations of its own rows.
       update: (state, teacher_head, trajectories, annotations) -> (state,
         metrics); donates the state.
       statistics: (student, teacher, trajectories) -> metrics.
     """
 
     rollout: Callable[..., Trajectories]
-    annotate: Callable[..., Annotations]
+    annotate: Callable[..., Annotations | dict[str, Annotations]]
     update: Callable[..., tuple[TrainState, dict]]
     statistics: Callable[..., dict]
 
@@ -91,12 +94,7 @@ def make_phases(
     ids = dict(eos_ids=eos_ids, pad_id=pad_id)
     offline = settings.offline if objective.offline else None
 
-    def write(
-        student: Any, teacher: Any, prompts: Any, key: jax.Array
-    ) -> Trajectories | PackedRows:
-        if isinstance(prompts, PackedRows):
-            return prompts
-        model = teacher if offline else student
+    def write_as(model: Any, prompts: Any, key: jax.Array) -> Trajectories:
         return rollout(
             cast(model, model.config.dtype),
             prompts,
@@ -109,13 +107,36 @@ def make_phases(
             **ids,
         )
 
+    def write(
+        student: Any, teacher: Any, prompts: Any, key: jax.Array
+    ) -> Trajectories | PackedRows:
+        if isinstance(prompts, PackedRows):
+            return prompts
+        if not offline:
+            return write_as(student, prompts, key)
+        if not isinstance(teacher, Teachers):
+            return write_as(teacher, prompts, key)
+        parts = teacher.each(write_as, prompts, key)
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts.values())
+
     slices = settings.optimizer.accumulate
 
-    def read(student: Any, teacher: Any, rows: Any, *key: Any) -> Annotations:
-        given = (student, teacher, rows)
+    def read(
+        student: Any, teacher: Any, rows: Any, key: jax.Array
+    ) -> Annotations | dict[str, Annotations]:
         if isinstance(rows, PackedRows):
-            return annotate_packed(*given, objective=objective, slices=slices)
-        return annotate(*given, *key, objective=objective, **ids)
+            return annotate_packed(
+                student, teacher, rows, objective=objective, slices=slices
+            )
+
+        def by(model: Any, rows: Trajectories, key: jax.Array) -> Annotations:
+            return annotate(
+                student, model, rows, key, objective=objective, **ids
+            )
+
+        if isinstance(teacher, Teachers):
+            return teacher.each(by, rows, key)
+        return by(teacher, rows, key)
 
     def learn(
         state: TrainState, teacher_head: Head, rows: Any, *notes: Any
