@@ -86,6 +86,7 @@ def observe(
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature, top_p=options.top_p,
             top_k=options.top_k, eos_ids=eos_ids, pad_id=pad_id,
+            vocab_size=shared_rows(student, pair.teacher),
         )  # fmt: skip
 
     read = jax.jit(
