@@ -25,6 +25,7 @@ from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import shared_rows
 from topd_jax.types import Annotations, Trajectories
 
 # Apart from the streams of training, evaluation and detection.
