@@ -11,7 +11,7 @@ import optax
 
 from topd_jax.distill import TrainState, annotate, update
 from topd_jax.evaluate import make_statistics
-from topd_jax.models.decoder import cast
+from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.sampling import rollout
 from topd_jax.settings import OptimizerSettings, Settings
 from topd_jax.types import Annotations, Trajectories
@@ -92,7 +92,7 @@ def make_phases(
     ) -> Trajectories:
         model = teacher if offline else student
         return rollout(
-            cast(model, model.config.dtype),
+            in_compute_dtype(model),
             prompts,
             key,
             max_new_tokens=writer.max_new_tokens,

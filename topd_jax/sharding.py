@@ -166,8 +166,9 @@ def tree_shardings(
 ) -> object:
     """Shardings for every leaf of a model, or of a state that mirrors one.
 
-    A leaf is recognised by the last attribute name of its path, so the
-    moments of an optimizer are spread as the parameters they belong to.
+    A leaf is recognised by the last attribute name of its path, or by the end
+    of its path where a name has a "/", so the moments of an optimizer are
+    spread as the parameters they belong to.
 
     Args:
       tree: any pytree of arrays or ``ShapeDtypeStruct``.
@@ -183,6 +184,10 @@ def tree_shardings(
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
         names = [k.name for k in path if hasattr(k, "name")]
         names = [n for n in names if n in logical_axes]
+        where = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        names += [
+            n for n in logical_axes if "/" in n and where.endswith("/" + n)
+        ]
         if not names or len(logical_axes[names[-1]]) != leaf.ndim:
             return NamedSharding(mesh, PartitionSpec())
         axes = logical_axes[names[-1]]

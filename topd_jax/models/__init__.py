@@ -6,23 +6,28 @@ from topd_jax.models.decoder import (
     Decoder,
     cast,
     causal_mask,
+    in_compute_dtype,
     init_decoder,
     unembed,
 )
 from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
 from topd_jax.models.parameters import parameter_table
+from topd_jax.models.protocol import LanguageModel, from_function
 from topd_jax.models.weights import drop_layers, fingerprint
 
 __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "LanguageModel",
     "RopeScaling",
     "cast",
     "causal_mask",
     "drop_layers",
     "fingerprint",
+    "from_function",
+    "in_compute_dtype",
     "init_decoder",
     "load",
     "parameter_table",

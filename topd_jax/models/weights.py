@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +225,7 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
     return Decoder(model.config.keep_layers(keep), arrays)
 
 
-def fingerprint(model: Decoder) -> str:
+def fingerprint(model: Any) -> str:
     """A hash of a decoder's config and of every bit of its parameters.
 
     Each element's bits are mixed with its index and added up as integers
@@ -234,22 +234,28 @@ def fingerprint(model: Decoder) -> str:
     at their default: one that is added later changes no fingerprint.
 
     Args:
-      model: any decoder.
+      model: any decoder; of another model the parameters alone are hashed,
+        by the path of each in the pytree, and not the function.
 
     Returns:
       64 hexadecimal digits.
     """
-    config = model.config
-    fields = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in ("remat", "unroll")
-        and getattr(config, field.name) != field.default
-    }
+    fields, arrays = {}, {}
+    if isinstance(model, Decoder):
+        config, arrays = model.config, model.arrays
+        fields = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if field.name not in ("remat", "unroll")
+            and getattr(config, field.name) != field.default
+        }
+    else:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+            arrays[jax.tree_util.keystr(path)] = leaf
     digest = hashlib.sha256(
         json.dumps(fields, sort_keys=True, default=vars).encode()
     )
-    for name, array in sorted(model.arrays.items()):
+    for name, array in sorted(arrays.items()):
         sums = np.asarray(_bit_sums(array), np.uint32)
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(sums.astype("<u4").tobytes())
@@ -258,7 +264,7 @@ def fingerprint(model: Decoder) -> str:
 
 @jax.jit
 def _bit_sums(x: jax.Array) -> jax.Array:
-    wide = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    wide = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
