@@ -31,7 +31,7 @@ def words(params):
 def init_params(seed: int):
     ids = jnp.zeros((1, 2), jnp.int32)
     mask = jnp.ones((1, 2, 2), bool)
-    return Foreign().init(jax.random.key(seed), ids, ids, mask)
+    return jax.jit(Foreign().init)(jax.random.key(seed), ids, ids, mask)
 
 
 def make_foreign(seed: int = 0, **options):

@@ -167,6 +167,9 @@ def with_models(
 ) -> Pair:
     """A pair with other models: any :class:`~topd_jax.models.LanguageModel`.
 
+    A run's settings still name the models that were replaced, so the command
+    line cannot read such a run: resume it with the same pair.
+
     Args:
       pair: whose tokenizer, prompts and mesh are kept.
       student: the model that learns, or None to keep it.
