@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     # The model that learns.
     config.student = ConfigDict()
     # "world"; a Hugging Face directory or hub name; a .gguf file;
-    # "package:NAME" for the GGUF file that an installed package carries.
+    # "package:NAME" for the GGUF file that an installed package carries; or
+    # a run's work directory (its student's latest checkpoint; WORKDIR/best,
+    # or WORKDIR/checkpoints/STEP).
     config.student.source = "world"
     config.student.keep_layers = ()  # indices of layers kept; () keeps all
     config.student.dtype = "float32"  # compute: float32 or bfloat16 (paper)

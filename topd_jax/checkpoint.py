@@ -2,7 +2,9 @@
 
 A checkpoint holds the train state (student, optimizer, step), the run's PRNG
 key, the position in the data, and a record of what it belongs to: the
-settings and the fingerprint of the teacher. The teacher itself is never saved.
+settings, the fingerprint of the teacher and the student's shape, by which
+other runs load it (:mod:`topd_jax.models.runs`). The teacher itself is never
+saved.
 """
 
 import json
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from topd_jax.models import DecoderConfig
 from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, flat
 
 # Settings that may differ between a run and its continuation: they change
@@ -110,7 +113,10 @@ class Checkpoints:
 
 
 def record(
-    settings: Settings, teacher: str, position: dict[str, Any]
+    settings: Settings,
+    teacher: str,
+    position: dict[str, Any],
+    student: DecoderConfig,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
@@ -118,6 +124,7 @@ def record(
       settings: of the run.
       teacher: the teacher's fingerprint.
       position: the data iterator's state, JSON-able.
+      student: its shape, so that others can load it from here.
 
     Returns:
       A JSON-able dictionary.
@@ -126,6 +133,7 @@ def record(
         "settings": settings.to_dict(),
         "teacher": teacher,
         "data": position,
+        "student": student.to_dict(),
     }
 
 

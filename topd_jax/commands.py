@@ -19,10 +19,6 @@ from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
 
 _FOLDERS = {"latest": "checkpoints", "best": "best", "start": ""}
-# What SentencePieceTokenizer.chat does, for those who read the export.
-_WORLD_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-)
 
 
 def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -333,6 +329,5 @@ def export(
     }
     save_model(student, output, tokenizer=pair.hub_tokenizer, extra=ids)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        tokenizer.save(output / "tokenizer.model")
-        (output / "chat_template.jinja").write_text(_WORLD_TEMPLATE)
+        tokenizer.save_pretrained(output)
     return {"output": str(output), "step": step}

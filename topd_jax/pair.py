@@ -16,6 +16,7 @@ from topd_jax.data import sources, world
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import (
     HuggingFaceTokenizer,
+    SentencePieceTokenizer,
     Tokenizer,
     check_model,
     require_same_vocabulary,
@@ -136,7 +137,9 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         source = paths[name] if model.source == "world" else model.source
         models[name], own = _load(model, source, mesh)
         tokenizers[name], owned[name] = tokenizer, own
-        if own is not None:
+        if isinstance(own, SentencePieceTokenizer):
+            tokenizers[name], owned[name] = own, None
+        elif own is not None:
             tokenizers[name] = HuggingFaceTokenizer(own)
     tokenizer = _common_tokenizer(tokenizers, models)
     encoded, validation, test = (

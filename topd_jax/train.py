@@ -20,6 +20,7 @@ from topd_jax import checkpoint, processes, sharding
 from topd_jax.distill import TrainState, init_state
 from topd_jax.evaluate import Evaluator
 from topd_jax.logs import Logs
+from topd_jax.models import runs
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings
@@ -82,9 +83,9 @@ class Run:
         self.key = jax.random.key(settings.seed)
         self.state = initial_state(pair, self.optimizer)
         self.checkpoints = checkpoint.Checkpoints(
-            workdir / "checkpoints", settings.checkpoint.keep
+            workdir / runs.LATEST, settings.checkpoint.keep
         )
-        self.best = checkpoint.Checkpoints(workdir / "best", 1)
+        self.best = checkpoint.Checkpoints(workdir / runs.BEST, 1)
         found = self.checkpoints.latest()
         self.step = 0 if found is None else self._resume(found)
         self.logs = Logs(
@@ -94,13 +95,16 @@ class Run:
         )
         self.evaluator = Evaluator(settings, pair)
         if processes.is_first():
-            (workdir / "settings.json").write_text(
+            (workdir / runs.SETTINGS).write_text(
                 json.dumps(settings.to_dict(), indent=1)
             )
+            # So that the run can be the source of another one.
+            tokenizer = pair.hub_tokenizer or pair.tokenizer
+            tokenizer.save_pretrained(workdir / runs.TOKENIZER)
 
     def _resume(self, step: int) -> int:
         found = self.checkpoints.record(step)
-        where = str(self.workdir / "checkpoints")
+        where = str(self.workdir / runs.LATEST)
         checkpoint.require_same_run(
             found, self.settings, self.pair.teacher_fingerprint, where
         )
@@ -211,6 +215,7 @@ class Run:
                 self.settings,
                 self.pair.teacher_fingerprint,
                 self.data.get_state(),
+                self.state.student.config,
             ),
         )
 

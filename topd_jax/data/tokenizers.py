@@ -54,6 +54,12 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece model with explicit pad, bos, eos and unk ids 0..3."""
 
+    FILE = "tokenizer.model"
+    # What :meth:`chat` does, for those who read a directory.
+    _TEMPLATE = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+
     def __init__(self, model: bytes) -> None:
         """Wraps a serialised model; see :meth:`train` and :meth:`load`."""
         self.model = model
@@ -125,6 +131,13 @@ class SentencePieceTokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the model file; :meth:`load` reads it back."""
         pathlib.Path(path).write_bytes(self.model)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes the model file and the chat template into a directory."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.save(directory / self.FILE)
+        (directory / "chat_template.jinja").write_text(self._TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special ids added."""
