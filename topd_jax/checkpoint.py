@@ -116,7 +116,7 @@ def record(
     settings: Settings,
     teacher: str,
     position: dict[str, Any],
-    student: DecoderConfig,
+    student: DecoderConfig | None,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
@@ -124,17 +124,18 @@ def record(
       settings: of the run.
       teacher: the teacher's fingerprint.
       position: the data iterator's state, JSON-able.
-      student: its shape, so that others can load it from here.
+      student: its shape, so that others can load it from here; None for a
+        student that is no decoder.
 
     Returns:
       A JSON-able dictionary.
     """
+    shape = {} if student is None else {"student": student.to_dict()}
     return {
         "settings": settings.to_dict(),
         "teacher": teacher,
         "data": position,
-        "student": student.to_dict(),
-    }
+    } | shape
 
 
 def require_same_run(

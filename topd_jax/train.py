@@ -215,7 +215,7 @@ class Run:
                 self.settings,
                 self.pair.teacher_fingerprint,
                 self.data.get_state(),
-                self.state.student.config,
+                getattr(self.state.student, "config", None),
             ),
         )
 
