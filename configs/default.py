@@ -34,6 +34,11 @@ def get_config() -> ConfigDict:
     config.student.remat = "none"  # none, dots or full: recompute layers
     config.student.unroll = 1  # layers unrolled in the scan
 
+    # "int8" or "int4": large matrices kept as integers, frozen (teacher only).
+    config.student.quantize = ""
+    # Inputs that share a scale; 0: all of them in int8, 32 in int4 (ours).
+    config.student.quantize_tile = 0
+
     # The frozen model that scores; the same keys.
     config.teacher = config.student.copy_and_resolve_references()
 

@@ -23,6 +23,7 @@ from topd_jax.data.tokenizers import (
 )
 from topd_jax.data.world_models import world_models
 from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.models.quantize import quantizer
 from topd_jax.settings import ModelSettings, Settings
 from topd_jax.types import Prompts
 
@@ -208,6 +209,7 @@ def _load(
         remat=settings.remat,
         unroll=settings.unroll,
         mesh=mesh,
+        finish=quantizer(settings.quantize, settings.quantize_tile),
     )
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 
+from topd_jax.models.quantize import check_quantized
 from topd_jax.objective import Objective
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
@@ -41,6 +42,8 @@ class ModelSettings:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    quantize: str = ""
+    quantize_tile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +228,14 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
+        for name in ("student", "teacher"):
+            model = getattr(self, name)
+            check_quantized(name, model.quantize, model.quantize_tile)
+        if self.student.quantize:
+            raise ValueError(
+                f"student.quantize={self.student.quantize!r} would freeze what "
+                "is to learn; quantise the teacher, teacher.quantize"
+            )
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(

@@ -14,6 +14,7 @@ from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
 from topd_jax.models.parameters import parameter_table
 from topd_jax.models.protocol import LanguageModel, from_function
+from topd_jax.models.quantize import dequantize, quantize
 from topd_jax.models.weights import drop_layers, fingerprint
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RopeScaling",
     "cast",
     "causal_mask",
+    "dequantize",
     "drop_layers",
     "fingerprint",
     "from_function",
@@ -31,6 +33,7 @@ __all__ = [
     "init_decoder",
     "load",
     "parameter_table",
+    "quantize",
     "save_model",
     "unembed",
 ]
