@@ -20,7 +20,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from topd_jax.settings import settings_from, unknown_key
+from topd_jax.sections import unknown_key
+from topd_jax.settings import settings_from
 
 USAGE = """\
 topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
