@@ -123,7 +123,7 @@ def record(
     settings: Settings,
     teacher: str | dict[str, str],
     position: dict[str, Any],
-    student: DecoderConfig,
+    student: DecoderConfig | None,
     *,
     frozen: str = "",
 ) -> dict[str, Any]:
@@ -133,19 +133,20 @@ def record(
       settings: of the run.
       teacher: the teacher's fingerprint; of several, name -> fingerprint.
       position: the data iterator's state, JSON-able.
-      student: its shape, so that others can load it from here.
+      student: its shape, so that others can load it from here; None for a
+        student that is no decoder.
       frozen: fingerprint of what the student does not train; "": nothing.
 
     Returns:
       A JSON-able dictionary.
     """
+    shape = {} if student is None else {"student": student.to_dict()}
     return {
         "settings": settings.to_dict(),
         "teacher": teacher,
         "frozen": frozen,
         "data": position,
-        "student": student.to_dict(),
-    }
+    } | shape
 
 
 def require_same_run(

@@ -14,7 +14,7 @@ import optax
 from topd_jax.distill import TrainState, annotate, update
 from topd_jax.evaluate import make_statistics
 from topd_jax.head import Head
-from topd_jax.models.decoder import cast
+from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.models.lora import merge_lora
 from topd_jax.packed import annotate_packed, packed_metrics
 from topd_jax.sampling import rollout
@@ -100,7 +100,7 @@ def make_phases(
         model: Any, prompts: Any, key: jax.Array, shared: int
     ) -> Trajectories:
         return rollout(
-            cast(merge_lora(model), model.config.dtype),
+            in_compute_dtype(merge_lora(model)),
             prompts,
             key,
             max_new_tokens=writer.max_new_tokens,

@@ -235,7 +235,7 @@ class Run:
                 self.settings,
                 self.pair.teacher_fingerprint,
                 self.data.get_state(),
-                self.student.config,
+                getattr(self.student, "config", None),
                 frozen=self.pair.frozen_fingerprint,
             ),
         )

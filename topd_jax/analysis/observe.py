@@ -20,7 +20,7 @@ from topd_jax.data.prompts import (
     ordered_batches,
 )
 from topd_jax.data.sources import Record
-from topd_jax.models.decoder import cast
+from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
@@ -83,7 +83,7 @@ def observe(
     @jax.jit
     def write(student: Any, prompts: Any, key: jax.Array) -> Trajectories:
         return rollout(
-            cast(student, student.config.dtype), prompts, key,
+            in_compute_dtype(student), prompts, key,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature, top_p=options.top_p,
             top_k=options.top_k, eos_ids=eos_ids, pad_id=pad_id,

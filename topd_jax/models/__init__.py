@@ -6,6 +6,7 @@ from topd_jax.models.decoder import (
     Decoder,
     cast,
     causal_mask,
+    in_compute_dtype,
     init_decoder,
     unembed,
 )
@@ -15,6 +16,7 @@ from topd_jax.models.loading import load
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.parameters import parameter_table
 from topd_jax.models.peft_files import load_adapter, save_adapter
+from topd_jax.models.protocol import LanguageModel, from_function
 from topd_jax.models.quantize import dequantize, quantize
 from topd_jax.models.weights import drop_layers, fingerprint
 
@@ -23,6 +25,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Description",
+    "LanguageModel",
     "Lora",
     "RopeScaling",
     "add_lora",
@@ -33,6 +36,8 @@ __all__ = [
     "drop_layers",
     "end_ids",
     "fingerprint",
+    "from_function",
+    "in_compute_dtype",
     "init_decoder",
     "load",
     "load_adapter",

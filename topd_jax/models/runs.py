@@ -177,8 +177,9 @@ def _config(
     if "student" not in found:
         raise ValueError(
             f"the checkpoint {where} was written before checkpoints named "
-            "their student's shape; write it out with the settings of its "
-            "run (topd export ... --output DIRECTORY) and give that directory"
+            "their student's shape, or its student is no decoder; a decoder "
+            "is written out with the settings of its run (topd export ... "
+            "--output DIRECTORY): give that directory"
         )
     return DecoderConfig.from_dict(found["student"])
 
