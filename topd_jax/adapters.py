@@ -13,12 +13,14 @@ if TYPE_CHECKING:  # settings import this file, for check_settings
     from topd_jax.settings import ModelSettings
 
 
-def check_settings(student: "ModelSettings", teacher: "ModelSettings") -> None:
+def check_settings(
+    student: "ModelSettings", *teachers: "ModelSettings"
+) -> None:
     """Refuses settings of adapters that mean nothing.
 
     Args:
       student: its settings.
-      teacher: its settings.
+      *teachers: the settings of each.
 
     Raises:
       ValueError: by name.
@@ -38,7 +40,9 @@ def check_settings(student: "ModelSettings", teacher: "ModelSettings") -> None:
             f"student.lora_targets={student.lora_targets!r}; 0 trains the "
             "whole student"
         )
-    if teacher.lora_rank:
+    for teacher in teachers:
+        if not teacher.lora_rank:
+            continue
         raise ValueError(
             f"teacher.lora_rank={teacher.lora_rank} must be 0: the teacher "
             "learns nothing; teacher.adapter merges a trained one into it"

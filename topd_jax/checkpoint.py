@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from topd_jax.models import DecoderConfig
-from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, flat
+from topd_jax.settings import EVAL_ONLY, Settings, defaults_of, flat
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
@@ -114,7 +114,7 @@ class Checkpoints:
 
 def record(
     settings: Settings,
-    teacher: str,
+    teacher: str | dict[str, str],
     position: dict[str, Any],
     student: DecoderConfig,
     *,
@@ -124,7 +124,7 @@ def record(
 
     Args:
       settings: of the run.
-      teacher: the teacher's fingerprint.
+      teacher: the teacher's fingerprint; of several, name -> fingerprint.
       position: the data iterator's state, JSON-able.
       student: its shape, so that others can load it from here.
       frozen: fingerprint of what the student does not train; "": nothing.
@@ -144,7 +144,7 @@ def record(
 def require_same_run(
     found: dict[str, Any],
     settings: Settings,
-    teacher: str,
+    teacher: str | dict[str, str],
     where: str,
     *,
     frozen: str = "",
@@ -155,7 +155,7 @@ def require_same_run(
     Args:
       found: the record of the checkpoint.
       settings: of the run that wants to continue it.
-      teacher: fingerprint of its teacher.
+      teacher: fingerprint of its teacher; of several, name -> fingerprint.
       where: the checkpoint's directory, for the error.
       frozen: fingerprint of what its student does not train.
       free: sections that may differ besides those that change nothing: a
@@ -167,7 +167,7 @@ def require_same_run(
     """
     out = "; use another --workdir, or the settings it was started with"
     # A setting that is younger than the checkpoint was at its default there.
-    before = DEFAULTS | flat(found["settings"])
+    before = defaults_of(settings.to_dict()) | flat(found["settings"])
     now = flat(settings.to_dict())
     differing = [
         f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
@@ -182,11 +182,19 @@ def require_same_run(
             f"the checkpoint in {where} belongs to a run with other settings "
             f"({'; '.join(differing)}){out}"
         )
-    if found["teacher"] != teacher:
-        raise ValueError(
-            f"the checkpoint in {where} was made with another teacher "
-            f"(fingerprint {found['teacher']} there, {teacher} here){out}"
-        )
+    # The settings agree, and with them the names of several teachers.
+    there, here = (
+        t if isinstance(t, dict) else {"": t}
+        for t in (found["teacher"], teacher)
+    )
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"the checkpoint in {where} was made with another teacher "
+                + (f"{name!r} " if name else "")
+                + f"(fingerprint {there.get(name)} there, {here.get(name)} "
+                f"here){out}"
+            )
     # Before there were adapters everything was trained.
     before = found.get("frozen", "")
     if before != frozen:

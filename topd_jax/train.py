@@ -25,6 +25,7 @@ from topd_jax.models.lora import join, split
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings
+from topd_jax.teachers import Teachers
 from topd_jax.types import Trajectories
 
 
@@ -237,13 +238,20 @@ class Run:
     def _log_completions(self, trajectories: Trajectories) -> None:
         rows = processes.on_host(trajectories)
         decode = self.pair.tokenizer.decode
-        for i in range(min(self.settings.log.completions, len(rows.tokens))):
+        size, names = len(rows.tokens), None
+        wanted = range(min(self.settings.log.completions, size))
+        if isinstance(self.pair.teacher, Teachers):
+            # Rows are ordered by teacher: from all over the batch, then.
+            wanted = [i * size // len(wanted) for i in wanted]
+            names = self.pair.teacher.row_names(size)
+        for i in wanted:
             prompt = rows.prompt[i][rows.prompt_mask[i]].tolist()
             tokens = rows.tokens[i][rows.mask[i]].tolist()
             self.logs.write(
                 "completions",
                 {
                     "step": self.step,
+                    **({"teacher": names[i]} if names else {}),
                     "prompt": decode(prompt),
                     "completion": decode(tokens),
                     "truncated": bool(rows.truncated[i]),

@@ -325,9 +325,17 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def require_same_vocabulary(
-    student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
+    student_tokenizer: Tokenizer,
+    teacher_tokenizer: Tokenizer,
+    *,
+    names: tuple[str, str] = ("student", "teacher"),
 ) -> None:
     """Refuses a teacher and a student whose ids mean different things.
+
+    Args:
+      student_tokenizer: of the one.
+      teacher_tokenizer: of the other.
+      names: what to call them in the error.
 
     Raises:
       ValueError: naming the first differing ids and what each side calls
@@ -344,7 +352,7 @@ def require_same_vocabulary(
         return
     if differing:
         what = (
-            f"{len(differing)} ids differ, first (id: student / teacher) "
+            f"{len(differing)} ids differ, first (id: {' / '.join(names)}) "
             + ", ".join(differing[:3])
         )
     else:
@@ -352,7 +360,7 @@ def require_same_vocabulary(
         longer = student if len(student) > len(teacher) else teacher
         what = f"only one has ids from {shorter}: {longer[shorter]!r} on"
     raise ValueError(
-        f"student and teacher have different vocabularies ({len(student)} "
+        f"{' and '.join(names)} have different vocabularies ({len(student)} "
         f"and {len(teacher)} ids): {what}. Their probabilities cannot be "
         "compared id by id; choose a pair that shares one tokenizer"
     )

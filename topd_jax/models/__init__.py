@@ -14,6 +14,7 @@ from topd_jax.models.loading import load
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.parameters import parameter_table
 from topd_jax.models.peft_files import load_adapter, save_adapter
+from topd_jax.models.quantize import dequantize, quantize
 from topd_jax.models.weights import drop_layers, fingerprint
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "add_lora",
     "cast",
     "causal_mask",
+    "dequantize",
     "drop_layers",
     "fingerprint",
     "init_decoder",
@@ -32,6 +34,7 @@ __all__ = [
     "load_adapter",
     "merge_lora",
     "parameter_table",
+    "quantize",
     "save_adapter",
     "save_model",
     "unembed",

@@ -29,6 +29,7 @@ from topd_jax.models.huggingface import (
     read_json,
 )
 from topd_jax.models.lora import merge_lora
+from topd_jax.models.quantize import require_floats
 from topd_jax.models.weights import disassemble, file_tensors
 
 if TYPE_CHECKING:
@@ -75,11 +76,12 @@ def save_model(
       The directory.
 
     Raises:
-      ValueError: for a family or field that does not fit, or a destination
-        that is not free.
+      ValueError: for a family or field that does not fit, a quantised model,
+        or a destination that is not free.
       OSError: where the disk is full or refuses; nothing has changed then.
     """
     model = merge_lora(model)
+    require_floats(model, "export")
     target = Path(directory).resolve()
     check_free(target, overwrite)
     inherited = _inherited(tokenizer, source)

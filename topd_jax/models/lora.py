@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from topd_jax.models.config import Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.parameters import LORA_A, LORA_B, parameter_table
+from topd_jax.models.quantize import is_quantized
 from topd_jax.models.weights import fingerprint
 from topd_jax.sharding import RULES, Rules, named
 
@@ -151,10 +152,11 @@ def merge_lora(model: Any, *, donate: bool = False) -> Any:
         copy of them is ever held; not inside a jitted function.
 
     Returns:
-      A decoder without adapters; ``model`` itself where it has none.
+      A decoder without adapters; ``model`` itself where it has none, or has
+      them beside quantised matrices, which hold no sum.
     """
     adapters, base = split(model)
-    if base is None:
+    if base is None or any(map(is_quantized, base.arrays.values())):
         return model
     arrays, low = base.arrays, adapters.arrays
     for name in adapters.lora.targets:

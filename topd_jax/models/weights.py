@@ -9,8 +9,8 @@ never holds two copies of a model.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -252,11 +252,16 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
             rows = [i for i, layer in enumerate(owners) if layer in keep]
             if not rows:  # no layer of this kind is left
                 continue
-            part = array[np.asarray(rows)]
+            kept = np.asarray(rows)
+            arrays[name] = _each(lambda x, i=kept: x[i], array)
         else:
-            part = jnp.copy(array)
-        arrays[name] = jax.device_put(part, array.sharding)
+            arrays[name] = _each(jnp.copy, array)
     return Decoder(model.config.keep_layers(keep), arrays)
+
+
+def _each(cut: Callable[[jax.Array], jax.Array], array: Any) -> Any:
+    """Cuts an array, or both arrays of a quantised matrix, where they are."""
+    return jax.tree.map(lambda x: jax.device_put(cut(x), x.sharding), array)
 
 
 def fingerprint(model: Decoder) -> str:
@@ -283,16 +288,22 @@ def fingerprint(model: Decoder) -> str:
     digest = hashlib.sha256(
         json.dumps(fields, sort_keys=True, default=vars).encode()
     )
-    for name, array in sorted(model.arrays.items()):
-        sums = np.asarray(_bit_sums(array), np.uint32)
-        digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(sums.astype("<u4").tobytes())
+    for name in sorted(model.arrays):
+        leaves = jax.tree_util.tree_leaves_with_path(model.arrays[name])
+        for path, x in leaves:  # a quantised matrix is two arrays
+            sums = np.asarray(_bit_sums(x), np.uint32)
+            label = name + jax.tree_util.keystr(path)
+            digest.update(f"{label}{x.shape}{x.dtype}".encode())
+            digest.update(sums.astype("<u4").tobytes())
     return digest.hexdigest()
 
 
 @jax.jit
 def _bit_sums(x: jax.Array) -> jax.Array:
-    wide = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    if x.dtype == jnp.int4:
+        x = x.astype(jnp.int8)
+    sizes = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    wide = sizes[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
