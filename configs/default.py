@@ -72,6 +72,10 @@ def get_config() -> ConfigDict:
     config.data.samples = 1  # rollouts a prompt (paper, App. B: 4)
     config.data.max_prompt_length = 16  # tokens (paper, App. B: 800)
     config.data.on_long_prompt = "error"  # error or skip
+    # Passed to the chat template as enable_thinking; None passes nothing.
+    config.data.thinking = config_dict.placeholder(bool)
+    # Ids that end a completion, beside those of tokenizer and models.
+    config.data.end_ids = ()
     config.data.held_out = 64  # prompts set aside without eval_path
 
     # The student's rollouts.
@@ -139,6 +143,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 300
     config.train.max_skipped = 10  # non-finite updates before giving up
+    config.train.preflight = True  # topd doctor before the first step
 
     # Intervals in steps.
     config.log = ConfigDict()

@@ -130,8 +130,7 @@ def main() -> None:
         for shape in MESHES:
             mesh = sharding.make_mesh(*shape)
             for accumulate in (1, 2) if shape == (2, 2, 2) else (1,):
-                found = run(mesh, objective, accumulate)
-                assert_same(expected, found)
+                assert_same(expected, run(mesh, objective, accumulate))
                 print(f"same on {shape}, {context}, {accumulate}", flush=True)
     objective, lora = Objective(variant="opd"), Lora(4, 8.0, LORA_TARGETS)
     mesh = sharding.make_mesh(2, 2, 2)

@@ -15,7 +15,8 @@ from topd_jax import train as training
 from topd_jax.adapters import adapt
 from topd_jax.logs import read_jsonl
 from topd_jax.models import DecoderConfig, load, load_adapter, merge_lora
-from topd_jax.models.lora import split
+from topd_jax.models.lora import frozen_fingerprint, split
+from topd_jax.models.quantize import is_quantized
 from topd_jax.pair import load_pair
 from topd_jax.settings import ModelSettings, settings_from
 
@@ -119,6 +120,25 @@ def test_adapters_go_out_and_in(finished, student, settings, tmp_path):
     merged = tmp_path / "merged"
     commands.export(settings, finished, "latest", merged)
     assert_equal(arrays(load(merged)[0]), arrays(merge_lora(student)))
+
+
+def test_adapters_learn_beside_a_quantised_base(settings, tmp_path):
+    small = changed(settings, "student", quantize="int8")
+    small = changed(small, "train", steps=2)
+    training.train(small, tmp_path)
+    pair = load_pair(small, tmp_path)
+    student, _ = commands.load_student(small, tmp_path, pair, "latest")
+    assert is_quantized(student.arrays["q"])
+    assert frozen_fingerprint(student) == pair.frozen_fingerprint
+    assert student.arrays["q_lora_b"].any()  # it starts at zero
+    assert merge_lora(student) is student  # samples with them beside it
+    out = tmp_path / "adapter"
+    commands.export(small, tmp_path, "latest", out, adapter=True)
+    base, _ = load(pair.student_source, unroll=1)
+    found = split(load_adapter(base, out))[0]
+    assert_equal(arrays(found), arrays(split(student)[0]))
+    with pytest.raises(ValueError, match="cannot export a quantised model"):
+        commands.export(small, tmp_path, "latest", tmp_path / "whole")
 
 
 def test_a_run_of_adapters_is_no_whole_model(finished, student):

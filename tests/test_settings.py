@@ -12,7 +12,7 @@ from topd_jax.configs import default
 
 from topd_jax import configs
 from topd_jax.objective import Objective
-from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, settings_from
+from topd_jax.settings import DEFAULTS, NO_IDENTITY, Settings, settings_from
 
 SHIPPED = sorted(
     p.stem
@@ -202,17 +202,17 @@ def changed(section: object, path: tuple[str, ...], value: object) -> object:
 def test_the_fingerprint_changes_with_any_setting():
     settings = settings_from(small_config())
     prints = {settings.fingerprint()}
-    eval_only = [("eval", name) for name in EVAL_ONLY]
+    free = [tuple(name.split(".")) for name in NO_IDENTITY]
     count = 1
     for path, _ in leaves(settings):
-        if path in eval_only:
+        if path in free:
             continue
         prints.add(changed(settings, path, "another").fingerprint())
         count += 1
         assert len(prints) == count, path
     assert count > 80
     assert settings_from(small_config()).fingerprint() in prints
-    for path in eval_only:
+    for path in free:
         assert changed(settings, path, "another").fingerprint() in prints
 
 

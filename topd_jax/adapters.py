@@ -1,5 +1,6 @@
 """The adapters that the settings ask for, beside a model that was loaded."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
@@ -14,13 +15,13 @@ if TYPE_CHECKING:  # settings import this file, for check_settings
 
 
 def check_settings(
-    student: "ModelSettings", *teachers: "ModelSettings"
+    student: "ModelSettings", teachers: Mapping[str, "ModelSettings"]
 ) -> None:
     """Refuses settings of adapters that mean nothing.
 
     Args:
       student: its settings.
-      *teachers: the settings of each.
+      teachers: section of the config -> settings of a teacher.
 
     Raises:
       ValueError: by name.
@@ -40,13 +41,26 @@ def check_settings(
             f"student.lora_targets={student.lora_targets!r}; 0 trains the "
             "whole student"
         )
-    for teacher in teachers:
-        if not teacher.lora_rank:
-            continue
+    if student.quantize and not (student.lora_rank or student.adapter):
         raise ValueError(
-            f"teacher.lora_rank={teacher.lora_rank} must be 0: the teacher "
-            "learns nothing; teacher.adapter merges a trained one into it"
+            f"student.quantize={student.quantize!r} would freeze what is to "
+            "learn; give it adapters (student.lora_rank), or quantise the "
+            "teacher (teacher.quantize)"
         )
+    for section, teacher in teachers.items():
+        if teacher.lora_rank:
+            raise ValueError(
+                f"{section}.lora_rank={teacher.lora_rank} must be 0: a teacher "
+                f"learns nothing; {section}.adapter merges a trained one into "
+                "it"
+            )
+        if teacher.adapter and teacher.quantize:
+            raise ValueError(
+                f"{section}.adapter={teacher.adapter!r} cannot be merged into "
+                f"{section}.quantize={teacher.quantize!r} matrices; leave one "
+                "out, or merge it with peft (merge_and_unload, "
+                "save_pretrained) and give the merged model"
+            )
 
 
 def adapt(

@@ -16,13 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from topd_jax.models import DecoderConfig
-from topd_jax.settings import EVAL_ONLY, Settings, defaults_of, flat
+from topd_jax.settings import NO_IDENTITY, Settings, defaults_of, flat
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
 _FREE = (
     *("log", "checkpoint", "sweep", "world.cache"),
-    *(f"eval.{name}" for name in EVAL_ONLY),
+    *NO_IDENTITY,
 )
 
 
@@ -110,6 +110,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
+
+
+def has_steps(directory: pathlib.Path) -> bool:
+    """Whether a directory holds a complete checkpoint."""
+    # One that is being written has a longer name.
+    return any(p.name.isdigit() for p in directory.glob("*"))
 
 
 def record(

@@ -13,6 +13,8 @@ from topd_jax import train as training
 from topd_jax.adapters import require_adapter
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.doctor.examine import examine
+from topd_jax.doctor.findings import Finding
 from topd_jax.models import save_model
 from topd_jax.models.lora import join, split
 from topd_jax.models.peft_files import save_adapter
@@ -50,6 +52,19 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     return sweeps.sweep(settings, workdir)
 
 
+def doctor(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
+    """Looks whether a run's parts fit, and changes nothing.
+
+    Args:
+      settings: of the run.
+      workdir: of the run; the tiny world's models are made there.
+
+    Returns:
+      The findings.
+    """
+    return examine(settings, workdir)
+
+
 def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
     """Refuses a run without a checkpoint, before any model is made.
 
@@ -61,9 +76,7 @@ def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
       ValueError: naming the directory and the ways out.
     """
     where = workdir / _FOLDERS[which]
-    # One that is being written has a longer name.
-    steps = [p for p in where.glob("*") if p.name.isdigit()]
-    if which != "start" and not steps:
+    if which != "start" and not checkpoint.has_steps(where):
         raise ValueError(
             f"no checkpoint in {where}; train first, or say --which start"
         )

@@ -30,9 +30,9 @@ from topd_jax.data.tokenizers import (
     require_same_vocabulary,
 )
 from topd_jax.data.world_models import world_models
-from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.models import drop_layers, end_ids, fingerprint, load
 from topd_jax.models.lora import frozen_fingerprint
-from topd_jax.models.quantize import quantize, quantizer
+from topd_jax.models.quantize import quantizer
 from topd_jax.settings import ModelSettings, Settings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
@@ -62,7 +62,8 @@ class Pair:
       final_answer: completion -> the answer it gives, for votes; "" for none.
       teacher_fingerprint: hash of the teacher's config and parameters; of
         several, name -> hash.
-      frozen_fingerprint: of what the student does not train; "": nothing.
+      frozen_fingerprint: hash of what the student does not train; "" where
+        it trains everything.
       student_source: where the student was read: a path or a hub name.
     """
 
@@ -166,14 +167,12 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     # What is cheap to refuse comes before models are trained or read.
-    _check_rows(settings, mesh)
-    parts = _records(settings)
-    shares = _shares(settings, parts, mesh)
+    for section in ("data", "eval"):
+        check_rows(settings, mesh, section)
+    parts = read_records(settings)
+    shares = teacher_shares(settings, parts, mesh)
     paths, tokenizer = {}, None
-    teachers = {_ONLY: settings.teacher}
-    if settings.teachers:
-        teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
-    names = {"student": settings.student} | teachers
+    names = model_settings(settings)
     if any(m.source == "world" for m in names.values()):
         where = settings.world.cache or str(workdir / "world")
         teacher_path, student_path, tokenizer = world_models(
@@ -181,6 +180,7 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         )
         paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
     models, tokenizers, owned = {}, {}, {}
+    options = tokenizer_options(settings)
     for name, model in names.items():
         source = paths[name] if model.source == "world" else model.source
         models[name], own = _load(model, source, mesh, name == "student")
@@ -188,7 +188,7 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         if isinstance(own, SentencePieceTokenizer):
             tokenizers[name], owned[name] = own, None
         elif own is not None:
-            tokenizers[name] = HuggingFaceTokenizer(own)
+            tokenizers[name] = HuggingFaceTokenizer(own, **options)
     tokenizer = _common_tokenizer(tokenizers, models)
     encoded, validation, test = (
         prompt_data.encode_prompts(
@@ -216,13 +216,35 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     )
 
 
+def model_settings(settings: Settings) -> dict[str, ModelSettings]:
+    """Section of the config -> its model: the student, then every teacher."""
+    teachers = {_ONLY: settings.teacher}
+    if settings.teachers:
+        teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
+    return {"student": settings.student} | teachers
+
+
+def tokenizer_options(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of a run's :class:`HuggingFaceTokenizer`.
+
+    A completion ends where any model's files would end it: the student learns
+    the teacher's ends.
+    """
+    ends: list[int] = []
+    for model in model_settings(settings).values():
+        ends += () if model.source == "world" else end_ids(model.source)
+    ends += settings.data.end_ids
+    thinking = settings.data.thinking
+    template = {} if thinking is None else {"enable_thinking": thinking}
+    return {"eos_ids": ends, "template_options": template}
+
+
 def _load(
     settings: ModelSettings,
     source: str | pathlib.Path,
     mesh: Mesh,
     train: bool,
 ) -> tuple[Any, Any]:
-    fewer = settings.quantize, settings.quantize_tile
     model, tokenizer = load(
         source,
         dtype=settings.dtype,
@@ -230,12 +252,9 @@ def _load(
         remat=settings.remat,
         unroll=settings.unroll,
         mesh=mesh,
-        # An adapter is merged into floats, which are quantised after that.
-        finish=None if settings.adapter else quantizer(*fewer),
+        finish=quantizer(settings.quantize, settings.quantize_tile),
     )
     model = adapt(model, settings, mesh, train=train)
-    if settings.adapter and settings.quantize:
-        model = quantize(model, *fewer)
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)
     return model, tokenizer
@@ -272,7 +291,7 @@ def _common_tokenizer(
     return tokenizer
 
 
-def _shares(
+def teacher_shares(
     settings: Settings, parts: Sequence[list[Record]], mesh: Mesh
 ) -> dict[str, int]:
     """How many prompts of each teacher a batch holds; {} for the only one."""
@@ -304,19 +323,27 @@ def _ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
 
 
-def _check_rows(settings: Settings, mesh: Mesh) -> None:
-    """Refuses batches that do not divide over the mesh."""
+def check_rows(settings: Settings, mesh: Mesh, section: str) -> None:
+    """Refuses batches that do not divide over the mesh.
+
+    Args:
+      settings: of the run.
+      mesh: of devices.
+      section: whose ``batch_size`` it is, "data" or "eval".
+
+    Raises:
+      ValueError: naming a size that does.
+    """
     ways = _ways(mesh)
-    for section in ("data", "eval"):
-        rows = getattr(settings, section).batch_size
-        if rows % ways:
-            raise ValueError(
-                f"{section}.batch_size={rows} must be divisible by the mesh's "
-                f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
-            )
+    rows = getattr(settings, section).batch_size
+    if rows % ways:
+        raise ValueError(
+            f"{section}.batch_size={rows} must be divisible by the mesh's "
+            f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
+        )
 
 
-def _records(settings: Settings) -> list[list[Record]]:
+def read_records(settings: Settings) -> list[list[Record]]:
     """Training, validation and test prompts."""
     data, options = settings.data, settings.eval
     if data.source == "world":

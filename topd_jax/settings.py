@@ -20,6 +20,8 @@ from topd_jax.sections import build
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
+# What may change without making it another run.
+NO_IDENTITY = (*(f"eval.{name}" for name in EVAL_ONLY), "train.preflight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +44,13 @@ class ModelSettings:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    quantize: str = ""
+    quantize_tile: int = 0
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ()
     lora_rank_stabilised: bool = False
     adapter: str = ""
-    quantize: str = ""
-    quantize_tile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class DataSettings:
     samples: int = 1
     max_prompt_length: int = 16
     on_long_prompt: str = "error"
+    thinking: bool | None = None
+    end_ids: tuple[int, ...] = ()
     held_out: int = 64
 
 
@@ -110,6 +114,7 @@ class TrainSettings:
 
     steps: int = 300
     max_skipped: int = 10
+    preflight: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,15 +242,11 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
-        check_settings(self.student, self.teacher, *self.teachers.values())
-        for name in ("student", "teacher"):
-            model = getattr(self, name)
+        teachers = {"teacher": self.teacher}
+        teachers |= {f"teachers.{n}": m for n, m in self.teachers.items()}
+        for name, model in ({"student": self.student} | teachers).items():
             check_quantized(name, model.quantize, model.quantize_tile)
-        if self.student.quantize:
-            raise ValueError(
-                f"student.quantize={self.student.quantize!r} would freeze what "
-                "is to learn; quantise the teacher, teacher.quantize"
-            )
+        check_settings(self.student, teachers)
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(
@@ -312,7 +313,7 @@ class Settings:
         values = {
             name: value
             for name, value in flat(self.to_dict()).items()
-            if name not in {f"eval.{n}" for n in EVAL_ONLY}
+            if name not in NO_IDENTITY
             and (name not in known or known[name] != value)
         }
         text = json.dumps(values, sort_keys=True)

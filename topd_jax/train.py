@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from topd_jax import checkpoint, processes, sharding
 from topd_jax.distill import TrainState, init_state
+from topd_jax.doctor import preflight
 from topd_jax.evaluate import Evaluator
 from topd_jax.logs import Logs
 from topd_jax.models import runs
@@ -318,8 +319,18 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
     Returns:
       The final evaluation, name -> number.
+
+    Raises:
+      ValueError: for what the preflight finds, before a fresh run begins.
     """
+    # A run that goes on has passed it.
+    fresh = not checkpoint.has_steps(workdir / "checkpoints")
+    looked = settings.train.preflight and fresh
+    if looked:
+        preflight.check_files(settings, workdir)
     pair = load_pair(settings, workdir)
+    if looked:
+        preflight.check_pair(settings, pair)
     with jax.set_mesh(pair.mesh):
         run = Run(settings, workdir, pair)
     return run.train()

@@ -9,6 +9,7 @@ from topd_jax.models.decoder import (
     init_decoder,
     unembed,
 )
+from topd_jax.models.description import Description, describe, end_ids
 from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
 from topd_jax.models.lora import add_lora, merge_lora
@@ -21,13 +22,16 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Description",
     "Lora",
     "RopeScaling",
     "add_lora",
     "cast",
     "causal_mask",
     "dequantize",
+    "describe",
     "drop_layers",
+    "end_ids",
     "fingerprint",
     "init_decoder",
     "load",

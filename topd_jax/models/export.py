@@ -80,8 +80,8 @@ def save_model(
         or a destination that is not free.
       OSError: where the disk is full or refuses; nothing has changed then.
     """
-    model = merge_lora(model)
     require_floats(model, "export")
+    model = merge_lora(model)
     target = Path(directory).resolve()
     check_free(target, overwrite)
     inherited = _inherited(tokenizer, source)

@@ -144,7 +144,8 @@ def merge_lora(model: Any, *, donate: bool = False) -> Any:
 
     Computed in float32, kept in W's dtype. Inside a jitted rollout this is
     made once, before the loop over tokens, and costs the memory of the linear
-    maps that have an adapter once more while the rollout lasts.
+    maps that have an adapter once more while the rollout lasts. Quantised
+    maps keep their adapters beside them: merged, they would be floats again.
 
     Args:
       model: any model.
@@ -152,8 +153,8 @@ def merge_lora(model: Any, *, donate: bool = False) -> Any:
         copy of them is ever held; not inside a jitted function.
 
     Returns:
-      A decoder without adapters; ``model`` itself where it has none, or has
-      them beside quantised matrices, which hold no sum.
+      A decoder without adapters; ``model`` itself where it has none, or is
+      quantised.
     """
     adapters, base = split(model)
     if base is None or any(map(is_quantized, base.arrays.values())):
