@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from topd_jax import fused, near_future
+from topd_jax import baselines, fused, near_future
 from topd_jax.batch_loss import fused_options
 from topd_jax.models.decoder import causal_mask
 from topd_jax.objective import Objective
@@ -70,6 +70,19 @@ def annotate(
             student, teacher, trajectories, notes, cache, key,
             objective=objective, eos_ids=eos_ids, pad_id=pad_id, score=score,
         )  # fmt: skip
+    if objective.pieces.weighs:
+        found = baselines.token_statistics(
+            _read(student, trajectories, 0, False)[0], student.head,
+            hidden, teacher.head, trajectories.tokens, objective,
+        )  # fmt: skip
+        notes = notes.replace(
+            weights=baselines.sibling_weights(
+                found, trajectories.mask, objective
+            )
+        )
+    if objective.pieces.replaces == "trust_region":
+        shape = trajectories.tokens.shape
+        notes = notes.replace(lots=jax.random.uniform(key, shape))
     return jax.lax.stop_gradient(notes)
 
 

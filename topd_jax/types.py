@@ -118,6 +118,8 @@ class Annotations:
       teacher_window_hidden: [B, M, K, D_teacher] the states that predict the
         teacher's windows; kept only where a loss along them needs the
         teacher's whole distribution.
+      weights: f32[B, T] what a sibling method makes of each token.
+      lots: f32[B, T] uniform draws, for a loss that takes chances.
     """
 
     teacher_hidden: jax.Array
@@ -131,6 +133,8 @@ class Annotations:
     false_alarm: jax.Array | None = None
     capped: jax.Array | None = None
     teacher_window_hidden: jax.Array | None = None
+    weights: jax.Array | None = None
+    lots: jax.Array | None = None
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
