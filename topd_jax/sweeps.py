@@ -5,6 +5,7 @@ its settings; a run that the record already holds is not made again, and one
 that was killed goes on from its checkpoint.
 """
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -26,7 +27,7 @@ from topd_jax.logs import read_jsonl
 from topd_jax.objective import VARIANTS
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
-from topd_jax.settings import Settings
+from topd_jax.settings import Settings, settings_from
 from topd_jax.train import Run
 
 # Problems on which the detector is held against the truth.
@@ -48,7 +49,8 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     """
     options = settings.sweep
     for name in options.variants:
-        _with_variant(settings, name)  # all of them, before the first runs
+        with_variant(settings, name)  # all of them, before the first runs
+    _keep_compiled(workdir)
     record = pathlib.Path(options.record or workdir / "record.jsonl")
     record.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(record)
@@ -60,17 +62,26 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         for name in ("start", "teacher", *options.variants):
             run = at_seed
             if name not in ("start", "teacher"):
-                run = _with_variant(at_seed, name)
+                run = with_variant(at_seed, name)
             if _is_recorded(record, name, run):
                 logging.info("%s, seed %d is in %s", name, seed, record)
                 continue
             row = _run(name, run, workdir, pair)
+            row["config"] = _family(settings)
             with record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
     rows = [r for r in read_jsonl(record) if r["config"] == _family(settings)]
     return write_report(rows, workdir / "report")
+
+
+def _keep_compiled(workdir: pathlib.Path) -> None:
+    """Lets the second seed of a variant find what the first compiled."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update(
+            "jax_compilation_cache_dir", str(workdir / "compiled")
+        )
 
 
 def _drop_torn_line(record: pathlib.Path) -> None:
@@ -88,18 +99,55 @@ def _drop_torn_line(record: pathlib.Path) -> None:
         fresh.replace(record)
 
 
-def _with_variant(settings: Settings, name: str) -> Settings:
-    """Settings of "variant" or "variant:context"."""
-    variant, _, context = name.partition(":")
+def with_variant(settings: Settings, name: str) -> Settings:
+    """Settings as an entry of ``sweep.variants`` changes them.
+
+    Args:
+      settings: of the sweep.
+      name: "variant", "variant:context", and behind either any number of
+        "/key=value": a key of section objective, or "section.key".
+
+    Returns:
+      The settings of that run.
+
+    Raises:
+      ValueError: for an unknown variant or key, or a value out of bounds.
+    """
+    head, *changes = name.split("/")
+    variant, _, context = head.partition(":")
     if variant not in VARIANTS:
         raise ValueError(
             f"sweep.variants: {name!r} must be one of {', '.join(VARIANTS)}, "
-            "with :teacher or :student behind it to set the context"
+            "with :teacher or :student behind it to set the context, and "
+            "/key=value to change a setting"
         )
-    changed = {"variant": variant} | ({"context": context} if context else {})
-    return dataclasses.replace(
-        settings, objective=dataclasses.replace(settings.objective, **changed)
-    )
+    tree = settings.to_dict()
+    tree["objective"] |= {"variant": variant}
+    if context:
+        tree["objective"] |= {"context": context}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(
+                f"sweep.variants: {change!r} in {name!r} must be key=value"
+            )
+        path = key.split(".")
+        if path[0] not in tree:  # "window" is "objective.window"
+            path = ["objective", *path]
+        place = tree
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = _literal(value)
+    try:
+        return settings_from(tree)
+    except ValueError as error:
+        raise ValueError(f"sweep.variants: {name!r}: {error}") from error
+
+
+def _literal(text: str) -> Any:
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
 def _shared_world(settings: Settings, workdir: pathlib.Path) -> Settings:
@@ -124,7 +172,7 @@ def _comparable(settings: Settings) -> Settings:
 def _family(settings: Settings) -> str:
     """What all runs of one sweep share, as a fingerprint."""
     return dataclasses.replace(
-        _with_variant(_comparable(settings), "topd:teacher"), seed=0
+        with_variant(_comparable(settings), "topd:teacher"), seed=0
     ).fingerprint()
 
 
@@ -143,32 +191,35 @@ def _run(
         "name": name,
         "seed": settings.seed,
         "fingerprint": _comparable(settings).fingerprint(),
-        "config": _family(settings),
         "machine": _machine(),
     }
     if name in ("start", "teacher"):
         with jax.set_mesh(pair.mesh):
             model = pair.student if name == "start" else pair.teacher
-            row |= _evaluated(model, settings, pair)
+            evaluator = Evaluator(settings, pair)
+            final = evaluator(model, settings.train.steps, final=True)
+            row |= {"evaluation": final} | _greedy(model, settings, pair)
             if name == "start" and settings.data.source == "world":
                 row["detector"] = _detector(settings, pair)
         return row
-    folder = workdir / "runs" / f"{name.replace(':', '-')}-{settings.seed}"
+    folder = workdir / "runs" / f"{_file_name(name)}-{settings.seed}"
     with jax.set_mesh(pair.mesh):
         run = Run(settings, folder, pair)
-    run.train()
+    row["evaluation"] = run.train()
     with jax.set_mesh(pair.mesh):
-        row |= _evaluated(run.state.student, settings, pair)
+        row |= _greedy(run.state.student, settings, pair)
     return row | _curves(folder)
 
 
-def _evaluated(model: Any, settings: Settings, pair: Pair) -> dict[str, Any]:
-    """The final evaluation, and accuracy of greedy decoding beside it."""
+def _file_name(name: str) -> str:
+    return name.replace(":", "-").replace("/", "-").replace("=", "_")
+
+
+def _greedy(model: Any, settings: Settings, pair: Pair) -> dict[str, Any]:
+    """Accuracy of greedy decoding, beside the final evaluation."""
     evaluator = Evaluator(settings, pair)
-    final = evaluator(model, settings.train.steps, final=True)
     greedy = evaluator(model, settings.train.steps, final=True, temperature=0.0)
     return {
-        "evaluation": final,
         "greedy": {
             k: v for k, v in greedy.items() if k.startswith(("exact", "grad"))
         },
@@ -214,7 +265,7 @@ def _curves(folder: pathlib.Path) -> dict[str, Any]:
 
 def _detector(settings: Settings, pair: Pair) -> dict[str, Any]:
     """The detector on the start's rollouts, against the known truth."""
-    looking = _with_variant(settings, "topd:teacher")
+    looking = with_variant(settings, "topd:teacher")
     looking = dataclasses.replace(
         looking, data=dataclasses.replace(looking.data, samples=1)
     )
