@@ -78,6 +78,9 @@ def get_config() -> ConfigDict:
     # Share of a row's tokens that fill slots (paper, 2.1: 0.0225).
     config.objective.fraction = config_dict.placeholder(float)
     config.objective.window = 10  # K, tokens (paper, section 2.1: 50)
+    # What tells forks from false alarms: transport (paper, section 3), or
+    # future_loss, the mean loss of the window, without branches (ours).
+    config.objective.detector = "transport"
     config.objective.percentile = 30.0  # of the batch's distances (ours)
     # Fixed distance, 0..2, instead of the percentile (ours).
     config.objective.threshold = config_dict.placeholder(float)

@@ -34,6 +34,7 @@ from topd_jax.losses import (
 from topd_jax.near_future import (
     divergence_mask,
     false_alarm_mask,
+    future_loss,
     matched_control_mask,
     median_cap_weights,
     n_step_weights,
@@ -82,6 +83,7 @@ __all__ = [
     "fused_map",
     "fused_token_logprobs",
     "fused_weighted_sum",
+    "future_loss",
     "generalized_jsd",
     "init_state",
     "log_softmax",

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax import fused, losses
-from topd_jax.models.decoder import causal_mask
-from topd_jax.types import Trajectories, completion_states
+from topd_jax.annotate import read
+from topd_jax.types import Trajectories
 
 
 def statistics(
@@ -41,7 +41,7 @@ def statistics(
       (shared part of the two top sets), 0..1; dropped_mass, what the
       teacher's full softmax puts beyond the shared vocabulary, 0..1.
     """
-    states = [_states(model, trajectories) for model in (student, teacher)]
+    states = [read(model, trajectories) for model in (student, teacher)]
     mask = trajectories.mask
     vocab = min(student.head.shape[0], teacher.head.shape[0])
 
@@ -105,12 +105,3 @@ def distinct_ngrams(rows: list[list[int]], n: int = 3) -> float:
     """
     grams = [tuple(r[i : i + n]) for r in rows for i in range(len(r) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _states(model: Any, trajectories: Trajectories) -> jax.Array:
-    hidden, _ = model(
-        trajectories.sequence,
-        trajectories.positions,
-        causal_mask(trajectories.sequence_mask),
-    )
-    return completion_states(hidden, trajectories.prompt.shape[1])

@@ -100,6 +100,7 @@ _CHOICES = {
     "context": ("teacher", "student"),
     "divergence": ("reverse_kl", "forward_kl", "jsd"),
     "score": ("teacher_loss", "reverse_kl"),
+    "detector": ("transport", "future_loss"),
     "branch_loss": ("cross_entropy", "forward_kl", "reverse_kl"),
 }
 
@@ -127,9 +128,13 @@ class Objective:
       fraction: share of a row's tokens that fill its slots, rounded up; None
         fills all slots (paper: 218 / 9688, §2.1).
       window: K, tokens of a window (paper: 50, §2.1).
+      detector: "transport" (§3), or "future_loss": the mean -log p_T of the K
+        tokens that the student wrote, which needs no branch (ours); not for
+        context "student", whose targets are the plan's.
       percentile: candidates above this percentile of the batch's distances
         are divergent (ours).
-      threshold: fixed distance instead of the percentile; None for off.
+      threshold: fixed distance (nats a token for "future_loss") instead of the
+        percentile; None for off.
       epsilon: entropic regularisation of the transport plan (ours).
       position_weight: cost of matching tokens a window apart (ours).
       branch_temperature: 0 continues greedily; above, samples.
@@ -157,6 +162,7 @@ class Objective:
     candidates: int = 3
     fraction: float | None = None
     window: int = 10
+    detector: str = "transport"
     percentile: float = 30.0
     threshold: float | None = None
     epsilon: float = 0.05
@@ -197,6 +203,12 @@ class Objective:
             raise ValueError(
                 f"objective.percentile={self.percentile} must lie in 0..100"
             )
+        if self.detector != "transport" and self.trains_on_plan:
+            raise ValueError(
+                f"objective.detector={self.detector!r} makes no transport plan "
+                "for objective.context='student'; take detector='transport', "
+                "or context='teacher'"
+            )
         if self.guidance_weight < 0:
             raise ValueError(
                 f"objective.guidance_weight={self.guidance_weight} must not "
@@ -217,6 +229,18 @@ class Objective:
     def trains_on_branch(self) -> bool:
         """Whether the student reads the teacher's branches."""
         return self.pieces.guides and self.context == "teacher"
+
+    @property
+    def trains_on_plan(self) -> bool:
+        """Whether guidance takes its targets from the transport plan."""
+        return self.pieces.guides and self.context == "student"
+
+    @property
+    def needs_branches(self) -> bool:
+        """Whether the teacher continues the candidates' prefixes."""
+        pieces = self.pieces
+        by_transport = pieces.looks_ahead and self.detector == "transport"
+        return by_transport or pieces.guides
 
     @property
     def needs_window_hidden(self) -> bool:

@@ -16,22 +16,16 @@ import statistics
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
-from topd_jax.analysis import detector
 from topd_jax.analysis.report import write_report
-from topd_jax.data import prompts as prompt_data
+from topd_jax.analysis.surrogates import measure_detector
 from topd_jax.evaluate import Evaluator
 from topd_jax.logs import read_jsonl
 from topd_jax.objective import VARIANTS
 from topd_jax.pair import Pair, load_pair
-from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings, settings_from
 from topd_jax.train import Run
-
-# Problems on which the detector is held against the truth.
-_DETECTOR_PROBLEMS = 1000
 
 
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -200,7 +194,9 @@ def _run(
             final = evaluator(model, settings.train.steps, final=True)
             row |= {"evaluation": final} | _greedy(model, settings, pair)
             if name == "start" and settings.data.source == "world":
-                row["detector"] = _detector(settings, pair)
+                row["detector"] = measure_detector(
+                    with_variant(settings, "topd:teacher"), pair
+                )
         return row
     folder = workdir / "runs" / f"{_file_name(name)}-{settings.seed}"
     with jax.set_mesh(pair.mesh):
@@ -260,58 +256,6 @@ def _curves(folder: pathlib.Path) -> dict[str, Any]:
             for e in evals
             if not e["final"]
         ],
-    }
-
-
-def _detector(settings: Settings, pair: Pair) -> dict[str, Any]:
-    """The detector on the start's rollouts, against the known truth."""
-    looking = with_variant(settings, "topd:teacher")
-    looking = dataclasses.replace(
-        looking, data=dataclasses.replace(looking.data, samples=1)
-    )
-    phases = make_phases(
-        looking,
-        make_optimizer(looking.optimizer, looking.train.steps),
-        eos_ids=pair.tokenizer.eos_ids,
-        pad_id=pair.tokenizer.pad_id,
-    )
-    parts = []
-    size = settings.eval.batch_size
-    key = jax.random.fold_in(jax.random.key(settings.seed), 2**31 - 2)
-    batches = prompt_data.ordered_batches(pair.test, batch_size=size)
-    for i, batch in enumerate(batches):
-        if i * size >= _DETECTOR_PROBLEMS:
-            break
-        keys = jax.random.split(jax.random.fold_in(key, i))
-        written = phases.rollout(
-            pair.student, pair.teacher, pair.place(batch.prompts), keys[0]
-        )
-        notes = phases.annotate(pair.student, pair.teacher, written, keys[1])
-        real = batch.index >= 0  # the others only fill the last batch
-        written, notes = jax.tree.map(
-            lambda x, real=real: x[real], jax.device_get((written, notes))
-        )
-        parts.append(
-            detector.judge(
-                [pair.test.records[j]["prompt"] for j in batch.index[real]],
-                written,
-                notes,
-                pair.tokenizer,
-                window=settings.objective.window,
-            )
-        )
-    judged = detector.concatenate(parts)
-    edges = np.linspace(0.0, 1.2, 49)
-    surface, fork = (
-        np.histogram(judged.distance[judged.window_fork == v], edges)[0]
-        for v in (False, True)
-    )
-    return detector.report(judged) | {
-        "histogram": {
-            "edges": edges.round(4).tolist(),
-            "surface": surface.tolist(),
-            "fork": fork.tolist(),
-        }
     }
 
 

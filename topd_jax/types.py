@@ -109,7 +109,8 @@ class Annotations:
       candidates: the positions that were looked at.
       student_windows: the rollout itself, from each candidate on.
       teacher_windows: the teacher's own continuation of each prefix.
-      distance: f32[B, M] transport distance of the two windows, 0..2.
+      distance: f32[B, M] transport distance of the two windows, 0..2; of the
+        detector "future_loss" the mean loss of the student's, nats a token.
       plan: f32[B, M, K, K] transport plan, student tokens by teacher tokens.
       divergent: bool[B, M] candidates whose futures part.
       false_alarm: bool[B, M] candidates whose futures do not.

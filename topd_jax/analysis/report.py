@@ -42,6 +42,16 @@ TITLES = {
 }
 
 
+SCORES = {
+    "loss": "loss alone",
+    "future_loss": "mean loss of the window",
+    "reverse_kl": "reverse KL alone",
+    "future_kl": "mean reverse KL of the window",
+    "hidden_distance": "distance of hidden states",
+    "loss_and_distance": "ranks of loss and distance",
+}
+
+
 def title(name: str) -> str:
     """What a table calls a run.
 
@@ -325,14 +335,22 @@ def _detector_table(found: dict[str, Any] | None) -> str:
         "\n| detector against the truth | positives | AUC | precision "
         "| recall |\n|---|---|---|---|---|\n"
     )
-    for label, title in (
+    for label, what in (
         ("fork", "the token is the fork"),
         ("window_fork", "the fork lies in the window"),
     ):
-        for score, what in (("distance", "distance"), ("loss", "loss alone")):
-            numbers = found[label][score]
+        for score, numbers in found[label].items():
+            if score == "share":
+                continue
             values = [found[label]["share"]]
             values += [numbers[k] for k in ("auc", "precision", "recall")]
             cells = ["–" if v is None else f"{v:.3f}" for v in values]
-            text += f"| {title}: by {what} | " + " | ".join(cells) + " |\n"
+            by = SCORES.get(score, score.replace("_", " "))
+            text += f"| {what}: by {by} | " + " | ".join(cells) + " |\n"
+    if "cost" in found:
+        ratio = found["cost"]["ahead"] / found["cost"]["plain"]
+        text += (
+            f"\nBranches and transport make an annotation {ratio:.2f} times as "
+            "long; losses and entropies need neither.\n"
+        )
     return text
