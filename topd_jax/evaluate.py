@@ -20,6 +20,7 @@ from topd_jax.data.routing import places_of
 from topd_jax.logs import merge, read_metrics
 from topd_jax.metrics import distinct_ngrams, statistics
 from topd_jax.models.decoder import in_compute_dtype
+from topd_jax.models.lora import merge_lora
 from topd_jax.pair import Pair
 from topd_jax.processes import on_host
 from topd_jax.sampling import rollout
@@ -51,7 +52,7 @@ class Evaluator:
             student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
         ) -> Trajectories:
             return rollout(
-                in_compute_dtype(student),
+                in_compute_dtype(merge_lora(student)),
                 prompts,
                 key,
                 max_new_tokens=settings.rollout.max_new_tokens,

@@ -1,9 +1,9 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
-``train`` a student; ``eval``, ``inspect``, ``probe`` or ``sample`` from what
-was trained; ``compare`` two of them; ``export`` one to a Hugging Face
-directory; ``sweep`` over variants and seeds. Bad input is one clear line and
-exit code 2.
+``doctor`` looks whether a run's parts fit; ``train`` a student; ``eval``,
+``inspect``, ``probe`` or ``sample`` from what was trained; ``compare`` two of
+them; ``export`` one to a Hugging Face directory; ``sweep`` over variants and
+seeds. Bad input is one clear line and exit code 2.
 """
 
 import errno
@@ -13,6 +13,7 @@ import pathlib
 import re
 import runpy
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from topd_jax.settings import settings_from
 USAGE = """\
 topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
 
+  doctor   do the parts of a run fit? one line a check, seconds (--json)
   train    train the student; the same command again resumes
   eval     evaluate a trained student on the test problems, or on
            config.eval.benchmarks, config.eval.samples times a problem
@@ -36,7 +38,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   quantize what a smaller teacher costs: bytes, and reverse KL on --count
            completions
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
-  export   write it to a Hugging Face directory: --output DIR
+  export   write it to a Hugging Face directory: --output DIR; of a LoRA
+           student, with --adapter, its adapters alone as PEFT loads them
   sweep    every variant on every seed of config.sweep, then the report
 
 FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
@@ -72,10 +75,12 @@ def _flag_values(
         ("b", "directory of the run to compare with it"),
     ):
         flags.DEFINE_multi_string(name, [], about, flag_values=values)
-    flags.DEFINE_bool(
-        "distributed", False, "several processes that JAX finds by itself",
-        flag_values=values,
-    )  # fmt: skip
+    for name, about in (
+        ("distributed", "several processes that JAX finds by itself"),
+        ("adapter", "export the adapters alone, as PEFT loads them"),
+        ("json", "doctor's findings as JSON"),
+    ):
+        flags.DEFINE_bool(name, False, about, flag_values=values)
     for name, default, about in (
         ("count", 32, "trajectories to look at"),
         ("processes", None, "how many run this command"),
@@ -198,9 +203,20 @@ def _parse(arguments: list[str], command: str = "") -> flags.FlagValues:
         raise ValueError(f"{error}; topd --help lists the flags") from error
     if strays:
         raise ValueError(f"unexpected arguments: {' '.join(strays)}")
+    if not values.workdir and command == "doctor":
+        values.workdir = _workdir_to_look_at(values.config)
     if not values.workdir and command != "compare":
         raise ValueError("--workdir is missing; try --workdir runs/tiny")
     return values
+
+
+def _workdir_to_look_at(config: ConfigDict) -> str | None:
+    """Any, where no run of this config would write a model first."""
+    models = [config.get(name, {}) for name in ("student", "teacher")]
+    world = any(m.get("source") == "world" for m in models)
+    if world and not config.get("world", {}).get("cache"):
+        return None
+    return tempfile.gettempdir()
 
 
 def _command(name: str, values: flags.FlagValues) -> Any:
@@ -218,6 +234,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     workdir = pathlib.Path(values.workdir).absolute()
     _join(name, values)
     run = (settings, workdir)
+    if name == "doctor":
+        return commands.doctor(*run)
     if name == "train":
         return commands.train(*run)
     if name == "eval":
@@ -235,7 +253,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     if name == "export":
         if values.output is None:
             raise ValueError("--output is missing: a directory to export to")
-        return commands.export(*run, values.which, pathlib.Path(values.output))
+        output = pathlib.Path(values.output)
+        return commands.export(*run, values.which, output, values.adapter)
     return commands.sweep(*run)
 
 
@@ -263,7 +282,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
         "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
-        "export", "sweep",
+        "export", "sweep", "doctor",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)
@@ -273,7 +292,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         name = arguments[0]
         if name not in names:
             raise ValueError(f"no command {name!r}; one of {', '.join(names)}")
-        result = _command(name, _parse(arguments[1:], name))
+        values = _parse(arguments[1:], name)
+        result = _command(name, values)
+        if name == "doctor":
+            raise SystemExit(_show(result, values.json))
         if not _process():
             print(json.dumps(result, indent=1))
     except Exception as error:
@@ -288,6 +310,19 @@ def run(arguments: Sequence[str] | None = None) -> None:
             # Python's own exit would wait for the others, which wait for us.
             os._exit(2)
         raise SystemExit(2) from error
+
+
+def _show(findings: list, as_json: bool) -> int:
+    """Prints the report on stdout; returns the exit code."""
+    from topd_jax.doctor import findings as report
+
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(report.lines(findings, colour=colour))
+        print(report.summary(findings))
+    return 2 if report.count(findings, "error") else 0
 
 
 def _process() -> int | None:

@@ -13,6 +13,7 @@ import optax
 from topd_jax.distill import TrainState, annotate, update
 from topd_jax.evaluate import make_statistics
 from topd_jax.models.decoder import in_compute_dtype
+from topd_jax.models.lora import merge_lora
 from topd_jax.sampling import rollout
 from topd_jax.settings import OptimizerSettings, Settings
 from topd_jax.teachers import Teachers
@@ -26,8 +27,8 @@ class Phases(NamedTuple):
       rollout: (student, teacher, prompts, key) -> trajectories.
       annotate: (student, teacher, trajectories, key) -> annotations; of
         several teachers, name -> annotations of its own rows.
-      update: (state, teacher_head, trajectories, annotations) -> (state,
-        metrics); donates the state.
+      update: (state, teacher_head, trajectories, annotations, frozen) ->
+        (state, metrics); donates the state.
       statistics: (student, teacher, trajectories) -> metrics.
     """
 
@@ -92,7 +93,7 @@ def make_phases(
 
     def write_as(model: Any, prompts: Any, key: jax.Array) -> Trajectories:
         return rollout(
-            in_compute_dtype(model),
+            in_compute_dtype(merge_lora(model)),
             prompts,
             key,
             max_new_tokens=writer.max_new_tokens,

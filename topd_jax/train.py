@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from topd_jax import checkpoint, processes, sharding
 from topd_jax.distill import TrainState, init_state
+from topd_jax.doctor import preflight
 from topd_jax.evaluate import Evaluator
 from topd_jax.logs import Logs
 from topd_jax.models import runs
+from topd_jax.models.lora import join, split
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings
@@ -34,7 +36,7 @@ def initial_state(
     """The train state at step 0, spread over the mesh as its parameters are.
 
     Args:
-      pair: whose student is copied.
+      pair: whose student is copied, or of one with adapters these alone.
       optimizer: of the student.
 
     Returns:
@@ -83,6 +85,8 @@ class Run:
         self.data = pair.stream(settings)
         self.key = jax.random.key(settings.seed)
         self.state = initial_state(pair, self.optimizer)
+        # Shared with the pair: an update neither changes nor donates it.
+        self.frozen = split(pair.student)[1]
         self.checkpoints = checkpoint.Checkpoints(
             workdir / runs.LATEST, settings.checkpoint.keep
         )
@@ -107,11 +111,20 @@ class Run:
         found = self.checkpoints.record(step)
         where = str(self.workdir / runs.LATEST)
         checkpoint.require_same_run(
-            found, self.settings, self.pair.teacher_fingerprint, where
+            found,
+            self.settings,
+            self.pair.teacher_fingerprint,
+            where,
+            frozen=self.pair.frozen_fingerprint,
         )
         self.state, self.key = self.checkpoints.restore(step, self.state)
         self.data.set_state(found["data"])
         return step
+
+    @property
+    def student(self) -> Any:
+        """The model as it is now, whole."""
+        return join(self.state.student, self.frozen)
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step, evaluates and saves.
@@ -158,7 +171,7 @@ class Run:
         key = jax.random.fold_in(self.key, step)
         roll_key, note_key = jax.random.split(key)
         settings, teacher = self.settings, self.pair.teacher
-        student = self.state.student
+        student = self.student
         every = settings.log.statistics_every
         timed = bool(every) and step % every == 0
         clock = _Clock(timed)
@@ -178,7 +191,9 @@ class Run:
             )
         self.state, metrics = clock(
             "update",
-            self.phases.update(self.state, teacher.head, trajectories, notes),
+            self.phases.update(
+                self.state, teacher.head, trajectories, notes, self.frozen
+            ),
         )
         self.step = step
         every = settings.log.completions_every
@@ -195,7 +210,7 @@ class Run:
     def evaluate(self, final: bool = False) -> dict[str, Any]:
         """Evaluates the student as it is, and logs the result."""
         self.logs.flush()
-        row = self.evaluator(self.state.student, self.step, final=final)
+        row = self.evaluator(self.student, self.step, final=final)
         best = all(better(row, r) for r in self.logs.evals)
         self.logs.write("evals", row)
         if best and not final:
@@ -216,7 +231,8 @@ class Run:
                 self.settings,
                 self.pair.teacher_fingerprint,
                 self.data.get_state(),
-                getattr(self.state.student, "config", None),
+                getattr(self.student, "config", None),
+                frozen=self.pair.frozen_fingerprint,
             ),
         )
 
@@ -303,8 +319,18 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
     Returns:
       The final evaluation, name -> number.
+
+    Raises:
+      ValueError: for what the preflight finds, before a fresh run begins.
     """
+    # A run that goes on has passed it.
+    fresh = not checkpoint.has_steps(workdir / "checkpoints")
+    looked = settings.train.preflight and fresh
+    if looked:
+        preflight.check_files(settings, workdir)
     pair = load_pair(settings, workdir)
+    if looked:
+        preflight.check_pair(settings, pair)
     with jax.set_mesh(pair.mesh):
         run = Run(settings, workdir, pair)
     return run.train()

@@ -70,8 +70,13 @@ def measure(
       "relative_change".
 
     Raises:
-      ValueError: where the teacher was loaded quantised.
+      ValueError: where the teacher was loaded quantised, or there are several.
     """
+    if not isinstance(pair.teacher, Decoder):
+        raise ValueError(
+            "topd quantize measures one decoder; leave config.teachers out and "
+            "give each of them as config.teacher in turn"
+        )
     require_floats(pair.teacher, "measure what it costs to quantise")
     written = list(_written(settings, pair, student, count))
     compare, distance = make_statistics(settings), jax.jit(_distance)
