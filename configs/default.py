@@ -127,6 +127,15 @@ def get_config() -> ConfigDict:
     config.offline = ConfigDict()
     config.offline.temperature = 0.6
     config.offline.top_p = 0.95
+    # What topd generate writes: a TFDS set (array_record), or jsonl.
+    config.offline.format = "array_record"
+    config.offline.shard_size = 256  # solutions a shard, at least (ours)
+    # Stage 1 reads the directory of topd generate; "": the teacher writes
+    # within each step. A step takes data.batch_size x data.samples of them.
+    config.offline.path = ""
+    config.offline.keep = "all"  # all, correct or complete (ours)
+    # Tokens of a row of several solutions (paper, App. B: 16384); 0: one each.
+    config.offline.pack_length = 0
 
     # AdamW, linear warm-up, cosine.
     config.optimizer = ConfigDict()

@@ -1,6 +1,7 @@
 """The preflight's estimates: mesh, dtypes, memory."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ from small_run import settings_with
 
 from topd_jax import sharding
 from topd_jax.doctor import fit
-from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.models import (
+    DecoderConfig,
+    Lora,
+    init_decoder,
+    parameter_table,
+)
+from topd_jax.models.config import LORA_TARGETS
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.train import init_state
 from topd_jax.types import Prompts
@@ -90,6 +97,32 @@ def test_memory_is_shared_among_devices():
     assert four.rollout == pytest.approx(one.rollout / 4)
     assert eight.rollout == pytest.approx(one.rollout / 8)
     assert eight.update < four.update < one.update
+
+
+def test_adapters_and_fewer_bits_are_counted():
+    mesh, configs = sharding.make_mesh(), {"student": CONFIG, "teacher": CONFIG}
+    plain = fit.estimate(settings_with(), configs, mesh)
+    numbers = sum(
+        math.prod(row.shape) for row in parameter_table(CONFIG).values()
+    )
+    assert plain.kept == 5 * 4 * numbers
+    lora = settings_with(student__lora_rank=1)
+    low = fit.estimate(lora, configs, mesh)
+    wide = dataclasses.replace(CONFIG, lora=Lora(1, 1.0, LORA_TARGETS))
+    added = sum(
+        math.prod(row.shape)
+        for name, row in parameter_table(wide).items()
+        if "_lora_" in name
+    )
+    assert low.kept == 2 * 4 * numbers + 4 * 4 * added
+    assert low.update == plain.update - 4 * 4 * (numbers - added)
+    small = fit.estimate(settings_with(teacher__quantize="int8"), configs, mesh)
+    matrices = sum(
+        math.prod(row.shape)
+        for name, row in parameter_table(CONFIG).items()
+        if name in ("q", "k", "v", "o", "gate", "up", "down")
+    )
+    assert small.kept == plain.kept - 3 * matrices
 
 
 @pytest.mark.slow

@@ -16,10 +16,12 @@ from topd_jax.models import (
     add_lora,
     cast,
     causal_mask,
+    dequantize,
     drop_layers,
     init_decoder,
     merge_lora,
     parameter_table,
+    quantize,
 )
 from topd_jax.models.config import LORA_TARGETS
 from topd_jax.models.lora import frozen_fingerprint, join, split
@@ -143,6 +145,16 @@ def test_half_precision_keeps_adapters_wide_until_they_are_cast(base):
     assert kinds["q"] == jnp.bfloat16 and kinds["q_lora_a"] == jnp.float32
     assert states(fresh, TOKENS).dtype == jnp.bfloat16
     assert merge_lora(fresh).arrays["q"].dtype == jnp.bfloat16
+
+
+def test_beside_quantised_matrices_adapters_stay_apart(base):
+    fewer = quantize(base, "int8")
+    adapted = with_noise(fewer)
+    assert merge_lora(adapted) is adapted
+    floats = with_noise(dequantize(fewer))
+    np.testing.assert_allclose(
+        states(adapted, TOKENS), states(floats, TOKENS), atol=1e-5
+    )
 
 
 def test_cut_layers_take_their_adapters_along(adapted):

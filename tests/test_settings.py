@@ -136,6 +136,10 @@ def test_a_wrong_type_is_named(path, value, message):
         ("objective.variant", "tpod", "one of opd, opd.suppress, .*topd"),
         ("data.source", "csv", "one of world, jsonl, tfds, hub"),
         ("data.on_long_prompt", "cut", "one of error, skip"),
+        ("offline.shard_size", 0, "at least 1"),
+        ("offline.pack_length", -1, "at least 0"),
+        ("offline.format", "csv", "one of array_record, jsonl"),
+        ("offline.keep", "good", "one of all, correct, complete"),
         ("eval.split", "dev", "one of train, validation, test"),
     ],
 )

@@ -23,6 +23,7 @@ from topd_jax.settings import NO_IDENTITY, Settings, defaults_of, flat
 _FREE = (
     *("log", "checkpoint", "sweep", "world.cache"),
     *NO_IDENTITY,
+    *("offline.format", "offline.shard_size"),
 )
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax import benchmarking, checkpoint, sweeps
+from topd_jax import generate as generation
 from topd_jax import train as training
 from topd_jax.adapters import require_adapter
 from topd_jax.data import prompts as prompt_data
@@ -22,6 +23,7 @@ from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import shared_rows
 
 _FOLDERS = {"latest": "checkpoints", "best": "best", "start": ""}
 
@@ -37,6 +39,22 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       The final evaluation.
     """
     return training.train(settings, workdir)
+
+
+def generate(
+    settings: Settings, workdir: pathlib.Path, count: int | None
+) -> dict[str, Any]:
+    """Lets the teacher write; the same command again resumes.
+
+    Args:
+      settings: of the teacher, the prompts and how it writes.
+      workdir: where ``solutions`` is written.
+      count: prompts, from the first on; None takes them all.
+
+    Returns:
+      The set's path, what it holds, and tokens a second.
+    """
+    return generation.generate(settings, workdir, count)
 
 
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -338,6 +356,7 @@ def sample(
         top_k=options.top_k,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
+        vocab_size=shared_rows(student, pair.teacher),
     )
     tokens, mask = jax.device_get((written.tokens, written.mask))
     return [

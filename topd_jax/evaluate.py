@@ -25,7 +25,7 @@ from topd_jax.pair import Pair
 from topd_jax.processes import on_host
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
-from topd_jax.teachers import Teachers, by_name, total
+from topd_jax.teachers import Teachers, by_name, shared_rows, total
 from topd_jax.types import Trajectories
 
 # Apart from every training step's key, which are folded from 1 up.
@@ -59,6 +59,7 @@ class Evaluator:
                 temperature=temperature,
                 eos_ids=tokenizer.eos_ids,
                 pad_id=tokenizer.pad_id,
+                vocab_size=shared_rows(student, pair.teacher),
             )
 
         self._write = jax.jit(write)

@@ -1,9 +1,10 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
-``doctor`` looks whether a run's parts fit; ``train`` a student; ``eval``,
-``inspect``, ``probe`` or ``sample`` from what was trained; ``compare`` two of
-them; ``export`` one to a Hugging Face directory; ``sweep`` over variants and
-seeds. Bad input is one clear line and exit code 2.
+``doctor`` looks whether a run's parts fit; ``train`` a student; ``generate``
+what its first stage reads; ``eval``, ``inspect``, ``probe`` or ``sample`` from
+what was trained; ``compare`` two of them; ``export`` one to a Hugging Face
+directory; ``sweep`` over variants and seeds. Bad input is one clear line and
+exit code 2.
 """
 
 import errno
@@ -24,11 +25,16 @@ from ml_collections import ConfigDict, config_flags
 from topd_jax.sections import unknown_key
 from topd_jax.settings import settings_from
 
+# Trajectories that inspect and probe take without --count.
+LOOK_AT = 32
+
 USAGE = """\
 topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
 
   doctor   do the parts of a run fit? one line a check, seconds (--json)
   train    train the student; the same command again resumes
+  generate let the teacher write solutions, once for each training prompt (or
+           for --count of them), for stage 1: config.offline.path
   eval     evaluate a trained student on the test problems, or on
            config.eval.benchmarks, config.eval.samples times a problem
   compare  two evaluated runs, paired: --a DIR --b DIR (again for more seeds)
@@ -42,7 +48,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
            student, with --adapter, its adapters alone as PEFT loads them
   sweep    every variant on every seed of config.sweep, then the report
 
-FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
+FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, paper,
+paper_stage1, default.
 All that read a run take --which latest (default), best or start.
 train runs as several processes, the same command in each, with --distributed
 (Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; a
@@ -82,7 +89,7 @@ def _flag_values(
     ):
         flags.DEFINE_bool(name, False, about, flag_values=values)
     for name, default, about in (
-        ("count", 32, "trajectories to look at"),
+        ("count", None, "trajectories to look at, or prompts to write on"),
         ("processes", None, "how many run this command"),
         ("process", None, "which of them this is, from 0"),
         ("heartbeat", 100, "seconds of silence after which one is dead"),
@@ -241,11 +248,13 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     if name == "eval":
         return commands.evaluate(*run, values.which)
     if name == "inspect":
-        return commands.inspect(*run, values.which, values.count)
+        return commands.inspect(*run, values.which, values.count or LOOK_AT)
     if name == "probe":
-        return commands.probe(*run, values.which, values.count)
+        return commands.probe(*run, values.which, values.count or LOOK_AT)
     if name == "quantize":
-        return commands.quantize(*run, values.which, values.count)
+        return commands.quantize(*run, values.which, values.count or LOOK_AT)
+    if name == "generate":
+        return commands.generate(*run, values.count)
     if name == "sample":
         return commands.sample(
             *run, values.which, values.prompt, values.temperature
@@ -282,7 +291,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
         "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
-        "export", "sweep", "doctor",
+        "export", "sweep", "doctor", "generate",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)

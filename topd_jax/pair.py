@@ -1,7 +1,6 @@
 """Student, teacher, tokenizer and prompts of a run, together and checked."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,8 +12,9 @@ from jax.sharding import Mesh
 
 from topd_jax import sharding
 from topd_jax.adapters import adapt
+from topd_jax.data import packing, sources, tokenizers, world
 from topd_jax.data import prompts as prompt_data
-from topd_jax.data import sources, world
+from topd_jax.data import solutions as solution_data
 from topd_jax.data.routing import (
     count_records,
     places_of,
@@ -96,7 +96,9 @@ class Pair:
         return jax.tree.map(one, prompts)
 
     def stream(self, settings: Settings) -> Any:
-        """The checkpointable iterator over training prompts."""
+        """The checkpointable iterator over prompts, or written solutions."""
+        if settings.offline.path:
+            return self._solutions(settings)
         return prompt_data.prompt_stream(
             self.encoded,
             batch_size=settings.data.batch_size,
@@ -104,6 +106,25 @@ class Pair:
             shares=self.teacher.shares
             if isinstance(self.teacher, Teachers)
             else None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _solutions(self, settings: Settings) -> packing.SolutionStream:
+        data, offline = settings.data, settings.offline
+        unit = sharding.row_ways(self.mesh) * settings.optimizer.accumulate
+        return packing.SolutionStream(
+            solution_data.read_solutions(
+                offline.path,
+                offline.keep,
+                tokenizer=tokenizers.fingerprint(self.tokenizer),
+            ),
+            eos_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+            batch_size=data.batch_size * data.samples,
+            length=offline.pack_length,
+            unit=unit,
+            seed=settings.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -130,7 +151,7 @@ class Pair:
             teacher = self.teacher.models.get(name)
             yield name, teacher, encoded.take(places), places
 
-    def place(self, prompts: Prompts) -> Prompts:
+    def place(self, prompts: Any) -> Any:
         """Puts this process's rows of a batch on the mesh.
 
         Raises:
@@ -148,7 +169,10 @@ class Pair:
 
     def _rows(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
         return sharding.named(
-            self.mesh, shape, ("batch", None), name="batch_size"
+            self.mesh,
+            shape,
+            ("batch",) + (None,) * (len(shape) - 1),
+            name="batch_size",
         )
 
 
@@ -312,15 +336,10 @@ def teacher_shares(
     require_even_rows(
         shares,
         samples=data.samples,
-        ways=_ways(mesh),
+        ways=sharding.row_ways(mesh),
         accumulate=settings.optimizer.accumulate,
     )
     return shares
-
-
-def _ways(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are spread over."""
-    return math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
 
 
 def check_rows(settings: Settings, mesh: Mesh, section: str) -> None:
@@ -334,7 +353,7 @@ def check_rows(settings: Settings, mesh: Mesh, section: str) -> None:
     Raises:
       ValueError: naming a size that does.
     """
-    ways = _ways(mesh)
+    ways = sharding.row_ways(mesh)
     rows = getattr(settings, section).batch_size
     if rows % ways:
         raise ValueError(

@@ -87,10 +87,15 @@ class RolloutSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OfflineSettings:
-    """How the teacher writes in stage 1 (App. B)."""
+    """How the teacher writes in stage 1, and what is read of it (App. B)."""
 
     temperature: float = 0.6
     top_p: float = 0.95
+    format: str = "array_record"
+    shard_size: int = 256
+    path: str = ""
+    keep: str = "all"
+    pack_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +229,8 @@ class Settings:
             ("optimizer", "learning_rate", 0),
             ("rollout", "temperature", 0),
             ("offline", "temperature", 0),
+            ("offline", "shard_size", 1),
+            ("offline", "pack_length", 0),
             ("eval", "temperature", 0),
         ):
             value = getattr(getattr(self, section), name)
@@ -234,6 +241,8 @@ class Settings:
         for section, name, choices in (
             ("data", "source", ("world", "jsonl", "tfds", "hub")),
             ("data", "on_long_prompt", ("error", "skip")),
+            ("offline", "format", ("array_record", "jsonl")),
+            ("offline", "keep", ("all", "correct", "complete")),
             ("eval", "split", ("train", "validation", "test")),
         ):
             value = getattr(getattr(self, section), name)
@@ -247,6 +256,16 @@ class Settings:
         for name, model in ({"student": self.student} | teachers).items():
             check_quantized(name, model.quantize, model.quantize_tile)
         check_settings(self.student, teachers)
+        path = self.offline.path
+        if path and not self.objective.offline:
+            raise ValueError(
+                f"offline.path={path!r} needs objective.stage=offline"
+            )
+        if path and self.teachers:
+            raise ValueError(
+                f"offline.path={path!r} is a set of one teacher; leave "
+                "config.teachers out"
+            )
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(

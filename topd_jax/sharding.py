@@ -228,6 +228,15 @@ def batch_shardings(tree: object, mesh: Mesh) -> object:
     )
 
 
+def row_ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are spread into.
+
+    Args:
+      mesh: as :func:`make_mesh` builds it.
+    """
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

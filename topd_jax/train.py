@@ -17,6 +17,7 @@ import optax
 from tqdm import tqdm
 
 from topd_jax import checkpoint, processes, sharding
+from topd_jax.data import solutions as solution_data
 from topd_jax.distill import TrainState, init_state
 from topd_jax.doctor import preflight
 from topd_jax.evaluate import Evaluator
@@ -27,7 +28,7 @@ from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings
 from topd_jax.teachers import Teachers
-from topd_jax.types import Trajectories
+from topd_jax.types import PackedRows, Trajectories
 
 
 def initial_state(
@@ -175,7 +176,9 @@ class Run:
         every = settings.log.statistics_every
         timed = bool(every) and step % every == 0
         clock = _Clock(timed)
-        prompts = self.pair.place(next(self.data).prompts)
+        batch = next(self.data)
+        packed = isinstance(batch, PackedRows)
+        prompts = self.pair.place(batch if packed else batch.prompts)
         trajectories = clock(
             "rollout", self.phases.rollout(student, teacher, prompts, roll_key)
         )
@@ -197,7 +200,8 @@ class Run:
         )
         self.step = step
         every = settings.log.completions_every
-        if every and step % every == 0:
+        # What the teacher wrote beforehand stands in its own files.
+        if every and step % every == 0 and not packed:
             self._log_completions(trajectories)
         row = self.logs.later(step, metrics | extra, clock.times)
         self._watch(row, trajectories)
@@ -310,6 +314,19 @@ class _Clock:
         return value
 
 
+def _require_solutions(settings: Settings) -> None:
+    """Refuses a set that cannot be read, before any model is made."""
+    offline = settings.offline
+    if offline.path:
+        solution_data.find_set(offline.path)
+    elif settings.objective.offline and offline.pack_length:
+        raise ValueError(
+            f"offline.pack_length={offline.pack_length} packs what topd "
+            "generate wrote; set offline.path to its directory, or "
+            "offline.pack_length=0"
+        )
+
+
 def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains a student by on-policy distillation; resumes where it stopped.
 
@@ -323,6 +340,7 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: for what the preflight finds, before a fresh run begins.
     """
+    _require_solutions(settings)
     # A run that goes on has passed it.
     fresh = not checkpoint.has_steps(workdir / "checkpoints")
     looked = settings.train.preflight and fresh

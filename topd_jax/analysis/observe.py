@@ -25,6 +25,7 @@ from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import shared_rows
 from topd_jax.types import Annotations, Trajectories
 
 # Apart from the streams of training, evaluation and detection.
@@ -86,6 +87,7 @@ def observe(
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature, top_p=options.top_p,
             top_k=options.top_k, eos_ids=eos_ids, pad_id=pad_id,
+            vocab_size=shared_rows(student, pair.teacher),
         )  # fmt: skip
 
     read = jax.jit(

@@ -24,6 +24,7 @@ from topd_jax.models.quantize import (
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import shared_rows
 from topd_jax.types import Trajectories, completion_states
 
 # Apart from the streams of training, evaluation, detection and looking.
@@ -137,6 +138,7 @@ def _written(
             temperature=options.temperature, top_p=options.top_p,
             top_k=options.top_k, eos_ids=pair.tokenizer.eos_ids,
             pad_id=pair.tokenizer.pad_id,
+            vocab_size=shared_rows(student, pair.teacher),
         )
     )  # fmt: skip
     size = settings.eval.batch_size

@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 from topd_jax import sharding
 from topd_jax.chunks import chunk_tokens
 from topd_jax.doctor.findings import Finding, error, ok, warning
-from topd_jax.models import DecoderConfig, parameter_table
+from topd_jax.models import DecoderConfig, Lora, parameter_table
+from topd_jax.models.quantize import bytes_a_number
+from topd_jax.pair import model_settings
 from topd_jax.sampling import branch_columns
-from topd_jax.settings import Settings
+from topd_jax.settings import ModelSettings, Settings
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 # Spacing of bfloat16 numbers, relative to the number.
@@ -120,7 +122,8 @@ def estimate(
     columns, E = M (K - 1) columns of branches where the objective looks
     ahead, a bytes a number of the compute dtype, N layers:
 
-    * kept: 4 W_s (the student, its start, two moments of Adam) + W_t;
+    * kept: 4 W_s (the student, its start, two moments of Adam) + W_t; with
+      adapters W_s + 4 W_a, and W_a stands for W_s in the update;
     * rollout: the student's copy in its compute dtype + its cache
       2 a N R (P + T) kv_heads head_dim, twice (old and grown);
     * annotate: the teacher's cache over P + T + E columns and one layer;
@@ -136,23 +139,28 @@ def estimate(
 
     Args:
       settings: of the run.
-      configs: "student" and every teacher; one in fewer bits
-        (teacher.quantize) counts as if it had all of them.
+      configs: "student" and every teacher, as their files say.
       mesh: of devices.
 
     Returns:
       The bytes.
     """
     data, objective = settings.data, settings.objective
-    student = configs["student"]
+    models, student = model_settings(settings), configs["student"]
     teachers = [c for who, c in configs.items() if who != "student"]
     teacher = max(teachers, key=_parameter_count)
     rows = math.ceil(data.batch_size * data.samples / _ways(mesh, "batch"))
     length = data.max_prompt_length + settings.rollout.max_new_tokens
     ahead = objective.pieces.looks_ahead
     extra = branch_columns(objective.candidates, objective.window)
-    ours = _parameter_bytes(student, mesh)
-    theirs = sum(_parameter_bytes(c, mesh) for c in teachers)
+    held = {
+        who: _parameter_bytes(config, mesh, models[who].quantize)
+        for who, config in configs.items()
+    }
+    ours, theirs = held["student"], sum(held.values()) - held["student"]
+    trained = _adapter_bytes(student, settings.student, mesh)
+    kept = 4 * ours if trained is None else ours + 4 * trained
+    trained = ours if trained is None else trained
     wrote = teacher if objective.offline else student
     copied = 0.0
     if wrote.dtype != wrote.param_dtype:
@@ -165,10 +173,10 @@ def estimate(
     learned = length + extra * objective.trains_on_branch
     slice_rows = math.ceil(rows / settings.optimizer.accumulate)
     return Memory(
-        4 * ours + theirs,
+        kept + theirs,
         copied + 2 * _cache(wrote, rows, length, mesh),
         annotated + rows * length * teacher.width * _BYTES[teacher.dtype],
-        4 * ours
+        4 * trained
         + _backward(student, slice_rows, learned, mesh)
         + 4 * student.vocab_size * student.width / _ways(mesh, "vocab")
         + logits,
@@ -236,12 +244,36 @@ def _parameter_count(config: DecoderConfig) -> int:
     return sum(math.prod(r.shape) for r in parameter_table(config).values())
 
 
-def _parameter_bytes(config: DecoderConfig, mesh: Mesh) -> float:
+def _parameter_bytes(
+    config: DecoderConfig, mesh: Mesh, kind: str = "", only: str = ""
+) -> float:
     total = 0.0
-    for row in parameter_table(config).values():
+    for name, row in parameter_table(config).items():
+        if only not in name:
+            continue
         ways = math.prod(_ways(mesh, a) for a in row.axes if a is not None)
-        total += math.prod(row.shape) / ways
-    return total * _BYTES[config.param_dtype]
+        size = bytes_a_number(name, kind) or _BYTES[config.param_dtype]
+        total += math.prod(row.shape) / ways * size
+    return total
+
+
+def _adapter_bytes(
+    config: DecoderConfig, settings: ModelSettings, mesh: Mesh
+) -> float | None:
+    """Of a student's adapters, float32; None where it trains everything.
+
+    Of adapters that are read from a directory, whose rank is not known here,
+    next to nothing.
+    """
+    if not settings.lora_rank and not settings.adapter:
+        return None
+    lora = Lora(
+        settings.lora_rank or 1,
+        settings.lora_alpha,
+        settings.lora_targets or config.lora_targets,
+    )
+    wide = dataclasses.replace(config, lora=lora, param_dtype="float32")
+    return _parameter_bytes(wide, mesh, only="_lora_")
 
 
 def _cache(config: DecoderConfig, rows: int, columns: int, mesh: Mesh) -> float:

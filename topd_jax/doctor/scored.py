@@ -22,6 +22,7 @@ from topd_jax.batch_loss import batch_loss
 from topd_jax.data.prompts import pad_prompts
 from topd_jax.doctor.findings import Finding, error, ok
 from topd_jax.models import Decoder, cast, causal_mask, unembed
+from topd_jax.models.quantize import is_quantized
 from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
@@ -241,7 +242,8 @@ def _twin(student: Any, teacher: Any) -> Any:
     kinds = {n: getattr(teacher.config, n) for n in ("dtype", "param_dtype")}
     config = dataclasses.replace(student.config, **kinds)
     arrays = {
-        n: x.astype(config.param_dtype) for n, x in student.arrays.items()
+        n: x if is_quantized(x) else x.astype(config.param_dtype)
+        for n, x in student.arrays.items()
     }
     return Decoder(config, arrays)
 
