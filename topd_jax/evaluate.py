@@ -43,22 +43,11 @@ class Evaluator:
         self._statistics = make_statistics(settings)
         key = jax.random.key(settings.seed)
         self._key = jax.random.fold_in(key, _EVAL_STREAM)
-        tokenizer = pair.tokenizer
-
-        def write(
-            student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
-        ) -> Trajectories:
-            return rollout(
-                cast(student, student.config.dtype),
-                prompts,
-                key,
-                max_new_tokens=settings.rollout.max_new_tokens,
-                temperature=temperature,
-                eos_ids=tokenizer.eos_ids,
-                pad_id=tokenizer.pad_id,
-            )
-
-        self._write = jax.jit(write)
+        self._write = make_writer(
+            settings,
+            eos_ids=pair.tokenizer.eos_ids,
+            pad_id=pair.tokenizer.pad_id,
+        )
 
     def __call__(
         self,
@@ -143,6 +132,36 @@ class Evaluator:
         limit = self._settings.rollout.max_new_tokens
         ends = self._pair.tokenizer.eos_ids
         return len(tokens) == limit and tokens[-1] not in ends
+
+
+def make_writer(
+    settings: Settings, *, eos_ids: tuple[int, ...], pad_id: int
+) -> Callable[..., Trajectories]:
+    """The jitted sampler of a run's evaluations.
+
+    Args:
+      settings: of the run.
+      eos_ids: end-of-sequence ids.
+      pad_id: id put where nothing is.
+
+    Returns:
+      (student, prompts, key, temperature) -> trajectories.
+    """
+
+    def write(
+        student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
+    ) -> Trajectories:
+        return rollout(
+            cast(student, student.config.dtype),
+            prompts,
+            key,
+            max_new_tokens=settings.rollout.max_new_tokens,
+            temperature=temperature,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+        )
+
+    return jax.jit(write)
 
 
 def make_statistics(settings: Settings) -> Callable[..., dict]:

@@ -130,10 +130,8 @@ def load_gguf(
     """
     if not isinstance(file, GGUFFile):
         file = open_gguf(file)
-    fields = _config_fields(file)
-    config = decoder_config(
-        fields,
-        where=str(file.path),
+    config = gguf_config(
+        file,
         dtype=dtype,
         param_dtype=param_dtype,
         remat=remat,
@@ -148,6 +146,23 @@ def load_gguf(
     return assemble(
         config, "gguf", _reader(file, config), mesh=mesh, rules=rules
     )
+
+
+def gguf_config(file: GGUFFile, **options: Any) -> DecoderConfig:
+    """A file's shape, from its metadata alone.
+
+    Args:
+      file: from :func:`open_gguf`.
+      **options: of :func:`~topd_jax.models.hub_config.decoder_config`.
+
+    Returns:
+      The decoder's shape.
+
+    Raises:
+      ValueError: for metadata that is not supported.
+    """
+    fields = _config_fields(file)
+    return decoder_config(fields, where=str(file.path), **options)
 
 
 def packaged_gguf(requirement: str) -> Path:
