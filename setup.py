@@ -35,6 +35,7 @@ setup(
         "grain>=0.2.10",
         "safetensors>=0.4.5",
         "gguf>=0.10",
+        "qwix>=0.1.8",
         "math-verify>=0.8",
         "matplotlib>=3.8",
         "absl-py",

@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     # The model that learns.
     config.student = ConfigDict()
     # "world"; a Hugging Face directory or hub name; a .gguf file;
-    # "package:NAME" for the GGUF file that an installed package carries.
+    # "package:NAME" for the GGUF file that an installed package carries; or
+    # a run's work directory (its student's latest checkpoint; WORKDIR/best,
+    # or WORKDIR/checkpoints/STEP).
     config.student.source = "world"
     config.student.keep_layers = ()  # indices of layers kept; () keeps all
     config.student.dtype = "float32"  # compute: float32 or bfloat16 (paper)
@@ -32,8 +34,16 @@ def get_config() -> ConfigDict:
     config.student.remat = "none"  # none, dots or full: recompute layers
     config.student.unroll = 1  # layers unrolled in the scan
 
+    # "int8" or "int4": large matrices kept as integers, frozen (teacher only).
+    config.student.quantize = ""
+    # Inputs that share a scale; 0: all of them in int8, 32 in int4 (ours).
+    config.student.quantize_tile = 0
+
     # The frozen model that scores; the same keys.
     config.teacher = config.student.copy_and_resolve_references()
+    # Several teachers instead: name -> a section with the keys of teacher.
+    # data.teacher_field says which of them each prompt belongs to.
+    config.teachers = ConfigDict()
 
     # Prompts.
     config.data = ConfigDict()
@@ -44,6 +54,10 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "test"  # the same for held-out prompts
     config.data.prompt_field = "question"
     config.data.answer_field = "answer"
+    config.data.teacher_field = ""  # names one of config.teachers
+    # Prompts a step of each of config.teachers, by name; (): as many as their
+    # share of the records, at least one (ours).
+    config.data.teacher_prompts = ()
     config.data.batch_size = 32  # prompts a step (paper, App. B: 1)
     config.data.samples = 1  # rollouts a prompt (paper, App. B: 4)
     config.data.max_prompt_length = 16  # tokens (paper, App. B: 800)
@@ -77,7 +91,8 @@ def get_config() -> ConfigDict:
     # Share of a row's tokens that fill slots (paper, 2.1: 0.0225).
     config.objective.fraction = config_dict.placeholder(float)
     config.objective.window = 10  # K, tokens (paper, section 2.1: 50)
-    config.objective.percentile = 30.0  # of the batch's distances (ours)
+    # Of the batch's distances, each teacher's apart (ours).
+    config.objective.percentile = 30.0
     # Fixed distance, 0..2, instead of the percentile (ours).
     config.objective.threshold = config_dict.placeholder(float)
     config.objective.epsilon = 0.05  # entropy of the plan (ours)

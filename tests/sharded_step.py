@@ -11,6 +11,7 @@ from conftest import EOS, PAD, make_model, make_trajectories
 from topd_jax import sharding
 from topd_jax.distill import annotate, init_state, update
 from topd_jax.objective import Objective
+from topd_jax.teachers import Teachers
 
 # Eight devices in every shape that the models' sizes allow.
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
@@ -58,9 +59,51 @@ def run(mesh, objective, accumulate):
     return jax.device_get((state.student, metrics, notes.distance))
 
 
+def run_several(mesh):
+    """Two teachers of another width each, with 8 of 24 rows and with 16."""
+    optimizer, objective = optax.sgd(1.0), Objective(variant="opd")
+    models = {"a": make_model(1, layers=1, width=24), "b": make_model(2)}
+    trajectories = make_trajectories(rows=24)
+    trajectories = jax.device_put(
+        trajectories, sharding.batch_shardings(trajectories, mesh)
+    )
+    with jax.set_mesh(mesh):
+        student = place(make_model(0), mesh)
+        teachers = Teachers({n: place(m, mesh) for n, m in models.items()},
+                            (1, 2))  # fmt: skip
+
+        @jax.jit
+        def step(state, teachers, trajectories):
+            def read(model, rows, key):
+                return annotate(
+                    student, model, rows, key, objective=objective,
+                    eos_ids=(EOS,), pad_id=PAD,
+                )  # fmt: skip
+
+            notes = teachers.each(read, trajectories, jax.random.key(0))
+            return update(
+                state, teachers.head, trajectories, notes,
+                objective=objective, optimizer=optimizer,
+            )  # fmt: skip
+
+        state, metrics = step(
+            init_state(student, optimizer), teachers, trajectories
+        )
+    return jax.device_get((state.student, metrics))
+
+
+def assert_same(expected, found):
+    for x, y in zip(
+        jax.tree.leaves(expected), jax.tree.leaves(found), strict=True
+    ):
+        np.testing.assert_allclose(jnp.asarray(x), y, rtol=2e-4, atol=2e-5)
+
+
 def main() -> None:
     assert jax.device_count() == 8
     one = sharding.make_mesh(devices=jax.devices()[:1])
+    assert_same(run_several(one), run_several(sharding.make_mesh(2, 2, 2)))
+    print("same on (2, 2, 2), several teachers", flush=True)
     for context in ("teacher", "student"):
         objective = Objective(candidates=3, window=4, context=context)
         expected = run(one, objective, 1)
@@ -68,14 +111,7 @@ def main() -> None:
             mesh = sharding.make_mesh(*shape)
             for accumulate in (1, 2) if shape == (2, 2, 2) else (1,):
                 found = run(mesh, objective, accumulate)
-                for x, y in zip(
-                    jax.tree.leaves(expected),
-                    jax.tree.leaves(found),
-                    strict=True,
-                ):
-                    np.testing.assert_allclose(
-                        jnp.asarray(x), y, rtol=2e-4, atol=2e-5
-                    )
+                assert_same(expected, found)
                 print(f"same on {shape}, {context}, {accumulate}", flush=True)
 
 

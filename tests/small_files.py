@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from topd_jax.checkpoint import Checkpoints
+from topd_jax.distill import init_state
 from topd_jax.models import Decoder, DecoderConfig, parameter_table
 from topd_jax.models.weights import disassemble, file_tensors
 
@@ -59,17 +63,48 @@ def edit_config(directory, **changes):
     path.write_text(json.dumps(fields))
 
 
+def save_run(workdir, model, step=3, folder="checkpoints", record=None):
+    """The checkpoint of a run whose student is ``model``."""
+    saved = Checkpoints(workdir / folder, 2)
+    state = init_state(model, optax.adam(1e-3))
+    if record is None:
+        record = {"student": model.config.to_dict()}
+    saved.save(step, state, jax.random.key(0), record)
+    saved.close()
+    return workdir
+
+
 def permuted(rows, heads):
     """llama.cpp's reordering of q and k, written from its converter."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1)
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path, model, kinds=None, metadata=None, permute=True):
+def small_vocabulary(size):
+    """Of a GGUF file: pre-tokenizer, merges, tokens and their types."""
+    byte_letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    tokens = ["<end>", "<pad>", *"0123456789", "Ġ", *byte_letters]
+    tokens += ["ab", "ĠĠ", "<think>"]
+    tokens += [f"[{i}]" for i in range(size - len(tokens))]
+    types = [3, 3, *[1] * 39, 4, *[5] * (size - 42)]
+    return "smollm", ["a b", "Ġ Ġ"], tokens, types
+
+
+def write_gguf(
+    path,
+    model,
+    kinds=None,
+    metadata=None,
+    permute=True,
+    quantize=gguf.quantize,
+    vocabulary=None,
+    extra=None,
+):
     """A GGUF file of ``model``; kinds: parameter -> quantisation."""
     c = model.config
     arch = "qwen2" if c.attention_bias else "llama"
     arch = "qwen3" if c.qk_norm else arch
+    arch = "qwen3moe" if c.experts else arch
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(c.layers)
     writer.add_context_length(77)
@@ -84,30 +119,37 @@ def write_gguf(path, model, kinds=None, metadata=None, permute=True):
     for key, value in (metadata or {}).items():
         add = writer.add_uint32 if isinstance(value, int) else None
         (add or writer.add_string)(key, value)
-    byte_letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
-    tokens = ["<end>", "<pad>", *"0123456789", "Ġ", *byte_letters]
-    tokens += ["ab", "ĠĠ", "<think>"]
-    tokens += [f"[{i}]" for i in range(c.vocab_size - len(tokens))]
-    types = [3, 3, *[1] * 39, 4, *[5] * (c.vocab_size - 42)]
+    if c.experts:
+        writer.add_expert_count(c.experts)
+        writer.add_expert_used_count(c.experts_per_token)
+        writer.add_expert_feed_forward_length(c.expert_width)
+    pre, merges, tokens, types = vocabulary or small_vocabulary(c.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(["a b", "Ġ Ġ"])
+    writer.add_token_merges(merges)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_chat_template(
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    for tensor, array in disassemble(model, "gguf"):
-        name = file_tensors(c, "gguf")[tensor][0]
+    tensors, owners = dict(disassemble(model, "gguf")), {}
+    for tensor, (name, index, _) in file_tensors(c, "gguf").items():
+        owners[tensor] = name
+        if len(index) == 2:  # experts go into one tensor
+            stack = tensor.replace(f".{index[1]}.weight", ".weight")
+            owners[stack] = name
+            tensors.setdefault(stack, []).append(tensors.pop(tensor))
+    for tensor, array in (tensors | (extra or {})).items():
+        name, array = owners.get(tensor), np.asarray(array)
         if permute and arch == "llama" and name in ("q", "k"):
             array = permuted(array, c.heads if name == "q" else c.kv_heads)
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         if kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(tensor, array)
         else:
-            data = gguf.quantize(array, kind)
+            data = quantize(array, kind)
             writer.add_tensor(tensor, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_files import LLAMA
 from small_run import small_config
 
 from topd_jax import checkpoint
@@ -90,7 +91,8 @@ def changed(section: str, **fields: object):
 
 def written() -> dict:
     """A record as it comes back: through JSON."""
-    return json.loads(json.dumps(checkpoint.record(SETTINGS, "t" * 64, RECORD)))
+    found = checkpoint.record(SETTINGS, "t" * 64, RECORD, LLAMA)
+    return json.loads(json.dumps(found))
 
 
 @pytest.mark.parametrize(

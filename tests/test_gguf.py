@@ -5,10 +5,14 @@ import json
 
 import gguf
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tokenizers
 from small_files import LLAMA, QWEN, QWEN2, assert_same, make, write_gguf
 
+from topd_jax.data.tokenizers import HuggingFaceTokenizer
 from topd_jax.models import load, save_model
+from topd_jax.models.config import RopeScaling
 from topd_jax.models.gguf import load_gguf, open_gguf, packaged_gguf
 from topd_jax.models.gguf_tokenizer import gguf_tokenizer
 
@@ -73,14 +77,110 @@ def test_gguf_faults_are_named(tmp_path):
     assert "llama.rope.scaling.type='yarn'" in str(error.value)
     file = open_gguf(tmp_path / "m.gguf")
     tensors = dict(file.tensors)
-    tensors["rope_freqs.weight"] = tensors.pop("blk.1.ffn_up.weight")
+    tensors["extra.weight"] = tensors.pop("blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"blk.1.ffn_up.weight") as error:
         load_gguf(dataclasses.replace(file, tensors=tensors))
-    assert "not expected (1): rope_freqs.weight" in str(error.value)
+    assert "not expected (1): extra.weight" in str(error.value)
     metadata = dict(file.metadata) | {"general.architecture": "gemma2"}
     # Its directories are read; its GGUF files spell norms otherwise.
     with pytest.raises(ValueError, match="'gemma2' is not supported"):
         load_gguf(dataclasses.replace(file, metadata=metadata))
+
+
+def test_experts_are_stacked(tmp_path):
+    config = dataclasses.replace(
+        QWEN, experts=4, experts_per_token=2, expert_width=24, renormalise=True
+    )
+    model = make(config)
+    path = write_gguf(tmp_path / "m.gguf", model)
+    shape = open_gguf(path).tensors["blk.1.ffn_up_exps.weight"].shape
+    assert [*map(int, shape)] == [32, 24, 4]
+    assert_same(load_gguf(path), model)
+    quantised = {"expert_up": gguf.GGMLQuantizationType.Q8_0}
+    back = load_gguf(write_gguf(path, model, quantised))
+    error = np.abs(back.arrays["expert_up"] - model.arrays["expert_up"])
+    assert 0 < error.max() < 0.01
+
+
+def llama3_freqs(factor, head_dim, theta):
+    """What llama.cpp's converter writes for Llama 3.1, one by one."""
+    out = []
+    for i in range(0, head_dim, 2):
+        length = 2 * np.pi * theta ** (i / head_dim)
+        if length < 8192 / 4:
+            out.append(1.0)
+        elif length > 8192 / 1:
+            out.append(factor)
+        else:
+            smooth = (8192 / length - 1) / (4 - 1)
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(out, np.float32)
+
+
+def test_the_stretching_of_llama_3_is_read_from_its_divisors(tmp_path):
+    config = dataclasses.replace(LLAMA, head_dim=64)
+    freqs = llama3_freqs(8.0, 64, config.rope_theta)
+    assert ((freqs > 1) & (freqs < 8)).any(), "some lie between"
+    name, path = "rope_freqs.weight", tmp_path / "m.gguf"
+    back = load_gguf(write_gguf(path, make(config), extra={name: freqs}))
+    assert back.config.rope_scaling == RopeScaling(
+        "llama3", 8.0, original_length=8192.0
+    )
+    odd = freqs * np.linspace(1, 1.1, 32, dtype=np.float32)
+    write_gguf(path, make(config), extra={name: odd})
+    with pytest.raises(ValueError, match="does not follow the rule of Llama"):
+        load_gguf(path)
+
+
+TEXTS = (
+    "What is 12 + 345?\n\nIt's 357, I'LL say;  they'd  agree.",
+    "caf\u00e9 cafe\u0301 na\u00efve \u4f60\u597d, \u4e16\u754c\uff01",
+    "x = [1, 2]  # a list\r\n\tif x:\n        return x\n\n\n",
+    "<|im_start|>user\nhi <think>\n\n</think>\n<|im_end|>",
+    "   leading, trailing   ",
+)
+
+
+def test_the_tokenizer_of_qwen(tmp_path):
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    bpe = json.loads(backend.to_str())["model"]
+    plain = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    user = ["<think>", "</think>"]
+    tokens = [*plain, *control, *user]
+    types = [1] * len(plain) + [3] * 3 + [4] * 2
+    # The model has more rows than the tokenizer ids, as Qwen's has.
+    rows = len(tokens) + 3
+    padded = [*tokens, *(f"[PAD{i}]" for i in range(len(tokens), rows))]
+    merges = [" ".join(m) for m in bpe["merges"]]
+    vocabulary = "qwen2", merges, padded, types + [5] * 3
+    config = dataclasses.replace(QWEN, vocab_size=rows)
+    path = write_gguf(tmp_path / "m.gguf", make(config), vocabulary=vocabulary)
+    model, tokenizer = load(path)
+    assert model.config.vocab_size == rows
+    reference = Qwen2Tokenizer(bpe["vocab"], [*map(tuple, bpe["merges"])])
+    reference.add_tokens([AddedToken(t, special=True) for t in control])
+    reference.add_tokens([AddedToken(t, special=False) for t in user])
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        assert ids == reference(text).input_ids, text
+        for skip in (True, False):
+            assert tokenizer.decode(
+                ids, skip_special_tokens=skip
+            ) == reference.decode(ids, skip_special_tokens=skip)
+    # The other way round a teacher's file and a student's directory would
+    # not go together.
+    ours = HuggingFaceTokenizer(tokenizer).vocabulary()
+    assert ours == HuggingFaceTokenizer(reference).vocabulary() == tokens
 
 
 def test_gguf_tokenizer(tmp_path):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small_files import LLAMA, make, write_gguf
+from small_files import LLAMA, assert_same, make, write_gguf
 from small_run import small_config
 
 from topd_jax import logs, main
@@ -484,6 +484,11 @@ def test_questions_are_trained_on_graded_and_exported(
     assert model.config.layers == 2
     assert tokenizer.chat_template is not None
     assert tokenizer.eos_token_id == 0
+    # The work directory itself serves as a source, without what it came from.
+    student, own = load(questions[-1].removeprefix("--workdir="))
+    assert_same(student, model)
+    assert own("tom has 3").input_ids == tokenizer("tom has 3").input_ids
+    assert own.chat_template == tokenizer.chat_template
     again = [a for a in questions if "student" not in a and "workdir" not in a]
     start = json.loads(topd(
         "eval", *again, "--which=start", f"--workdir={tmp_path}",

@@ -14,9 +14,11 @@ from typing import Any
 from topd_jax.analysis import scores
 from topd_jax.data.benchmarks import benchmark_name, read_benchmark
 from topd_jax.data.prompts import EncodedPrompts, encode_prompts
+from topd_jax.data.routing import places_of
 from topd_jax.evaluate import Evaluator
 from topd_jax.pair import Pair
 from topd_jax.settings import Settings
+from topd_jax.teachers import by_name
 
 # The problems of data.source, where no benchmark is named.
 OWN = "test"
@@ -81,7 +83,8 @@ def run_benchmark(
     Returns:
       JSON-able: "summary" as :func:`topd_jax.analysis.scores.summarise` gives
       it, with "skipped" (problems too long to be asked, not counted) and the
-      statistics of student against teacher; "records", one a problem.
+      statistics of student against teacher, and with several teachers all of
+      it as "name/teacher" of the problems of each; "records", one a problem.
       Without reference answers there are statistics only, and no records.
     """
     count = len(encoded.records)
@@ -111,9 +114,15 @@ def run_benchmark(
         }
         for i, record in enumerate(encoded.records)
     ]
+    own = {
+        name: scores.summarise([records[i] for i in places])
+        for name, places in places_of(encoded.records).items()
+        if name
+    }
     summary = scores.summarise(records) | {
         "skipped": encoded.skipped,
         **statistics,
+        **by_name(own),
     }
     return {"summary": summary, "records": records}
 
@@ -236,6 +245,4 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _first(encoded: EncodedPrompts, count: int) -> EncodedPrompts:
-    return dataclasses.replace(
-        encoded, records=encoded.records[:count], ids=encoded.ids[:count]
-    )
+    return encoded.take(range(min(count, len(encoded.records))))

@@ -2,7 +2,9 @@
 
 A checkpoint holds the train state (student, optimizer, step), the run's PRNG
 key, the position in the data, and a record of what it belongs to: the
-settings and the fingerprint of the teacher. The teacher itself is never saved.
+settings, the fingerprint of the teacher and the student's shape, by which
+other runs load it (:mod:`topd_jax.models.runs`). The teacher itself is never
+saved.
 """
 
 import json
@@ -13,7 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, flat
+from topd_jax.models import DecoderConfig
+from topd_jax.settings import EVAL_ONLY, Settings, defaults_of, flat
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
@@ -110,14 +113,18 @@ class Checkpoints:
 
 
 def record(
-    settings: Settings, teacher: str, position: dict[str, Any]
+    settings: Settings,
+    teacher: str | dict[str, str],
+    position: dict[str, Any],
+    student: DecoderConfig,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
     Args:
       settings: of the run.
-      teacher: the teacher's fingerprint.
+      teacher: the teacher's fingerprint; of several, name -> fingerprint.
       position: the data iterator's state, JSON-able.
+      student: its shape, so that others can load it from here.
 
     Returns:
       A JSON-able dictionary.
@@ -126,13 +133,14 @@ def record(
         "settings": settings.to_dict(),
         "teacher": teacher,
         "data": position,
+        "student": student.to_dict(),
     }
 
 
 def require_same_run(
     found: dict[str, Any],
     settings: Settings,
-    teacher: str,
+    teacher: str | dict[str, str],
     where: str,
     *,
     free: tuple[str, ...] = (),
@@ -142,7 +150,7 @@ def require_same_run(
     Args:
       found: the record of the checkpoint.
       settings: of the run that wants to continue it.
-      teacher: fingerprint of its teacher.
+      teacher: fingerprint of its teacher; of several, name -> fingerprint.
       where: the checkpoint's directory, for the error.
       free: sections that may differ besides those that change nothing: a
         student is read, and not trained on.
@@ -152,7 +160,7 @@ def require_same_run(
     """
     out = "; use another --workdir, or the settings it was started with"
     # A setting that is younger than the checkpoint was at its default there.
-    before = DEFAULTS | flat(found["settings"])
+    before = defaults_of(settings.to_dict()) | flat(found["settings"])
     now = flat(settings.to_dict())
     differing = [
         f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
@@ -167,11 +175,19 @@ def require_same_run(
             f"the checkpoint in {where} belongs to a run with other settings "
             f"({'; '.join(differing)}){out}"
         )
-    if found["teacher"] != teacher:
-        raise ValueError(
-            f"the checkpoint in {where} was made with another teacher "
-            f"(fingerprint {found['teacher']} there, {teacher} here){out}"
-        )
+    # The settings agree, and with them the names of several teachers.
+    there, here = (
+        t if isinstance(t, dict) else {"": t}
+        for t in (found["teacher"], teacher)
+    )
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"the checkpoint in {where} was made with another teacher "
+                + (f"{name!r} " if name else "")
+                + f"(fingerprint {there.get(name)} there, {here.get(name)} "
+                f"here){out}"
+            )
 
 
 def cut_log(path: pathlib.Path, step: int) -> None:

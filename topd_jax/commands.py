@@ -19,10 +19,6 @@ from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
 
 _FOLDERS = {"latest": "checkpoints", "best": "best", "start": ""}
-# What SentencePieceTokenizer.chat does, for those who read the export.
-_WORLD_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-)
 
 
 def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -243,6 +239,43 @@ def probe(
     return result
 
 
+def quantize(
+    settings: Settings, workdir: pathlib.Path, which: str, count: int
+) -> dict[str, Any]:
+    """Measures what a teacher in fewer bits costs.
+
+    Args:
+      settings: of the run; ``teacher.quantize_tile`` of both kinds. The
+        teacher itself is loaded as floats.
+      workdir: of the run; ``quantize-WHICH.json`` is written there.
+      which: "latest", "best" or "start".
+      count: test prompts that the student completes for it.
+
+    Returns:
+      "machine", "source", "seed", "step", "count" and the "rows" of
+      :func:`~topd_jax.analysis.quantisation.measure`.
+    """
+    from topd_jax.analysis import quantisation
+
+    require_checkpoint(workdir, which)
+    pair = load_pair(settings, workdir)
+    with jax.set_mesh(pair.mesh):
+        student, step = load_student(settings, workdir, pair, which)
+        rows = quantisation.measure(settings, pair, student, count)
+    result = {
+        "machine": sweeps.machine(),
+        "source": settings.teacher.source,
+        "seed": settings.seed,
+        "step": step,
+        "count": count,
+        "rows": rows,
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / f"quantize-{which}.json").write_text(json.dumps(result))
+    print(quantisation.table(rows), file=sys.stderr, flush=True)
+    return result
+
+
 def sample(
     settings: Settings,
     workdir: pathlib.Path,
@@ -333,6 +366,5 @@ def export(
     }
     save_model(student, output, tokenizer=pair.hub_tokenizer, extra=ids)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        tokenizer.save(output / "tokenizer.model")
-        (output / "chat_template.jinja").write_text(_WORLD_TEMPLATE)
+        tokenizer.save_pretrained(output)
     return {"output": str(output), "step": step}

@@ -11,6 +11,8 @@
 Nothing here knows a mesh, a file or a tokenizer.
 """
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +24,13 @@ from topd_jax.annotate import annotate
 from topd_jax.batch_loss import batch_loss
 from topd_jax.head import Head
 from topd_jax.objective import Objective
+from topd_jax.teachers import by_name, split_rows
 from topd_jax.types import Annotations, Trajectories
 
 __all__ = ["TrainState", "annotate", "init_state", "update"]
+
+# What the only teacher is called inside of an update.
+_ONLY = ""
 
 
 @struct.dataclass
@@ -65,9 +71,9 @@ def init_state(
 
 def update(
     state: TrainState,
-    teacher_head: Head,
+    teacher_head: Head | Mapping[str, Head],
     trajectories: Trajectories,
-    annotations: Annotations,
+    annotations: Annotations | Mapping[str, Annotations],
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -77,37 +83,42 @@ def update(
 
     L = sum_t mask w l / sum_t mask + lambda * mean over divergent points of
     L_traj (arXiv:2606.00305, §3; weights §5.1). Both denominators are taken
-    over the whole batch, all devices and accumulation slices.
+    over the whole batch, all devices, accumulation slices and teachers.
 
     Args:
       state: donate it.
-      teacher_head: [V, D_teacher].
+      teacher_head: [V, D_teacher]; of several teachers, name -> head.
       trajectories: B rows, B divisible by ``accumulate``.
-      annotations: of the same rows.
+      annotations: of the same rows; of several teachers, name -> annotations
+        of its own rows, which are consecutive and in the order of the names.
       objective: see :class:`Objective`.
       optimizer: the transformation that ``state.opt_state`` belongs to.
       accumulate: slices the batch is worked through in.
 
     Returns:
-      (new state, metrics as name -> (sum, count)). Where the loss or the
-      gradient is not finite the parameters and optimizer stay as they were
-      and ``skipped`` grows by one.
+      (new state, metrics as name -> (sum, count); of several teachers, also
+      "name/teacher"). Where the loss or the gradient is not finite the
+      parameters and optimizer stay as they were and ``skipped`` grows by one.
 
     Raises:
-      ValueError: where the rows do not divide into ``accumulate`` slices.
+      ValueError: where the rows, of any teacher, do not divide into
+        ``accumulate`` slices, or rows and teachers do not fit together.
     """
-    rows = trajectories.tokens.shape[0]
-    if rows % accumulate:
-        raise ValueError(
-            f"{rows} rows must be divisible by accumulate={accumulate}"
-        )
-    totals = _totals(trajectories, annotations, objective)
+    heads, batch = _by_teacher(teacher_head, trajectories, annotations)
+    for name, (part, _) in batch.items():
+        _require_slices(part.tokens.shape[0], accumulate, name)
+    notes = [n for _, n in batch.values()]
+    totals = _totals(trajectories, notes, objective)
 
-    def loss_fn(student: Any, batch: tuple) -> tuple[jax.Array, dict]:
-        return batch_loss(student, teacher_head, *batch, totals, objective)
+    def loss_fn(student: Any, batch: dict) -> tuple[jax.Array, dict]:
+        found = {
+            name: batch_loss(student, heads[name], *part, totals, objective)
+            for name, part in batch.items()
+        }
+        loss = functools.reduce(jnp.add, [loss for loss, _ in found.values()])
+        return loss, {name: sums for name, (_, sums) in found.items()}
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    batch = (trajectories, annotations)
     if accumulate == 1:
         (loss, sums), grads = grad_fn(state.student, batch)
     else:
@@ -117,7 +128,12 @@ def update(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     state = _apply(state, grads, optimizer, finite)
-    metrics = _metrics(trajectories, annotations, sums)
+    whole = functools.reduce(_add, sums.values())
+    metrics = _metrics(trajectories, notes, whole)
+    if isinstance(annotations, Mapping):
+        metrics |= by_name(
+            {n: _metrics(t, [a], sums[n]) for n, (t, a) in batch.items()}
+        )
     one = jnp.ones(())
     metrics |= {
         "loss": (loss, one),
@@ -127,17 +143,66 @@ def update(
     return state, metrics
 
 
+def _by_teacher(
+    teacher_head: Head | Mapping[str, Head],
+    trajectories: Trajectories,
+    annotations: Annotations | Mapping[str, Annotations],
+) -> tuple[dict[str, Head], dict[str, tuple[Trajectories, Annotations]]]:
+    """Heads, and (trajectories, annotations), of every teacher."""
+    several = isinstance(annotations, Mapping)
+    if several != isinstance(teacher_head, Mapping):
+        raise ValueError(
+            "teacher_head and annotations must both be mappings, name -> of "
+            "that teacher, or neither"
+        )
+    if not several:
+        return {_ONLY: teacher_head}, {_ONLY: (trajectories, annotations)}
+    if set(teacher_head) != set(annotations):
+        raise ValueError(
+            f"teacher_head is of {sorted(teacher_head)} and annotations are "
+            f"of {sorted(annotations)}; they must be of the same teachers"
+        )
+    # Sorted: so JAX keeps a dict wherever it passes through jit.
+    notes = {name: annotations[name] for name in sorted(annotations)}
+    sizes = {n: a.teacher_token_loss.shape[0] for n, a in notes.items()}
+    parts = split_rows(trajectories, sizes)
+    return dict(teacher_head), {n: (parts[n], notes[n]) for n in notes}
+
+
+def _require_slices(rows: int, accumulate: int, name: str) -> None:
+    if rows % accumulate:
+        whose = "" if name == _ONLY else f" of teacher {name!r}"
+        raise ValueError(
+            f"{rows} rows{whose} must be divisible by accumulate={accumulate}"
+        )
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _sum(
+    notes: Sequence[Annotations], what: Callable[[Annotations], jax.Array]
+) -> jax.Array:
+    """f32[]: a sum over the annotations of all teachers."""
+    return functools.reduce(
+        jnp.add, [jnp.sum(what(n), dtype=jnp.float32) for n in notes]
+    )
+
+
 def _totals(
-    trajectories: Trajectories, notes: Annotations, objective: Objective
+    trajectories: Trajectories,
+    notes: Sequence[Annotations],
+    objective: Objective,
 ) -> tuple[jax.Array, jax.Array]:
     points = jnp.zeros(())
     if objective.pieces.guides:
-        points = jnp.sum(notes.divergent, dtype=jnp.float32)
+        points = _sum(notes, lambda n: n.divergent)
     return jnp.sum(trajectories.mask, dtype=jnp.float32), points
 
 
 def _accumulated(
-    grad_fn: Any, student: Any, batch: tuple, slices: int
+    grad_fn: Any, student: Any, batch: Any, slices: int
 ) -> tuple[jax.Array, dict, Any]:
     """Sums of loss, logged sums and gradients over slices of the batch."""
 
@@ -146,10 +211,10 @@ def _accumulated(
         # the batch's spread over the mesh.
         return x.reshape(-1, slices, *x.shape[1:]).swapaxes(0, 1)
 
-    def body(total: Any, piece: tuple) -> tuple[Any, None]:
+    def body(total: Any, piece: Any) -> tuple[Any, None]:
         (loss, sums), grads = grad_fn(student, piece)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
+        return _add(total, (loss, sums, grads)), None
 
     batch = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], batch)
@@ -182,7 +247,9 @@ def _apply(
 
 
 def _metrics(
-    trajectories: Trajectories, notes: Annotations, sums: dict[str, jax.Array]
+    trajectories: Trajectories,
+    notes: Sequence[Annotations],
+    sums: dict[str, jax.Array],
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     mask = trajectories.mask
     tokens = jnp.sum(mask, dtype=jnp.float32)
@@ -191,24 +258,29 @@ def _metrics(
     one = jnp.ones(())
     metrics = {
         "divergence": (sums["divergence"], tokens),
-        "teacher_token_loss": (jnp.sum(notes.teacher_token_loss), tokens),
+        "teacher_token_loss": (
+            _sum(notes, lambda n: n.teacher_token_loss),
+            tokens,
+        ),
         "length_mean": (jnp.sum(lengths), rows),
         "length_min": (jnp.min(lengths), one),
         "length_max": (jnp.max(lengths), one),
         "truncated": (jnp.sum(trajectories.truncated, dtype=jnp.float32), rows),
         "num_tokens": (tokens, one),
     }
-    if notes.candidates is not None:
-        used = notes.candidates.mask
-        count = jnp.sum(used, dtype=jnp.float32)
+    if notes[0].candidates is not None:
+        count = _sum(notes, lambda n: n.candidates.mask)
+        divergent = _sum(notes, lambda n: n.divergent)
+        distance = _sum(
+            notes, lambda n: jnp.where(n.candidates.mask, n.distance, 0.0)
+        )
         metrics |= {
-            "distance": (jnp.sum(jnp.where(used, notes.distance, 0.0)), count),
-            "divergent": (jnp.sum(notes.divergent, dtype=jnp.float32), count),
+            "distance": (distance, count),
+            "divergent": (divergent, count),
             "candidates": (count, rows),
         }
     if "cross_entropy" in sums:
         metrics["cross_entropy"] = (sums["cross_entropy"], tokens)
     if "guidance" in sums:
-        points = jnp.sum(notes.divergent, dtype=jnp.float32)
-        metrics["guidance"] = (sums["guidance"], points)
+        metrics["guidance"] = (sums["guidance"], divergent)
     return metrics

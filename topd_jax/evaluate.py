@@ -6,7 +6,7 @@ can be graded, and the student against the teacher on those same completions
 n-grams), so that a collapse shows even where accuracy is at chance.
 """
 
-import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topd_jax.data import prompts as prompt_data
+from topd_jax.data.routing import places_of
 from topd_jax.logs import merge, read_metrics
 from topd_jax.metrics import distinct_ngrams, statistics
 from topd_jax.models.decoder import cast
@@ -23,6 +24,7 @@ from topd_jax.pair import Pair
 from topd_jax.processes import on_host
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import Teachers, by_name, total
 from topd_jax.types import Trajectories
 
 # Apart from every training step's key, which are folded from 1 up.
@@ -77,17 +79,37 @@ class Evaluator:
         rows, statistics = self.complete(student, encoded, count, temperature)
         problems = encoded.records[: len(rows)]
         texts = [pair.tokenizer.decode(r) for r in rows]
-        lengths = np.asarray([len(r) for r in rows])
+        grades = pair.grade(problems, texts)
+        own = {}
+        if isinstance(pair.teacher, Teachers):
+            own = by_name(
+                {
+                    name: self._summary(
+                        [rows[i] for i in places],
+                        grades and [grades[i] for i in places],
+                    )
+                    for name, places in places_of(problems).items()
+                }
+            )
         return {
             "step": step,
             "final": final,
-            "problems": len(problems),
             "temperature": float(temperature),
             **statistics,
+            **self._summary(rows, grades),
+            **own,
+        }
+
+    def _summary(
+        self, rows: list[list[int]], grades: list[bool] | None
+    ) -> dict[str, Any]:
+        lengths = np.asarray([len(r) for r in rows])
+        return {
+            "problems": len(rows),
             "length_mean": float(lengths.mean()),
             "truncated": float(np.mean([self.is_cut(r) for r in rows])),
             "distinct_3": distinct_ngrams(rows, 3),
-            **_accuracy(pair.grade(problems, texts)),
+            **_accuracy(grades),
         }
 
     def complete(
@@ -100,32 +122,43 @@ class Evaluator:
         """Lets the student complete prompts, one completion each.
 
         Args:
-          student: the model.
+          student: the model; or several, of whom each completes its own.
           encoded: the prompts.
           count: how many of them, from the first on.
           temperature: of the sampler; 0 is greedy.
 
         Returns:
           (token ids of each completion, the end included; statistics of the
-          student against the teacher on all of them, name -> number).
+          student against the teacher on all of them, name -> number). With
+          several teachers these are against each prompt's own, and of every
+          teacher's prompts as "name/teacher"; prompts without one have none.
         """
         size = self._settings.eval.batch_size
-        parts, rows = [], []
-        batches = prompt_data.ordered_batches(encoded, batch_size=size)
-        for i, batch in enumerate(batches):
-            if i * size >= count:
-                break
-            written = self._write(
-                student,
-                self._pair.spread(batch.prompts),
-                jax.random.fold_in(self._key, i),
-                jnp.float32(temperature),
-            )
-            real = (batch.index >= 0) & (batch.index < count)
-            written = written.replace(mask=written.mask & real[:, None])
-            parts.append(self._statistics(student, self._pair.teacher, written))
-            rows += _completions(written, int(real.sum()))
-        return rows, read_metrics(merge(parts))
+        parts, rows, number = [], {}, itertools.count()
+        groups = self._pair.by_teacher(encoded, count)
+        for name, teacher, prompts, places in groups:
+            several = isinstance(student, Teachers)
+            model = student.models[name] if several else student
+            batches = prompt_data.ordered_batches(prompts, batch_size=size)
+            last = -(-len(places) // size)
+            for batch in itertools.islice(batches, last):
+                written = self._write(
+                    model,
+                    self._pair.spread(batch.prompts),
+                    jax.random.fold_in(self._key, next(number)),
+                    jnp.float32(temperature),
+                )
+                real = (batch.index >= 0) & (batch.index < len(places))
+                written = written.replace(mask=written.mask & real[:, None])
+                if teacher is not None:
+                    found = self._statistics(model, teacher, written)
+                    parts += [found] + (
+                        [by_name({name: found})] if name else []
+                    )
+                done = _completions(written, int(real.sum()))
+                at = [places[j] for j in batch.index[real]]
+                rows |= zip(at, done, strict=True)
+        return [rows[i] for i in sorted(rows)], read_metrics(merge(parts))
 
     def is_cut(self, tokens: list[int]) -> bool:
         """Whether a completion reached the limit without an end."""
@@ -171,15 +204,23 @@ def make_statistics(settings: Settings) -> Callable[..., dict]:
       settings: of the run.
 
     Returns:
-      (student, teacher, trajectories) -> name -> (sum, count).
+      (student, teacher, trajectories) -> name -> (sum, count); of several
+      teachers, also "name/teacher".
     """
-    return jax.jit(
-        functools.partial(
-            statistics,
-            top_k=settings.log.top_k,
-            log_floor=settings.objective.log_floor,
-        )
+    options = dict(
+        top_k=settings.log.top_k, log_floor=settings.objective.log_floor
     )
+
+    def of(student: Any, teacher: Any, trajectories: Trajectories) -> dict:
+        if not isinstance(teacher, Teachers):
+            return statistics(student, teacher, trajectories, **options)
+        parts = {
+            name: statistics(student, teacher.models[name], rows, **options)
+            for name, rows in teacher.split(trajectories).items()
+        }
+        return total(parts.values()) | by_name(parts)
+
+    return jax.jit(of)
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:

@@ -20,7 +20,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from topd_jax.settings import settings_from, unknown_key
+from topd_jax.sections import unknown_key
+from topd_jax.settings import settings_from
 
 USAGE = """\
 topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
@@ -32,6 +33,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   inspect  one HTML page of its trajectories, --count of them, and of what
            the detector saw in them
   probe    does a high loss mean that the futures part? on --count prompts
+  quantize what a smaller teacher costs: bytes, and reverse KL on --count
+           completions
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
   export   write it to a Hugging Face directory: --output DIR
   sweep    every variant on every seed of config.sweep, then the report
@@ -243,6 +246,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
         return commands.inspect(*run, values.which, values.count)
     if name == "probe":
         return commands.probe(*run, values.which, values.count)
+    if name == "quantize":
+        return commands.quantize(*run, values.which, values.count)
     if name == "sample":
         return commands.sample(
             *run, values.which, values.prompt, values.temperature
@@ -277,8 +282,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
-        "train", "eval", "compare", "inspect", "probe", "sample", "export",
-        "sweep", "plan",
+        "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
+        "export", "sweep", "plan",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)

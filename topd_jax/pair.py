@@ -3,29 +3,41 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from topd_jax import sharding
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import sources, world
+from topd_jax.data.routing import (
+    count_records,
+    places_of,
+    require_even_rows,
+    shares_of,
+)
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import (
     HuggingFaceTokenizer,
+    SentencePieceTokenizer,
     Tokenizer,
     check_model,
     require_same_vocabulary,
 )
 from topd_jax.data.world_models import world_models
 from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.models.quantize import quantizer
 from topd_jax.settings import ModelSettings, Settings
+from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
 _EVAL_SEED = 0
+# Its section of the config, where there is one teacher.
+_ONLY = "teacher"
 
 
 @dataclasses.dataclass
@@ -34,7 +46,8 @@ class Pair:
 
     Attributes:
       student: the model that learns, placed on the mesh.
-      teacher: the frozen model, placed on the mesh.
+      teacher: the frozen model, placed on the mesh; or several as
+        :class:`topd_jax.teachers.Teachers`.
       tokenizer: of both.
       hub_tokenizer: the object of transformers behind it; None in the tiny
         world.
@@ -45,7 +58,8 @@ class Pair:
       grade: (records, completions) -> which are right, or None where answers
         are not known.
       final_answer: completion -> the answer it gives, for votes; "" for none.
-      teacher_fingerprint: hash of the teacher's config and parameters.
+      teacher_fingerprint: hash of the teacher's config and parameters; of
+        several, name -> hash.
     """
 
     student: Any
@@ -58,7 +72,7 @@ class Pair:
     test: prompt_data.EncodedPrompts
     grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
     final_answer: Callable[[str], str]
-    teacher_fingerprint: str
+    teacher_fingerprint: str | dict[str, str]
 
     def spread(self, prompts: Prompts) -> Prompts:
         """Puts a batch that every process holds whole on the mesh.
@@ -80,9 +94,34 @@ class Pair:
             self.encoded,
             batch_size=settings.data.batch_size,
             seed=settings.seed,
+            shares=self.teacher.shares
+            if isinstance(self.teacher, Teachers)
+            else None,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+    def by_teacher(
+        self, encoded: prompt_data.EncodedPrompts, count: int
+    ) -> Iterator[tuple[str, Any, prompt_data.EncodedPrompts, list[int]]]:
+        """Which prompts each teacher reads, outside of training.
+
+        Args:
+          encoded: any prompts; those without a teacher, where there are
+            several, come as they are, with None.
+          count: only so many of them, from the first on.
+
+        Yields:
+          (name, "" for the only one; teacher; its prompts; places of its
+          first ones, those below ``count``, in ``encoded``).
+        """
+        if not isinstance(self.teacher, Teachers):
+            places = list(range(min(count, len(encoded.records))))
+            yield "", self.teacher, encoded, places
+            return
+        for name, places in places_of(encoded.records[:count]).items():
+            teacher = self.teacher.models.get(name)
+            yield name, teacher, encoded.take(places), places
 
     def place(self, prompts: Prompts) -> Prompts:
         """Puts this process's rows of a batch on the mesh.
@@ -123,20 +162,26 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     # What is cheap to refuse comes before models are trained or read.
     _check_rows(settings, mesh)
     parts = _records(settings)
+    shares = _shares(settings, parts, mesh)
     paths, tokenizer = {}, None
-    names = {"student": settings.student, "teacher": settings.teacher}
+    teachers = {_ONLY: settings.teacher}
+    if settings.teachers:
+        teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
+    names = {"student": settings.student} | teachers
     if any(m.source == "world" for m in names.values()):
         where = settings.world.cache or str(workdir / "world")
         teacher_path, student_path, tokenizer = world_models(
             settings.world, pathlib.Path(where)
         )
-        paths = {"student": student_path, "teacher": teacher_path}
+        paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
     models, tokenizers, owned = {}, {}, {}
     for name, model in names.items():
         source = paths[name] if model.source == "world" else model.source
         models[name], own = _load(model, source, mesh)
         tokenizers[name], owned[name] = tokenizer, own
-        if own is not None:
+        if isinstance(own, SentencePieceTokenizer):
+            tokenizers[name], owned[name] = own, None
+        elif own is not None:
             tokenizers[name] = HuggingFaceTokenizer(own)
     tokenizer = _common_tokenizer(tokenizers, models)
     encoded, validation, test = (
@@ -148,9 +193,10 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         )
         for part in parts
     )
+    teacher, mark = _teacher(models, shares)
     return Pair(
         models["student"],
-        models["teacher"],
+        teacher,
         tokenizer,
         next((owned[n] for n in names if tokenizers[n] is tokenizer), None),
         mesh,
@@ -158,7 +204,7 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         validation,
         test,
         *_grader(settings),
-        fingerprint(models["teacher"]),
+        mark,
     )
 
 
@@ -172,32 +218,79 @@ def _load(
         remat=settings.remat,
         unroll=settings.unroll,
         mesh=mesh,
+        finish=quantizer(settings.quantize, settings.quantize_tile),
     )
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)
     return model, tokenizer
 
 
+def _teacher(
+    models: dict[str, Any], shares: dict[str, int]
+) -> tuple[Any, str | dict[str, str]]:
+    """The teacher, or several as one, and what tells it from others."""
+    if not shares:
+        return models[_ONLY], fingerprint(models[_ONLY])
+    several = {name: models[f"teachers.{name}"] for name in shares}
+    marks = {name: fingerprint(model) for name, model in several.items()}
+    return Teachers(several, tuple(shares.values())), marks
+
+
 def _common_tokenizer(
     tokenizers: dict[str, Tokenizer | None], models: dict[str, Any]
 ) -> Tokenizer:
-    ours, theirs = tokenizers["student"], tokenizers["teacher"]
-    if ours is None and theirs is None:
+    found = {n: t for n, t in tokenizers.items() if t is not None}
+    if not found:
+        places = [f"{name}.source" for name in tokenizers]
         raise ValueError(
-            "neither student.source nor teacher.source has a tokenizer; put "
-            "its files beside the model"
+            f"neither {' nor '.join(places)} has a tokenizer; put its files "
+            "beside the model"
         )
-    if ours is not None and theirs is not None and ours is not theirs:
-        require_same_vocabulary(ours, theirs)
-    tokenizer = ours or theirs
+    # The student's, where it has one: it is the first.
+    (first, tokenizer), *others = found.items()
+    for name, other in others:
+        if other is not tokenizer:
+            require_same_vocabulary(tokenizer, other, names=(first, name))
     for model in models.values():
         check_model(tokenizer, model.config.vocab_size)
     return tokenizer
 
 
+def _shares(
+    settings: Settings, parts: Sequence[list[Record]], mesh: Mesh
+) -> dict[str, int]:
+    """How many prompts of each teacher a batch holds; {} for the only one."""
+    names, data = tuple(settings.teachers), settings.data
+    if not names:
+        return {}
+    counts = count_records(parts[0], names)
+    if absent := [n for n in names if n not in places_of(parts[-1])]:
+        logging.warning(
+            "no held-out prompt is of the teacher %s; data.held_out takes the "
+            "first records: mix them, or give data.eval_path",
+            ", ".join(absent),
+        )
+    if data.teacher_prompts:
+        shares = dict(zip(names, data.teacher_prompts, strict=True))
+    else:
+        shares = shares_of(counts, data.batch_size)
+    require_even_rows(
+        shares,
+        samples=data.samples,
+        ways=_ways(mesh),
+        accumulate=settings.optimizer.accumulate,
+    )
+    return shares
+
+
+def _ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are spread over."""
+    return math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+
+
 def _check_rows(settings: Settings, mesh: Mesh) -> None:
     """Refuses batches that do not divide over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    ways = _ways(mesh)
     for section in ("data", "eval"):
         rows = getattr(settings, section).batch_size
         if rows % ways:
@@ -219,7 +312,10 @@ def _records(settings: Settings) -> list[list[Record]]:
             sources.read_world("test", options.final_problems, _EVAL_SEED),
         ]
     fields = dict(
-        prompt_field=data.prompt_field, answer_field=data.answer_field
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        teacher_field=data.teacher_field,
+        teachers=tuple(settings.teachers),
     )
     readers: dict[str, Callable[[str, str], list[Record]]] = {
         "jsonl": lambda path, split: sources.read_jsonl(path, **fields),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from topd_jax.distill import TrainState, annotate, update
@@ -14,6 +15,7 @@ from topd_jax.evaluate import make_statistics
 from topd_jax.models.decoder import cast
 from topd_jax.sampling import rollout
 from topd_jax.settings import OptimizerSettings, Settings
+from topd_jax.teachers import Teachers
 from topd_jax.types import Annotations, Trajectories
 
 
@@ -22,14 +24,15 @@ class Phases(NamedTuple):
 
     Attributes:
       rollout: (student, teacher, prompts, key) -> trajectories.
-      annotate: (student, teacher, trajectories, key) -> annotations.
+      annotate: (student, teacher, trajectories, key) -> annotations; of
+        several teachers, name -> annotations of its own rows.
       update: (state, teacher_head, trajectories, annotations) -> (state,
         metrics); donates the state.
       statistics: (student, teacher, trajectories) -> metrics.
     """
 
     rollout: Callable[..., Trajectories]
-    annotate: Callable[..., Annotations]
+    annotate: Callable[..., Annotations | dict[str, Annotations]]
     update: Callable[..., tuple[TrainState, dict]]
     statistics: Callable[..., dict]
 
@@ -87,10 +90,7 @@ def make_phases(
     ids = dict(eos_ids=eos_ids, pad_id=pad_id)
     offline = settings.offline if objective.offline else None
 
-    def write(
-        student: Any, teacher: Any, prompts: Any, key: jax.Array
-    ) -> Trajectories:
-        model = teacher if offline else student
+    def write_as(model: Any, prompts: Any, key: jax.Array) -> Trajectories:
         return rollout(
             cast(model, model.config.dtype),
             prompts,
@@ -103,8 +103,27 @@ def make_phases(
             **ids,
         )
 
-    def read(*args: Any) -> Annotations:
-        return annotate(*args, objective=objective, **ids)
+    def write(
+        student: Any, teacher: Any, prompts: Any, key: jax.Array
+    ) -> Trajectories:
+        if not offline:
+            return write_as(student, prompts, key)
+        if not isinstance(teacher, Teachers):
+            return write_as(teacher, prompts, key)
+        parts = teacher.each(write_as, prompts, key)
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts.values())
+
+    def read(
+        student: Any, teacher: Any, trajectories: Trajectories, key: jax.Array
+    ) -> Annotations | dict[str, Annotations]:
+        def by(model: Any, rows: Trajectories, key: jax.Array) -> Annotations:
+            return annotate(
+                student, model, rows, key, objective=objective, **ids
+            )
+
+        if isinstance(teacher, Teachers):
+            return teacher.each(by, trajectories, key)
+        return by(teacher, trajectories, key)
 
     def learn(*args: Any) -> tuple[TrainState, dict]:
         return update(

@@ -7,15 +7,15 @@ nearest one.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import types
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from topd_jax.models.quantize import check_quantized
 from topd_jax.objective import Objective
+from topd_jax.sections import build
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
@@ -41,6 +41,8 @@ class ModelSettings:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    quantize: str = ""
+    quantize_tile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ class DataSettings:
     eval_split: str = "test"
     prompt_field: str = "question"
     answer_field: str = "answer"
+    teacher_field: str = ""
+    teacher_prompts: tuple[int, ...] = ()
     batch_size: int = 32
     samples: int = 1
     max_prompt_length: int = 16
@@ -187,6 +191,7 @@ class Settings:
     checkpoint: CheckpointSettings
     world: WorldSettings
     sweep: SweepSettings
+    teachers: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for section, name, least in (
@@ -225,6 +230,14 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
+        for name in ("student", "teacher"):
+            model = getattr(self, name)
+            check_quantized(name, model.quantize, model.quantize_tile)
+        if self.student.quantize:
+            raise ValueError(
+                f"student.quantize={self.student.quantize!r} would freeze what "
+                "is to learn; quantise the teacher, teacher.quantize"
+            )
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(
@@ -238,6 +251,44 @@ class Settings:
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}; lower "
                 "the one or raise the other"
             )
+        self._check_teachers()
+
+    def _check_teachers(self) -> None:
+        data, names = self.data, list(self.teachers)
+        for name in names:
+            # It becomes part of a metric's name and of a setting's.
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(
+                    f"config.teachers: the name {name!r} must be of letters, "
+                    "digits, _ and -"
+                )
+        if bool(names) != bool(data.teacher_field):
+            raise ValueError(
+                f"config.teachers names {len(names)} teachers and "
+                f"data.teacher_field={data.teacher_field!r}; give both, or "
+                "neither for the one config.teacher"
+            )
+        if names and data.source == "world":
+            raise ValueError(
+                "data.source='world' has no field that names a teacher; with "
+                "config.teachers it must be one of jsonl, tfds, hub"
+            )
+        if data.batch_size < len(names):
+            raise ValueError(
+                f"data.batch_size={data.batch_size} must be at least "
+                f"{len(names)}, one prompt for each of config.teachers"
+            )
+        fixed = data.teacher_prompts
+        if fixed and (
+            len(fixed) != len(names)
+            or min(fixed) < 1
+            or sum(fixed) != data.batch_size
+        ):
+            raise ValueError(
+                f"data.teacher_prompts={fixed} must be {len(names)} numbers "
+                f"above 0 (for {', '.join(names) or 'no teachers'}) whose sum "
+                f"is data.batch_size={data.batch_size}"
+            )
 
     def to_dict(self) -> dict:
         """The settings as plain nested dictionaries, for JSON."""
@@ -249,11 +300,12 @@ class Settings:
         Settings at their default do not enter it: one that is added later
         leaves the fingerprints of earlier runs as they are.
         """
+        known = defaults_of(self.to_dict())
         values = {
             name: value
             for name, value in flat(self.to_dict()).items()
             if name not in {f"eval.{n}" for n in EVAL_ONLY}
-            and (name not in DEFAULTS or DEFAULTS[name] != value)
+            and (name not in known or known[name] != value)
         }
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -292,6 +344,25 @@ def _defaults() -> dict[str, object]:
 DEFAULTS = _defaults()
 
 
+def defaults_of(tree: Mapping) -> dict[str, object]:
+    """:data:`DEFAULTS`, and those of the sections that the settings name.
+
+    Args:
+      tree: what :meth:`Settings.to_dict` gives, of any version.
+
+    Returns:
+      "section.key" -> default; the source of one of ``teachers`` has none,
+      for it makes the section.
+    """
+    keys = flat(dataclasses.asdict(ModelSettings()))
+    return DEFAULTS | {
+        f"teachers.{name}.{key}": DEFAULTS[f"teacher.{key}"]
+        for name in tree.get("teachers", {})
+        for key in keys
+        if key != "source"
+    }
+
+
 def settings_from(config: Mapping) -> Settings:
     """Checks a config and turns it into frozen dataclasses.
 
@@ -306,81 +377,4 @@ def settings_from(config: Mapping) -> Settings:
       ValueError: an unknown key (naming the nearest), a missing section, a
         value of the wrong type or out of bounds.
     """
-    return _build(Settings, config, "config")
-
-
-def _build(cls: type, config: Mapping, path: str) -> typing.Any:
-    # A ConfigDict is no Mapping.
-    if not hasattr(config, "keys"):
-        raise ValueError(
-            f"{path}={config!r} must be a section with the keys of "
-            f"{path} in configs/default.py"
-        )
-    hints = typing.get_type_hints(cls)
-    for key in config:
-        if key not in hints:
-            raise ValueError(unknown_key(f"{path}.{key}", list(hints), path))
-    values = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in config:
-            if field.default is dataclasses.MISSING:
-                raise ValueError(f"{path}.{field.name} is missing")
-            continue
-        value, kind = config[field.name], hints[field.name]
-        name = f"{path}.{field.name}"
-        if dataclasses.is_dataclass(kind):
-            values[field.name] = _build(kind, value, name)
-        else:
-            values[field.name] = _checked(value, kind, name)
-    return cls(**values)
-
-
-def unknown_key(name: str, choices: list[str], path: str) -> str:
-    """The sentence for a key that does not exist, with the nearest one.
-
-    Args:
-      name: the dotted name that was given.
-      choices: the keys that exist there.
-      path: dotted name of the place they exist in.
-
-    Returns:
-      One line.
-    """
-    near = difflib.get_close_matches(
-        name.split(".")[-1], choices, n=1, cutoff=0
-    )
-    return (
-        f"unknown config key {name}; the nearest is {path}.{near[0]} "
-        f"(all: {', '.join(sorted(choices))})"
-    )
-
-
-def _checked(value: object, kind: object, name: str) -> object:
-    if typing.get_origin(kind) is types.UnionType:
-        if value is None:
-            return None
-        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        if isinstance(value, str):
-            value = [v for v in value.split(",") if v]
-        if not isinstance(value, Sequence):
-            raise ValueError(
-                f"{name}={value!r} must be several of type {item.__name__}, "
-                f"not {type(value).__name__}; try ({value!r},)"
-            )
-        return tuple(_checked(v, item, name) for v in value)
-    is_bool = isinstance(value, bool)
-    if kind is float and isinstance(value, int) and not is_bool:
-        value = float(value)
-    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
-        value = int(value)
-    # Python's True is an int, a setting's is not.
-    if not isinstance(value, kind) or (is_bool and kind is not bool):
-        raise ValueError(
-            f"{name}={value!r} must be of type {kind.__name__}, not "
-            f"{type(value).__name__}"
-        )
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}={value} must be a finite number")
-    return value
+    return build(Settings, config, "config")

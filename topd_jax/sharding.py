@@ -167,7 +167,8 @@ def tree_shardings(
     """Shardings for every leaf of a model, or of a state that mirrors one.
 
     A leaf is recognised by the last attribute name of its path, so the
-    moments of an optimizer are spread as the parameters they belong to.
+    moments of an optimizer are spread as the parameters they belong to. The
+    scales of a quantised parameter are spread as it is, where they divide.
 
     Args:
       tree: any pytree of arrays or ``ShapeDtypeStruct``.
@@ -186,9 +187,27 @@ def tree_shardings(
         if not names or len(logical_axes[names[-1]]) != leaf.ndim:
             return NamedSharding(mesh, PartitionSpec())
         axes = logical_axes[names[-1]]
+        if path[-1] == jax.tree_util.GetAttrKey("scale"):
+            return coarser(NamedSharding(mesh, spec(axes, rules)), leaf.shape)
         return named(mesh, leaf.shape, axes, rules, name=names[-1])
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def coarser(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array with one entry for several of another's.
+
+    Args:
+      sharding: of the other array.
+      shape: of this one; as many dimensions.
+
+    Returns:
+      The same, but dimensions that no longer divide are left whole.
+    """
+    partition = tuple(sharding.spec)
+    partition += (None,) * (len(shape) - len(partition))
+    mesh = sharding.mesh
+    return NamedSharding(mesh, _dividing(mesh, shape, partition))
 
 
 def batch_shardings(tree: object, mesh: Mesh) -> object:
@@ -222,14 +241,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = _mesh_in_use()
     if mesh is None:
         return x
+    # An activation that does not divide (3 kv heads on 2 devices) is left to
+    # the compiler; parameters are refused instead, by named().
+    return jax.lax.with_sharding_constraint(
+        x, _dividing(mesh, x.shape, spec(axes))
+    )
+
+
+def _dividing(
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    shape: Sequence[int],
+    partition: Sequence[str | tuple[str, ...] | None],
+) -> PartitionSpec:
     parts = []
-    for size, part in zip(x.shape, spec(axes), strict=True):
+    for size, part in zip(shape, partition, strict=True):
         names = (part,) if isinstance(part, str) else (part or ())
         ways = math.prod(mesh.shape[p] for p in names)
-        # An activation that does not divide (3 kv heads on 2 devices) is left
-        # to the compiler; parameters are refused instead, by named().
         parts.append(part if size % ways == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    return PartitionSpec(*parts)
 
 
 def over_experts(
@@ -274,7 +303,7 @@ def over_experts(
         jax.shard_map,
         in_specs=(row, row, row, wide, wide, PartitionSpec(expert, tensor)),
         out_specs=row,
-        # ragged_dot does not say over which axes its result varies.
+        # Grouped products do not say over which axes their result varies.
         check_vma=False,
     )
     def share(x: jax.Array, *rest: jax.Array) -> jax.Array:

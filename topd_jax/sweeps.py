@@ -144,7 +144,7 @@ def _run(
         "seed": settings.seed,
         "fingerprint": _comparable(settings).fingerprint(),
         "config": _family(settings),
-        "machine": _machine(),
+        "machine": machine(),
     }
     if name in ("start", "teacher"):
         with jax.set_mesh(pair.mesh):
@@ -264,7 +264,8 @@ def _detector(settings: Settings, pair: Pair) -> dict[str, Any]:
     }
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Processor, cores, devices and JAX, for records."""
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, "
         f"{jax.device_count()} {jax.devices()[0].platform} device(s), "

@@ -20,9 +20,11 @@ from topd_jax import checkpoint, processes, sharding
 from topd_jax.distill import TrainState, init_state
 from topd_jax.evaluate import Evaluator
 from topd_jax.logs import Logs
+from topd_jax.models import runs
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings
+from topd_jax.teachers import Teachers
 from topd_jax.types import Trajectories
 
 
@@ -82,9 +84,9 @@ class Run:
         self.key = jax.random.key(settings.seed)
         self.state = initial_state(pair, self.optimizer)
         self.checkpoints = checkpoint.Checkpoints(
-            workdir / "checkpoints", settings.checkpoint.keep
+            workdir / runs.LATEST, settings.checkpoint.keep
         )
-        self.best = checkpoint.Checkpoints(workdir / "best", 1)
+        self.best = checkpoint.Checkpoints(workdir / runs.BEST, 1)
         found = self.checkpoints.latest()
         self.step = 0 if found is None else self._resume(found)
         self.logs = Logs(
@@ -94,13 +96,16 @@ class Run:
         )
         self.evaluator = Evaluator(settings, pair)
         if processes.is_first():
-            (workdir / "settings.json").write_text(
+            (workdir / runs.SETTINGS).write_text(
                 json.dumps(settings.to_dict(), indent=1)
             )
+            # So that the run can be the source of another one.
+            tokenizer = pair.hub_tokenizer or pair.tokenizer
+            tokenizer.save_pretrained(workdir / runs.TOKENIZER)
 
     def _resume(self, step: int) -> int:
         found = self.checkpoints.record(step)
-        where = str(self.workdir / "checkpoints")
+        where = str(self.workdir / runs.LATEST)
         checkpoint.require_same_run(
             found, self.settings, self.pair.teacher_fingerprint, where
         )
@@ -211,19 +216,27 @@ class Run:
                 self.settings,
                 self.pair.teacher_fingerprint,
                 self.data.get_state(),
+                self.state.student.config,
             ),
         )
 
     def _log_completions(self, trajectories: Trajectories) -> None:
         rows = processes.on_host(trajectories)
         decode = self.pair.tokenizer.decode
-        for i in range(min(self.settings.log.completions, len(rows.tokens))):
+        size, names = len(rows.tokens), None
+        wanted = range(min(self.settings.log.completions, size))
+        if isinstance(self.pair.teacher, Teachers):
+            # Rows are ordered by teacher: from all over the batch, then.
+            wanted = [i * size // len(wanted) for i in wanted]
+            names = self.pair.teacher.row_names(size)
+        for i in wanted:
             prompt = rows.prompt[i][rows.prompt_mask[i]].tolist()
             tokens = rows.tokens[i][rows.mask[i]].tolist()
             self.logs.write(
                 "completions",
                 {
                     "step": self.step,
+                    **({"teacher": names[i]} if names else {}),
                     "prompt": decode(prompt),
                     "completion": decode(tokens),
                     "truncated": bool(rows.truncated[i]),

@@ -5,6 +5,7 @@ What ``topd inspect`` shows and ``topd probe`` measures.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from topd_jax.annotate import annotate
-from topd_jax.data.prompts import ordered_batches
+from topd_jax.data.prompts import (
+    EncodedPrompts,
+    PromptBatch,
+    ordered_batches,
+)
 from topd_jax.data.sources import Record
 from topd_jax.models.decoder import cast
 from topd_jax.objective import Objective
@@ -56,6 +61,8 @@ def observe(
 ) -> Iterator[Observed]:
     """Writes and annotates the first test prompts, batch by batch.
 
+    With several teachers each batch is of one of them, who reads it.
+
     Args:
       settings: of the run; batches are ``eval.batch_size`` rows.
       pair: of the run.
@@ -88,22 +95,20 @@ def observe(
     )
     size = settings.eval.batch_size
     key = jax.random.fold_in(jax.random.key(settings.seed), _STREAM)
-    for i, batch in enumerate(ordered_batches(pair.test, batch_size=size)):
-        if i * size >= count:
-            break
+    for i, (teacher, batch, whose) in enumerate(_batches(pair, count, size)):
         keys = jax.random.split(jax.random.fold_in(key, i), 2 + len(scores))
         written = write(student, pair.place(batch.prompts), keys[0])
-        own = read(student, pair.teacher, written, keys[1])
+        own = read(student, teacher, written, keys[1])
         notes = [
             own
             if score is None
             else read(
-                student, pair.teacher, written, keys[1],
+                student, teacher, written, keys[1],
                 score=score(own.teacher_token_loss, written, key),
             )
             for score, key in zip(scores, keys[2:], strict=True)
         ]  # fmt: skip
-        real = (batch.index >= 0) & (batch.index < count)
+        real = batch.index >= 0
         # States are wide, and nobody looks at them.
         notes = [
             n.replace(teacher_hidden=jnp.zeros(len(real)),
@@ -114,5 +119,20 @@ def observe(
             lambda x, real=real: np.asarray(x)[real],
             jax.device_get((written, notes)),
         )
-        records = [pair.test.records[j] for j in batch.index[real]]
+        records = [whose.records[j] for j in batch.index[real]]
         yield Observed(records, written, notes)
+
+
+def _batches(
+    pair: Pair, count: int, size: int
+) -> Iterator[tuple[Any, PromptBatch, EncodedPrompts]]:
+    """(teacher, batch, the prompts it is of), every teacher's in turn.
+
+    Rows past ``count`` only fill: their index is -1.
+    """
+    for _, teacher, prompts, places in pair.by_teacher(pair.test, count):
+        batches = ordered_batches(prompts, batch_size=size)
+        for batch in itertools.islice(batches, -(-len(places) // size)):
+            real = batch.index < len(places)
+            index = np.where(real, batch.index, -1)
+            yield teacher, dataclasses.replace(batch, index=index), prompts

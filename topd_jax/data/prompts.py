@@ -9,12 +9,13 @@ step sees.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 from absl import logging
 
+from topd_jax.data.routing import places_of
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer
 from topd_jax.sampling.prompts import bucket
@@ -45,6 +46,14 @@ class EncodedPrompts:
         for ids in self.ids:
             digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
         return digest.hexdigest()[:16]
+
+    def take(self, places: Sequence[int]) -> "EncodedPrompts":
+        """Some of the prompts, in the order of ``places``."""
+        return dataclasses.replace(
+            self,
+            records=tuple(self.records[i] for i in places),
+            ids=tuple(self.ids[i] for i in places),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +153,7 @@ def prompt_stream(
     *,
     batch_size: int,
     seed: int,
+    shares: Mapping[str, int] | None = None,
     buckets: Sequence[int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -158,6 +168,9 @@ def prompt_stream(
       encoded: the prompts.
       batch_size: rows of the global batch.
       seed: of the order; nothing else enters it.
+      shares: teacher -> how many of the batch's rows hold its prompts, which
+        are shuffled apart from those of others, by seed and name; rows are in
+        the order of ``shares``. None where there is one teacher.
       buckets: widths that a batch may have, so that a new length does not
         recompile; None takes :func:`default_buckets`.
       process_index: which of the processes this is.
@@ -169,8 +182,8 @@ def prompt_stream(
       rows each.
 
     Raises:
-      ValueError: for a batch that the processes cannot share equally, or a
-        prompt that no bucket holds.
+      ValueError: for a batch that the processes cannot share equally, a
+        prompt that no bucket holds, or a teacher without prompts.
     """
     own = _own_rows(batch_size, process_index, process_count)
     widths = tuple(buckets or default_buckets(encoded.max_length))
@@ -185,18 +198,51 @@ def prompt_stream(
         )
         return PromptBatch(prompts, mine.astype(np.int32))
 
-    # drop_remainder: an endless stream has none, but counting its batches any
-    # other way overflows for batch_size 1.
+    if shares is None:
+        index = _shuffled(range(len(encoded.ids)), seed, batch_size)
+    else:
+        index = _routed(encoded, seed, shares)
     return iter(
-        grain.MapDataset.range(len(encoded.ids))
-        .shuffle(seed=seed)
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-        .map(collate)
-        .to_iter_dataset(
+        index.map(collate).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         )
     )
+
+
+def _shuffled(
+    places: Sequence[int], seed: int, batch_size: int
+) -> grain.MapDataset:
+    # drop_remainder: an endless stream has none, but counting its batches any
+    # other way overflows for batch_size 1.
+    return (
+        grain.MapDataset.source(places)
+        .shuffle(seed=seed)
+        .repeat()
+        .batch(batch_size, drop_remainder=True)
+    )
+
+
+def _routed(
+    encoded: EncodedPrompts, seed: int, shares: Mapping[str, int]
+) -> grain.MapDataset:
+    """Batches in which every teacher has its own number of rows."""
+    places = places_of(encoded.records)
+    parts = []
+    for name, rows in shares.items():
+        if name not in places:
+            raise ValueError(
+                f"no prompt of the teacher {name!r} is left; raise "
+                "data.max_prompt_length, or take config.teachers."
+                f"{name} out"
+            )
+        # Its own order: another teacher's prompts do not change it.
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        own = int.from_bytes(digest[:4], "big")
+        parts.append(_shuffled(places[name], own, rows))
+    # All of them are endless, and a zip wants one length.
+    steps = min(map(len, parts))
+    parts = [part[:steps] for part in parts]
+    return grain.experimental.ZipMapDataset(parts).map(np.concatenate)
 
 
 def _own_rows(batch_size: int, process_index: int, process_count: int) -> slice:

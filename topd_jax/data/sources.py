@@ -4,11 +4,13 @@ Every source gives a list of :class:`Record`; :mod:`topd_jax.data.prompts`
 makes batches of them.
 """
 
+import dataclasses
+import difflib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 from topd_jax.data import world
 
@@ -21,12 +23,24 @@ class Record(TypedDict):
       answer: the reference answer as the source has it; "" if it has none.
       index: place in its source, from 0.
       source: where it came from, for messages: "train.jsonl line 7".
+      teacher: the name of its teacher, where there are several.
     """
 
     prompt: str
     answer: str
     index: int
     source: str
+    teacher: NotRequired[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """Where a row has what a record is made of."""
+
+    prompt: str
+    answer: str
+    teacher: str
+    teachers: Sequence[str]
 
 
 def read_jsonl(
@@ -34,6 +48,8 @@ def read_jsonl(
     *,
     prompt_field: str = "question",
     answer_field: str = "answer",
+    teacher_field: str = "",
+    teachers: Sequence[str] = (),
 ) -> list[Record]:
     """Reads a file with one JSON object a line; blank lines do not count.
 
@@ -41,11 +57,14 @@ def read_jsonl(
       path: the file.
       prompt_field: key of the question.
       answer_field: key of the answer, kept if it is there.
+      teacher_field: key of the name of the record's teacher; "" for none.
+      teachers: the names that it may have.
 
     Raises:
       ValueError: if the file is missing or empty, or, with file and line, if
-        a line is not a JSON object or lacks the question.
+        a line is not a JSON object or lacks the question or its teacher.
     """
+    fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(
@@ -65,9 +84,7 @@ def read_jsonl(
                     f"{source} is not JSON ({error}): "
                     f"{line[:60]!r}; repair or remove the line"
                 ) from error
-            records.append(
-                _record(row, len(records), source, prompt_field, answer_field)
-            )
+            records.append(_record(row, len(records), source, fields))
     if not records:
         raise ValueError(f"{path} holds no records; it needs at least one")
     return records
@@ -79,6 +96,8 @@ def read_tfds(
     split: str = "train",
     prompt_field: str = "question",
     answer_field: str = "answer",
+    teacher_field: str = "",
+    teachers: Sequence[str] = (),
     data_dir: str | None = None,
 ) -> list[Record]:
     """Reads a TensorFlow dataset (ArrayRecord; TensorFlow is not needed).
@@ -89,6 +108,8 @@ def read_tfds(
       split: of the dataset.
       prompt_field: key of the question.
       answer_field: key of the answer, kept if it is there.
+      teacher_field: key of the name of the record's teacher; "" for none.
+      teachers: the names that it may have.
       data_dir: where datasets are kept; None is TFDS's default.
 
     Raises:
@@ -114,10 +135,10 @@ def read_tfds(
             "check the name, or export the questions to JSONL and set "
             "data.path"
         ) from error
+    fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     where = f"{name} {split} record"
     return [
-        _record(row, i, f"{where} {i}", prompt_field, answer_field)
-        for i, row in enumerate(rows)
+        _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
     ]
 
 
@@ -127,6 +148,8 @@ def read_hub(
     split: str = "train",
     prompt_field: str = "question",
     answer_field: str = "answer",
+    teacher_field: str = "",
+    teachers: Sequence[str] = (),
 ) -> list[Record]:
     """Reads a dataset of the Hugging Face hub; needs ``datasets``.
 
@@ -135,10 +158,12 @@ def read_hub(
       split: of the dataset.
       prompt_field: key of the question.
       answer_field: key of the answer, kept if it is there.
+      teacher_field: key of the name of the record's teacher; "" for none.
+      teachers: the names that it may have.
 
     Raises:
       ValueError: if ``datasets`` is not installed, or the dataset cannot be
-        read, or a record lacks the question.
+        read, or a record lacks the question or its teacher.
     """
     try:
         import datasets
@@ -157,10 +182,10 @@ def read_hub(
             f"{_first_line(error)}; check the name and the network, or "
             "export the questions to JSONL and set data.path"
         ) from error
+    fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     where = f"{name} {split} record"
     return [
-        _record(row, i, f"{where} {i}", prompt_field, answer_field)
-        for i, row in enumerate(rows)
+        _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
     ]
 
 
@@ -178,26 +203,46 @@ def read_world(split: str, count: int, seed: int) -> list[Record]:
 
 
 def _record(
-    row: Mapping[str, Any],
-    index: int,
-    source: str,
-    prompt_field: str,
-    answer_field: str,
+    row: Mapping[str, Any], index: int, source: str, fields: _Fields
 ) -> Record:
     if not isinstance(row, Mapping):
         raise ValueError(
             f"{source} is JSON but not an object: it needs the field "
-            f'"{prompt_field}"'
+            f'"{fields.prompt}"'
         )
-    prompt = _text(row.get(prompt_field))
+    prompt = _text(row.get(fields.prompt))
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(
-            f'{source} has no text in the field "{prompt_field}"; its fields '
+            f'{source} has no text in the field "{fields.prompt}"; its fields '
             f"are {sorted(row)}; set data.prompt_field to the one with the "
             "question"
         )
-    answer = _text(row.get(answer_field, ""))
-    return Record(prompt=prompt, answer=str(answer), index=index, source=source)
+    answer = _text(row.get(fields.answer, ""))
+    record = Record(
+        prompt=prompt, answer=str(answer), index=index, source=source
+    )
+    if fields.teacher:
+        record["teacher"] = _teacher(row, source, fields)
+    return record
+
+
+def _teacher(row: Mapping[str, Any], source: str, fields: _Fields) -> str:
+    name = _text(row.get(fields.teacher))
+    if name in fields.teachers:
+        return name
+    choices = f"one of config.teachers: {', '.join(fields.teachers)}"
+    if name is None:
+        raise ValueError(
+            f'{source} has no field "{fields.teacher}" (data.teacher_field); '
+            f"its fields are {sorted(row)}; it must name {choices}"
+        )
+    (near,) = difflib.get_close_matches(
+        str(name), fields.teachers, n=1, cutoff=0
+    )
+    raise ValueError(
+        f'{source}: the field "{fields.teacher}" is {name!r}; it must name '
+        f"{choices}; the nearest is {near!r}"
+    )
 
 
 def _text(value: object) -> object:

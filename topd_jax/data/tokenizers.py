@@ -54,6 +54,12 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece model with explicit pad, bos, eos and unk ids 0..3."""
 
+    FILE = "tokenizer.model"
+    # What :meth:`chat` does, for those who read a directory.
+    _TEMPLATE = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+
     def __init__(self, model: bytes) -> None:
         """Wraps a serialised model; see :meth:`train` and :meth:`load`."""
         self.model = model
@@ -125,6 +131,13 @@ class SentencePieceTokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the model file; :meth:`load` reads it back."""
         pathlib.Path(path).write_bytes(self.model)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes the model file and the chat template into a directory."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.save(directory / self.FILE)
+        (directory / "chat_template.jinja").write_text(self._TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special ids added."""
@@ -312,9 +325,17 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def require_same_vocabulary(
-    student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
+    student_tokenizer: Tokenizer,
+    teacher_tokenizer: Tokenizer,
+    *,
+    names: tuple[str, str] = ("student", "teacher"),
 ) -> None:
     """Refuses a teacher and a student whose ids mean different things.
+
+    Args:
+      student_tokenizer: of the one.
+      teacher_tokenizer: of the other.
+      names: what to call them in the error.
 
     Raises:
       ValueError: naming the first differing ids and what each side calls
@@ -331,7 +352,7 @@ def require_same_vocabulary(
         return
     if differing:
         what = (
-            f"{len(differing)} ids differ, first (id: student / teacher) "
+            f"{len(differing)} ids differ, first (id: {' / '.join(names)}) "
             + ", ".join(differing[:3])
         )
     else:
@@ -339,7 +360,7 @@ def require_same_vocabulary(
         longer = student if len(student) > len(teacher) else teacher
         what = f"only one has ids from {shorter}: {longer[shorter]!r} on"
     raise ValueError(
-        f"student and teacher have different vocabularies ({len(student)} "
+        f"{' and '.join(names)} have different vocabularies ({len(student)} "
         f"and {len(teacher)} ids): {what}. Their probabilities cannot be "
         "compared id by id; choose a pair that shares one tokenizer"
     )

@@ -12,6 +12,7 @@ from topd_jax.models.decoder import (
 from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
 from topd_jax.models.parameters import parameter_table
+from topd_jax.models.quantize import dequantize, quantize
 from topd_jax.models.weights import drop_layers, fingerprint
 
 __all__ = [
@@ -21,11 +22,13 @@ __all__ = [
     "RopeScaling",
     "cast",
     "causal_mask",
+    "dequantize",
     "drop_layers",
     "fingerprint",
     "init_decoder",
     "load",
     "parameter_table",
+    "quantize",
     "save_model",
     "unembed",
 ]

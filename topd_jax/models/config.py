@@ -1,7 +1,9 @@
 """The shape of a decoder, as one frozen dataclass."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,39 @@ class DecoderConfig:
             for name in _PER_LAYER
             if getattr(self, name)
         }
-        return dataclasses.replace(self, layers=len(keep), **kept)
+        return self.replace(layers=len(keep), **kept)
+
+    def replace(self, **changes: Any) -> "DecoderConfig":
+        """The same config with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them; see :meth:`from_dict`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
+        """What :meth:`to_dict` wrote, or an older version of it.
+
+        Args:
+          fields: by name; those that are not there are at their default.
+
+        Raises:
+          ValueError: for a field that does not exist.
+        """
+        unknown = fields.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"unknown fields of a decoder: {', '.join(sorted(unknown))}; "
+                "was this written by a newer version? install that one"
+            )
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return cls(**values)
 
 
 _PER_LAYER = ("no_rope", "sliding", "dense")

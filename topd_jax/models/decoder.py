@@ -24,6 +24,7 @@ from topd_jax.models.attention import Cache, look
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.layers import embed, layer, layer_options, rms_norm
 from topd_jax.models.parameters import parameter_table
+from topd_jax.models.quantize import is_quantized
 from topd_jax.models.rope import rope_table
 from topd_jax.sharding import constrain
 
@@ -52,7 +53,9 @@ class Decoder(nnx.Module):
 
         Args:
           config: the decoder's shape.
-          arrays: name -> array, exactly the table's names and shapes.
+          arrays: name -> array, exactly the table's names and shapes; the
+            large matrices of a frozen model may be quantised
+            (:mod:`topd_jax.models.quantize`).
 
         Raises:
           ValueError: naming every missing, extra or misshaped array.
@@ -233,12 +236,15 @@ def cast(model: Decoder, dtype: str) -> Decoder:
 
     Returns:
       A new model; used to sample in bf16 from fp32 master weights without a
-      cast at every token.
+      cast at every token. Quantised matrices stay as they are.
     """
     config = dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype)
     if config == model.config:
         return model
-    arrays = {n: x.astype(dtype) for n, x in model.arrays.items()}
+    arrays = {
+        n: x if is_quantized(x) else x.astype(dtype)
+        for n, x in model.arrays.items()
+    }
     return Decoder(config, arrays)
 
 

@@ -2,8 +2,9 @@
 
 ``y = sum_{e in top k} p_e * E_e(x)`` with ``p = softmax(x R)``, renormalised
 over the chosen ones where the config says so (Qwen3-MoE). Copies of tokens are
-sorted by expert and multiplied group by group (``jax.lax.ragged_dot``), so no
-expert has a capacity and no token is dropped.
+sorted by expert and multiplied group by group
+(:mod:`topd_jax.models.grouped`: ``jax.lax.ragged_dot``, on TPU megablox), so
+no expert has a capacity and no token is dropped.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.models.config import DecoderConfig
+from topd_jax.models.grouped import grouped_dot
 from topd_jax.sharding import over_experts
 
 ACTIVATIONS = {
@@ -80,7 +82,7 @@ def _read(
     """What experts first .. first + E - 1 add to the output [T, D].
 
     Copies that belong to other experts are sorted behind all groups, where
-    ``ragged_dot`` leaves zeros.
+    ``grouped_dot`` leaves zeros.
     """
     count, (tokens, copies) = gate.shape[0], chosen.shape
     own = chosen.reshape(-1) - first
@@ -88,7 +90,7 @@ def _read(
     order = jnp.argsort(own)  # stable: copies of one expert stay in order
     sizes = jnp.bincount(own, length=count + 1)[:count].astype(jnp.int32)
     rows = x[order // copies]
-    dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+    dot = functools.partial(grouped_dot, sizes=sizes)
     inner = ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up)
     out = dot(inner, down)[jnp.argsort(order)].reshape(tokens, copies, -1)
     mine = (own < count).reshape(tokens, copies)

@@ -28,6 +28,7 @@ from topd_jax.models.huggingface import (
     TOKENIZER_FILES,
     read_json,
 )
+from topd_jax.models.quantize import require_floats
 from topd_jax.models.weights import disassemble, file_tensors
 
 if TYPE_CHECKING:
@@ -74,10 +75,11 @@ def save_model(
       The directory.
 
     Raises:
-      ValueError: for a family or field that does not fit, or a destination
-        that is not free.
+      ValueError: for a family or field that does not fit, a quantised model,
+        or a destination that is not free.
       OSError: where the disk is full or refuses; nothing has changed then.
     """
+    require_floats(model, "export")
     target = Path(directory).resolve()
     _check_free(target, overwrite)
     inherited = _inherited(tokenizer, source)

@@ -1,15 +1,17 @@
 """Models in GGUF files, the format of llama.cpp: weights, config, tokenizer.
 
-One file holds everything. Quantised tensors are expanded to floats when they
-are read. llama.cpp pairs neighbouring rotary dimensions where Hugging Face
-pairs the two halves of a head, so its converter reorders the rows of q and k
-of the Llama family; they are put back here.
+One file holds everything. Quantised tensors are expanded to floats piece by
+piece, when they are read. llama.cpp pairs neighbouring rotary dimensions where
+Hugging Face pairs the two halves of a head, so its converter reorders the rows
+of q and k of the Llama family; they are put back here. Experts are stacked in
+one tensor and shown as one an expert.
 """
 
 import dataclasses
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from jax.sharding import Mesh
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.hub_config import decoder_config
-from topd_jax.models.registry import FAMILIES, WEIGHTS, family_of
+from topd_jax.models.registry import WEIGHTS, family_of
+from topd_jax.models.rope import frequencies
+from topd_jax.models.streaming import Finish, Read
 from topd_jax.models.weights import TensorInfo, assemble, check_tensors
 from topd_jax.sharding import Rules
 
@@ -34,6 +38,12 @@ _FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
     "context_length": "max_position_embeddings",
+}
+
+_EXPERT_FIELDS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
 }
 
 # What else may stand there, and the only values that are implemented; None
@@ -57,6 +67,18 @@ _HEAD_DIM = (
     "attention.value_length",
     "rope.dimension_count",
 )
+
+_STACKED = re.compile(r"(blk\.\d+\.ffn_\w+_exps)\.weight")
+
+# Of Llama 3.1 and later, files keep what each rotary frequency is divided by,
+# and not the rule. All that were published follow from this one.
+_ROPE_FREQS = "rope_freqs.weight"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +131,8 @@ def load_gguf(
     unroll: int = 1,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    label: str | None = None,
+    finish: Finish | None = None,
 ) -> Decoder:
     """Loads a decoder from a GGUF file.
 
@@ -120,6 +144,8 @@ def load_gguf(
       unroll: see the same.
       mesh: where to spread the parameters; None is one device.
       rules: logical axis -> mesh axis; None takes the default rules.
+      label: the model's name, for the progress bar; None is the file's.
+      finish: see :func:`~topd_jax.models.weights.assemble`.
 
     Returns:
       The model, quantised tensors expanded.
@@ -137,15 +163,20 @@ def load_gguf(
         remat=remat,
         unroll=unroll,
     )
+    if _ROPE_FREQS in file.tensors:
+        _check_rope_freqs(file, config)
+    parts = _parts(file)
     found = {
         # Every quantisation is expanded to float32.
-        name: TensorInfo(tuple(int(n) for n in reversed(t.shape)), "float32")
-        for name, t in file.tensors.items()
+        name: TensorInfo(_shape(tensor)[len(at) :], "float32")
+        for name, (tensor, at) in parts.items()
+        if name != _ROPE_FREQS
     }
     check_tensors(config, "gguf", found, str(file.path))
     return assemble(
-        config, "gguf", _reader(file, config), mesh=mesh, rules=rules
-    )
+        config, "gguf", _reader(file, config, parts),
+        label=label or file.path.name, mesh=mesh, rules=rules, finish=finish,
+    )  # fmt: skip
 
 
 def gguf_config(file: GGUFFile, **options: Any) -> DecoderConfig:
@@ -209,7 +240,10 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     metadata = file.metadata
     where = str(file.path)
     family = family_of(metadata.get("general.architecture"), where, gguf=True)
-    prefix = f"{family.model_type}."
+    prefix = f"{family.gguf}."
+    known = _FIELDS
+    if "num_experts" in family.reads:
+        known = _FIELDS | _EXPERT_FIELDS
     own = {
         key.removeprefix(prefix): value
         for key, value in metadata.items()
@@ -218,10 +252,10 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     problems = [
         f"{prefix}{key}={value!r} is not supported"
         for key, value in own.items()
-        if key not in _FIELDS
+        if key not in known
         and (key not in _OTHERS or value not in (_OTHERS[key] or (value,)))
     ]
-    absent = [f"{prefix}{key}" for key in _FIELDS if key not in own]
+    absent = [f"{prefix}{key}" for key in known if key not in own]
     # llama.cpp leaves these two to their defaults.
     optional = {f"{prefix}rope.freq_base", f"{prefix}attention.head_count_kv"}
     problems += [f"{key} is missing" for key in absent if key not in optional]
@@ -233,7 +267,7 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
         problems.append(f"the tensor {embedding} is missing")
     if problems:
         raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
-    fields = {_FIELDS[key]: own[key] for key in _FIELDS if key in own}
+    fields = {known[key]: own[key] for key in known if key in own}
     for name in ("rms_norm_eps", "rope_theta"):
         if name in fields:  # stored as float32: 1e-05, not 9.99999974e-06
             fields[name] = float(str(np.float32(fields[name])))
@@ -241,38 +275,95 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     fields["head_dim"] = next(iter(sizes.values()), None)
     fields["num_key_value_heads"] = own.get("attention.head_count_kv")
     fields["vocab_size"] = int(file.tensors[embedding].shape[-1])
+    if known is not _FIELDS:
+        fields["norm_topk_prob"] = True  # as llama.cpp computes
+    if family.model_type == "llama" and _ROPE_FREQS in file.tensors:
+        factor = float(np.max(file.tensors[_ROPE_FREQS].data))
+        fields["rope_scaling"] = _LLAMA3 | {"factor": factor}
     fields["tie_word_embeddings"] = WEIGHTS["output"].gguf not in file.tensors
     return fields
 
 
+def _check_rope_freqs(file: GGUFFile, config: DecoderConfig) -> None:
+    plain = frequencies(config.rope_theta, config.head_dim)
+    scaled = frequencies(
+        config.rope_theta, config.head_dim, config.rope_scaling
+    )
+    want, found = plain / scaled, file.tensors[_ROPE_FREQS].data
+    if found.shape != want.shape or not np.allclose(found, want, rtol=1e-3):
+        raise ValueError(
+            f"{file.path}: {_ROPE_FREQS} does not follow the rule of Llama 3.1 "
+            "(factors 1 and 4, 8192 tokens); load the model's Hugging Face "
+            "directory"
+        )
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _parts(
+    file: GGUFFile,
+) -> dict[str, tuple[gguf.ReaderTensor, tuple[int, ...]]]:
+    """name -> (tensor, index into it): one name an expert."""
+    parts = {}
+    for name, tensor in file.tensors.items():
+        stacked = _STACKED.fullmatch(name)
+        if not stacked or len(tensor.shape) != 3:
+            parts[name] = tensor, ()
+            continue
+        for expert in range(_shape(tensor)[0]):
+            parts[f"{stacked[1]}.{expert}.weight"] = tensor, (expert,)
+    return parts
+
+
 def _reader(
-    file: GGUFFile, config: DecoderConfig
-) -> Callable[[str], np.ndarray]:
-    family = FAMILIES[file.metadata["general.architecture"]]
+    file: GGUFFile,
+    config: DecoderConfig,
+    parts: Mapping[str, tuple[gguf.ReaderTensor, tuple[int, ...]]],
+) -> Read:
     heads = {}
-    if family.gguf_permuted:
+    architecture = file.metadata["general.architecture"]
+    if family_of(architecture, str(file.path), gguf=True).gguf_permuted:
         for layer in range(config.layers):
             heads[WEIGHTS["q"].gguf.format(layer)] = config.heads
             heads[WEIGHTS["k"].gguf.format(layer)] = config.kv_heads
 
-    def read(name: str) -> np.ndarray:
-        tensor = file.tensors[name]
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        tensor, at = parts[name]
+        rows, *columns = index
+        if name in heads:
+            count = int(tensor.shape[-1])
+            rows = _unpermuted_rows(count, heads[name])[rows]
         try:
-            # asarray: a memmap's bookkeeping would double the time.
-            data = np.asarray(tensor.data)
-            array = gguf.dequantize(data, tensor.tensor_type)
+            return _expand(tensor, (*at, rows, *columns))
         except NotImplementedError:
             raise ValueError(
                 f"{file.path}: {name} is quantised as "
                 f"{tensor.tensor_type.name}, which the gguf package cannot "
                 "expand; convert the file to Q8_0 or F16"
             ) from None
-        return _unpermute(array, heads[name]) if name in heads else array
 
     return read
 
 
-def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (pair, half) back to (half, pair) order."""
-    rows = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
-    return rows.swapaxes(1, 2).reshape(array.shape)
+def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
+    """Expands the asked part of a tensor, and of its blocks no others."""
+    numbers, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    # asarray: a memmap's bookkeeping would double the time.
+    data = np.asarray(tensor.data)
+    *others, last = index
+    if data.dtype == np.uint8:  # blocks of bytes, along the last dimension
+        first, end = last.start // numbers, -(-last.stop // numbers)
+        data = data[(*others, slice(first * size, end * size))]
+        start = last.start - first * numbers
+        own = slice(start, start + last.stop - last.start)
+    else:
+        data, own = data[index], slice(None)
+    return gguf.dequantize(data, tensor.tensor_type)[..., own]
+
+
+def _unpermuted_rows(count: int, heads: int) -> np.ndarray:
+    """Where each row of q or k, (head, half, pair), stands in the file."""
+    rows = np.arange(count).reshape(heads, count // heads // 2, 2)
+    return rows.swapaxes(1, 2).reshape(count)

@@ -95,10 +95,13 @@ def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = metadata["tokenizer.ggml.merges"]
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
+    # A model may have more rows than its tokenizer ids; the converter names
+    # each of these so, and the tokenizer of the directory has none of them.
+    named = [(t, i) for i, t in enumerate(tokens) if t != f"[PAD{i}]"]
+    vocabulary = dict(named)
+    if len(vocabulary) != len(named):
         raise ValueError(
-            f"{where}: {len(tokens) - len(vocabulary)} of {len(tokens)} tokens "
+            f"{where}: {len(named) - len(vocabulary)} of {len(tokens)} tokens "
             "are spelt twice"
         )
     backend = Tokenizer(

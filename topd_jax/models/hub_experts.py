@@ -7,23 +7,24 @@ written, since every version of transformers reads it.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
+from topd_jax.models.streaming import Read
 from topd_jax.models.weights import TensorInfo
 
 _STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 
 
 def split_experts(
-    found: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
-) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
+    found: Mapping[str, TensorInfo], read: Read
+) -> tuple[dict[str, TensorInfo], Read]:
     """Shows every stacked tensor as those of its experts.
 
     Args:
       found: name -> shape and type of all tensors.
-      read: name -> array.
+      read: (name, slices) -> array.
 
     Returns:
       The same two, in the spelling of one tensor an expert.
@@ -48,15 +49,13 @@ def split_experts(
                 shape = (cut.stop - cut.start, columns)
                 shown[own] = TensorInfo(shape, info.dtype)
                 parts[own] = name, expert, cut
-    held: dict[str, np.ndarray] = {}
 
-    def read_part(name: str) -> np.ndarray:
+    def read_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name not in parts:
-            return read(name)
+            return read(name, index)
         whole, expert, cut = parts[name]
-        if whole not in held:  # one at a time: its experts follow each other
-            held.clear()
-            held[whole] = read(whole)
-        return held[whole][expert, cut]
+        rows, *columns = index
+        own = slice(cut.start + rows.start, cut.start + rows.stop)
+        return read(whole, (slice(expert, expert + 1), own, *columns))[0]
 
     return shown, read_part

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.hub_config import decoder_config
 from topd_jax.models.hub_experts import split_experts
 from topd_jax.models.registry import WEIGHTS
+from topd_jax.models.streaming import Finish, Read
 from topd_jax.models.weights import TensorInfo, assemble, check_tensors
 from topd_jax.sharding import Rules
 
@@ -41,6 +42,8 @@ TOKENIZER_FILES = (
 )
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Compared at once, where a file holds a tied head as well.
+_HEAD_ROWS = 1024
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -97,6 +100,8 @@ def load_model(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     ignore: Sequence[str] = (),
+    label: str | None = None,
+    finish: Finish | None = None,
 ) -> Decoder:
     """Loads a decoder from config.json and safetensors.
 
@@ -113,6 +118,8 @@ def load_model(
       mesh: where to spread the parameters; None is one device.
       rules: logical axis -> mesh axis; None takes the default rules.
       ignore: unknown config fields to pass over.
+      label: the model's name, for the progress bar; None is the directory's.
+      finish: see :func:`~topd_jax.models.weights.assemble`.
 
     Returns:
       The model.
@@ -145,7 +152,10 @@ def load_model(
             _drop_tied_head(found, read, directory)
         found, read = split_experts(found, read)
         check_tensors(config, "hub", found, str(directory))
-        return assemble(config, "hub", read, mesh=mesh, rules=rules)
+        return assemble(
+            config, "hub", read, mesh=mesh, rules=rules, finish=finish,
+            label=label or directory.resolve().name,
+        )  # fmt: skip
 
 
 def load_tokenizer(
@@ -200,13 +210,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _drop_tied_head(
     found: dict[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
+    read: Read,
     directory: Path,
 ) -> None:
     head, embedding = WEIGHTS["output"].hub, WEIGHTS["embedding"].hub
     if head not in found or embedding not in found:
         return
-    if not np.array_equal(read(head), read(embedding)):
+    shape = found[head].shape
+    pieces = (
+        (slice(i, min(i + _HEAD_ROWS, shape[0])),)
+        for i in range(0, shape[0], _HEAD_ROWS)
+    )
+    if shape != found[embedding].shape or not all(
+        np.array_equal(read(head, rows), read(embedding, rows))
+        for rows in pieces
+    ):
         raise ValueError(
             f"{directory}: {head} differs from {embedding}, yet config.json "
             'says "tie_word_embeddings": true; set it to false to load both'
@@ -217,8 +235,8 @@ def _drop_tied_head(
 @contextlib.contextmanager
 def _open_tensors(
     directory: Path,
-) -> Iterator[tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]]:
-    """All tensors of a directory: what they are, and how to read one."""
+) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
+    """All tensors of a directory: what they are, and how to read a part."""
     found, owner = {}, {}
     with contextlib.ExitStack() as stack:
         for path in _weight_files(directory):
@@ -236,7 +254,7 @@ def _open_tensors(
                     tuple(part.get_shape()), _DTYPES.get(kind, kind)
                 )
                 owner[name] = handle
-        yield found, lambda name: owner[name].get_tensor(name)
+        yield found, lambda name, index: owner[name].get_slice(name)[index]
 
 
 def _weight_files(directory: Path) -> list[Path]:

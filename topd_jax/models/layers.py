@@ -16,6 +16,7 @@ from topd_jax.models.attention import (
 )
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.experts import ACTIVATIONS, mix
+from topd_jax.models.quantize import as_floats
 from topd_jax.models.rope import rope_rows, rotate
 from topd_jax.sharding import constrain
 
@@ -107,7 +108,7 @@ def layer(
       (hidden, cache) for the next layer.
     """
     hidden, cache = carry
-    w = {name: p.astype(config.dtype) for name, p in w.items()}
+    w = {name: as_floats(p, config.dtype) for name, p in w.items()}
 
     def norm(x: jax.Array, name: str) -> jax.Array:
         return rms_norm(x, w[name], config) if name in w else x
@@ -187,7 +188,7 @@ def _either(
 
     def rows(expert: bool) -> dict[str, jax.Array]:
         return {
-            name: p[options["row"]].astype(config.dtype)
+            name: as_floats(p[options["row"]], config.dtype)
             for name, p in stacks.items()
             if (name == "router" or name.startswith("expert")) == expert
         }

@@ -52,7 +52,7 @@ class Family:
       local_rope: sliding layers have a rotary base of their own.
       no_rope: the file may say which layers are not turned.
       heads_divide_width: transformers refuses other configs.
-      gguf: read from GGUF files.
+      gguf: its ``general.architecture`` in GGUF files; "": not read from them.
       gguf_permuted: llama.cpp reorders the rows of q and k in its files.
     """
 
@@ -70,7 +70,7 @@ class Family:
     local_rope: bool = False
     no_rope: bool = False
     heads_divide_width: bool = False
-    gguf: bool = False
+    gguf: str = ""
     gguf_permuted: bool = False
 
 
@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
             "llama", "LlamaForCausalLM",
             defaults={"max_position_embeddings": 2048},
             reads=_ALL_BIASES | _MLP_BIAS,
-            heads_divide_width=True, gguf=True, gguf_permuted=True,
+            heads_divide_width=True, gguf="llama", gguf_permuted=True,
         ),
         Family(
             "mistral", "MistralForCausalLM",
@@ -129,7 +129,7 @@ FAMILIES: dict[str, Family] = {
             options={"attention_bias": True},
             defaults={"num_key_value_heads": 32} | _QWEN_WINDOW,
             slides=lambda get, layer: layer >= get("max_window_layers"),
-            switched=True, layer_types=True, gguf=True,
+            switched=True, layer_types=True, gguf="qwen2",
         ),
         Family(
             "qwen3", "Qwen3ForCausalLM",
@@ -138,7 +138,7 @@ FAMILIES: dict[str, Family] = {
             | _QWEN_WINDOW,
             reads=_ALL_BIASES,
             slides=lambda get, layer: layer >= get("max_window_layers"),
-            switched=True, layer_types=True, gguf=True,
+            switched=True, layer_types=True, gguf="qwen3",
         ),
         Family(
             "qwen3_moe", "Qwen3MoeForCausalLM",
@@ -153,7 +153,7 @@ FAMILIES: dict[str, Family] = {
             },
             reads=_ALL_BIASES | _EXPERTS,
             slides=lambda get, layer: True,
-            switched=True,
+            switched=True, gguf="qwen3moe",
         ),
         Family(
             "smollm3", "SmolLM3ForCausalLM",
@@ -214,7 +214,8 @@ class Weight(NamedTuple):
 
     Attributes:
       hub: name in safetensors files, ``{}`` for the layer, then the expert.
-      gguf: name in GGUF files.
+      gguf: name in GGUF files; those stack experts in one tensor, which the
+        reader shows as one an expert.
       inputs: leading dimensions (after the layer's and the expert's) that a
         linear map reads; files hold it as [out, in]. 0: files hold it flat.
       expert: the first dimension after the layer's counts experts.
@@ -264,15 +265,15 @@ WEIGHTS: dict[str, Weight] = {
         ("router", "mlp.gate.weight", "ffn_gate_inp.weight", 1),
         (
             "expert_gate", "mlp.experts.{}.gate_proj.weight",
-            "ffn_gate_exps.weight", 1,
+            "ffn_gate_exps.{}.weight", 1,
         ),
         (
             "expert_up", "mlp.experts.{}.up_proj.weight",
-            "ffn_up_exps.weight", 1,
+            "ffn_up_exps.{}.weight", 1,
         ),
         (
             "expert_down", "mlp.experts.{}.down_proj.weight",
-            "ffn_down_exps.weight", 1,
+            "ffn_down_exps.{}.weight", 1,
         ),
     )
 }  # fmt: skip
@@ -304,7 +305,7 @@ def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
     Args:
       model_type: as the file spells it.
       where: the file, for the error.
-      gguf: only those that are read from GGUF files.
+      gguf: whether the file is a GGUF file.
 
     Returns:
       The row of :data:`FAMILIES`.
@@ -312,13 +313,36 @@ def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
     Raises:
       ValueError: listing the supported families.
     """
-    known = sorted(n for n, row in FAMILIES.items() if row.gguf or not gguf)
+    known = {
+        row.gguf if gguf else row.model_type: row
+        for row in FAMILIES.values()
+        if row.gguf or not gguf
+    }
     if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(
             f"{where}: model_type={model_type!r} is not supported; supported: "
-            f"{', '.join(known)}"
+            f"{', '.join(sorted(known))}"
         )
-    return FAMILIES[model_type]
+    return known[model_type]
+
+
+def file_dims(name: str, ndim: int) -> tuple[tuple[int, ...], ...]:
+    """Which dimensions of a parameter each one of its tensor runs through.
+
+    Args:
+      name: of the parameter.
+      ndim: of one layer, the stacking dimensions left out.
+
+    Returns:
+      The outputs, then the inputs of linear maps; all of them, flat, for
+      biases and norms over heads; else one each.
+    """
+    inputs, dims = WEIGHTS[name].inputs, tuple(range(ndim))
+    if inputs:
+        return dims[inputs:], dims[:inputs]
+    if name in ("embedding", "output"):
+        return dims[:1], dims[1:]
+    return (dims,)
 
 
 def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -332,8 +356,7 @@ def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
       (out, in) for linear maps, flat for biases and norms over heads, else
       ``shape``.
     """
-    inputs = WEIGHTS[name].inputs
-    if inputs:
-        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-    matrix = name in ("embedding", "output")
-    return shape if matrix else (math.prod(shape),)
+    return tuple(
+        math.prod(shape[d] for d in dims)
+        for dims in file_dims(name, len(shape))
+    )

@@ -1,26 +1,34 @@
 """Named tensors of a file into a decoder, and back; layers cut out.
 
 Files hold one tensor a layer and linear maps as [out, in]; the decoder holds
-one array a parameter, stacked over layers, as [in..., out...]. One stack at a
-time is built on the host and placed shard by shard, so host memory never holds
-two copies of a model.
+one array a parameter, stacked over layers, as [in..., out...]. One parameter
+at a time is read and placed (:mod:`topd_jax.models.streaming`), so host memory
+never holds two copies of a model.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.parameters import parameter_layers, parameter_table
 from topd_jax.models.registry import file_shape, weight
+from topd_jax.models.streaming import (
+    Finish,
+    Read,
+    block_bytes,
+    local_blocks,
+    progress,
+    stream,
+)
 from topd_jax.sharding import RULES, Rules, named
 
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -113,19 +121,25 @@ def check_tensors(
 def assemble(
     config: DecoderConfig,
     spelling: str,
-    read: Callable[[str], np.ndarray],
+    read: Read,
     *,
+    label: str,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    finish: Finish | None = None,
 ) -> Decoder:
     """Builds a decoder from a file's tensors, one parameter at a time.
 
     Args:
       config: the decoder's shape.
       spelling: "hub" or "gguf".
-      read: name in the file -> array of floats, linear maps [out, in].
+      read: (name in the file, slices) -> that part of it as floats, linear
+        maps [out, in].
+      label: the model's name, for the progress bar.
       mesh: where to spread the parameters; None keeps them on one device.
       rules: logical axis -> mesh axis; None takes the default rules.
+      finish: (parameter, array) -> what the decoder holds instead; called as
+        soon as the parameter is placed, before the next one is read.
 
     Returns:
       The model, its parameters in ``config.param_dtype``.
@@ -133,31 +147,51 @@ def assemble(
     Raises:
       ValueError: where a parameter does not divide over the mesh.
     """
-    table = parameter_table(config)
-    rules = RULES if rules is None else rules
     # Shardings first: a mesh that does not fit is told before any reading.
-    shardings = {
-        name: None
-        if mesh is None
-        else named(mesh, row.shape, row.axes, rules, name=name)
+    shardings = shardings_of(config, mesh, rules)
+    table, dtype = parameter_table(config), config.param_dtype
+    sources: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for tensor, (name, index, _) in file_tensors(config, spelling).items():
+        sources.setdefault(name, []).append((tensor, index))
+    total = sum(
+        block_bytes(local_blocks(table[name].shape, shardings[name]), dtype)
+        for name in sources
+    )
+    arrays = {}
+    with progress(label, total) as advance:
+        for name, tensors in sources.items():
+            array = stream(
+                name, table[name].shape, dtype, tensors, read,
+                shardings[name], advance,
+            )  # fmt: skip
+            arrays[name] = array if finish is None else finish(name, array)
+    return Decoder(config, arrays)
+
+
+def shardings_of(
+    config: DecoderConfig, mesh: Mesh | None, rules: Rules | None
+) -> dict[str, NamedSharding | None]:
+    """Where each parameter of a decoder goes.
+
+    Args:
+      config: the decoder's shape.
+      mesh: of devices; None is one device.
+      rules: logical axis -> mesh axis; None takes the default rules.
+
+    Returns:
+      parameter -> sharding, or None without a mesh.
+
+    Raises:
+      ValueError: where a parameter does not divide over the mesh.
+    """
+    table = parameter_table(config)
+    if mesh is None:
+        return dict.fromkeys(table)
+    rules = RULES if rules is None else rules
+    return {
+        name: named(mesh, row.shape, row.axes, rules, name=name)
         for name, row in table.items()
     }
-    sources: dict[str, list[tuple[str, tuple[int, ...]]]] = {
-        name: [] for name in table
-    }
-    for tensor, (name, index, _) in file_tensors(config, spelling).items():
-        sources[name].append((tensor, index))
-    arrays = {}
-    for name, row in table.items():
-        host = np.empty(row.shape, jnp.dtype(config.param_dtype))
-        for tensor, index in sources[name]:
-            target = host[index]
-            array = read(tensor)
-            if weight(config, name).inputs:
-                array = array.T
-            target[...] = array.reshape(target.shape)
-        arrays[name] = _place(host, shardings[name])
-    return Decoder(config, arrays)
 
 
 def disassemble(
@@ -218,11 +252,16 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
             rows = [i for i, layer in enumerate(owners) if layer in keep]
             if not rows:  # no layer of this kind is left
                 continue
-            part = array[np.asarray(rows)]
+            kept = np.asarray(rows)
+            arrays[name] = _each(lambda x, i=kept: x[i], array)
         else:
-            part = jnp.copy(array)
-        arrays[name] = jax.device_put(part, array.sharding)
+            arrays[name] = _each(jnp.copy, array)
     return Decoder(model.config.keep_layers(keep), arrays)
+
+
+def _each(cut: Callable[[jax.Array], jax.Array], array: Any) -> Any:
+    """Cuts an array, or both arrays of a quantised matrix, where they are."""
+    return jax.tree.map(lambda x: jax.device_put(cut(x), x.sharding), array)
 
 
 def fingerprint(model: Decoder) -> str:
@@ -249,16 +288,22 @@ def fingerprint(model: Decoder) -> str:
     digest = hashlib.sha256(
         json.dumps(fields, sort_keys=True, default=vars).encode()
     )
-    for name, array in sorted(model.arrays.items()):
-        sums = np.asarray(_bit_sums(array), np.uint32)
-        digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(sums.astype("<u4").tobytes())
+    for name in sorted(model.arrays):
+        leaves = jax.tree_util.tree_leaves_with_path(model.arrays[name])
+        for path, x in leaves:  # a quantised matrix is two arrays
+            sums = np.asarray(_bit_sums(x), np.uint32)
+            label = name + jax.tree_util.keystr(path)
+            digest.update(f"{label}{x.shape}{x.dtype}".encode())
+            digest.update(sums.astype("<u4").tobytes())
     return digest.hexdigest()
 
 
 @jax.jit
 def _bit_sums(x: jax.Array) -> jax.Array:
-    wide = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    if x.dtype == jnp.int4:
+        x = x.astype(jnp.int8)
+    sizes = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    wide = sizes[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
@@ -275,18 +320,6 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
-
-
-def _place(
-    host: np.ndarray, sharding: jax.sharding.NamedSharding | None
-) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(host)
-    # By callback: device_put to a mesh of several processes would first
-    # compare the whole array between them.
-    return jax.make_array_from_callback(
-        host.shape, sharding, lambda index: host[index]
-    )
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

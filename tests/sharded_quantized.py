@@ -1,0 +1,64 @@
+"""Run in a process of its own: a quantised model on 8 devices equals one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from test_experts import CONFIG, make
+
+from topd_jax import sharding
+from topd_jax.models import causal_mask, fingerprint, quantize
+from topd_jax.models.quantize import quantizer
+from topd_jax.types import positions_of
+
+# data, fsdp, tensor, expert
+MESHES = {"int8": (1, 4, 2, 1), "int4": (1, 2, 2, 2)}
+MIXED = dataclasses.replace(CONFIG, dense=(False, True, False))
+
+
+def states(model, mesh):
+    tokens = jax.random.randint(jax.random.key(0), (8, 6), 3, 40)
+    mask = jnp.arange(6) >= jnp.arange(8)[:, None] % 4
+    with jax.set_mesh(mesh):
+        batch = (tokens, mask)
+        batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
+        return np.asarray(
+            jax.jit(
+                lambda model, tokens, mask: model(
+                    tokens, positions_of(mask), causal_mask(mask)
+                )[0]
+            )(model, *batch)
+        )
+
+
+def main() -> None:
+    assert jax.device_count() == 8
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    for kind, shape in MESHES.items():
+        whole = quantize(make(MIXED), kind, tile=4 if kind == "int4" else 0)
+        want = states(whole, one)
+        mesh = sharding.make_mesh(*shape)
+        shards = sharding.tree_shardings(whole, mesh, whole.logical_axes)
+        # Quantised and then spread, or spread and then quantised.
+        moved = jax.device_put(whole, shards)
+        floats = make(MIXED)
+        shards = sharding.tree_shardings(floats, mesh, floats.logical_axes)
+        floats = jax.device_put(floats, shards)
+        finish = quantizer(kind, tile=4 if kind == "int4" else 0)
+        arrays = {n: finish(n, x) for n, x in floats.arrays.items()}
+        made = floats.__class__(MIXED, arrays)
+        for x, y in zip(
+            jax.tree.leaves(moved), jax.tree.leaves(made), strict=True
+        ):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        held = made.arrays["up"].qvalue
+        ways = shape[1] * shape[2]
+        assert held.addressable_shards[0].data.size * ways == held.size
+        assert fingerprint(made) == fingerprint(whole)
+        np.testing.assert_allclose(states(made, mesh), want, atol=2e-5)
+        print(f"{kind}: same on {shape}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

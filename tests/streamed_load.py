@@ -1,0 +1,29 @@
+"""A process that loads a model when told, watched by test_streaming.py."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+
+from topd_jax.models import fingerprint, load
+from topd_jax.sharding import make_mesh
+
+
+def main(path: str, axes: list[int]) -> None:
+    mesh = make_mesh(*axes) if axes else None
+    jnp.ones(3).block_until_ready()  # what JAX itself needs is there
+    print("ready", flush=True)
+    sys.stdin.readline()
+    model, _ = load(path, mesh=mesh)
+    arrays = model.arrays.values()
+    held = sum(s.data.nbytes for x in arrays for s in x.addressable_shards)
+    found = {"held": held, "largest": max(x.nbytes for x in arrays)}
+    print(json.dumps(found), flush=True)
+    # Nothing more is watched.
+    if sys.stdin.readline() == "fingerprint\n":
+        found = {"fingerprint": fingerprint(model)}
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(n) for n in sys.argv[2:]])

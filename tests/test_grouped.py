@@ -1,0 +1,111 @@
+"""Grouped products: megablox, interpreted, against a loop and ragged_dot."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topd_jax.models.grouped import (
+    grouped_dot,
+    megablox,
+    megablox_gradients,
+)
+
+# Rows, and how many each group has: none, one tile and its border, all of
+# them, rows behind the last group, groups across tiles of 256 rows.
+CASES = [
+    (10, (0, 3, 0, 7)),
+    (16, (16, 0, 0, 0)),
+    (23, (5, 0, 9, 2)),
+    (300, (100, 0, 170, 3)),
+    (600, (255, 1, 0, 256)),
+    (40, (0, 0, 0, 0)),
+]
+
+
+def problem(rows, sizes, seed=0, inputs=24, outputs=12):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, inputs)).astype(np.float32)
+    w = rng.normal(size=(len(sizes), inputs, outputs)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(w), jnp.asarray(sizes, jnp.int32)
+
+
+def loop(x, w, sizes):
+    out, start = np.zeros((len(x), w.shape[2])), 0
+    for matrix, size in zip(np.asarray(w), np.asarray(sizes), strict=True):
+        out[start : start + size] = np.asarray(x)[start : start + size] @ matrix
+        start += size
+    return out
+
+
+@pytest.mark.parametrize(("rows", "sizes"), CASES)
+def test_values_are_those_of_a_loop(rows, sizes):
+    args = problem(rows, sizes)
+    want = loop(*args)
+    kernel = megablox(*args, interpret=True)
+    np.testing.assert_allclose(kernel, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grouped_dot(*args), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), CASES[2:4])
+def test_gradients_are_those_of_ragged_dot(rows, sizes):
+    x, w, sizes = problem(rows, sizes)
+    slope = jax.random.normal(jax.random.key(1), (rows, w.shape[2]))
+    # Whatever stands behind the groups, NaN included, moves nothing.
+    behind = (jnp.arange(rows) >= sizes.sum())[:, None]
+    dirty = jnp.where(behind, jnp.nan, x), w, sizes
+    want = jax.vjp(
+        functools.partial(jax.lax.ragged_dot, group_sizes=sizes), x, w
+    )[1](slope)
+    mine = jax.vjp(lambda x, w: grouped_dot(x, w, sizes), x, w)[1](slope)
+    kernel = megablox_gradients(
+        *dirty, jnp.where(behind, jnp.nan, slope), interpret=True
+    )
+    for a, b, c in zip(want, mine, kernel, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(c, a, rtol=1e-4, atol=1e-4)
+    values = megablox(*dirty, interpret=True)
+    np.testing.assert_allclose(values, loop(x, w, sizes), atol=1e-5)
+
+
+def test_inputs_and_outputs_wider_than_a_tile():
+    args = problem(32, (20, 12), inputs=640, outputs=600)
+    want = loop(*args)
+    np.testing.assert_allclose(
+        megablox(*args, interpret=True), want, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_cpu_programs_hold_no_kernel_and_tpu_programs_no_ragged_dot():
+    args = problem(16, (9, 3))
+    trace = jax.jit(jax.grad(lambda *a: grouped_dot(*a).sum())).trace(*args)
+    cpu = trace.lower(lowering_platforms=("cpu",)).as_text()
+    tpu = trace.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in cpu
+    assert "tpu_custom_call" in tpu
+    assert "ragged_dot" not in tpu
+
+
+@pytest.mark.slow
+def test_compiled_for_v5e_with_experts_spread():
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "tpu_experts.py", "v5e:2x4"],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("kernels") == 4, done.stdout

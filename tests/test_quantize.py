@@ -1,0 +1,237 @@
+"""Quantised decoders: close, small, never float as a whole, refused in time."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_files import LLAMA, QWEN2, make, write_gguf
+
+from topd_jax.models import (
+    cast,
+    causal_mask,
+    dequantize,
+    drop_layers,
+    fingerprint,
+    load,
+    quantize,
+    save_model,
+)
+from topd_jax.models.quantize import (
+    as_floats,
+    is_quantized,
+    parameter_bytes,
+    quantizer,
+)
+from topd_jax.sampling import rollout
+from topd_jax.types import Prompts, positions_of
+
+MIXTURE = dataclasses.replace(
+    LLAMA, experts=4, experts_per_token=2, expert_width=16,
+    dense=(False, True, False),
+)  # fmt: skip
+MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
+TOKENS = jax.random.randint(jax.random.key(0), (2, 7), 0, 40)
+
+
+@jax.jit
+def states(model):
+    mask = jnp.ones_like(TOKENS, bool)
+    return model(TOKENS, positions_of(mask), causal_mask(mask))[0]
+
+
+def by_hand(name, array, bits, tile):
+    """(array / scale, scale): a scale for ``tile`` inputs, or for all."""
+    x = np.asarray(array, np.float32)
+    inputs = {"q": (1,), "k": (1,), "v": (1,), "o": (1, 2)}
+    inputs = inputs.get(name, (x.ndim - 2,))
+    if tile is None:
+        top = np.abs(x).max(axis=inputs, keepdims=True)
+    else:
+        axis = inputs[-1]
+        count = x.shape[axis] // tile
+        parts = np.stack(np.split(np.abs(x), count, axis), axis)
+        top = parts.max(axis=axis + 1, keepdims=True)
+        top = np.repeat(top, tile, axis + 1).reshape(x.shape)
+    scale = top / ((2**bits - 1) / 2)
+    return x / scale, scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "tile"), [("int8", 8, None), ("int4", 4, 8)]
+)
+@pytest.mark.parametrize("config", [LLAMA, MIXTURE], ids=["dense", "mixture"])
+def test_every_large_matrix_is_rounded_with_its_own_scales(
+    kind, bits, tile, config
+):
+    model = make(config)
+    small = quantize(model, kind, tile or 0)
+    rounded = {n for n, x in small.arrays.items() if is_quantized(x)}
+    experts = {n for n in model.arrays if n.startswith("expert_")}
+    assert rounded == MATRICES | experts
+    for name, x in small.arrays.items():
+        if name not in rounded:
+            np.testing.assert_array_equal(x, model.arrays[name])
+            continue
+        exact, scale = by_hand(name, model.arrays[name], bits, tile)
+        integers = np.asarray(x.qvalue.astype(jnp.int8))
+        assert x.qvalue.dtype == kind
+        assert np.abs(integers - exact).max() < 0.5001
+        np.testing.assert_allclose(
+            as_floats(x, "float32"), integers * scale,
+            rtol=1e-5 if kind == "int8" else 2**-8,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("int8", QWEN2), ("int4", QWEN2), ("int4", MIXTURE)],
+    ids=["int8", "int4", "mixture"],
+)
+def test_computes_as_its_floats_in_the_scan_and_unrolled(kind, config):
+    small = quantize(make(config), kind)
+    want = states(dequantize(small))
+    np.testing.assert_allclose(states(small), want, atol=1e-5)
+    unrolled = dataclasses.replace(config, unroll=3)
+    other = small.__class__(unrolled, small.arrays)
+    np.testing.assert_allclose(states(other), want, atol=1e-5)
+    assert np.abs(states(make(config)) - want).max() > 1e-4
+
+
+def test_int8_is_nearer_than_int4_and_small_tiles_than_large():
+    model = make(LLAMA)
+    want = states(model)
+    errors = [
+        float(jnp.sqrt(jnp.mean((states(quantize(model, *how)) - want) ** 2)))
+        for how in (("int8", 8), ("int8", 0), ("int4", 4), ("int4", 32))
+    ]
+    assert errors == sorted(errors), errors
+
+
+def test_tiles_that_do_not_divide_take_the_largest_divisor():
+    scales = {n: x.scale.shape for n, x in
+              quantize(make(LLAMA), "int4", 24).arrays.items()
+              if is_quantized(x)}  # fmt: skip
+    assert scales["q"] == (3, 2, 4, 8)  # 32 inputs, 16 a tile
+    assert scales["o"] == (3, 4, 1, 32)  # a head has 8
+    assert scales["down"] == (3, 4, 32)  # 64 inputs, 16 a tile
+
+
+def test_bytes_count_two_int4_in_one():
+    config = dataclasses.replace(LLAMA, width=64, mlp_width=128, head_dim=32)
+    model = make(config)
+    matrices = sum(model.arrays[n].size for n in MATRICES)
+    rest = parameter_bytes(model) - 4 * matrices
+    int8 = parameter_bytes(quantize(model, "int8")) - rest
+    int4 = parameter_bytes(quantize(model, "int4")) - rest
+    assert matrices < int8 < 1.1 * matrices
+    assert int4 == matrices * 4.5 / 8
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_no_float_copy_of_a_stack_exists(kind):
+    """Nor of all layers' matrices; one layer's floats do."""
+    config = dataclasses.replace(
+        LLAMA, layers=8, width=64, mlp_width=256, head_dim=16
+    )
+    small = quantize(make(config), kind)
+    prompts = Prompts(TOKENS, jnp.ones_like(TOKENS, bool))
+    programs = {
+        "read": states,
+        "write": jax.jit(
+            lambda model: rollout(
+                model, prompts, jax.random.key(0), max_new_tokens=4,
+                temperature=1.0, eos_ids=(), pad_id=0,
+            )
+        ),
+    }  # fmt: skip
+    for name, program in programs.items():
+        compiled = program.lower(small).compile()
+        floats = {
+            tuple(map(int, shape.split(",")))
+            for shape in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]",
+                                    compiled.as_text())
+        }  # fmt: skip
+        stack = 8 * 64 * 256
+        assert max(np.prod(s) for s in floats) < stack, name
+        whole = 4 * sum(small.arrays[n].qvalue.size for n in MATRICES)
+        size = compiled.memory_analysis()
+        assert size.temp_size_in_bytes < whole / 2, name
+        assert size.argument_size_in_bytes < parameter_bytes(small) + 4096
+
+
+def test_fingerprints_differ_by_kind_tile_and_weight():
+    model = make(LLAMA)
+    kinds = [model] + [
+        quantize(model, *how)
+        for how in (("int8",), ("int4",), ("int4", 4), ("int8", 4))
+    ]
+    kinds.append(quantize(make(LLAMA, seed=1), "int8"))
+    prints = [fingerprint(m) for m in kinds]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(quantize(model, "int4")) == prints[2]
+    one = dict(kinds[2].arrays)
+    q = one["q"]
+    one["q"] = q.replace(qvalue=q.qvalue.at[0, 0, 0, 0].add(1))
+    assert fingerprint(model.__class__(LLAMA, one)) != prints[2]
+
+
+def test_layers_are_dropped_and_dtypes_cast():
+    model = make(MIXTURE)
+    small = quantize(model, "int4")
+    want = quantize(drop_layers(model, [0, 1]), "int4")
+    assert fingerprint(drop_layers(small, [0, 1])) == fingerprint(want)
+    half = cast(small, "bfloat16")
+    assert half.config.dtype == "bfloat16"
+    np.testing.assert_array_equal(
+        half.arrays["q"].scale, small.arrays["q"].scale
+    )
+    out = states(half)
+    assert out.dtype == jnp.bfloat16
+    # The floats of one layer are rounded once, from the product in f32.
+    rounded = as_floats(half.arrays["q"], "bfloat16")
+    exact = as_floats(half.arrays["q"], "float32").astype(jnp.bfloat16)
+    np.testing.assert_array_equal(rounded, exact)
+
+
+def test_a_file_is_quantised_as_it_is_read(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", make(LLAMA))
+    model, _ = load(path, finish=quantizer("int8"))
+    floats, _ = load(path)
+    assert fingerprint(model) == fingerprint(quantize(floats, "int8"))
+
+
+def test_what_cannot_be_done_is_said(tmp_path):
+    small = quantize(make(LLAMA), "int8")
+    with pytest.raises(ValueError, match="cannot export a quantised model"):
+        save_model(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="cannot quantise a quantised"):
+        quantize(small, "int4")
+    with pytest.raises(ValueError, match="must be int8, int4 or ''"):
+        quantizer("int3")
+    with pytest.raises(ValueError, match="quantize_tile=-1 must be at least"):
+        quantizer("int4", -1)
+    assert quantizer("") is None
+
+
+def test_eight_devices_say_what_one_says():
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "sharded_quantized.py"],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("same on") == 2

@@ -1,0 +1,152 @@
+"""A run of ours as the source of another one's student or teacher."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_files import LLAMA, QWEN, assert_same, make, save_run
+
+from topd_jax import main
+from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.logs import read_jsonl
+from topd_jax.models import DecoderConfig, RopeScaling, load
+from topd_jax.models.decoder import causal_mask, unembed
+from topd_jax.models.runs import is_run
+from topd_jax.pair import load_pair
+from topd_jax.settings import settings_from
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        dataclasses.replace(
+            QWEN,
+            rope_scaling=RopeScaling("yarn", 4.0, 8192.0, truncate=False),
+            window=3,
+            sliding=(True, False, True),
+            final_softcap=30.0,
+            unroll=3,
+        ),
+    ],
+)
+def test_a_config_comes_back_from_json(config):
+    text = json.dumps(config.to_dict())
+    assert DecoderConfig.from_dict(json.loads(text)) == config
+    older = {k: v for k, v in config.to_dict().items() if k != "post_norms"}
+    assert DecoderConfig.from_dict(older) == config
+    with pytest.raises(ValueError, match="unknown fields of a decoder: heat"):
+        DecoderConfig.from_dict(config.to_dict() | {"heat": 1})
+
+
+def files(directory):
+    return {p: p.stat().st_mtime_ns for p in directory.rglob("*")}
+
+
+def test_a_student_is_read_alone(tmp_path):
+    run = save_run(tmp_path / "run", make(QWEN))
+    save_run(run, make(QWEN, 1), step=5)
+    save_run(run, make(QWEN, 2), step=4, folder="best")
+    before = files(run)
+    for source, seed in (
+        ("", 1), ("best", 2), ("checkpoints", 1), ("checkpoints/3", 0),
+        ("checkpoints/5", 1), ("best/4", 2),
+    ):  # fmt: skip
+        assert is_run(run / source)
+        model, tokenizer = load(run / source)
+        assert tokenizer is None
+        assert_same(model, make(QWEN, seed))
+    assert files(run) == before, "a run is not touched by who reads it"
+    seen = []
+    model, _ = load(
+        run,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        remat="full",
+        unroll=3,
+        finish=lambda name, array: seen.append(name) or array,
+    )
+    assert seen == list(make(QWEN).arrays)
+    assert model.config == dataclasses.replace(
+        QWEN, dtype="bfloat16", param_dtype="bfloat16", remat="full", unroll=3
+    )
+    for name, array in make(QWEN, 1).arrays.items():
+        np.testing.assert_array_equal(
+            model.arrays[name], array.astype(jnp.bfloat16)
+        )
+
+
+def test_what_is_not_there_is_said_with_what_is(tmp_path):
+    run = save_run(tmp_path / "run", make(LLAMA))
+    save_run(run, make(LLAMA), step=6)
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint at .*run/best: there is .*run/checkpoints "
+        r"\(steps 3, 6\)$",
+    ):
+        load(run / "best")
+    with pytest.raises(ValueError, match=r"no checkpoint at .*/4: there is"):
+        load(run / "checkpoints" / "4")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no checkpoint at .*: train first"):
+        load(begun)
+    assert not is_run(tmp_path)
+    assert not is_run("owner/name")
+
+
+def test_a_checkpoint_that_says_too_little_is_refused(tmp_path):
+    old = save_run(tmp_path / "old", make(LLAMA), record={"data": {}})
+    with pytest.raises(
+        ValueError, match=r"old/checkpoints/3 was written before .*topd export"
+    ):
+        load(old)
+    wider = dataclasses.replace(LLAMA, mlp_width=72, tied=False).to_dict()
+    part = save_run(tmp_path / "part", make(LLAMA), record={"student": wider})
+    with pytest.raises(
+        ValueError,
+        match=r"only a part of its student.*: no gate, up, down, output of",
+    ):
+        load(part)
+
+
+def logits(model, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    mask = causal_mask(jnp.ones(tokens.shape, bool))
+    hidden, _ = model(tokens, positions, mask)
+    return np.asarray(unembed(model.head, hidden))
+
+
+def test_a_distilled_student_starts_and_teaches_the_next_run(
+    trained, small_arguments, tmp_path
+):
+    found, tokenizer = load(trained)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert (trained / "tokenizer" / "chat_template.jinja").exists()
+    config = [
+        *small_arguments,
+        f"--config.student.source={trained}",
+        f"--config.teacher.source={trained / 'best'}",
+        "--config.train.steps=2",
+        "--config.eval.every=0",
+        "--config.world.cache=nowhere",
+    ]
+    workdir = tmp_path / "next"
+    main.run(["train", *config, f"--workdir={workdir}"])
+    assert not (workdir / "world").exists(), "nothing is made from scratch"
+    assert [r["step"] for r in read_jsonl(workdir / "metrics.jsonl")] == [1, 2]
+    values = main._parse([*config, f"--workdir={workdir}"], "train")
+    pair = load_pair(settings_from(values.config), workdir)
+    tokens = jax.random.randint(KEY, (2, 9), 4, found.config.vocab_size)
+    np.testing.assert_array_equal(
+        logits(pair.student, tokens), logits(found, tokens)
+    )
+    assert pair.tokenizer.vocabulary() == tokenizer.vocabulary()
+    after, _ = load(workdir)
+    assert (logits(after, tokens) != logits(found, tokens)).any()

@@ -1,0 +1,280 @@
+"""What is read of a file, what the host holds meanwhile, what is shown."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from small_files import LLAMA, assert_same, make, save_run, write_gguf
+
+from topd_jax.models import (
+    Decoder,
+    DecoderConfig,
+    fingerprint,
+    load,
+    parameter_table,
+    save_model,
+    streaming,
+)
+from topd_jax.models.hub_config import config_json
+from topd_jax.models.weights import assemble, disassemble, file_tensors
+
+MB = 1 << 20
+
+
+def counted(model):
+    """A reader of a model's tensors, and how often each number was read."""
+    tensors = dict(disassemble(model, "hub"))
+    counts = {name: np.zeros(x.shape, int) for name, x in tensors.items()}
+
+    def read(name, index):
+        counts[name][index] += 1
+        return tensors[name][index]
+
+    return read, counts
+
+
+@pytest.mark.parametrize("piece", [1, 1000, 1 << 20])
+def test_every_number_is_read_once_whatever_the_pieces(piece, monkeypatch):
+    monkeypatch.setattr(streaming, "_PIECE_BYTES", piece)
+    read, counts = counted(make(LLAMA))
+    model = assemble(LLAMA, "hub", read, label="m")
+    assert_same(model, make(LLAMA))
+    assert all((n == 1).all() for n in counts.values())
+
+
+# Which part of q, [layers, embed, heads, head_dim], two devices hold, and the
+# part of q_proj, [heads x head_dim, embed], that follows.
+PARTS = {
+    "embed": (np.s_[:, 8:16], np.s_[:, 8:16]),
+    "heads": (np.s_[:, :, 1:2], np.s_[8:16, :]),
+    "both": (np.s_[:, 8:16, 2:4], np.s_[16:32, 8:16]),
+    "layers": (np.s_[1:2, :], np.s_[:, :]),
+    # Not one range in the file: read wider, kept as asked.
+    "head_dim": (np.s_[:, :, 1:3, 4:8], np.s_[8:24, :]),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_process_reads_what_its_devices_hold(part, monkeypatch):
+    index, in_file = PARTS[part]
+    model = make(LLAMA)
+    q = np.asarray(model.arrays["q"])
+    whole = (*index, *[slice(None)] * (4 - len(index)))
+    # Two devices of this process hold the same part; others hold the rest.
+    sharding = types.SimpleNamespace(
+        addressable_devices_indices_map=lambda shape: {1: whole, 2: whole}
+    )
+    monkeypatch.setattr(jax, "device_put", lambda x, device: (device, x))
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: x)
+    monkeypatch.setattr(
+        jax, "make_array_from_single_device_arrays", lambda *x: x[2]
+    )
+    read, counts = counted(model)
+    sources = [
+        (tensor, place)
+        for tensor, (name, place, _) in file_tensors(LLAMA, "hub").items()
+        if name == "q"
+    ]
+    told = []
+    placed = streaming.stream(
+        "q", q.shape, "float32", sources, read, sharding, told.append
+    )
+    assert [device for device, _ in placed] == [1, 2]
+    for _, array in placed:
+        np.testing.assert_array_equal(array, q[index])
+    for tensor, place in sources:
+        want = np.zeros(counts[tensor].shape, int)
+        if place[0] in range(3)[whole[0]]:
+            want[in_file] = 1
+        np.testing.assert_array_equal(counts[tensor], want)
+    assert sum(told) == 4 * sum(n.sum() for n in counts.values())
+
+
+def test_a_parameter_can_be_changed_as_soon_as_it_is_placed():
+    model, seen = make(LLAMA), []
+
+    def read(name, index):
+        seen.append(name)
+        return tensors[name][index]
+
+    def finish(name, array):
+        seen.append(name)
+        return array * 2
+
+    tensors = dict(disassemble(model, "hub"))
+    got = assemble(LLAMA, "hub", read, label="m", finish=finish)
+    np.testing.assert_array_equal(got.arrays["q"], model.arrays["q"] * 2)
+    assert [n for n in seen if n in model.arrays] == [*parameter_table(LLAMA)]
+    # Before the next one is read.
+    following = "model.layers.0.self_attn.k_proj.weight"
+    assert seen.index("q") < seen.index(following)
+
+
+def test_a_bar_of_bytes_for_large_models_only(tmp_path, monkeypatch, capfd):
+    path = save_model(make(LLAMA), tmp_path / "some-model")
+    load(path)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(streaming, "_SHOWN_BYTES", 0)
+    said = []
+    monkeypatch.setattr(
+        streaming.logging, "info", lambda *words: said.append(words)
+    )
+    load(path)
+    out, err = capfd.readouterr()
+    size = sum(x.nbytes for x in make(LLAMA).arrays.values())
+    assert out == ""
+    assert "some-model: 100%" in err
+    assert "kB/s" in err or "MB/s" in err
+    assert said[0][1:3] == ("some-model", size)
+    monkeypatch.setattr(streaming.processes, "is_first", lambda: False)
+    load(path)
+    assert capfd.readouterr() == ("", "")
+
+
+LARGE = DecoderConfig(
+    vocab_size=4096, layers=4, width=1024, heads=8, kv_heads=4, head_dim=128,
+    mlp_width=8192,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """220 MB of half precision in two files, of numbers that do not matter."""
+    path = tmp_path_factory.mktemp("large")
+    (path / "config.json").write_text(json.dumps(config_json(LARGE)))
+    pool = np.random.default_rng(0).random(20 * MB, np.float32) - 0.5
+    pool = pool.astype(ml_dtypes.bfloat16)
+    tensors = {
+        name: pool[: np.prod(shape)].reshape(shape)
+        for name, (_, _, shape) in file_tensors(LARGE, "hub").items()
+    }
+    names, owner = list(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i}.safetensors"
+        save_file({n: tensors[n] for n in part}, path / file)
+        owner |= dict.fromkeys(part, file)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": owner}))
+    return path
+
+
+def anonymous(pid):
+    """Bytes of a process that no file backs, as the kernel counts them.
+
+    Pages of a mapped file are left out: the kernel drops them at will.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = [x for x in status.splitlines() if x.startswith("RssAnon:")]
+    return int(found[0].split()[1]) * 1024 if found else 0  # it has died
+
+
+def watched_load(path, axes, last_word):
+    """Loads in a process of its own; (peak growth in bytes, its words)."""
+    count = int(np.prod(axes)) if axes else 1
+    flags = f"--xla_force_host_platform_device_count={count}"
+    here = Path(__file__).parent
+    paths = [str(here.parent), os.environ.get("PYTHONPATH", "")]
+    child = subprocess.Popen(
+        [sys.executable, here / "streamed_load.py", path, *map(str, axes)],
+        env=os.environ
+        | {
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            # What is freed goes back at once, and not when glibc likes.
+            "MALLOC_MMAP_THRESHOLD_": "1000000",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdout.readline() == "ready\n"
+        os.set_blocking(child.stdout.fileno(), False)
+        before = peak = anonymous(child.pid)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        line = ""
+        while not line and child.poll() is None:
+            peak = max(peak, anonymous(child.pid))
+            time.sleep(0.001)
+            line = child.stdout.readline()
+        os.set_blocking(child.stdout.fileno(), True)
+        child.stdin.write(f"{last_word}\n")
+        child.stdin.flush()
+        found = json.loads(line) | json.loads(child.stdout.readline())
+    return peak - before, found
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="no /proc to measure with"
+)
+
+
+def within_bound(path, axes, last_word="end"):
+    growth, found = watched_load(path, axes, last_word)
+    held, largest = found["held"], found["largest"]
+    bound = held + 1.2 * largest
+    print(
+        f"\npeak {growth / MB:.0f} MB; shards {held / MB:.0f} MB, largest "
+        f"parameter {largest / MB:.0f} MB, bound {bound / MB:.0f} MB"
+    )
+    assert held <= growth + largest  # the measure sees what is held
+    assert growth <= bound
+    return found
+
+
+@needs_proc
+@pytest.mark.parametrize("axes", [(), (2, 2, 2)], ids=["one", "eight"])
+def test_the_host_holds_one_parameter_beside_the_shards(large, axes):
+    within_bound(large, axes)
+
+
+def large_model():
+    config = dataclasses.replace(LARGE, layers=2)
+    pool = np.random.default_rng(0).random(20 * MB, np.float32) - 0.5
+    arrays = {
+        name: jnp.asarray(pool[: np.prod(row.shape)].reshape(row.shape))
+        for name, row in parameter_table(config).items()
+    }
+    return Decoder(config, arrays)
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(), (2, 2, 2)], ids=["one", "eight"])
+def test_the_state_of_the_optimizer_stays_on_disk(axes, tmp_path):
+    model = large_model()
+    run = save_run(tmp_path / "run", model)
+    found = within_bound(run, axes, "fingerprint")
+    assert found["fingerprint"] == fingerprint(model)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_quantised_file_is_expanded_in_place(tmp_path):
+    def zeros(array, kind):
+        return np.zeros((*array.shape[:-1], array.shape[-1] // 256 * 144), "u1")
+
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    kinds = dict.fromkeys(names, gguf.GGMLQuantizationType.Q4_K)
+    path = tmp_path / "m.gguf"
+    words = ["a", "b", "ab"]
+    words += [f"[{i}]" for i in range(LARGE.vocab_size - 3)]
+    write_gguf(
+        path, large_model(), kinds, quantize=zeros,
+        vocabulary=("gpt-2", ["a b"], words, [1] * len(words)),
+    )  # fmt: skip
+    within_bound(path, (2, 2, 2))

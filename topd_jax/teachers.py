@@ -1,0 +1,142 @@
+"""Several frozen teachers, each with rows of its own in every batch (ours).
+
+A field of each record names its teacher. Every batch holds a fixed number of
+prompts for each of them, and its rows are ordered by teacher: shapes are
+static, one program serves every step, and a teacher reads its own rows alone.
+Teachers come in the order of their names everywhere; JAX keeps a dict's keys
+in that order too.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import struct
+
+from topd_jax.head import Head
+from topd_jax.sharding import constrain
+
+
+@struct.dataclass
+class Teachers:
+    """Several teachers in the place of one.
+
+    Attributes:
+      models: name -> frozen model, in the order of the names; widths, depths
+        and numbers of vocabulary rows may differ.
+      prompts: how many prompts of each a batch holds, in that order; static.
+    """
+
+    models: dict[str, Any]
+    prompts: tuple[int, ...] = struct.field(pytree_node=False)
+
+    @property
+    def head(self) -> dict[str, Head]:
+        """name -> output head [V, D], as :func:`topd_jax.update` takes it."""
+        return {name: model.head for name, model in self.models.items()}
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """name -> prompts in a batch."""
+        return dict(zip(self.models, self.prompts, strict=True))
+
+    def row_names(self, rows: int) -> list[str]:
+        """The teacher of each of a batch's rows."""
+        times = rows // sum(self.prompts)
+        return [n for n, p in self.shares.items() for _ in range(p * times)]
+
+    def each(
+        self, do: Callable[..., Any], rows: Any, key: jax.Array
+    ) -> dict[str, Any]:
+        """Lets each teacher work on its own rows.
+
+        Args:
+          do: (model, its rows, its key) -> anything.
+          rows: a tree of arrays with the rows of a whole batch, ordered by
+            teacher: one or more a prompt.
+          key: PRNG key; every teacher gets another one.
+
+        Returns:
+          name -> what ``do`` returns.
+        """
+        parts = self.split(rows)
+        return {
+            name: do(model, parts[name], jax.random.fold_in(key, i))
+            for i, (name, model) in enumerate(self.models.items())
+        }
+
+    def split(self, rows: Any) -> dict[str, Any]:
+        """Each teacher's own rows of a batch; see :func:`split_rows`."""
+        times = _rows(rows) // sum(self.prompts)
+        return split_rows(rows, {n: p * times for n, p in self.shares.items()})
+
+
+def split_rows(rows: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Consecutive rows of a batch, by teacher.
+
+    Args:
+      rows: a tree of arrays [B, ...].
+      sizes: name -> number of rows, in order; they add up to B.
+
+    Returns:
+      name -> the same tree with the rows of that teacher, spread over the
+      whole mesh again where they divide over it.
+
+    Raises:
+      ValueError: where the sizes do not add up.
+    """
+    if sum(sizes.values()) != _rows(rows):
+        spelt = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"the rows of the teachers ({spelt}) must add up to the batch's "
+            f"{_rows(rows)}"
+        )
+    out, begin = {}, 0
+    for name, size in sizes.items():
+
+        def part(x: jax.Array, begin: int = begin, size: int = size) -> Any:
+            # Cut out of the batch, they lie on some of the devices only.
+            own = x[begin : begin + size]
+            return constrain(own, "batch", *[None] * (x.ndim - 1))
+
+        out[name] = jax.tree.map(part, rows)
+        begin += size
+    return out
+
+
+def by_name(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of several teachers in one mapping.
+
+    Args:
+      parts: teacher -> metric -> anything.
+
+    Returns:
+      "metric/teacher" -> the same.
+    """
+    return {
+        f"{metric}/{name}": value
+        for name, part in parts.items()
+        for metric, value in part.items()
+    }
+
+
+def total(parts: Iterable[Mapping[str, tuple]]) -> dict[str, tuple]:
+    """Adds up the metrics of several teachers.
+
+    Args:
+      parts: name -> (sum, count), one mapping a teacher.
+
+    Returns:
+      name -> (sum, count) over all that have it.
+    """
+    out: dict[str, tuple] = {}
+    for part in parts:
+        for name, value in part.items():
+            before = out.get(name, (0.0, 0.0))
+            out[name] = (before[0] + value[0], before[1] + value[1])
+    return out
+
+
+def _rows(tree: Any) -> int:
+    (rows,) = {x.shape[0] for x in jax.tree.leaves(tree)}
+    return rows
