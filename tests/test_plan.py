@@ -99,8 +99,7 @@ def test_the_table_says_what_fits_and_by_how_much_not():
 
 def test_useful_operations_by_hand():
     settings = settings_from(tiny.get_config())
-    student, teacher = decoder_configs(settings)
-    work = phase_work(settings, student, teacher)
+    work = phase_work(settings, *decoder_configs(settings))
     rows, prompt, new = 32, 16, 48
     assert work["decode"][0] == rows * new
     assert work["scoring"][0] == rows * (prompt + new)

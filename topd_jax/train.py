@@ -109,7 +109,14 @@ class Run:
         checkpoint.require_same_run(
             found, self.settings, self.pair.teacher_fingerprint, where
         )
-        self.state, self.key = self.checkpoints.restore(step, self.state)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=x.sharding
+            ),
+            self.state,
+        )
+        self.state = None  # never two states on the devices
+        self.state, self.key = self.checkpoints.restore(step, like)
         self.data.set_state(found["data"])
         return step
 
@@ -307,4 +314,5 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     pair = load_pair(settings, workdir)
     with jax.set_mesh(pair.mesh):
         run = Run(settings, workdir, pair)
+    pair.student = None  # the run's own copy is the only one
     return run.train()

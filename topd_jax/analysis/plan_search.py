@@ -220,21 +220,21 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
       chip: a device.
       devices: how many.
     """
-    student, teacher = decoder_configs(settings)
-    work = phase_work(settings, student, teacher)
+    student, teachers = decoder_configs(settings)
+    work = phase_work(settings, student, teachers)
     mesh, new = settings.mesh, settings.rollout.max_new_tokens
     again = 1.0 + _AGAIN[settings.student.remat]
     flops = sum(f for name, (_, f) in work.items() if name != "update")
     flops += again * work["update"][1]
-    sizes = {
-        c: _parameter_bytes(c) / (mesh.tensor * mesh.expert ** (c.experts > 0))
-        for c in (student, teacher)
-    }
-    steps = {student: new, teacher: settings.objective.window}
-    read = sum(sizes[c] * steps[c] for c in sizes)
+
+    def held(config: DecoderConfig) -> float:
+        experts = mesh.expert if config.experts else 1
+        return _parameter_bytes(config) / (mesh.tensor * experts)
+
+    read = held(student) * new
+    read += sum(held(c) for _, c in teachers) * settings.objective.window
     spread = (mesh.fsdp - 1) / mesh.fsdp
-    sent = read * spread
-    sent += 3 * settings.optimizer.accumulate * sizes[student] * spread
+    sent = (read + 3 * settings.optimizer.accumulate * held(student)) * spread
     tokens = sum(t for t, _ in work.values()) / (devices / mesh.tensor)
     if mesh.tensor > 1:
         sent += 4 * 2 * tokens * student.layers * student.width

@@ -92,7 +92,7 @@ def _times(plan: Plan) -> list[list[str]]:
                 f"{p.seconds:.2f}",
                 p.bound,
                 f"{rate:.0f}",
-                f"{p.mfu:.0%}",
+                f"{p.mfu:.1%}",
             ]
         )
     total = ["step", *[""] * (2 + len(kinds)), f"{plan.step_seconds:.2f}"]

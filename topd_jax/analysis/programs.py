@@ -6,6 +6,7 @@ devices, also those of a topology that nobody owns. Ours.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,14 +15,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from topd_jax import sharding
+from topd_jax.data.routing import shares_of
 from topd_jax.data.world_models import student_config, teacher_config
 from topd_jax.distill import init_state
 from topd_jax.evaluate import make_writer
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import init_decoder
+from topd_jax.models.quantize import quantize
 from topd_jax.models.shapes import shape_of
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import ModelSettings, Settings
+from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
 # Which ids end a row changes no shape.
@@ -46,9 +50,9 @@ class Models:
 
     Attributes:
       student: decoder of ``ShapeDtypeStruct``.
-      teacher: the same.
+      teacher: the same, or several as ``Teachers``.
       state: train state around the student.
-      head: the teacher's output head.
+      head: the teacher's output head, or teacher -> its head.
     """
 
     student: Any
@@ -57,14 +61,16 @@ class Models:
     head: Any
 
 
-def decoder_configs(settings: Settings) -> tuple[DecoderConfig, DecoderConfig]:
-    """Student's and teacher's shapes, as the run would load them.
+def decoder_configs(
+    settings: Settings,
+) -> tuple[DecoderConfig, list[tuple[int, DecoderConfig]]]:
+    """Student's and teachers' shapes, as the run would load them.
 
     Args:
       settings: of the run.
 
     Returns:
-      (student, teacher).
+      (student, one (prompts in a batch, shape) a teacher).
 
     Raises:
       ValueError: for a model whose shape is not known here.
@@ -83,10 +89,25 @@ def decoder_configs(settings: Settings) -> tuple[DecoderConfig, DecoderConfig]:
             config = shape_of(model.source, **options)
         return config.keep_layers(model.keep_layers or range(config.layers))
 
-    return (
-        one(settings.student, student_config(settings.world)),
-        one(settings.teacher, teacher_config(settings.world)),
-    )
+    world = teacher_config(settings.world)
+    return one(settings.student, student_config(settings.world)), [
+        (prompts, one(model, world))
+        for prompts, model in _teachers(settings).values()
+    ]
+
+
+def _teachers(settings: Settings) -> dict[str, tuple[int, ModelSettings]]:
+    """Teacher -> (prompts in a batch, model); "" is the only one's name."""
+    size, several = settings.data.batch_size, settings.teachers
+    if not several:
+        return {"": (size, settings.teacher)}
+    # Without prompts to count, as many for each.
+    even = dict.fromkeys(several, 1)
+    shares = settings.data.teacher_prompts or shares_of(even, size).values()
+    return {
+        name: (prompts, several[name])
+        for name, prompts in zip(several, shares, strict=True)
+    }
 
 
 def abstract_models(settings: Settings, mesh: Mesh) -> Models:
@@ -104,22 +125,43 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
     """
     ours, theirs = decoder_configs(settings)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
-    student, teacher = _decoder(ours, mesh), _decoder(theirs, mesh)
+    student = _decoder(ours, mesh, settings.student)
+    models = {
+        name: _decoder(config, mesh, model)
+        for (name, (_, model)), (_, config) in zip(
+            _teachers(settings).items(), theirs, strict=True
+        )
+    }
+    heads = {name: _head(model) for name, model in models.items()}
+    teacher, head = models.get(""), heads.get("")
+    if settings.teachers:
+        prompts = tuple(prompts for prompts, _ in theirs)
+        teacher, head = Teachers(models, prompts), heads
     state = jax.eval_shape(lambda s: init_state(s, optimizer), student)
     state = _placed(
         state, sharding.tree_shardings(state, mesh, student.logical_axes)
     )
-    name = "embedding" if theirs.tied else "output"
-    (place,) = (x.sharding for x in jax.tree.leaves(getattr(teacher, name)))
-    head = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(lambda t: t.head, teacher),
-    )
     return Models(student, teacher, state, head)
 
 
-def _decoder(config: DecoderConfig, mesh: Mesh) -> Any:
-    shapes = jax.eval_shape(lambda: init_decoder(config, jax.random.key(0)))
+def _head(model: Any) -> Any:
+    """The output head, where its rows are."""
+    rows = model.embedding if model.config.tied else model.output
+    (place,) = (x.sharding for x in jax.tree.leaves(rows))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(lambda m: m.head, model),
+    )
+
+
+def _decoder(config: DecoderConfig, mesh: Mesh, model: ModelSettings) -> Any:
+    def make() -> Any:
+        made = init_decoder(config, jax.random.key(0))
+        if model.quantize:
+            made = quantize(made, model.quantize, model.quantize_tile)
+        return made
+
+    shapes = jax.eval_shape(make)
     return _placed(
         shapes, sharding.tree_shardings(shapes, mesh, shapes.logical_axes)
     )
@@ -201,11 +243,10 @@ def bytes_held(tree: Any) -> float:
         shape = leaf.shape
         if getattr(leaf, "sharding", None) is not None:
             shape = leaf.sharding.shard_shape(shape)
-        size = 1
-        for length in shape:
-            size *= length
-        # A key has no itemsize of its own: 8 bytes.
-        total += size * getattr(leaf.dtype, "itemsize", 8)
+        # NumPy has no type of four bits; a key is of 8 bytes.
+        small = str(leaf.dtype) in ("int4", "uint4")
+        size = 0.5 if small else getattr(leaf.dtype, "itemsize", 8)
+        total += math.prod(shape) * size
     return total
 
 

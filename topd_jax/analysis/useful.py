@@ -7,13 +7,17 @@ masked counts, so that a share of a chip's peak made of it (MFU) compares
 programs, whatever they recompute. Ours, after arXiv:2204.02311, appendix B.
 """
 
+from collections.abc import Sequence
+
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.shapes import parameters_read
 from topd_jax.settings import Settings
 
 
 def phase_work(
-    settings: Settings, student: DecoderConfig, teacher: DecoderConfig
+    settings: Settings,
+    student: DecoderConfig,
+    teachers: Sequence[tuple[int, DecoderConfig]],
 ) -> dict[str, tuple[int, float]]:
     """What each phase of a step has to do, over all devices.
 
@@ -22,14 +26,33 @@ def phase_work(
     Args:
       settings: of the run.
       student: its shape.
-      teacher: its shape.
+      teachers: (prompts in a batch, shape) of each.
 
     Returns:
       "prefill", "decode", "scoring", "branches" and "update" -> (tokens
       worked on, operations of the models).
     """
+    parts = [
+        _work(settings, prompts, student, teacher)
+        for prompts, teacher in teachers
+    ]
+    return {
+        phase: tuple(sum(values) for values in zip(*of_phase, strict=True))
+        for phase, of_phase in (
+            (name, [part[name] for part in parts]) for name in parts[0]
+        )
+    }
+
+
+def _work(
+    settings: Settings,
+    prompts: int,
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+) -> dict[str, tuple[int, float]]:
+    """The same of one teacher's prompts."""
     data, objective = settings.data, settings.objective
-    rows = data.batch_size * data.samples
+    rows = prompts * data.samples
     prompt, new = data.max_prompt_length, settings.rollout.max_new_tokens
     writer = teacher if objective.offline else student
     whole = prompt + new
@@ -43,21 +66,15 @@ def phase_work(
     if objective.trains_on_branch:
         learn += _forward(student, steps, ahead, steps)
         tokens += steps
+    filled = _forward(writer, prompt, prompt**2 / 2, 1)
+    decoded = _forward(writer, new, new * (prompt + new / 2), new)
+    learnt = 3 * learn + _head(teacher) * new
     return {
-        "prefill": (
-            data.batch_size * prompt,
-            data.batch_size * _forward(writer, prompt, prompt**2 / 2, 1),
-        ),
-        "decode": (
-            rows * new,
-            rows * _forward(writer, new, new * (prompt + new / 2), new),
-        ),
+        "prefill": (prompts * prompt, prompts * filled),
+        "decode": (rows * new, rows * decoded),
         "scoring": (rows * whole, rows * read),
         "branches": (rows * steps, rows * branch),
-        "update": (
-            rows * tokens,
-            rows * (3 * learn + _head(teacher) * new),
-        ),
+        "update": (rows * tokens, rows * learnt),
     }
 
 
