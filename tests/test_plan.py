@@ -10,14 +10,9 @@ from topd_jax.configs import qwen3_8b_to_1p7b, tiny
 from topd_jax import sharding
 from topd_jax.analysis import plan_search, programs
 from topd_jax.analysis.chips import CHIPS, chip_of
+from topd_jax.analysis.compiling import ProgramPlan, used_bytes
 from topd_jax.analysis.hlo_cost import Cost
-from topd_jax.analysis.plan import (
-    PhasePlan,
-    Plan,
-    ProgramPlan,
-    roofline,
-    used_bytes,
-)
+from topd_jax.analysis.plan import PhasePlan, Plan, roofline
 from topd_jax.analysis.plan_table import table
 from topd_jax.analysis.planning import advice
 from topd_jax.analysis.programs import bytes_held, calls, decoder_configs

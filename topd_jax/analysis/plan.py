@@ -12,92 +12,24 @@ seconds, the roofline, with a chip's published peaks; loops over tokens run to
 """
 
 import dataclasses
-import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from topd_jax import sharding
-from topd_jax.analysis import hlo, hlo_cost
 from topd_jax.analysis.chips import Chip, chip_of
+from topd_jax.analysis.compiling import ProgramPlan, compile_program
 from topd_jax.analysis.hlo_cost import Cost
 from topd_jax.analysis.programs import (
     Call,
-    bytes_held,
     calls,
     decoder_configs,
     topology_devices,
 )
 from topd_jax.analysis.useful import phase_work
 from topd_jax.settings import Settings
-
-# Of a device's memory the runtime keeps some; the compiler of v5e counts with
-# 15.75 of 16 GiB.
-USABLE = 0.98
-
-# What else is alive on the devices while a program runs, by the program that
-# made it: the teacher and the train state always are.
-_ALIVE = {
-    "rollout": (),
-    "annotate": ("rollout",),
-    "statistics": ("rollout", "annotate"),
-    "update": ("rollout", "annotate"),
-    "evaluate": (),
-    "restore": (),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ProgramPlan:
-    """What the compiler says of one program, a device.
-
-    Attributes:
-      name: of the program.
-      arguments: bytes of its arguments.
-      elsewhere: bytes that are alive and not its arguments.
-      temporaries: bytes of intermediate results.
-      results: bytes of results that take no argument's place.
-      code: bytes of the program itself.
-      capacity: bytes that may be used.
-      cost: what it does; None where it did not compile.
-      seconds: that compiling took.
-      error: what the compiler says where the program does not fit at all.
-    """
-
-    name: str
-    arguments: float
-    elsewhere: float
-    temporaries: float
-    results: float
-    code: float
-    capacity: float
-    cost: Cost | None
-    seconds: float
-    error: str = ""
-
-    @property
-    def total(self) -> float:
-        """Bytes in use while it runs."""
-        return (
-            self.arguments
-            + self.elsewhere
-            + self.temporaries
-            + self.results
-            + self.code
-        )
-
-    @property
-    def excess(self) -> float:
-        """Bytes that are missing; negative where it fits."""
-        return self.total - self.capacity
-
-    @property
-    def fits(self) -> bool:
-        """Whether it runs."""
-        return not self.error and self.excess <= 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +132,7 @@ def make_plan(
     with jax.set_mesh(mesh):
         run = calls(settings, mesh)
         names = [n for n in run if not only or n in only]
-        made = {n: _compiled(n, run, chip, say) for n in names}
+        made = _compiled(names, run, chip, say)
         plain = _without_looking_ahead(settings, mesh, chip, say, made, only)
     phases, overhead = (), None
     if not only and all(p.cost is not None for p in made.values()):
@@ -232,82 +164,21 @@ def _without_looking_ahead(
         return {}
     objective = dataclasses.replace(settings.objective, variant="opd")
     run = calls(dataclasses.replace(settings, objective=objective), mesh)
-    return {
-        name: _compiled(name, run, chip, say, of="opd")
-        for name in ("annotate", "update")
-    }
+    return _compiled(("annotate", "update"), run, chip, say, " of plain OPD")
 
 
 def _compiled(
-    name: str,
+    names: Sequence[str],
     run: dict[str, Call],
     chip: Chip,
     say: Callable[[str], None],
-    of: str = "",
-) -> ProgramPlan:
-    """Compiles one program of a run and reads what the compiler tells."""
-    say(f"compiling {name}" + f" ({of})" * bool(of))
-    call = run[name]
-    given = bytes_held(call.args)
-    alive = _alive(name, run)
-    base = dict(name=name, capacity=USABLE * chip.memory)
-    started = time.perf_counter()
-    try:
-        compiled = call.fn.lower(*call.args).compile()
-    except jax.errors.JaxRuntimeError as error:
-        # The compiler refuses what is larger than a chip, and says how much.
-        text = " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" not in text:
-            raise
-        return ProgramPlan(
-            **base,
-            arguments=given,
-            elsewhere=max(alive - given, 0.0),
-            temporaries=max(used_bytes(text) - given, 0.0),
-            results=0.0,
-            code=0.0,
-            cost=None,
-            seconds=time.perf_counter() - started,
-            error=text[:2000],
-        )
-    seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    arguments = float(memory.argument_size_in_bytes)
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return ProgramPlan(
-        **base,
-        arguments=arguments,
-        elsewhere=max(alive - arguments, 0.0),
-        temporaries=float(memory.temp_size_in_bytes),
-        results=float(max(results, 0)),
-        code=float(memory.generated_code_size_in_bytes),
-        cost=hlo_cost.count(hlo.parse(compiled.as_text())),
-        seconds=seconds,
-    )
-
-
-def _alive(name: str, run: dict[str, Call]) -> float:
-    """Bytes a device holds while a program runs, its arguments included."""
-    state = run["update"].args[0]
-    teacher = run["annotate"].args[1]
-    total = bytes_held((state, teacher))
-    if name == "restore":  # the loaded student, beside the state made of it
-        return bytes_held((teacher, run["restore"].args))
-    prompts = run["evaluate" if name == "evaluate" else "rollout"].args
-    total += bytes_held(prompts[1 if name == "evaluate" else 2])
-    for made in _ALIVE[name]:
-        # What rollout and annotate make is what update reads.
-        total += bytes_held(run["update"].args[2 if made == "rollout" else 3])
-    return total
-
-
-def used_bytes(text: str) -> float:
-    """Bytes that the compiler's refusal says a program would use; 0: none."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", text)
-    if not found:
-        return 0.0
-    unit = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}[found[2]]
-    return float(found[1]) * 2.0 ** (10 * unit)
+    what: str = "",
+) -> dict[str, ProgramPlan]:
+    made = {}
+    for name in names:
+        say(f"compiling {name}{what}")
+        made[name] = compile_program(name, run, chip)
+    return made
 
 
 def roofline(cost: Cost, chip: Chip) -> tuple[float, str]:

@@ -17,7 +17,8 @@ from typing import Any
 
 from topd_jax import sharding
 from topd_jax.analysis.chips import Chip, chip_of
-from topd_jax.analysis.plan import USABLE, Plan, make_plan
+from topd_jax.analysis.compiling import USABLE
+from topd_jax.analysis.plan import Plan, make_plan
 from topd_jax.analysis.programs import (
     abstract_models,
     bytes_held,

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from topd_jax.analysis.compiling import USABLE
 from topd_jax.analysis.hlo_bytes import COLLECTIVES
-from topd_jax.analysis.plan import USABLE, Plan
+from topd_jax.analysis.plan import Plan
 
 _GIB = 2.0**30
 
@@ -29,8 +30,9 @@ def table(plan: Plan) -> str:
         *_aligned(_memory(plan)),
     ]
     for program in plan.programs:
-        if program.error:
-            lines += ["", f"{program.name}: {program.error[:600]}"]
+        if not program.fits and program.largest:
+            lines += ["", f"the largest buffers of {program.name}:"]
+            lines += [f"  {buffer}" for buffer in program.largest]
     if plan.phases:
         lines += [
             "",

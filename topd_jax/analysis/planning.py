@@ -83,6 +83,8 @@ def without_a_tpu() -> None:
         os.environ.setdefault(name, value)
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
+    # What is compiled for no device cannot be read back from a cache.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def advice(tried: Sequence[Trial], found: Plan | None) -> str:
