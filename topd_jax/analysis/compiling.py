@@ -148,13 +148,12 @@ def _compile(call: Call, folder: pathlib.Path) -> tuple[Any, str]:
             "xla_dump_hlo_as_text": True,
         }
     )
-    try:
-        return compiled, compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        # A compiler that is newer than this JAX writes operations which JAX
-        # cannot read; the compiler's own text has them.
-        (path,) = folder.glob("*.after_codegen.txt")
-        return compiled, path.read_text(encoding="utf-8")
+    # The compiler's own text: where it is newer than this JAX, it writes
+    # operations that JAX cannot read.
+    written = sorted(folder.glob("*.after_codegen.txt"))
+    if written:
+        return compiled, written[-1].read_text(encoding="utf-8")
+    return compiled, compiled.as_text()
 
 
 def _largest(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:

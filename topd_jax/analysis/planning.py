@@ -6,6 +6,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -37,7 +38,8 @@ def plan(
     Args:
       settings: of the run.
       topology: TPU kind and shape, "v5e:2x4".
-      output: file that the plan is written to as JSON, with what was tried.
+      output: file that the plan is written to as JSON, with what was tried;
+        one that ends in ".jsonl" gets a line more.
       search_seconds: to look for a plan that fits; 0 does not look.
 
     Returns:
@@ -62,19 +64,23 @@ def plan(
         )
         text += "\n\n" + advice(tried, found)
     if output is not None:
-        pathlib.Path(output).write_text(
-            json.dumps(
-                {
-                    "plan": made.to_dict(),
-                    "settings": settings.to_dict(),
-                    "jax": jax.__version__,
-                    "tried": [t.to_dict() for t in tried],
-                    "found": found and found.to_dict(),
-                },
-                indent=1,
-            )
-        )
+        record = {
+            "plan": made.to_dict(),
+            "settings": settings.to_dict(),
+            "jax": jax.__version__,
+            "tried": [t.to_dict() for t in tried],
+            "found": found and found.to_dict(),
+        }
+        _write(pathlib.Path(output), record)
     return text
+
+
+def _write(path: pathlib.Path, record: dict[str, Any]) -> None:
+    if path.suffix == ".jsonl":  # a collection of plans
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    else:
+        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def without_a_tpu() -> None:
