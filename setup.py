@@ -58,7 +58,7 @@ setup(
             "ipykernel",
         ],
         # CPU wheels where the index has them; elsewhere several GB.
-        "parity": ["torch", "accelerate"],
+        "parity": ["torch", "accelerate", "peft"],
     },
     entry_points={"console_scripts": ["topd = topd_jax.main:run"]},
 )

@@ -33,6 +33,16 @@ def get_config() -> ConfigDict:
     config.student.param_dtype = "float32"  # master weights
     config.student.remat = "none"  # none, dots or full: recompute layers
     config.student.unroll = 1  # layers unrolled in the scan
+    # Low-rank adapters (arXiv:2106.09685): only they are trained, in float32.
+    config.student.lora_rank = 0  # r; 0: the whole student is trained
+    config.student.lora_alpha = 16.0  # scale is alpha / r (PEFT's scripts)
+    # Of q, k, v, o, gate, up, down; (): all, but never experts.
+    config.student.lora_targets = ()
+    # Scale alpha / sqrt(r) instead (arXiv:2312.03732).
+    config.student.lora_rank_stabilised = False
+    # Directory or hub name of a PEFT adapter to start from, which then says
+    # rank, alpha and targets; the teacher's is merged into it. "": none.
+    config.student.adapter = ""
 
     # "int8" or "int4": large matrices kept as integers, frozen (teacher only).
     config.student.quantize = ""
@@ -62,6 +72,10 @@ def get_config() -> ConfigDict:
     config.data.samples = 1  # rollouts a prompt (paper, App. B: 4)
     config.data.max_prompt_length = 16  # tokens (paper, App. B: 800)
     config.data.on_long_prompt = "error"  # error or skip
+    # Passed to the chat template as enable_thinking; None passes nothing.
+    config.data.thinking = config_dict.placeholder(bool)
+    # Ids that end a completion, beside those of tokenizer and models.
+    config.data.end_ids = ()
     config.data.held_out = 64  # prompts set aside without eval_path
 
     # The student's rollouts.
@@ -113,6 +127,15 @@ def get_config() -> ConfigDict:
     config.offline = ConfigDict()
     config.offline.temperature = 0.6
     config.offline.top_p = 0.95
+    # What topd generate writes: a TFDS set (array_record), or jsonl.
+    config.offline.format = "array_record"
+    config.offline.shard_size = 256  # solutions a shard, at least (ours)
+    # Stage 1 reads the directory of topd generate; "": the teacher writes
+    # within each step. A step takes data.batch_size x data.samples of them.
+    config.offline.path = ""
+    config.offline.keep = "all"  # all, correct or complete (ours)
+    # Tokens of a row of several solutions (paper, App. B: 16384); 0: one each.
+    config.offline.pack_length = 0
 
     # AdamW, linear warm-up, cosine.
     config.optimizer = ConfigDict()
@@ -129,6 +152,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 300
     config.train.max_skipped = 10  # non-finite updates before giving up
+    config.train.preflight = True  # topd doctor before the first step
 
     # Intervals in steps.
     config.log = ConfigDict()

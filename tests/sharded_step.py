@@ -1,5 +1,6 @@
 """The real step on 8 simulated devices against one; run by test_sharded."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,9 @@ from conftest import EOS, PAD, make_model, make_trajectories
 
 from topd_jax import sharding
 from topd_jax.distill import annotate, init_state, update
+from topd_jax.models import Lora, add_lora, merge_lora, parameter_table
+from topd_jax.models.config import LORA_TARGETS
+from topd_jax.models.lora import join, split
 from topd_jax.objective import Objective
 from topd_jax.teachers import Teachers
 
@@ -22,7 +26,7 @@ def place(model, mesh):
     return jax.device_put(model, shards)
 
 
-def run(mesh, objective, accumulate):
+def run(mesh, objective, accumulate, lora=None):
     student, teacher = make_model(0), make_model(1, layers=3, width=24)
     optimizer = optax.sgd(1.0)
     trajectories = make_trajectories(rows=16)
@@ -31,6 +35,8 @@ def run(mesh, objective, accumulate):
     )
     with jax.set_mesh(mesh):
         student, teacher = place(student, mesh), place(teacher, mesh)
+        if lora is not None:
+            student = add_lora(student, lora, factors(student, lora), mesh=mesh)
         read = jax.jit(
             functools.partial(
                 annotate, objective=objective, eos_ids=(EOS,), pad_id=PAD
@@ -46,7 +52,11 @@ def run(mesh, objective, accumulate):
             )
         )
         state, metrics = learn(
-            init_state(student, optimizer), teacher.head, trajectories, notes
+            init_state(student, optimizer),
+            teacher.head,
+            trajectories,
+            notes,
+            split(student)[1],
         )
         if mesh.devices.size > 1:
             spread = {
@@ -56,7 +66,17 @@ def run(mesh, objective, accumulate):
             assert mesh.shape["fsdp"] * mesh.shape["tensor"] == 1 or (
                 False in spread
             ), "no parameter is spread"
-    return jax.device_get((state.student, metrics, notes.distance))
+    merged = merge_lora(join(state.student, split(student)[1]))
+    return jax.device_get((state.student, merged, metrics, notes.distance))
+
+
+def factors(model, lora):
+    """Adapters whose B is not zero, so that A has a gradient."""
+    table = parameter_table(dataclasses.replace(model.config, lora=lora))
+    rng = np.random.default_rng(0)
+    return {
+        n: rng.normal(0, 0.2, table[n].shape) for n in table if "_lora_" in n
+    }
 
 
 def run_several(mesh):
@@ -110,9 +130,12 @@ def main() -> None:
         for shape in MESHES:
             mesh = sharding.make_mesh(*shape)
             for accumulate in (1, 2) if shape == (2, 2, 2) else (1,):
-                found = run(mesh, objective, accumulate)
-                assert_same(expected, found)
+                assert_same(expected, run(mesh, objective, accumulate))
                 print(f"same on {shape}, {context}, {accumulate}", flush=True)
+    objective, lora = Objective(variant="opd"), Lora(4, 8.0, LORA_TARGETS)
+    mesh = sharding.make_mesh(2, 2, 2)
+    assert_same(run(one, objective, 1, lora), run(mesh, objective, 2, lora))
+    print("same on (2, 2, 2), adapters", flush=True)
 
 
 if __name__ == "__main__":

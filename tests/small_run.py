@@ -6,6 +6,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from topd_jax.configs import tiny
 
+from topd_jax.settings import Settings, settings_from
+
 
 def small_config() -> ConfigDict:
     """The tiny config, cut down until a run takes seconds."""
@@ -24,6 +26,7 @@ def small_config() -> ConfigDict:
     config.objective.candidates = 2
     config.objective.window = 4
     config.train.steps = 6
+    config.train.preflight = False  # tests of its own; seconds a run
     config.log.statistics_every = 3
     config.log.completions_every = 3
     config.log.tensorboard = False
@@ -32,6 +35,17 @@ def small_config() -> ConfigDict:
     config.eval.batch_size = 8
     config.checkpoint.every = 2
     return config
+
+
+def settings_with(cache: Path | None = None, **changes: object) -> Settings:
+    """The small settings; changes as section__name=value."""
+    config = small_config()
+    if cache is not None:
+        config.world.cache = str(cache)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return settings_from(config)
 
 
 def get_config() -> ConfigDict:
@@ -44,7 +58,6 @@ if __name__ == "__main__":  # a run of its own, to be killed
     import signal
 
     from topd_jax import train
-    from topd_jax.settings import settings_from
 
     workdir, kill_at, where = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     name = {"before_save": "save", "after_step": "_one_step"}[where]

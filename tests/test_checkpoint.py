@@ -148,6 +148,19 @@ def test_another_teacher_is_a_difference():
         require_same_run(written(), SETTINGS, "u" * 64, "there")
 
 
+def test_adapters_of_another_model_are_a_difference():
+    found = checkpoint.record(
+        SETTINGS, "t" * 64, RECORD, LLAMA, frozen="f" * 64
+    )
+    require_same_run(found, SETTINGS, "t" * 64, "there", frozen="f" * 64)
+    with pytest.raises(ValueError, match="of another model.*f{64}.*g{64}"):
+        require_same_run(found, SETTINGS, "t" * 64, "there", frozen="g" * 64)
+    with pytest.raises(ValueError, match="f{64} there, none here"):
+        require_same_run(found, SETTINGS, "t" * 64, "there")
+    del found["frozen"]  # of a run before there were adapters
+    require_same_run(found, SETTINGS, "t" * 64, "there")
+
+
 def test_cutting_a_log_that_does_not_exist_makes_none(tmp_path):
     cut_log(tmp_path / "metrics.jsonl", 3)
     assert not list(tmp_path.iterdir())

@@ -26,8 +26,20 @@ def outputs_of(notebook):
     ]
 
 
-def test_there_is_a_notebook_for_colab():
-    assert "colab_tpu" in [p.stem for p in NOTEBOOKS]
+def pictures_of(notebook):
+    found = (o.get("data", {}).get("image/png") for o in outputs_of(notebook))
+    return [picture for picture in found if picture]
+
+
+def test_notebooks_are_there():
+    assert [p.stem for p in NOTEBOOKS] == ["colab_tpu", "compose_losses"]
+
+
+@each_notebook
+def test_pictures_are_kept_and_small(path):
+    pictures = pictures_of(nbformat.read(path, as_version=4))
+    assert len(pictures) >= 3
+    assert path.stat().st_size < 300_000
 
 
 @each_notebook
@@ -63,5 +75,4 @@ def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     ).execute()  # raises what a cell raises
     outputs = outputs_of(notebook)
     assert all(o.output_type != "error" for o in outputs)
-    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) >= 2
+    assert len(pictures_of(notebook)) >= 3

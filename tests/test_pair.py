@@ -8,25 +8,20 @@ import types
 
 import numpy as np
 import pytest
-from small_files import LLAMA, make, write_gguf
-from small_run import small_config
+import small_hub
+from small_files import LLAMA, edit_config, make, save_run, write_gguf
+from small_run import settings_with
 
 from topd_jax.data import world_models
 from topd_jax.data.tokenizers import SentencePieceTokenizer
-from topd_jax.models import fingerprint, load, save_model
+from topd_jax.models import (
+    describe,
+    end_ids,
+    fingerprint,
+    load,
+    save_model,
+)
 from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
-
-
-def settings_with(cache=None, **changes):
-    """The small settings; changes as section__name=value."""
-    config = small_config()
-    if cache is not None:
-        config.world.cache = str(cache)
-    for name, value in changes.items():
-        section, key = name.split("__")
-        config[section][key] = value
-    return settings_from(config)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +195,60 @@ def test_a_model_that_is_not_there_is_named(world_cache, tmp_path, source):
     settings = settings_with(world_cache, student__source=source)
     with pytest.raises((ValueError, OSError), match=re.escape(source)):
         load_pair(settings, tmp_path)
+
+
+def test_a_run_stops_at_the_ends_that_either_model_names(tmp_path):
+    """generation_config.json counts, not only the tokenizer's own end."""
+    one = small_hub.hub_directory(tmp_path / "one", ends=[2, 1])
+    two = small_hub.hub_directory(tmp_path / "two", ends=0)
+    pair = load_pair(small_hub.settings(tmp_path, one, two), tmp_path)
+    assert pair.tokenizer.eos_ids == (2, 1, 0)
+    more = small_hub.settings(tmp_path, one, one, data__end_ids=(7,))
+    assert load_pair(more, tmp_path).tokenizer.eos_ids == (2, 1, 7)
+
+
+def test_config_json_names_the_ends_where_no_other_file_does(tmp_path):
+    one = small_hub.hub_directory(tmp_path / "one")
+    edit_config(one, eos_token_id=[1, 2])
+    assert end_ids(one) == (1, 2)
+    pair = load_pair(small_hub.settings(tmp_path, one, one), tmp_path)
+    assert pair.tokenizer.eos_ids == (1, 2)
+    (tmp_path / "one" / "generation_config.json").write_text("{}")
+    assert end_ids(one) == ()  # as in transformers
+
+
+def test_a_gguf_names_the_end_of_a_turn_beside_that_of_a_text(tmp_path):
+    file = write_gguf(
+        tmp_path / "m.gguf", make(LLAMA),
+        metadata={"tokenizer.ggml.eot_token_id": 5},
+    )  # fmt: skip
+    assert end_ids(file) == (0, 5)
+
+
+def test_thinking_is_told_to_the_chat_template(tmp_path):
+    source = small_hub.hub_directory(
+        tmp_path / "one", template=small_hub.THINKING
+    )
+    lengths = []
+    for thinking in (None, True, False):
+        settings = small_hub.settings(
+            tmp_path, source, source, data__thinking=thinking
+        )
+        pair = load_pair(settings, tmp_path)
+        lengths.append(len(pair.encoded.ids[0]))
+    assert lengths[0] == lengths[1] == lengths[2] - len("<think></think>")
+
+
+def test_a_description_agrees_with_what_is_loaded(tmp_path, gguf):
+    for source in (gguf, small_hub.hub_directory(tmp_path / "one", ends=2)):
+        described = describe(source, dtype="bfloat16")
+        model, tokenizer = load(source, dtype="bfloat16")
+        assert described.config == model.config
+        assert described.tokenizer.get_vocab() == tokenizer.get_vocab()
+    run = save_run(tmp_path / "run", make(LLAMA))
+    assert describe(run, unroll=3).config == load(run, unroll=3)[0].config
+    assert describe(run).tokenizer is None
+    assert end_ids(run) == ()
 
 
 class Killed(BaseException):

@@ -132,6 +132,36 @@ def test_every_program_has_its_arguments_on_the_mesh():
     )
 
 
+def test_of_a_student_with_adapters_only_these_are_in_the_state():
+    config = tiny.get_config()
+    config.student.lora_rank = 4
+    config.teacher.quantize = "int8"
+    settings = settings_from(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        models = programs.abstract_models(settings, mesh)
+        run = calls(settings, mesh)
+    held = bytes_held(models.frozen)
+    assert bytes_held(models.state) < held / 2
+    adapters = bytes_held(models.student) - held
+    assert bytes_held(models.state) == pytest.approx(3 * adapters, rel=1e-2)
+    assert run["update"].args[-1] is not None
+    plain = tiny.get_config()
+    with jax.set_mesh(mesh):
+        wide = programs.abstract_models(settings_from(plain), mesh)
+    assert bytes_held(models.teacher) < 0.4 * bytes_held(wide.teacher)
+
+
+def test_packed_rows_are_not_planned():
+    config = tiny.get_config()
+    config.objective.stage = "offline"
+    config.offline.pack_length = 64
+    settings = settings_from(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="pack_length=64"):
+        calls(settings, mesh)
+
+
 def fake_devices(count):
     return devices("TPU v5 lite", count, 1)
 

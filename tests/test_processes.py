@@ -91,7 +91,12 @@ def alone(world, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_are_one_program(alone, world, tmp_path, count):
-    done = finish(begin(world, tmp_path, count, devices=4 // count))
+    done = finish(
+        begin(
+            world, tmp_path, count, devices=4 // count,
+            more=["--config.train.preflight=True"],
+        )
+    )  # fmt: skip
     for _, err, code in done:
         assert code == 0, err
     # The first alone prints the evaluation.

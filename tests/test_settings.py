@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from topd_jax.configs import default
 
 from topd_jax import configs
 from topd_jax.objective import Objective
-from topd_jax.settings import DEFAULTS, EVAL_ONLY, Settings, settings_from
+from topd_jax.settings import DEFAULTS, NO_IDENTITY, Settings, settings_from
 
 SHIPPED = sorted(
     p.stem
@@ -124,6 +125,10 @@ def test_a_wrong_type_is_named(path, value, message):
         ("eval.temperature", -1.0, "at least 0"),
         ("log.top_k", 0, "at least 1"),
         ("checkpoint.keep", 0, "at least 1"),
+        ("student.lora_rank", -1, "at least 0"),
+        ("student.lora_alpha", 0.0, "above 0"),
+        ("student.lora_targets", ("q", "head"), "some of q, k, v, o, gate"),
+        ("teacher.lora_rank", 4, "be 0: .*teacher.adapter merges"),
         ("objective.candidates", 0, "at least 1"),
         ("objective.percentile", 101.0, r"in 0\.\.100"),
         ("objective.temperature", 0.0, "above 0"),
@@ -131,13 +136,18 @@ def test_a_wrong_type_is_named(path, value, message):
         ("objective.variant", "tpod", "one of opd, opd.suppress, .*topd"),
         ("data.source", "csv", "one of world, jsonl, tfds, hub"),
         ("data.on_long_prompt", "cut", "one of error, skip"),
+        ("offline.shard_size", 0, "at least 1"),
+        ("offline.pack_length", -1, "at least 0"),
+        ("offline.format", "csv", "one of array_record, jsonl"),
+        ("offline.keep", "good", "one of all, correct, complete"),
         ("eval.split", "dev", "one of train, validation, test"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_with_its_bound(path, value, bound):
     section, name = path.split(".")
     with pytest.raises(
-        ValueError, match=rf"{section}\.{name}={value!r} must .*{bound}"
+        ValueError,
+        match=rf"{section}\.{name}={re.escape(repr(value))} must .*{bound}",
     ):
         settings_from(with_value(path, value))
 
@@ -155,6 +165,11 @@ def test_values_that_do_not_fit_together_are_refused():
         ValueError, match=r"window=49 must not exceed .*max_new_tokens=48"
     ):
         settings_from(config)
+
+
+def test_targets_without_a_rank_are_refused():
+    with pytest.raises(ValueError, match=r"lora_rank=0 must .*=\('q',\)"):
+        settings_from(with_value("student.lora_targets", ("q",)))
 
 
 def test_what_a_command_line_writes_is_understood():
@@ -191,17 +206,17 @@ def changed(section: object, path: tuple[str, ...], value: object) -> object:
 def test_the_fingerprint_changes_with_any_setting():
     settings = settings_from(small_config())
     prints = {settings.fingerprint()}
-    eval_only = [("eval", name) for name in EVAL_ONLY]
+    free = [tuple(name.split(".")) for name in NO_IDENTITY]
     count = 1
     for path, _ in leaves(settings):
-        if path in eval_only:
+        if path in free:
             continue
         prints.add(changed(settings, path, "another").fingerprint())
         count += 1
         assert len(prints) == count, path
     assert count > 80
     assert settings_from(small_config()).fingerprint() in prints
-    for path in eval_only:
+    for path in free:
         assert changed(settings, path, "another").fingerprint() in prints
 
 

@@ -27,7 +27,7 @@ def test_eight_devices_take_the_step_of_one():
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("same on") == 11
+    assert done.stdout.count("same on") == 12
 
 
 def test_mesh_must_fit_the_devices():

@@ -31,6 +31,7 @@ from topd_jax.losses import (
     top_k_reverse_kl,
     weighted_mean,
 )
+from topd_jax.models.protocol import LanguageModel, from_function
 from topd_jax.near_future import (
     divergence_mask,
     false_alarm_mask,
@@ -62,6 +63,7 @@ __all__ = [
     "VARIANTS",
     "Annotations",
     "Candidates",
+    "LanguageModel",
     "Objective",
     "Prompts",
     "TrainState",
@@ -78,6 +80,7 @@ __all__ = [
     "entropy",
     "false_alarm_mask",
     "forward_kl",
+    "from_function",
     "fused_divergence",
     "fused_map",
     "fused_token_logprobs",

@@ -15,13 +15,19 @@ from topd_jax import fused, guidance, near_future
 from topd_jax.head import Head
 from topd_jax.models.decoder import causal_mask
 from topd_jax.objective import Objective
-from topd_jax.types import Annotations, Trajectories, completion_states
+from topd_jax.packed import packed_states
+from topd_jax.types import (
+    Annotations,
+    PackedRows,
+    Trajectories,
+    completion_states,
+)
 
 
 def batch_loss(
     student: Any,
     teacher_head: Head,
-    trajectories: Trajectories,
+    trajectories: Trajectories | PackedRows,
     annotations: Annotations,
     totals: tuple[jax.Array, jax.Array],
     objective: Objective,
@@ -31,7 +37,7 @@ def batch_loss(
     Args:
       student: the model that is differentiated.
       teacher_head: [V, D_teacher].
-      trajectories: some rows.
+      trajectories: some rows; offline also packed ones.
       annotations: of the same rows.
       totals: (tokens, divergent points), f32[] each, of the whole batch.
       objective: see :class:`Objective`.
@@ -164,7 +170,7 @@ def _guidance(
 def _offline_loss(
     student: Any,
     teacher_head: Head,
-    trajectories: Trajectories,
+    trajectories: Trajectories | PackedRows,
     annotations: Annotations,
     totals: tuple[jax.Array, jax.Array],
     objective: Objective,
@@ -201,7 +207,7 @@ def _offline_loss(
 
 def _student_states(
     student: Any,
-    trajectories: Trajectories,
+    trajectories: Trajectories | PackedRows,
     notes: Annotations,
     objective: Objective,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -211,6 +217,8 @@ def _student_states(
     seeing its prefix and itself. The first state of a branch is the rollout's
     own: both contexts are y_{<t}.
     """
+    if isinstance(trajectories, PackedRows):
+        return packed_states(student, trajectories), None
     tokens, positions = trajectories.sequence, trajectories.positions
     mask = causal_mask(trajectories.sequence_mask)
     prompt = trajectories.prompt.shape[1]

@@ -1,10 +1,10 @@
 """Checkpoints with orbax, and what must agree before one is resumed.
 
-A checkpoint holds the train state (student, optimizer, step), the run's PRNG
-key, the position in the data, and a record of what it belongs to: the
-settings, the fingerprint of the teacher and the student's shape, by which
-other runs load it (:mod:`topd_jax.models.runs`). The teacher itself is never
-saved.
+A checkpoint holds the train state (what is trained of the student, optimizer,
+step), the run's PRNG key, the position in the data, and a record of what it
+belongs to: the settings, the fingerprints of the teacher and of what the
+student does not train, and the student's shape, by which other runs load it
+(:mod:`topd_jax.models.runs`). What is not trained is never saved.
 """
 
 import json
@@ -16,13 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from topd_jax.models import DecoderConfig
-from topd_jax.settings import EVAL_ONLY, Settings, defaults_of, flat
+from topd_jax.settings import NO_IDENTITY, Settings, defaults_of, flat
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
 _FREE = (
     *("log", "checkpoint", "sweep", "world.cache"),
-    *(f"eval.{name}" for name in EVAL_ONLY),
+    *NO_IDENTITY,
+    *("offline.format", "offline.shard_size"),
 )
 
 
@@ -112,11 +113,19 @@ class Checkpoints:
         self._manager.close()
 
 
+def has_steps(directory: pathlib.Path) -> bool:
+    """Whether a directory holds a complete checkpoint."""
+    # One that is being written has a longer name.
+    return any(p.name.isdigit() for p in directory.glob("*"))
+
+
 def record(
     settings: Settings,
     teacher: str | dict[str, str],
     position: dict[str, Any],
-    student: DecoderConfig,
+    student: DecoderConfig | None,
+    *,
+    frozen: str = "",
 ) -> dict[str, Any]:
     """What a checkpoint says of itself.
 
@@ -124,17 +133,20 @@ def record(
       settings: of the run.
       teacher: the teacher's fingerprint; of several, name -> fingerprint.
       position: the data iterator's state, JSON-able.
-      student: its shape, so that others can load it from here.
+      student: its shape, so that others can load it from here; None for a
+        student that is no decoder.
+      frozen: fingerprint of what the student does not train; "": nothing.
 
     Returns:
       A JSON-able dictionary.
     """
+    shape = {} if student is None else {"student": student.to_dict()}
     return {
         "settings": settings.to_dict(),
         "teacher": teacher,
+        "frozen": frozen,
         "data": position,
-        "student": student.to_dict(),
-    }
+    } | shape
 
 
 def require_same_run(
@@ -143,6 +155,7 @@ def require_same_run(
     teacher: str | dict[str, str],
     where: str,
     *,
+    frozen: str = "",
     free: tuple[str, ...] = (),
 ) -> None:
     """Refuses to continue another run's checkpoint.
@@ -152,11 +165,13 @@ def require_same_run(
       settings: of the run that wants to continue it.
       teacher: fingerprint of its teacher; of several, name -> fingerprint.
       where: the checkpoint's directory, for the error.
+      frozen: fingerprint of what its student does not train.
       free: sections that may differ besides those that change nothing: a
         student is read, and not trained on.
 
     Raises:
-      ValueError: naming every setting that differs, or the teacher.
+      ValueError: naming every setting that differs, or the teacher, or the
+        model under the student's adapters.
     """
     out = "; use another --workdir, or the settings it was started with"
     # A setting that is younger than the checkpoint was at its default there.
@@ -188,6 +203,14 @@ def require_same_run(
                 + f"(fingerprint {there.get(name)} there, {here.get(name)} "
                 f"here){out}"
             )
+    # Before there were adapters everything was trained.
+    before = found.get("frozen", "")
+    if before != frozen:
+        raise ValueError(
+            f"the checkpoint in {where} holds adapters of another model, or "
+            f"of another scale (fingerprint {before or 'none'} there, "
+            f"{frozen or 'none'} here){out}"
+        )
 
 
 def cut_log(path: pathlib.Path, step: int) -> None:

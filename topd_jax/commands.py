@@ -9,14 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax import benchmarking, checkpoint, sweeps
+from topd_jax import generate as generation
 from topd_jax import train as training
+from topd_jax.adapters import require_adapter
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.doctor.examine import examine
+from topd_jax.doctor.findings import Finding
 from topd_jax.models import save_model
+from topd_jax.models.lora import join, split
+from topd_jax.models.peft_files import save_adapter
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import shared_rows
 
 _FOLDERS = {"latest": "checkpoints", "best": "best", "start": ""}
 
@@ -34,6 +41,22 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     return training.train(settings, workdir)
 
 
+def generate(
+    settings: Settings, workdir: pathlib.Path, count: int | None
+) -> dict[str, Any]:
+    """Lets the teacher write; the same command again resumes.
+
+    Args:
+      settings: of the teacher, the prompts and how it writes.
+      workdir: where ``solutions`` is written.
+      count: prompts, from the first on; None takes them all.
+
+    Returns:
+      The set's path, what it holds, and tokens a second.
+    """
+    return generation.generate(settings, workdir, count)
+
+
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     """Runs every variant on every seed, then writes the report.
 
@@ -47,6 +70,19 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     return sweeps.sweep(settings, workdir)
 
 
+def doctor(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
+    """Looks whether a run's parts fit, and changes nothing.
+
+    Args:
+      settings: of the run.
+      workdir: of the run; the tiny world's models are made there.
+
+    Returns:
+      The findings.
+    """
+    return examine(settings, workdir)
+
+
 def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
     """Refuses a run without a checkpoint, before any model is made.
 
@@ -58,9 +94,7 @@ def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
       ValueError: naming the directory and the ways out.
     """
     where = workdir / _FOLDERS[which]
-    # One that is being written has a longer name.
-    steps = [p for p in where.glob("*") if p.name.isdigit()]
-    if which != "start" and not steps:
+    if which != "start" and not checkpoint.has_steps(where):
         raise ValueError(
             f"no checkpoint in {where}; train first, or say --which start"
         )
@@ -94,11 +128,13 @@ def load_student(
         settings,
         pair.teacher_fingerprint,
         str(where),
+        frozen=pair.frozen_fingerprint,
         free=("data", "rollout", "eval", "mesh"),
     )
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     state = training.initial_state(pair, optimizer)
-    return saved.restore(step, state)[0].student, step
+    trained = saved.restore(step, state)[0].student
+    return join(trained, split(pair.student)[1]), step
 
 
 def evaluate(
@@ -320,6 +356,7 @@ def sample(
         top_k=options.top_k,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
+        vocab_size=shared_rows(student, pair.teacher),
     )
     tokens, mask = jax.device_get((written.tokens, written.mask))
     return [
@@ -332,21 +369,29 @@ def sample(
 
 
 def export(
-    settings: Settings, workdir: pathlib.Path, which: str, output: pathlib.Path
+    settings: Settings,
+    workdir: pathlib.Path,
+    which: str,
+    output: pathlib.Path,
+    adapter: bool = False,
 ) -> dict[str, Any]:
     """Writes a trained student to a Hugging Face directory.
+
+    Adapters are merged, unless they are what is asked for.
 
     Args:
       settings: of the run.
       workdir: of the run.
       which: "latest", "best" or "start".
       output: an empty or new directory.
+      adapter: write a LoRA student's adapters alone, as PEFT loads them.
 
     Returns:
       "output" and the "step" of the student.
 
     Raises:
-      ValueError: where ``output`` is not free, or there is no checkpoint.
+      ValueError: where ``output`` is not free, there is no checkpoint, or no
+        adapter to write.
     """
     if output.exists() and not (output.is_dir() and not [*output.iterdir()]):
         raise ValueError(
@@ -354,8 +399,13 @@ def export(
             "directory, or empty it"
         )
     require_checkpoint(workdir, which)
+    if adapter:
+        require_adapter(settings.student)
     pair = load_pair(settings, workdir)
     student, step = load_student(settings, workdir, pair, which)
+    if adapter:
+        save_adapter(student, output, base=pair.student_source)
+        return {"output": str(output), "step": step}
     tokenizer = pair.tokenizer
     # All ends that the run knew, so that generation stops where it did here.
     ends = list(tokenizer.eos_ids)

@@ -23,6 +23,7 @@ from flax import struct
 from topd_jax.annotate import annotate
 from topd_jax.batch_loss import batch_loss
 from topd_jax.head import Head
+from topd_jax.models.lora import join, split
 from topd_jax.objective import Objective
 from topd_jax.teachers import by_name, split_rows
 from topd_jax.types import Annotations, Trajectories
@@ -38,7 +39,8 @@ class TrainState:
     """What an update changes.
 
     Attributes:
-      student: the model; a pytree.
+      student: what is trained of it: the whole model, or its adapters; see
+        :func:`topd_jax.models.lora.split`.
       opt_state: the optimizer's state.
       step: i32[] updates tried.
       skipped: i32[] updates left out because something was not finite.
@@ -56,17 +58,20 @@ def init_state(
     """A fresh train state for a student.
 
     Args:
-      student: the model.
+      student: the model; of one with adapters only these are kept.
       optimizer: any optax transformation.
 
     Returns:
       The state at step 0.
     """
     zero = jnp.zeros((), jnp.int32)
+    student, _ = split(student)
     # The student is copied: update donates the state, and the caller may
     # start a second run from the same arrays.
     student = jax.tree.map(jnp.copy, student)
-    return TrainState(student, optimizer.init(student), zero, zero)
+    state = optimizer.init(student)
+    # Two zeros: one buffer cannot be donated twice.
+    return TrainState(student, state, zero, jnp.copy(zero))
 
 
 def update(
@@ -74,6 +79,7 @@ def update(
     teacher_head: Head | Mapping[str, Head],
     trajectories: Trajectories,
     annotations: Annotations | Mapping[str, Annotations],
+    frozen: Any = None,
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -91,6 +97,8 @@ def update(
       trajectories: B rows, B divisible by ``accumulate``.
       annotations: of the same rows; of several teachers, name -> annotations
         of its own rows, which are consecutive and in the order of the names.
+      frozen: what of the student is not trained, from
+        :func:`topd_jax.models.lora.split`; do not donate it. None: nothing.
       objective: see :class:`Objective`.
       optimizer: the transformation that ``state.opt_state`` belongs to.
       accumulate: slices the batch is worked through in.
@@ -111,8 +119,9 @@ def update(
     totals = _totals(trajectories, notes, objective)
 
     def loss_fn(student: Any, batch: dict) -> tuple[jax.Array, dict]:
+        whole = join(student, frozen)
         found = {
-            name: batch_loss(student, heads[name], *part, totals, objective)
+            name: batch_loss(whole, heads[name], *part, totals, objective)
             for name, part in batch.items()
         }
         loss = functools.reduce(jnp.add, [loss for loss, _ in found.values()])

@@ -19,12 +19,13 @@ from topd_jax.data import prompts as prompt_data
 from topd_jax.data.routing import places_of
 from topd_jax.logs import merge, read_metrics
 from topd_jax.metrics import distinct_ngrams, statistics
-from topd_jax.models.decoder import cast
+from topd_jax.models.decoder import in_compute_dtype
+from topd_jax.models.lora import merge_lora
 from topd_jax.pair import Pair
 from topd_jax.processes import on_host
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
-from topd_jax.teachers import Teachers, by_name, total
+from topd_jax.teachers import Teachers, by_name, shared_rows, total
 from topd_jax.types import Trajectories
 
 # Apart from every training step's key, which are folded from 1 up.
@@ -47,6 +48,7 @@ class Evaluator:
         self._key = jax.random.fold_in(key, _EVAL_STREAM)
         self._write = make_writer(
             settings,
+            vocab_size=shared_rows(pair.student, pair.teacher),
             eos_ids=pair.tokenizer.eos_ids,
             pad_id=pair.tokenizer.pad_id,
         )
@@ -168,12 +170,17 @@ class Evaluator:
 
 
 def make_writer(
-    settings: Settings, *, eos_ids: tuple[int, ...], pad_id: int
+    settings: Settings,
+    *,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
 ) -> Callable[..., Trajectories]:
     """The jitted sampler of a run's evaluations.
 
     Args:
       settings: of the run.
+      vocab_size: ids from here on are never drawn.
       eos_ids: end-of-sequence ids.
       pad_id: id put where nothing is.
 
@@ -185,13 +192,14 @@ def make_writer(
         student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
     ) -> Trajectories:
         return rollout(
-            cast(student, student.config.dtype),
+            in_compute_dtype(merge_lora(student)),
             prompts,
             key,
             max_new_tokens=settings.rollout.max_new_tokens,
             temperature=temperature,
             eos_ids=eos_ids,
             pad_id=pad_id,
+            vocab_size=vocab_size,
         )
 
     return jax.jit(write)

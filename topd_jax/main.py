@@ -1,7 +1,8 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
-``train`` a student; ``eval``, ``inspect``, ``probe`` or ``sample`` from what
-was trained; ``compare`` two of them; ``export`` one to a Hugging Face
+``doctor`` looks whether a run's parts fit; ``train`` a student; ``generate``
+what its first stage reads; ``eval``, ``inspect``, ``probe`` or ``sample`` from
+what was trained; ``compare`` two of them; ``export`` one to a Hugging Face
 directory; ``sweep`` over variants and seeds. Bad input is one clear line and
 exit code 2.
 """
@@ -13,6 +14,7 @@ import pathlib
 import re
 import runpy
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -23,10 +25,16 @@ from ml_collections import ConfigDict, config_flags
 from topd_jax.sections import unknown_key
 from topd_jax.settings import settings_from
 
+# Trajectories that inspect and probe take without --count.
+LOOK_AT = 32
+
 USAGE = """\
 topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
 
+  doctor   do the parts of a run fit? one line a check, seconds (--json)
   train    train the student; the same command again resumes
+  generate let the teacher write solutions, once for each training prompt (or
+           for --count of them), for stage 1: config.offline.path
   eval     evaluate a trained student on the test problems, or on
            config.eval.benchmarks, config.eval.samples times a problem
   compare  two evaluated runs, paired: --a DIR --b DIR (again for more seeds)
@@ -36,13 +44,15 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   quantize what a smaller teacher costs: bytes, and reverse KL on --count
            completions
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
-  export   write it to a Hugging Face directory: --output DIR
+  export   write it to a Hugging Face directory: --output DIR; of a LoRA
+           student, with --adapter, its adapters alone as PEFT loads them
   sweep    every variant on every seed of config.sweep, then the report
   plan     memory and time on a TPU topology, without a TPU (needs libtpu):
            --topology v5e:2x4; --output FILE for JSON; where it does not fit,
            --search SECONDS (900) for what does
 
-FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, default.
+FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, paper,
+paper_stage1, default.
 All that read a run take --which latest (default), best or start.
 train runs as several processes, the same command in each, with --distributed
 (Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; a
@@ -76,12 +86,14 @@ def _flag_values(
         ("b", "directory of the run to compare with it"),
     ):
         flags.DEFINE_multi_string(name, [], about, flag_values=values)
-    flags.DEFINE_bool(
-        "distributed", False, "several processes that JAX finds by itself",
-        flag_values=values,
-    )  # fmt: skip
+    for name, about in (
+        ("distributed", "several processes that JAX finds by itself"),
+        ("adapter", "export the adapters alone, as PEFT loads them"),
+        ("json", "doctor's findings as JSON"),
+    ):
+        flags.DEFINE_bool(name, False, about, flag_values=values)
     for name, default, about in (
-        ("count", 32, "trajectories to look at"),
+        ("count", None, "trajectories to look at, or prompts to write on"),
         ("processes", None, "how many run this command"),
         ("process", None, "which of them this is, from 0"),
         ("heartbeat", 100, "seconds of silence after which one is dead"),
@@ -203,6 +215,8 @@ def _parse(arguments: list[str], command: str = "") -> flags.FlagValues:
         raise ValueError(f"{error}; topd --help lists the flags") from error
     if strays:
         raise ValueError(f"unexpected arguments: {' '.join(strays)}")
+    if not values.workdir and command == "doctor":
+        values.workdir = _workdir_to_look_at(values.config)
     if not values.workdir and command not in ("compare", "plan"):
         raise ValueError("--workdir is missing; try --workdir runs/tiny")
     return values
@@ -219,6 +233,15 @@ def _plan(values: flags.FlagValues) -> str:
         output=values.output,
         search_seconds=values.search,
     )
+
+
+def _workdir_to_look_at(config: ConfigDict) -> str | None:
+    """Any, where no run of this config would write a model first."""
+    models = [config.get(name, {}) for name in ("student", "teacher")]
+    world = any(m.get("source") == "world" for m in models)
+    if world and not config.get("world", {}).get("cache"):
+        return None
+    return tempfile.gettempdir()
 
 
 def _command(name: str, values: flags.FlagValues) -> Any:
@@ -238,16 +261,20 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     workdir = pathlib.Path(values.workdir).absolute()
     _join(name, values)
     run = (settings, workdir)
+    if name == "doctor":
+        return commands.doctor(*run)
     if name == "train":
         return commands.train(*run)
     if name == "eval":
         return commands.evaluate(*run, values.which)
     if name == "inspect":
-        return commands.inspect(*run, values.which, values.count)
+        return commands.inspect(*run, values.which, values.count or LOOK_AT)
     if name == "probe":
-        return commands.probe(*run, values.which, values.count)
+        return commands.probe(*run, values.which, values.count or LOOK_AT)
     if name == "quantize":
-        return commands.quantize(*run, values.which, values.count)
+        return commands.quantize(*run, values.which, values.count or LOOK_AT)
+    if name == "generate":
+        return commands.generate(*run, values.count)
     if name == "sample":
         return commands.sample(
             *run, values.which, values.prompt, values.temperature
@@ -255,7 +282,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     if name == "export":
         if values.output is None:
             raise ValueError("--output is missing: a directory to export to")
-        return commands.export(*run, values.which, pathlib.Path(values.output))
+        output = pathlib.Path(values.output)
+        return commands.export(*run, values.which, output, values.adapter)
     return commands.sweep(*run)
 
 
@@ -283,7 +311,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
         "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
-        "export", "sweep", "plan",
+        "export", "sweep", "doctor", "generate", "plan",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)
@@ -293,7 +321,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         name = arguments[0]
         if name not in names:
             raise ValueError(f"no command {name!r}; one of {', '.join(names)}")
-        result = _command(name, _parse(arguments[1:], name))
+        values = _parse(arguments[1:], name)
+        result = _command(name, values)
+        if name == "doctor":
+            raise SystemExit(_show(result, values.json))
         if isinstance(result, str):
             print(result)
         elif not _process():
@@ -310,6 +341,19 @@ def run(arguments: Sequence[str] | None = None) -> None:
             # Python's own exit would wait for the others, which wait for us.
             os._exit(2)
         raise SystemExit(2) from error
+
+
+def _show(findings: list, as_json: bool) -> int:
+    """Prints the report on stdout; returns the exit code."""
+    from topd_jax.doctor import findings as report
+
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(report.lines(findings, colour=colour))
+        print(report.summary(findings))
+    return 2 if report.count(findings, "error") else 0
 
 
 def _process() -> int | None:

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from topd_jax import fused, losses
 from topd_jax.models.decoder import causal_mask
-from topd_jax.types import Trajectories, completion_states
+from topd_jax.packed import packed_states
+from topd_jax.types import PackedRows, Trajectories, completion_states
 
 
 def statistics(
     student: Any,
     teacher: Any,
-    trajectories: Trajectories,
+    trajectories: Trajectories | PackedRows,
     *,
     top_k: int = 16,
     log_floor: float = -100.0,
@@ -107,7 +108,9 @@ def distinct_ngrams(rows: list[list[int]], n: int = 3) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _states(model: Any, trajectories: Trajectories) -> jax.Array:
+def _states(model: Any, trajectories: Trajectories | PackedRows) -> jax.Array:
+    if isinstance(trajectories, PackedRows):
+        return packed_states(model, trajectories)
     hidden, _ = model(
         trajectories.sequence,
         trajectories.positions,

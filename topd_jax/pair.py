@@ -1,7 +1,6 @@
 """Student, teacher, tokenizer and prompts of a run, together and checked."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,8 +11,10 @@ from absl import logging
 from jax.sharding import Mesh
 
 from topd_jax import sharding
+from topd_jax.adapters import adapt
+from topd_jax.data import packing, sources, tokenizers, world
 from topd_jax.data import prompts as prompt_data
-from topd_jax.data import sources, world
+from topd_jax.data import solutions as solution_data
 from topd_jax.data.routing import (
     count_records,
     places_of,
@@ -29,7 +30,8 @@ from topd_jax.data.tokenizers import (
     require_same_vocabulary,
 )
 from topd_jax.data.world_models import world_models
-from topd_jax.models import drop_layers, fingerprint, load
+from topd_jax.models import drop_layers, end_ids, fingerprint, load
+from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantize import quantizer
 from topd_jax.settings import ModelSettings, Settings
 from topd_jax.teachers import Teachers
@@ -60,6 +62,9 @@ class Pair:
       final_answer: completion -> the answer it gives, for votes; "" for none.
       teacher_fingerprint: hash of the teacher's config and parameters; of
         several, name -> hash.
+      frozen_fingerprint: hash of what the student does not train; "" where
+        it trains everything.
+      student_source: where the student was read: a path or a hub name.
     """
 
     student: Any
@@ -73,6 +78,8 @@ class Pair:
     grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
     final_answer: Callable[[str], str]
     teacher_fingerprint: str | dict[str, str]
+    frozen_fingerprint: str = ""
+    student_source: str = ""
 
     def spread(self, prompts: Prompts) -> Prompts:
         """Puts a batch that every process holds whole on the mesh.
@@ -89,7 +96,9 @@ class Pair:
         return jax.tree.map(one, prompts)
 
     def stream(self, settings: Settings) -> Any:
-        """The checkpointable iterator over training prompts."""
+        """The checkpointable iterator over prompts, or written solutions."""
+        if settings.offline.path:
+            return self._solutions(settings)
         return prompt_data.prompt_stream(
             self.encoded,
             batch_size=settings.data.batch_size,
@@ -97,6 +106,25 @@ class Pair:
             shares=self.teacher.shares
             if isinstance(self.teacher, Teachers)
             else None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _solutions(self, settings: Settings) -> packing.SolutionStream:
+        data, offline = settings.data, settings.offline
+        unit = sharding.row_ways(self.mesh) * settings.optimizer.accumulate
+        return packing.SolutionStream(
+            solution_data.read_solutions(
+                offline.path,
+                offline.keep,
+                tokenizer=tokenizers.fingerprint(self.tokenizer),
+            ),
+            eos_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+            batch_size=data.batch_size * data.samples,
+            length=offline.pack_length,
+            unit=unit,
+            seed=settings.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -123,7 +151,7 @@ class Pair:
             teacher = self.teacher.models.get(name)
             yield name, teacher, encoded.take(places), places
 
-    def place(self, prompts: Prompts) -> Prompts:
+    def place(self, prompts: Any) -> Any:
         """Puts this process's rows of a batch on the mesh.
 
         Raises:
@@ -141,7 +169,10 @@ class Pair:
 
     def _rows(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
         return sharding.named(
-            self.mesh, shape, ("batch", None), name="batch_size"
+            self.mesh,
+            shape,
+            ("batch",) + (None,) * (len(shape) - 1),
+            name="batch_size",
         )
 
 
@@ -160,14 +191,12 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     # What is cheap to refuse comes before models are trained or read.
-    _check_rows(settings, mesh)
-    parts = _records(settings)
-    shares = _shares(settings, parts, mesh)
+    for section in ("data", "eval"):
+        check_rows(settings, mesh, section)
+    parts = read_records(settings)
+    shares = teacher_shares(settings, parts, mesh)
     paths, tokenizer = {}, None
-    teachers = {_ONLY: settings.teacher}
-    if settings.teachers:
-        teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
-    names = {"student": settings.student} | teachers
+    names = model_settings(settings)
     if any(m.source == "world" for m in names.values()):
         where = settings.world.cache or str(workdir / "world")
         teacher_path, student_path, tokenizer = world_models(
@@ -175,14 +204,15 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         )
         paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
     models, tokenizers, owned = {}, {}, {}
+    options = tokenizer_options(settings)
     for name, model in names.items():
         source = paths[name] if model.source == "world" else model.source
-        models[name], own = _load(model, source, mesh)
+        models[name], own = _load(model, source, mesh, name == "student")
         tokenizers[name], owned[name] = tokenizer, own
         if isinstance(own, SentencePieceTokenizer):
             tokenizers[name], owned[name] = own, None
         elif own is not None:
-            tokenizers[name] = HuggingFaceTokenizer(own)
+            tokenizers[name] = HuggingFaceTokenizer(own, **options)
     tokenizer = _common_tokenizer(tokenizers, models)
     encoded, validation, test = (
         prompt_data.encode_prompts(
@@ -205,11 +235,72 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         test,
         *_grader(settings),
         mark,
+        frozen_fingerprint(models["student"]),
+        str(paths.get("student", settings.student.source)),
     )
 
 
+def model_settings(settings: Settings) -> dict[str, ModelSettings]:
+    """Section of the config -> its model: the student, then every teacher."""
+    teachers = {_ONLY: settings.teacher}
+    if settings.teachers:
+        teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
+    return {"student": settings.student} | teachers
+
+
+def tokenizer_options(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of a run's :class:`HuggingFaceTokenizer`.
+
+    A completion ends where any model's files would end it: the student learns
+    the teacher's ends.
+    """
+    ends: list[int] = []
+    for model in model_settings(settings).values():
+        ends += () if model.source == "world" else end_ids(model.source)
+    ends += settings.data.end_ids
+    thinking = settings.data.thinking
+    template = {} if thinking is None else {"enable_thinking": thinking}
+    return {"eos_ids": ends, "template_options": template}
+def with_models(
+    pair: Pair, *, student: Any = None, teacher: Any = None
+) -> Pair:
+    """A pair with other models: any :class:`~topd_jax.models.LanguageModel`.
+
+    A run's settings still name the models that were replaced, so the command
+    line cannot read such a run: resume it with the same pair.
+
+    Args:
+      pair: whose tokenizer, prompts and mesh are kept.
+      student: the model that learns, or None to keep it.
+      teacher: the frozen model, or None to keep it.
+
+    Returns:
+      The pair, with the models placed on its mesh as their ``logical_axes``
+      say.
+
+    Raises:
+      ValueError: for a model whose head has too few rows for the tokenizer,
+        or that does not divide over the mesh.
+    """
+    changed = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is None:
+            continue
+        check_model(pair.tokenizer, model.head.shape[0])
+        where = sharding.tree_shardings(model, pair.mesh, model.logical_axes)
+        changed[name] = jax.device_put(model, where)
+    if teacher is not None:
+        changed["teacher_fingerprint"] = fingerprint(changed["teacher"])
+    if student is not None:
+        changed["frozen_fingerprint"] = frozen_fingerprint(changed["student"])
+    return dataclasses.replace(pair, **changed)
+
+
 def _load(
-    settings: ModelSettings, source: str | pathlib.Path, mesh: Mesh
+    settings: ModelSettings,
+    source: str | pathlib.Path,
+    mesh: Mesh,
+    train: bool,
 ) -> tuple[Any, Any]:
     model, tokenizer = load(
         source,
@@ -220,6 +311,7 @@ def _load(
         mesh=mesh,
         finish=quantizer(settings.quantize, settings.quantize_tile),
     )
+    model = adapt(model, settings, mesh, train=train)
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)
     return model, tokenizer
@@ -256,7 +348,7 @@ def _common_tokenizer(
     return tokenizer
 
 
-def _shares(
+def teacher_shares(
     settings: Settings, parts: Sequence[list[Record]], mesh: Mesh
 ) -> dict[str, int]:
     """How many prompts of each teacher a batch holds; {} for the only one."""
@@ -277,30 +369,33 @@ def _shares(
     require_even_rows(
         shares,
         samples=data.samples,
-        ways=_ways(mesh),
+        ways=sharding.row_ways(mesh),
         accumulate=settings.optimizer.accumulate,
     )
     return shares
 
 
-def _ways(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are spread over."""
-    return math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+def check_rows(settings: Settings, mesh: Mesh, section: str) -> None:
+    """Refuses batches that do not divide over the mesh.
+
+    Args:
+      settings: of the run.
+      mesh: of devices.
+      section: whose ``batch_size`` it is, "data" or "eval".
+
+    Raises:
+      ValueError: naming a size that does.
+    """
+    ways = sharding.row_ways(mesh)
+    rows = getattr(settings, section).batch_size
+    if rows % ways:
+        raise ValueError(
+            f"{section}.batch_size={rows} must be divisible by the mesh's "
+            f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
+        )
 
 
-def _check_rows(settings: Settings, mesh: Mesh) -> None:
-    """Refuses batches that do not divide over the mesh."""
-    ways = _ways(mesh)
-    for section in ("data", "eval"):
-        rows = getattr(settings, section).batch_size
-        if rows % ways:
-            raise ValueError(
-                f"{section}.batch_size={rows} must be divisible by the mesh's "
-                f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
-            )
-
-
-def _records(settings: Settings) -> list[list[Record]]:
+def read_records(settings: Settings) -> list[list[Record]]:
     """Training, validation and test prompts."""
     data, options = settings.data, settings.eval
     if data.source == "world":

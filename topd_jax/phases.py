@@ -3,6 +3,7 @@
 Each part lowers and compiles from shapes alone, on any device.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,22 +13,27 @@ import optax
 
 from topd_jax.distill import TrainState, annotate, update
 from topd_jax.evaluate import make_statistics
-from topd_jax.models.decoder import cast
+from topd_jax.head import Head
+from topd_jax.models.decoder import in_compute_dtype
+from topd_jax.models.lora import merge_lora
+from topd_jax.packed import annotate_packed, packed_metrics
 from topd_jax.sampling import rollout
 from topd_jax.settings import OptimizerSettings, Settings
-from topd_jax.teachers import Teachers
-from topd_jax.types import Annotations, Trajectories
+from topd_jax.teachers import Teachers, shared_rows
+from topd_jax.types import Annotations, PackedRows, Trajectories
 
 
 class Phases(NamedTuple):
     """The jitted parts of a step.
 
     Attributes:
-      rollout: (student, teacher, prompts, key) -> trajectories.
+      rollout: (student, teacher, prompts, key) -> trajectories; packed rows
+        of written solutions, in the place of prompts, stay as they are, and
+        the other parts take them in the place of trajectories.
       annotate: (student, teacher, trajectories, key) -> annotations; of
         several teachers, name -> annotations of its own rows.
-      update: (state, teacher_head, trajectories, annotations) -> (state,
-        metrics); donates the state.
+      update: (state, teacher_head, trajectories, annotations, frozen) ->
+        (state, metrics); donates the state.
       statistics: (student, teacher, trajectories) -> metrics.
     """
 
@@ -90,9 +96,11 @@ def make_phases(
     ids = dict(eos_ids=eos_ids, pad_id=pad_id)
     offline = settings.offline if objective.offline else None
 
-    def write_as(model: Any, prompts: Any, key: jax.Array) -> Trajectories:
+    def write_as(
+        model: Any, prompts: Any, key: jax.Array, shared: int
+    ) -> Trajectories:
         return rollout(
-            cast(model, model.config.dtype),
+            in_compute_dtype(merge_lora(model)),
             prompts,
             key,
             max_new_tokens=writer.max_new_tokens,
@@ -100,38 +108,58 @@ def make_phases(
             top_p=(offline or writer).top_p,
             top_k=0 if offline else writer.top_k,
             samples=settings.data.samples,
+            vocab_size=shared,
             **ids,
         )
 
     def write(
         student: Any, teacher: Any, prompts: Any, key: jax.Array
-    ) -> Trajectories:
+    ) -> Trajectories | PackedRows:
+        if isinstance(prompts, PackedRows):
+            return prompts
+        shared = shared_rows(student, teacher)
         if not offline:
-            return write_as(student, prompts, key)
+            return write_as(student, prompts, key, shared)
         if not isinstance(teacher, Teachers):
-            return write_as(teacher, prompts, key)
-        parts = teacher.each(write_as, prompts, key)
+            return write_as(teacher, prompts, key, shared)
+        write_own = functools.partial(write_as, shared=shared)
+        parts = teacher.each(write_own, prompts, key)
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts.values())
 
+    slices = settings.optimizer.accumulate
+
     def read(
-        student: Any, teacher: Any, trajectories: Trajectories, key: jax.Array
+        student: Any, teacher: Any, rows: Any, key: jax.Array
     ) -> Annotations | dict[str, Annotations]:
+        if isinstance(rows, PackedRows):
+            return annotate_packed(
+                student, teacher, rows, objective=objective, slices=slices
+            )
+
         def by(model: Any, rows: Trajectories, key: jax.Array) -> Annotations:
             return annotate(
                 student, model, rows, key, objective=objective, **ids
             )
 
         if isinstance(teacher, Teachers):
-            return teacher.each(by, trajectories, key)
-        return by(teacher, trajectories, key)
+            return teacher.each(by, rows, key)
+        return by(teacher, rows, key)
 
-    def learn(*args: Any) -> tuple[TrainState, dict]:
-        return update(
-            *args,
+    def learn(
+        state: TrainState, teacher_head: Head, rows: Any, *notes: Any
+    ) -> tuple[TrainState, dict]:
+        state, metrics = update(
+            state,
+            teacher_head,
+            rows,
+            *notes,
             objective=objective,
             optimizer=optimizer,
-            accumulate=settings.optimizer.accumulate,
+            accumulate=slices,
         )
+        if isinstance(rows, PackedRows):
+            metrics = packed_metrics(rows, metrics)
+        return state, metrics
 
     return Phases(
         jax.jit(write),

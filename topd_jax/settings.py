@@ -13,12 +13,15 @@ import re
 import typing
 from collections.abc import Mapping
 
+from topd_jax.adapters import check_settings
 from topd_jax.models.quantize import check_quantized
 from topd_jax.objective import Objective
 from topd_jax.sections import build
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
+# What may change without making it another run.
+NO_IDENTITY = (*(f"eval.{name}" for name in EVAL_ONLY), "train.preflight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,11 @@ class ModelSettings:
     unroll: int = 1
     quantize: str = ""
     quantize_tile: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ()
+    lora_rank_stabilised: bool = False
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +70,8 @@ class DataSettings:
     samples: int = 1
     max_prompt_length: int = 16
     on_long_prompt: str = "error"
+    thinking: bool | None = None
+    end_ids: tuple[int, ...] = ()
     held_out: int = 64
 
 
@@ -77,10 +87,15 @@ class RolloutSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OfflineSettings:
-    """How the teacher writes in stage 1 (App. B)."""
+    """How the teacher writes in stage 1, and what is read of it (App. B)."""
 
     temperature: float = 0.6
     top_p: float = 0.95
+    format: str = "array_record"
+    shard_size: int = 256
+    path: str = ""
+    keep: str = "all"
+    pack_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +119,7 @@ class TrainSettings:
 
     steps: int = 300
     max_skipped: int = 10
+    preflight: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +215,7 @@ class Settings:
             ("data", "samples", 1),
             ("data", "max_prompt_length", 1),
             ("data", "held_out", 1),
+            ("student", "lora_rank", 0),
             ("rollout", "max_new_tokens", 1),
             ("train", "steps", 1),
             ("train", "max_skipped", 0),
@@ -212,6 +229,8 @@ class Settings:
             ("optimizer", "learning_rate", 0),
             ("rollout", "temperature", 0),
             ("offline", "temperature", 0),
+            ("offline", "shard_size", 1),
+            ("offline", "pack_length", 0),
             ("eval", "temperature", 0),
         ):
             value = getattr(getattr(self, section), name)
@@ -222,6 +241,8 @@ class Settings:
         for section, name, choices in (
             ("data", "source", ("world", "jsonl", "tfds", "hub")),
             ("data", "on_long_prompt", ("error", "skip")),
+            ("offline", "format", ("array_record", "jsonl")),
+            ("offline", "keep", ("all", "correct", "complete")),
             ("eval", "split", ("train", "validation", "test")),
         ):
             value = getattr(getattr(self, section), name)
@@ -230,13 +251,20 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
-        for name in ("student", "teacher"):
-            model = getattr(self, name)
+        teachers = {"teacher": self.teacher}
+        teachers |= {f"teachers.{n}": m for n, m in self.teachers.items()}
+        for name, model in ({"student": self.student} | teachers).items():
             check_quantized(name, model.quantize, model.quantize_tile)
-        if self.student.quantize:
+        check_settings(self.student, teachers)
+        path = self.offline.path
+        if path and not self.objective.offline:
             raise ValueError(
-                f"student.quantize={self.student.quantize!r} would freeze what "
-                "is to learn; quantise the teacher, teacher.quantize"
+                f"offline.path={path!r} needs objective.stage=offline"
+            )
+        if path and self.teachers:
+            raise ValueError(
+                f"offline.path={path!r} is a set of one teacher; leave "
+                "config.teachers out"
             )
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
@@ -304,7 +332,7 @@ class Settings:
         values = {
             name: value
             for name, value in flat(self.to_dict()).items()
-            if name not in {f"eval.{n}" for n in EVAL_ONLY}
+            if name not in NO_IDENTITY
             and (name not in known or known[name] != value)
         }
         text = json.dumps(values, sort_keys=True)

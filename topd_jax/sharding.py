@@ -166,9 +166,10 @@ def tree_shardings(
 ) -> object:
     """Shardings for every leaf of a model, or of a state that mirrors one.
 
-    A leaf is recognised by the last attribute name of its path, so the
-    moments of an optimizer are spread as the parameters they belong to. The
-    scales of a quantised parameter are spread as it is, where they divide.
+    A leaf is recognised by the last attribute name of its path, or by the end
+    of its path where a name has a "/", so the moments of an optimizer are
+    spread as the parameters they belong to. The scales of a quantised
+    parameter are spread as it is, where they divide.
 
     Args:
       tree: any pytree of arrays or ``ShapeDtypeStruct``.
@@ -184,6 +185,10 @@ def tree_shardings(
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
         names = [k.name for k in path if hasattr(k, "name")]
         names = [n for n in names if n in logical_axes]
+        where = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        names += [
+            n for n in logical_axes if "/" in n and where.endswith("/" + n)
+        ]
         if not names or len(logical_axes[names[-1]]) != leaf.ndim:
             return NamedSharding(mesh, PartitionSpec())
         axes = logical_axes[names[-1]]
@@ -221,6 +226,15 @@ def batch_shardings(tree: object, mesh: Mesh) -> object:
         ),
         tree,
     )
+
+
+def row_ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are spread into.
+
+    Args:
+      mesh: as :func:`make_mesh` builds it.
+    """
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

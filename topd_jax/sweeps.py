@@ -158,7 +158,7 @@ def _run(
         run = Run(settings, folder, pair)
     run.train()
     with jax.set_mesh(pair.mesh):
-        row |= _evaluated(run.state.student, settings, pair)
+        row |= _evaluated(run.student, settings, pair)
     return row | _curves(folder)
 
 

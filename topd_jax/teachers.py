@@ -71,6 +71,24 @@ class Teachers:
         return split_rows(rows, {n: p * times for n, p in self.shares.items()})
 
 
+def shared_rows(student: Any, teacher: Any) -> int:
+    """Vocabulary ids that the student and every teacher have a row for.
+
+    Heads may be padded to different sizes. What only one model has a row for
+    must not be drawn: the others could not read it.
+
+    Args:
+      student: the model that writes.
+      teacher: a model, or :class:`Teachers`.
+
+    Returns:
+      The smallest number of rows.
+    """
+    several = isinstance(teacher, Teachers)
+    models = teacher.models.values() if several else [teacher]
+    return min(model.head.shape[0] for model in [student, *models])
+
+
 def split_rows(rows: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Consecutive rows of a batch, by teacher.
 

@@ -17,15 +17,18 @@ import optax
 from tqdm import tqdm
 
 from topd_jax import checkpoint, processes, sharding
+from topd_jax.data import solutions as solution_data
 from topd_jax.distill import TrainState, init_state
+from topd_jax.doctor import preflight
 from topd_jax.evaluate import Evaluator
 from topd_jax.logs import Logs
 from topd_jax.models import runs
+from topd_jax.models.lora import join, split
 from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import Settings
 from topd_jax.teachers import Teachers
-from topd_jax.types import Trajectories
+from topd_jax.types import PackedRows, Trajectories
 
 
 def initial_state(
@@ -34,7 +37,7 @@ def initial_state(
     """The train state at step 0, spread over the mesh as its parameters are.
 
     Args:
-      pair: whose student is copied.
+      pair: whose student is copied, or of one with adapters these alone.
       optimizer: of the student.
 
     Returns:
@@ -83,6 +86,8 @@ class Run:
         self.data = pair.stream(settings)
         self.key = jax.random.key(settings.seed)
         self.state = initial_state(pair, self.optimizer)
+        # Shared with the pair: an update neither changes nor donates it.
+        self.frozen = split(pair.student)[1]
         self.checkpoints = checkpoint.Checkpoints(
             workdir / runs.LATEST, settings.checkpoint.keep
         )
@@ -107,7 +112,11 @@ class Run:
         found = self.checkpoints.record(step)
         where = str(self.workdir / runs.LATEST)
         checkpoint.require_same_run(
-            found, self.settings, self.pair.teacher_fingerprint, where
+            found,
+            self.settings,
+            self.pair.teacher_fingerprint,
+            where,
+            frozen=self.pair.frozen_fingerprint,
         )
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -119,6 +128,11 @@ class Run:
         self.state, self.key = self.checkpoints.restore(step, like)
         self.data.set_state(found["data"])
         return step
+
+    @property
+    def student(self) -> Any:
+        """The model as it is now, whole."""
+        return join(self.state.student, self.frozen)
 
     def train(self) -> dict[str, Any]:
         """Runs to the last step, evaluates and saves.
@@ -165,11 +179,13 @@ class Run:
         key = jax.random.fold_in(self.key, step)
         roll_key, note_key = jax.random.split(key)
         settings, teacher = self.settings, self.pair.teacher
-        student = self.state.student
+        student = self.student
         every = settings.log.statistics_every
         timed = bool(every) and step % every == 0
         clock = _Clock(timed)
-        prompts = self.pair.place(next(self.data).prompts)
+        batch = next(self.data)
+        packed = isinstance(batch, PackedRows)
+        prompts = self.pair.place(batch if packed else batch.prompts)
         trajectories = clock(
             "rollout", self.phases.rollout(student, teacher, prompts, roll_key)
         )
@@ -185,11 +201,14 @@ class Run:
             )
         self.state, metrics = clock(
             "update",
-            self.phases.update(self.state, teacher.head, trajectories, notes),
+            self.phases.update(
+                self.state, teacher.head, trajectories, notes, self.frozen
+            ),
         )
         self.step = step
         every = settings.log.completions_every
-        if every and step % every == 0:
+        # What the teacher wrote beforehand stands in its own files.
+        if every and step % every == 0 and not packed:
             self._log_completions(trajectories)
         row = self.logs.later(step, metrics | extra, clock.times)
         self._watch(row, trajectories)
@@ -202,7 +221,7 @@ class Run:
     def evaluate(self, final: bool = False) -> dict[str, Any]:
         """Evaluates the student as it is, and logs the result."""
         self.logs.flush()
-        row = self.evaluator(self.state.student, self.step, final=final)
+        row = self.evaluator(self.student, self.step, final=final)
         best = all(better(row, r) for r in self.logs.evals)
         self.logs.write("evals", row)
         if best and not final:
@@ -223,7 +242,8 @@ class Run:
                 self.settings,
                 self.pair.teacher_fingerprint,
                 self.data.get_state(),
-                self.state.student.config,
+                getattr(self.student, "config", None),
+                frozen=self.pair.frozen_fingerprint,
             ),
         )
 
@@ -301,6 +321,19 @@ class _Clock:
         return value
 
 
+def _require_solutions(settings: Settings) -> None:
+    """Refuses a set that cannot be read, before any model is made."""
+    offline = settings.offline
+    if offline.path:
+        solution_data.find_set(offline.path)
+    elif settings.objective.offline and offline.pack_length:
+        raise ValueError(
+            f"offline.pack_length={offline.pack_length} packs what topd "
+            "generate wrote; set offline.path to its directory, or "
+            "offline.pack_length=0"
+        )
+
+
 def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains a student by on-policy distillation; resumes where it stopped.
 
@@ -310,8 +343,19 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
     Returns:
       The final evaluation, name -> number.
+
+    Raises:
+      ValueError: for what the preflight finds, before a fresh run begins.
     """
+    _require_solutions(settings)
+    # A run that goes on has passed it.
+    fresh = not checkpoint.has_steps(workdir / "checkpoints")
+    looked = settings.train.preflight and fresh
+    if looked:
+        preflight.check_files(settings, workdir)
     pair = load_pair(settings, workdir)
+    if looked:
+        preflight.check_pair(settings, pair)
     with jax.set_mesh(pair.mesh):
         run = Run(settings, workdir, pair)
     pair.student = None  # the run's own copy is the only one

@@ -68,6 +68,52 @@ class Trajectories:
 
 
 @struct.dataclass
+class PackedRows:
+    """Written prompts with their completions, several to a row.
+
+    One pair after the other; each is a segment that attends to itself alone
+    and whose positions begin at 0, so that a row is read as its segments are
+    read apart. What is said of a token is said in completion coordinates with
+    P = 1: the column of a row that nothing predicts is its first.
+
+    Attributes:
+      sequence: i32[B, L] token ids, padded on the right.
+      segments: i32[B, L] which pair of its row a column is of, from 1; 0 is
+        padding.
+      positions: i32[B, L] rotary positions, 0 at the first of each segment.
+      targets: bool[B, L] tokens to be learnt: completions, up to and
+        including the first end-of-sequence token.
+      truncated: i32[B] pairs of each row that do not end.
+    """
+
+    sequence: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    targets: jax.Array
+    truncated: jax.Array
+
+    @property
+    def tokens(self) -> jax.Array:
+        """i32[B, L - 1]: the tokens that some column predicts."""
+        return self.sequence[:, 1:]
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool[B, L - 1]: which of :attr:`tokens` are to be learnt."""
+        return self.targets[:, 1:]
+
+    @property
+    def visible(self) -> jax.Array:
+        """bool[B, L, L]: columns of the same segment that are not later.
+
+        Padding sees padding, and nothing sees padding.
+        """
+        order = jnp.arange(self.segments.shape[-1])
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        return same & (order[:, None] >= order[None, :])
+
+
+@struct.dataclass
 class Candidates:
     """High-loss positions of each trajectory, in static slots.
 

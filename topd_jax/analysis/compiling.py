@@ -173,9 +173,9 @@ def _largest(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
 
 def _alive(name: str, run: dict[str, Call]) -> float:
     """Bytes a device holds while a program runs, its arguments included."""
-    state = run["update"].args[0]
+    state, *_, frozen = run["update"].args
     teacher = run["annotate"].args[1]
-    total = bytes_held((state, teacher))
+    total = bytes_held((state, teacher, frozen))
     if name == "restore":  # the loaded student, beside the state made of it
         return bytes_held((teacher, run["restore"].args))
     prompts = run["evaluate" if name == "evaluate" else "rollout"].args

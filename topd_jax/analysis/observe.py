@@ -20,11 +20,12 @@ from topd_jax.data.prompts import (
     ordered_batches,
 )
 from topd_jax.data.sources import Record
-from topd_jax.models.decoder import cast
+from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import shared_rows
 from topd_jax.types import Annotations, Trajectories
 
 # Apart from the streams of training, evaluation and detection.
@@ -82,10 +83,11 @@ def observe(
     @jax.jit
     def write(student: Any, prompts: Any, key: jax.Array) -> Trajectories:
         return rollout(
-            cast(student, student.config.dtype), prompts, key,
+            in_compute_dtype(student), prompts, key,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature, top_p=options.top_p,
             top_k=options.top_k, eos_ids=eos_ids, pad_id=pad_id,
+            vocab_size=shared_rows(student, pair.teacher),
         )  # fmt: skip
 
     read = jax.jit(

@@ -19,8 +19,9 @@ from topd_jax.data.routing import shares_of
 from topd_jax.data.world_models import student_config, teacher_config
 from topd_jax.distill import init_state
 from topd_jax.evaluate import make_writer
-from topd_jax.models.config import DecoderConfig
+from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import init_decoder
+from topd_jax.models.lora import split
 from topd_jax.models.quantize import quantize
 from topd_jax.models.shapes import shape_of
 from topd_jax.phases import make_optimizer, make_phases
@@ -50,12 +51,14 @@ class Models:
 
     Attributes:
       student: decoder of ``ShapeDtypeStruct``.
+      frozen: what of it is not trained; None where all is.
       teacher: the same, or several as ``Teachers``.
       state: train state around the student.
       head: the teacher's output head, or teacher -> its head.
     """
 
     student: Any
+    frozen: Any
     teacher: Any
     state: Any
     head: Any
@@ -87,7 +90,16 @@ def decoder_configs(
             config = dataclasses.replace(world, **options)
         else:
             config = shape_of(model.source, **options)
-        return config.keep_layers(model.keep_layers or range(config.layers))
+        config = config.keep_layers(model.keep_layers or range(config.layers))
+        if not model.lora_rank:
+            return config
+        lora = Lora(
+            model.lora_rank,
+            model.lora_alpha,
+            model.lora_targets or config.lora_targets,
+            model.lora_rank_stabilised,
+        )
+        return config.replace(lora=lora)
 
     world = teacher_config(settings.world)
     return one(settings.student, student_config(settings.world)), [
@@ -126,6 +138,9 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
     ours, theirs = decoder_configs(settings)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     student = _decoder(ours, mesh, settings.student)
+    axes = student.logical_axes
+    frozen = jax.eval_shape(lambda s: split(s)[1], student)
+    frozen = _placed(frozen, sharding.tree_shardings(frozen, mesh, axes))
     models = {
         name: _decoder(config, mesh, model)
         for (name, (_, model)), (_, config) in zip(
@@ -138,10 +153,8 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
         prompts = tuple(prompts for prompts, _ in theirs)
         teacher, head = Teachers(models, prompts), heads
     state = jax.eval_shape(lambda s: init_state(s, optimizer), student)
-    state = _placed(
-        state, sharding.tree_shardings(state, mesh, student.logical_axes)
-    )
-    return Models(student, teacher, state, head)
+    state = _placed(state, sharding.tree_shardings(state, mesh, axes))
+    return Models(student, frozen, teacher, state, head)
 
 
 def _head(model: Any) -> Any:
@@ -194,11 +207,16 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     Raises:
       ValueError: where something does not divide over the mesh.
     """
+    if settings.objective.offline and settings.offline.pack_length:
+        raise ValueError(
+            f"offline.pack_length={settings.offline.pack_length}: packed rows "
+            "are not planned; 0 plans the step in which the teacher writes"
+        )
     models = abstract_models(settings, mesh)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     phases = make_phases(settings, optimizer, **_IDS)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    student, teacher = models.state.student, models.teacher
+    student, teacher = models.student, models.teacher
     run = (student, teacher, _prompts(settings, mesh), key)
     written = _rows(jax.eval_shape(phases.rollout, *run), mesh)
     told = (student, teacher, written, key)
@@ -206,16 +224,20 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     asked = _prompts(settings, mesh, settings.eval.batch_size)
     heat = jax.ShapeDtypeStruct((), jnp.float32)
     places = jax.tree.map(lambda x: x.sharding, models.state)
+    ours, theirs = decoder_configs(settings)
+    shared = min(c.vocab_size for c in (ours, *(c for _, c in theirs)))
     fresh = jax.jit(lambda s: init_state(s, optimizer), out_shardings=places)
     return {
         "rollout": Call(phases.rollout, run),
         "annotate": Call(phases.annotate, told),
         "update": Call(
-            phases.update, (models.state, models.head, written, notes)
+            phases.update,
+            (models.state, models.head, written, notes, models.frozen),
         ),
         "statistics": Call(phases.statistics, (student, teacher, written)),
         "evaluate": Call(
-            make_writer(settings, **_IDS), (student, asked, key, heat)
+            make_writer(settings, vocab_size=shared, **_IDS),
+            (student, asked, key, heat),
         ),
         "restore": Call(fresh, (models.student,)),
     }

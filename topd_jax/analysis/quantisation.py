@@ -24,6 +24,7 @@ from topd_jax.models.quantize import (
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.teachers import shared_rows
 from topd_jax.types import Trajectories, completion_states
 
 # Apart from the streams of training, evaluation, detection and looking.
@@ -70,8 +71,13 @@ def measure(
       "relative_change".
 
     Raises:
-      ValueError: where the teacher was loaded quantised.
+      ValueError: where the teacher was loaded quantised, or there are several.
     """
+    if not isinstance(pair.teacher, Decoder):
+        raise ValueError(
+            "topd quantize measures one decoder; leave config.teachers out and "
+            "give each of them as config.teacher in turn"
+        )
     require_floats(pair.teacher, "measure what it costs to quantise")
     written = list(_written(settings, pair, student, count))
     compare, distance = make_statistics(settings), jax.jit(_distance)
@@ -132,6 +138,7 @@ def _written(
             temperature=options.temperature, top_p=options.top_p,
             top_k=options.top_k, eos_ids=pair.tokenizer.eos_ids,
             pad_id=pair.tokenizer.pad_id,
+            vocab_size=shared_rows(student, pair.teacher),
         )
     )  # fmt: skip
     size = settings.eval.batch_size

@@ -103,8 +103,8 @@ def read_tfds(
     """Reads a TensorFlow dataset (ArrayRecord; TensorFlow is not needed).
 
     Args:
-      name: e.g. ``gsm8k`` or ``gsm8k:1.0.0``; downloaded when it is not in
-        ``data_dir``.
+      name: e.g. ``gsm8k`` or ``gsm8k:1.0.0``, downloaded when it is not in
+        ``data_dir``; or a directory that holds a prepared data set.
       split: of the dataset.
       prompt_field: key of the question.
       answer_field: key of the answer, kept if it is there.
@@ -120,8 +120,11 @@ def read_tfds(
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
-        builder.download_and_prepare(file_format="array_record")
+        if pathlib.Path(name).is_dir():
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir)
+            builder.download_and_prepare(file_format="array_record")
         rows = builder.as_data_source(split=split)
     except (
         tfds.core.DatasetNotFoundError,

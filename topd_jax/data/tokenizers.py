@@ -284,6 +284,21 @@ class HuggingFaceTokenizer:
         Raises:
           ValueError: if there is no chat template.
         """
+        return self.render(question)
+
+    def render(
+        self, question: str | Messages, *, ask: bool = True, **options: Any
+    ) -> list[int]:
+        """What the chat template makes of a question or a dialogue.
+
+        Args:
+          question: the user's, or all messages.
+          ask: open the assistant's turn.
+          **options: for the template, over those of the constructor.
+
+        Raises:
+          ValueError: if there is no chat template.
+        """
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
         template = self._template or self._tokenizer.chat_template
@@ -295,10 +310,23 @@ class HuggingFaceTokenizer:
             list(question),
             chat_template=template,
             tokenize=True,
-            add_generation_prompt=True,
+            add_generation_prompt=ask,
             return_dict=False,
-            **self._options,
+            **self._options | options,
         )
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: ends, turns, padding."""
+        added = self._tokenizer.added_tokens_decoder
+        special = [i for i, token in added.items() if token.special]
+        return frozenset([*special, *self._tokenizer.all_special_ids])
+
+    @property
+    def begins_texts(self) -> bool:
+        """Whether a text, no template around it, begins with bos."""
+        ids = self._tokenizer("a")["input_ids"]
+        return self.bos_id is not None and ids[:1] == [self.bos_id]
 
     def vocabulary(self) -> list[str]:
         """The name of every id, "" where an id has none."""

@@ -1,17 +1,22 @@
 """Decoders: their shape, their arithmetic, their files."""
 
 from topd_jax.models.attention import Cache
-from topd_jax.models.config import DecoderConfig, RopeScaling
+from topd_jax.models.config import DecoderConfig, Lora, RopeScaling
 from topd_jax.models.decoder import (
     Decoder,
     cast,
     causal_mask,
+    in_compute_dtype,
     init_decoder,
     unembed,
 )
+from topd_jax.models.description import Description, describe, end_ids
 from topd_jax.models.export import save_model
 from topd_jax.models.loading import load
+from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.parameters import parameter_table
+from topd_jax.models.peft_files import load_adapter, save_adapter
+from topd_jax.models.protocol import LanguageModel, from_function
 from topd_jax.models.quantize import dequantize, quantize
 from topd_jax.models.weights import drop_layers, fingerprint
 
@@ -19,16 +24,27 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Description",
+    "LanguageModel",
+    "Lora",
     "RopeScaling",
+    "add_lora",
     "cast",
     "causal_mask",
     "dequantize",
+    "describe",
     "drop_layers",
+    "end_ids",
     "fingerprint",
+    "from_function",
+    "in_compute_dtype",
     "init_decoder",
     "load",
+    "load_adapter",
+    "merge_lora",
     "parameter_table",
     "quantize",
+    "save_adapter",
     "save_model",
     "unembed",
 ]

@@ -42,6 +42,49 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside some linear maps (LoRA, arXiv:2106.09685).
+
+    Attributes:
+      rank: r, inner size of every adapter.
+      alpha: the adapters' output is multiplied by alpha / r.
+      targets: parameters that have one, of :data:`LORA_TARGETS`.
+      rank_stabilised: multiplied by alpha / sqrt(r) instead
+        (arXiv:2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha={self.alpha} must be above 0")
+        unknown = sorted(set(self.targets) - set(LORA_TARGETS))
+        if unknown or not self.targets:
+            raise ValueError(
+                f"targets={self.targets!r} must be some of "
+                f"{', '.join(LORA_TARGETS)}"
+            )
+        ordered = tuple(t for t in LORA_TARGETS if t in self.targets)
+        object.__setattr__(self, "targets", ordered)  # one spelling
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' output is multiplied by."""
+        return self.alpha / (
+            self.rank**0.5 if self.rank_stabilised else self.rank
+        )
+
+
+# Parameters that may have an adapter.
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that fixes a decoder's parameters and arithmetic.
 
@@ -83,6 +126,7 @@ class DecoderConfig:
       expert_width: inner size of an expert.
       renormalise: weights of the chosen experts sum to one.
       dense: layers without experts in a model that has some.
+      lora: adapters beside the linear maps; None: there are none.
       dtype: compute dtype of activations, "float32" or "bfloat16".
       param_dtype: dtype in which parameters are kept.
       remat: "none", "full" (recompute each layer in the backward pass) or
@@ -123,6 +167,7 @@ class DecoderConfig:
     expert_width: int = 0
     renormalise: bool = False
     dense: tuple[bool, ...] = ()
+    lora: Lora | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
@@ -164,6 +209,14 @@ class DecoderConfig:
                 f"experts_per_token={self.experts_per_token} must lie in "
                 f"1..{self.experts}, the experts"
             )
+        given = self.lora.targets if self.lora else ()
+        missing = [name for name in given if name not in self.lora_targets]
+        if missing:
+            raise ValueError(
+                f"lora targets {', '.join(missing)} are experts' in this "
+                "model, and experts have no adapters; leave them out: "
+                f"{', '.join(self.lora_targets)}"
+            )
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
@@ -176,6 +229,12 @@ class DecoderConfig:
         """Indices of the layers with one feed-forward network."""
         chosen = set(self.expert_layers)
         return tuple(i for i in range(self.layers) if i not in chosen)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Parameters that may have an adapter here: all but experts."""
+        # Dense layers of a mixture too: files name both gate_proj.
+        return LORA_TARGETS[:4] if self.experts else LORA_TARGETS
 
     def keep_layers(self, keep: Sequence[int]) -> "DecoderConfig":
         """The same decoder with only the layers of these indices."""
@@ -216,6 +275,8 @@ class DecoderConfig:
         }
         if values.get("rope_scaling") is not None:
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if values.get("lora") is not None:
+            values["lora"] = Lora(**values["lora"])
         return cls(**values)
 
 

@@ -14,6 +14,7 @@ A model is a Flax nnx module used as a plain pytree of arrays: it goes through
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -246,6 +247,21 @@ def cast(model: Decoder, dtype: str) -> Decoder:
         for n, x in model.arrays.items()
     }
     return Decoder(config, arrays)
+
+
+def in_compute_dtype(model: Any) -> Any:
+    """The model that a sampler should run.
+
+    Args:
+      model: any :class:`~topd_jax.models.protocol.LanguageModel`.
+
+    Returns:
+      A decoder with its parameters in its compute dtype; another model as it
+      is.
+    """
+    if not isinstance(model, Decoder):
+        return model
+    return cast(model, model.config.dtype)
 
 
 def _check(config: DecoderConfig, arrays: dict[str, jax.Array]) -> None:

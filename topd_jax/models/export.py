@@ -28,6 +28,7 @@ from topd_jax.models.huggingface import (
     TOKENIZER_FILES,
     read_json,
 )
+from topd_jax.models.lora import merge_lora
 from topd_jax.models.quantize import require_floats
 from topd_jax.models.weights import disassemble, file_tensors
 
@@ -58,7 +59,7 @@ def save_model(
     one writes.
 
     Args:
-      model: what to write.
+      model: what to write; adapters are merged.
       directory: destination; must be new or empty, unless ``overwrite``.
       model_type: a family; None takes that of ``source``, or else the first
         that fits.
@@ -80,8 +81,9 @@ def save_model(
       OSError: where the disk is full or refuses; nothing has changed then.
     """
     require_floats(model, "export")
+    model = merge_lora(model)
     target = Path(directory).resolve()
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     inherited = _inherited(tokenizer, source)
     like = None
     if source is not None:
@@ -95,14 +97,14 @@ def save_model(
         for _ in disassemble(model, "hub"):  # the others' part in gathering
             pass
         return target
-    with _staged(target, _tensor_bytes(model, dtype)) as staging:
+    with staged(target, _tensor_bytes(model, dtype)) as staging:
         _write_tensors(model, staging, dtype, max_shard_bytes)
-        _write_json(staging / "config.json", fields)
+        write_json(staging / "config.json", fields)
         _write_tokenizer(staging, tokenizer, source, fields)
     return target
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -170,7 +172,7 @@ def _write_tensors(
         owner = {n: f for ns, f in zip(plan, files, strict=True) for n in ns}
         total = {"total_size": _tensor_bytes(model, dtype)}
         index = {"metadata": total, "weight_map": owner}
-        _write_json(directory / INDEX_FILE, index)
+        write_json(directory / INDEX_FILE, index)
 
 
 def _write_tokenizer(
@@ -189,15 +191,15 @@ def _write_tokenizer(
         tokenizer.save_pretrained(str(staging))
     if _GENERATION not in copied:
         ids = {n: fields[n] for n in _SPECIAL_IDS if n in fields}
-        _write_json(staging / _GENERATION, ids)
+        write_json(staging / _GENERATION, ids)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _staged(target: Path, needed: int) -> Iterator[Path]:
+def staged(target: Path, needed: int) -> Iterator[Path]:
     """A directory beside ``target`` that takes its place if all goes well."""
     parent = target.parent
     staging = parent / f".{target.name}.partial"

@@ -8,6 +8,7 @@ one tensor and shown as one an expert.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import re
@@ -111,6 +112,12 @@ def open_gguf(path: str | os.PathLike) -> GGUFFile:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no model at {path}: no such file")
+    return _opened(path, path.stat().st_mtime_ns)
+
+
+# Reading the metadata takes seconds, and student and teacher may be one file.
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, _: int) -> GGUFFile:
     try:
         reader = gguf.GGUFReader(path)
         metadata = {n: f.contents() for n, f in reader.fields.items()}
@@ -157,11 +164,7 @@ def load_gguf(
     if not isinstance(file, GGUFFile):
         file = open_gguf(file)
     config = gguf_config(
-        file,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        unroll=unroll,
+        file, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
     )
     if _ROPE_FREQS in file.tensors:
         _check_rope_freqs(file, config)
@@ -180,20 +183,16 @@ def load_gguf(
 
 
 def gguf_config(file: GGUFFile, **options: Any) -> DecoderConfig:
-    """A file's shape, from its metadata alone.
+    """The shape of the decoder in a GGUF file.
 
     Args:
       file: from :func:`open_gguf`.
       **options: of :func:`~topd_jax.models.hub_config.decoder_config`.
 
-    Returns:
-      The decoder's shape.
-
     Raises:
-      ValueError: for metadata that is not supported.
+      ValueError: for metadata that is not supported, by name.
     """
-    fields = _config_fields(file)
-    return decoder_config(fields, where=str(file.path), **options)
+    return decoder_config(_config_fields(file), where=str(file.path), **options)
 
 
 def packaged_gguf(requirement: str) -> Path:

@@ -1,5 +1,6 @@
 """The arithmetic of one decoder layer, made of the config's options."""
 
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from topd_jax.models.attention import (
 )
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.experts import ACTIVATIONS, mix
+from topd_jax.models.parameters import LORA_A, LORA_B, linear_inputs
 from topd_jax.models.quantize import as_floats
 from topd_jax.models.rope import rope_rows, rotate
 from topd_jax.sharding import constrain
@@ -134,8 +136,7 @@ def _attention(
     rope: tuple[jax.Array, jax.Array],
     sight: Sight,
 ) -> tuple[jax.Array, Cache | None]:
-    query, key = _linear(x, w["q"]), _linear(x, w["k"])
-    value = _linear(x, w["v"])
+    query, key, value = (_project(x, w, name, config) for name in "qkv")
     if config.attention_bias:
         query, key = query + w["q_bias"], key + w["k_bias"]
         value = value + w["v_bias"]
@@ -154,8 +155,7 @@ def _attention(
     value = constrain(value, "batch", "sequence", "activation_kv_heads", None)
     mask = visible(sight, options["reach"])
     out = attend(query, key, value, mask, config)
-    out = out.reshape(*x.shape[:-1], -1)
-    out = _linear(out, w["o"].reshape(-1, config.width))
+    out = _project(out, w, "o", config)
     return out + w["o_bias"] if config.output_bias else out, cache
 
 
@@ -169,12 +169,12 @@ def _wide_norm(
 def _mlp(
     x: jax.Array, w: dict[str, jax.Array], config: DecoderConfig
 ) -> jax.Array:
-    gate, up = _linear(x, w["gate"]), _linear(x, w["up"])
+    gate, up = (_project(x, w, name, config) for name in ("gate", "up"))
     if config.mlp_bias:
         gate, up = gate + w["gate_bias"], up + w["up_bias"]
     inner = ACTIVATIONS[config.activation](gate) * up
     inner = constrain(inner, "batch", "sequence", "activation_mlp")
-    out = _linear(inner, w["down"])
+    out = _project(inner, w, "down", config)
     return out + w["down_bias"] if config.mlp_bias else out
 
 
@@ -201,10 +201,25 @@ def _either(
     )
 
 
-def _linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] @ kernel [I, ...]: as one 2-D product.
+def _project(
+    x: jax.Array, w: dict[str, jax.Array], name: str, config: DecoderConfig
+) -> jax.Array:
+    """A layer's linear map: x W, or x W + scale * (x A) B with an adapter."""
+    inputs = linear_inputs(name)
+    out = _linear(x, w[name], inputs)
+    if config.lora is None or name not in config.lora.targets:
+        return out
+    # As two thin products: W + A B would be as large as W, and so would its
+    # gradient.
+    low = _linear(x, w[name + LORA_A], inputs) * config.lora.scale
+    return out + _linear(low, w[name + LORA_B])
+
+
+def _linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
+    """x [..., I...] @ kernel [I..., O...]: as one 2-D product.
 
     The weight gradient of a 3-D product is three times slower on CPU.
     """
-    out = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
-    return out.reshape(*x.shape[:-1], *kernel.shape[1:])
+    size = math.prod(kernel.shape[:inputs])
+    out = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    return out.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])

@@ -19,7 +19,7 @@ from topd_jax.sharding import Rules
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PACKAGE = "package:"
+PACKAGE = "package:"
 
 
 def load(
@@ -70,14 +70,14 @@ def load(
         "finish": finish,
     }
     name = str(source)
-    if name.startswith(_PACKAGE) or name.endswith(".gguf"):
-        packaged = name.startswith(_PACKAGE)
-        path = packaged_gguf(name.removeprefix(_PACKAGE)) if packaged else name
+    if name.startswith(PACKAGE) or name.endswith(".gguf"):
+        packaged = name.startswith(PACKAGE)
+        path = packaged_gguf(name.removeprefix(PACKAGE)) if packaged else name
         file = open_gguf(path)
         model, tokenizer = load_gguf(file, **options), gguf_tokenizer(file)
     elif is_run(source):
         model = load_run(source, **options)
-        tokenizer = _run_tokenizer(tokenizer_directory(source))
+        tokenizer = run_tokenizer(tokenizer_directory(source))
     else:
         directory = resolve(source)
         model = load_model(
@@ -95,7 +95,7 @@ def load(
     return model, tokenizer
 
 
-def _run_tokenizer(
+def run_tokenizer(
     directory: Path,
 ) -> "PreTrainedTokenizerBase | SentencePieceTokenizer | None":
     """What ``save_pretrained`` of the run's tokenizer wrote."""

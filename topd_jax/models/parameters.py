@@ -1,8 +1,12 @@
 """The parameters of a decoder, as one table of names, shapes and axes."""
 
+import math
 from typing import NamedTuple
 
 from topd_jax.models.config import DecoderConfig
+
+# Suffixes of a linear map's adapter: x W + scale * (x A) B.
+LORA_A, LORA_B = "_lora_a", "_lora_b"
 
 
 class Parameter(NamedTuple):
@@ -42,11 +46,12 @@ def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
     table["final_norm"] = Parameter((d,), (None,), None, start)
     if not config.tied:
         table["output"] = vocab
-    return table
+    return table | _adapters(config, table)
 
 
 def parameter_layers(config: DecoderConfig, name: str) -> tuple[int, ...]:
     """Which layers the rows of a stacked parameter belong to, in order."""
+    name = name.removesuffix(LORA_A).removesuffix(LORA_B)
     if name in ("router", "expert_gate", "expert_up", "expert_down"):
         return config.expert_layers
     if name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
@@ -105,6 +110,34 @@ def _dense(config: DecoderConfig) -> dict[str, Parameter]:
         table |= {"gate_bias": bias, "up_bias": bias}
         table["down_bias"] = Parameter((n, d), ("layers", None), None, 0.0)
     return table
+
+
+def _adapters(
+    config: DecoderConfig, table: dict[str, Parameter]
+) -> dict[str, Parameter]:
+    """Low-rank factors, [N, in..., r] and [N, r, out...], of the targets.
+
+    A starts with the variance of PEFT's uniform draw, 1 / (3 fan_in), B at
+    zero, so that the model starts as it is without them.
+    """
+    rows = {}
+    for name in config.lora.targets if config.lora else ():
+        shape, axes = table[name].shape, table[name].axes
+        split, r = 1 + linear_inputs(name), config.lora.rank
+        scale = (3 * math.prod(shape[1:split])) ** -0.5
+        rows[name + LORA_A] = Parameter(
+            (*shape[:split], r), (*axes[:split], None), scale
+        )
+        rows[name + LORA_B] = Parameter(
+            (shape[0], r, *shape[split:]), (axes[0], None, *axes[split:]),
+            None, 0.0,
+        )  # fmt: skip
+    return rows
+
+
+def linear_inputs(name: str) -> int:
+    """Dimensions, after the layers', that a layer's linear map reads."""
+    return 2 if name == "o" else 1
 
 
 def _experts(config: DecoderConfig) -> dict[str, Parameter]:

@@ -164,6 +164,24 @@ def require_floats(model: "Decoder", what: str) -> None:
         )
 
 
+def bytes_a_number(name: str, kind: str) -> float | None:
+    """What a number of a parameter takes once it is quantised.
+
+    Args:
+      name: of the parameter.
+      kind: "int8", "int4", or "" for nothing.
+
+    Returns:
+      Bytes, the scales of the default tile included; None where it stays
+      floats.
+    """
+    if not kind or name not in _SUMMED:
+        return None
+    tile = DEFAULT_TILE[kind]
+    scale = jnp.dtype(_SCALE_DTYPE[kind]).itemsize / tile if tile else 0
+    return jnp.iinfo(kind).bits / 8 + scale
+
+
 def parameter_bytes(model: "Decoder") -> int:
     """Bytes of a model's parameters, two int4 a byte.
 

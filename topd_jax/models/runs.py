@@ -87,14 +87,7 @@ def load_run(
     """
     folder, step = _find(Path(source))
     where = folder / str(step)
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(),
-        "record": ocp.JsonCheckpointHandler(),
-    }
-    with ocp.CheckpointManager(
-        folder.absolute(), options=options, item_handlers=handlers
-    ) as manager:
+    with _opened(folder) as manager:
         config = _config(manager, step, where).replace(
             dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
         )
@@ -115,6 +108,32 @@ def load_run(
                 advance(block_bytes(shards, param_dtype))
                 arrays[name] = array if finish is None else finish(name, array)
     return Decoder(config, arrays)
+
+
+def run_config(source: str | os.PathLike) -> DecoderConfig:
+    """The shape of a run's student, from its checkpoint's record.
+
+    Args:
+      source: as in :func:`load_run`.
+
+    Raises:
+      ValueError: as there.
+    """
+    folder, step = _find(Path(source))
+    with _opened(folder) as manager:
+        return _config(manager, step, folder / str(step))
+
+
+def _opened(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        # Nothing is saved through this one, and so nothing is dropped either.
+        options=ocp.CheckpointManagerOptions(create=False),
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(),
+            "record": ocp.JsonCheckpointHandler(),
+        },
+    )
 
 
 def _split(path: Path) -> tuple[Path, str, int | None]:
@@ -158,8 +177,9 @@ def _config(
     if "student" not in found:
         raise ValueError(
             f"the checkpoint {where} was written before checkpoints named "
-            "their student's shape; write it out with the settings of its "
-            "run (topd export ... --output DIRECTORY) and give that directory"
+            "their student's shape, or its student is no decoder; a decoder "
+            "is written out with the settings of its run (topd export ... "
+            "--output DIRECTORY): give that directory"
         )
     return DecoderConfig.from_dict(found["student"])
 

@@ -264,7 +264,7 @@ def _each(cut: Callable[[jax.Array], jax.Array], array: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(cut(x), x.sharding), array)
 
 
-def fingerprint(model: Decoder) -> str:
+def fingerprint(model: Any) -> str:
     """A hash of a decoder's config and of every bit of its parameters.
 
     Each element's bits are mixed with its index and added up as integers
@@ -273,23 +273,26 @@ def fingerprint(model: Decoder) -> str:
     at their default: one that is added later changes no fingerprint.
 
     Args:
-      model: any decoder.
+      model: any decoder; of another model the parameters alone are hashed,
+        by the path of each in the pytree, and not the function.
 
     Returns:
       64 hexadecimal digits.
     """
-    config = model.config
-    fields = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in ("remat", "unroll")
-        and getattr(config, field.name) != field.default
-    }
+    fields, arrays = {}, {"": model}
+    if isinstance(model, Decoder):
+        config, arrays = model.config, model.arrays
+        fields = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if field.name not in ("remat", "unroll")
+            and getattr(config, field.name) != field.default
+        }
     digest = hashlib.sha256(
         json.dumps(fields, sort_keys=True, default=vars).encode()
     )
-    for name in sorted(model.arrays):
-        leaves = jax.tree_util.tree_leaves_with_path(model.arrays[name])
+    for name in sorted(arrays):
+        leaves = jax.tree_util.tree_leaves_with_path(arrays[name])
         for path, x in leaves:  # a quantised matrix is two arrays
             sums = np.asarray(_bit_sums(x), np.uint32)
             label = name + jax.tree_util.keystr(path)

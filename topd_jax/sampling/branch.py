@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.models.decoder import unembed
+from topd_jax.models.protocol import LanguageModel
 from topd_jax.sampling.layerwise import take_apart
 from topd_jax.sampling.sampler import (
     check_ids,
@@ -44,7 +45,7 @@ def branch_columns(count: int, length: int) -> int:
 
 
 def branch(
-    model: Any,
+    model: LanguageModel,
     cache: Any,
     hidden: jax.Array,
     trajectories: Trajectories,

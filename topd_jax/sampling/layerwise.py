@@ -70,12 +70,12 @@ def take_apart(model: Any, cache: Any) -> tuple[Any, Any]:
     """The model and cache that a loop over tokens should use.
 
     Args:
-      model: any decoder.
+      model: any model.
       cache: one that it has written.
 
     Returns:
-      (model, cache) to be called as before: layer by layer where the config
-      unrolls the stack, else what was given.
+      (model, cache) to be called as before: layer by layer where the model is
+      a decoder whose config unrolls the stack, else what was given.
     """
     if not isinstance(model, Decoder):
         return model, cache
@@ -101,14 +101,28 @@ def _cache_of(cache: Any, index: int) -> Any:
     return cache.replace(keys=cache.keys[one], values=cache.values[one])
 
 
-def repeat_rows(cache: Any, times: int) -> Any:
-    """Each row of a cache ``times`` times, consecutively."""
+def repeat_rows(model: Any, cache: Any, times: int) -> Any:
+    """Each row of a cache ``times`` times, consecutively.
+
+    Args:
+      model: whose ``init_cache`` tells which dimension the rows are.
+      cache: of that model.
+      times: copies of each row.
+
+    Returns:
+      The cache of ``times`` as many rows.
+    """
     if times == 1:
         return cache
-    # [layers or 1, rows, ...]; the length is a scalar.
-    return jax.tree.map(
-        lambda x: jnp.repeat(x, times, axis=1) if x.ndim else x, cache
-    )
+    grown = [
+        jnp.repeat(x, times, axis=per_row.index(1)) if 1 in per_row else x
+        for x, per_row in zip(
+            jax.tree.leaves(cache),
+            _growth(model, (1, 1), (2, 1)),
+            strict=True,
+        )
+    ]
+    return jax.tree.unflatten(jax.tree.structure(cache), grown)
 
 
 def add_columns(model: Any, cache: Any, extra: int) -> Any:
@@ -124,14 +138,24 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
     """
     if extra == 0:
         return cache
-    one, two = (
-        jax.tree.leaves(jax.eval_shape(lambda n=n: model.init_cache(1, n)))
-        for n in (1, 2)
-    )
+    growth = _growth(model, (1, 1), (1, 2))
     leaves, structure = jax.tree.flatten(cache)
     grown = []
     for i, x in enumerate(leaves):
-        short, long = one[i % len(one)].shape, two[i % len(one)].shape
-        pad = [(0, extra * (n - m)) for m, n in zip(short, long, strict=True)]
+        pad = [(0, extra * more) for more in growth[i % len(growth)]]
         grown.append(jnp.pad(x, pad) if x.ndim else x)
     return jax.tree.unflatten(structure, grown)
+
+
+def _growth(
+    model: Any, small: tuple[int, int], large: tuple[int, int]
+) -> list[list[int]]:
+    """How much larger each dimension of each array of a larger cache is."""
+    one, two = (
+        jax.tree.leaves(jax.eval_shape(lambda s=size: model.init_cache(*s)))
+        for size in (small, large)
+    )
+    return [
+        [n - m for m, n in zip(a.shape, b.shape, strict=True)]
+        for a, b in zip(one, two, strict=True)
+    ]

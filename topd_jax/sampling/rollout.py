@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.models.decoder import causal_mask, unembed
+from topd_jax.models.protocol import LanguageModel
 from topd_jax.sampling.layerwise import add_columns, repeat_rows, take_apart
 from topd_jax.sampling.prompts import bucket, pad_prompts
 from topd_jax.sampling.sampler import (
@@ -34,7 +35,7 @@ _SHORTEST_STRETCH = 64
 
 
 def rollout(
-    model: Any,
+    model: LanguageModel,
     prompts: Prompts,
     key: jax.Array,
     *,
@@ -55,7 +56,7 @@ def rollout(
     ``max_new_tokens`` or on how rows are spread over devices.
 
     Args:
-      model: any decoder; its compute dtype is the sampler's.
+      model: any model; its compute dtype is the sampler's.
       prompts: B prompts, padded on the left. They are padded further, to the
         next of ``buckets``, so that nearby lengths share one compilation.
       key: PRNG key; the same key gives the same rollout.
@@ -219,7 +220,7 @@ def _prefill(
         causal_mask(prompts.mask),
         model.init_cache(*prompts.tokens.shape),
     )
-    return _repeat(hidden[:, -1], samples), repeat_rows(cache, samples)
+    return _repeat(hidden[:, -1], samples), repeat_rows(model, cache, samples)
 
 
 def _repeat(x: jax.Array, times: int) -> jax.Array:

@@ -1,0 +1,283 @@
+"""Adapters: the forward pass, what is trained, and merging them away."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import EOS, PAD, make_model, make_trajectories
+
+from topd_jax.distill import annotate, init_state, update
+from topd_jax.models import (
+    Lora,
+    add_lora,
+    cast,
+    causal_mask,
+    dequantize,
+    drop_layers,
+    init_decoder,
+    merge_lora,
+    parameter_table,
+    quantize,
+)
+from topd_jax.models.config import LORA_TARGETS
+from topd_jax.models.lora import frozen_fingerprint, join, split
+from topd_jax.objective import Objective
+from topd_jax.sampling import rollout
+from topd_jax.types import Prompts
+
+LORA = Lora(rank=3, alpha=6.0, targets=LORA_TARGETS)
+PLAIN = Objective(variant="opd")
+GUIDED = Objective(candidates=3, window=4, guidance_weight=0.3)
+IDS = {"eos_ids": (EOS,), "pad_id": PAD}
+
+
+def with_noise(model):
+    """The same model with adapters whose B is not zero."""
+    rng = np.random.default_rng(5)
+    config = dataclasses.replace(model.config, lora=LORA)
+    table = parameter_table(config)
+    arrays = {
+        name: rng.normal(0, 0.2, table[name].shape)
+        for name in table
+        if "_lora_" in name
+    }
+    return add_lora(model, LORA, arrays)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_model(0)
+
+
+@pytest.fixture(scope="module")
+def adapted(base):
+    return with_noise(base)
+
+
+@jax.jit
+def states(model, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    mask = causal_mask(jnp.ones(tokens.shape, bool))
+    return model(tokens, positions, mask)[0]
+
+
+TOKENS = jnp.arange(22).reshape(2, 11) * 7 % 40
+
+
+def test_adapters_start_where_the_model_is(base):
+    fresh = add_lora(base, LORA)
+    np.testing.assert_array_equal(states(fresh, TOKENS), states(base, TOKENS))
+    for name, row in parameter_table(fresh.config).items():
+        array = fresh.arrays[name]
+        assert (array.shape, row.shape) == (row.shape, array.shape)
+        if name.endswith("_lora_b"):
+            assert not array.any()
+        elif name.endswith("_lora_a"):
+            inputs = array[0, ..., 0].size
+            assert abs(array.std() * (3 * inputs) ** 0.5 - 1) < 0.25, name
+
+
+def test_two_thin_products_are_the_merged_map(base, adapted):
+    merged = merge_lora(adapted)
+    assert merged.config == base.config
+    want, got = states(merged, TOKENS), states(adapted, TOKENS)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    assert abs(want - states(base, TOKENS)).max() > 0.1
+    # By hand, one layer of the map whose input has two dimensions.
+    low = adapted.arrays["o_lora_a"][1].reshape(-1, 3)
+    low = low @ adapted.arrays["o_lora_b"][1]
+    want = base.arrays["o"][1] + 2.0 * low.reshape(base.arrays["o"][1].shape)
+    np.testing.assert_allclose(merged.arrays["o"][1], want, atol=1e-6)
+
+
+def test_the_scale_is_alpha_over_the_rank_or_its_root():
+    assert LORA.scale == 2.0
+    assert dataclasses.replace(LORA, rank_stabilised=True).scale == 6 / 3**0.5
+
+
+def test_merging_by_donation_is_the_same_and_gives_up_the_arrays(base):
+    model = with_noise(jax.tree.map(jnp.copy, base))
+    want = merge_lora(model).arrays
+    before = model.arrays["gate"]
+    got = merge_lora(model, donate=True).arrays
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array)
+    assert before.is_deleted()
+
+
+def test_a_model_without_adapters_is_left_alone(base):
+    assert merge_lora(base) is base
+    assert split(base) == (base, None)
+    other = {"w": jnp.ones(3)}
+    assert split(other) == (other, None)
+    assert join(other, None) is other
+    assert frozen_fingerprint(base) == "" == frozen_fingerprint(other)
+
+
+def test_splitting_copies_nothing_and_joining_undoes_it(adapted):
+    trained, frozen = split(adapted)
+    again = join(trained, frozen)
+    assert again.config == adapted.config
+    for name, array in adapted.arrays.items():
+        assert again.arrays[name] is array
+    assert not any("lora" in name for name in frozen.arrays)
+    assert frozen.config.lora is None
+    assert len(jax.tree.leaves(trained)) == 2 * len(LORA_TARGETS)
+
+
+def test_rollouts_with_and_without_merging_write_the_same(adapted):
+    prompts = Prompts(jnp.full((4, 3), 5, jnp.int32), jnp.ones((4, 3), bool))
+    write = functools.partial(
+        rollout, prompts=prompts, key=jax.random.key(0), max_new_tokens=8,
+        **IDS,
+    )  # fmt: skip
+    apart, merged = write(adapted), write(merge_lora(adapted))
+    np.testing.assert_array_equal(apart.tokens, merged.tokens)
+
+
+def test_half_precision_keeps_adapters_wide_until_they_are_cast(base):
+    fresh = add_lora(cast(base, "bfloat16"), LORA)
+    kinds = {n: x.dtype for n, x in fresh.arrays.items()}
+    assert kinds["q"] == jnp.bfloat16 and kinds["q_lora_a"] == jnp.float32
+    assert states(fresh, TOKENS).dtype == jnp.bfloat16
+    assert merge_lora(fresh).arrays["q"].dtype == jnp.bfloat16
+
+
+def test_beside_quantised_matrices_adapters_stay_apart(base):
+    fewer = quantize(base, "int8")
+    adapted = with_noise(fewer)
+    assert merge_lora(adapted) is adapted
+    floats = with_noise(dequantize(fewer))
+    np.testing.assert_allclose(
+        states(adapted, TOKENS), states(floats, TOKENS), atol=1e-5
+    )
+
+
+def test_cut_layers_take_their_adapters_along(adapted):
+    cut = drop_layers(adapted, [1])
+    assert cut.config.lora == LORA
+    for name in ("q_lora_a", "down_lora_b"):
+        np.testing.assert_array_equal(
+            cut.arrays[name][0], adapted.arrays[name][1]
+        )
+
+
+def test_what_does_not_fit_is_refused_by_name(adapted):
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_lora(adapted, LORA)
+    for wrong, message in (
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"alpha": 0.0}, "alpha=0.0 must be above 0"),
+        ({"targets": ()}, "must be some of q, k, v, o, gate, up, down"),
+        ({"targets": ("q", "head")}, r"\('q', 'head'\) must be some of q, k"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(LORA, **wrong)
+    experts = dict(experts=2, experts_per_token=1, expert_width=8)
+    with pytest.raises(ValueError, match="up, down are experts'.*: q, k, v, o"):
+        dataclasses.replace(adapted.config, **experts)
+
+
+# The step.
+
+
+@functools.cache
+def data(goal=PLAIN):
+    teacher, trajectories = make_model(1, width=24), make_trajectories()
+    notes = jax.jit(functools.partial(annotate, objective=goal, **IDS))(
+        make_model(0), teacher, trajectories, jax.random.key(0)
+    )
+    return teacher.head, trajectories, notes
+
+
+def learner(optimizer, **options):
+    options = {"objective": PLAIN, "optimizer": optimizer, **options}
+    return jax.jit(functools.partial(update, **options), donate_argnums=0)
+
+
+@pytest.mark.parametrize(("goal", "accumulate"), [(GUIDED, 1), (PLAIN, 2)])
+def test_gradients_are_those_of_the_merged_map_by_the_chain_rule(
+    adapted, goal, accumulate
+):
+    sgd = optax.sgd(1.0)
+    trained, frozen = split(adapted)
+    state, _ = learner(sgd, objective=goal, accumulate=accumulate)(
+        init_state(adapted, sgd), *data(goal), frozen
+    )
+    merged = merge_lora(adapted)
+    whole, _ = learner(sgd, objective=goal)(
+        init_state(merged, sgd), *data(goal)
+    )
+    before, after = trained.arrays, state.student.arrays
+    for name in LORA_TARGETS:
+        w = merged.arrays[name]
+        n, r = w.shape[0], LORA.rank
+        d_w = (w - whole.student.arrays[name]).reshape(n, -1)
+        a = before[f"{name}_lora_a"].reshape(n, -1, r)
+        b = before[f"{name}_lora_b"].reshape(n, r, -1)
+        d_w = d_w.reshape(n, a.shape[1], b.shape[2])
+        for suffix, old, want in (
+            ("a", a, LORA.scale * d_w @ b.swapaxes(1, 2)),
+            ("b", b, LORA.scale * a.swapaxes(1, 2) @ d_w),
+        ):
+            got = old - after[f"{name}_lora_{suffix}"].reshape(old.shape)
+            assert abs(want).max() > 1e-5
+            np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-6)
+
+
+def test_only_adapters_are_held_moved_and_donated(adapted):
+    adam = optax.adamw(1e-2)
+    trained, frozen = split(jax.tree.map(jnp.copy, adapted))
+    bits = {n: np.asarray(x) for n, x in frozen.arrays.items()}
+    state = init_state(join(trained, frozen), adam)
+    size = sum(x.size for x in jax.tree.leaves(trained))
+    # Adapters, two moments of each, and four counters.
+    assert sum(x.size for x in jax.tree.leaves(state)) == 3 * size + 3
+    learn = learner(adam)
+    lowered = learn.lower(state, *data(), frozen)
+    moved = {n: np.asarray(x) for n, x in state.student.arrays.items()}
+    pointers = {n: x.unsafe_buffer_pointer() for n, x in frozen.arrays.items()}
+    for _ in range(3):
+        state, metrics = learn(state, *data(), frozen)
+        assert jnp.isfinite(metrics["loss"][0])
+    for name, array in frozen.arrays.items():
+        assert array.unsafe_buffer_pointer() == pointers[name]
+        np.testing.assert_array_equal(array, bits[name])
+    for name, array in state.student.arrays.items():
+        assert (array != moved[name]).any(), name
+    # The whole state is written where it was; nothing of the base comes out.
+    memory = lowered.compile().memory_analysis()
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == held
+    assert memory.output_size_in_bytes < held + 1000
+
+
+def test_the_fingerprint_is_of_what_is_frozen_and_how_it_is_used(base, adapted):
+    fresh = add_lora(base, LORA)
+    same = frozen_fingerprint(adapted)
+    assert len(same) == 64 and frozen_fingerprint(fresh) == same
+    louder = add_lora(base, dataclasses.replace(LORA, alpha=7.0))
+    other = add_lora(make_model(3), LORA)
+    assert len({same, *map(frozen_fingerprint, (louder, other))}) == 3
+
+
+def test_layers_of_two_kinds_have_adapters_on_attention():
+    config = dataclasses.replace(
+        make_model(0).config,
+        experts=2, experts_per_token=1, expert_width=8, dense=(True, False),
+    )  # fmt: skip
+    model = jax.jit(init_decoder, static_argnums=0)(config, jax.random.key(0))
+    lora = Lora(2, 4.0, config.lora_targets)
+    rng = np.random.default_rng(0)
+    table = parameter_table(dataclasses.replace(config, lora=lora))
+    arrays = {
+        n: rng.normal(0, 0.3, table[n].shape) for n in table if "_lora_" in n
+    }
+    adapted = add_lora(model, lora, arrays)
+    np.testing.assert_allclose(
+        states(adapted, TOKENS), states(merge_lora(adapted), TOKENS), atol=2e-5
+    )

@@ -1,0 +1,148 @@
+"""Adapter directories: what PEFT writes is read, what we write PEFT loads."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small_files import LLAMA, QWEN, make
+
+from topd_jax.models import Lora, add_lora, load_adapter, save_adapter
+from topd_jax.models.config import LORA_TARGETS
+from topd_jax.models.lora import split
+from topd_jax.models.parameters import parameter_table
+from topd_jax.models.peft_files import CONFIG_FILE, TENSOR_FILE
+
+LORA = Lora(3, 6.0, LORA_TARGETS, rank_stabilised=True)
+
+
+def adapted(config=LLAMA, lora=LORA):
+    rng = np.random.default_rng(2)
+    table = parameter_table(dataclasses.replace(config, lora=lora))
+    arrays = {
+        n: rng.normal(0, 0.3, table[n].shape) for n in table if "_lora_" in n
+    }
+    return add_lora(make(config), lora, arrays)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_adapter(adapted(), tmp_path / "adapter", base="owner/base")
+
+
+def edit(directory, **changes):
+    path = directory / CONFIG_FILE
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN])
+@pytest.mark.parametrize("targets", [LORA_TARGETS, ("k", "o")])
+def test_what_is_written_is_read(config, targets, tmp_path):
+    want = adapted(config, dataclasses.replace(LORA, targets=targets))
+    path = save_adapter(want, tmp_path / "a", base="owner/base")
+    got = load_adapter(make(config), path)
+    assert got.config == want.config
+    for name, array in split(want)[0].arrays.items():
+        np.testing.assert_array_equal(got.arrays[name], array, err_msg=name)
+
+
+def test_files_are_spelt_as_peft_spells_them(saved):
+    fields = json.loads((saved / CONFIG_FILE).read_text())
+    assert fields["base_model_name_or_path"] == "owner/base"
+    assert (fields["r"], fields["lora_alpha"]) == (3, 6)
+    assert fields["target_modules"][:2] == ["q_proj", "k_proj"]
+    tensors = load_file(saved / TENSOR_FILE)
+    assert len(tensors) == 3 * 7 * 2
+    stem = "base_model.model.model.layers.1.self_attn.o_proj."
+    a, b = (tensors[f"{stem}lora_{x}.weight"] for x in "AB")
+    assert (a.shape, b.shape) == ((3, 32), (32, 3))
+    # Files hold [out, in]: B A is the update of o's own file tensor.
+    ours = adapted().arrays
+    want = ours["o_lora_a"][1].reshape(-1, 3) @ ours["o_lora_b"][1]
+    np.testing.assert_allclose(b @ a, want.T, atol=1e-5)
+
+
+def test_half_precision_files_and_every_spelling_of_targets(saved):
+    tensors = load_file(saved / TENSOR_FILE)
+    halves = {n: x.astype(jnp.bfloat16) for n, x in tensors.items()}
+    save_file(halves, saved / TENSOR_FILE)
+    for spelt in ("all-linear", r".*\.(q|k|v|o|gate|up|down)_proj", ...):
+        if spelt is not ...:
+            edit(saved, target_modules=spelt)
+        got = load_adapter(make(LLAMA), saved)
+        assert got.config.lora == LORA
+        assert got.arrays["q_lora_a"].dtype == jnp.float32
+        np.testing.assert_allclose(
+            got.arrays["q_lora_a"], adapted().arrays["q_lora_a"], rtol=1e-2
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("task_type", "SEQ_CLS"),
+        ("bias", "all"),
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("layers_to_transform", [0]),
+        ("layer_replication", [[0, 2]]),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["x"]),
+        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("frobnicate", 3),
+        ("r", 0),
+        ("lora_alpha", None),
+        ("target_modules", ["q_proj", "lm_head"]),
+        ("target_modules", []),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(saved, field, value):
+    edit(saved, **{field: value})
+    with pytest.raises(ValueError, match=f"cannot be read: {field}=") as error:
+        load_adapter(make(LLAMA), saved)
+    assert repr(value) in str(error.value)
+    assert "merge_and_unload" in str(error.value)
+
+
+def test_neutral_fields_pass(saved):
+    edit(
+        saved, use_dora=False, modules_to_save=None, rank_pattern={},
+        lora_dropout=0.05, peft_version="0.21", revision="main",
+        qalora_group_size=16, megatron_core="megatron.core",
+    )  # fmt: skip
+    assert load_adapter(make(LLAMA), saved).config.lora == LORA
+
+
+def test_tensors_that_do_not_fit_are_all_named(saved):
+    tensors = load_file(saved / TENSOR_FILE)
+    stem = "base_model.model.model.layers.{}.mlp.up_proj.lora_{}.weight"
+    del tensors[stem.format(0, "A")]
+    tensors[stem.format(1, "B")] = np.zeros((5, 3), np.float32)
+    tensors[stem.format(9, "A")] = np.zeros((3, 32), np.float32)
+    save_file(tensors, saved / TENSOR_FILE)
+    with pytest.raises(ValueError) as error:
+        load_adapter(make(LLAMA), saved)
+    text = str(error.value)
+    assert f"missing (1): {stem.format(0, 'A')}" in text
+    assert f"not expected (1): {stem.format(9, 'A')}" in text
+    assert f"{stem.format(1, 'B')} is [5, 3], not [64, 3]" in text
+
+
+def test_files_that_are_not_there_are_named(saved, tmp_path):
+    (saved / TENSOR_FILE).rename(saved / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"no file .*convert adapter_model"):
+        load_adapter(make(LLAMA), saved)
+    with pytest.raises(ValueError, match="no model at"):
+        load_adapter(make(LLAMA), tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no adapters to write"):
+        save_adapter(make(LLAMA), tmp_path / "x", base="b")
+    with pytest.raises(ValueError, match="is not empty"):
+        save_adapter(adapted(), saved, base="b")
