@@ -91,7 +91,8 @@ def get_config() -> ConfigDict:
     config.objective.stage = "on_policy"
     config.objective.kd_ratio = 0.5  # forward KL's share, stage 1 (App. B)
     # opd, opd+suppress, opd+suppress_control (paper, section 5.1), n_step
-    # (ours), topd (paper, section 3), topd+suppress (ours).
+    # (ours), topd (paper, section 3), topd+suppress (ours); or a sibling
+    # method, see siblings below.
     config.objective.variant = "topd"
     # Where guidance acts: teacher (section 5.2) or student (section 3).
     config.objective.context = "teacher"
@@ -105,6 +106,9 @@ def get_config() -> ConfigDict:
     # Share of a row's tokens that fill slots (paper, 2.1: 0.0225).
     config.objective.fraction = config_dict.placeholder(float)
     config.objective.window = 10  # K, tokens (paper, section 2.1: 50)
+    # What tells forks from false alarms: transport (paper, section 3), or
+    # future_loss, the mean loss of the window, without branches (ours).
+    config.objective.detector = "transport"
     # Of the batch's distances, each teacher's apart (ours).
     config.objective.percentile = 30.0
     # Fixed distance, 0..2, instead of the percentile (ours).
@@ -122,6 +126,17 @@ def get_config() -> ConfigDict:
     config.objective.cap = 1.0  # of overlapping bonuses (ours)
     # Tokens of a chunk of the fused losses; None picks by shape.
     config.objective.chunk_size = config_dict.placeholder(int)
+    # Sibling methods: variants entropy_aware, trust_region, tip,
+    # teachability, fire, agreement and prefix.
+    config.objective.siblings = ConfigDict()
+    config.objective.siblings.top_k = 16  # arXiv:2603.07079 (others: ours)
+    config.objective.siblings.alpha = 1.0  # entropy_aware, 2603.07079
+    config.objective.siblings.entropy_threshold = 0.8  # nats, 2603.07079
+    config.objective.siblings.fraction = 0.5  # tip, teachability (ours)
+    config.objective.siblings.drop = 0.2  # fire, 2606.02684
+    config.objective.siblings.quantile = 0.1  # agreement (ours)
+    config.objective.siblings.window = 64  # tokens, agreement, 2606.09471
+    config.objective.siblings.gamma = 0.5  # prefix, 2606.22600
 
     # How the teacher writes in stage 1 (paper, App. B).
     config.offline = ConfigDict()

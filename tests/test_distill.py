@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import EOS, PAD, make_model, make_trajectories
 
-from topd_jax import losses
+from topd_jax import losses, near_future
 from topd_jax.distill import annotate, init_state, update
 from topd_jax.models import causal_mask, unembed
 from topd_jax.objective import VARIANTS, Objective
@@ -295,3 +295,38 @@ def test_bad_objectives_are_refused():
         Objective(window=0)
     with pytest.raises(ValueError, match="percentile=101"):
         Objective(percentile=101.0)
+
+
+def test_future_losses_detect_without_branches(student, teacher, trajectories):
+    goal = objective(variant="opd+suppress", detector="future_loss")
+    notes = notes_of(student, teacher, trajectories, goal)
+    assert notes.teacher_windows is None and notes.plan is None
+    found = notes.candidates
+    want = near_future.future_loss(
+        notes.teacher_token_loss, trajectories.mask, found, length=goal.window
+    )
+    np.testing.assert_allclose(notes.distance, want, rtol=1e-6)
+    assert jnp.array_equal(
+        notes.divergent, near_future.divergence_mask(want, found)
+    )
+    assert notes.divergent.any() and notes.capped.any()
+    _, metrics = step(student, teacher, trajectories, goal)
+    total, count = metrics["distance"]
+    assert total == pytest.approx(float(jnp.sum(want)), rel=1e-5)
+    assert count == found.mask.sum()
+
+
+def test_guidance_needs_branches_whatever_detects(
+    student, teacher, trajectories
+):
+    goal = objective(variant="topd", detector="future_loss")
+    notes = notes_of(student, teacher, trajectories, goal)
+    assert notes.plan is None
+    by_transport = notes_of(student, teacher, trajectories, objective())
+    assert_trees_close(
+        notes.teacher_windows, by_transport.teacher_windows, atol=0
+    )
+    _, metrics = step(student, teacher, trajectories, goal)
+    assert metrics["guidance"][0] > 0
+    with pytest.raises(ValueError, match="no transport plan .* 'student'"):
+        objective(detector="future_loss", context="student")

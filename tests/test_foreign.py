@@ -1,5 +1,6 @@
 """Any function (params, tokens, positions, mask, cache) learns and teaches."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -330,8 +331,10 @@ def test_an_nnx_module_is_its_own_parameters():
 def test_a_whole_run_with_a_foreign_student(tmp_path, world_cache):
     from small_run import small_config
 
-    from topd_jax.pair import load_pair, with_models
+    from topd_jax.other_models import with_models
+    from topd_jax.pair import load_pair
     from topd_jax.settings import settings_from
+    from topd_jax.teachers import Teachers
     from topd_jax.train import Run
 
     config = small_config()
@@ -341,6 +344,11 @@ def test_a_whole_run_with_a_foreign_student(tmp_path, world_cache):
     pair = load_pair(settings, tmp_path)
     with pytest.raises(ValueError, match="vocab_size=40 is smaller"):
         with_models(pair, student=make_foreign())
+    several = Teachers({"one": pair.teacher, "two": pair.teacher}, (4, 4))
+    with pytest.raises(ValueError, match="takes the place of 2 teachers"):
+        with_models(
+            dataclasses.replace(pair, teacher=several), teacher=pair.teacher
+        )
     size = pair.tokenizer.vocab_size
     params = {"rows": jax.random.normal(jax.random.key(0), (size, 8))}
 

@@ -8,6 +8,7 @@ import pytest
 from topd_jax.near_future import (
     divergence_mask,
     false_alarm_mask,
+    future_loss,
     masked_quantile,
     matched_control_mask,
     scatter_to_tokens,
@@ -169,6 +170,27 @@ def test_student_windows_jit_and_leading_dimensions(rng):
     long = student_windows(rollout, at, length=T + 5)
     np.testing.assert_array_equal(long.tokens[..., :5], whole.tokens)
     np.testing.assert_array_equal(long.mask.sum(-1), T - at.positions)
+
+
+def test_future_loss_by_hand():
+    loss = jnp.arange(2.0 * T).reshape(2, T).at[1, 5:].set(jnp.nan)
+    mask = row_mask(T, 5)
+    at = candidates((0, 10), (3,), slots=3)
+    found = future_loss(loss, mask, at, length=4)
+    # Means of 0 1 2 3, of 10 11, of 15 16; an unused slot is 0.
+    np.testing.assert_allclose(found, [[1.5, 10.5, 0], [15.5, 0, 0]])
+    jitted = jax.jit(lambda x: future_loss(x, mask, at, length=4))(loss)
+    np.testing.assert_array_equal(jitted, found)
+    one = future_loss(loss, mask, at, length=1)
+    np.testing.assert_array_equal(one, [[0, 10, 0], [15, 0, 0]])
+    nothing = future_loss(loss, jnp.zeros_like(mask), at, length=4)
+    np.testing.assert_array_equal(nothing, np.zeros((2, 3)))
+    grad = jax.grad(lambda x: future_loss(x, mask, at, length=4).sum())(
+        jnp.ones((2, T))
+    )
+    np.testing.assert_array_equal(grad, np.zeros((2, T)))  # it is data
+    with pytest.raises(ValueError, match="length=0 must be at least 1"):
+        future_loss(loss, mask, at, length=0)
 
 
 def test_student_windows_bad_length():

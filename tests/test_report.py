@@ -191,7 +191,7 @@ def test_a_report_without_grades_or_candidates_still_stands(tmp_path, rows):
     ungraded[0]["detector"] = nothing
     files = write_report(ungraded, tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert "| OPD |  |  |  | 0.250 | – / – / – / – | 0.500 | 1.00 |" in table
+    assert "| OPD | 1 |  |  |  |  |  | 0.250 | – / – / – / – |" in table
     assert "the token is the fork: by distance | – | 0.800" in table
     assert_picture(files["curves"])
 
@@ -233,3 +233,44 @@ def test_more_variants_than_colours_are_all_drawn(tmp_path, monkeypatch):
     plots.curves([line(n, 0, [1]) for n in names], {"v1": "one"}, tmp_path)
     titles = ["v0", "one", *names[2:]]
     assert sorted(drawn) == sorted(2 * titles)
+    drawn.clear()
+    names = ["opd", *(f"opd/window={i}" for i in range(20))]
+    plots.curves([line(n, 0, [1]) for n in names], report.TITLES, tmp_path)
+    assert drawn == ["OPD", "OPD"]
+
+
+def test_a_title_tells_what_was_changed():
+    assert report.title("opd") == "OPD"
+    assert report.title("topd:teacher/window=5/siblings.gamma=0.1") == (
+        "TOPD, context teacher, window 5, gamma 0.1"
+    )
+    assert report.title("topd+suppress:teacher/branch_loss=forward_kl") == (
+        "TOPD, false alarms capped, branch loss forward_kl"
+    )
+    assert report.title("own") == "own"
+
+
+def test_p_values_grow_with_the_number_of_comparisons():
+    def variant(gain, error):
+        half = 1.959964 * error
+        return {"gain": gain, "gain_interval": (gain - half, gain + half)}
+
+    two = [variant(0.02, 0.01), variant(-0.03, 0.01)]
+    report._adjust(two)
+    # Two-sided normal tails: z = 3 twice, z = 2 once.
+    assert two[1]["p"] == pytest.approx(2 * 0.0026998, rel=1e-3)
+    assert two[0]["p"] == pytest.approx(0.0455003, rel=1e-3)
+    alone = [variant(0.02, 0.01)]
+    report._adjust(alone)
+    assert alone[0]["p"] == pytest.approx(0.0455003, rel=1e-3)
+    many = [variant(0.02, 0.01) for _ in range(40)]
+    report._adjust(many)
+    assert {v["p"] for v in many} == {1.0}
+
+
+def test_many_gains_are_drawn_as_a_picture(tmp_path, rows):
+    more = [
+        dict(rows[2], name=f"topd:teacher/window={i}") for i in range(8)
+    ]  # fmt: skip
+    files = write_report([*rows[:2], *more], tmp_path)
+    assert_picture(files["gains"])

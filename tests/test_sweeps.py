@@ -201,7 +201,7 @@ def test_what_belongs_to_one_sweep_is_told_by_its_settings():
     family = sweeps._family(settings)
     for same in (
         dataclasses.replace(settings, seed=5),
-        sweeps._with_variant(settings, "n_step"),
+        sweeps.with_variant(settings, "n_step"),
         changed(settings, "sweep", seeds=(1, 2), record="x"),
         changed(settings, "world", cache="y"),
         changed(settings, "log", every=9),
@@ -218,10 +218,46 @@ def test_what_belongs_to_one_sweep_is_told_by_its_settings():
 
 def test_a_variant_may_set_the_context():
     settings = settings_from(small_config())
-    student = sweeps._with_variant(settings, "topd:student").objective
+    student = sweeps.with_variant(settings, "topd:student").objective
     assert (student.variant, student.context) == ("topd", "student")
-    plain = sweeps._with_variant(settings, "opd").objective
+    plain = sweeps.with_variant(settings, "opd").objective
     assert plain.variant == "opd"
     assert plain.context == settings.objective.context
     with pytest.raises(ValueError, match="context='nobody' must be one of"):
-        sweeps._with_variant(settings, "topd:nobody")
+        sweeps.with_variant(settings, "topd:nobody")
+
+
+def test_a_variant_may_change_any_setting():
+    settings = settings_from(small_config())
+    found = sweeps.with_variant(
+        settings,
+        "topd:student/window=3/anchor_first=False/siblings.gamma=0.25"
+        "/train.steps=9/branch_loss=forward_kl/threshold=0.5",
+    )
+    goal = found.objective
+    assert (goal.variant, goal.context) == ("topd", "student")
+    assert (goal.window, goal.anchor_first, goal.threshold) == (3, False, 0.5)
+    assert goal.branch_loss == "forward_kl"
+    assert goal.siblings.gamma == 0.25
+    assert found.train.steps == 9
+    same = dataclasses.replace(
+        found, objective=settings.objective, train=settings.train
+    )
+    assert same == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("opd/windwo=3", "unknown config key config.objective.windwo; the "
+         "nearest is config.objective.window"),
+        ("opd/window", "'window' in 'opd/window' must be key=value"),
+        ("opd/window=wide", "config.objective.window='wide' must be of type"),
+        ("opd/train.steps=0", "train.steps=0 must be at least 1"),
+    ],
+)  # fmt: skip
+def test_what_a_variant_cannot_change_is_named(name, text):
+    settings = settings_from(small_config())
+    with pytest.raises(ValueError, match="^sweep.variants: ") as error:
+        sweeps.with_variant(settings, name)
+    assert text in str(error.value)

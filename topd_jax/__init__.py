@@ -35,6 +35,7 @@ from topd_jax.models.protocol import LanguageModel, from_function
 from topd_jax.near_future import (
     divergence_mask,
     false_alarm_mask,
+    future_loss,
     matched_control_mask,
     median_cap_weights,
     n_step_weights,
@@ -85,6 +86,7 @@ __all__ = [
     "fused_map",
     "fused_token_logprobs",
     "fused_weighted_sum",
+    "future_loss",
     "generalized_jsd",
     "init_state",
     "log_softmax",

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from topd_jax import fused, near_future
+from topd_jax import baselines, fused, near_future
 from topd_jax.batch_loss import fused_options
 from topd_jax.models.decoder import causal_mask
 from topd_jax.objective import Objective
@@ -52,10 +52,9 @@ def annotate(
       Annotations, all of them stopped.
     """
     columns = trajectories.sequence.shape[1]
-    ahead = objective.pieces.looks_ahead
-    extra = (
-        branch_columns(objective.candidates, objective.window) if ahead else 0
-    )
+    ahead, extra = objective.needs_branches, 0
+    if ahead:
+        extra = branch_columns(objective.candidates, objective.window)
     hidden, cache = _read(teacher, trajectories, columns + extra, ahead)
     loss = -fused.fused_token_logprobs(
         hidden,
@@ -65,16 +64,42 @@ def annotate(
         chunk_size=objective.chunk_size,
     )
     notes = Annotations(hidden, jnp.where(trajectories.mask, loss, 0.0))
-    if ahead:
+    if objective.pieces.looks_ahead:
         notes = _look_ahead(
             student, teacher, trajectories, notes, cache, key,
             objective=objective, eos_ids=eos_ids, pad_id=pad_id, score=score,
         )  # fmt: skip
+    if objective.pieces.weighs:
+        found = baselines.token_statistics(
+            read(student, trajectories), student.head,
+            hidden, teacher.head, trajectories.tokens, objective,
+        )  # fmt: skip
+        notes = notes.replace(
+            weights=baselines.sibling_weights(
+                found, trajectories.mask, objective
+            )
+        )
+    if objective.pieces.replaces == "trust_region":
+        shape = trajectories.tokens.shape
+        notes = notes.replace(lots=jax.random.uniform(key, shape))
     return jax.lax.stop_gradient(notes)
 
 
 def _shared(student: Any, teacher: Any) -> int:
     return min(student.head.shape[0], teacher.head.shape[0])
+
+
+def read(model: Any, trajectories: Trajectories) -> jax.Array:
+    """The states that predict each completion token.
+
+    Args:
+      model: any model.
+      trajectories: B rows.
+
+    Returns:
+      [B, T, D] in completion coordinates and compute dtype.
+    """
+    return _read(model, trajectories, 0, False)[0]
 
 
 def _read(
@@ -117,23 +142,22 @@ def _look_ahead(
     ours = near_future.student_windows(
         trajectories, candidates, length=objective.window
     )
-    continued = branch(
-        teacher, cache, notes.teacher_hidden, trajectories, candidates,
-        length=objective.window, eos_ids=eos_ids, pad_id=pad_id,
-        temperature=objective.branch_temperature, key=branch_key,
-        vocab_size=_shared(student, teacher),
-        return_hidden=objective.needs_window_hidden,
-    )  # fmt: skip
-    theirs, window_hidden = (
-        continued if objective.needs_window_hidden else (continued, None)
-    )
-    distance, plan = window_distance(
-        student.embedding,
-        ours,
-        theirs,
-        epsilon=objective.epsilon,
-        position_weight=objective.position_weight,
-    )
+    notes = notes.replace(candidates=candidates, student_windows=ours)
+    if objective.needs_branches:
+        continued = branch(
+            teacher, cache, notes.teacher_hidden, trajectories, candidates,
+            length=objective.window, eos_ids=eos_ids, pad_id=pad_id,
+            temperature=objective.branch_temperature, key=branch_key,
+            vocab_size=_shared(student, teacher),
+            return_hidden=objective.needs_window_hidden,
+        )  # fmt: skip
+        theirs, states = (
+            continued if objective.needs_window_hidden else (continued, None)
+        )
+        notes = notes.replace(
+            teacher_windows=theirs, teacher_window_hidden=states
+        )
+    distance, plan = _distance(student, trajectories, notes, objective)
     rule = dict(percentile=objective.percentile, threshold=objective.threshold)
     divergent = near_future.divergence_mask(distance, candidates, **rule)
     false_alarm = near_future.false_alarm_mask(distance, candidates, **rule)
@@ -143,15 +167,34 @@ def _look_ahead(
             control_key, divergent, false_alarm
         )
     return notes.replace(
-        candidates=candidates,
-        student_windows=ours,
-        teacher_windows=theirs,
         distance=distance,
         plan=plan,
         divergent=divergent,
         false_alarm=false_alarm,
         capped=capped,
-        teacher_window_hidden=window_hidden,
+    )
+
+
+def _distance(
+    student: Any,
+    trajectories: Trajectories,
+    notes: Annotations,
+    objective: Objective,
+) -> tuple[jax.Array, jax.Array | None]:
+    """f32[B, M] how far the futures part, and the plan where there is one."""
+    if objective.detector == "future_loss":
+        return near_future.future_loss(
+            notes.teacher_token_loss,
+            trajectories.mask,
+            notes.candidates,
+            length=objective.window,
+        ), None
+    return window_distance(
+        student.embedding,
+        notes.student_windows,
+        notes.teacher_windows,
+        epsilon=objective.epsilon,
+        position_weight=objective.position_weight,
     )
 
 
@@ -166,7 +209,7 @@ def _own_score(
     if objective.score == "teacher_loss":
         return notes.teacher_token_loss
     return fused.fused_divergence(
-        _read(student, trajectories, 0, False)[0],
+        read(student, trajectories),
         student.head,
         notes.teacher_hidden,
         teacher.head,

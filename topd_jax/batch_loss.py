@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from topd_jax import fused, guidance, near_future
+from topd_jax import baselines, fused, guidance, near_future
 from topd_jax.head import Head
 from topd_jax.models.decoder import causal_mask
 from topd_jax.objective import Objective
@@ -59,11 +59,15 @@ def batch_loss(
         teacher_hidden=annotations.teacher_hidden,
         teacher_head=teacher_head,
     )
-    options = fused_options(objective)
-    weights = _token_weights(trajectories, annotations, heads, objective)
-    total, token_loss = fused.fused_weighted_sum(
-        **heads, weights=weights, **options
-    )
+    if objective.pieces.replaces == "trust_region":
+        total, token_loss = baselines.trust_region(
+            heads, trajectories, annotations, objective
+        )
+    else:
+        weights = _token_weights(trajectories, annotations, heads, objective)
+        total, token_loss = fused.fused_weighted_sum(
+            **heads, weights=weights, **fused_options(objective)
+        )
     loss = total / jnp.maximum(totals[0], 1.0)
     mask = trajectories.mask
     sums = {"divergence": jnp.sum(jnp.where(mask, token_loss, 0.0))}
@@ -79,8 +83,11 @@ def batch_loss(
 
 def fused_options(objective: Objective) -> dict[str, Any]:
     """What an objective tells the fused losses, as keyword arguments."""
+    divergence = objective.divergence
+    if objective.pieces.replaces == "entropy_aware":
+        divergence = baselines.entropy_aware(objective)
     return dict(
-        divergence=objective.divergence,
+        divergence=divergence,
         beta=objective.beta,
         temperature=objective.temperature,
         log_floor=objective.log_floor,
@@ -97,6 +104,8 @@ def _token_weights(
     """f32[B, T]: mask times what the variant makes of each token."""
     mask, pieces = trajectories.mask, objective.pieces
     weights = mask.astype(jnp.float32)
+    if pieces.weighs:
+        return notes.weights
     if pieces.spreads:
         return near_future.n_step_weights(
             notes.divergent,

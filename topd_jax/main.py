@@ -187,7 +187,7 @@ def _checked_override(argument: str, config: ConfigDict) -> str:
             raise ValueError(unknown_key(f"{path}.{key}", list(place), path))
         place, path = place[key], f"{path}.{key}"
     name, _, value = argument.partition("=")
-    if isinstance(place, tuple) and re.fullmatch(r"[\w+:,./~-]+", value):
+    if isinstance(place, tuple) and re.fullmatch(r"[\w+:,./=~-]+", value):
         # "opd,topd:teacher" without quotes, and "" for none.
         items = [v for v in value.split(",") if v]
         numbers = all(re.fullmatch(r"-?\d+", v) for v in items)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax import fused, losses
-from topd_jax.models.decoder import causal_mask
+from topd_jax.annotate import read
 from topd_jax.packed import packed_states
-from topd_jax.types import PackedRows, Trajectories, completion_states
+from topd_jax.types import PackedRows, Trajectories
 
 
 def statistics(
@@ -111,9 +111,4 @@ def distinct_ngrams(rows: list[list[int]], n: int = 3) -> float:
 def _states(model: Any, trajectories: Trajectories | PackedRows) -> jax.Array:
     if isinstance(trajectories, PackedRows):
         return packed_states(model, trajectories)
-    hidden, _ = model(
-        trajectories.sequence,
-        trajectories.positions,
-        causal_mask(trajectories.sequence_mask),
-    )
-    return completion_states(hidden, trajectories.prompt.shape[1])
+    return read(model, trajectories)

@@ -130,6 +130,42 @@ def student_windows(
     return Windows(jnp.where(mask, tokens, 0), mask)
 
 
+def future_loss(
+    token_loss: jax.Array,
+    mask: jax.Array,
+    candidates: Candidates,
+    *,
+    length: int,
+) -> jax.Array:
+    """Mean token loss of the student's own window: a detector without a branch.
+
+    ``mean_{i < K} l_{t + i}``. Ours: where the futures part, the teacher goes
+    on disagreeing with what the student writes; where only the surface
+    differs, it agrees again. Nothing is decoded and nothing transported, so
+    it costs next to nothing.
+
+    Args:
+      token_loss: f32[..., T] of each token, e.g. -log p_T(y_t), nats.
+      mask: bool[..., T] which tokens exist.
+      candidates: [..., M].
+      length: K, at least 1.
+
+    Returns:
+      f32[..., M] nats a token, over the tokens that exist; 0 in unused slots.
+
+    Raises:
+      ValueError: for a length below 1.
+    """
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1; the paper's: 50")
+    exists = slice_windows(mask, candidates.positions, length)
+    exists &= candidates.mask[..., None]
+    losses = slice_windows(token_loss, candidates.positions, length)
+    total = jnp.sum(jnp.where(exists, losses, 0.0), axis=-1)
+    count = jnp.sum(exists, axis=-1)
+    return jax.lax.stop_gradient(total / jnp.maximum(count, 1))
+
+
 def masked_quantile(
     values: jax.Array, mask: jax.Array, quantile: float
 ) -> jax.Array:

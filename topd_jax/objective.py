@@ -16,11 +16,15 @@ class Variant(NamedTuple):
         "control" (as many divergent candidates, at random).
       spreads: weights spread from divergent states over the next n tokens.
       guides: trajectory guidance from the teacher's windows.
+      weighs: "" or the sibling method that weighs tokens.
+      replaces: "" or the sibling method whose loss stands for the divergence.
     """
 
     caps: str = ""
     spreads: bool = False
     guides: bool = False
+    weighs: str = ""
+    replaces: str = ""
 
     @property
     def looks_ahead(self) -> bool:
@@ -35,7 +39,60 @@ VARIANTS = {
     "n_step": Variant(spreads=True),
     "topd": Variant(guides=True),
     "topd+suppress": Variant(caps="false_alarm", guides=True),
+    # Sibling methods, as baselines; see topd_jax.siblings.
+    "entropy_aware": Variant(replaces="entropy_aware"),
+    "trust_region": Variant(replaces="trust_region"),
+    "tip": Variant(weighs="tip"),
+    "teachability": Variant(weighs="teachability"),
+    "fire": Variant(weighs="fire"),
+    "agreement": Variant(weighs="agreement"),
+    "prefix": Variant(weighs="prefix"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Siblings:
+    """Settings of the sibling methods, with their papers' defaults.
+
+    Attributes:
+      top_k: tokens of the top sets: entropy_aware (arXiv:2603.07079: 16),
+        trust_region (2606.01249), teachability (2605.26844).
+      alpha: entropy_aware, weight of the added forward KL (1).
+      entropy_threshold: entropy_aware, tau in nats (0.8).
+      fraction: tip (2604.14084) and teachability, share of tokens kept; ours.
+      drop: fire (2606.02684), share of rollouts dropped (0.2).
+      quantile: agreement (2606.09471), level of the threshold; ours.
+      window: agreement, tokens of the running mean (64).
+      gamma: prefix (2606.22600), weight of the first token, less 1 (0.5).
+    """
+
+    top_k: int = 16
+    alpha: float = 1.0
+    entropy_threshold: float = 0.8
+    fraction: float = 0.5
+    drop: float = 0.2
+    quantile: float = 0.1
+    window: int = 64
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"objective.siblings.{name}={getattr(self, name)} must be "
+                    "at least 1"
+                )
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"objective.siblings.fraction={self.fraction} must lie above 0 "
+                "and at most 1, which keeps every token"
+            )
+        for name in ("drop", "quantile"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"objective.siblings.{name}={getattr(self, name)} must lie "
+                    "in 0..1"
+                )
 
 _CHOICES = {
     "stage": ("on_policy", "offline"),
@@ -43,6 +100,7 @@ _CHOICES = {
     "context": ("teacher", "student"),
     "divergence": ("reverse_kl", "forward_kl", "jsd"),
     "score": ("teacher_loss", "reverse_kl"),
+    "detector": ("transport", "future_loss"),
     "branch_loss": ("cross_entropy", "forward_kl", "reverse_kl"),
 }
 
@@ -70,9 +128,13 @@ class Objective:
       fraction: share of a row's tokens that fill its slots, rounded up; None
         fills all slots (paper: 218 / 9688, §2.1).
       window: K, tokens of a window (paper: 50, §2.1).
+      detector: "transport" (§3), or "future_loss": the mean -log p_T of the K
+        tokens that the student wrote, which needs no branch (ours); not for
+        context "student", whose targets are the plan's.
       percentile: candidates above this percentile of the batch's distances
         are divergent (ours).
-      threshold: fixed distance instead of the percentile; None for off.
+      threshold: fixed distance (nats a token for "future_loss") instead of the
+        percentile; None for off.
       epsilon: entropic regularisation of the transport plan (ours).
       position_weight: cost of matching tokens a window apart (ours).
       branch_temperature: 0 continues greedily; above, samples.
@@ -85,6 +147,7 @@ class Objective:
       strength: of the bonus against the weight 1.
       cap: bound of overlapping bonuses.
       chunk_size: tokens of one chunk of the fused losses; None picks by shape.
+      siblings: settings of the sibling methods.
     """
 
     stage: str = "on_policy"
@@ -99,6 +162,7 @@ class Objective:
     candidates: int = 3
     fraction: float | None = None
     window: int = 10
+    detector: str = "transport"
     percentile: float = 30.0
     threshold: float | None = None
     epsilon: float = 0.05
@@ -112,6 +176,7 @@ class Objective:
     strength: float = 1.0
     cap: float = 1.0
     chunk_size: int | None = None
+    siblings: Siblings = Siblings()
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -138,6 +203,12 @@ class Objective:
             raise ValueError(
                 f"objective.percentile={self.percentile} must lie in 0..100"
             )
+        if self.detector != "transport" and self.trains_on_plan:
+            raise ValueError(
+                f"objective.detector={self.detector!r} makes no transport plan "
+                "for objective.context='student'; take detector='transport', "
+                "or context='teacher'"
+            )
         if self.guidance_weight < 0:
             raise ValueError(
                 f"objective.guidance_weight={self.guidance_weight} must not "
@@ -158,6 +229,18 @@ class Objective:
     def trains_on_branch(self) -> bool:
         """Whether the student reads the teacher's branches."""
         return self.pieces.guides and self.context == "teacher"
+
+    @property
+    def trains_on_plan(self) -> bool:
+        """Whether guidance takes its targets from the transport plan."""
+        return self.pieces.guides and self.context == "student"
+
+    @property
+    def needs_branches(self) -> bool:
+        """Whether the teacher continues the candidates' prefixes."""
+        pieces = self.pieces
+        by_transport = pieces.looks_ahead and self.detector == "transport"
+        return by_transport or pieces.guides
 
     @property
     def needs_window_hidden(self) -> bool:

@@ -261,39 +261,6 @@ def tokenizer_options(settings: Settings) -> dict[str, Any]:
     thinking = settings.data.thinking
     template = {} if thinking is None else {"enable_thinking": thinking}
     return {"eos_ids": ends, "template_options": template}
-def with_models(
-    pair: Pair, *, student: Any = None, teacher: Any = None
-) -> Pair:
-    """A pair with other models: any :class:`~topd_jax.models.LanguageModel`.
-
-    A run's settings still name the models that were replaced, so the command
-    line cannot read such a run: resume it with the same pair.
-
-    Args:
-      pair: whose tokenizer, prompts and mesh are kept.
-      student: the model that learns, or None to keep it.
-      teacher: the frozen model, or None to keep it.
-
-    Returns:
-      The pair, with the models placed on its mesh as their ``logical_axes``
-      say.
-
-    Raises:
-      ValueError: for a model whose head has too few rows for the tokenizer,
-        or that does not divide over the mesh.
-    """
-    changed = {}
-    for name, model in (("student", student), ("teacher", teacher)):
-        if model is None:
-            continue
-        check_model(pair.tokenizer, model.head.shape[0])
-        where = sharding.tree_shardings(model, pair.mesh, model.logical_axes)
-        changed[name] = jax.device_put(model, where)
-    if teacher is not None:
-        changed["teacher_fingerprint"] = fingerprint(changed["teacher"])
-    if student is not None:
-        changed["frozen_fingerprint"] = frozen_fingerprint(changed["student"])
-    return dataclasses.replace(pair, **changed)
 
 
 def _load(

@@ -109,7 +109,7 @@ def entropy_aware_loss(
 
 
 def trust_region_loss(
-    key: jax.Array,
+    lots: jax.Array,
     student_token_logp: jax.Array,
     teacher_token_logp: jax.Array,
     top_k_loss: jax.Array,
@@ -122,7 +122,8 @@ def trust_region_loss(
     p_S)``, ``M ~ Bernoulli(min(p_T(y) / p_S(y), 1))``.
 
     Args:
-      key: PRNG key of M.
+      lots: f32[..., T] uniform draws in 0..1, which decide M; data, so that a
+        batch may be worked through in slices.
       student_token_logp: f32[..., T] log p_S(y_t), differentiated.
       teacher_token_logp: f32[..., T] log p_T(y_t).
       top_k_loss: f32[..., T] :func:`top_k_forward_kl`.
@@ -134,8 +135,7 @@ def trust_region_loss(
     student = jnp.maximum(student_token_logp, log_floor)
     teacher = jnp.maximum(teacher_token_logp, log_floor)
     advantage = jax.lax.stop_gradient(teacher - student)
-    lot = jax.random.uniform(key, advantage.shape)
-    inside = lot < jnp.exp(jnp.minimum(advantage, 0.0))
+    inside = lots < jnp.exp(jnp.minimum(advantage, 0.0))
     return jnp.where(inside, -advantage * student, top_k_loss)
 
 

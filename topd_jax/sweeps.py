@@ -5,6 +5,7 @@ its settings; a run that the record already holds is not made again, and one
 that was killed goes on from its checkpoint.
 """
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -15,22 +16,16 @@ import statistics
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
-from topd_jax.analysis import detector
 from topd_jax.analysis.report import write_report
-from topd_jax.data import prompts as prompt_data
+from topd_jax.analysis.surrogates import measure_detector
 from topd_jax.evaluate import Evaluator
 from topd_jax.logs import read_jsonl
 from topd_jax.objective import VARIANTS
 from topd_jax.pair import Pair, load_pair
-from topd_jax.phases import make_optimizer, make_phases
-from topd_jax.settings import Settings
+from topd_jax.settings import Settings, settings_from
 from topd_jax.train import Run
-
-# Problems on which the detector is held against the truth.
-_DETECTOR_PROBLEMS = 1000
 
 
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -48,7 +43,8 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     """
     options = settings.sweep
     for name in options.variants:
-        _with_variant(settings, name)  # all of them, before the first runs
+        with_variant(settings, name)  # all of them, before the first runs
+    _keep_compiled(workdir)
     record = pathlib.Path(options.record or workdir / "record.jsonl")
     record.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(record)
@@ -60,17 +56,26 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         for name in ("start", "teacher", *options.variants):
             run = at_seed
             if name not in ("start", "teacher"):
-                run = _with_variant(at_seed, name)
+                run = with_variant(at_seed, name)
             if _is_recorded(record, name, run):
                 logging.info("%s, seed %d is in %s", name, seed, record)
                 continue
             row = _run(name, run, workdir, pair)
+            row["config"] = _family(settings)
             with record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
     rows = [r for r in read_jsonl(record) if r["config"] == _family(settings)]
     return write_report(rows, workdir / "report")
+
+
+def _keep_compiled(workdir: pathlib.Path) -> None:
+    """Lets the second seed of a variant find what the first compiled."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update(
+            "jax_compilation_cache_dir", str(workdir / "compiled")
+        )
 
 
 def _drop_torn_line(record: pathlib.Path) -> None:
@@ -88,18 +93,55 @@ def _drop_torn_line(record: pathlib.Path) -> None:
         fresh.replace(record)
 
 
-def _with_variant(settings: Settings, name: str) -> Settings:
-    """Settings of "variant" or "variant:context"."""
-    variant, _, context = name.partition(":")
+def with_variant(settings: Settings, name: str) -> Settings:
+    """Settings as an entry of ``sweep.variants`` changes them.
+
+    Args:
+      settings: of the sweep.
+      name: "variant", "variant:context", and behind either any number of
+        "/key=value": a key of section objective, or "section.key".
+
+    Returns:
+      The settings of that run.
+
+    Raises:
+      ValueError: for an unknown variant or key, or a value out of bounds.
+    """
+    head, *changes = name.split("/")
+    variant, _, context = head.partition(":")
     if variant not in VARIANTS:
         raise ValueError(
             f"sweep.variants: {name!r} must be one of {', '.join(VARIANTS)}, "
-            "with :teacher or :student behind it to set the context"
+            "with :teacher or :student behind it to set the context, and "
+            "/key=value to change a setting"
         )
-    changed = {"variant": variant} | ({"context": context} if context else {})
-    return dataclasses.replace(
-        settings, objective=dataclasses.replace(settings.objective, **changed)
-    )
+    tree = settings.to_dict()
+    tree["objective"] |= {"variant": variant}
+    if context:
+        tree["objective"] |= {"context": context}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(
+                f"sweep.variants: {change!r} in {name!r} must be key=value"
+            )
+        path = key.split(".")
+        if path[0] not in tree:  # "window" is "objective.window"
+            path = ["objective", *path]
+        place = tree
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = _literal(value)
+    try:
+        return settings_from(tree)
+    except ValueError as error:
+        raise ValueError(f"sweep.variants: {name!r}: {error}") from error
+
+
+def _literal(text: str) -> Any:
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
 def _shared_world(settings: Settings, workdir: pathlib.Path) -> Settings:
@@ -124,7 +166,7 @@ def _comparable(settings: Settings) -> Settings:
 def _family(settings: Settings) -> str:
     """What all runs of one sweep share, as a fingerprint."""
     return dataclasses.replace(
-        _with_variant(_comparable(settings), "topd:teacher"), seed=0
+        with_variant(_comparable(settings), "topd:teacher"), seed=0
     ).fingerprint()
 
 
@@ -143,32 +185,37 @@ def _run(
         "name": name,
         "seed": settings.seed,
         "fingerprint": _comparable(settings).fingerprint(),
-        "config": _family(settings),
         "machine": machine(),
     }
     if name in ("start", "teacher"):
         with jax.set_mesh(pair.mesh):
             model = pair.student if name == "start" else pair.teacher
-            row |= _evaluated(model, settings, pair)
+            evaluator = Evaluator(settings, pair)
+            final = evaluator(model, settings.train.steps, final=True)
+            row |= {"evaluation": final} | _greedy(model, settings, pair)
             if name == "start" and settings.data.source == "world":
-                row["detector"] = _detector(settings, pair)
+                row["detector"] = measure_detector(
+                    with_variant(settings, "topd:teacher"), pair
+                )
         return row
-    folder = workdir / "runs" / f"{name.replace(':', '-')}-{settings.seed}"
+    folder = workdir / "runs" / f"{_file_name(name)}-{settings.seed}"
     with jax.set_mesh(pair.mesh):
         run = Run(settings, folder, pair)
-    run.train()
+    row["evaluation"] = run.train()
     with jax.set_mesh(pair.mesh):
-        row |= _evaluated(run.student, settings, pair)
+        row |= _greedy(run.student, settings, pair)
     return row | _curves(folder)
 
 
-def _evaluated(model: Any, settings: Settings, pair: Pair) -> dict[str, Any]:
-    """The final evaluation, and accuracy of greedy decoding beside it."""
+def _file_name(name: str) -> str:
+    return name.replace(":", "-").replace("/", "-").replace("=", "_")
+
+
+def _greedy(model: Any, settings: Settings, pair: Pair) -> dict[str, Any]:
+    """Accuracy of greedy decoding, beside the final evaluation."""
     evaluator = Evaluator(settings, pair)
-    final = evaluator(model, settings.train.steps, final=True)
     greedy = evaluator(model, settings.train.steps, final=True, temperature=0.0)
     return {
-        "evaluation": final,
         "greedy": {
             k: v for k, v in greedy.items() if k.startswith(("exact", "grad"))
         },
@@ -209,58 +256,6 @@ def _curves(folder: pathlib.Path) -> dict[str, Any]:
             for e in evals
             if not e["final"]
         ],
-    }
-
-
-def _detector(settings: Settings, pair: Pair) -> dict[str, Any]:
-    """The detector on the start's rollouts, against the known truth."""
-    looking = _with_variant(settings, "topd:teacher")
-    looking = dataclasses.replace(
-        looking, data=dataclasses.replace(looking.data, samples=1)
-    )
-    phases = make_phases(
-        looking,
-        make_optimizer(looking.optimizer, looking.train.steps),
-        eos_ids=pair.tokenizer.eos_ids,
-        pad_id=pair.tokenizer.pad_id,
-    )
-    parts = []
-    size = settings.eval.batch_size
-    key = jax.random.fold_in(jax.random.key(settings.seed), 2**31 - 2)
-    batches = prompt_data.ordered_batches(pair.test, batch_size=size)
-    for i, batch in enumerate(batches):
-        if i * size >= _DETECTOR_PROBLEMS:
-            break
-        keys = jax.random.split(jax.random.fold_in(key, i))
-        written = phases.rollout(
-            pair.student, pair.teacher, pair.place(batch.prompts), keys[0]
-        )
-        notes = phases.annotate(pair.student, pair.teacher, written, keys[1])
-        real = batch.index >= 0  # the others only fill the last batch
-        written, notes = jax.tree.map(
-            lambda x, real=real: x[real], jax.device_get((written, notes))
-        )
-        parts.append(
-            detector.judge(
-                [pair.test.records[j]["prompt"] for j in batch.index[real]],
-                written,
-                notes,
-                pair.tokenizer,
-                window=settings.objective.window,
-            )
-        )
-    judged = detector.concatenate(parts)
-    edges = np.linspace(0.0, 1.2, 49)
-    surface, fork = (
-        np.histogram(judged.distance[judged.window_fork == v], edges)[0]
-        for v in (False, True)
-    )
-    return detector.report(judged) | {
-        "histogram": {
-            "edges": edges.round(4).tolist(),
-            "surface": surface.tolist(),
-            "fork": fork.tolist(),
-        }
     }
 
 

@@ -155,7 +155,8 @@ class Annotations:
       candidates: the positions that were looked at.
       student_windows: the rollout itself, from each candidate on.
       teacher_windows: the teacher's own continuation of each prefix.
-      distance: f32[B, M] transport distance of the two windows, 0..2.
+      distance: f32[B, M] transport distance of the two windows, 0..2; of the
+        detector "future_loss" the mean loss of the student's, nats a token.
       plan: f32[B, M, K, K] transport plan, student tokens by teacher tokens.
       divergent: bool[B, M] candidates whose futures part.
       false_alarm: bool[B, M] candidates whose futures do not.
@@ -164,6 +165,8 @@ class Annotations:
       teacher_window_hidden: [B, M, K, D_teacher] the states that predict the
         teacher's windows; kept only where a loss along them needs the
         teacher's whole distribution.
+      weights: f32[B, T] what a sibling method makes of each token.
+      lots: f32[B, T] uniform draws, for a loss that takes chances.
     """
 
     teacher_hidden: jax.Array
@@ -177,6 +180,8 @@ class Annotations:
     false_alarm: jax.Array | None = None
     capped: jax.Array | None = None
     teacher_window_hidden: jax.Array | None = None
+    weights: jax.Array | None = None
+    lots: jax.Array | None = None
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

@@ -7,8 +7,10 @@ K tokens that the detector looks at?). Tokens after a fork are left out.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from scipy.stats import rankdata
 
@@ -16,6 +18,7 @@ from topd_jax.data import truth
 from topd_jax.types import Annotations, Trajectories
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """Candidates whose truth is known; one entry each, [N].
@@ -26,6 +29,7 @@ class Judged:
       divergent: bool, what the detector says.
       fork: bool, the candidate is the fork.
       window_fork: bool, the fork lies in the candidate's window.
+      scores: name -> f32, what other detectors say; higher is more of a fork.
     """
 
     distance: np.ndarray
@@ -33,6 +37,7 @@ class Judged:
     divergent: np.ndarray
     fork: np.ndarray
     window_fork: np.ndarray
+    scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def judge(
@@ -42,6 +47,7 @@ def judge(
     tokenizer: Any,
     *,
     window: int,
+    scores: Mapping[str, np.ndarray] | None = None,
 ) -> Judged:
     """Holds the candidates of some rollouts against the truth.
 
@@ -51,6 +57,7 @@ def judge(
       notes: their annotations, with candidates.
       tokenizer: that wrote the tokens.
       window: K.
+      scores: name -> f32[B, M] of other detectors, to be kept beside.
 
     Returns:
       The candidates that are not after a fork.
@@ -76,17 +83,13 @@ def judge(
         divergent=np.asarray(notes.divergent)[known],
         fork=(at(labels.token) == truth.FORK)[known],
         window_fork=(at(labels.window) == truth.FORK)[known],
+        scores={n: np.asarray(x)[known] for n, x in (scores or {}).items()},
     )
 
 
 def concatenate(parts: list[Judged]) -> Judged:
     """All candidates of several batches."""
-    return Judged(
-        **{
-            f.name: np.concatenate([getattr(p, f.name) for p in parts])
-            for f in dataclasses.fields(Judged)
-        }
-    )
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def auc(score: np.ndarray, positive: np.ndarray) -> float | None:
@@ -113,21 +116,24 @@ def auc(score: np.ndarray, positive: np.ndarray) -> float | None:
 
 
 def report(judged: Judged) -> dict[str, Any]:
-    """Precision, recall and AUC of the detector, and of loss alone.
+    """Precision, recall and AUC of the detector, of loss alone, of others.
 
-    Loss alone flags as many candidates as the detector does, those of
-    highest loss, so that the two are compared at one rate.
+    The others flag as many candidates as the detector does, those of their
+    highest score, so that all are compared at one rate.
 
     Args:
       judged: candidates whose truth is known.
 
     Returns:
       JSON-able: for "fork" and "window_fork" the share of positives, and for
-      "distance" and "loss" the auc, precision and recall, 0..1 or None.
+      "distance", "loss" and every other score the auc, precision and recall,
+      0..1 or None.
     """
     flagged = int(judged.divergent.sum())
-    by_loss = np.zeros(judged.loss.size, bool)
-    by_loss[np.argsort(-judged.loss, kind="stable")[:flagged]] = True
+    scores = {"distance": judged.distance, "loss": judged.loss}
+    scores |= judged.scores
+    called = {name: _top(score, flagged) for name, score in scores.items()}
+    called["distance"] = judged.divergent
     out: dict[str, Any] = {
         "candidates": int(judged.fork.size),
         "flagged": flagged,
@@ -136,16 +142,21 @@ def report(judged: Judged) -> dict[str, Any]:
         positive = getattr(judged, name)
         out[name] = {
             "share": float(positive.mean()) if positive.size else None,
-            "distance": {
-                "auc": auc(judged.distance, positive),
-                **_precision_recall(judged.divergent, positive),
-            },
-            "loss": {
-                "auc": auc(judged.loss, positive),
-                **_precision_recall(by_loss, positive),
-            },
+        } | {
+            by: {
+                "auc": auc(score, positive),
+                **_precision_recall(called[by], positive),
+            }
+            for by, score in scores.items()
         }
     return out
+
+
+def _top(score: np.ndarray, count: int) -> np.ndarray:
+    """bool[N]: the ``count`` highest, the earlier one among equals."""
+    chosen = np.zeros(score.size, bool)
+    chosen[np.argsort(-score, kind="stable")[:count]] = True
+    return chosen
 
 
 def _precision_recall(

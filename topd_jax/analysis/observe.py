@@ -47,7 +47,8 @@ class Observed(NamedTuple):
 
 
 def looking_ahead(objective: Objective) -> Objective:
-    """The objective with candidates and branches, whatever it trains by."""
+    """The objective with branches and transport, whatever it trains by."""
+    objective = dataclasses.replace(objective, detector="transport")
     if objective.pieces.looks_ahead:
         return objective
     return dataclasses.replace(objective, variant="topd", stage="on_policy")

@@ -6,6 +6,7 @@ on-policy distillation on the same problems and seeds.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,8 @@ BASELINE = "opd"
 # Accuracies whose first crossing is reported.
 MILESTONES = (0.5, 0.6, 0.7, 0.8)
 _RESAMPLES = 4000
+# Above as many comparisons a picture says more than a table.
+_FEW = 7
 
 TITLES = {
     "start": "student before distillation",
@@ -28,7 +31,43 @@ TITLES = {
     "n_step": "n-step weights",
     "topd:teacher": "TOPD, context teacher",
     "topd:student": "TOPD, context student",
+    "topd+suppress": "TOPD, false alarms capped",
+    "entropy_aware": "entropy-aware (2603.07079)",
+    "trust_region": "trust region (2606.01249)",
+    "tip": "token importance (2604.14084)",
+    "teachability": "teachability (2605.26844)",
+    "fire": "FiRe (2606.02684)",
+    "agreement": "agreement cut (2606.09471)",
+    "prefix": "prefix-weighted (2606.22600)",
 }
+
+
+SCORES = {
+    "loss": "loss alone",
+    "future_loss": "mean loss of the window",
+    "reverse_kl": "reverse KL alone",
+    "future_kl": "mean reverse KL of the window",
+    "hidden_distance": "distance of hidden states",
+    "loss_and_distance": "ranks of loss and distance",
+}
+
+
+def title(name: str) -> str:
+    """What a table calls a run.
+
+    Args:
+      name: an entry of ``sweep.variants``.
+
+    Returns:
+      The variant's title, and every setting that was changed behind it.
+    """
+    head, *changes = name.split("/")
+    words = [TITLES.get(head) or TITLES.get(head.partition(":")[0], head)]
+    for change in changes:
+        key, _, value = change.partition("=")
+        key = key.rpartition(".")[2].replace("_", " ")
+        words.append(f"{key} {value}")
+    return ", ".join(words)
 
 
 def write_report(
@@ -54,6 +93,8 @@ def write_report(
     }
     if any("curve" in r for r in rows):
         files["curves"] = str(plots.curves(rows, TITLES, folder))
+    if sum("gain" in v for v in summary["variants"]) > _FEW:
+        files["gains"] = str(plots.gains(summary["variants"], folder))
     found = [r["detector"] for r in rows if "detector" in r]
     if found:
         files["distances"] = str(plots.distances(found, folder))
@@ -73,13 +114,14 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     names = list(dict.fromkeys(r["name"] for r in rows))
     base = {r["seed"]: r for r in rows if r["name"] == BASELINE}
+    variants = [
+        _variant(n, [r for r in rows if r["name"] == n], base) for n in names
+    ]
+    _adjust([v for v in variants if "gain" in v])
     return {
         "seeds": sorted({r["seed"] for r in rows}),
         "machine": sorted({r["machine"] for r in rows}),
-        "variants": [
-            _variant(n, [r for r in rows if r["name"] == n], base)
-            for n in names
-        ],
+        "variants": variants,
         "detector": _mean_detector(
             [r["detector"] for r in rows if "detector" in r]
         ),
@@ -118,13 +160,34 @@ def interval(grades: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _adjust(variants: list[dict[str, Any]]) -> None:
+    """Adds "p", two-sided, adjusted for how many variants were compared.
+
+    The bootstrap's interval as that of a normal; Holm's step-down method.
+    """
+    order = sorted(
+        variants, key=lambda v: -abs(v["gain"]) / max(_error(v), 1e-12)
+    )
+    largest = 0.0
+    for i, v in enumerate(order):
+        z = abs(v["gain"]) / max(_error(v), 1e-12)
+        raw = math.erfc(z / math.sqrt(2))
+        largest = max(largest, min(raw * (len(order) - i), 1.0))
+        v["p"] = largest
+
+
+def _error(v: dict[str, Any]) -> float:
+    low, high = v["gain_interval"]
+    return (high - low) / (2 * 1.959964)
+
+
 def _variant(
     name: str, rows: list[dict[str, Any]], base: dict[int, dict[str, Any]]
 ) -> dict[str, Any]:
     evaluations = [r["evaluation"] for r in rows]
     out: dict[str, Any] = {
         "name": name,
-        "title": TITLES.get(name, name),
+        "title": title(name),
         "seeds": [r["seed"] for r in rows],
         "reverse_kl": _mean(e["reverse_kl"] for e in evaluations),
         "length_mean": _mean(e["length_mean"] for e in evaluations),
@@ -143,6 +206,9 @@ def _variant(
         if pairs and name not in (BASELINE, "start", "teacher"):
             out["gain"] = float(np.mean(pairs))
             out["gain_interval"] = interval(np.stack(pairs))
+        if "curve" in rows[0]:
+            last = [r["curve"][-1] for r in rows]
+            out["validation"] = _mean(p["exact_match"] for p in last)
     if "curve" in rows[0]:
         out |= _cost(rows, base)
     return out
@@ -216,20 +282,23 @@ def markdown(summary: dict[str, Any]) -> str:
       Markdown: the variants, then the detector.
     """
     head = (
-        "| | exact match (95 %) | gain over OPD (95 %) | greedy | reverse KL "
-        "| steps (rollout tokens) to 50 / 60 / 70 / 80 % | s a step | ÷ OPD "
-        "|\n"
-        "|---|---|---|---|---|---|---|---|\n"
+        "| | seeds | exact match (95 %) | gain over OPD (95 %) | p | greedy "
+        "| validation | reverse KL | steps (rollout tokens) to 50 / 60 / 70 / "
+        "80 % | s a step | ÷ OPD |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     lines = [_line(v) for v in summary["variants"]]
     seeds = ", ".join(map(str, summary["seeds"]))
-    foot = f"\nSeeds {seeds}; {'; '.join(summary['machine'])}.\n"
+    foot = (
+        f"\nSeeds {seeds}; {'; '.join(summary['machine'])}. p: adjusted for "
+        "the number of comparisons (Holm).\n"
+    )
     found = summary["detector"]
     return head + "\n".join(lines) + "\n" + foot + _detector_table(found)
 
 
 def _line(v: dict[str, Any]) -> str:
-    cells = [v["title"]]
+    cells = [v["title"], str(len(v["seeds"]))]
     if "exact_match" in v:
         low, high = v["interval"]
         cells.append(f"{v['exact_match']:.3f} ({low:.3f}–{high:.3f})")
@@ -238,9 +307,11 @@ def _line(v: dict[str, Any]) -> str:
     if "gain" in v:
         low, high = v["gain_interval"]
         cells.append(f"{v['gain']:+.3f} ({low:+.3f} to {high:+.3f})")
+        cells.append(f"{v['p']:.3f}" if v["p"] >= 0.001 else "< 0.001")
     else:
-        cells.append("")
-    cells.append(f"{v['greedy']:.3f}" if "greedy" in v else "")
+        cells += ["", ""]
+    for name in ("greedy", "validation"):
+        cells.append(f"{v[name]:.3f}" if name in v else "")
     cells.append(f"{v['reverse_kl']:.3f}")
     if "milestones" in v:
         found = v["milestones"].values()
@@ -264,14 +335,22 @@ def _detector_table(found: dict[str, Any] | None) -> str:
         "\n| detector against the truth | positives | AUC | precision "
         "| recall |\n|---|---|---|---|---|\n"
     )
-    for label, title in (
+    for label, what in (
         ("fork", "the token is the fork"),
         ("window_fork", "the fork lies in the window"),
     ):
-        for score, what in (("distance", "distance"), ("loss", "loss alone")):
-            numbers = found[label][score]
+        for score, numbers in found[label].items():
+            if score == "share":
+                continue
             values = [found[label]["share"]]
             values += [numbers[k] for k in ("auc", "precision", "recall")]
             cells = ["–" if v is None else f"{v:.3f}" for v in values]
-            text += f"| {title}: by {what} | " + " | ".join(cells) + " |\n"
+            by = SCORES.get(score, score.replace("_", " "))
+            text += f"| {what}: by {by} | " + " | ".join(cells) + " |\n"
+    if "cost" in found:
+        ratio = found["cost"]["ahead"] / found["cost"]["plain"]
+        text += (
+            f"\nBranches and transport make an annotation {ratio:.2f} times as "
+            "long; losses and entropies need neither.\n"
+        )
     return text
