@@ -10,7 +10,11 @@ from topd_jax.configs import qwen3_8b_to_1p7b, tiny
 from topd_jax import sharding
 from topd_jax.analysis import plan_search, programs
 from topd_jax.analysis.chips import CHIPS, chip_of
-from topd_jax.analysis.compiling import ProgramPlan, used_bytes
+from topd_jax.analysis.compiling import (
+    ProgramPlan,
+    largest_buffers,
+    used_bytes,
+)
 from topd_jax.analysis.hlo_cost import Cost
 from topd_jax.analysis.plan import PhasePlan, Plan, roofline
 from topd_jax.analysis.plan_table import table
@@ -71,6 +75,26 @@ def test_what_the_compilers_refusal_says():
     assert used_bytes("something else") == 0
 
 
+REPORT = """\
+Memory Space: default (color=0)
+Total bytes: 2765625632 (2.58GiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+  296.75MiB( 24%);  296.75MiB;    618233856;         5; 5×f32[2048,37984]
+    1.20GiB( 98%);    3.00MiB;   1045331968;         2; bf16[1,768], 2×bf16[7]
+"""
+
+
+def test_the_largest_buffers_are_in_the_compilers_report(tmp_path):
+    assert largest_buffers(tmp_path) == ()
+    report = tmp_path / "module_1.jit_f.memory-usage-report.txt"
+    report.write_text(REPORT, encoding="utf-8")
+    assert largest_buffers(tmp_path) == (
+        "296.75 MiB 5×f32[2048,37984]",
+        "3.00 MiB bf16[1,768], 2×bf16[7]",
+    )
+
+
 def test_a_program_fits_up_to_what_may_be_used():
     assert made().fits and made().total == 9 * GIB
     large = made(temporaries=10 * GIB)
@@ -118,9 +142,7 @@ def test_every_program_has_its_arguments_on_the_mesh():
     state = run["update"].args[0]
     # Student, two moments, and a few counters.
     student = run["restore"].args[0]
-    assert bytes_held(state) == pytest.approx(
-        3 * bytes_held(student), rel=1e-3
-    )
+    assert bytes_held(state) == pytest.approx(3 * bytes_held(student), rel=1e-3)
     with jax.set_mesh(mesh):
         text = run["restore"].fn.lower(*run["restore"].args).as_text()
     assert "func.func public @main" in text
@@ -172,9 +194,7 @@ def without_devices(monkeypatch):
     monkeypatch.setattr(
         plan_search, "topology_devices", lambda name: fake_devices(8)
     )
-    monkeypatch.setattr(
-        sharding, "make_mesh", lambda devices, **sizes: sizes
-    )
+    monkeypatch.setattr(sharding, "make_mesh", lambda devices, **sizes: sizes)
 
     def models(settings, mesh):
         ways = mesh["fsdp"] * mesh["tensor"]
@@ -217,9 +237,7 @@ def test_the_search_stops_at_the_first_that_fits(without_devices, monkeypatch):
 
     monkeypatch.setattr(plan_search, "make_plan", fake)
     wrong = plan_of(made(temporaries=40 * GIB))
-    tried, found = plan_search.search(
-        settings, "v5e:2x4", wrong, seconds=60
-    )
+    tried, found = plan_search.search(settings, "v5e:2x4", wrong, seconds=60)
     assert found is not None and found.fits
     assert tried[0].flags == "" and "update needs" in tried[0].verdict
     assert tried[-1].verdict == "fits"

@@ -121,9 +121,9 @@ def compile_program(name: str, run: dict[str, Call], chip: Chip) -> ProgramPlan:
                 cost=None,
                 seconds=time.perf_counter() - started,
                 error=text[:2000],
-                largest=_largest(folder),
+                largest=largest_buffers(folder),
             )
-        base |= dict(largest=_largest(folder))
+        base |= dict(largest=largest_buffers(folder))
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     arguments = float(memory.argument_size_in_bytes)
@@ -156,13 +156,21 @@ def _compile(call: Call, folder: pathlib.Path) -> tuple[Any, str]:
     return compiled, compiled.as_text()
 
 
-def _largest(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
-    """The largest buffers in the compiler's report of a program's memory."""
+def largest_buffers(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
+    """The largest buffers in the compiler's report of a program's memory.
+
+    Args:
+      folder: where the compiler wrote it; () where it did not.
+      count: how many.
+
+    Returns:
+      "2.32 GiB f32[8000,151936]" and so on; what shares a buffer is listed.
+    """
     reports = sorted(folder.glob("*memory-usage-report.txt"))
     if not reports:
         return ()
     rows = re.findall(
-        r"^\s*[\d.]+\w+\(\s*\d+%\);\s*([\d.]+)(\w+);.*;\s*([^;]+)$",
+        r"^\s*[\d.]+\w+\(\s*\d+%\);\s*([\d.]+)(\w+);.*;\s*([^;\n]+)$",
         reports[-1].read_text(encoding="utf-8"),
         re.M,
     )
