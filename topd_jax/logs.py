@@ -157,8 +157,15 @@ def merge(parts: list[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     return out
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: pathlib.Path, *, torn: bool = False
+) -> list[dict[str, Any]]:
     """The lines of a JSONL file; [] where it does not exist.
+
+    Args:
+      path: of the file.
+      torn: whether to pass over a last line without its end, as one who
+        reads while another writes has to.
 
     Raises:
       ValueError: naming the file and the line that is not JSON.
@@ -166,7 +173,11 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Bytes: half a character may be what has been written of the last line.
+    text = path.read_bytes()
+    if torn:
+        text = text[: text.rfind(b"\n") + 1]
+    lines = text.decode("utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

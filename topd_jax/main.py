@@ -40,6 +40,9 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   compare  two evaluated runs, paired: --a DIR --b DIR (again for more seeds)
   inspect  one HTML page of its trajectories, --count of them, and of what
            the detector saw in them
+  report   one HTML page of a run, finished or not: curves, evaluations,
+           answers over time, settings; --b DIR lays another over it (again
+           for more), --output FILE; needs no --config
   probe    does a high loss mean that the futures part? on --count prompts
   quantize what a smaller teacher costs: bytes, and reverse KL on --count
            completions
@@ -71,7 +74,7 @@ def _flag_values(
     )
     for name, about in (
         ("workdir", "directory of the run"),
-        ("output", "directory to export to, or file of a plan"),
+        ("output", "directory to export to, or file of a plan or report"),
         ("coordinator", "HOST:PORT of the first of several processes"),
         ("topology", "TPU kind and shape to plan for, v5e:2x4"),
     ):
@@ -83,7 +86,7 @@ def _flag_values(
     for name, about in (
         ("prompt", "text to complete"),
         ("a", "directory of an evaluated run"),
-        ("b", "directory of the run to compare with it"),
+        ("b", "directory of a run to compare with it"),
     ):
         flags.DEFINE_multi_string(name, [], about, flag_values=values)
     for name, about in (
@@ -204,7 +207,7 @@ def _parse(arguments: list[str], command: str = "") -> flags.FlagValues:
             given = value if equals else next(rest, None)
         else:
             others.append(argument)
-    if not given and command != "compare":
+    if not given and command not in ("compare", "report"):
         raise ValueError("--config is missing; try --config tiny")
     config = read_config(config_path(given)) if given else ConfigDict()
     others = [_checked_override(argument, config) for argument in others]
@@ -252,6 +255,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
 
     if name == "compare":
         return commands.compare(values.a, values.b, values.which)
+    if name == "report":
+        return commands.report(values.workdir, values.b, values.output)
     settings = settings_from(values.config)
     if "://" in values.workdir:
         raise ValueError(
@@ -310,8 +315,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
-        "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
-        "export", "sweep", "doctor", "generate", "plan",
+        "train", "eval", "compare", "inspect", "report", "probe", "quantize",
+        "sample", "export", "sweep", "doctor", "generate", "plan",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)

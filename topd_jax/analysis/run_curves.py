@@ -1,0 +1,290 @@
+"""Curves and tables of the numbers that runs logged, for their page.
+
+A *series* is one line of a chart: "name", "colour" (0..5), "kind" (training,
+validation or test), "steps", "values" and, where known, the ends "low" and
+"high" of 95 % intervals. Whatever is missing or not finite is None.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+# Metric -> title and unit of a chart of its own; the rest stands below.
+_CHARTS = {
+    "loss": ("Loss", "nats a token"),
+    "exact_match": ("Right answers", "share, 95 % interval"),
+    "reverse_kl": ("Reverse KL", "nats a token"),
+    "divergent": ("Divergent candidates", "share"),
+    "distance": ("Transport distance of windows", "0 to 2"),
+    "guidance": ("Guidance loss", "nats a token"),
+    "length_mean": ("Length of completions", "tokens, mean"),
+    "truncated": ("Cut off at the limit", "share"),
+    "student_entropy": ("Entropy of the student", "nats a token"),
+    "top_k_overlap": ("Overlap of the top k", "share"),
+    "grad_norm": ("Norm of the gradient", "before clipping"),
+    "rate_tokens": ("Speed", "tokens a second"),
+}
+# One chart of several metrics, a line each.
+_PHASES = ("rollout", "annotate", "update", "statistics")
+_INTERVAL = {"exact_match": ("exact_match_low", "exact_match_high")}
+# No numbers of a curve: constants, or the ends of an interval.
+_NOT_DRAWN = {"step", "final", "temperature", "problems", "correct",
+              "exact_match_low", "exact_match_high"}  # fmt: skip
+_COLOURS = 6
+# Points a series; a screen shows no more.
+_POINTS = 600
+
+_EVALUATED = {
+    "exact_match": "right",
+    "problems": "problems",
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "student_entropy": "entropy",
+    "length_mean": "length",
+    "truncated": "cut off",
+    "distinct_3": "distinct 3-grams",
+}
+
+
+def curves_of(runs: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
+    """Charts of everything that was logged more than never.
+
+    Args:
+      runs: :class:`~topd_jax.analysis.run_page.RunRecords`.
+
+    Returns:
+      (charts: "title", "unit", "more" (below the fold) and "series"; how many
+      logged steps a point of training is the mean of, at most).
+    """
+    names = {}
+    for run in runs:
+        for row in (*run.metrics, *run.evals):
+            names |= {key.partition("/")[0]: None for key in row}
+    ordered = [n for n in _CHARTS if n in names]
+    ordered += [n for n in sorted(names) if n not in _CHARTS]
+    curves, blocks = [], [1]
+    for name in ordered:
+        if name in _NOT_DRAWN or name.startswith("seconds_"):
+            continue
+        series = _series_of(runs, name, blocks)
+        if series:
+            title, unit = _CHARTS.get(name, (name.replace("_", " "), ""))
+            curves.append(
+                {"title": title, "unit": unit, "more": name not in _CHARTS}
+                | {"series": series}
+            )
+    phases = _phases_of(runs, blocks)
+    if phases:
+        curves.append(
+            {"title": "Seconds of a phase", "unit": "of a timed step"}
+            | {"more": False, "series": phases}
+        )
+    return curves, max(blocks)
+
+
+def _series_of(
+    runs: Sequence[Any], name: str, blocks: list[int]
+) -> list[dict[str, Any]]:
+    own = sorted(
+        {
+            key
+            for run in runs
+            for row in (*run.metrics, *run.evals)
+            for key in row
+            if key.partition("/")[0] == name
+        }
+    )
+    lines = []
+    for place, run in enumerate(runs):
+        for key in own:
+            teacher = key.partition("/")[2]
+            for kind, rows in _kinds(run):
+                line = _line(rows, key, kind, blocks)
+                if line:
+                    label = [run.name] if len(runs) > 1 else []
+                    label += [teacher] if teacher else []
+                    lines.append((place, teacher, kind, label, line))
+    teachers = sorted({teacher for _, teacher, *_ in lines})
+    kinds = ["training", "validation", "test"]
+    out = []
+    for place, teacher, kind, label, line in lines:
+        colour = kinds.index(kind)
+        if len(teachers) > 1:
+            colour = place * len(teachers) + teachers.index(teacher)
+        elif len(runs) > 1:
+            colour = place
+        out.append(
+            {"name": ", ".join([*label, kind]), "colour": colour % _COLOURS}
+            | {"kind": kind, **line}
+        )
+    return out
+
+
+def _kinds(run: Any) -> list[tuple[str, list]]:
+    return [
+        ("training", list(run.metrics)),
+        ("validation", [r for r in run.evals if not r.get("final")]),
+        ("test", [r for r in run.evals if r.get("final")]),
+    ]
+
+
+def _phases_of(runs: Sequence[Any], blocks: list[int]) -> list[dict[str, Any]]:
+    out = []
+    for place, run in enumerate(runs):
+        for number, phase in enumerate(_PHASES):
+            line = _line(run.metrics, f"seconds_{phase}", "training", blocks)
+            if line:
+                several = len(runs) > 1
+                out.append(
+                    {
+                        "name": f"{run.name}, {phase}" if several else phase,
+                        "colour": (place * len(_PHASES) + number) % _COLOURS,
+                        "kind": "training",
+                        **line,
+                    }
+                )
+    return out
+
+
+def _line(
+    rows: Sequence[Any], key: str, kind: str, blocks: list[int]
+) -> dict[str, Any] | None:
+    """Steps and values of a key, in order; None where it has no value."""
+    rows = sorted((r for r in rows if key in r), key=lambda r: r["step"])
+    values = [_number(r[key]) for r in rows]
+    if all(v is None for v in values):
+        return None
+    steps = [r["step"] for r in rows]
+    if kind == "training":
+        size = -(-len(rows) // _POINTS)
+        blocks.append(size)
+        cuts = range(0, len(rows), size)
+        return {
+            # The last step of each block: what is known by then.
+            "steps": [steps[min(i + size, len(rows)) - 1] for i in cuts],
+            "values": [_mean(values[i : i + size]) for i in cuts],
+        }
+    line = {"steps": steps, "values": values}
+    name, slash, teacher = key.partition("/")
+    for end, source in zip(("low", "high"), _INTERVAL.get(name, ()),
+                           strict=False):  # fmt: skip
+        line[end] = [_number(r.get(source + slash + teacher)) for r in rows]
+    return line
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        return None
+    # Six digits are more than a screen shows.
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return _number(statistics.fmean(known)) if known else None
+
+
+def tables_of(runs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Evaluations on the way, those of ``topd eval``, and speed.
+
+    Args:
+      runs: as in :func:`curves_of`.
+
+    Returns:
+      Tables with rows: "section" of the page, "label", "heads" and "rows" of
+      texts, numbers, None, and "value", "low" and "high" of an interval.
+    """
+    tables = [_evaluations(runs), _benchmarks(runs), _speed(runs)]
+    return [table for table in tables if table["rows"]]
+
+
+def _evaluations(runs: Sequence[Any]) -> dict[str, Any]:
+    names = [
+        n for n in _EVALUATED if any(n in r for a in runs for r in a.evals)
+    ]
+    rows = [
+        [
+            row["step"],
+            *([run.name] if len(runs) > 1 else []),
+            "test" if row.get("final") else "validation",
+            *(_cell(row, name) for name in names),
+        ]
+        for run in runs
+        for row in sorted(run.evals, key=lambda r: r["step"])
+    ]
+    heads = ["step", *(["run"] if len(runs) > 1 else []), "problems of"]
+    return {
+        "section": "evaluations",
+        "label": "Evaluations on the way",
+        "heads": heads + [_EVALUATED[name] for name in names],
+        "rows": rows,
+    }
+
+
+def _cell(row: Any, name: str) -> Any:
+    value = _number(row.get(name))
+    ends = [_number(row.get(end)) for end in _INTERVAL.get(name, ())]
+    if value is None or not ends or None in ends:
+        return value
+    return {"value": value, "low": ends[0], "high": ends[1]}
+
+
+def _benchmarks(runs: Sequence[Any]) -> dict[str, Any]:
+    """One row a benchmark and number with an interval."""
+    rows = []
+    for run in runs:
+        for which, found in run.benchmarks.items():
+            for name, entry in (found.get("benchmarks") or {}).items():
+                for number, value in (entry.get("summary") or {}).items():
+                    if not (isinstance(value, dict) and "interval" in value):
+                        continue
+                    low, high = map(_number, value["interval"])
+                    cell = {"value": _number(value["value"]), "low": low}
+                    rows.append(
+                        [
+                            name,
+                            *([run.name] if len(runs) > 1 else []),
+                            which, found.get("step"), number,
+                            cell | {"high": high},
+                        ]
+                    )  # fmt: skip
+    run = ["run"] if len(runs) > 1 else []
+    return {
+        "section": "evaluations",
+        "label": "topd eval",
+        "heads": ["benchmark", *run, "student", "step", "number", "value"],
+        "rows": rows,
+    }  # fmt: skip
+
+
+def _speed(runs: Sequence[Any]) -> dict[str, Any]:
+    rows = []
+    for run in runs:
+        # The first step compiles.
+        later = sorted(run.metrics, key=lambda r: r["step"])[1:]
+        for key, name in (
+            ("seconds", "step, seconds"),
+            *((f"seconds_{p}", f"{p}, seconds") for p in _PHASES),
+            ("rate_tokens", "tokens a second"),
+        ):
+            known = [v for r in later if (v := _number(r.get(key))) is not None]
+            if known:
+                numbers = (statistics.median(known), min(known), max(known))
+                rows.append(
+                    [
+                        name,
+                        *([run.name] if len(runs) > 1 else []),
+                        len(known),
+                        *map(_number, numbers),
+                    ]
+                )
+    return {
+        "section": "speed",
+        "label": "Speed, without the first step, which compiles",
+        "heads": ["", *(["run"] if len(runs) > 1 else []), "steps", "median",
+                  "least", "most"],
+        "rows": rows,
+    }  # fmt: skip
