@@ -23,15 +23,18 @@ _CHARTS = {
     "student_entropy": ("Entropy of the student", "nats a token"),
     "top_k_overlap": ("Overlap of the top k", "share"),
     "grad_norm": ("Norm of the gradient", "before clipping"),
-    "rate_tokens": ("Speed", "tokens a second"),
 }
+# Charts of numbers that lie in 0..1, all of them shares.
+_SHARES = ("exact_match", "divergent", "truncated", "top_k_overlap")
 # One chart of several metrics, a line each.
 _PHASES = ("rollout", "annotate", "update", "statistics")
 _INTERVAL = {"exact_match": ("exact_match_low", "exact_match_high")}
 # No numbers of a curve: constants, or the ends of an interval.
 _NOT_DRAWN = {"step", "final", "temperature", "problems", "correct",
-              "exact_match_low", "exact_match_high"}  # fmt: skip
+              "exact_match_low", "exact_match_high", "rate_tokens"}  # fmt: skip
 _COLOURS = 6
+# Steps whose speed is one point.
+_TOGETHER = 10
 # Points a series; a screen shows no more.
 _POINTS = 600
 
@@ -54,8 +57,9 @@ def curves_of(runs: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
       runs: :class:`~topd_jax.analysis.run_page.RunRecords`.
 
     Returns:
-      (charts: "title", "unit", "more" (below the fold) and "series"; how many
-      logged steps a point of training is the mean of, at most).
+      (charts: "title", "unit", "more" (below the fold), "bounds" (of the axis,
+      or None) and "series"; how many logged steps a point of training is the
+      mean of, at most).
     """
     names = {}
     for run in runs:
@@ -72,14 +76,18 @@ def curves_of(runs: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
             title, unit = _CHARTS.get(name, (name.replace("_", " "), ""))
             curves.append(
                 {"title": title, "unit": unit, "more": name not in _CHARTS}
+                | {"bounds": [0, 1] if name in _SHARES else None}
                 | {"series": series}
             )
-    phases = _phases_of(runs, blocks)
-    if phases:
-        curves.append(
-            {"title": "Seconds of a phase", "unit": "of a timed step"}
-            | {"more": False, "series": phases}
-        )
+    for title, unit, series in (
+        ("Seconds of a phase", "in timed steps", _phases_of(runs, blocks)),
+        ("Speed", f"tokens a second, over {_TOGETHER} steps", _rates(runs)),
+    ):
+        if series:
+            curves.append(
+                {"title": title, "unit": unit, "more": False}
+                | {"bounds": None, "series": series}
+            )
     return curves, max(blocks)
 
 
@@ -147,6 +155,37 @@ def _phases_of(runs: Sequence[Any], blocks: list[int]) -> list[dict[str, Any]]:
     return out
 
 
+def _rates(runs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Tokens a second; a step by itself may bear its neighbour's time."""
+    out = []
+    for place, run in enumerate(runs):
+        rows = _timed(run)
+        size = max(_TOGETHER, -(-len(rows) // _POINTS))
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        if rows:
+            out.append(
+                {
+                    "name": run.name if len(runs) > 1 else "training",
+                    "colour": place % _COLOURS,
+                    "kind": "training",
+                    "steps": [part[-1]["step"] for part in parts],
+                    "values": [_rate(part) for part in parts],
+                }
+            )
+    return out
+
+
+def _timed(run: Any) -> list[Any]:
+    """The steps whose seconds are known, without the first: it compiles."""
+    rows = sorted(run.metrics, key=lambda r: r["step"])[1:]
+    return [r for r in rows if _number(r.get("seconds"))]
+
+
+def _rate(rows: Sequence[Any]) -> float | None:
+    tokens = sum(_number(r.get("num_tokens")) or 0 for r in rows)
+    return _number(tokens / sum(r["seconds"] for r in rows))
+
+
 def _line(
     rows: Sequence[Any], key: str, kind: str, blocks: list[int]
 ) -> dict[str, Any] | None:
@@ -202,9 +241,8 @@ def tables_of(runs: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _evaluations(runs: Sequence[Any]) -> dict[str, Any]:
-    names = [
-        n for n in _EVALUATED if any(n in r for a in runs for r in a.evals)
-    ]
+    known = {name for run in runs for row in run.evals for name in row}
+    names = [name for name in _EVALUATED if name in known]
     rows = [
         [
             row["step"],
@@ -263,28 +301,23 @@ def _benchmarks(runs: Sequence[Any]) -> dict[str, Any]:
 def _speed(runs: Sequence[Any]) -> dict[str, Any]:
     rows = []
     for run in runs:
-        # The first step compiles.
-        later = sorted(run.metrics, key=lambda r: r["step"])[1:]
-        for key, name in (
-            ("seconds", "step, seconds"),
-            *((f"seconds_{p}", f"{p}, seconds") for p in _PHASES),
-            ("rate_tokens", "tokens a second"),
+        timed = _timed(run)
+        name = [run.name] if len(runs) > 1 else []
+        for label, key in (
+            ("step, seconds", "seconds"),
+            *((f"{phase}, seconds", f"seconds_{phase}") for phase in _PHASES),
         ):
-            known = [v for r in later if (v := _number(r.get(key))) is not None]
+            known = [v for r in timed if (v := _number(r.get(key)))]
             if known:
-                numbers = (statistics.median(known), min(known), max(known))
-                rows.append(
-                    [
-                        name,
-                        *([run.name] if len(runs) > 1 else []),
-                        len(known),
-                        *map(_number, numbers),
-                    ]
-                )
+                middle = _number(statistics.median(known))
+                rows.append([label, *name, len(known), _mean(known), middle])
+        if timed:
+            rate = _rate(timed)
+            rows.append(["tokens a second", *name, len(timed), rate, None])
     return {
         "section": "speed",
-        "label": "Speed, without the first step, which compiles",
-        "heads": ["", *(["run"] if len(runs) > 1 else []), "steps", "median",
-                  "least", "most"],
+        "label": "Without the first step, which compiles",
+        "heads": ["", *(["run"] if len(runs) > 1 else []), "steps", "mean",
+                  "median"],
         "rows": rows,
     }  # fmt: skip

@@ -36,7 +36,7 @@ function ticks(low, high, count) {
   const size = [1, 2, 5, 10].find(m => m * unit >= rough) * unit;
   const out = [];
   for (let i = Math.ceil(low / size - 1e-9); i * size <= high + size * 1e-9;
-    i++) out.push(i * size);
+    i++) out.push(i * size + 0);  // no -0
   return out;
 }
 
@@ -65,7 +65,14 @@ function scaleOf(curve, log) {
   const value = v => log ? Math.log10(v) : v;
   let low = Math.min(...ends.map(value)), high = Math.max(...ends.map(value));
   if (!ends.length) [low, high] = [0, 1];
-  if (high - low < 1e-12) { low -= .5; high += .5; }
+  if (!log && curve.bounds) {
+    // A share that hardly moves is no drama.
+    const [least, most] = curve.bounds, span = (most - least) / 10;
+    if (high - low < span) [low, high] = [low, high].map((v, i) =>
+      (ends.length ? (low + high) / 2 : least) + (i - .5) * span);
+    const shift = Math.max(least - low, 0) + Math.min(most - high, 0);
+    low += shift; high += shift;
+  } else if (high - low < 1e-12) { low -= .5; high += .5; }
   const room = (high - low) * .04;
   low -= room; high += room;
   const steps = curve.series.flatMap(s => s.steps);
@@ -102,7 +109,7 @@ function drawSeries(svg, series, at, count) {
     if (!at.shows(v) || (plain && series.values.length > 1)) return;
     const x = at.x(series.steps[i]);
     const [low, high] = [series.low, series.high].map(s => s && s[i]);
-    if (low !== null && high !== null && at.shows(low)) {
+    if (low != null && high != null && at.shows(low)) {
       group.append(draw("line", {class: "whisker", x1: x, x2: x,
         y1: at.y(low), y2: at.y(high)}));
     }
