@@ -157,6 +157,7 @@ def test_runs_are_laid_over_each_other():
     assert len(loss["b, training"]["steps"]) == 9
     found = {s["name"]: s for s in data["settings"]}
     assert found["optimizer.learning_rate"]["values"] == ["0.001", "0.0003"]
+    assert list(series(data, "Seconds of update")) == ["a"]
     assert {a["run"] for a in data["problems"][0]["answers"]} == {0, 1}
     assert {c["run"] for c in data["completions"]} == {0, 1}
     (table, *_) = data["tables"]

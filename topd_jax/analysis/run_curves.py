@@ -80,7 +80,10 @@ def curves_of(runs: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
                 | {"series": series}
             )
     for title, unit, series in (
-        ("Seconds of a phase", "in timed steps", _phases_of(runs, blocks)),
+        *(
+            (title, "in timed steps", series)
+            for title, series in _phases_of(runs, blocks)
+        ),
         ("Speed", f"tokens a second, over {_TOGETHER} steps", _rates(runs)),
     ):
         if series:
@@ -137,22 +140,29 @@ def _kinds(run: Any) -> list[tuple[str, list]]:
     ]
 
 
-def _phases_of(runs: Sequence[Any], blocks: list[int]) -> list[dict[str, Any]]:
-    out = []
-    for place, run in enumerate(runs):
-        for number, phase in enumerate(_PHASES):
-            line = _line(run.metrics, f"seconds_{phase}", "training", blocks)
-            if line:
-                several = len(runs) > 1
-                out.append(
-                    {
-                        "name": f"{run.name}, {phase}" if several else phase,
-                        "colour": (place * len(_PHASES) + number) % _COLOURS,
-                        "kind": "training",
-                        **line,
-                    }
-                )
-    return out
+def _phases_of(
+    runs: Sequence[Any], blocks: list[int]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """A chart of one run's phases, or a chart a phase of several runs."""
+    lines = {
+        (place, phase): line
+        for phase in _PHASES
+        for place, run in enumerate(runs)
+        if (line := _line(run.metrics, f"seconds_{phase}", "training", blocks))
+    }
+    charts: dict[str, list[dict[str, Any]]] = {}
+    for (place, phase), line in lines.items():
+        alone = len(runs) == 1
+        title = "Seconds of a phase" if alone else f"Seconds of {phase}"
+        charts.setdefault(title, []).append(
+            {
+                "name": phase if alone else runs[place].name,
+                "colour": _PHASES.index(phase) if alone else place % _COLOURS,
+                "kind": "training",
+                **line,
+            }
+        )
+    return list(charts.items())
 
 
 def _rates(runs: Sequence[Any]) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ function ticks(low, high, count) {
 }
 
 function marks(at, log) {
-  if (!log) return ticks(at.low, at.high, 4);
+  if (!log) return ticks(at.low, at.high, 5);
   const out = [];
   for (let e = Math.floor(at.low); e <= at.high; e++) {
     out.push(...[1, 2, 5].map(m => m * 10 ** e));
@@ -128,9 +128,11 @@ function drawChart(svg, curve) {
       y1: y, y2: y}), draw("text", {x: LEFT - 5, y: y + 3,
       "text-anchor": "end"}, short(v)));
   });
-  ticks(0, at.last, 5).filter(Number.isInteger).forEach(t => svg.append(
+  ticks(0, at.last, 5).filter(t => t && Number.isInteger(t)).forEach(t => svg.append(
     draw("text", {x: at.x(t), y: H - 6, "text-anchor": t > at.last * .95 ?
       "end" : "middle"}, t.toLocaleString("en"))));
+  svg.append(draw("text", {x: LEFT - 5, y: H - 6, "text-anchor": "end"},
+    "step"));
   curve.series.filter(s => !s.hidden).forEach(s => drawSeries(svg, s, at,
     +$("smooth").value));
   svg.append(draw("line", {class: "cross", x1: 0, x2: 0, y1: TOP,
