@@ -1,10 +1,10 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
 ``doctor`` looks whether a run's parts fit; ``train`` a student; ``generate``
-what its first stage reads; ``eval``, ``inspect``, ``probe`` or ``sample`` from
-what was trained; ``compare`` two of them; ``export`` one to a Hugging Face
-directory; ``sweep`` over variants and seeds. Bad input is one clear line and
-exit code 2.
+what its first stage reads; ``eval``, ``inspect``, ``probe``, ``correct`` or
+``sample`` from what was trained; ``compare`` two of them; ``export`` one to a
+Hugging Face directory; ``sweep`` over variants and seeds. Bad input is one
+clear line and exit code 2.
 """
 
 import errno
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from topd_jax.sections import unknown_key
 from topd_jax.settings import settings_from
 
-# Trajectories that inspect and probe take without --count.
+# Trajectories that inspect, probe and correct take without --count.
 LOOK_AT = 32
 
 USAGE = """\
@@ -41,6 +41,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   inspect  one HTML page of its trajectories, --count of them, and of what
            the detector saw in them
   probe    does a high loss mean that the futures part? on --count prompts
+  correct  do --updates (5) on one window mend its divergence? before, OPD and
+           TOPD on --count divergent points, at --learning_rate (the run's)
   quantize what a smaller teacher costs: bytes, and reverse KL on --count
            completions
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
@@ -92,15 +94,18 @@ def _flag_values(
         ("count", None, "trajectories to look at, or prompts to write on"),
         ("processes", None, "how many run this command"),
         ("process", None, "which of them this is, from 0"),
+        ("updates", None, "of a local correction, on one window"),
         ("heartbeat", 100, "seconds of silence after which one is dead"),
     ):
-        least = 0 if name == "process" else 1
+        least = 0 if name in ("process", "updates") else 1
         flags.DEFINE_integer(
             name, default, about, lower_bound=least, flag_values=values
         )
-    flags.DEFINE_float(
-        "temperature", None, "of the sampler; 0 is greedy", flag_values=values
-    )
+    for name, about in (
+        ("temperature", "of the sampler; 0 is greedy"),
+        ("learning_rate", "of a local correction; the run's without"),
+    ):
+        flags.DEFINE_float(name, None, about, flag_values=values)
     return values
 
 
@@ -251,6 +256,11 @@ def _command(name: str, values: flags.FlagValues) -> Any:
         return commands.inspect(*run, values.which, values.count or LOOK_AT)
     if name == "probe":
         return commands.probe(*run, values.which, values.count or LOOK_AT)
+    if name == "correct":
+        return commands.correct(
+            *run, values.which, values.count or LOOK_AT, values.updates,
+            values.learning_rate,
+        )  # fmt: skip
     if name == "quantize":
         return commands.quantize(*run, values.which, values.count or LOOK_AT)
     if name == "generate":
@@ -290,8 +300,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
-        "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
-        "export", "sweep", "doctor", "generate",
+        "train", "eval", "compare", "inspect", "probe", "correct", "quantize",
+        "sample", "export", "sweep", "doctor", "generate",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)
