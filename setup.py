@@ -56,6 +56,7 @@ setup(
             "nbconvert",
             "nbformat",
             "ipykernel",
+            "selenium",
         ],
         # CPU wheels where the index has them; elsewhere several GB.
         "parity": ["torch", "accelerate", "peft"],

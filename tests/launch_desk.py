@@ -87,7 +87,7 @@ class Desk:
         shutil.copytree(TOP / ".ci", self.top / ".ci")
         (self.top / "setup.py").write_text("# as it was\n")
         (self.top / "configs" / "tiny.py").touch()
-        for name in [*PYTHONS, "python", "gcloud"]:
+        for name in [*PYTHONS, "python", "gcloud", "apt-get"]:
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)
         self.environment = {

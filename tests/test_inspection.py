@@ -1,10 +1,8 @@
-"""The page of a run's trajectories: its data, and what a browser shows."""
+"""The page of a run's trajectories: its data (see test_pages_browser.py)."""
 
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 
 import jax
 import numpy as np
@@ -19,7 +17,6 @@ from topd_jax.pair import load_pair
 from topd_jax.settings import settings_from
 
 ABOUT = {"title": "A <page>", "facts": {"student": "start & more"}}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Page(html.parser.HTMLParser):
@@ -74,7 +71,7 @@ def test_every_objective_can_look_ahead():
     assert looking_ahead(plain).pieces.looks_ahead
     assert looking_ahead(plain).window == 7
     capped = Objective(variant="opd+suppress")
-    assert looking_ahead(capped) is capped
+    assert looking_ahead(capped) == capped
 
 
 def test_rows_say_what_the_arrays_hold(seen, rows):
@@ -128,44 +125,3 @@ def test_inspect_from_the_command_line(trained, small_arguments, capsys):
     assert found["trajectories"] == 3 and 3 <= found["candidates"] <= 6
     page = Page((trained / "inspect-start.html").read_text())
     assert len(json.loads(page.scripts[0])["trajectories"]) == 3
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-def test_a_browser_shows_the_branch_that_is_clicked(rows, tmp_path):
-    path = tmp_path / "page.html"
-    write_page(rows, ABOUT, path)
-    chosen = max(range(len(rows)), key=lambda i: len(rows[i]["candidates"]))
-    row, last = rows[chosen], len(rows[chosen]["candidates"]) - 1
-    script = """<script>
-      addEventListener("error", e => document.title = "failed " + e.message);
-    </script>"""
-    click = """<script>
-      document.querySelectorAll("article")[CHOSEN]
-        .querySelectorAll("button")[LAST].click();
-      const search = document.getElementById("search");
-      search.value = "PROBLEM"; search.dispatchEvent(new Event("input"));
-    </script>""".replace("PROBLEM", row["problem"])
-    click = click.replace("CHOSEN", str(chosen)).replace("LAST", str(last))
-    text = path.read_text().replace("<head>", "<head>" + script)
-    path.write_text(text.replace("</body>", click + "</body>"))
-    run = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
-         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
-         "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in run.stderr
-    dom = run.stdout
-    assert "<title>A &lt;page&gt;</title>" in dom
-    assert dom.count('<section class="detail">') == 1
-    candidate = row["candidates"][last]
-    detail = dom[dom.index('<section class="detail">') :]
-    sides = re.findall(r"<h3.*?</h3><p>(.*?)</p>", detail, re.S)
-    assert [html.unescape(s) for s in sides] == [
-        "".join(candidate["student"]), "".join(candidate["teacher"])
-    ]  # fmt: skip
-    assert detail.count("<td") == len(candidate["plan"]) * len(
-        candidate["plan"][0]
-    )
-    alike = sum(row["problem"] == r["problem"] for r in rows)
-    assert f">{alike} of {len(rows)}<" in dom

@@ -19,6 +19,7 @@ from topd_jax.models.lora import frozen_fingerprint, split
 from topd_jax.models.quantize import is_quantized
 from topd_jax.pair import load_pair
 from topd_jax.settings import ModelSettings, settings_from
+from topd_jax.trained import load_student
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def finished(settings, tmp_path_factory):
 @pytest.fixture(scope="module")
 def student(finished, settings):
     pair = load_pair(settings, finished)
-    return commands.load_student(settings, finished, pair, "latest")[0]
+    return load_student(settings, finished, pair, "latest")[0]
 
 
 def arrays(model):
@@ -127,7 +128,7 @@ def test_adapters_learn_beside_a_quantised_base(settings, tmp_path):
     small = changed(small, "train", steps=2)
     training.train(small, tmp_path)
     pair = load_pair(small, tmp_path)
-    student, _ = commands.load_student(small, tmp_path, pair, "latest")
+    student, _ = load_student(small, tmp_path, pair, "latest")
     assert is_quantized(student.arrays["q"])
     assert frozen_fingerprint(student) == pair.frozen_fingerprint
     assert student.arrays["q_lora_b"].any()  # it starts at zero

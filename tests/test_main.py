@@ -199,6 +199,8 @@ def test_overrides_reach_the_settings(small_arguments):
     assert found.sweep.variants == ("opd", "topd:teacher")
     assert found.sweep.seeds == (3,)
     assert found.data.path == "a=b, c"
+    found = settings("--config.sweep.variants=")  # start and teacher only
+    assert found.sweep.variants == ()
     found = settings("--config.sweep.seeds=(1,2)", "--config.seed=7")
     assert found.sweep.seeds == (1, 2)
     assert found.seed == 7

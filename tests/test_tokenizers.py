@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from topd_jax.data import corpus, tokenizers, world
+from topd_jax.data import corpus, tokenizers, vocabulary, world
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -90,8 +90,8 @@ def test_sentencepiece_is_deterministic_and_survives_a_file(
     assert again.model == tokenizer.model
     tokenizer.save(tmp_path / "world.model")
     loaded = tokenizers.SentencePieceTokenizer.load(tmp_path / "world.model")
-    assert tokenizers.fingerprint(loaded) == tokenizers.fingerprint(tokenizer)
-    tokenizers.require_same_vocabulary(loaded, tokenizer)
+    assert vocabulary.fingerprint(loaded) == vocabulary.fingerprint(tokenizer)
+    vocabulary.require_same_vocabulary(loaded, tokenizer)
     with pytest.raises(ValueError, match=r"no tokenizer at .*absent"):
         tokenizers.SentencePieceTokenizer.load(tmp_path / "absent")
     with pytest.raises(ValueError, match="vocab_size=500"):
@@ -117,7 +117,7 @@ def test_hugging_face_object_and_directory(ready_object, tmp_path):
     assert loaded.eos_ids == (2, 1)
     assert direct.pad_id == 1
     assert direct.bos_id is None
-    tokenizers.require_same_vocabulary(direct, loaded)
+    vocabulary.require_same_vocabulary(direct, loaded)
     text = "the fox counts"
     for each in (direct, loaded):
         assert each.decode([*each.encode(text), 1]) == text
@@ -178,18 +178,18 @@ def test_differing_vocabularies_are_refused(tokenizer, ready_object):
     with pytest.raises(
         ValueError, match=r"64 and \d+ ids.*0: '<pad>' / '<|im_start|>'"
     ):
-        tokenizers.require_same_vocabulary(tokenizer, other)
+        vocabulary.require_same_vocabulary(tokenizer, other)
 
     class Longer:
         def vocabulary(self) -> list[str]:
             return [*tokenizer.vocabulary(), "extra"]
 
     with pytest.raises(ValueError, match=r"ids from 64: 'extra'"):
-        tokenizers.require_same_vocabulary(tokenizer, Longer())
+        vocabulary.require_same_vocabulary(tokenizer, Longer())
 
 
 def test_a_model_smaller_than_its_tokenizer_is_refused(tokenizer):
-    tokenizers.check_model(tokenizer, 64)
-    tokenizers.check_model(tokenizer, 128)
+    vocabulary.check_model(tokenizer, 64)
+    vocabulary.check_model(tokenizer, 128)
     with pytest.raises(ValueError, match=r"64 ids .*vocab_size=63"):
-        tokenizers.check_model(tokenizer, 63)
+        vocabulary.check_model(tokenizer, 63)

@@ -16,7 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from topd_jax.models import DecoderConfig
-from topd_jax.settings import NO_IDENTITY, Settings, defaults_of, flat
+from topd_jax.sections import flat
+from topd_jax.settings import NO_IDENTITY, Settings, defaults_of
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.

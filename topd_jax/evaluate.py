@@ -46,23 +46,12 @@ class Evaluator:
         self._statistics = make_statistics(settings)
         key = jax.random.key(settings.seed)
         self._key = jax.random.fold_in(key, _EVAL_STREAM)
-        tokenizer = pair.tokenizer
-
-        def write(
-            student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
-        ) -> Trajectories:
-            return rollout(
-                in_compute_dtype(merge_lora(student)),
-                prompts,
-                key,
-                max_new_tokens=settings.rollout.max_new_tokens,
-                temperature=temperature,
-                eos_ids=tokenizer.eos_ids,
-                pad_id=tokenizer.pad_id,
-                vocab_size=shared_rows(student, pair.teacher),
-            )
-
-        self._write = jax.jit(write)
+        self._write = make_writer(
+            settings,
+            vocab_size=shared_rows(pair.student, pair.teacher),
+            eos_ids=pair.tokenizer.eos_ids,
+            pad_id=pair.tokenizer.pad_id,
+        )
 
     def __call__(
         self,
@@ -178,6 +167,42 @@ class Evaluator:
         limit = self._settings.rollout.max_new_tokens
         ends = self._pair.tokenizer.eos_ids
         return len(tokens) == limit and tokens[-1] not in ends
+
+
+def make_writer(
+    settings: Settings,
+    *,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Callable[..., Trajectories]:
+    """The jitted sampler of a run's evaluations.
+
+    Args:
+      settings: of the run.
+      vocab_size: ids from here on are never drawn.
+      eos_ids: end-of-sequence ids.
+      pad_id: id put where nothing is.
+
+    Returns:
+      (student, prompts, key, temperature) -> trajectories.
+    """
+
+    def write(
+        student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
+    ) -> Trajectories:
+        return rollout(
+            in_compute_dtype(merge_lora(student)),
+            prompts,
+            key,
+            max_new_tokens=settings.rollout.max_new_tokens,
+            temperature=temperature,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            vocab_size=vocab_size,
+        )
+
+    return jax.jit(write)
 
 
 def make_statistics(settings: Settings) -> Callable[..., dict]:

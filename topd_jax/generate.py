@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import solutions as solution_data
-from topd_jax.data import tokenizers
+from topd_jax.data import vocabulary
 from topd_jax.data.prompts import EncodedPrompts, PromptBatch
 from topd_jax.data.solutions import Solution, SolutionFiles
 from topd_jax.models.decoder import cast
@@ -91,7 +91,7 @@ def _about(
         "top_p": offline.top_p,
         "max_new_tokens": settings.rollout.max_new_tokens,
         "teacher": pair.teacher_fingerprint,
-        "tokenizer": tokenizers.fingerprint(pair.tokenizer),
+        "tokenizer": vocabulary.fingerprint(pair.tokenizer),
         "prompt_tokens": encoded.fingerprint(),
     }
 

@@ -49,9 +49,12 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   export   write it to a Hugging Face directory: --output DIR; of a LoRA
            student, with --adapter, its adapters alone as PEFT loads them
   sweep    every variant on every seed of config.sweep, then the report
+  plan     memory and time on a TPU topology, without a TPU (needs libtpu):
+           --topology v5e:2x4; --output FILE for JSON; where it does not fit,
+           --search SECONDS (900) for what does
 
 FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, paper,
-paper_stage1, default.
+paper_stage1, qwen3_8b_to_1p7b, paper_v5e (_v5p, _v6e, _tpu7x), default.
 All that read a run take --which latest (default), best or start.
 train runs as several processes, the same command in each, with --distributed
 (Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; a
@@ -70,8 +73,9 @@ def _flag_values(
     )
     for name, about in (
         ("workdir", "directory of the run"),
-        ("output", "directory to export to"),
+        ("output", "directory to export to, or file of a plan"),
         ("coordinator", "HOST:PORT of the first of several processes"),
+        ("topology", "TPU kind and shape to plan for, v5e:2x4"),
     ):
         flags.DEFINE_string(name, None, about, flag_values=values)
     flags.DEFINE_enum(
@@ -96,8 +100,9 @@ def _flag_values(
         ("process", None, "which of them this is, from 0"),
         ("updates", None, "of a local correction, on one window"),
         ("heartbeat", 100, "seconds of silence after which one is dead"),
+        ("search", 900, "seconds to look for a plan that fits; 0: none"),
     ):
-        least = 0 if name in ("process", "updates") else 1
+        least = 0 if name in ("process", "updates", "search") else 1
         flags.DEFINE_integer(
             name, default, about, lower_bound=least, flag_values=values
         )
@@ -187,7 +192,7 @@ def _checked_override(argument: str, config: ConfigDict) -> str:
             raise ValueError(unknown_key(f"{path}.{key}", list(place), path))
         place, path = place[key], f"{path}.{key}"
     name, _, value = argument.partition("=")
-    if isinstance(place, tuple) and re.fullmatch(r"[\w+:,./=~-]+", value):
+    if isinstance(place, tuple) and re.fullmatch(r"[\w+:,./=~-]*", value):
         # "opd,topd:teacher" without quotes, and "" for none.
         items = [v for v in value.split(",") if v]
         numbers = all(re.fullmatch(r"-?\d+", v) for v in items)
@@ -217,9 +222,22 @@ def _parse(arguments: list[str], command: str = "") -> flags.FlagValues:
         raise ValueError(f"unexpected arguments: {' '.join(strays)}")
     if not values.workdir and command == "doctor":
         values.workdir = _workdir_to_look_at(values.config)
-    if not values.workdir and command != "compare":
+    if not values.workdir and command not in ("compare", "plan"):
         raise ValueError("--workdir is missing; try --workdir runs/tiny")
     return values
+
+
+def _plan(values: flags.FlagValues) -> str:
+    from topd_jax.analysis import planning
+
+    if values.topology is None:
+        raise ValueError("--topology is missing; try --topology v5e:2x4")
+    return planning.plan(
+        settings_from(values.config),
+        values.topology,
+        output=values.output,
+        search_seconds=values.search,
+    )
 
 
 def _workdir_to_look_at(config: ConfigDict) -> str | None:
@@ -232,6 +250,8 @@ def _workdir_to_look_at(config: ConfigDict) -> str | None:
 
 
 def _command(name: str, values: flags.FlagValues) -> Any:
+    if name == "plan":
+        return _plan(values)
     # Here, not above: orbax and others take seconds to import.
     from topd_jax import commands
 
@@ -301,7 +321,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
         "train", "eval", "compare", "inspect", "probe", "correct", "quantize",
-        "sample", "export", "sweep", "doctor", "generate",
+        "sample", "export", "sweep", "doctor", "generate", "plan",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)
@@ -315,7 +335,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         result = _command(name, values)
         if name == "doctor":
             raise SystemExit(_show(result, values.json))
-        if not _process():
+        if isinstance(result, str):
+            print(result)
+        elif not _process():
             print(json.dumps(result, indent=1))
     except Exception as error:
         line = _one_line(error)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from topd_jax import sharding
-from topd_jax.data.tokenizers import check_model
+from topd_jax.data.vocabulary import check_model
 from topd_jax.models import fingerprint
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.pair import Pair

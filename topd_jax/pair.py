@@ -7,37 +7,35 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from topd_jax import sharding
 from topd_jax.adapters import adapt
-from topd_jax.data import packing, sources, tokenizers, world
+from topd_jax.data import packing, vocabulary
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import solutions as solution_data
-from topd_jax.data.routing import (
-    count_records,
-    places_of,
-    require_even_rows,
-    shares_of,
-)
+from topd_jax.data.routing import places_of
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    check_model,
-    require_same_vocabulary,
 )
+from topd_jax.data.vocabulary import check_model, require_same_vocabulary
 from topd_jax.data.world_models import world_models
 from topd_jax.models import drop_layers, end_ids, fingerprint, load
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantize import quantizer
+from topd_jax.records import (
+    check_rows,
+    grader,
+    read_records,
+    teacher_shares,
+)
 from topd_jax.settings import ModelSettings, Settings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
-_EVAL_SEED = 0
 # Its section of the config, where there is one teacher.
 _ONLY = "teacher"
 
@@ -117,7 +115,7 @@ class Pair:
             solution_data.read_solutions(
                 offline.path,
                 offline.keep,
-                tokenizer=tokenizers.fingerprint(self.tokenizer),
+                tokenizer=vocabulary.fingerprint(self.tokenizer),
             ),
             eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
@@ -195,25 +193,7 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         check_rows(settings, mesh, section)
     parts = read_records(settings)
     shares = teacher_shares(settings, parts, mesh)
-    paths, tokenizer = {}, None
-    names = model_settings(settings)
-    if any(m.source == "world" for m in names.values()):
-        where = settings.world.cache or str(workdir / "world")
-        teacher_path, student_path, tokenizer = world_models(
-            settings.world, pathlib.Path(where)
-        )
-        paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
-    models, tokenizers, owned = {}, {}, {}
-    options = tokenizer_options(settings)
-    for name, model in names.items():
-        source = paths[name] if model.source == "world" else model.source
-        models[name], own = _load(model, source, mesh, name == "student")
-        tokenizers[name], owned[name] = tokenizer, own
-        if isinstance(own, SentencePieceTokenizer):
-            tokenizers[name], owned[name] = own, None
-        elif own is not None:
-            tokenizers[name] = HuggingFaceTokenizer(own, **options)
-    tokenizer = _common_tokenizer(tokenizers, models)
+    models, tokenizer, owned, student_source = _models(settings, workdir, mesh)
     encoded, validation, test = (
         prompt_data.encode_prompts(
             part,
@@ -228,16 +208,45 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         models["student"],
         teacher,
         tokenizer,
-        next((owned[n] for n in names if tokenizers[n] is tokenizer), None),
+        owned,
         mesh,
         encoded,
         validation,
         test,
-        *_grader(settings),
+        *grader(settings),
         mark,
         frozen_fingerprint(models["student"]),
-        str(paths.get("student", settings.student.source)),
+        student_source,
     )
+
+
+def _models(
+    settings: Settings, workdir: pathlib.Path, mesh: Mesh
+) -> tuple[dict[str, Any], Tokenizer, Any, str]:
+    """Models by section, their tokenizer, what is behind it, the student's
+    source."""
+    paths, tokenizer = {}, None
+    names = model_settings(settings)
+    if any(m.source == "world" for m in names.values()):
+        where = settings.world.cache or str(workdir / "world")
+        teacher_path, student_path, tokenizer = world_models(
+            settings.world, pathlib.Path(where)
+        )
+        paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
+    models, found, owned = {}, {}, {}
+    options = tokenizer_options(settings)
+    for name, model in names.items():
+        source = paths[name] if model.source == "world" else model.source
+        models[name], own = _load(model, source, mesh, name == "student")
+        found[name], owned[name] = tokenizer, own
+        if isinstance(own, SentencePieceTokenizer):
+            found[name], owned[name] = own, None
+        elif own is not None:
+            found[name] = HuggingFaceTokenizer(own, **options)
+    tokenizer = _common_tokenizer(found, models)
+    behind = next((owned[n] for n in names if found[n] is tokenizer), None)
+    source = str(paths.get("student", settings.student.source))
+    return models, tokenizer, behind, source
 
 
 def model_settings(settings: Settings) -> dict[str, ModelSettings]:
@@ -313,114 +322,3 @@ def _common_tokenizer(
     for model in models.values():
         check_model(tokenizer, model.config.vocab_size)
     return tokenizer
-
-
-def teacher_shares(
-    settings: Settings, parts: Sequence[list[Record]], mesh: Mesh
-) -> dict[str, int]:
-    """How many prompts of each teacher a batch holds; {} for the only one."""
-    names, data = tuple(settings.teachers), settings.data
-    if not names:
-        return {}
-    counts = count_records(parts[0], names)
-    if absent := [n for n in names if n not in places_of(parts[-1])]:
-        logging.warning(
-            "no held-out prompt is of the teacher %s; data.held_out takes the "
-            "first records: mix them, or give data.eval_path",
-            ", ".join(absent),
-        )
-    if data.teacher_prompts:
-        shares = dict(zip(names, data.teacher_prompts, strict=True))
-    else:
-        shares = shares_of(counts, data.batch_size)
-    require_even_rows(
-        shares,
-        samples=data.samples,
-        ways=sharding.row_ways(mesh),
-        accumulate=settings.optimizer.accumulate,
-    )
-    return shares
-
-
-def check_rows(settings: Settings, mesh: Mesh, section: str) -> None:
-    """Refuses batches that do not divide over the mesh.
-
-    Args:
-      settings: of the run.
-      mesh: of devices.
-      section: whose ``batch_size`` it is, "data" or "eval".
-
-    Raises:
-      ValueError: naming a size that does.
-    """
-    ways = sharding.row_ways(mesh)
-    rows = getattr(settings, section).batch_size
-    if rows % ways:
-        raise ValueError(
-            f"{section}.batch_size={rows} must be divisible by the mesh's "
-            f"data x fsdp x expert ({ways}); try {-(-rows // ways) * ways}"
-        )
-
-
-def read_records(settings: Settings) -> list[list[Record]]:
-    """Training, validation and test prompts."""
-    data, options = settings.data, settings.eval
-    if data.source == "world":
-        return [
-            sources.read_world(
-                "train", settings.world.prompts, settings.world.seed
-            ),
-            sources.read_world(options.split, options.problems, _EVAL_SEED),
-            sources.read_world("test", options.final_problems, _EVAL_SEED),
-        ]
-    fields = dict(
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        teacher_field=data.teacher_field,
-        teachers=tuple(settings.teachers),
-    )
-    readers: dict[str, Callable[[str, str], list[Record]]] = {
-        "jsonl": lambda path, split: sources.read_jsonl(path, **fields),
-        "tfds": lambda path, split: sources.read_tfds(
-            path, split=split, **fields
-        ),
-        "hub": lambda path, split: sources.read_hub(
-            path, split=split, **fields
-        ),
-    }
-    if not data.path:
-        raise ValueError(
-            f"data.path is empty; data.source={data.source!r} needs it: "
-            "--config.data.path=FILE"
-        )
-    read = readers[data.source]
-    train = read(data.path, data.split)
-    if data.eval_path:
-        held_out = read(data.eval_path, data.eval_split)
-        return [train, held_out, held_out]
-    if data.held_out >= len(train):
-        raise ValueError(
-            f"data.held_out={data.held_out} must be below the {len(train)} "
-            f"prompts of {data.path}; lower it, or give data.eval_path"
-        )
-    return [
-        train[data.held_out :],
-        train[: data.held_out],
-        train[: data.held_out],
-    ]
-
-
-def _grader(settings: Settings) -> tuple[Callable, Callable]:
-    """How completions are graded, and where each one's answer stands."""
-    if settings.data.source == "world":
-
-        def grade(records: Sequence[Record], texts: Sequence[str]) -> list:
-            return [
-                world.is_correct(r["prompt"], t)
-                for r, t in zip(records, texts, strict=True)
-            ]
-
-        return grade, lambda text: world.final_answer(text) or ""
-    from topd_jax.grading import final_answer, grade_answers
-
-    return grade_answers, final_answer

@@ -94,9 +94,18 @@ def make_phases(
     Returns:
       Phases; each compiles at its first call, and lowers from shapes alone.
     """
-    objective, writer = settings.objective, settings.rollout
     ids = dict(eos_ids=eos_ids, pad_id=pad_id)
-    offline = settings.offline if objective.offline else None
+    return Phases(
+        jax.jit(_writer(settings, ids)),
+        jax.jit(_reader(settings, ids)),
+        jax.jit(_learner(settings, optimizer), donate_argnums=0),
+        make_statistics(settings),
+    )
+
+
+def _writer(settings: Settings, ids: dict) -> Callable[..., Any]:
+    options = settings.rollout
+    offline = settings.offline if settings.objective.offline else None
 
     def write_as(
         model: Any, prompts: Any, key: jax.Array, shared: int
@@ -105,10 +114,10 @@ def make_phases(
             in_compute_dtype(merge_lora(model)),
             prompts,
             key,
-            max_new_tokens=writer.max_new_tokens,
-            temperature=(offline or writer).temperature,
-            top_p=(offline or writer).top_p,
-            top_k=0 if offline else writer.top_k,
+            max_new_tokens=options.max_new_tokens,
+            temperature=(offline or options).temperature,
+            top_p=(offline or options).top_p,
+            top_k=0 if offline else options.top_k,
             samples=settings.data.samples,
             vocab_size=shared,
             **ids,
@@ -128,7 +137,11 @@ def make_phases(
         parts = teacher.each(write_own, prompts, key)
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts.values())
 
-    slices = settings.optimizer.accumulate
+    return write
+
+
+def _reader(settings: Settings, ids: dict) -> Callable[..., Any]:
+    objective, slices = settings.objective, settings.optimizer.accumulate
 
     def read(
         student: Any, teacher: Any, rows: Any, key: jax.Array
@@ -147,6 +160,12 @@ def make_phases(
             return teacher.each(by, rows, key)
         return by(teacher, rows, key)
 
+    return read
+
+
+def _learner(
+    settings: Settings, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict]]:
     def learn(
         state: TrainState, teacher_head: Head, rows: Any, *notes: Any
     ) -> tuple[TrainState, dict]:
@@ -155,17 +174,12 @@ def make_phases(
             teacher_head,
             rows,
             *notes,
-            objective=objective,
+            objective=settings.objective,
             optimizer=optimizer,
-            accumulate=slices,
+            accumulate=settings.optimizer.accumulate,
         )
         if isinstance(rows, PackedRows):
             metrics = packed_metrics(rows, metrics)
         return state, metrics
 
-    return Phases(
-        jax.jit(write),
-        jax.jit(read),
-        jax.jit(learn, donate_argnums=0),
-        make_statistics(settings),
-    )
+    return learn

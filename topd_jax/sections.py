@@ -11,6 +11,25 @@ import typing
 from collections.abc import Mapping, Sequence
 
 
+def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested settings as one mapping.
+
+    Args:
+      tree: nested dictionaries.
+      prefix: of every name.
+
+    Returns:
+      "section.key" -> value.
+    """
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
 def build(cls: type, config: Mapping, path: str) -> typing.Any:
     """Checks a section and turns it into its dataclass.
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from topd_jax.adapters import check_settings
 from topd_jax.models.quantize import check_quantized
 from topd_jax.objective import Objective
-from topd_jax.sections import build
+from topd_jax.sections import build, flat
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
@@ -188,6 +188,39 @@ class SweepSettings:
     record: str = ""
 
 
+_LEAST = {
+    ("data", "batch_size"): 1,
+    ("data", "samples"): 1,
+    ("data", "max_prompt_length"): 1,
+    ("data", "held_out"): 1,
+    ("student", "lora_rank"): 0,
+    ("rollout", "max_new_tokens"): 1,
+    ("train", "steps"): 1,
+    ("train", "max_skipped"): 0,
+    ("optimizer", "accumulate"): 1,
+    ("log", "top_k"): 1,
+    ("eval", "problems"): 1,
+    ("eval", "final_problems"): 1,
+    ("eval", "batch_size"): 1,
+    ("eval", "samples"): 1,
+    ("checkpoint", "keep"): 1,
+    ("optimizer", "learning_rate"): 0,
+    ("rollout", "temperature"): 0,
+    ("offline", "temperature"): 0,
+    ("offline", "shard_size"): 1,
+    ("offline", "pack_length"): 0,
+    ("eval", "temperature"): 0,
+}
+
+_CHOICES = {
+    ("data", "source"): ("world", "jsonl", "tfds", "hub"),
+    ("data", "on_long_prompt"): ("error", "skip"),
+    ("offline", "format"): ("array_record", "jsonl"),
+    ("offline", "keep"): ("all", "correct", "complete"),
+    ("eval", "split"): ("train", "validation", "test"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything a run is told; one field a section of the config."""
@@ -210,41 +243,13 @@ class Settings:
     teachers: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for section, name, least in (
-            ("data", "batch_size", 1),
-            ("data", "samples", 1),
-            ("data", "max_prompt_length", 1),
-            ("data", "held_out", 1),
-            ("student", "lora_rank", 0),
-            ("rollout", "max_new_tokens", 1),
-            ("train", "steps", 1),
-            ("train", "max_skipped", 0),
-            ("optimizer", "accumulate", 1),
-            ("log", "top_k", 1),
-            ("eval", "problems", 1),
-            ("eval", "final_problems", 1),
-            ("eval", "batch_size", 1),
-            ("eval", "samples", 1),
-            ("checkpoint", "keep", 1),
-            ("optimizer", "learning_rate", 0),
-            ("rollout", "temperature", 0),
-            ("offline", "temperature", 0),
-            ("offline", "shard_size", 1),
-            ("offline", "pack_length", 0),
-            ("eval", "temperature", 0),
-        ):
+        for (section, name), least in _LEAST.items():
             value = getattr(getattr(self, section), name)
             if value < least:
                 raise ValueError(
                     f"{section}.{name}={value} must be at least {least}"
                 )
-        for section, name, choices in (
-            ("data", "source", ("world", "jsonl", "tfds", "hub")),
-            ("data", "on_long_prompt", ("error", "skip")),
-            ("offline", "format", ("array_record", "jsonl")),
-            ("offline", "keep", ("all", "correct", "complete")),
-            ("eval", "split", ("train", "validation", "test")),
-        ):
+        for (section, name), choices in _CHOICES.items():
             value = getattr(getattr(self, section), name)
             if value not in choices:
                 raise ValueError(
@@ -256,16 +261,7 @@ class Settings:
         for name, model in ({"student": self.student} | teachers).items():
             check_quantized(name, model.quantize, model.quantize_tile)
         check_settings(self.student, teachers)
-        path = self.offline.path
-        if path and not self.objective.offline:
-            raise ValueError(
-                f"offline.path={path!r} needs objective.stage=offline"
-            )
-        if path and self.teachers:
-            raise ValueError(
-                f"offline.path={path!r} is a set of one teacher; leave "
-                "config.teachers out"
-            )
+        self._check_offline()
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(
@@ -280,6 +276,18 @@ class Settings:
                 "the one or raise the other"
             )
         self._check_teachers()
+
+    def _check_offline(self) -> None:
+        path = self.offline.path
+        if path and not self.objective.offline:
+            raise ValueError(
+                f"offline.path={path!r} needs objective.stage=offline"
+            )
+        if path and self.teachers:
+            raise ValueError(
+                f"offline.path={path!r} is a set of one teacher; leave "
+                "config.teachers out"
+            )
 
     def _check_teachers(self) -> None:
         data, names = self.data, list(self.teachers)
@@ -337,25 +345,6 @@ class Settings:
         }
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested settings as one mapping.
-
-    Args:
-      tree: what :meth:`Settings.to_dict` gives.
-      prefix: of every name.
-
-    Returns:
-      "section.key" -> value.
-    """
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
 
 
 def _defaults() -> dict[str, object]:

@@ -118,7 +118,14 @@ class Run:
             where,
             frozen=self.pair.frozen_fingerprint,
         )
-        self.state, self.key = self.checkpoints.restore(step, self.state)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=x.sharding
+            ),
+            self.state,
+        )
+        self.state = None  # never two states on the devices
+        self.state, self.key = self.checkpoints.restore(step, like)
         self.data.set_state(found["data"])
         return step
 
@@ -351,4 +358,5 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         preflight.check_pair(settings, pair)
     with jax.set_mesh(pair.mesh):
         run = Run(settings, workdir, pair)
+    pair.student = None  # the run's own copy is the only one
     return run.train()

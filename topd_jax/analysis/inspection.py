@@ -1,16 +1,11 @@
-"""One HTML page that shows what the detector saw in a run's trajectories.
+"""One HTML page that shows what the detector saw in a run's trajectories."""
 
-The page carries its data, style and script: it opens from a file, without a
-network, in light and dark.
-"""
-
-import json
 import pathlib
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from topd_jax.analysis import pages
 from topd_jax.analysis.observe import Observed
 from topd_jax.data import truth
 from topd_jax.pair import Pair
@@ -121,15 +116,4 @@ def write_page(
       about: "title", and "facts", name -> text, shown at the top.
       path: of the HTML file.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("topd_jax", "analysis/templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    # A "</script>" or "<!--" in a completion must not end the data.
-    text = json.dumps({"trajectories": trajectories}, allow_nan=False)
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    template = environment.get_template("inspect.html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(template.render(data=text, **about), encoding="utf-8")
+    pages.write("inspect.html", {"trajectories": trajectories}, path, **about)

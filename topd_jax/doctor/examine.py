@@ -20,13 +20,11 @@ from topd_jax.doctor.findings import Finding, count, refusal
 from topd_jax.models import DecoderConfig, Description, describe
 from topd_jax.pair import (
     Pair,
-    check_rows,
     load_pair,
     model_settings,
-    read_records,
-    teacher_shares,
     tokenizer_options,
 )
+from topd_jax.records import check_rows, read_records, teacher_shares
 from topd_jax.settings import ModelSettings, Settings
 
 

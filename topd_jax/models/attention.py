@@ -10,6 +10,11 @@ from flax import struct
 from topd_jax.head import soft_cap
 from topd_jax.models.config import DecoderConfig
 
+# Scores of one head and row that may exist at once (16 MB in float32), and of
+# a block of queries where there are more.
+_LONG_SCORES = 1 << 22
+_BLOCK_SCORES = 1 << 21
+
 # Farther than any two columns: a layer that does not slide.
 _EVERYTHING = np.iinfo(np.int32).max
 
@@ -109,6 +114,9 @@ def attend(
 ) -> jax.Array:
     """Attention of grouped heads: the only place that knows how.
 
+    Long sequences are read a block of queries at a time, whose scores alone
+    exist: at 8800 columns all scores of one row and 32 heads are 9.9 GB.
+
     Args:
       query: [B, S, heads, head_dim].
       key: [B, L, kv_heads, head_dim].
@@ -119,6 +127,59 @@ def attend(
     Returns:
       [B, S, heads, head_dim].
     """
+    length, columns = query.shape[1], key.shape[1]
+    block = max(_BLOCK_SCORES // columns // 128, 1) * 128
+    if length <= max(block, _LONG_SCORES // columns):
+        return _attend(query, key, value, mask, config)
+    return _attend_in_blocks(query, key, value, mask, config, block)
+
+
+def _attend_in_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    config: DecoderConfig,
+    block: int,
+) -> jax.Array:
+    """The same, ``block`` queries at a time; computed again backward."""
+    length = query.shape[1]
+    count = -(-length // block)
+    pad = count * block - length
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, pad)
+        x = jnp.pad(x, widths)
+        x = x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    # The cotangents of a loop's constants are summed in their own type.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    @jax.checkpoint
+    def of_block(query: jax.Array, mask: jax.Array) -> jax.Array:
+        narrow = (x.astype(query.dtype) for x in wide)
+        return _attend(query, *narrow, mask, config)
+
+    _, out = jax.lax.scan(
+        lambda _, x: (None, of_block(*x)),
+        None,
+        (split(query, 1), split(mask, 2)),
+    )
+    out = jnp.moveaxis(out, 0, 1)
+    out = out.reshape(out.shape[0], count * block, *out.shape[3:])
+    return out[:, :length]
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    config: DecoderConfig,
+) -> jax.Array:
+    """Attention with all scores at once."""
     scale = (config.query_scalar or config.head_dim) ** -0.5
     if config.attention_softcap is None:
         return jax.nn.dot_product_attention(

@@ -1,0 +1,12 @@
+"""The paper's pair and stage 2, to the letter, on 4 chips of v5p:2x2x1.
+
+topd plan --config paper_v5p --topology v5p:2x2x1 shows memory and time.
+"""
+
+from ml_collections import ConfigDict
+from topd_jax.configs import paper
+
+
+def get_config() -> ConfigDict:
+    """One prompt a step, heads over all four chips: configs/paper.py."""
+    return paper.get_config()

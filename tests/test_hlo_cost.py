@@ -1,0 +1,224 @@
+"""What a compiled program does, against programs counted by hand."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from topd_jax.analysis import hlo
+from topd_jax.analysis.hlo_bytes import group_size, ring_bytes
+from topd_jax.analysis.hlo_cost import Cost, count
+
+
+def counted(fn, *args):
+    return count(hlo.parse(jax.jit(fn).lower(*args).compile().as_text()))
+
+
+def test_a_product_in_a_scan_of_seven_in_a_scan_of_three():
+    def fn(x, w):
+        def outer(x, _):
+            x, _ = jax.lax.scan(lambda x, m: (jnp.tanh(x @ m), None), x, w)
+            return x, None
+
+        return jax.lax.scan(outer, x, None, length=3)[0]
+
+    x, w = jnp.ones((64, 128)), jnp.ones((7, 128, 128))
+    cost = counted(fn, x, w)
+    assert cost.flops == 3 * 7 * 2 * 64 * 128 * 128
+    assert cost.bounded is None
+    # Each product reads its matrix and its states, and writes states.
+    least = 3 * 7 * 4 * (128 * 128 + 2 * 64 * 128)
+    assert least <= cost.bytes < 4 * least
+
+
+def test_a_loop_that_may_end_earlier_counts_to_its_bound():
+    def fn(x, w):
+        def more(state):
+            step, x = state
+            return (step < 50) & jnp.any(x > 0)
+
+        def body(state):
+            step, x = state
+            return step + 1, x @ w
+
+        return jax.lax.while_loop(more, body, (jnp.int32(8), x @ w))
+
+    cost = counted(fn, jnp.ones((32, 64)), jnp.ones((64, 64)))
+    one = 2 * 32 * 64 * 64
+    assert cost.bounded.flops == (50 - 8) * one
+    assert cost.flops == (50 - 8 + 1) * one
+
+
+def test_a_step_above_one_and_a_bound_that_is_passed_in():
+    def fn(x, w):
+        def body(state):
+            step, x = state
+            return step + 3, x @ w
+
+        return jax.lax.while_loop(
+            lambda state: state[0] + 2 < 20, body, (jnp.int32(0), x)
+        )
+
+    cost = counted(fn, jnp.ones((32, 64)), jnp.ones((64, 64)))
+    assert cost.flops == 6 * 2 * 32 * 64 * 64  # 0, 3, ..., 15
+
+
+def test_only_the_slice_of_a_sliced_array_is_read():
+    def fn(table, rows):
+        def body(total, row):
+            taken = jax.lax.dynamic_slice(table, (row, 0), (1, 128))
+            return total + jnp.sum(jnp.sin(taken)), None
+
+        return jax.lax.scan(body, 0.0, rows)[0]
+
+    table, rows = jnp.ones((4096, 128)), jnp.arange(10)
+    cost = counted(fn, table, rows)
+    assert 10 * 128 * 4 <= cost.bytes < table.nbytes / 2
+
+
+def test_a_row_written_in_place_is_all_that_is_written():
+    def fn(table, rows):
+        def body(table, row):
+            new = jnp.full((1, 128), row, jnp.float32)
+            return jax.lax.dynamic_update_slice(table, new, (row, 0)), None
+
+        return jax.lax.scan(body, table, rows)[0]
+
+    table, rows = jnp.ones((4096, 128)), jnp.arange(10)
+    cost = counted(fn, table, rows)
+    # One copy, so that the argument is kept; not one a row.
+    assert cost.bytes < 3 * table.nbytes
+
+
+EIGHT = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from topd_jax.analysis import hlo
+from topd_jax.analysis.hlo_cost import count
+
+mesh = jax.make_mesh(
+    (2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+)
+
+def fn(x, w):
+    def body(x, _):
+        total = jax.lax.psum(x @ w, "b")
+        return total, None
+    return jax.lax.scan(body, x, None, length=5)[0]
+
+fn = jax.shard_map(
+    fn, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), check_vma=False
+)
+x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+w = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+program = hlo.parse(jax.jit(fn).lower(x, w).compile().as_text())
+cost = count(program)
+assert program.devices == 8, program.devices
+assert cost.flops == 5 * 2 * 32 * 32 * 32, cost
+wanted = 5 * 2 * (32 * 32 * 4) * 3 / 4
+assert cost.collectives == {"all-reduce": wanted}, (cost, wanted)
+print("counted")
+"""
+
+
+def test_a_psum_over_four_of_eight_devices():
+    env = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True
+    )
+    assert "counted" in done.stdout, done.stderr[-2000:]
+
+
+TPU = textwrap.dedent(
+    """\
+    HloModule jit_f, is_scheduled=true, num_partitions=8
+
+    %started (p.0: bf16[256,128]) -> (bf16[256,128], bf16[256,512]) {
+      %p.0 = bf16[256,128]{1,0:T(8,128)(2,1)} parameter(0)
+      %all-gather.1 = bf16[256,512]{1,0} all-gather(%p.0), channel_id=1, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+      ROOT %c.1 = (bf16[256,128]{1,0}, bf16[256,512]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+    }
+
+    %waited (p.1: bf16[256,128], p.2: bf16[256,512]) -> bf16[256,512] {
+      %p.1 = bf16[256,128]{1,0} parameter(0)
+      %p.2 = bf16[256,512]{1,0} parameter(1)
+      %all-gather.2 = bf16[256,512]{1,0} all-gather(%p.1), channel_id=1, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+      ROOT %c.2 = bf16[256,512]{1,0} custom-call(%p.1, %p.2, %all-gather.2), custom_call_target="AsyncCollectiveDone"
+    }
+
+    %products (q.0: bf16[16,64,32], q.1: bf16[16,32,48]) -> bf16[16,64,48] {
+      %q.0 = bf16[16,64,32]{2,1,0} parameter(0)
+      %q.1 = bf16[16,32,48]{2,1,0:T(8,128)(2,1)S(1)} parameter(1)
+      ROOT %convolution.1 = bf16[16,64,48]{2,1,0} convolution(%q.0, %q.1), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0io->0bf
+    }
+
+    ENTRY %main (a: bf16[256,128], b: bf16[16,64,32], c: bf16[16,32,48]) -> bf16[16,64,48] {
+      %a = bf16[256,128]{1,0} parameter(0)
+      %b = bf16[16,64,32]{2,1,0} parameter(1)
+      %c = bf16[16,32,48]{2,1,0:S(1)} parameter(2)
+      %start = (bf16[256,128]{1,0:S(1)}, bf16[256,512]{1,0:S(1)}) fusion(%a), kind=kCustom, calls=%started
+      %g.0 = bf16[256,128]{1,0:S(1)} get-tuple-element(%start), index=0
+      %g.1 = bf16[256,512]{1,0:S(1)} get-tuple-element(%start), index=1
+      %done = bf16[256,512]{1,0:S(1)} fusion(%g.0, /*index=1*/%g.1), kind=kCustom, calls=%waited
+      %permute = (bf16[256,512]{1,0:S(1)}, bf16[256,512]{1,0:S(1)}) collective-permute-start(%done), channel_id=2, source_target_pairs={{0,1},{1,0}}
+      ROOT %fusion = bf16[16,64,48]{2,1,0} fusion(%b, %c), kind=kOutput, calls=%products
+    }
+    """  # noqa: E501
+)
+
+
+def test_the_spelling_of_a_tpu():
+    program = hlo.parse(TPU)
+    cost = count(program)
+    assert cost.collectives == {
+        # Named twice, started once, over the four devices of one axis.
+        "all-gather": 3 * 256 * 128 * 2,
+        "collective-permute": 256 * 512 * 2,
+    }
+    # A batch of products, spelt as a convolution.
+    assert cost.flops == 16 * 2 * 64 * 48 * 32
+    # What lies in vector memory, S(1), moves nothing: only a, b and the root.
+    assert cost.bytes == 2 * (256 * 128 + 16 * 64 * 32 + 16 * 64 * 48)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x','y'}", 8),
+        ("replica_groups=mesh['x'=2,'y'=8] {'y':(2)4}", 4),
+        ("replica_groups={}", 6),
+    ],
+)
+def test_groups_in_every_spelling(text, size):
+    assert group_size(f"channel_id=1, {text}, x=1", 6) == size
+
+
+def test_bytes_on_a_ring():
+    assert ring_bytes("all-gather", 10, 4) == 30
+    assert ring_bytes("all-reduce", 40, 4) == 60
+    assert ring_bytes("reduce-scatter", 40, 4) == 30
+    assert ring_bytes("all-to-all", 40, 4) == 30
+    assert ring_bytes("collective-permute", 40, 4) == 40
+    assert ring_bytes("all-reduce", 40, 1) == 0
+
+
+def test_costs_add_up():
+    one = Cost(1, 2, {"all-gather": 3.0}, Cost(1, 1))
+    two = one + one.times(2) - one
+    assert two == Cost(2, 4, {"all-gather": 6.0}, Cost(2, 2))
+    assert two.sent == 6.0
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("nothing")

@@ -1,0 +1,71 @@
+"""``topd plan`` with the real TPU compiler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.slow
+
+
+def topd(*arguments):
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    return subprocess.run(
+        [sys.executable, "-m", "topd_jax.main", "plan", *arguments],
+        env=env, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+
+
+def test_a_small_run_on_eight_chips(tmp_path):
+    output = tmp_path / "plan.json"
+    done = topd(
+        f"--config={HERE / 'small_run.py'}",
+        "--config.mesh.fsdp=2",
+        "--topology=v5e:2x4",
+        f"--output={output}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads(output.read_text())["plan"]
+    assert plan["fits"] and plan["mesh"]["data"] == 4
+    names = [p["name"] for p in plan["programs"]]
+    assert names == [
+        "rollout", "annotate", "update", "statistics", "evaluate", "restore",
+    ]  # fmt: skip
+    assert all(p["total"] > 0 and p["seconds"] > 0 for p in plan["programs"])
+    phases = {p["name"]: p for p in plan["phases"]}
+    assert set(phases) == {
+        "prefill", "decode", "scoring", "branches", "update",
+    }  # fmt: skip
+    # A student of one layer of width 32, written 15 times after the first.
+    decode = phases["decode"]["cost"]
+    least = 15 * 2 * (4 * 32 * 32 + 3 * 32 * 64 + 64 * 32)
+    assert least <= decode["flops"] < 3 * least
+    assert phases["update"]["cost"]["collectives"]["all-reduce"] > 0
+    for word in ("arguments", "MFU", "looking ahead adds", "8 devices"):
+        assert word in done.stdout
+
+
+def test_what_does_not_fit_is_told_and_what_would(tmp_path):
+    done = topd(
+        f"--config={HERE / 'large_run.py'}",
+        "--topology=v5e:2x4",
+        "--search=600",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "too much" in done.stdout
+    assert "--config." in done.stdout.split("change:")[1].splitlines()[0]
+    assert "fits" in done.stdout.split("change:")[1]
+
+
+def test_an_unknown_topology_is_one_line():
+    done = topd("--config=tiny", "--topology=v5e:9x9x9")
+    assert done.returncode == 2
+    assert done.stderr.startswith("topd: --topology v5e:9x9x9")
+    done = topd("--config=tiny")
+    assert "--topology is missing" in done.stderr

@@ -1,0 +1,239 @@
+"""A plan of memory and time for a TPU pod, made without the pod.
+
+Every program of a run is compiled by the TPU compiler for a topology, from
+shapes alone (:mod:`topd_jax.analysis.programs`). The compiler tells each
+program's memory; what it does is counted from the compiled program, loops as
+often as they run (:mod:`topd_jax.analysis.hlo_cost`). A phase takes at least
+
+    max(operations / peak, bytes / HBM bandwidth, bytes sent / link bandwidth)
+
+seconds, the roofline, with a chip's published peaks; loops over tokens run to
+``rollout.max_new_tokens``, as if no row ended earlier. Ours.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from topd_jax import sharding
+from topd_jax.analysis.chips import Chip, chip_of
+from topd_jax.analysis.compiling import ProgramPlan, compile_program
+from topd_jax.analysis.hlo_cost import Cost
+from topd_jax.analysis.programs import (
+    Call,
+    calls,
+    decoder_configs,
+    topology_devices,
+)
+from topd_jax.analysis.useful import phase_work
+from topd_jax.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasePlan:
+    """What one phase of a step does and takes at the least, a device.
+
+    Attributes:
+      name: of the phase.
+      cost: operations and bytes.
+      seconds: the roofline.
+      bound: what it is bound by: "compute", "memory" or "links".
+      tokens: that it works on, over all devices.
+      mfu: share of the devices' peak that the model's own operations make,
+        without what is computed again.
+    """
+
+    name: str
+    cost: Cost
+    seconds: float
+    bound: str
+    tokens: int
+    mfu: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a topology.
+
+    Attributes:
+      topology: as given, "v5e:2x4".
+      chip: a device of it.
+      mesh: axis -> size.
+      programs: in the order of a step.
+      phases: of a step.
+      step_seconds: the sum of its phases.
+      overhead: of looking ahead, as a share of a step without; None where
+        nothing looks ahead or some program does not fit.
+      generated: tokens that a step generates.
+    """
+
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    programs: tuple[ProgramPlan, ...]
+    phases: tuple[PhasePlan, ...]
+    step_seconds: float
+    overhead: float | None
+    generated: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program runs."""
+        return all(p.fits for p in self.programs)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens of a step over its time; 0 where unknown."""
+        if not self.step_seconds:
+            return 0.0
+        return self.generated / self.step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able; bytes and seconds."""
+        out = dataclasses.asdict(self)
+        for name in ("fits", "tokens_per_second"):
+            out[name] = getattr(self, name)
+        for row, program in zip(out["programs"], self.programs, strict=True):
+            row |= {n: getattr(program, n) for n in ("total", "fits", "excess")}
+        return out
+
+
+def make_plan(
+    settings: Settings,
+    topology: str,
+    *,
+    only: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Compiles a run for a topology.
+
+    Args:
+      settings: of the run.
+      topology: kind and shape, "v5e:2x4".
+      only: names of the programs to compile; () compiles all. Without all of
+        them there are no phases.
+      say: told of every program before it is compiled.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: for a topology or a model that is not known, or what does
+        not divide over the mesh.
+    """
+    devices = topology_devices(topology)
+    chip = chip_of(devices)
+    mesh = sharding.make_mesh(
+        **dataclasses.asdict(settings.mesh), devices=devices
+    )
+    with jax.set_mesh(mesh):
+        run = calls(settings, mesh)
+        names = [n for n in run if not only or n in only]
+        made = _compiled(names, run, chip, say)
+        plain = _without_looking_ahead(settings, mesh, chip, say, made, only)
+    phases, overhead = (), None
+    if not only and all(p.cost is not None for p in made.values()):
+        phases, overhead = _phases(settings, chip, made, plain, mesh.size)
+    rows = settings.data.batch_size * settings.data.samples
+    return Plan(
+        topology=topology,
+        chip=chip,
+        mesh=dict(mesh.shape),
+        programs=tuple(made.values()),
+        phases=phases,
+        step_seconds=sum(p.seconds for p in phases),
+        overhead=overhead,
+        generated=rows * settings.rollout.max_new_tokens,
+    )
+
+
+def _without_looking_ahead(
+    settings: Settings,
+    mesh: Mesh,
+    chip: Chip,
+    say: Callable[[str], None],
+    made: dict[str, ProgramPlan],
+    only: tuple[str, ...],
+) -> dict[str, ProgramPlan]:
+    """Scoring and update of plain OPD, to tell what looking ahead costs."""
+    fits = all(p.cost is not None for p in made.values())
+    if only or not fits or not settings.objective.pieces.looks_ahead:
+        return {}
+    objective = dataclasses.replace(settings.objective, variant="opd")
+    run = calls(dataclasses.replace(settings, objective=objective), mesh)
+    return _compiled(("annotate", "update"), run, chip, say, " of plain OPD")
+
+
+def _compiled(
+    names: Sequence[str],
+    run: dict[str, Call],
+    chip: Chip,
+    say: Callable[[str], None],
+    what: str = "",
+) -> dict[str, ProgramPlan]:
+    made = {}
+    for name in names:
+        say(f"compiling {name}{what}")
+        made[name] = compile_program(name, run, chip)
+    return made
+
+
+def roofline(cost: Cost, chip: Chip) -> tuple[float, str]:
+    """The least seconds that work takes, and what it is bound by.
+
+    Args:
+      cost: of one device.
+      chip: the device.
+
+    Returns:
+      (seconds, "compute", "memory" or "links").
+    """
+    times = {
+        "compute": cost.flops / chip.flops,
+        "memory": cost.bytes / chip.bandwidth,
+        "links": cost.sent / chip.link,
+    }
+    bound = max(times, key=times.__getitem__)
+    return times[bound], bound
+
+
+def _phases(
+    settings: Settings,
+    chip: Chip,
+    made: dict[str, ProgramPlan],
+    plain: dict[str, ProgramPlan],
+    devices: int,
+) -> tuple[tuple[PhasePlan, ...], float | None]:
+    """The phases of a step, and what looking ahead adds to it."""
+    work = phase_work(settings, *decoder_configs(settings))
+    rollout = made["rollout"].cost
+    decode = rollout.bounded or Cost()
+    scoring = (plain or made)["annotate"].cost
+    costs = {
+        "prefill": dataclasses.replace(rollout - decode, bounded=None),
+        "decode": decode,
+        "scoring": scoring,
+        "update": made["update"].cost,
+    }
+    if plain:
+        costs["branches"] = made["annotate"].cost - scoring
+    phases = []
+    for name in ("prefill", "decode", "scoring", "branches", "update"):
+        if name in costs:
+            seconds, bound = roofline(costs[name], chip)
+            tokens, flops = work[name]
+            peak = seconds * chip.flops * devices
+            mfu = flops / peak if peak else 0.0
+            phases.append(
+                PhasePlan(name, costs[name], seconds, bound, tokens, mfu)
+            )
+    if not plain:
+        return tuple(phases), None
+    step = {p.name: p.seconds for p in phases}
+    # The same step without: no branches, and the update of plain OPD.
+    before = step["prefill"] + step["decode"] + step["scoring"]
+    before += roofline(plain["update"].cost, chip)[0]
+    return tuple(phases), sum(step.values()) / before - 1.0
