@@ -223,41 +223,34 @@ def correct(
     workdir: pathlib.Path,
     which: str,
     count: int,
-    updates: int | None = None,
+    updates: int,
     learning_rate: float | None = None,
 ) -> dict[str, Any]:
     """Measures whether updates on one window mend its divergence (§5.2).
 
     Args:
-      settings: of the run; every method has its objective and optimizer, at
-        a constant rate.
-      workdir: of the run; ``correct-WHICH`` with the JSON and the figure is
-        written there.
+      settings: of the run; every method has its objective and optimizer.
+      workdir: of the run; ``correct-WHICH`` is written there.
       which: "latest", "best" or "start".
       count: divergent points, one a test prompt; fewer where there are none.
-      updates: M, on each point; None takes the paper's 5.
-      learning_rate: None takes ``optimizer.learning_rate``.
+      updates: M, on each point.
+      learning_rate: held constant; None takes ``optimizer.learning_rate``.
 
     Returns:
       What was done, the numbers, those of the paper and the figure's path.
-
-    Raises:
-      ValueError: for several teachers, or where no point is divergent.
     """
     from topd_jax.analysis import correction
 
     require_checkpoint(workdir, which)
-    correction.require_one_teacher(settings)
+    correction.require_correctable(settings, learning_rate)
     pair = load_pair(settings, workdir)
     with jax.set_mesh(pair.mesh):
         student, step = load_student(settings, workdir, pair, which)
-        result = correction.correct(
+        return correction.correct(
             settings, pair, student, workdir / f"correct-{which}",
             count=count, updates=updates, learning_rate=learning_rate,
             facts={"machine": sweeps.machine(), "step": step},
         )  # fmt: skip
-    print(correction.table(result), file=sys.stderr, flush=True)
-    return result
 
 
 def quantize(

@@ -98,7 +98,7 @@ def _flag_values(
         ("count", None, "trajectories to look at, or prompts to write on"),
         ("processes", None, "how many run this command"),
         ("process", None, "which of them this is, from 0"),
-        ("updates", None, "of a local correction, on one window"),
+        ("updates", 5, "of a local correction, on one window"),
         ("heartbeat", 100, "seconds of silence after which one is dead"),
         ("search", 900, "seconds to look for a plan that fits; 0: none"),
     ):

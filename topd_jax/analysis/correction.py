@@ -11,7 +11,8 @@ teacher's continuation is measured with the start student's embedding.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ import optax
 from tqdm import tqdm
 
 from topd_jax.analysis import plots
+from topd_jax.analysis.correction_report import BEFORE, PAPER, report, table
 from topd_jax.analysis.observe import looking_ahead, observe
 from topd_jax.analysis.points import Points, choose
-from topd_jax.analysis.report import interval
 from topd_jax.annotate import read
 from topd_jax.distill import init_state, update
 from topd_jax.models.decoder import in_compute_dtype
@@ -48,16 +49,6 @@ METHODS = {
     "topd:teacher": {"variant": "topd", "context": "teacher"},
     "topd:student": {"variant": "topd", "context": "student"},
 }
-BEFORE = "before"
-# METHOD §5: means over 1000 prefixes, K = 50, M = 5. §5.2 describes what is
-# called context "teacher" here.
-PAPER = {
-    "mean": {BEFORE: 0.538, "opd": 0.350, "topd:teacher": 0.204},
-    "count": 1000,
-    "window": 50,
-    "updates": 5,
-}
-UPDATES = PAPER["updates"]
 
 
 def goal_of(objective: Objective, method: str) -> Objective:
@@ -216,110 +207,59 @@ def measure(
                 student, teacher, points.one(i), jnp.int32(number)
             )
             written[name].append(jax.device_get(done))
-    theirs = jax.tree.map(jnp.asarray, points.theirs)
-    found = {}
-    for name, parts in written.items():
-        windows, skipped = jax.tree.map(lambda *x: np.concatenate(x), *[
-            (w, np.atleast_1d(s)) for w, s in parts
-        ])  # fmt: skip
-        distance, _ = window_distance(
-            student.embedding,
-            jax.tree.map(jnp.asarray, windows),
-            theirs,
-            epsilon=objective.epsilon,
-            position_weight=objective.position_weight,
-        )
-        ids = [np.where(w.mask, w.tokens, -1) for w in (windows, points.theirs)]
-        alike = ids[0] == ids[1]
-        found[name] = {
-            "distance": np.asarray(distance),
-            "first": alike[:, 0],
-            "same": alike.all(axis=1),
-            "skipped": skipped,
-        }
-    return found
+    # By the start's embedding: a method must not move what measures it.
+    return {
+        name: _compared(student.embedding, parts, points.theirs, objective)
+        for name, parts in written.items()
+    }
 
 
-def report(
-    found: Mapping[str, Mapping[str, np.ndarray]], as_written: np.ndarray
-) -> dict[str, Any]:
-    """The numbers of §5.2.
-
-    Args:
-      found: of :func:`measure`.
-      as_written: f32[N] distance of the window that the student sampled, by
-        which the point was chosen.
-
-    Returns:
-      JSON-able: "as_written", its mean; by method "mean", its 95 % bootstrap
-      "interval" over prefixes, "median", shares "first" and "same" (of
-      :func:`measure`), "skipped" updates and "against_opd": the paired
-      "difference" of means, its "interval", and the shares of prefixes
-      "nearer" and "farther" than OPD.
-    """
-    base = found["opd"]["distance"]
-    methods = {}
-    for name, f in found.items():
-        change = f["distance"] - base
-        methods[name] = {
-            "mean": float(f["distance"].mean()),
-            "interval": interval(f["distance"][None]),
-            "median": float(np.median(f["distance"])),
-            "first": float(f["first"].mean()),
-            "same": float(f["same"].mean()),
-            "skipped": int(f["skipped"].sum()),
-            "against_opd": {
-                "difference": float(change.mean()),
-                "interval": interval(change[None]),
-                # Less than this is the solver's noise.
-                "nearer": float((change < -1e-3).mean()),
-                "farther": float((change > 1e-3).mean()),
-            },
-        }
-    return {"as_written": float(np.mean(as_written)), "methods": methods}
+def _compared(
+    embedding: jax.Array,
+    parts: Sequence[tuple[Windows, np.ndarray]],
+    theirs: Windows,
+    objective: Objective,
+) -> dict[str, np.ndarray]:
+    """How near N continuations, [1, K] each, are to the teacher's [N, K]."""
+    ours = jax.tree.map(lambda *x: np.concatenate(x), *[w for w, _ in parts])
+    distance, _ = window_distance(
+        embedding,
+        *jax.tree.map(jnp.asarray, (ours, theirs)),
+        epsilon=objective.epsilon,
+        position_weight=objective.position_weight,
+    )
+    mine, wanted = (np.where(w.mask, w.tokens, -1) for w in (ours, theirs))
+    alike = mine == wanted
+    return {
+        "distance": np.asarray(distance),
+        "first": alike[:, 0],
+        "same": alike.all(axis=1),
+        "skipped": np.array([skipped for _, skipped in parts]),
+    }
 
 
-def table(numbers: Mapping[str, Any]) -> str:
-    """The numbers beside the paper's, for a terminal.
-
-    Args:
-      numbers: of :func:`report`.
-    """
-    lines = [
-        f"{'distance to the teacher':24}{'mean (95 %)':>22}{'paper':>8}"
-        f"{'minus OPD (95 %)':>27}{'first':>8}{'same':>8}"
-    ]
-    for name, m in numbers["methods"].items():
-        low, high = m["interval"]
-        mean = f"{m['mean']:.3f} ({low:.3f}–{high:.3f})"
-        paper = PAPER["mean"].get(name)
-        paper = "–" if paper is None else f"{paper:.3f}"
-        change = ""
-        if name != "opd":
-            than = m["against_opd"]
-            low, high = than["interval"]
-            change = f"{than['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-        lines.append(
-            f"{name:24}{mean:>22}{paper:>8}{change:>27}"
-            f"{m['first']:>8.3f}{m['same']:>8.3f}"
-        )
-    return "\n".join(lines)
-
-
-def require_one_teacher(settings: Settings) -> None:
-    """Refuses several teachers, before any model is made.
+def require_correctable(
+    settings: Settings, learning_rate: float | None
+) -> None:
+    """Refuses what cannot be corrected, before any model is made.
 
     Args:
       settings: of the run.
+      learning_rate: of the correction; None takes the run's.
 
     Raises:
-      ValueError: naming them.
+      ValueError: for several teachers, or a rate that is not above 0.
     """
     if settings.teachers:
         raise ValueError(
             "topd correct corrects towards one teacher and config.teachers "
             f"names {', '.join(settings.teachers)}; leave one, as "
             "config.teacher"
+        )
+    if learning_rate is not None and not learning_rate > 0:
+        raise ValueError(
+            f"--learning_rate={learning_rate} must be above 0; --updates=0 "
+            "leaves the student as it is"
         )
 
 
@@ -330,74 +270,70 @@ def correct(
     folder: pathlib.Path,
     *,
     count: int,
-    updates: int | None,
-    learning_rate: float | None,
+    updates: int,
+    learning_rate: float | None = None,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Chooses points, corrects each, and writes what came of it.
+    """Chooses points, corrects each, writes and shows what came of it.
 
     Args:
-      settings: of the run.
+      settings: of the run; see :func:`require_correctable`.
       pair: of the run.
       student: where each correction starts.
       folder: where ``correct.json`` and the figure are written.
       count: points, one a test prompt.
-      updates: M; None takes :data:`UPDATES`.
-      learning_rate: None takes the run's.
+      updates: M.
+      learning_rate: held constant; None takes the run's peak.
       facts: also to be recorded.
 
     Returns:
-      JSON-able: what was done, the numbers of :func:`report`, :data:`PAPER`
-      and the "figure".
+      JSON-able: what was done, the numbers of
+      :func:`~topd_jax.analysis.correction_report.report`, :data:`PAPER` and
+      the "figure".
 
     Raises:
-      ValueError: for a rate that is not above 0, or where nothing diverges.
+      ValueError: where nothing diverges.
     """
-    options, objective = settings.optimizer, settings.objective
-    if learning_rate is None:
-        learning_rate = options.learning_rate
-    if not learning_rate > 0:
-        raise ValueError(
-            f"--learning_rate={learning_rate} must be above 0; --updates=0 "
-            "leaves the student as it is"
+    if learning_rate is not None:
+        changed = dataclasses.replace(
+            settings.optimizer, learning_rate=learning_rate
         )
-    updates = UPDATES if updates is None else updates
-    options = dataclasses.replace(options, learning_rate=learning_rate)
+        settings = dataclasses.replace(settings, optimizer=changed)
     ids = dict(eos_ids=pair.tokenizer.eos_ids, pad_id=pair.tokenizer.pad_id)
-    prompts = len(pair.test.records)
-    seen = observe(settings, pair, student, prompts)
+    seen = observe(settings, pair, student, len(pair.test.records))
     points = choose(seen, count, ids["pad_id"])
     found = measure(
-        student, pair.teacher, points, objective,
-        make_optimizer(options, None), updates=updates, **ids,
+        student, pair.teacher, points, settings.objective,
+        make_optimizer(settings.optimizer, None), updates=updates, **ids,
     )  # fmt: skip
     numbers = report(found, points.distance)
-    figure = plots.corrections(
-        found, numbers["methods"], PAPER["mean"], folder
-    )
+    figure = plots.corrections(found, numbers["methods"], PAPER["mean"], folder)
+    said = settings.to_dict()
     result = {
         **facts,
         "source": settings.student.source,
         "seed": settings.seed,
         "count": len(points.distance),
-        "window": objective.window,
+        "window": settings.objective.window,
         "updates": updates,
-        "learning_rate": learning_rate,
-        "optimizer": "AdamW, constant rate, a fresh state for each prefix",
-        "beta1": options.beta1,
-        "beta2": options.beta2,
-        "weight_decay": options.weight_decay,
-        "clip": options.clip,
-        "guidance_weight": objective.guidance_weight,
         **numbers,
         "paper": PAPER,
-        "figure": str(figure),
+        "config": {name: said[name] for name in ("objective", "optimizer")},
     }
+    _write(result, found, folder)
+    print(table(result), file=sys.stderr, flush=True)
+    return result | {"figure": str(figure)}
+
+
+def _write(
+    result: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    folder: pathlib.Path,
+) -> None:
     prefixes = {
         name: {key: values.tolist() for key, values in of_method.items()}
         for name, of_method in found.items()
     }
     (folder / "correct.json").write_text(
-        json.dumps(result | {"prefixes": prefixes}, indent=1)
+        json.dumps({**result, "prefixes": prefixes}, indent=1)
     )
-    return result
