@@ -1,6 +1,7 @@
 """Local corrections: each from the same start, on its own window alone."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -32,6 +33,7 @@ OBJECTIVE = Objective(
 )
 IDS = dict(eos_ids=(EOS,), pad_id=PAD)
 ADAM = optax.adam(1e-2)
+UPDATES = 60  # enough to write what the teacher writes
 
 
 def observed(student, teacher, objective=OBJECTIVE):
@@ -51,7 +53,14 @@ def points(student, teacher):
 @pytest.fixture(scope="module")
 def found(student, teacher, points):
     return correction.measure(
-        student, teacher, points, OBJECTIVE, ADAM, updates=3, **IDS
+        student, teacher, points, OBJECTIVE, ADAM, updates=UPDATES, **IDS
+    )
+
+
+def step_of(objective, optimizer=ADAM):
+    """(state, head, rows, notes) -> (state, metrics), jitted."""
+    return jax.jit(
+        functools.partial(update, objective=objective, optimizer=optimizer)
     )
 
 
@@ -64,13 +73,20 @@ def window_of(windows, i):
     return windows.tokens[i][windows.mask[i]].tolist()
 
 
-def logp_along(model, prefix, window):
-    """[len(window), V]: log p of each window token, by one plain pass."""
-    ids = jnp.array([prefix + window])
+@jax.jit
+def read(model, ids):
     mask = causal_mask(jnp.ones(ids.shape, bool))
     hidden, _ = model(ids, jnp.arange(ids.shape[1])[None], mask)
-    logits = unembed(model.head, hidden)[0, len(prefix) - 1 : -1]
-    return np.asarray(jax.nn.log_softmax(logits))
+    return jax.nn.log_softmax(unembed(model.head, hidden))[0]
+
+
+def logp_along(model, prefix, window):
+    """[len(window), V]: log p of each window token, by one plain pass."""
+    begin, end = len(prefix) - 1, len(prefix) + len(window) - 1
+    # What follows is not seen; one length compiles once.
+    ids = np.zeros((1, 24), int)
+    ids[0, : end + 1] = prefix + window
+    return np.asarray(read(model, ids)[begin:end])
 
 
 def greedy(model, prefix):
@@ -177,12 +193,9 @@ def test_before_is_the_start_by_an_independent_computation(
 def first_loss(student, teacher, points, i, objective):
     """The loss that the first update on a point sees."""
     point = jax.tree.map(jnp.asarray, points.one(i))
-    state = init_state(student, optax.sgd(0.0))
     batch = correction.as_batch(teacher, point, objective)
-    _, metrics = update(
-        state, teacher.head, *batch,
-        objective=objective, optimizer=optax.sgd(0.0),
-    )  # fmt: skip
+    state = init_state(student, ADAM)
+    _, metrics = step_of(objective)(state, teacher.head, *batch)
     return float(metrics["loss"][0])
 
 
@@ -240,10 +253,9 @@ def test_opd_on_one_window_lowers_its_loss(student, teacher, points):
     objective = correction.goal_of(OBJECTIVE, "opd")
     batch = correction.as_batch(teacher, point, objective)
     state, losses = init_state(student, ADAM), []
+    step = step_of(objective)
     for _ in range(6):
-        state, metrics = update(
-            state, teacher.head, *batch, objective=objective, optimizer=ADAM
-        )
+        state, metrics = step(state, teacher.head, *batch)
         losses.append(float(metrics["loss"][0]))
     assert losses[-1] < 0.8 * losses[0]
 
@@ -256,7 +268,7 @@ def test_a_correction_is_m_updates_from_the_start(
     run = correction.make_correction(objective, ADAM, **IDS)
     point = jax.tree.map(jnp.asarray, points.one(2))
     batch = correction.as_batch(teacher, point, objective)
-    state = init_state(student, ADAM)
+    state, step = init_state(student, ADAM), step_of(objective)
     written = []
     for number in range(7):
         windows, skipped = run(student, teacher, point, jnp.int32(number))
@@ -267,9 +279,7 @@ def test_a_correction_is_m_updates_from_the_start(
         assert window_of(windows, 0) == window_of(expected, 0)
         assert skipped == 0
         written.append(window_of(windows, 0))
-        state, _ = update(
-            state, teacher.head, *batch, objective=objective, optimizer=ADAM
-        )
+        state, _ = step(state, teacher.head, *batch)
     assert len({tuple(w) for w in written}) > 1  # it did change
 
 
@@ -279,7 +289,7 @@ def test_every_point_starts_from_the_same_student(
     start = jax.tree.map(np.array, student)
     backwards = jax.tree.map(lambda x: x[::-1], points)
     again = correction.measure(
-        student, teacher, backwards, OBJECTIVE, ADAM, updates=3, **IDS
+        student, teacher, backwards, OBJECTIVE, ADAM, updates=UPDATES, **IDS
     )
     for name, of_method in found.items():
         for key, values in of_method.items():
@@ -287,10 +297,7 @@ def test_every_point_starts_from_the_same_student(
     jax.tree.map(np.testing.assert_array_equal, start, student)
 
 
-def test_enough_updates_towards_the_teacher_mend_all(student, teacher, points):
-    found = correction.measure(
-        student, teacher, points, OBJECTIVE, ADAM, updates=60, **IDS
-    )
+def test_enough_updates_towards_the_teacher_mend_all(found):
     led = found["topd:teacher"]
     assert led["same"].all() and led["first"].all()
     np.testing.assert_allclose(led["distance"], 0, atol=1e-4)
@@ -300,15 +307,14 @@ def test_enough_updates_towards_the_teacher_mend_all(student, teacher, points):
 
 
 def test_an_update_that_is_not_finite_is_counted(student, teacher, points):
-    broken = points._replace(plan=points.plan * np.nan)
+    endless = dataclasses.replace(OBJECTIVE, guidance_weight=float("inf"))
     run = correction.make_correction(
-        correction.goal_of(OBJECTIVE, "topd:student"), ADAM, **IDS
+        correction.goal_of(endless, "topd:teacher"), ADAM, **IDS
     )
-    point = jax.tree.map(jnp.asarray, broken.one(0))
+    point = jax.tree.map(jnp.asarray, points.one(0))
     windows, skipped = run(student, teacher, point, jnp.int32(2))
+    assert skipped == 2
     assert window_of(windows, 0) == greedy(student, prefix_of(points, 0))
-    # A plan without mass has no targets, so nothing is skipped; or all is.
-    assert skipped in (0, 2)
 
 
 def test_adapters_alone_are_corrected(student, teacher, points):
@@ -386,7 +392,9 @@ def test_a_rate_that_means_nothing_is_refused(rate):
 def test_several_teachers_are_refused_before_any_is_made(tmp_path):
     settings = settings_with()
     settings = dataclasses.replace(
-        settings, teachers={"a": settings.teacher, "b": settings.teacher}
+        settings,
+        teachers={"a": settings.teacher, "b": settings.teacher},
+        data=dataclasses.replace(settings.data, teacher_field="subject"),
     )
     with pytest.raises(ValueError, match="one teacher .* names a, b; leave"):
         commands.correct(settings, tmp_path, "start", 1, 1)
@@ -412,10 +420,6 @@ def test_correct_from_the_command_line(trained, small_arguments, capsys):
         assert len(distances) == 3
         assert np.mean(distances) == pytest.approx(numbers["mean"])
         assert numbers["skipped"] == 0
-    main.run([*call, "--which=latest", "--updates=0"])
-    (before, *after) = json.loads(capsys.readouterr().out)["methods"].values()
-    assert all(m["mean"] == before["mean"] for m in after)
-    assert before["mean"] == found["methods"]["before"]["mean"]
 
 
 @pytest.mark.parametrize(

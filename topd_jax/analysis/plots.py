@@ -198,7 +198,7 @@ def corrections(
     axis.set_xticks(range(len(names)), names)
     axis.set_xlim(-0.6, len(names) - 0.3)
     axis.set_ylabel("transport distance to the teacher's continuation")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     axis.grid(alpha=0.3, axis="y")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "correction-figure5.png"
