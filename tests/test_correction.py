@@ -13,7 +13,7 @@ from conftest import EOS, PAD, make_trajectories
 from matplotlib import image
 from small_run import settings_with
 
-from topd_jax import commands, main
+from topd_jax import main
 from topd_jax.analysis import correction, plots
 from topd_jax.analysis.correction_report import PAPER, report, table
 from topd_jax.analysis.observe import Observed
@@ -397,7 +397,7 @@ def test_several_teachers_are_refused_before_any_is_made(tmp_path):
         data=dataclasses.replace(settings.data, teacher_field="subject"),
     )
     with pytest.raises(ValueError, match="one teacher .* names a, b; leave"):
-        commands.correct(settings, tmp_path, "start", 1, 1)
+        correction.correct(settings, tmp_path, "start", 1, 1)
     assert not any(tmp_path.iterdir())
 
 

@@ -221,41 +221,6 @@ def probe(
     return result
 
 
-def correct(
-    settings: Settings,
-    workdir: pathlib.Path,
-    which: str,
-    count: int,
-    updates: int,
-    learning_rate: float | None = None,
-) -> dict[str, Any]:
-    """Measures whether updates on one window mend its divergence (§5.2).
-
-    Args:
-      settings: of the run; every method has its objective and optimizer.
-      workdir: of the run; ``correct-WHICH`` is written there.
-      which: "latest", "best" or "start".
-      count: divergent points, one a test prompt; fewer where there are none.
-      updates: M, on each point.
-      learning_rate: held constant; None takes ``optimizer.learning_rate``.
-
-    Returns:
-      What was done, the numbers, those of the paper and the figure's path.
-    """
-    from topd_jax.analysis import correction
-
-    require_checkpoint(workdir, which)
-    correction.require_correctable(settings, learning_rate)
-    pair = load_pair(settings, workdir)
-    with jax.set_mesh(pair.mesh):
-        student, step = load_student(settings, workdir, pair, which)
-        return correction.correct(
-            settings, pair, student, workdir / f"correct-{which}",
-            count=count, updates=updates, learning_rate=learning_rate,
-            facts={"machine": sweeps.machine(), "step": step},
-        )  # fmt: skip
-
-
 def quantize(
     settings: Settings, workdir: pathlib.Path, which: str, count: int
 ) -> dict[str, Any]:

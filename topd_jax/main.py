@@ -106,10 +106,8 @@ def _flag_values(
         flags.DEFINE_integer(
             name, default, about, lower_bound=least, flag_values=values
         )
-    for name, about in (
-        ("temperature", "of the sampler; 0 is greedy"),
-        ("learning_rate", "of a local correction; the run's without"),
-    ):
+    for name, about in (("temperature", "of the sampler; 0 is greedy"),
+                        ("learning_rate", "of a correction")):  # fmt: skip
         flags.DEFINE_float(name, None, about, flag_values=values)
     return values
 
@@ -272,17 +270,13 @@ def _command(name: str, values: flags.FlagValues) -> Any:
         return commands.train(*run)
     if name == "eval":
         return commands.evaluate(*run, values.which)
-    if name == "inspect":
-        return commands.inspect(*run, values.which, values.count or LOOK_AT)
-    if name == "probe":
-        return commands.probe(*run, values.which, values.count or LOOK_AT)
+    look = (*run, values.which, values.count or LOOK_AT)
+    if name in ("inspect", "probe", "quantize"):
+        return getattr(commands, name)(*look)
     if name == "correct":
-        return commands.correct(
-            *run, values.which, values.count or LOOK_AT, values.updates,
-            values.learning_rate,
-        )  # fmt: skip
-    if name == "quantize":
-        return commands.quantize(*run, values.which, values.count or LOOK_AT)
+        from topd_jax.analysis import correction
+
+        return correction.correct(*look, values.updates, values.learning_rate)
     if name == "generate":
         return commands.generate(*run, values.count)
     if name == "sample":

@@ -30,11 +30,13 @@ from topd_jax.distill import init_state, update
 from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.models.lora import join, merge_lora, split
 from topd_jax.objective import Objective
-from topd_jax.pair import Pair
+from topd_jax.pair import Pair, load_pair
 from topd_jax.phases import make_optimizer
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.sweeps import machine
 from topd_jax.teachers import shared_rows
+from topd_jax.trained import load_student, require_checkpoint
 from topd_jax.transport import window_distance
 from topd_jax.types import (
     Annotations,
@@ -265,26 +267,22 @@ def require_correctable(
 
 def correct(
     settings: Settings,
-    pair: Pair,
-    student: Any,
-    folder: pathlib.Path,
-    *,
+    workdir: pathlib.Path,
+    which: str,
     count: int,
     updates: int,
     learning_rate: float | None = None,
-    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Chooses points, corrects each, writes and shows what came of it.
+    """What ``topd correct`` does: chooses points and corrects each.
 
     Args:
-      settings: of the run; see :func:`require_correctable`.
-      pair: of the run.
-      student: where each correction starts.
-      folder: where ``correct.json`` and the figure are written.
-      count: points, one a test prompt.
-      updates: M.
-      learning_rate: held constant; None takes the run's peak.
-      facts: also to be recorded.
+      settings: of the run; every method has its objective and optimizer.
+      workdir: of the run; ``correct-WHICH`` with ``correct.json`` and the
+        figure is written there.
+      which: "latest", "best" or "start".
+      count: divergent points, one a test prompt; fewer where there are none.
+      updates: M, on each point.
+      learning_rate: held constant; None takes ``optimizer.learning_rate``.
 
     Returns:
       JSON-able: what was done, the numbers of
@@ -292,27 +290,26 @@ def correct(
       the "figure".
 
     Raises:
-      ValueError: where nothing diverges.
+      ValueError: without a checkpoint, for what :func:`require_correctable`
+        refuses, or where nothing diverges.
     """
-    if learning_rate is not None:
-        changed = dataclasses.replace(
-            settings.optimizer, learning_rate=learning_rate
-        )
-        settings = dataclasses.replace(settings, optimizer=changed)
-    ids = dict(eos_ids=pair.tokenizer.eos_ids, pad_id=pair.tokenizer.pad_id)
-    seen = observe(settings, pair, student, len(pair.test.records))
-    points = choose(seen, count, ids["pad_id"])
-    found = measure(
-        student, pair.teacher, points, settings.objective,
-        make_optimizer(settings.optimizer, None), updates=updates, **ids,
-    )  # fmt: skip
+    require_checkpoint(workdir, which)
+    require_correctable(settings, learning_rate)
+    pair = load_pair(settings, workdir)
+    with jax.set_mesh(pair.mesh):
+        student, step = load_student(settings, workdir, pair, which)
+        if learning_rate is not None:
+            settings = _with_rate(settings, learning_rate)
+        points, found = _measured(settings, pair, student, count, updates)
     numbers = report(found, points.distance)
+    folder = workdir / f"correct-{which}"
     figure = plots.corrections(found, numbers["methods"], PAPER["mean"], folder)
     said = settings.to_dict()
     result = {
-        **facts,
+        "machine": machine(),
         "source": settings.student.source,
         "seed": settings.seed,
+        "step": step,
         "count": len(points.distance),
         "window": settings.objective.window,
         "updates": updates,
@@ -323,6 +320,27 @@ def correct(
     _write(result, found, folder)
     print(table(result), file=sys.stderr, flush=True)
     return result | {"figure": str(figure)}
+
+
+def _with_rate(settings: Settings, learning_rate: float) -> Settings:
+    options = dataclasses.replace(
+        settings.optimizer, learning_rate=learning_rate
+    )
+    return dataclasses.replace(settings, optimizer=options)
+
+
+def _measured(
+    settings: Settings, pair: Pair, student: Any, count: int, updates: int
+) -> tuple[Points, dict[str, dict[str, np.ndarray]]]:
+    ids = dict(eos_ids=pair.tokenizer.eos_ids, pad_id=pair.tokenizer.pad_id)
+    seen = observe(settings, pair, student, len(pair.test.records))
+    points = choose(seen, count, ids["pad_id"])
+    optimizer = make_optimizer(settings.optimizer, None)
+    found = measure(
+        student, pair.teacher, points, settings.objective, optimizer,
+        updates=updates, **ids,
+    )  # fmt: skip
+    return points, found
 
 
 def _write(
