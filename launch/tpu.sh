@@ -44,24 +44,14 @@ TEXT
 }
 
 top="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/quote.sh
+source "$top/launch/quote.sh"
 name="" zone="" project="" type="" version="" branch=HEAD config="" workdir=""
 worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
 
 die() {
     printf 'tpu.sh: %s\n' "$*" >&2
     exit 2
-}
-
-# Prints its arguments as one line that a shell reads back as the same words.
-quote() {
-    local word separator="" one="'" escaped="'\\''"
-    for word in "$@"; do
-        if [[ -z "$word" || "$word" == *[!A-Za-z0-9_./:=@%+,-]* ]]; then
-            word="'${word//$one/$escaped}'"
-        fi
-        printf '%s%s' "$separator" "$word"
-        separator=" "
-    done
 }
 
 execute() {
