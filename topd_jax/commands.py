@@ -201,7 +201,10 @@ def probe(
     folder = workdir / f"probe-{which}"
     numbers = probing.report(found)
     result = {
+        "machine": sweeps.machine(),
+        "seed": settings.seed,
         "step": step,
+        "prompts": count,
         "window": window,
         **numbers,
         "paper": probing.PAPER,

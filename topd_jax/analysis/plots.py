@@ -41,7 +41,8 @@ def curves(
     names = list(dict.fromkeys(r["name"] for r in drawn))
     if len(names) > 2 * len(_COLOURS):  # nobody could tell them apart
         names = [n for n in names if n in titles]
-    for colour, name in zip(_COLOURS * 2, names, strict=False):
+    looks = [(c, line) for line in ("-", "--") for c in _COLOURS]
+    for (colour, line), name in zip(looks, names, strict=False):
         runs = [r["curve"] for r in drawn if r["name"] == name]
         steps = [p["step"] for p in runs[0]]
         for axis, key in zip(axes, ("exact_match", "reverse_kl"), strict=True):
@@ -52,6 +53,7 @@ def curves(
                 steps,
                 values.mean(0),
                 color=colour,
+                linestyle=line,
                 marker="o",
                 markersize=3,
                 label=titles.get(name, name),
