@@ -16,8 +16,9 @@ The same command goes on where a stopped run ended.
                  pod of N hosts does, on this machine's CPU:
                      topd train --config configs/tiny.py
                          --workdir runs/tiny-processes ARGUMENT ...
-                 Every line says which process it is from. When one fails, or
-                 on Ctrl-C, all are stopped; the same command resumes.
+                 Every line says which process it is from. When one fails all
+                 are stopped. On Ctrl-C all save after the step and stop; the
+                 same command resumes.
   --dry-run      print every command, run none
   --setup-only   only make the virtual environment and install
   --help         this text
@@ -28,7 +29,8 @@ Exit codes: 2 for wrong usage, else that of the process that failed first.
 
 Environment: TOPD_VENV (virtual environment to use or make; default: the active
 one if this checkout is installed there, else .venv), TOPD_PYTHON (interpreter
-to make it with), XLA_FLAGS (for instance
+to make it with), TOPD_GRACE (seconds that stopped processes get before they are
+killed; default 30), XLA_FLAGS (for instance
 --xla_force_host_platform_device_count=4: CPU devices of every process).
 TEXT
 }
@@ -36,8 +38,6 @@ TEXT
 top="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/setup.sh
 source "$top/launch/setup.sh"
-# shellcheck source=launch/quote.sh
-source "$top/launch/quote.sh"
 # shellcheck source=launch/several.sh
 source "$top/launch/several.sh"
 
@@ -60,6 +60,9 @@ done
 if [[ -n "$processes" && ! "$processes" =~ ^[1-9][0-9]{0,2}$ ]]; then
     die "--processes=$processes must be a number in 1..999"
 fi
+if [[ ! "${TOPD_GRACE:-30}" =~ ^[0-9]{1,5}$ ]]; then
+    die "TOPD_GRACE=$TOPD_GRACE must be a number of seconds"
+fi
 
 # Without an accelerator, the libtpu that test.sh installs (to compile for
 # TPUs) would look for one, and print pages about it.
@@ -73,16 +76,6 @@ if [[ -z "${JAX_PLATFORMS:-}" ]] &&
     { [[ -n "$processes" ]] || ! accelerator >/dev/null; }; then
     export JAX_PLATFORMS=cpu
 fi
-
-free_port() {
-    "$TOPD_ENV/bin/python" - <<'PYTHON'
-import socket
-
-with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    print(probe.getsockname()[1])
-PYTHON
-}
 
 if [[ -n "$processes" ]]; then
     line=(train --config configs/tiny.py --workdir runs/tiny-processes)

@@ -1,17 +1,31 @@
 #!/usr/bin/env bash
-# Sourced: run_several, which runs one job as several processes here.
+# Sourced, after setup.sh: run_several, which runs one job as several processes
+# here, and free_port.
 
-# Grace between SIGTERM and SIGKILL, in tenths of a second.
-readonly SEVERAL_GRACE=100
+free_port() {
+    "$TOPD_ENV/bin/python" - <<'PYTHON'
+import socket
 
-# prefix_lines INDEX: copies stdin, every line with the process it is from.
-# Outlives SIGTERM, so that a process's last words are printed.
+with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    print(probe.getsockname()[1])
+PYTHON
+}
+
+# prefix_lines INDEX: copies stdin, every line with the process it is from. A
+# carriage return, of a bar, ends a line. Outlives SIGTERM, so that a process's
+# last words are printed.
 prefix_lines() {
-    local line
     trap '' TERM
-    while IFS= read -r line || [[ -n "$line" ]]; do
-        printf '[%s] %s\n' "$1" "$line"
-    done
+    "$TOPD_ENV/bin/python" -c '
+import sys
+
+for line in open(0, errors="replace"):
+    line = line.rstrip("\n")
+    # One write a line, so that those of two processes never mix.
+    sys.stdout.write(f"[{sys.argv[1]}] {line}\n")
+    sys.stdout.flush()
+' "$1"
 }
 
 # run_one INDEX COMMAND ...: then tells descriptor 3 "INDEX CODE". SIGTERM is
@@ -31,16 +45,17 @@ run_one() {
 
 # Ends the process groups in SEVERAL_GROUPS and waits until they are gone.
 stop_several() {
-    local group tenths=0
+    local group tenths=0 grace=$((10 * ${TOPD_GRACE:-30}))
     for group in "${SEVERAL_GROUPS[@]}"; do
         kill -TERM -- "-$group" 2>/dev/null || true
     done
     for group in "${SEVERAL_GROUPS[@]}"; do
         while kill -0 -- "-$group" 2>/dev/null; do
-            if ((tenths++ == SEVERAL_GRACE)); then
-                echo "$(basename "$0"): still there: SIGKILL" >&2
+            if ((tenths++ == grace)); then
+                echo "$(basename "$0"): still there after" \
+                    "${TOPD_GRACE:-30} s: killing them" >&2
             fi
-            if ((tenths > SEVERAL_GRACE)); then
+            if ((tenths > grace)); then
                 kill -KILL -- "-$group" 2>/dev/null || true
             fi
             sleep 0.1

@@ -44,28 +44,10 @@ TEXT
 }
 
 top="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-# shellcheck source=launch/quote.sh
-source "$top/launch/quote.sh"
+# shellcheck source=launch/common.sh
+source "$top/launch/common.sh"
 name="" zone="" project="" type="" version="" branch=HEAD config="" workdir=""
 worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
-
-die() {
-    printf 'tpu.sh: %s\n' "$*" >&2
-    exit 2
-}
-
-execute() {
-    if [[ -n "$dry_run" ]]; then
-        quote "$@"
-        echo
-        return
-    fi
-    "$@" || {
-        local code=$?
-        echo "tpu.sh: exit code $code from: $(quote "${@:1:6}") ..." >&2
-        exit "$code"
-    }
-}
 
 # tpus VERB ...: one gcloud call about the slice.
 tpus() {
@@ -101,14 +83,6 @@ parse() {
         printf -v "${1#--}" '%s' "$2"
         shift 2
     done
-}
-
-# required FLAG EXAMPLE
-required() {
-    local variable="${1#--}"
-    if [[ -z "${!variable}" ]]; then
-        die "$command needs $1, for instance $1 $2"
-    fi
 }
 
 check() {
