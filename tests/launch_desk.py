@@ -71,6 +71,8 @@ elif me.name == "kubectl":
 elif me.name.startswith("python"):
     python()
 elif me.name == "topd":
+    if os.environ.get("POLITE"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("topd leaves")))
     if os.environ.get("DEAF"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("topd speaks", flush=True)

@@ -66,7 +66,7 @@ def test_a_signal_stops_all(desk: Desk, number: int, code: int) -> None:
     assert desk.run(LOCAL, "--setup-only").returncode == 0
     script = subprocess.Popen(
         ["bash", str(desk.top / LOCAL), "--processes=2"],
-        env=desk.environment | {"SLEEP": "300"},
+        env=desk.environment | {"SLEEP": "300", "POLITE": "1"},
         cwd=desk.top.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -77,8 +77,11 @@ def test_a_signal_stops_all(desk: Desk, number: int, code: int) -> None:
     assert spoken == {"[0] topd speaks\n", "[1] topd speaks\n"}
     time.sleep(0.2)  # the script may still be on its way to waiting
     script.send_signal(number)
-    script.communicate(timeout=60)
+    last_words, _ = script.communicate(timeout=60)
     assert script.returncode == code
+    assert sorted(last_words.splitlines()) == [
+        "[0] topd leaves", "[1] topd leaves"
+    ]  # fmt: skip
 
 
 def test_lines_say_whose_they_are_and_bars_too() -> None:
