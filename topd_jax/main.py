@@ -61,7 +61,8 @@ paper_stage1, qwen3_8b_to_1p7b, paper_v5e (_v5p, _v6e, _tpu7x), default.
 All that read a run take --which latest (default), best or start.
 train runs as several processes, the same command in each, with --distributed
 (Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; a
-process silent for --heartbeat SECONDS (100) counts as dead.
+process silent for --heartbeat SECONDS (100) counts as dead; SIGTERM to any lets
+all save after the step and stop.
 TOPD_TRACEBACK=1 shows where an error came from.
 """
 
