@@ -13,11 +13,8 @@ set -euo pipefail
 TOPD_TOP="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly TOPD_TOP
 
-# Prints an error and leaves with 2, the code of every usage error.
-die() {
-    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
-    exit 2
-}
+# shellcheck source=launch/common.sh
+source "$TOPD_TOP/launch/common.sh"
 
 new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null

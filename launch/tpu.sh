@@ -44,38 +44,10 @@ TEXT
 }
 
 top="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/common.sh
+source "$top/launch/common.sh"
 name="" zone="" project="" type="" version="" branch=HEAD config="" workdir=""
 worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
-
-die() {
-    printf 'tpu.sh: %s\n' "$*" >&2
-    exit 2
-}
-
-# Prints its arguments as one line that a shell reads back as the same words.
-quote() {
-    local word separator="" one="'" escaped="'\\''"
-    for word in "$@"; do
-        if [[ -z "$word" || "$word" == *[!A-Za-z0-9_./:=@%+,-]* ]]; then
-            word="'${word//$one/$escaped}'"
-        fi
-        printf '%s%s' "$separator" "$word"
-        separator=" "
-    done
-}
-
-execute() {
-    if [[ -n "$dry_run" ]]; then
-        quote "$@"
-        echo
-        return
-    fi
-    "$@" || {
-        local code=$?
-        echo "tpu.sh: exit code $code from: $(quote "${@:1:6}") ..." >&2
-        exit "$code"
-    }
-}
 
 # tpus VERB ...: one gcloud call about the slice.
 tpus() {
@@ -111,14 +83,6 @@ parse() {
         printf -v "${1#--}" '%s' "$2"
         shift 2
     done
-}
-
-# required FLAG EXAMPLE
-required() {
-    local variable="${1#--}"
-    if [[ -z "${!variable}" ]]; then
-        die "$command needs $1, for instance $1 $2"
-    fi
 }
 
 check() {

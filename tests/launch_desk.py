@@ -19,7 +19,7 @@ TOP = pathlib.Path(__file__).resolve().parent.parent
 PYTHONS = ["python3.11", "python3.12", "python3.13", "python3.14", "python3"]
 
 STAND_IN = f"""#!{sys.executable} -ES
-import json, os, pathlib, shutil, sys, time
+import json, os, pathlib, shutil, signal, sys, time
 
 me, args = pathlib.Path(sys.argv[0]), sys.argv[1:]
 with open(os.environ["CALLS"], "a") as calls:
@@ -65,9 +65,16 @@ def gcloud():
 
 if me.name == "gcloud":
     gcloud()
+elif me.name == "kubectl":
+    home = pathlib.Path(os.environ["WORKER_HOME"])
+    (home / "stdin").write_text(sys.stdin.read())
 elif me.name.startswith("python"):
     python()
 elif me.name == "topd":
+    if os.environ.get("POLITE"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("topd leaves")))
+    if os.environ.get("DEAF"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("topd speaks", flush=True)
     time.sleep(float(os.environ.get("SLEEP", 0)))
 """
@@ -87,7 +94,7 @@ class Desk:
         shutil.copytree(TOP / ".ci", self.top / ".ci")
         (self.top / "setup.py").write_text("# as it was\n")
         (self.top / "configs" / "tiny.py").touch()
-        for name in [*PYTHONS, "python", "gcloud", "apt-get"]:
+        for name in [*PYTHONS, "python", "gcloud", "kubectl", "apt-get"]:
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)
         self.environment = {

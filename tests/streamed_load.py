@@ -9,9 +9,10 @@ from topd_jax.models import fingerprint, load
 from topd_jax.sharding import make_mesh
 
 
-def main(path: str, axes: list[int]) -> None:
+def main(path: str, small: str, axes: list[int]) -> None:
     mesh = make_mesh(*axes) if axes else None
     jnp.ones(3).block_until_ready()  # what JAX itself needs is there
+    load(small, mesh=mesh)  # and what the reader's libraries do
     print("ready", flush=True)
     sys.stdin.readline()
     model, _ = load(path, mesh=mesh)
@@ -26,4 +27,4 @@ def main(path: str, axes: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(n) for n in sys.argv[2:]])
+    main(*sys.argv[1:3], [int(n) for n in sys.argv[3:]])

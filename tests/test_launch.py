@@ -34,7 +34,7 @@ def test_scripts_pass_shellcheck(script: pathlib.Path) -> None:
     assert not long
 
 
-@pytest.mark.parametrize("script", ["local", "test", "tpu"])
+@pytest.mark.parametrize("script", ["local", "test", "tpu", "gke"])
 def test_help_sets_nothing_up(desk: Desk, script: str) -> None:
     result = desk.run(f"launch/{script}.sh", "--help")
     assert result.returncode == 0

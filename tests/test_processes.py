@@ -145,6 +145,25 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
     assert again["reverse_kl"] == pytest.approx(whole["reverse_kl"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_sigterm_to_one_saves_and_stops_all(world, tmp_path):
+    children = begin(
+        world, tmp_path, 2, devices=1,
+        more=["--config.train.steps=4000", "--config.checkpoint.every=4000"],
+    )  # fmt: skip
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert children[0].poll() is None, children[0].communicate()[1]
+        time.sleep(0.1)
+    children[1].send_signal(signal.SIGTERM)
+    (_, err, code), (_, _, other) = finish(children)
+    assert code == other == 128 + signal.SIGTERM, err
+    steps = [m["step"] for m in read_jsonl(metrics)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert f"saved after step {steps[-1]}; the same command" in err
+    assert Checkpoints(tmp_path / "checkpoints", 2).latest() == steps[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -167,6 +186,7 @@ def test_flags_that_do_not_go_together(arguments, message, tmp_path, capsys):
 def test_one_process_is_first_and_waits_for_nobody(tmp_path):
     assert processes.is_first()
     processes.meet("here")
+    assert not processes.told_to_stop(1)
     processes.wait_for([tmp_path])
     tree = {"a": jax.numpy.arange(3), "b": 4}
     found = processes.on_host(tree)

@@ -27,6 +27,10 @@ _FREE = (
     *("offline.format", "offline.shard_size"),
 )
 
+# An array is stored in pieces of at most this: whoever reads a part of it, or
+# spreads it over other devices, unpacks the pieces of that part alone.
+_CHUNK_BYTES = 8 << 20
+
 
 class Checkpoints:
     """The checkpoints of one run, in a directory of their own."""
@@ -67,15 +71,17 @@ class Checkpoints:
         latest = self.latest()
         if latest is not None and latest >= step:
             return
+        item = {
+            "train": state,
+            # NumPy: a key must not remember the devices it was on.
+            "key": np.asarray(jax.random.key_data(key)),
+        }
+        options = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(
-                    # NumPy: a key must not remember the devices it was on.
-                    {
-                        "train": state,
-                        "key": np.asarray(jax.random.key_data(key)),
-                    }
+                    item, jax.tree.map(lambda _: options, item)
                 ),
                 record=ocp.args.JsonSave(record),
             ),

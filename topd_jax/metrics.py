@@ -5,6 +5,7 @@ student's favourites are the teacher's: what on-policy distillation is watched
 by. All as (sum, count) over generated tokens, never a [B, T, V] tensor.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -47,36 +48,8 @@ def statistics(
     mask = trajectories.mask
     vocab = min(student.head.shape[0], teacher.head.shape[0])
 
-    def compare(
-        student_logp: jax.Array, teacher_logp: jax.Array, tokens: jax.Array
-    ) -> dict[str, jax.Array]:
-        ours = losses.token_logprobs(student_logp, tokens)
-        theirs = losses.token_logprobs(teacher_logp, tokens)
-        floored = jnp.maximum(theirs, log_floor)
-        k = min(top_k, vocab)
-        _, our_ids = top_k_of(student_logp, k)
-        _, their_ids = top_k_of(teacher_logp, k)
-        on_ours = jnp.take_along_axis(teacher_logp, our_ids, axis=-1)
-        shared = our_ids[..., :, None] == their_ids[..., None, :]
-        return {
-            "reverse_kl": losses.reverse_kl(
-                student_logp, teacher_logp, log_floor=log_floor
-            ),
-            "forward_kl": losses.forward_kl(
-                student_logp, teacher_logp, log_floor=log_floor
-            ),
-            "reverse_kl_k1": losses.sampled_kl(ours, floored, "k1"),
-            "reverse_kl_k3": losses.sampled_kl(ours, floored, "k3"),
-            "student_entropy": losses.entropy(student_logp),
-            "teacher_entropy": losses.entropy(teacher_logp),
-            "student_nll": -ours,
-            "teacher_nll": -floored,
-            "top_k_mass": jnp.sum(jnp.exp(on_ours), axis=-1),
-            "top_k_overlap": jnp.sum(shared, axis=(-2, -1)) / k,
-        }
-
     per_token = fused.fused_map(
-        compare,
+        functools.partial(_compare, top_k=top_k, log_floor=log_floor),
         states[0],
         student.head,
         states[1],
@@ -91,6 +64,41 @@ def statistics(
     return {
         name: (jnp.sum(jnp.where(mask, values, 0.0)), count)
         for name, values in per_token.items()
+    }
+
+
+def _compare(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    tokens: jax.Array,
+    *,
+    top_k: int,
+    log_floor: float,
+) -> dict[str, jax.Array]:
+    """What is said of each token, from both distributions, f32[..., V]."""
+    ours = losses.token_logprobs(student_logp, tokens)
+    theirs = losses.token_logprobs(teacher_logp, tokens)
+    floored = jnp.maximum(theirs, log_floor)
+    k = min(top_k, student_logp.shape[-1])
+    _, our_ids = top_k_of(student_logp, k)
+    _, their_ids = top_k_of(teacher_logp, k)
+    on_ours = jnp.take_along_axis(teacher_logp, our_ids, axis=-1)
+    shared = our_ids[..., :, None] == their_ids[..., None, :]
+    return {
+        "reverse_kl": losses.reverse_kl(
+            student_logp, teacher_logp, log_floor=log_floor
+        ),
+        "forward_kl": losses.forward_kl(
+            student_logp, teacher_logp, log_floor=log_floor
+        ),
+        "reverse_kl_k1": losses.sampled_kl(ours, floored, "k1"),
+        "reverse_kl_k3": losses.sampled_kl(ours, floored, "k3"),
+        "student_entropy": losses.entropy(student_logp),
+        "teacher_entropy": losses.entropy(teacher_logp),
+        "student_nll": -ours,
+        "teacher_nll": -floored,
+        "top_k_mass": jnp.sum(jnp.exp(on_ours), axis=-1),
+        "top_k_overlap": jnp.sum(shared, axis=(-2, -1)) / k,
     }
 
 

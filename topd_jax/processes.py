@@ -70,6 +70,21 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def told_to_stop(step: int) -> bool:
+    """Whether SIGTERM has come to any process (a preemption, or a user).
+
+    JAX catches the signal in every process that :func:`start` made one of
+    several. A process alone ends by it, at once.
+
+    Args:
+      step: just taken; every process must ask after every step.
+
+    Returns:
+      True after the same step in all of them, the next that all can take.
+    """
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
 def on_host(tree: Any) -> Any:
     """Arrays as NumPy arrays, whole, wherever their parts are.
 

@@ -132,6 +132,7 @@ class LogSettings:
     statistics_every: int = 10
     completions_every: int = 50
     completions: int = 4
+    problems: int = 8
     tensorboard: bool = True
     top_k: int = 16
 
@@ -201,6 +202,7 @@ _LEAST = {
     ("train", "max_skipped"): 0,
     ("optimizer", "accumulate"): 1,
     ("log", "top_k"): 1,
+    ("log", "problems"): 0,
     ("eval", "problems"): 1,
     ("eval", "final_problems"): 1,
     ("eval", "batch_size"): 1,
@@ -286,10 +288,8 @@ class Settings:
             what = "needs objective.stage=offline"
             raise ValueError(f"offline.path={path!r} {what}")
         if path and self.teachers:
-            raise ValueError(
-                f"offline.path={path!r} is a set of one teacher; leave "
-                "config.teachers out"
-            )
+            what = "is a set of one teacher; leave config.teachers out"
+            raise ValueError(f"offline.path={path!r} {what}")
 
     def _check_teachers(self) -> None:
         data, names = self.data, list(self.teachers)

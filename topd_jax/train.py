@@ -8,6 +8,8 @@ are cut back to the checkpoint.
 
 import json
 import pathlib
+import signal
+import sys
 import time
 from typing import Any
 
@@ -161,12 +163,32 @@ class Run:
                 every = settings.checkpoint.every
                 if every and self.step % every == 0 and not last:
                     self.save()
+                if not last and processes.told_to_stop(self.step):
+                    self._stop()
             final = self._finished() or self.evaluate(final=True)
             if self.checkpoints.latest() != self.step:
                 self.save()
+        self._close()
+        return final
+
+    def _stop(self) -> None:
+        """Saves and leaves, with the exit code of a process that SIGTERM ends.
+
+        Not with 0: whoever restarts failed jobs must not think this one done.
+        """
+        self.save()
+        self._close()
+        if processes.is_first():
+            tqdm.write(
+                f"topd: stopped by SIGTERM and saved after step {self.step}; "
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _close(self) -> None:
         for part in (self.logs, self.checkpoints, self.best):
             part.close()
-        return final
 
     def _finished(self) -> dict[str, Any] | None:
         """The final evaluation, where a finished run is started again."""
@@ -221,9 +243,16 @@ class Run:
     def evaluate(self, final: bool = False) -> dict[str, Any]:
         """Evaluates the student as it is, and logs the result."""
         self.logs.flush()
-        row = self.evaluator(self.student, self.step, final=final)
+        row, written = self.evaluator.write_down(
+            self.student,
+            self.step,
+            final=final,
+            keep=self.settings.log.problems,
+        )
         best = all(better(row, r) for r in self.logs.evals)
         self.logs.write("evals", row)
+        for problem in written:
+            self.logs.write("problems", problem)
         if best and not final:
             self._save_to(self.best)
         return row

@@ -105,6 +105,16 @@ def save_model(
 
 
 def check_free(target: Path, overwrite: bool) -> None:
+    """Refuses a directory whose contents would be lost.
+
+    Args:
+      target: where something is to be written.
+      overwrite: whether a model that is there may go.
+
+    Raises:
+      ValueError: where the directory is not empty, and may not go or holds
+        something else than a model.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -195,6 +205,7 @@ def _write_tokenizer(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file as ``transformers`` does: indented, a line end behind."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
