@@ -93,8 +93,10 @@ def wholes(settings: Settings, moved: bool) -> Iterator[tuple[str, int, int]]:
     for name, config in (("student", student), ("teacher", teacher)):
         for part, row in parameter_table(config).items():
             # Norms are whole everywhere.
-            if row.axes[0] == "layers" and row.scale and not (
-                moved and name == "student"
+            if (
+                row.axes[0] == "layers"
+                and row.scale
+                and not (moved and name == "student")
             ):
                 ways = fsdp * (tensor if part != "router" else 1)
                 ways *= expert if "expert" in row.axes else 1
