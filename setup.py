@@ -18,7 +18,7 @@ setup(
         "topd_jax.configs",
     ],
     package_dir={"topd_jax.configs": "configs"},
-    package_data={"topd_jax": ["analysis/templates/*.html"]},
+    package_data={"topd_jax": ["analysis/templates/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

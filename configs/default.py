@@ -175,6 +175,8 @@ def get_config() -> ConfigDict:
     config.log.statistics_every = 10  # exact and sampled KLs, entropies
     config.log.completions_every = 50
     config.log.completions = 4  # how many
+    # Of every evaluation, the same ones each time (ours): completions, graded.
+    config.log.problems = 8
     config.log.tensorboard = True
     config.log.top_k = 16  # of the overlap statistics
 

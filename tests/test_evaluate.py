@@ -177,3 +177,29 @@ def test_the_worlds_own_grading_is_asked(pair):
         a["answer"] == b["answer"]
         for a, b in zip(records, records[::-1], strict=True)
     ]
+
+
+def test_the_first_problems_are_written_down_as_graded(watched, pair):
+    watched.graded.clear()
+    with jax.set_mesh(pair.mesh):
+        row, kept = watched.evaluator.write_down(
+            pair.student, 3, final=True, keep=2
+        )
+    ((records, texts),) = watched.graded
+    assert row["problems"] == 9 and len(kept) == 2
+    for i, told in enumerate(kept):
+        assert told == {
+            "step": 3,
+            "final": True,
+            "problem": records[i]["prompt"],
+            "answer": records[i]["answer"],
+            "completion": texts[i],
+            "right": i == 1,
+            "truncated": told["truncated"],
+        }
+    everything = watched.evaluator.write_down(
+        pair.student, 3, final=True, keep=99
+    )[1]
+    assert len(everything) == 9
+    cut = np.mean([told["truncated"] for told in everything])
+    assert cut == row["truncated"]

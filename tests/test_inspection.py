@@ -1,12 +1,12 @@
 """The page of a run's trajectories: its data (see test_pages_browser.py)."""
 
-import html.parser
 import json
 import re
 
 import jax
 import numpy as np
 import pytest
+from html_page import Page
 from small_run import small_config
 
 from topd_jax import main
@@ -17,29 +17,6 @@ from topd_jax.pair import load_pair
 from topd_jax.settings import settings_from
 
 ABOUT = {"title": "A <page>", "facts": {"student": "start & more"}}
-
-
-class Page(html.parser.HTMLParser):
-    """The scripts of a page, and every address that it names."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.scripts, self.addresses, self.open = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "script":
-            self.scripts.append("")
-            self.open.append(dict(attrs).get("id"))
-        self.addresses += [v for k, v in attrs if k in ("src", "href")]
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self.open.append(None)
-
-    def handle_data(self, data):
-        if self.open and (self.open[-1] or len(self.open) % 2):
-            self.scripts[-1] += data
 
 
 @pytest.fixture(scope="module")

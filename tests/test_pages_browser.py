@@ -3,8 +3,11 @@
 import shutil
 
 import pytest
+from small_logs import answer, metrics, records
 
 from topd_jax.analysis.inspection import write_page
+from topd_jax.analysis.run_page import RunRecords
+from topd_jax.analysis.run_page import write_page as run_page_of
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium import webdriver
@@ -232,3 +235,160 @@ def test_search_and_filters_leave_what_was_asked_for(trajectories):
 def test_trajectories_on_a_phone_in_the_dark(trajectories):
     all_of(trajectories, "button.t")[0].click()
     assert_fits_and_turns_dark(trajectories)
+
+
+# The page of a run
+
+
+@pytest.fixture
+def run_page(browser, tmp_path):
+    """(runs) -> the browser with their page."""
+
+    def opened(*runs) -> WebDriver:
+        path = tmp_path / "report.html"
+        run_page_of(runs, path)
+        browser.get(path.as_uri())
+        return browser
+
+    return opened
+
+
+def figure(driver: WebDriver, title: str):
+    (found,) = [
+        f
+        for f in driver.find_elements(By.TAG_NAME, "figure")
+        if f.find_element(By.TAG_NAME, "h3").text.startswith(title)
+    ]
+    return found
+
+
+def test_a_click_shows_every_answer_to_that_problem(run_page):
+    page = run_page(records())
+    articles = all_of(page, "#problems article")
+    assert [a.find_element(By.CSS_SELECTOR, ".problem").text
+            for a in articles][:2] == ["learned", "lost"]  # fmt: skip
+
+    def answers(article):
+        return [
+            (a.find_element(By.TAG_NAME, "small").text,
+             a.find_element(By.TAG_NAME, "b").text,
+             a.find_element(By.CSS_SELECTOR, ".completion").text)
+            for a in article.find_elements(By.CSS_SELECTOR, ".answer")
+        ]  # fmt: skip
+
+    few = answers(articles[0])
+    assert len(few) == 6
+    assert few[0] == ("step 0", "✗ wrong", "learned at 0")
+    assert few[-1] == ("step 40", "✓ right", "learned at 40")
+    button = articles[0].find_element(By.CSS_SELECTOR, "button.more")
+    assert button.text == "Show all 11"
+    button.click()
+    assert [a[0] for a in answers(articles[0])] == [
+        f"step {s}" for s in range(0, 41, 4)
+    ]
+    assert len(answers(articles[1])) == 6  # of the others nothing is opened
+    button.click()
+    assert answers(articles[0]) == few
+    # Nothing of a completion became a part of the page.
+    assert not page.find_elements(By.CSS_SELECTOR, "main img")
+
+
+def test_problems_are_chosen_by_their_course(run_page):
+    page = run_page(records())
+    choose = Select(page.find_element(By.ID, "course"))
+    for value, names in (
+        ("learned", ["learned"]), ("lost", ["lost"]),
+        ("wrong", ["lost", "</script>"]), ("never", ["</script>"]),
+        ("all", ["learned", "lost", "</script>", "2+8?"]),
+    ):  # fmt: skip
+        choose.select_by_value(value)
+        shown = [e.text[:9] for e in all_of(page, "#problems .problem")]
+        assert shown == names, value
+        assert text_of(page, "#counted") == f"{len(names)} of 4"
+
+
+def test_curves_tell_their_values_and_hide_on_a_click(run_page):
+    page = run_page(records())
+    chart = figure(page, "Right answers")
+    svg = chart.find_element(By.TAG_NAME, "svg")
+    width = svg.size["width"]
+    ActionChains(page).move_to_element_with_offset(
+        svg, int(width * 0.47), 0
+    ).perform()
+    tip = text_of(page, "#tip")
+    assert tip.startswith("step 40")
+    assert "test: 0.800 (0.700 to 0.900)" in tip
+    assert "validation: 0.700" in tip
+    drawn = "g circle.validation"
+    assert len(chart.find_elements(By.CSS_SELECTOR, drawn)) == 11
+    legend = chart.find_elements(By.CSS_SELECTOR, "figcaption button")
+    assert [b.text.split()[-1] for b in legend] == ["validation", "test"]
+    legend[0].click()
+    assert legend[0].get_attribute("aria-pressed") == "false"
+    assert not chart.find_elements(By.CSS_SELECTOR, drawn)
+    legend[0].click()
+    assert len(chart.find_elements(By.CSS_SELECTOR, drawn)) == 11
+
+
+def test_the_keyboard_reads_a_curve(run_page):
+    page = run_page(records())
+    svg = figure(page, "Loss").find_element(By.TAG_NAME, "svg")
+    page.execute_script("arguments[0].focus()", svg)
+    keys = ActionChains(page)
+    keys.send_keys(Keys.HOME).send_keys(Keys.ARROW_RIGHT).perform()
+    assert text_of(page, "#tip") == "step 2\ntraining: 1"
+    keys.send_keys(Keys.END).perform()
+    assert text_of(page, "#tip") == "step 40\ntraining: 0.050"
+    keys.send_keys(Keys.ESCAPE).perform()
+    assert not all_of(page, "#tip")
+
+
+def test_smoothing_and_a_log_scale_redraw_the_curves(run_page):
+    page = run_page(records())
+    chart = figure(page, "Loss")
+
+    def line():
+        return chart.find_element(
+            By.CSS_SELECTOR, "path.training:not(.raw)"
+        ).get_attribute("d")
+
+    plain = line()
+    Select(page.find_element(By.ID, "smooth")).select_by_value("10")
+    smooth = line()
+    page.find_element(By.ID, "log").click()
+    assert len({plain, smooth, line()}) == 3
+    ticks = [t.text for t in chart.find_elements(By.TAG_NAME, "text")]
+    assert {"0.1", "1"} <= set(ticks)
+
+
+def test_training_completions_by_step_and_by_search(run_page):
+    page = run_page(records())
+    assert text_of(page, "#at") == "step 40"
+    (shown,) = all_of(page, "#written article")
+    assert "= 40 </script>" in shown.text and "cut off" in shown.text
+    page.find_element(By.ID, "step").send_keys(Keys.HOME)
+    (shown,) = all_of(page, "#written article")
+    assert "= 10 </script>" in shown.text and "cut off" not in shown.text
+    page.find_element(By.ID, "find").send_keys("= 2")
+    assert text_of(page, "#found") == "1 of 4, of all steps"
+    settings = page.find_element(By.ID, "which")
+    settings.send_keys("learning")
+    rows = [r.text for r in all_of(page, "#changed tbody tr")]
+    assert rows == ["optimizer.learning_rate 0.001 0.0003"]
+
+
+def test_runs_without_answers_or_anything_else(run_page):
+    bare = [answer(0, "one", None), answer(4, "one", None)]
+    page = run_page(records(problems=bare, metrics=metrics(1)))
+    assert len(all_of(page, "#problems .answer")) == 2
+    assert not all_of(page, "#choosing")
+    page = run_page(RunRecords("nothing"))
+    assert "Nothing is logged yet." in text_of(page, "#charts")
+    assert text_of(page, "#counted") == "None yet."
+    assert_fits_and_turns_dark(page)
+
+
+def test_two_runs_on_a_phone_in_the_dark(run_page):
+    page = run_page(records("a" * 60), records("b", steps=20))
+    assert len(all_of(page, "#problems .answer b")) > 20
+    assert_fits_and_turns_dark(page)

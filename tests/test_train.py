@@ -74,7 +74,7 @@ def assert_same_run(a, b, settings):
         parameters(settings, a), parameters(settings, b), strict=True
     ):
         np.testing.assert_array_equal(x, y)
-    for name in ("metrics", "evals", "completions"):
+    for name in ("metrics", "evals", "completions", "problems"):
         one = without_times(a / f"{name}.jsonl")
         assert one
         assert one == without_times(b / f"{name}.jsonl")
@@ -105,6 +105,12 @@ def test_a_run_logs_every_step(finished, settings):
         (0, False), (4, False), (6, True)
     ]  # fmt: skip
     assert len(read_jsonl(finished / "completions.jsonl")) == 8
+    told = read_jsonl(finished / "problems.jsonl")
+    assert [(r["step"], r["final"]) for r in told[::8]] == [
+        (r["step"], r["final"]) for r in evals
+    ]
+    asked = [r["problem"] for r in told]
+    assert len(told) == 24 and asked[:8] == asked[8:16] != asked[16:]
 
 
 def test_the_student_moves_and_the_teacher_is_not_saved(finished, settings):

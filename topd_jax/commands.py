@@ -120,6 +120,28 @@ def compare(a: list[str], b: list[str], which: str) -> dict[str, Any]:
     )
 
 
+def report(
+    workdir: str, others: list[str], output: str | None
+) -> dict[str, Any]:
+    """Writes a page of a run, or of several laid over each other.
+
+    Args:
+      workdir: of the run.
+      others: of further runs.
+      output: the HTML file; None is ``report.html`` in ``workdir``.
+
+    Returns:
+      "page", its path, and how far each of the "runs" is.
+    """
+    # Here, not above: only this command needs a template engine.
+    from topd_jax.analysis import run_page
+
+    return run_page.report(
+        [pathlib.Path(d) for d in (workdir, *others)],
+        output and pathlib.Path(output),
+    )
+
+
 def inspect(
     settings: Settings, workdir: pathlib.Path, which: str, count: int
 ) -> dict[str, Any]:

@@ -73,6 +73,34 @@ class Evaluator:
           JSON-able: step, final, problems, and every statistic; exact_match
           with its Wilson 95 % interval (low, high) where answers are known.
         """
+        row, _ = self.write_down(
+            student, step, final=final, temperature=temperature, keep=0
+        )
+        return row
+
+    def write_down(
+        self,
+        student: Any,
+        step: int,
+        *,
+        final: bool = False,
+        temperature: float | None = None,
+        keep: int,
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Evaluates, and keeps some of what was written.
+
+        Args:
+          student: as in :meth:`__call__`.
+          step: as there.
+          final: as there.
+          temperature: as there.
+          keep: problems to keep, from the first on.
+
+        Returns:
+          (what :meth:`__call__` returns; of each kept problem "step",
+          "final", "problem", "answer", "completion", "right" (None where
+          answers are not known) and "truncated", JSON-able).
+        """
         options, pair = self._settings.eval, self._pair
         if temperature is None:
             temperature = options.temperature
@@ -93,7 +121,7 @@ class Evaluator:
                     for name, places in places_of(problems).items()
                 }
             )
-        return {
+        row = {
             "step": step,
             "final": final,
             "temperature": float(temperature),
@@ -101,6 +129,18 @@ class Evaluator:
             **self._summary(rows, grades),
             **own,
         }
+        return row, [
+            {
+                "step": step,
+                "final": final,
+                "problem": problems[i]["prompt"],
+                "answer": problems[i]["answer"],
+                "completion": texts[i],
+                "right": None if grades is None else bool(grades[i]),
+                "truncated": self.is_cut(rows[i]),
+            }
+            for i in range(min(keep, len(rows)))
+        ]
 
     def _summary(
         self, rows: list[list[int]], grades: list[bool] | None

@@ -18,13 +18,17 @@ from tensorboardX import SummaryWriter
 from topd_jax import processes
 from topd_jax.checkpoint import cut_log
 
+# Logs of texts, which are no numbers for TensorBoard.
+_TEXTS = ("completions", "problems")
+
 
 class Logs:
     """The log files of one run, written by the first process alone.
 
     ``metrics.jsonl`` has one line a logged step, ``evals.jsonl`` one an
-    evaluation, ``completions.jsonl`` one a completion; ``tensorboard/`` has
-    the numbers again. Keys that begin with "seconds" or "rate" are times;
+    evaluation, ``completions.jsonl`` one a completion, ``problems.jsonl`` one
+    a problem that an evaluation wrote down; ``tensorboard/`` has the numbers
+    again. Keys that begin with "seconds" or "rate" are times;
     every other number is reproduced bit for bit by the same command.
 
     Attributes:
@@ -45,7 +49,7 @@ class Logs:
         self._files = {}
         self._board = None
         first = processes.is_first()
-        for name in ("metrics", "evals", "completions"):
+        for name in ("metrics", "evals", *_TEXTS):
             path = workdir / f"{name}.jsonl"
             if first:
                 cut_log(path, step)
@@ -96,7 +100,7 @@ class Logs:
             file = self._files[name]
             file.write(json.dumps(row) + "\n")
             file.flush()
-        if self._board is not None and name != "completions":
+        if self._board is not None and name not in _TEXTS:
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "step":
                     self._board.add_scalar(f"{name}/{key}", value, row["step"])
@@ -153,8 +157,15 @@ def merge(parts: list[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     return out
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: pathlib.Path, *, torn: bool = False
+) -> list[dict[str, Any]]:
     """The lines of a JSONL file; [] where it does not exist.
+
+    Args:
+      path: of the file.
+      torn: whether to pass over a last line without its end, as one who
+        reads while another writes has to.
 
     Raises:
       ValueError: naming the file and the line that is not JSON.
@@ -162,7 +173,11 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Bytes: half a character may be what has been written of the last line.
+    text = path.read_bytes()
+    if torn:
+        text = text[: text.rfind(b"\n") + 1]
+    lines = text.decode("utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

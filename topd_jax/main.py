@@ -1,10 +1,10 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
 ``doctor`` looks whether a run's parts fit; ``train`` a student; ``generate``
-what its first stage reads; ``eval``, ``inspect``, ``probe`` or ``sample`` from
-what was trained; ``compare`` two of them; ``export`` one to a Hugging Face
-directory; ``sweep`` over variants and seeds. Bad input is one clear line and
-exit code 2.
+what its first stage reads; ``eval``, ``inspect``, ``probe``, ``correct`` or
+``sample`` from what was trained; ``compare`` two of them; ``export`` one to a
+Hugging Face directory; ``sweep`` over variants and seeds. Bad input is one
+clear line and exit code 2.
 """
 
 import errno
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from topd_jax.sections import unknown_key
 from topd_jax.settings import settings_from
 
-# Trajectories that inspect and probe take without --count.
+# Trajectories that inspect, probe and correct take without --count.
 LOOK_AT = 32
 
 USAGE = """\
@@ -40,7 +40,12 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   compare  two evaluated runs, paired: --a DIR --b DIR (again for more seeds)
   inspect  one HTML page of its trajectories, --count of them, and of what
            the detector saw in them
+  report   one HTML page of a run, finished or not: curves, evaluations,
+           answers over time, settings; --b DIR lays another over it (again
+           for more), --output FILE; needs no --config
   probe    does a high loss mean that the futures part? on --count prompts
+  correct  do --updates (5) on one window mend its divergence? before, OPD and
+           TOPD on --count divergent points, at --learning_rate (the run's)
   quantize what a smaller teacher costs: bytes, and reverse KL on --count
            completions
   sample   let it write: --prompt TEXT [--prompt TEXT ...]
@@ -72,7 +77,7 @@ def _flag_values(
     )
     for name, about in (
         ("workdir", "directory of the run"),
-        ("output", "directory to export to, or file of a plan"),
+        ("output", "directory to export to, or file of a plan or report"),
         ("coordinator", "HOST:PORT of the first of several processes"),
         ("topology", "TPU kind and shape to plan for, v5e:2x4"),
     ):
@@ -84,7 +89,7 @@ def _flag_values(
     for name, about in (
         ("prompt", "text to complete"),
         ("a", "directory of an evaluated run"),
-        ("b", "directory of the run to compare with it"),
+        ("b", "directory of a run to compare with it"),
     ):
         flags.DEFINE_multi_string(name, [], about, flag_values=values)
     for name, about in (
@@ -97,16 +102,17 @@ def _flag_values(
         ("count", None, "trajectories to look at, or prompts to write on"),
         ("processes", None, "how many run this command"),
         ("process", None, "which of them this is, from 0"),
+        ("updates", 5, "of a local correction, on one window"),
         ("heartbeat", 100, "seconds of silence after which one is dead"),
         ("search", 900, "seconds to look for a plan that fits; 0: none"),
     ):
-        least = 0 if name in ("process", "search") else 1
+        least = 0 if name in ("process", "updates", "search") else 1
         flags.DEFINE_integer(
             name, default, about, lower_bound=least, flag_values=values
         )
-    flags.DEFINE_float(
-        "temperature", None, "of the sampler; 0 is greedy", flag_values=values
-    )
+    for name, about in (("temperature", "of the sampler; 0 is greedy"),
+                        ("learning_rate", "of a correction")):  # fmt: skip
+        flags.DEFINE_float(name, None, about, flag_values=values)
     return values
 
 
@@ -205,7 +211,7 @@ def _parse(arguments: list[str], command: str = "") -> flags.FlagValues:
             given = value if equals else next(rest, None)
         else:
             others.append(argument)
-    if not given and command != "compare":
+    if not given and command not in ("compare", "report"):
         raise ValueError("--config is missing; try --config tiny")
     config = read_config(config_path(given)) if given else ConfigDict()
     others = [_checked_override(argument, config) for argument in others]
@@ -253,6 +259,8 @@ def _command(name: str, values: flags.FlagValues) -> Any:
 
     if name == "compare":
         return commands.compare(values.a, values.b, values.which)
+    if name == "report":
+        return commands.report(values.workdir, values.b, values.output)
     settings = settings_from(values.config)
     if "://" in values.workdir:
         raise ValueError(
@@ -268,12 +276,13 @@ def _command(name: str, values: flags.FlagValues) -> Any:
         return commands.train(*run)
     if name == "eval":
         return commands.evaluate(*run, values.which)
-    if name == "inspect":
-        return commands.inspect(*run, values.which, values.count or LOOK_AT)
-    if name == "probe":
-        return commands.probe(*run, values.which, values.count or LOOK_AT)
-    if name == "quantize":
-        return commands.quantize(*run, values.which, values.count or LOOK_AT)
+    look = (*run, values.which, values.count or LOOK_AT)
+    if name in ("inspect", "probe", "quantize"):
+        return getattr(commands, name)(*look)
+    if name == "correct":
+        from topd_jax.analysis import correction
+
+        return correction.correct(*look, values.updates, values.learning_rate)
     if name == "generate":
         return commands.generate(*run, values.count)
     if name == "sample":
@@ -311,8 +320,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = (
-        "train", "eval", "compare", "inspect", "probe", "quantize", "sample",
-        "export", "sweep", "doctor", "generate", "plan",
+        "train", "eval", "compare", "inspect", "report", "probe", "correct",
+        "quantize", "sample", "export", "sweep", "doctor", "generate", "plan",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)

@@ -44,24 +44,26 @@ class Phases(NamedTuple):
 
 
 def make_optimizer(
-    settings: OptimizerSettings, steps: int
+    settings: OptimizerSettings, steps: int | None
 ) -> optax.GradientTransformation:
     """AdamW with clipping, linear warm-up and cosine decay (App. B).
 
     Args:
       settings: rates and betas.
-      steps: length of the run.
+      steps: length of the run; None keeps the rate where it is.
 
     Returns:
       The transformation.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=settings.learning_rate,
-        warmup_steps=max(round(settings.warmup_fraction * steps), 1),
-        decay_steps=max(steps, 2),
-        end_value=settings.end_learning_rate,
-    )
+    schedule = optax.constant_schedule(settings.learning_rate)
+    if steps is not None:
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=settings.learning_rate,
+            warmup_steps=max(round(settings.warmup_fraction * steps), 1),
+            decay_steps=max(steps, 2),
+            end_value=settings.end_learning_rate,
+        )
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(

@@ -130,6 +130,7 @@ class LogSettings:
     statistics_every: int = 10
     completions_every: int = 50
     completions: int = 4
+    problems: int = 8
     tensorboard: bool = True
     top_k: int = 16
 
@@ -199,6 +200,7 @@ _LEAST = {
     ("train", "max_skipped"): 0,
     ("optimizer", "accumulate"): 1,
     ("log", "top_k"): 1,
+    ("log", "problems"): 0,
     ("eval", "problems"): 1,
     ("eval", "final_problems"): 1,
     ("eval", "batch_size"): 1,

@@ -243,9 +243,16 @@ class Run:
     def evaluate(self, final: bool = False) -> dict[str, Any]:
         """Evaluates the student as it is, and logs the result."""
         self.logs.flush()
-        row = self.evaluator(self.student, self.step, final=final)
+        row, written = self.evaluator.write_down(
+            self.student,
+            self.step,
+            final=final,
+            keep=self.settings.log.problems,
+        )
         best = all(better(row, r) for r in self.logs.evals)
         self.logs.write("evals", row)
+        for problem in written:
+            self.logs.write("problems", problem)
         if best and not final:
             self._save_to(self.best)
         return row

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: learning curves, and the histogram of distances."""
+"""Pictures of a sweep and of a local correction."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -146,5 +146,63 @@ def distances(
     axis.legend()
     axis.grid(alpha=0.3)
     path = folder / "distances.png"
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def corrections(
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    numbers: Mapping[str, Mapping[str, Any]],
+    paper: Mapping[str, float],
+    folder: pathlib.Path,
+) -> pathlib.Path:
+    """Figure 5 of the paper redrawn: distances before and after correction.
+
+    A box holds half of the prefixes and has its median drawn; every prefix is
+    a dot.
+
+    Args:
+      found: method -> {"distance": f32[N]}, in the order of drawing.
+      numbers: method -> {"mean", "interval"}.
+      paper: method -> the paper's mean, for some of them.
+      folder: where ``correction-figure5.png`` is written.
+
+    Returns:
+      The picture's path.
+    """
+    names = list(found)
+    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    boxes = axis.boxplot(
+        [found[n]["distance"] for n in names],
+        positions=range(len(names)),
+        widths=0.5,
+        showfliers=False,
+        patch_artist=True,
+        medianprops={"color": "#000000"},
+    )
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(names):
+        colour = _COLOURS[i]
+        boxes["boxes"][i].set(facecolor=colour, alpha=0.35)
+        values = found[name]["distance"]
+        axis.scatter(i + rng.uniform(-0.2, 0.2, values.size), values, s=5,
+                     color=colour, alpha=0.35, linewidths=0)  # fmt: skip
+        low, high = numbers[name]["interval"]
+        mean = numbers[name]["mean"]
+        axis.errorbar(i + 0.34, mean, [[mean - low], [high - mean]], fmt="D",
+                      color=colour, markersize=5, capsize=3,
+                      label=f"{name}: mean {mean:.3f}")  # fmt: skip
+        if name in paper:
+            axis.hlines(paper[name], i - 0.3, i + 0.3, color="#000000",
+                        linestyle=":", linewidth=1.4)  # fmt: skip
+    axis.plot([], [], ":", color="#000000", label="the paper's mean")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_xlim(-0.6, len(names) - 0.3)
+    axis.set_ylabel("transport distance to the teacher's continuation")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    axis.grid(alpha=0.3, axis="y")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "correction-figure5.png"
     figure.savefig(path, dpi=130)
     return path

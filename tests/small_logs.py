@@ -1,0 +1,123 @@
+"""What runs leave behind, made up: numbers that a test can follow."""
+
+import json
+from pathlib import Path
+
+from topd_jax.analysis.run_page import RunRecords
+
+HOSTILE = "</script><!--<img src=x onerror=alert(1)>\u2028{{ 7 * 7 }}"
+
+
+def metrics(steps: int, loss: float = 2.0) -> list[dict]:
+    """One line a step; every tenth is timed and has the statistics."""
+    return [
+        {
+            "step": step,
+            "loss": loss / step,
+            "divergent": 0.5,
+            "length_mean": 20.0,
+            "num_tokens": 640.0,
+            "skipped": 0.0,
+            "seconds": 9.0 if step == 1 else 0.5,
+            **(
+                {"reverse_kl": 1.0 / step, "seconds_rollout": 0.25,
+                 "seconds_update": 0.125}
+                if step % 10 == 0
+                else {}
+            ),
+        }
+        for step in range(1, steps + 1)
+    ]  # fmt: skip
+
+
+def evaluation(step: int, right: float, *, final: bool = False) -> dict:
+    """One line of ``evals.jsonl``."""
+    return {
+        "step": step, "final": final, "temperature": 1.0, "problems": 100,
+        "exact_match": right, "exact_match_low": right - 0.1,
+        "exact_match_high": right + 0.1, "reverse_kl": 1 - right,
+        "grades": "f",
+    }  # fmt: skip
+
+
+def answer(
+    step: int, problem: str, right: bool | None, *, final: bool = False
+) -> dict:
+    """One line of ``problems.jsonl``."""
+    return {
+        "step": step, "final": final, "problem": problem, "answer": "10",
+        "completion": f"{problem} at {step}", "right": right,
+        "truncated": right is False,
+    }  # fmt: skip
+
+
+def records(name: str = "run", *, steps: int = 40, **changes) -> RunRecords:
+    """A finished run with ten evaluations of three problems on the way."""
+    stops = range(0, steps + 1, max(steps // 9, 1))
+    return RunRecords(
+        **{
+            "name": name,
+            "settings": {
+                "seed": 3,
+                "objective": {"variant": "topd", "window": 10},
+                "optimizer": {"learning_rate": 1e-3},
+                "train": {"steps": steps},
+                "world": {"cache": HOSTILE},
+            },
+            "metrics": metrics(steps),
+            "evals": [
+                *(evaluation(s, 0.3 + 0.01 * s) for s in stops),
+                evaluation(steps, 0.8, final=True),
+            ],
+            "completions": [
+                {
+                    "step": s,
+                    "prompt": "2+2?",
+                    "completion": f"= {s} {HOSTILE}",
+                    "truncated": s > 10,
+                }
+                for s in range(10, steps + 1, 10)
+            ],
+            "problems": [
+                *(
+                    answer(s, problem, right)
+                    for s in stops
+                    for problem, right in (
+                        ("learned", s > 0),
+                        ("lost", s < steps // 2),
+                        (HOSTILE, False),
+                    )
+                ),
+                answer(steps, "2+8?", True, final=True),
+            ],
+            "benchmarks": {
+                "best": {
+                    "step": 20,
+                    "benchmarks": {
+                        "gsm": {
+                            "summary": {
+                                "problems": 9,
+                                "pass@1": {
+                                    "value": 0.5,
+                                    "interval": [0.25, 0.75],
+                                },
+                            },
+                        }
+                    },
+                }
+            },
+        }
+        | changes
+    )
+
+
+def write_run(run: RunRecords, workdir: Path) -> Path:
+    """Writes records where ``topd train`` leaves them."""
+    workdir.mkdir(parents=True)
+    (workdir / "settings.json").write_text(json.dumps(run.settings))
+    for name in ("metrics", "evals", "completions", "problems"):
+        lines = "".join(json.dumps(r) + "\n" for r in getattr(run, name))
+        (workdir / f"{name}.jsonl").write_text(lines)
+    for which, found in run.benchmarks.items():
+        (workdir / f"eval-{which}.json").write_text(json.dumps(found))
+    return workdir

@@ -1,0 +1,438 @@
+"""Local corrections: each from the same start, on its own window alone."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import EOS, PAD, make_trajectories
+from matplotlib import image
+from small_run import settings_with
+
+from topd_jax import main
+from topd_jax.analysis import correction, plots
+from topd_jax.analysis.correction_report import PAPER, report, table
+from topd_jax.analysis.observe import Observed
+from topd_jax.analysis.points import choose
+from topd_jax.annotate import annotate
+from topd_jax.distill import init_state, update
+from topd_jax.models import causal_mask, unembed
+from topd_jax.models.config import Lora
+from topd_jax.models.lora import add_lora
+from topd_jax.objective import Objective
+from topd_jax.sampling import rollout
+from topd_jax.types import Annotations, Candidates, Windows
+
+K = 4
+OBJECTIVE = Objective(
+    variant="opd", window=K, candidates=3, guidance_weight=0.7
+)
+IDS = dict(eos_ids=(EOS,), pad_id=PAD)
+ADAM = optax.adam(1e-2)
+UPDATES = 60  # enough to write what the teacher writes
+
+
+def observed(student, teacher, objective=OBJECTIVE):
+    objective = correction.goal_of(objective, "topd:student")
+    written = make_trajectories(rows=6)
+    notes = annotate(
+        student, teacher, written, jax.random.key(1), objective=objective, **IDS
+    )
+    return Observed([], *jax.device_get((written, [notes])))
+
+
+@pytest.fixture(scope="module")
+def points(student, teacher):
+    return choose([observed(student, teacher)], 3, PAD)
+
+
+@pytest.fixture(scope="module")
+def found(student, teacher, points):
+    return correction.measure(
+        student, teacher, points, OBJECTIVE, ADAM, updates=UPDATES, **IDS
+    )
+
+
+def step_of(objective, optimizer=ADAM):
+    """(state, head, rows, notes) -> (state, metrics), jitted."""
+    return jax.jit(
+        functools.partial(update, objective=objective, optimizer=optimizer)
+    )
+
+
+def prefix_of(points, i):
+    """The prefix's ids without padding."""
+    return points.prefix.tokens[i][points.prefix.mask[i]].tolist()
+
+
+def window_of(windows, i):
+    return windows.tokens[i][windows.mask[i]].tolist()
+
+
+@jax.jit
+def read(model, ids):
+    mask = causal_mask(jnp.ones(ids.shape, bool))
+    hidden, _ = model(ids, jnp.arange(ids.shape[1])[None], mask)
+    return jax.nn.log_softmax(unembed(model.head, hidden))[0]
+
+
+def logp_along(model, prefix, window):
+    """[len(window), V]: log p of each window token, by one plain pass."""
+    begin, end = len(prefix) - 1, len(prefix) + len(window) - 1
+    # What follows is not seen; one length compiles once.
+    ids = np.zeros((1, 24), int)
+    ids[0, : end + 1] = prefix + window
+    return np.asarray(read(model, ids)[begin:end])
+
+
+def greedy(model, prefix):
+    """What a model writes, read anew for every token."""
+    window = []
+    while len(window) < K and EOS not in window:
+        logp = logp_along(model, prefix, [*window, 0])
+        window.append(int(logp[-1].argmax()))
+    return window
+
+
+def sinkhorn(embedding, ours, theirs, epsilon=0.05, weight=0.5):
+    """Transport distance of two lists of tokens, in numpy."""
+    x, y = (np.asarray(embedding, np.float64)[w] for w in (ours, theirs))
+    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
+    cost = 1 - x @ y.T
+    rows, columns = cost.shape
+    apart = np.abs(np.arange(rows)[:, None] - np.arange(columns))
+    kernel = np.exp(-(cost + weight * apart / K) / epsilon)
+    v = np.ones(columns)
+    for _ in range(3000):
+        u = 1 / rows / (kernel @ v)
+        v = 1 / columns / (kernel.T @ u)
+    return np.sum(u[:, None] * kernel * v * cost)
+
+
+def slot(positions, distance, divergent):
+    """One trajectory's candidates, windows of K tokens, any plan."""
+    count = len(positions)
+    blank = Windows(np.zeros((1, count, K), int), np.ones((1, count, K), bool))
+    return Annotations(
+        None, None,
+        candidates=Candidates(np.array([positions]), np.ones((1, count), bool)),
+        student_windows=blank,
+        teacher_windows=blank,
+        distance=np.array([distance], np.float32),
+        plan=np.zeros((1, count, K, K), np.float32),
+        divergent=np.array([divergent]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("truncated", "at"), [(False, 7), (True, 3)])
+def test_the_farthest_divergent_point_is_chosen(truncated, at):
+    written = jax.device_get(make_trajectories(rows=1, completion=12))
+    # Nine tokens: K of them follow 3, not 7. 5 is farther, but no fork.
+    written = written.replace(
+        mask=np.arange(12)[None] < 9, truncated=np.array([truncated])
+    )
+    notes = slot([1, 3, 5, 7], [0.2, 0.4, 0.9, 0.6], [True, True, False, True])
+    points = choose([Observed([], written, [notes])], 5, PAD)
+    assert len(points.distance) == 1
+    assert points.distance[0] == pytest.approx({3: 0.4, 7: 0.6}[at])
+    prompt = written.prompt[0][written.prompt_mask[0]].tolist()
+    assert prefix_of(points, 0) == prompt + written.tokens[0, :at].tolist()
+
+
+def test_points_are_cut_from_their_trajectories(student, teacher, points):
+    seen = observed(student, teacher)
+    written, notes = seen.trajectories, seen.notes[0]
+    row = int(np.flatnonzero(notes.divergent.any(1))[0])
+    assert len(points.distance) == 3
+    sequence = [*prefix_of(points, 0), *window_of(points.ours, 0)]
+    prompt = written.prompt[row][written.prompt_mask[row]].tolist()
+    whole = prompt + written.tokens[row][written.mask[row]].tolist()
+    assert sequence == whole[: len(sequence)]
+    # The teacher's window is what it writes there itself.
+    for i in range(3):
+        theirs = greedy(teacher, prefix_of(points, i))
+        assert window_of(points.theirs, i) == theirs
+    # Padded on the left.
+    mask = points.prefix.mask
+    assert mask[:, -1].all() and (np.diff(mask.astype(int)) >= 0).all()
+
+
+def test_no_more_batches_are_drawn_than_needed(student, teacher):
+    def batches():
+        yield observed(student, teacher)
+        raise AssertionError("one was enough")
+
+    assert len(choose(batches(), 2, PAD).distance) == 2
+
+
+def test_where_nothing_diverges_is_said():
+    written = jax.device_get(make_trajectories(rows=1))
+    notes = slot([1], [0.2], [False])
+    with pytest.raises(ValueError, match=r"none of 1 traj.*lower objective\.p"):
+        choose([Observed([], written, [notes])], 1, PAD)
+
+
+def test_before_is_the_start_by_an_independent_computation(
+    student, teacher, points, found
+):
+    before = found["before"]
+    for i in range(3):
+        ours = greedy(student, prefix_of(points, i))
+        theirs = window_of(points.theirs, i)
+        distance = sinkhorn(student.embedding, ours, theirs)
+        assert before["distance"][i] == pytest.approx(distance, abs=2e-3)
+        assert before["first"][i] == (ours[0] == theirs[0])
+        assert before["same"][i] == (ours == theirs)
+    assert before["distance"].max() > 0.1
+
+
+def first_loss(student, teacher, points, i, objective):
+    """The loss that the first update on a point sees."""
+    point = jax.tree.map(jnp.asarray, points.one(i))
+    batch = correction.as_batch(teacher, point, objective)
+    state = init_state(student, ADAM)
+    _, metrics = step_of(objective)(state, teacher.head, *batch)
+    return float(metrics["loss"][0])
+
+
+def by_hand(student, teacher, points, i, method):
+    """The same loss, from plain passes over prefix and window."""
+    prefix, ours = prefix_of(points, i), window_of(points.ours, i)
+    theirs = window_of(points.theirs, i)
+    mine = logp_along(student, prefix, ours)
+    gap = mine - logp_along(teacher, prefix, ours)
+    loss = np.mean(np.sum(np.exp(mine) * gap, axis=-1))
+    if method == "topd:teacher":
+        logp = logp_along(student, prefix, theirs)
+        led = -np.mean(logp[np.arange(len(theirs)), theirs])
+        loss += OBJECTIVE.guidance_weight * led
+    if method == "topd:student":
+        plan = points.plan[i][: len(ours), : len(theirs)]
+        targets = np.zeros_like(mine)
+        for j, token in enumerate(theirs):
+            targets[:, token] += plan[:, j] / plan.sum(1)
+        targets[0] = np.eye(mine.shape[1])[theirs[0]]
+        some = np.where(targets > 0, targets, 1.0)
+        led = np.sum(targets * (np.log(some) - mine), axis=-1).mean()
+        loss += OBJECTIVE.guidance_weight * led
+    return loss
+
+
+@pytest.mark.parametrize("method", correction.METHODS)
+def test_the_loss_is_of_the_window_alone(student, teacher, points, method):
+    objective = correction.goal_of(OBJECTIVE, method)
+    for i in range(2):
+        assert first_loss(
+            student, teacher, points, i, objective
+        ) == pytest.approx(
+            by_hand(student, teacher, points, i, method), rel=2e-4
+        )
+
+
+def test_the_whole_distribution_along_the_branch(student, teacher, points):
+    objective = dataclasses.replace(
+        correction.goal_of(OBJECTIVE, "topd:teacher"), branch_loss="forward_kl"
+    )
+    prefix, theirs = prefix_of(points, 0), window_of(points.theirs, 0)
+    wanted = logp_along(teacher, prefix, theirs)
+    gap = wanted - logp_along(student, prefix, theirs)
+    led = np.mean(np.sum(np.exp(wanted) * gap, axis=-1))
+    loss = first_loss(student, teacher, points, 0, objective)
+    plain = by_hand(student, teacher, points, 0, "opd")
+    assert loss == pytest.approx(
+        plain + OBJECTIVE.guidance_weight * led, rel=2e-4
+    )
+
+
+def test_opd_on_one_window_lowers_its_loss(student, teacher, points):
+    point = jax.tree.map(jnp.asarray, points.one(1))
+    objective = correction.goal_of(OBJECTIVE, "opd")
+    batch = correction.as_batch(teacher, point, objective)
+    state, losses = init_state(student, ADAM), []
+    step = step_of(objective)
+    for _ in range(6):
+        state, metrics = step(state, teacher.head, *batch)
+        losses.append(float(metrics["loss"][0]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["opd", "topd:teacher"])
+def test_a_correction_is_m_updates_from_the_start(
+    student, teacher, points, method
+):
+    objective = correction.goal_of(OBJECTIVE, method)
+    run = correction.make_correction(objective, ADAM, **IDS)
+    point = jax.tree.map(jnp.asarray, points.one(2))
+    batch = correction.as_batch(teacher, point, objective)
+    state, step = init_state(student, ADAM), step_of(objective)
+    written = []
+    for number in range(7):
+        windows, skipped = run(student, teacher, point, jnp.int32(number))
+        expected = rollout(
+            state.student, point.prefix, jax.random.key(3),
+            max_new_tokens=K, temperature=0.0, **IDS,
+        )  # fmt: skip
+        assert window_of(windows, 0) == window_of(expected, 0)
+        assert skipped == 0
+        written.append(window_of(windows, 0))
+        state, _ = step(state, teacher.head, *batch)
+    assert len({tuple(w) for w in written}) > 1  # it did change
+
+
+def test_every_point_starts_from_the_same_student(
+    student, teacher, points, found
+):
+    start = jax.tree.map(np.array, student)
+    backwards = jax.tree.map(lambda x: x[::-1], points)
+    again = correction.measure(
+        student, teacher, backwards, OBJECTIVE, ADAM, updates=UPDATES, **IDS
+    )
+    for name, of_method in found.items():
+        for key, values in of_method.items():
+            np.testing.assert_array_equal(again[name][key][::-1], values)
+    jax.tree.map(np.testing.assert_array_equal, start, student)
+
+
+def test_enough_updates_towards_the_teacher_mend_all(found):
+    led = found["topd:teacher"]
+    assert led["same"].all() and led["first"].all()
+    np.testing.assert_allclose(led["distance"], 0, atol=1e-4)
+    assert found["opd"]["distance"].mean() < found["before"]["distance"].mean()
+    # Anchored at the teacher's first token; beyond it, the student's contexts.
+    assert found["topd:student"]["first"].all()
+
+
+def test_an_update_that_is_not_finite_is_counted(student, teacher, points):
+    endless = dataclasses.replace(OBJECTIVE, guidance_weight=float("inf"))
+    run = correction.make_correction(
+        correction.goal_of(endless, "topd:teacher"), ADAM, **IDS
+    )
+    point = jax.tree.map(jnp.asarray, points.one(0))
+    windows, skipped = run(student, teacher, point, jnp.int32(2))
+    assert skipped == 2
+    assert window_of(windows, 0) == greedy(student, prefix_of(points, 0))
+
+
+def test_adapters_alone_are_corrected(student, teacher, points):
+    adapted = add_lora(student, Lora(2, 4.0, ("q", "v"), False))
+    run = correction.make_correction(
+        correction.goal_of(OBJECTIVE, "topd:teacher"),
+        optax.adam(0.1), **IDS,
+    )  # fmt: skip
+    point = jax.tree.map(jnp.asarray, points.one(0))
+    before, _ = run(adapted, teacher, point, jnp.int32(0))
+    after, _ = run(adapted, teacher, point, jnp.int32(20))
+    assert window_of(before, 0) == greedy(student, prefix_of(points, 0))
+    assert window_of(after, 0) != window_of(before, 0)
+
+
+def of_method(distance, first=1, same=1):
+    count = len(distance)
+    return {
+        "distance": np.array(distance, np.float32),
+        "first": np.arange(count) < first,
+        "same": np.arange(count) < same,
+        "skipped": np.zeros(count, int),
+    }
+
+
+NUMBERS = {
+    "before": of_method([0.4, 0.5, 0.6, 0.9], first=0, same=0),
+    "opd": of_method([0.2, 0.3, 0.6, 0.5], first=2),
+    "topd:teacher": of_method([0.0, 0.3, 0.7, 0.2], first=3, same=2),
+}
+
+
+def test_the_numbers_by_hand():
+    found = report(NUMBERS, np.array([0.5, 0.7]))
+    assert found["as_written"] == pytest.approx(0.6)
+    led = found["methods"]["topd:teacher"]
+    assert led["mean"] == pytest.approx(0.3)
+    assert led["median"] == pytest.approx(0.25)
+    assert (led["first"], led["same"]) == (0.75, 0.5)
+    low, high = led["interval"]
+    assert 0.0 <= low < 0.3 < high <= 0.7
+    against = led["against_opd"]
+    assert against["difference"] == pytest.approx(-0.1)
+    assert (against["nearer"], against["farther"]) == (0.5, 0.25)
+    assert "against_opd" not in found["methods"]["opd"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_table_has_the_papers_numbers_beside():
+    numbers = report(NUMBERS, np.array([0.5]))
+    text = table({**numbers, "count": 4, "window": K, "updates": 3})
+    head, _, *rows = text.splitlines()
+    assert head.startswith(f"4 prefixes, 3 updates on a window of {K} tokens")
+    assert [r.split()[0] for r in rows] == list(NUMBERS)
+    for row, (name, paper) in zip(rows, PAPER["mean"].items(), strict=True):
+        assert row.split()[3] == f"{paper:.3f}", name
+    assert "-0.100" in rows[2]
+
+
+def test_the_figure_is_a_picture(tmp_path):
+    numbers = report(NUMBERS, np.array([0.5]))
+    path = plots.corrections(
+        NUMBERS, numbers["methods"], PAPER["mean"], tmp_path / "new"
+    )
+    assert path.name == "correction-figure5.png"
+    assert image.imread(path).std() > 0.01
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_a_rate_that_means_nothing_is_refused(rate):
+    with pytest.raises(ValueError, match=r"--learning_rate=.* above 0; --upd"):
+        correction.require_correctable(settings_with(), rate)
+
+
+def test_several_teachers_are_refused_before_any_is_made(tmp_path):
+    settings = settings_with()
+    settings = dataclasses.replace(
+        settings,
+        teachers={"a": settings.teacher, "b": settings.teacher},
+        data=dataclasses.replace(settings.data, teacher_field="subject"),
+    )
+    with pytest.raises(ValueError, match="one teacher .* names a, b; leave"):
+        correction.correct(settings, tmp_path, "start", 1, 1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_correct_from_the_command_line(trained, small_arguments, capsys):
+    capsys.readouterr()
+    call = ["correct", *small_arguments, f"--workdir={trained}", "--count=3"]
+    main.run([*call, "--which=latest", "--updates=2", "--learning_rate=0.01"])
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["count"] == 3 and found["updates"] == 2
+    assert found["step"] == 6 and found["window"] == K
+    assert found["config"]["optimizer"]["learning_rate"] == 0.01
+    assert list(found["methods"]) == ["before", *correction.METHODS]
+    assert "3 prefixes, 2 updates" in err and "topd:student" in err
+    folder = trained / "correct-latest"
+    assert image.imread(found["figure"]).std() > 0.01
+    written = json.loads((folder / "correct.json").read_text())
+    for name, numbers in found["methods"].items():
+        distances = written["prefixes"][name]["distance"]
+        assert len(distances) == 3
+        assert np.mean(distances) == pytest.approx(numbers["mean"])
+        assert numbers["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--updates=-1"], "updates"),
+        (["--learning_rate=0", "--which=start"], "must be above 0"),
+        (["--which=best"], "no checkpoint in"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, small_arguments, tmp_path,
+                               capsys):  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        main.run(["correct", *small_arguments, f"--workdir={tmp_path}", *flags])
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and message in err[0]
