@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from launch_desk import TOP, Desk
@@ -50,38 +49,39 @@ def test_when_one_fails_all_are_stopped(desk: Desk) -> None:
     assert "killing" not in result.stderr
 
 
-def test_what_does_not_stop_is_killed(desk: Desk) -> None:
-    result = desk.run(
-        *(LOCAL, "--processes=2"),
-        FAIL="--process=0", SLEEP="300", DEAF="1", TOPD_GRACE="1",
-    )  # fmt: skip
-    assert result.returncode == 7
-    assert "still there after 1 s: killing them" in result.stderr
+def stop(desk: Desk, number: int, **env: str) -> tuple[list[str], str, int]:
+    """Signals two processes that have spoken: last words, errors and code."""
+    assert desk.run(LOCAL, "--setup-only").returncode == 0
+    script = subprocess.Popen(
+        ["bash", str(desk.top / LOCAL), "--processes=2"],
+        env=desk.environment | {"SLEEP": "300"} | env,
+        cwd=desk.top.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    spoken = {script.stdout.readline() for _ in range(2)}
+    assert spoken == {"[0] topd speaks\n", "[1] topd speaks\n"}
+    script.send_signal(number)
+    out, err = script.communicate(timeout=60)
+    return sorted(out.splitlines()), err, script.returncode
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
 def test_a_signal_stops_all(desk: Desk, number: int, code: int) -> None:
-    assert desk.run(LOCAL, "--setup-only").returncode == 0
-    script = subprocess.Popen(
-        ["bash", str(desk.top / LOCAL), "--processes=2"],
-        env=desk.environment | {"SLEEP": "300", "POLITE": "1"},
-        cwd=desk.top.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    spoken = {script.stdout.readline() for _ in range(2)}
-    assert spoken == {"[0] topd speaks\n", "[1] topd speaks\n"}
-    time.sleep(0.2)  # the script may still be on its way to waiting
-    script.send_signal(number)
-    last_words, _ = script.communicate(timeout=60)
-    assert script.returncode == code
-    assert sorted(last_words.splitlines()) == [
-        "[0] topd leaves", "[1] topd leaves"
-    ]  # fmt: skip
+    last_words, err, got = stop(desk, number, POLITE="1")
+    assert got == code
+    assert last_words == ["[0] topd leaves", "[1] topd leaves"]
+    assert "killing" not in err
+
+
+def test_what_does_not_stop_is_killed(desk: Desk) -> None:
+    _, err, code = stop(desk, signal.SIGTERM, DEAF="1", TOPD_GRACE="1")
+    assert code == 143
+    assert "still there after 1 s: killing them" in err
 
 
 def test_lines_say_whose_they_are_and_bars_too() -> None:
