@@ -3,7 +3,8 @@
 Around the tiny world's configuration one factor is changed at a time; sibling
 methods are the baselines, and plain distillation with more steps is what the
 time of the others would buy. Resumable run by run; each finished run appends
-one line to the record, which is committed:
+one line to the record, which is committed. With JAX_COMPILATION_CACHE_DIR=DIR
+in the environment the second seed finds what the first compiled:
 
 topd sweep --config configs/tiny_factors.py --workdir runs/factors
 """

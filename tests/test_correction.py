@@ -394,7 +394,9 @@ def test_several_teachers_are_refused_before_any_is_made(tmp_path):
     settings = dataclasses.replace(
         settings,
         teachers={"a": settings.teacher, "b": settings.teacher},
-        data=dataclasses.replace(settings.data, teacher_field="subject"),
+        data=dataclasses.replace(
+            settings.data, source="jsonl", path="x", teacher_field="subject"
+        ),
     )
     with pytest.raises(ValueError, match="one teacher .* names a, b; leave"):
         correction.correct(settings, tmp_path, "start", 1, 1)

@@ -328,5 +328,5 @@ def test_guidance_needs_branches_whatever_detects(
     )
     _, metrics = step(student, teacher, trajectories, goal)
     assert metrics["guidance"][0] > 0
-    with pytest.raises(ValueError, match="no transport plan .* 'student'"):
+    with pytest.raises(ValueError, match="no transport plan .*'student'"):
         objective(detector="future_loss", context="student")

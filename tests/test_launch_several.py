@@ -60,6 +60,8 @@ def stop(desk: Desk, number: int, **env: str) -> tuple[list[str], str, int]:
         stderr=subprocess.PIPE,
         text=True,
         stdin=subprocess.DEVNULL,
+        # A job in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     spoken = {script.stdout.readline() for _ in range(2)}
     assert spoken == {"[0] topd speaks\n", "[1] topd speaks\n"}

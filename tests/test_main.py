@@ -528,7 +528,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     plain, calls = getattr(where, method), []
 
     def filling(*args, **kwargs):
-        calls.append(None)
+        if "problems" not in args:  # many lines at once, by evaluations
+            calls.append(None)
         return (what if len(calls) >= at else plain)(*args, **kwargs)
 
     with monkeypatch.context() as patch:

@@ -221,6 +221,7 @@ def test_what_cannot_be_done_is_said(tmp_path):
     assert quantizer("") is None
 
 
+@pytest.mark.slow
 def test_eight_devices_say_what_one_says():
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "sharded_quantized.py"],

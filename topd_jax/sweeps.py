@@ -44,7 +44,6 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     options = settings.sweep
     for name in options.variants:
         with_variant(settings, name)  # all of them, before the first runs
-    _keep_compiled(workdir)
     record = pathlib.Path(options.record or workdir / "record.jsonl")
     record.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(record)
@@ -68,14 +67,6 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
                 os.fsync(file.fileno())
     rows = [r for r in read_jsonl(record) if r["config"] == _family(settings)]
     return write_report(rows, workdir / "report")
-
-
-def _keep_compiled(workdir: pathlib.Path) -> None:
-    """Lets the second seed of a variant find what the first compiled."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update(
-            "jax_compilation_cache_dir", str(workdir / "compiled")
-        )
 
 
 def _drop_torn_line(record: pathlib.Path) -> None:
