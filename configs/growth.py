@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config.objective.window = 4
     config.world.vocab_size = 2048  # up to 32,768
     for model in ("student", "teacher"):
-        config.world[f"{model}_layers"] = 1
+        # A stack that is scanned: of one layer, decoding is another program.
+        config.world[f"{model}_layers"] = 2
         config.world[f"{model}_width"] = 64
     return config

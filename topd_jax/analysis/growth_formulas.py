@@ -18,7 +18,6 @@ arXiv:2204.02311, appendix B.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 from topd_jax.analysis.programs import decoder_configs
 from topd_jax.models.config import DecoderConfig
@@ -49,15 +48,10 @@ class Work:
     sent: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return self._of(other, lambda a, b: a + b)
-
-    def __sub__(self, other: "Work") -> "Work":
-        return self._of(other, lambda a, b: a - b)
-
-    def _of(self, other: "Work", fn: Callable) -> "Work":
-        return Work(
-            *map(fn, dataclasses.astuple(self), dataclasses.astuple(other))
+        both = zip(
+            dataclasses.astuple(self), dataclasses.astuple(other), strict=True
         )
+        return Work(*map(sum, both))
 
 
 def formulas(settings: Settings, devices: int = 1) -> dict[str, Work]:
@@ -91,6 +85,7 @@ def formulas(settings: Settings, devices: int = 1) -> dict[str, Work]:
         temporaries=2 * cache + rows * (new + 4 * student.vocab_size) * _SIZE,
         sent=new * ours.gathered,
     )
+    prefill = dataclasses.replace(prefill, temporaries=decode.temporaries)
     scoring = theirs.read(rows, whole, whole**2, new)
     branches = theirs.read(rows, extra, ahead, extra)
     costs = rows * objective.candidates * window**2
@@ -118,11 +113,10 @@ def formulas(settings: Settings, devices: int = 1) -> dict[str, Work]:
         + 3 * ours.bytes,
         sent=3 * ours.gathered + theirs.gathered,
     )
-    found = {
+    return {
         "prefill": prefill, "decode": decode, "scoring": scoring,
         "branches": branches, "update": update,
     }  # fmt: skip
-    return {name: found[name] for name in found}
 
 
 class _Model:

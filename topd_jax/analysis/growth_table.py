@@ -14,8 +14,8 @@ from topd_jax.analysis.plots import COLOURS
 
 # A surprise: so much faster than the formula, from one doubling to the next.
 SURPRISE = 0.5
-# Less than this is rounding, or what a program of any size has.
-_LEAST = {"flops": 1e4, "bytes": 1e5, "temporaries": 1e5, "sent": 1e4,
+# Less than this is what a program of any size has, or too short to time.
+_LEAST = {"flops": 1e4, "bytes": 1e6, "temporaries": 4e6, "sent": 1e4,
           "seconds": 1e-3}  # fmt: skip
 
 
