@@ -84,6 +84,11 @@ def get_config() -> ConfigDict:
     config.rollout.temperature = 1.0  # paper, App. B; 0 is greedy
     config.rollout.top_p = 1.0  # paper, App. B; 1 is off
     config.rollout.top_k = 0  # 0 is off
+    # Where parameters are while tokens are written (ours): "train", as they
+    # are trained, gathered over fsdp at every token; "gathered", once, in
+    # compute dtype, where a device has room; "tensor": fsdp is a second tensor
+    # axis meanwhile, and no parameter is gathered.
+    config.rollout.sharding = "train"
 
     # What is optimised.
     config.objective = ConfigDict()

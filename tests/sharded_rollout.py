@@ -8,7 +8,12 @@ import numpy as np
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import causal_mask, init_decoder
 from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.sharding import batch_shardings, make_mesh, tree_shardings
+from topd_jax.sharding import (
+    DECODING,
+    batch_shardings,
+    make_mesh,
+    tree_shardings,
+)
 from topd_jax.types import Candidates, Prompts, completion_states
 
 CONFIG = DecoderConfig(
@@ -37,42 +42,46 @@ def look_ahead(model, out, positions):
     return branch(model, cache, hidden, out, candidates, length=5, **IDS)
 
 
-def everything(model, batch):
+def everything(model, batch, sharding="train"):
     result = []
     for temperature in (0.0, 1.0):
         out = rollout(
             model, batch, jax.random.key(1), max_new_tokens=9,
-            temperature=temperature, samples=2, **IDS,
+            temperature=temperature, samples=2, sharding=sharding, **IDS,
         )  # fmt: skip
         positions = np.tile([[0, 2, 4]], (out.tokens.shape[0], 1))
         result.append((out, jax.jit(look_ahead)(model, out, positions)))
     return result
 
 
-def on_mesh(model, shape, results):
+def on_mesh(model, shape, sharding, results):
     mesh = make_mesh(**shape)
     with jax.set_mesh(mesh):
         batch = jax.device_put(prompts(), batch_shardings(prompts(), mesh))
         spread = tree_shardings(model, mesh, model.logical_axes)
-        results[str(shape)] = everything(jax.device_put(model, spread), batch)
+        model = jax.device_put(model, spread)
+        results[str(shape), sharding] = everything(model, batch, sharding)
 
 
 def main() -> None:
     model = init_decoder(CONFIG, jax.random.key(0))
     one = everything(model, prompts())
-    shapes = [dict(data=8), dict(data=2, fsdp=2, tensor=2)]
+    mixed = dict(data=2, fsdp=2, tensor=2)
+    shapes = [(dict(data=8), "train"), *((mixed, name) for name in DECODING)]
     results = {}
     threads = [
-        threading.Thread(target=on_mesh, args=(model, shape, results))
+        threading.Thread(target=on_mesh, args=(model, *shape, results))
         for shape in shapes
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for shape in shapes:
+    for shape, sharding in shapes:
         ways = 8 // shape.get("tensor", 1)
-        for (a, wa), (b, wb) in zip(one, results[str(shape)], strict=True):
+        for (a, wa), (b, wb) in zip(
+            one, results[str(shape), sharding], strict=True
+        ):
             rows = b.tokens.shape[0]
             for x in (b.tokens, b.mask, b.logp):
                 assert x.sharding.shard_shape(x.shape)[0] == rows // ways

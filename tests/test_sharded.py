@@ -13,21 +13,72 @@ from topd_jax import sharding
 HERE = Path(__file__).parent
 
 
-def test_eight_devices_take_the_step_of_one():
+def on_eight_devices(*arguments):
     env = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
     done = subprocess.run(
-        [sys.executable, HERE / "sharded_step.py"],
+        [sys.executable, *arguments],
         env=env,
+        cwd=HERE,
         capture_output=True,
         text=True,
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("same on") == 12
+    return done.stdout
+
+
+def test_eight_devices_take_the_step_of_one():
+    assert on_eight_devices("sharded_step.py").count("same on") == 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [
+        ("dense", "train"),
+        pytest.param("dense", "gathered", marks=pytest.mark.slow),
+        pytest.param("dense", "tensor", marks=pytest.mark.slow),
+        pytest.param("experts", "train", marks=pytest.mark.slow),
+        pytest.param("experts", "tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_no_program_gathers_a_whole(tmp_path, kind, rules):
+    said = on_eight_devices("sharded_programs.py", tmp_path, kind, rules)
+    programs = 6 if rules == "train" else 1
+    assert said.count("gathers no whole") == programs
+
+
+@pytest.mark.slow
+def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    for rules, programs in (("train", 6), ("tensor", 1)):
+        said = on_eight_devices(
+            "sharded_programs.py", tmp_path, "dense", rules, "v5e:2x4"
+        )
+        assert said.count("gathers no whole") == programs
+
+
+TOP_K = """
+import jax, numpy as np
+from topd_jax import sharding
+from topd_jax.shares import top_k
+x = np.random.default_rng(0).integers(0, 9, (8, 24)).astype(np.float32)
+for shape in ((8, 1, 1), (1, 4, 2), (1, 1, 8)):
+    mesh = sharding.make_mesh(*shape)
+    for k in (1, 3, 20):  # many ties; 20 are more than a device has
+        want = jax.lax.top_k(x, k)
+        with jax.set_mesh(mesh):
+            got = jax.jit(lambda x, k=k: top_k(x, k))(x)
+        jax.tree.map(np.testing.assert_array_equal, tuple(want), got)
+print("same")
+"""
+
+
+def test_the_best_of_spread_logits_are_those_of_all():
+    assert "same" in on_eight_devices("-c", TOP_K)
 
 
 def test_mesh_must_fit_the_devices():

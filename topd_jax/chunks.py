@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from topd_jax.head import Head, head_cap, head_rows, soft_cap
 from topd_jax.losses import accumulation_dtype
-from topd_jax.sharding import MESH_AXES, RULES, constrain
+from topd_jax.sharding import RULES, constrain, mesh_axes, mesh_in_use
 
 _BLOCK_BYTES = 32 * 2**20
 _FEWEST_TOKENS, _MOST_TOKENS = 256, 4096
@@ -93,12 +93,10 @@ def chunk_tokens(vocab: int) -> int:
 
 
 def _ways(axis: str) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    mesh = mesh_in_use()
+    if mesh is None:
         return 1
-    rule = RULES[axis]
-    names = (rule,) if isinstance(rule, str) else (rule or ())
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in mesh_axes(RULES[axis]))
 
 
 def over_tokens(

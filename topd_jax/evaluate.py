@@ -240,6 +240,7 @@ def make_writer(
             eos_ids=eos_ids,
             pad_id=pad_id,
             vocab_size=vocab_size,
+            sharding=settings.rollout.sharding,
         )
 
     return jax.jit(write)

@@ -17,6 +17,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from topd_jax.shares import top_k
+
 # Stands for log 0. Far below any real log-probability, far above overflow.
 LOWEST = -1e30
 LOG_FLOOR = -100.0
@@ -239,7 +241,7 @@ def top_k_reverse_kl(
         raise ValueError(f"k={k} must be at least 1; k=1 keeps the argmax")
     student, teacher = _floored(student_logp), _floored(teacher_logp)
     k = min(k, student.shape[-1])
-    kept = jax.lax.top_k(jax.lax.stop_gradient(student), k)[0][..., -1:]
+    kept = top_k(student, k)[0][..., -1:]
     inside = student >= kept
     head = jnp.where(
         inside, jnp.exp(student) * (student - _floored(teacher, log_floor)), 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from topd_jax import fused, losses
 from topd_jax.annotate import read
 from topd_jax.packed import packed_states
+from topd_jax.shares import top_k as top_k_of
 from topd_jax.types import PackedRows, Trajectories
 
 
@@ -79,8 +80,8 @@ def _compare(
     theirs = losses.token_logprobs(teacher_logp, tokens)
     floored = jnp.maximum(theirs, log_floor)
     k = min(top_k, student_logp.shape[-1])
-    _, our_ids = jax.lax.top_k(student_logp, k)
-    _, their_ids = jax.lax.top_k(teacher_logp, k)
+    _, our_ids = top_k_of(student_logp, k)
+    _, their_ids = top_k_of(teacher_logp, k)
     on_ours = jnp.take_along_axis(teacher_logp, our_ids, axis=-1)
     shared = our_ids[..., :, None] == their_ids[..., None, :]
     return {

@@ -120,6 +120,7 @@ def _writer(settings: Settings, ids: dict) -> Callable[..., Any]:
             top_k=0 if offline else options.top_k,
             samples=settings.data.samples,
             vocab_size=shared,
+            sharding=options.sharding,
             **ids,
         )
 

@@ -17,6 +17,7 @@ from topd_jax.adapters import check_settings
 from topd_jax.models.quantize import check_quantized
 from topd_jax.objective import Objective
 from topd_jax.sections import build, flat
+from topd_jax.sharding import DECODING
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
@@ -83,6 +84,7 @@ class RolloutSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    sharding: str = "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +219,7 @@ _LEAST = {
 _CHOICES = {
     ("data", "source"): ("world", "jsonl", "tfds", "hub"),
     ("data", "on_long_prompt"): ("error", "skip"),
+    ("rollout", "sharding"): tuple(DECODING),
     ("offline", "format"): ("array_record", "jsonl"),
     ("offline", "keep"): ("all", "correct", "complete"),
     ("eval", "split"): ("train", "validation", "test"),
@@ -282,14 +285,11 @@ class Settings:
     def _check_offline(self) -> None:
         path = self.offline.path
         if path and not self.objective.offline:
-            raise ValueError(
-                f"offline.path={path!r} needs objective.stage=offline"
-            )
+            what = "needs objective.stage=offline"
+            raise ValueError(f"offline.path={path!r} {what}")
         if path and self.teachers:
-            raise ValueError(
-                f"offline.path={path!r} is a set of one teacher; leave "
-                "config.teachers out"
-            )
+            what = "is a set of one teacher; leave config.teachers out"
+            raise ValueError(f"offline.path={path!r} {what}")
 
     def _check_teachers(self) -> None:
         data, names = self.data, list(self.teachers)

@@ -8,13 +8,14 @@ this file alone knows the mesh axes:
 * ``tensor``: heads, feed-forward columns and vocabulary are spread over it;
 * ``expert``: rows, and the experts of a mixture are spread over it.
 
-Student and teacher each carry their own :data:`Rules`, so that a large teacher
-may be spread over more axes than a small student.
+Writing a token at a time asks for other rules than reading many at once:
+:data:`DECODING` names them, :func:`using` puts them into force.
 """
 
-import functools
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
+    "draws": ("data", "fsdp", "expert", "tensor"),
     "sequence": None,
     "activation_embed": None,
     "activation_heads": "tensor",
@@ -42,6 +44,33 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "expert": "expert",
 }
+
+_WIDE = ("tensor", "fsdp")
+
+# Rules of a loop over tokens. At every token "train" gathers each parameter
+# over fsdp again; "gathered" does so once, before the loop; "tensor" never
+# does: fsdp becomes a second tensor axis, and activations are summed instead.
+DECODING: dict[str, Rules] = {
+    "train": RULES,
+    "gathered": RULES | {"embed": None},
+    "tensor": RULES
+    | dict.fromkeys(
+        (
+            "activation_heads", "activation_kv_heads", "activation_mlp",
+            "vocab", "heads", "kv_heads", "mlp",
+        ),
+        _WIDE,
+    )
+    | {
+        "batch": ("data", "expert"),
+        "draws": ("data", "expert", *_WIDE),
+        "embed": None,
+    },
+}  # fmt: skip
+
+_in_force: contextvars.ContextVar[Rules] = contextvars.ContextVar(
+    "rules", default=RULES
+)
 
 
 def make_mesh(
@@ -113,7 +142,7 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
                 f"{sorted(rules)}"
             )
         parts.append(None if axis is None else rules[axis])
-    used = [m for p in parts if p for m in ((p,) if isinstance(p, str) else p)]
+    used = [m for p in parts for m in mesh_axes(p)]
     if len(used) != len(set(used)):
         raise ValueError(
             f"logical axes {tuple(axes)} put one mesh axis on two dimensions: "
@@ -147,7 +176,7 @@ def named(
     """
     partition = spec(axes, rules)
     for size, part, axis in zip(shape, partition, axes, strict=True):
-        parts = (part,) if isinstance(part, str) else (part or ())
+        parts = mesh_axes(part)
         ways = math.prod(mesh.shape[p] for p in parts)
         if size % ways:
             raise ValueError(
@@ -183,20 +212,28 @@ def tree_shardings(
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
-        names = [k.name for k in path if hasattr(k, "name")]
-        names = [n for n in names if n in logical_axes]
-        where = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        names += [
-            n for n in logical_axes if "/" in n and where.endswith("/" + n)
-        ]
-        if not names or len(logical_axes[names[-1]]) != leaf.ndim:
-            return NamedSharding(mesh, PartitionSpec())
-        axes = logical_axes[names[-1]]
+        name = _name(path, leaf, logical_axes)
+        if name is None:
+            return replicated(mesh)
+        axes = logical_axes[name]
         if path[-1] == jax.tree_util.GetAttrKey("scale"):
             return coarser(NamedSharding(mesh, spec(axes, rules)), leaf.shape)
-        return named(mesh, leaf.shape, axes, rules, name=names[-1])
+        return named(mesh, leaf.shape, axes, rules, name=name)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _name(
+    path: tuple, leaf: jax.Array, logical_axes: Mapping[str, Sequence]
+) -> str | None:
+    """Which parameter a leaf is (a part of); None for no known one."""
+    names = [k.name for k in path if hasattr(k, "name")]
+    names = [n for n in names if n in logical_axes]
+    where = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+    names += [n for n in logical_axes if "/" in n and where.endswith("/" + n)]
+    if not names or len(logical_axes[names[-1]]) != leaf.ndim:
+        return None
+    return names[-1]
 
 
 def coarser(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
@@ -212,7 +249,7 @@ def coarser(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     partition = tuple(sharding.spec)
     partition += (None,) * (len(shape) - len(partition))
     mesh = sharding.mesh
-    return NamedSharding(mesh, _dividing(mesh, shape, partition))
+    return NamedSharding(mesh, dividing(mesh, shape, partition))
 
 
 def batch_shardings(tree: object, mesh: Mesh) -> object:
@@ -242,6 +279,52 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+@contextlib.contextmanager
+def using(rules: Rules) -> Iterator[None]:
+    """Puts rules into force for what is traced inside.
+
+    JAX does not know of them: what is jitted inside must not be jitted under
+    other rules too, or be told them as a static argument.
+
+    Args:
+      rules: that :func:`constrain` shall follow.
+    """
+    token = _in_force.set(rules)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+def respread(
+    tree: object, logical_axes: Mapping[str, Sequence[str | None]], rules: Rules
+) -> object:
+    """Moves a model's parameters to where other rules want them.
+
+    Args:
+      tree: the model, inside a jitted function.
+      logical_axes: parameter name -> logical axes.
+      rules: where to; dimensions that do not divide stay whole.
+
+    Returns:
+      The model; itself where no mesh is set.
+    """
+    mesh = mesh_in_use()
+    if mesh is None:
+        return tree
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = _name(path, leaf, logical_axes)
+        if name is None:
+            return leaf
+        partition = spec(logical_axes[name], rules)
+        return jax.lax.with_sharding_constraint(
+            leaf, dividing(mesh, leaf.shape, partition)
+        )
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to its logical axes on the mesh in use.
 
@@ -252,85 +335,52 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     Returns:
       x, with its sharding fixed; x itself where no mesh is set.
     """
-    mesh = _mesh_in_use()
+    mesh = mesh_in_use()
     if mesh is None:
         return x
     # An activation that does not divide (3 kv heads on 2 devices) is left to
     # the compiler; parameters are refused instead, by named().
     return jax.lax.with_sharding_constraint(
-        x, _dividing(mesh, x.shape, spec(axes))
+        x, dividing(mesh, x.shape, spec(axes, rules_in_force()))
     )
 
 
-def _dividing(
+def dividing(
     mesh: Mesh | jax.sharding.AbstractMesh,
     shape: Sequence[int],
     partition: Sequence[str | tuple[str, ...] | None],
 ) -> PartitionSpec:
+    """A partition, cut down to what divides the array.
+
+    Args:
+      mesh: in use.
+      shape: of the array.
+      partition: mesh axes, one entry a dimension.
+
+    Returns:
+      Of each dimension's mesh axes as many, from the first, as divide it.
+    """
     parts = []
     for size, part in zip(shape, partition, strict=True):
-        names = (part,) if isinstance(part, str) else (part or ())
-        ways = math.prod(mesh.shape[p] for p in names)
-        parts.append(part if size % ways == 0 else None)
+        names = mesh_axes(part)
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        parts.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*parts)
 
 
-def over_experts(
-    read: Callable[..., jax.Array],
-    x: jax.Array,
-    chosen: jax.Array,
-    weights: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-) -> jax.Array:
-    """Sums what all experts say of each token, wherever they are held.
-
-    Every device holds some experts, and of those some columns; it reads all
-    tokens of its rows, which are gathered over the expert axis, and the parts
-    are summed. No token moves to an expert, so none can be dropped.
-
-    Args:
-      read: (x, chosen, weights, gate, up, down, first) -> [T, D], the share
-        of experts first .. first + len(gate) - 1.
-      x: [T, D].
-      chosen: i32[T, k] experts of each token.
-      weights: [T, k].
-      gate: [E, D, F].
-      up: [E, D, F].
-      down: [E, F, D].
-
-    Returns:
-      [T, D].
-    """
-    mesh = _mesh_in_use()
-    if mesh is None or math.prod(mesh.shape.values()) == 1:
-        return read(x, chosen, weights, gate, up, down, 0)
-    experts, columns = mesh.shape["expert"], mesh.shape["tensor"]
-    expert = "expert" if gate.shape[0] % experts == 0 else None
-    tensor = "tensor" if gate.shape[2] % columns == 0 else None
-    rows = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    row = PartitionSpec(("data", "fsdp") if rows else None, None)
-    wide = PartitionSpec(expert, None, tensor)
-
-    @functools.partial(
-        jax.shard_map,
-        in_specs=(row, row, row, wide, wide, PartitionSpec(expert, tensor)),
-        out_specs=row,
-        # Grouped products do not say over which axes their result varies.
-        check_vma=False,
-    )
-    def share(x: jax.Array, *rest: jax.Array) -> jax.Array:
-        *routing, gate, up, down = rest
-        first = jax.lax.axis_index("expert") * gate.shape[0] if expert else 0
-        out = read(x, *routing, gate, up, down, first)
-        parts = tuple(axis for axis in (expert, tensor) if axis)
-        return jax.lax.psum(out, parts) if parts else out
-
-    return share(x, chosen, weights, gate, up, down)
+def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of a rule, or of one dimension of a partition."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-def _mesh_in_use() -> jax.sharding.AbstractMesh | None:
+def rules_in_force() -> Rules:
+    """:data:`RULES`, or those of the :func:`using` that is traced."""
+    return _in_force.get()
+
+
+def mesh_in_use() -> jax.sharding.AbstractMesh | None:
+    """The mesh that :func:`jax.set_mesh` set; None where it is none of ours."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return None

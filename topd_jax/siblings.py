@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from topd_jax.losses import LOG_FLOOR, LOWEST
 from topd_jax.near_future import masked_quantile
+from topd_jax.shares import top_k
 
 
 def top_k_forward_kl(
@@ -79,7 +80,7 @@ def _top_k(logp: jax.Array, k: int) -> jax.Array:
     if k < 1:
         raise ValueError(f"k={k} must be at least 1; k=1 keeps the argmax")
     logp = jax.lax.stop_gradient(logp)
-    return logp >= jax.lax.top_k(logp, min(k, logp.shape[-1]))[0][..., -1:]
+    return logp >= top_k(logp, min(k, logp.shape[-1]))[0][..., -1:]
 
 
 def entropy_aware_loss(

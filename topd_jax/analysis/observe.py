@@ -89,6 +89,7 @@ def observe(
             temperature=options.temperature, top_p=options.top_p,
             top_k=options.top_k, eos_ids=eos_ids, pad_id=pad_id,
             vocab_size=shared_rows(student, pair.teacher),
+            sharding=options.sharding,
         )  # fmt: skip
 
     read = jax.jit(

@@ -213,8 +213,8 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
 
     Products at the peak, every token's parameters read from memory once, and
     what the mesh sends: parameters gathered over fsdp for every token that is
-    decoded and every slice that is learnt from, activations summed over
-    tensor.
+    decoded (as ``rollout.sharding`` says) and every slice that is learnt
+    from, activations summed over tensor.
 
     Args:
       settings: of the run.
@@ -232,10 +232,14 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
         experts = mesh.expert if config.experts else 1
         return _parameter_bytes(config) / (mesh.tensor * experts)
 
-    read = held(student) * new
-    read += sum(held(c) for _, c in teachers) * settings.objective.window
+    rules = settings.rollout.sharding
+    once = {"train": new, "gathered": 1, "tensor": 0}[rules] * held(student)
+    ahead = sum(held(c) for _, c in teachers) * settings.objective.window
+    ways = mesh.fsdp if rules == "tensor" else 1
+    read = held(student) * new / ways + ahead
     spread = (mesh.fsdp - 1) / mesh.fsdp
-    sent = (read + 3 * settings.optimizer.accumulate * held(student)) * spread
+    learnt = 3 * settings.optimizer.accumulate * held(student)
+    sent = (once + ahead + learnt) * spread
     tokens = sum(t for t, _ in work.values()) / (devices / mesh.tensor)
     if mesh.tensor > 1:
         sent += 4 * 2 * tokens * student.layers * student.width

@@ -26,6 +26,7 @@ from topd_jax.sampling.sampler import (
     choose,
     is_end,
     row_noise,
+    spread_draws,
 )
 from topd_jax.sharding import constrain
 from topd_jax.types import Candidates, Trajectories, Windows
@@ -148,7 +149,7 @@ def _branch(
 
     def grow(state: _Grown, hidden: jax.Array) -> _Grown:
         drawn = jax.lax.dynamic_index_in_dim(noise, state.step, 1, False)
-        logits = unembed(head, hidden)
+        logits = spread_draws(unembed(head, hidden))
         token, _ = choose(drawn, logits, temperature, None, 0)
         return _append(state, token, hidden, eos_ids, pad_id)
 

@@ -25,9 +25,10 @@ from topd_jax.sampling.sampler import (
     choose,
     is_end,
     row_noise,
+    spread_draws,
     switch_off,
 )
-from topd_jax.sharding import constrain
+from topd_jax.sharding import DECODING, constrain, respread, using
 from topd_jax.types import Prompts, Trajectories, positions_of
 
 # Attention over fewer columns than this is not what a step spends time on.
@@ -48,6 +49,7 @@ def rollout(
     samples: int = 1,
     vocab_size: int | None = None,
     buckets: Sequence[int] | None = None,
+    sharding: str = "train",
 ) -> Trajectories:
     """Lets a model complete prompts.
 
@@ -69,6 +71,8 @@ def rollout(
       samples: completions of each prompt, in consecutive rows.
       vocab_size: ids from here on are never drawn; None allows all.
       buckets: see :func:`bucket`; () keeps the prompts' own width.
+      sharding: name of :data:`~topd_jax.sharding.DECODING`: where parameters
+        and rows are meanwhile, on a mesh. Trajectories are spread by rows.
 
     Returns:
       Trajectories of ``B * samples`` rows; P is the bucket.
@@ -76,6 +80,10 @@ def rollout(
     Raises:
       ValueError: for settings that mean nothing.
     """
+    if sharding not in DECODING:
+        raise ValueError(
+            f"sharding={sharding!r} must be one of {', '.join(DECODING)}"
+        )
     ids = check_vocab_size(model.head.shape[0], vocab_size)
     check_sampler(temperature, top_p, top_k, ids)
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
@@ -92,6 +100,7 @@ def rollout(
         top_k=top_k,
         samples=int(samples),
         vocab_size=ids,
+        sharding=sharding,
     )
 
 
@@ -109,10 +118,41 @@ class _Written(NamedTuple):
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "max_new_tokens", "eos_ids", "pad_id", "top_k", "samples", "vocab_size"
+        "max_new_tokens", "eos_ids", "pad_id", "top_k", "samples", "vocab_size",
+        "sharding",
     ),
 )  # fmt: skip
 def _rollout(
+    model: Any,
+    prompts: Prompts,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array | None,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    top_k: int,
+    samples: int,
+    vocab_size: int,
+    sharding: str,
+) -> Trajectories:
+    # A static argument, since a trace is kept for the rules it was made under.
+    rules = DECODING[sharding]
+    if sharding != "train":
+        model = respread(model, model.logical_axes, rules)
+    with using(rules):
+        written = _write(
+            model, prompts, key, temperature, top_p, eos_ids=eos_ids,
+            max_new_tokens=max_new_tokens, pad_id=pad_id, top_k=top_k,
+            samples=samples, vocab_size=vocab_size,
+        )  # fmt: skip
+    return jax.tree.map(
+        lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), written
+    )
+
+
+def _write(
     model: Any,
     prompts: Prompts,
     key: jax.Array,
@@ -136,7 +176,7 @@ def _rollout(
 
     def write(state: _Written, hidden: jax.Array) -> _Written:
         drawn = jax.lax.dynamic_index_in_dim(noise, state.step, 1, False)
-        logits = unembed(head, hidden)
+        logits = spread_draws(unembed(head, hidden))
         token, logp = choose(drawn, logits, temperature, top_p, top_k)
         return _append(state, token, logp, eos_ids, pad_id)
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.sharding import constrain
+from topd_jax.shares import top_k as top_k_of
 
 # Up to this many entries one cumulative sum is cheaper than two.
 _SINGLE_BLOCK = 256
@@ -180,6 +181,24 @@ def choose(
     return jax.lax.cond(temperature > 0, sampled, greedy, noise)
 
 
+def spread_draws(logits: jax.Array) -> jax.Array:
+    """Logits as they are computed, then as tokens are drawn from them.
+
+    They are made where the head's rows are and drawn from where each row is
+    whole. The compiler must be told both: told the second alone, it gathers
+    the head at every token.
+
+    Args:
+      logits: f32[B, ..., V].
+
+    Returns:
+      The same numbers.
+    """
+    between = (None,) * (logits.ndim - 2)
+    logits = constrain(logits, "batch", *between, "vocab")
+    return constrain(logits, "draws", *between, None)
+
+
 def row_noise(key: jax.Array, rows: int, shape: tuple[int, ...]) -> jax.Array:
     """Uniform numbers that depend on the key and each one's own row alone.
 
@@ -214,7 +233,9 @@ def _sample(
 ) -> tuple[jax.Array, jax.Array]:
     ids = None
     if top_k or top_p is not None:
-        scores, ids = jax.lax.top_k(scores, top_k or scores.shape[-1])
+        count = top_k or scores.shape[-1]
+        # Rows are where the draws are, each with all of its ids.
+        scores, ids = top_k_of(scores, count, "draws", None)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     scores = scores - jnp.where(jnp.isfinite(peak), peak, 0.0)
     weights = jnp.exp(scores)
