@@ -39,9 +39,14 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       Where the report's files are.
 
     Raises:
-      ValueError: for an unknown variant.
+      ValueError: for an unknown variant, or a teacher on its own devices.
     """
-    options = settings.sweep
+    options, devices = settings.sweep, settings.teacher_mesh.devices
+    if devices:
+        raise ValueError(
+            f"teacher_mesh.devices={devices}: a sweep runs on one mesh; set "
+            "teacher_mesh.devices=0, or topd train each run"
+        )
     for name in options.variants:
         with_variant(settings, name)  # all of them, before the first runs
     record = pathlib.Path(options.record or workdir / "record.jsonl")
