@@ -1,8 +1,12 @@
 """A teacher on devices of its own; run by test_apart, on 8 of the CPU's."""
 
+import os
 import sys
-import threading
 from pathlib import Path
+
+if sys.argv[2] == "overlap":
+    # One device each: what spans several, a CPU runs one after the other.
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +22,21 @@ from topd_jax.phases import make_optimizer
 from topd_jax.settings import settings_from
 from topd_jax.types import Annotations, Trajectories
 
-# As many devices for the student with the teacher as without, so that its
-# own part differs by nothing at all: 8 are 4 x 2.
+# The student on 8 devices, and on 4 of them.
 ONE = {}
 TWO = dict(devices=4, fsdp=2)
 PARTS = dict(devices=4, data=1, tensor=2, fsdp=2, parts=2)
-STEPS = 4
 
 
-def settings_of(cache, teacher_mesh, steps=STEPS, **objective):
+def settings_of(cache, teacher_mesh, fsdp=2, **objective):
     config = small_config()
     config.world.cache = str(cache)
-    config.mesh.fsdp = 2
+    config.mesh.fsdp = fsdp
     config.teacher_mesh.update(teacher_mesh)
     config.objective.update(objective)
     config.data.batch_size = 16
     config.rollout.max_new_tokens = 12
-    config.train.steps = steps
+    config.train.steps = 4
     config.optimizer.learning_rate = 1e-2
     config.log.statistics_every = 2
     config.log.completions_every = 2
@@ -64,9 +66,7 @@ def rows_of(workdir, name):
 
 
 def assert_same(a, b, settings):
-    for x, y in zip(
-        state_of(settings, a), state_of(settings, b), strict=True
-    ):
+    for x, y in zip(state_of(settings, a), state_of(settings, b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5)
     assert rows_of(a, "completions") == rows_of(b, "completions")
     for name in ("metrics", "evals"):
@@ -82,16 +82,22 @@ def assert_same(a, b, settings):
 
 
 def runs(folder):
-    """One mesh, two, and two with slices: the same run."""
-    cache, made = folder / "world", {}
+    """One mesh, and two with slices: the same run."""
+    same(folder, ("one", ONE), ("parts", PARTS))
+
+
+def unsliced(folder):
+    """One mesh, and two without slices: the same run."""
+    same(folder, ("one", ONE), ("two", TWO))
+
+
+def same(folder, *meshes):
     options = dict(variant="topd+suppress", branch_temperature=1.0)
-    for name, mesh in (("one", ONE), ("two", TWO), ("parts", PARTS)):
-        settings = settings_of(cache, mesh, **options)
-        made[name] = folder / name
-        training.train(settings, made[name])
-    for name in ("two", "parts"):
-        assert_same(made["one"], made[name], settings)
-        print("same run:", name)
+    for name, mesh in meshes:
+        settings = settings_of(folder / "world", mesh, **options)
+        training.train(settings, folder / name)
+    assert_same(*(folder / name for name, _ in meshes), settings)
+    print("same run")
 
 
 def resumed(folder):
@@ -114,6 +120,7 @@ def stop_after(settings, workdir, step):
     pair = load_pair(settings, workdir, apart=True)
     with jax.set_mesh(pair.mesh):
         run = training.Run(settings, workdir, pair)
+        run.evaluate()
         while run.step < step:
             run._one_step()
         run.save()
@@ -121,78 +128,78 @@ def stop_after(settings, workdir, step):
 
 
 class Fakes:
-    """Phases of which slice 1 cannot be written before slice 0 is read."""
+    """Phases that keep what they give; the last slice takes long to write."""
 
     def __init__(self) -> None:
-        self.read, self.order = threading.Event(), []
+        self.order, self.long = [], 1
+        self.written, self.read = [], []
 
     def rollout(self, student, teacher, prompts, key, first_row):
-        self.order.append(("rollout", int(first_row)))
-        rows = prompts.tokens.shape[0]
-
-        def wait(x):
-            # A deadlock, were slice 0 only read after all is written.
-            if first_row and not self.read.wait(60):
-                raise TimeoutError("slice 0 was not read meanwhile")
-            return np.asarray(x)
-
-        @jax.jit
-        def write(tokens):
-            shape = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype)
-            tokens = jax.pure_callback(wait, shape, tokens)
-            mask = jnp.ones((rows, 3), bool)
-            return Trajectories(
-                tokens, jnp.ones_like(tokens, bool), tokens[:, :3], mask,
-                jnp.zeros((rows, 3)), jnp.zeros(rows, bool),
-            )  # fmt: skip
-
-        out = write(prompts.tokens)
-        spread = apart.sharding.batch_shardings(out, self.mesh)
-        return jax.jit(lambda x: x, out_shardings=spread)(out)
+        self.order.append(("rollout", first_row))
+        count = self.long if first_row else 1
+        work = np.ones((128, 128), np.float32)
+        self.written.append(self._write(prompts.tokens, work, count))
+        return self.written[-1]
 
     def annotate(self, student, teacher, rows, key, first_row):
-        self.order.append(("annotate", int(first_row)))
+        self.order.append(("annotate", first_row))
+        self.read.append(self._note(rows.tokens))
+        return self.read[-1]
 
-        def note(x):
-            self.read.set()
-            return np.asarray(x, np.float32)
+    @staticmethod
+    @jax.jit
+    def _write(tokens, work, count):
+        # Products, for what is little a CPU does where it is dispatched.
+        x = jax.lax.fori_loop(0, count, lambda i, x: x @ x * 0.01, work)
+        new = tokens[:, -3:]
+        return Trajectories(
+            tokens, tokens > 0, new, jnp.ones_like(new, bool),
+            jnp.full(new.shape, x[0, 0]), jnp.zeros(new.shape[0], bool),
+        )  # fmt: skip
 
-        @jax.jit
-        def annotate(tokens):
-            shape = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
-            loss = jax.pure_callback(note, shape, tokens)
-            return Annotations(loss[..., None], loss)
-
-        out = annotate(rows.tokens)
-        spread = apart.sharding.batch_shardings(out, self.theirs)
-        return jax.jit(lambda x: x, out_shardings=spread)(out)
+    @staticmethod
+    @jax.jit
+    def _note(tokens):
+        loss = tokens.astype(jnp.float32)
+        return Annotations(loss[..., None], loss)
 
 
 def overlap(folder):
-    settings = settings_of(folder / "world", PARTS, variant="opd")
+    """Slice 0 has been read while slice 1 is still being written."""
+    alone = dict(devices=1, parts=2)
+    settings = settings_of(folder / "world", alone, fsdp=1, variant="opd")
     pair = load_pair(settings, folder, apart=True)
     fakes = Fakes()
-    fakes.mesh, fakes.theirs = pair.mesh, pair.teacher_mesh
     reading = apart.Apart(settings, pair, fakes)
     batch = next(pair.stream(settings))
     keys = jax.random.split(jax.random.key(0))
     with jax.set_mesh(pair.mesh):
-        written, notes = reading(
-            pair.student, batch.prompts, keys, lambda name, value: value
-        )
-        np.testing.assert_array_equal(written.tokens, notes.teacher_token_loss)
-        np.testing.assert_array_equal(written.prompt, batch.prompts.tokens)
+        for fakes.long in (1, 40_000):  # compiled first
+            for kept in (fakes.order, fakes.written, fakes.read):
+                kept.clear()
+            written, notes = reading(
+                pair.student, batch.prompts, keys, lambda name, value: value
+            )
+            jax.block_until_ready(fakes.read[0])
+            while_written = not fakes.written[1].tokens.is_ready()
+            jax.block_until_ready(notes)
+    assert while_written
     assert fakes.order == [
         ("rollout", 0), ("rollout", 8), ("annotate", 0), ("annotate", 8),
     ]  # fmt: skip
+    np.testing.assert_array_equal(written.prompt, batch.prompts.tokens)
+    np.testing.assert_array_equal(written.tokens, notes.teacher_token_loss)
     assert written.tokens.sharding.mesh == pair.mesh
     assert not {*pair.mesh.devices.flat} & {*pair.teacher_mesh.devices.flat}
-    print("written and read at once")
+    print("read while the next is written")
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    dict(runs=runs, resumed=resumed, overlap=overlap)[sys.argv[2]](folder)
+    checks = dict(
+        runs=runs, unsliced=unsliced, resumed=resumed, overlap=overlap
+    )
+    checks[sys.argv[2]](folder)
 
 
 if __name__ == "__main__":

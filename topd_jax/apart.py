@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
@@ -60,7 +61,8 @@ def rows_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def counted(head: Head) -> StandIn:
     """A model of which only the number of vocabulary rows is needed."""
-    return StandIn(jnp.empty((head.shape[0], 0)))
+    # Of the host: made on a device, it would wait for what runs there.
+    return StandIn(np.empty((head.shape[0], 0), np.float32))
 
 
 def embedding_needed(objective: Objective) -> bool:
@@ -172,33 +174,34 @@ class Apart:
           annotated before the next is written.
         """
         pair, (roll_key, note_key) = self._pair, keys
+        mesh, writer = pair.teacher_mesh, counted(self.head)
+        # Before anything is written, behind which they would wait.
+        ours = self._student(student)
+        there = jax.device_put(note_key, sharding.replicated(mesh))
         written, first_rows = [], []
         # All before the first move: a move may wait for what it moves.
         for part in split(prompts, self._parts):
             first_rows.append(sum(w.tokens.shape[0] for w in written))
             written.append(
                 self._phases.rollout(
-                    student, counted(self.head), pair.place(part), roll_key,
-                    first_rows[-1],
+                    student, writer, pair.place(part), roll_key, first_rows[-1]
                 )
-            )  # fmt: skip
+            )
         clock("rollout", written)
-        ours, mesh = self._student(student), pair.teacher_mesh
-        note_key = jax.device_put(note_key, sharding.replicated(mesh))
         notes = []
         for part, first_row in zip(written, first_rows, strict=True):
             moved = move(part, mesh)
             with jax.set_mesh(mesh):
                 notes.append(
                     self._phases.annotate(
-                        ours, pair.teacher, moved, note_key, first_row
+                        ours, pair.teacher, moved, there, first_row
                     )
                 )
         notes = [move(part, pair.mesh) for part in notes]
         clock("annotate", notes)
         if len(notes) == 1:
             return written[0], notes[0]
-        return self._join(written, notes, keys[1])
+        return self._join(written, notes, note_key)
 
     def _student(self, student: Any) -> StandIn:
         """What the teacher's mesh needs of the student."""
@@ -221,9 +224,7 @@ def make_join(objective: Objective) -> Callable[..., Any]:
         written: list[Trajectories], notes: list[Annotations], key: jax.Array
     ) -> tuple[Trajectories, Annotations]:
         notes = jax.tree.map(whole, *notes)
-        return jax.tree.map(whole, *written), decide(
-            notes, key, objective
-        )
+        return jax.tree.map(whole, *written), decide(notes, key, objective)
 
     return jax.jit(join)
 
