@@ -149,7 +149,7 @@ def abstract_models(
     Raises:
       ValueError: for a parameter that does not divide over the mesh.
     """
-    ours, theirs = decoder_configs(settings)
+    ours, others = decoder_configs(settings)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     student = _decoder(ours, mesh, settings.student)
     axes = student.logical_axes
@@ -158,7 +158,7 @@ def abstract_models(
     models = {
         name: _decoder(config, theirs or mesh, model)
         for (name, (_, model)), (_, config) in zip(
-            _teachers(settings).items(), theirs, strict=True
+            _teachers(settings).items(), others, strict=True
         )
     }
     heads = {name: _head(model) for name, model in models.items()}
@@ -166,7 +166,7 @@ def abstract_models(
     if theirs is not None:
         head = _placed(head, apart.rows_shardings(head, mesh))
     if settings.teachers:
-        prompts = tuple(prompts for prompts, _ in theirs)
+        prompts = tuple(prompts for prompts, _ in others)
         teacher, head = Teachers(models, prompts), heads
     state = jax.eval_shape(lambda s: init_state(s, optimizer), student)
     state = _placed(state, sharding.tree_shardings(state, mesh, axes))
@@ -253,8 +253,8 @@ def calls(
     asked = _prompts(settings, mesh, settings.eval.batch_size)
     heat = jax.ShapeDtypeStruct((), jnp.float32)
     places = jax.tree.map(lambda x: x.sharding, models.state)
-    ours, theirs = decoder_configs(settings)
-    shared = min(c.vocab_size for c in (ours, *(c for _, c in theirs)))
+    ours, others = decoder_configs(settings)
+    shared = min(c.vocab_size for c in (ours, *(c for _, c in others)))
     fresh = jax.jit(lambda s: init_state(s, optimizer), out_shardings=places)
     learnt = (models.state, models.head, written, notes, models.frozen)
     writer = make_writer(settings, vocab_size=shared, **_IDS)
