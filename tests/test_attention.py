@@ -12,7 +12,7 @@ from small_files import make
 from topd_jax.batch_loss import batch_loss
 from topd_jax.distill import annotate
 from topd_jax.models import DecoderConfig, causal_mask, unembed
-from topd_jax.models.attention import attend, look, reach, visible
+from topd_jax.models.attention import Sight, attend, look, reach, visible
 from topd_jax.objective import Objective
 from topd_jax.sampling import branch, branch_columns, rollout
 from topd_jax.types import Candidates, Prompts, completion_states, positions_of
@@ -46,6 +46,12 @@ def seen(mask, positions, cache=None, window=3):
     sight, cache = look(config, positions, mask, cache)
     assert reach(config).tolist()[::2] == [window, window]
     return np.asarray(visible(sight, reach(config)[0]))[:, 0].astype(int), cache
+
+
+def only(mask):
+    """Sight of a layer that does not slide."""
+    rows = jnp.zeros((mask.shape[0], mask.shape[2]), jnp.int32)
+    return Sight(jnp.asarray(mask), rows, None)
 
 
 def test_window_over_left_padding():
@@ -116,7 +122,7 @@ def test_attention_against_plain_loops(cap):
             weights /= weights.sum()
             want[0, s, head] = weights @ value[0, :, head // 2]
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
-    got = attend(*arrays, jnp.asarray(mask), config)
+    got = attend(*arrays, only(mask), 5, config)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -125,7 +131,7 @@ def test_capped_scores_of_a_row_that_sees_nothing_are_finite():
     mask = jnp.zeros((1, 1, 2, 2), bool)
 
     def total(x):
-        return attend(x, x[:, :, :2], x[:, :, :2], mask, CONFIG).sum()
+        return attend(x, x[:, :, :2], x[:, :, :2], only(mask), 2, CONFIG).sum()
 
     assert np.isfinite(jax.grad(total)(x)).all()
 

@@ -109,7 +109,7 @@ def test_the_layout_by_hand():
     assert rows.truncated.tolist() == [1, 0]
     assert not rows.targets[1].any()
     assert not rows.segments[1].any()
-    visible = np.asarray(jax.tree.map(jnp.asarray, rows).visible)[0]
+    visible = np.asarray(jax.tree.map(jnp.asarray, rows).spans.dense())[0]
     for i in range(9):
         for j in range(9):
             same = rows.segments[0, i] == rows.segments[0, j]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from topd_jax import baselines, fused, near_future
 from topd_jax.batch_loss import fused_options
-from topd_jax.models.decoder import causal_mask
+from topd_jax.models.decoder import mask_for
 from topd_jax.objective import Objective
 from topd_jax.sampling import branch, branch_columns
+from topd_jax.spans import causal_spans
 from topd_jax.transport import window_distance
 from topd_jax.types import Annotations, Trajectories, completion_states
 
@@ -145,13 +146,14 @@ def _read(
 ) -> tuple[jax.Array, Any]:
     """States in completion coordinates, and the cache where it is kept."""
     tokens = trajectories.sequence
-    mask = causal_mask(trajectories.sequence_mask)
+    spans = causal_spans(trajectories.sequence_mask)
     cache = None
     if keep:
-        rows, length = tokens.shape
-        cache = model.init_cache(rows, columns)
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, columns - length)))
-    hidden, cache = model(tokens, trajectories.positions, mask, cache)
+        cache = model.init_cache(tokens.shape[0], columns)
+        spans = spans.widen(columns)
+    hidden, cache = model(
+        tokens, trajectories.positions, mask_for(model, spans), cache
+    )
     return completion_states(hidden, trajectories.prompt.shape[1]), cache
 
 

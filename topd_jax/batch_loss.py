@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from topd_jax import baselines, fused, guidance, near_future
 from topd_jax.head import Head
-from topd_jax.models.decoder import causal_mask
+from topd_jax.models.decoder import mask_for
 from topd_jax.objective import Objective
 from topd_jax.packed import packed_states
+from topd_jax.spans import branch_spans, causal_spans
 from topd_jax.types import (
     Annotations,
     PackedRows,
@@ -229,10 +230,11 @@ def _student_states(
     if isinstance(trajectories, PackedRows):
         return packed_states(student, trajectories), None
     tokens, positions = trajectories.sequence, trajectories.positions
-    mask = causal_mask(trajectories.sequence_mask)
+    exists = trajectories.sequence_mask
     prompt = trajectories.prompt.shape[1]
     if not objective.trains_on_branch:
-        hidden, _ = student(tokens, positions, mask)
+        spans = mask_for(student, causal_spans(exists))
+        hidden, _ = student(tokens, positions, spans)
         return completion_states(hidden, prompt), None
     theirs, candidates = notes.teacher_windows, notes.candidates
     length = tokens.shape[1]
@@ -241,11 +243,11 @@ def _student_states(
     ride = theirs.tokens[..., :-1].reshape(rows, -1)
     first = jnp.take_along_axis(positions, start - 1, axis=1) + 1
     ride_positions = first[..., None] + jnp.arange(window - 1)
-    mask = _branch_mask(mask, trajectories.sequence_mask, start, theirs.mask)
+    spans = branch_spans(exists, start, theirs.mask[..., :-1])
     hidden, _ = student(
         jnp.concatenate([tokens, ride], axis=1),
         jnp.concatenate([positions, ride_positions.reshape(rows, -1)], axis=1),
-        mask,
+        mask_for(student, spans),
     )
     states = completion_states(hidden[:, :length], prompt)
     at_start = jnp.take_along_axis(
@@ -253,30 +255,3 @@ def _student_states(
     )
     along = hidden[:, length:].reshape(rows, count, window - 1, -1)
     return states, jnp.concatenate([at_start[:, :, None], along], axis=2)
-
-
-def _branch_mask(
-    mask: jax.Array, exists: jax.Array, start: jax.Array, theirs: jax.Array
-) -> jax.Array:
-    """bool[B, L + E, L + E] for rollout columns followed by E branch columns.
-
-    Args:
-      mask: bool[B, L, L] of the rollout alone.
-      exists: bool[B, L] rollout columns that exist.
-      start: i32[B, M] column of y_t of each candidate.
-      theirs: bool[B, M, K] mask of the teacher's windows.
-    """
-    rows, length = exists.shape
-    steps = theirs.shape[-1] - 1
-    count = start.shape[1]
-    extra = count * steps
-    prefix = (jnp.arange(length) < start[..., None]) & exists[:, None]
-    prefix = jnp.repeat(prefix, steps, axis=1)  # [B, E, L]
-    owner = jnp.arange(extra) // steps
-    order = jnp.arange(extra) % steps
-    own = (owner[:, None] == owner[None]) & (order[:, None] >= order[None])
-    own = own & theirs[..., :-1].reshape(rows, 1, extra)
-    top = jnp.pad(mask, ((0, 0), (0, 0), (0, extra)))
-    return jnp.concatenate(
-        [top, jnp.concatenate([prefix, own], axis=-1)], axis=1
-    )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax import fused
+from topd_jax.models.decoder import mask_for
 from topd_jax.objective import Objective
 from topd_jax.types import Annotations, PackedRows, completion_states
 
@@ -25,7 +26,9 @@ def packed_states(model: Any, rows: PackedRows) -> jax.Array:
     Returns:
       [B, L - 1, D], in the coordinates of ``rows.tokens``.
     """
-    hidden, _ = model(rows.sequence, rows.positions, rows.visible)
+    hidden, _ = model(
+        rows.sequence, rows.positions, mask_for(model, rows.spans)
+    )
     return completion_states(hidden, 1)
 
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from topd_jax.spans import Spans, packed_spans
+
 
 @struct.dataclass
 class Prompts:
@@ -103,14 +105,12 @@ class PackedRows:
         return self.targets[:, 1:]
 
     @property
-    def visible(self) -> jax.Array:
-        """bool[B, L, L]: columns of the same segment that are not later.
+    def spans(self) -> Spans:
+        """Columns of the same segment that are not later.
 
-        Padding sees padding, and nothing sees padding.
+        Padding sees padding, and nothing else sees it.
         """
-        order = jnp.arange(self.segments.shape[-1])
-        same = self.segments[:, :, None] == self.segments[:, None, :]
-        return same & (order[:, None] >= order[None, :])
+        return packed_spans(self.segments)
 
 
 @struct.dataclass

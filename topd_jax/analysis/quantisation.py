@@ -14,7 +14,7 @@ from topd_jax import fused
 from topd_jax.data.prompts import ordered_batches
 from topd_jax.evaluate import make_statistics
 from topd_jax.logs import merge, read_metrics
-from topd_jax.models.decoder import Decoder, cast, causal_mask
+from topd_jax.models.decoder import Decoder, cast
 from topd_jax.models.quantize import (
     KINDS,
     parameter_bytes,
@@ -24,6 +24,7 @@ from topd_jax.models.quantize import (
 from topd_jax.pair import Pair
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
+from topd_jax.spans import causal_spans
 from topd_jax.teachers import shared_rows
 from topd_jax.types import Trajectories, completion_states
 
@@ -162,7 +163,7 @@ def _distance(
             model(
                 trajectories.sequence,
                 trajectories.positions,
-                causal_mask(trajectories.sequence_mask),
+                causal_spans(trajectories.sequence_mask),
             )[0],
             trajectories.prompt.shape[1],
         )

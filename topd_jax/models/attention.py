@@ -1,5 +1,6 @@
 """Attention behind one function, the cache, and what each layer sees."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from flax import struct
 
 from topd_jax.head import soft_cap
 from topd_jax.models.config import DecoderConfig
+from topd_jax.spans import Spans
 
 # Scores of one head and row that may exist at once (16 MB in float32), and of
 # a block of queries where there are more.
@@ -41,12 +43,13 @@ class Sight(NamedTuple):
     """What the tokens of a call may attend to, the same for all layers.
 
     Attributes:
-      mask: bool[B, 1, S, L] columns each token attends to.
+      mask: bool[B, 1, S, L] columns each token attends to; as spans where
+        it is only made a block of queries at a time.
       rows: i32[B, S] positions of the tokens.
       columns: i32[B, L] positions of the columns; None where no layer slides.
     """
 
-    mask: jax.Array
+    mask: jax.Array | Spans
     rows: jax.Array
     columns: jax.Array | None
 
@@ -54,7 +57,7 @@ class Sight(NamedTuple):
 def look(
     config: DecoderConfig,
     positions: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Spans,
     cache: Cache | None,
 ) -> tuple[Sight, Cache | None]:
     """Prepares what all layers see; notes the new columns' positions.
@@ -62,20 +65,26 @@ def look(
     Args:
       config: the decoder's shape.
       positions: i32[B, S] of the tokens that are read.
-      mask: bool[B, S, L].
+      mask: bool[B, S, L], or spans.
       cache: that will hold them at its next S columns, or None.
 
     Returns:
       (sight, cache).
     """
+    if isinstance(mask, Spans):
+        columns = mask.exists.shape[1]
+        if not _is_long(positions.shape[1], columns):
+            mask = mask.dense()[:, None]
+    else:
+        mask = mask[:, None]
     if not any(config.sliding):
-        return Sight(mask[:, None], positions, None), cache
+        return Sight(mask, positions, None), cache
     if cache is None:
-        return Sight(mask[:, None], positions, positions), None
+        return Sight(mask, positions, positions), None
     noted = jax.lax.dynamic_update_slice(
         cache.positions, positions[None], (0, 0, cache.length)
     )
-    sight = Sight(mask[:, None], positions, noted[0])
+    sight = Sight(mask, positions, noted[0])
     return sight, cache.replace(positions=noted)
 
 
@@ -98,18 +107,32 @@ def visible(sight: Sight, reach: jax.Array) -> jax.Array:
     Returns:
       bool[B, 1, S, L].
     """
+    mask = sight.mask
+    if isinstance(mask, Spans):
+        mask = mask.dense()[:, None]
     if sight.columns is None:
-        return sight.mask
+        return mask
     # Fused into whatever reads it: only the mask is as large as S x L.
     back = sight.rows[:, None, :, None] - sight.columns[:, None, None]
-    return sight.mask & (back < reach)
+    return mask & (back < reach)
+
+
+def _block(columns: int) -> int:
+    """Queries that are read at once where there are many."""
+    return max(_BLOCK_SCORES // columns // 128, 1) * 128
+
+
+def _is_long(length: int, columns: int) -> bool:
+    """Whether so many queries are read a block at a time."""
+    return length > max(_block(columns), _LONG_SCORES // columns)
 
 
 def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array,
+    sight: Sight,
+    reach: jax.Array,
     config: DecoderConfig,
 ) -> jax.Array:
     """Attention of grouped heads: the only place that knows how.
@@ -121,53 +144,64 @@ def attend(
       query: [B, S, heads, head_dim].
       key: [B, L, kv_heads, head_dim].
       value: the same.
-      mask: bool[B, 1, S, L].
+      sight: of the call.
+      reach: i32[] of the layer.
       config: for its ``query_scalar`` and ``attention_softcap``.
 
     Returns:
       [B, S, heads, head_dim].
     """
     length, columns = query.shape[1], key.shape[1]
-    block = max(_BLOCK_SCORES // columns // 128, 1) * 128
-    if length <= max(block, _LONG_SCORES // columns):
-        return _attend(query, key, value, mask, config)
-    return _attend_in_blocks(query, key, value, mask, config, block)
-
-
-def _attend_in_blocks(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    config: DecoderConfig,
-    block: int,
-) -> jax.Array:
-    """The same, ``block`` queries at a time; computed again backward."""
-    length = query.shape[1]
-    count = -(-length // block)
-    pad = count * block - length
-
-    def split(x: jax.Array, axis: int) -> jax.Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, pad)
-        x = jnp.pad(x, widths)
-        x = x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
+    if not _is_long(length, columns):
+        return _attend(query, key, value, visible(sight, reach), config)
     # The cotangents of a loop's constants are summed in their own type.
     wide = key.astype(jnp.float32), value.astype(jnp.float32)
 
     @jax.checkpoint
-    def of_block(query: jax.Array, mask: jax.Array) -> jax.Array:
+    def of_block(query: jax.Array, sight: Sight) -> jax.Array:
+        # A mask that waits for the queries cannot be made, for all blocks at
+        # once, ahead of the loop and kept for the backward pass.
+        query, sight = jax.lax.optimization_barrier((query, sight))
         narrow = (x.astype(query.dtype) for x in wide)
-        return _attend(query, *narrow, mask, config)
+        return _attend(query, *narrow, visible(sight, reach), config)
 
-    _, out = jax.lax.scan(
-        lambda _, x: (None, of_block(*x)),
-        None,
-        (split(query, 1), split(mask, 2)),
-    )
-    out = jnp.moveaxis(out, 0, 1)
+    return _in_blocks(of_block, query, sight, _block(columns))
+
+
+def _in_blocks(
+    of_block: Callable[[jax.Array, Sight], jax.Array],
+    query: jax.Array,
+    sight: Sight,
+    block: int,
+) -> jax.Array:
+    """Attention of ``block`` queries at a time; computed again backward.
+
+    A block takes queries from all over the sequence, so that each device of a
+    mesh that spreads them has its share of every block.
+    """
+    length = query.shape[1]
+    count = -(-length // block)
+
+    def split(x: jax.Array, axis: int = 1) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, count * block - length)
+        x = jnp.pad(x, widths)
+        x = x.reshape(*x.shape[:axis], block, count, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0)
+
+    if isinstance(sight.mask, Spans):
+        kept = ("prefix", "first", "last")
+        seen = {name: split(getattr(sight.mask, name)) for name in kept}
+    else:
+        seen = split(sight.mask, 2)
+
+    def read(_: None, chunk: tuple) -> tuple[None, jax.Array]:
+        query, rows, seen = chunk
+        mask = sight.mask.replace(**seen) if isinstance(seen, dict) else seen
+        return None, of_block(query, Sight(mask, rows, sight.columns))
+
+    _, out = jax.lax.scan(read, None, (split(query), split(sight.rows), seen))
+    out = jnp.moveaxis(out, 0, 2)
     out = out.reshape(out.shape[0], count * block, *out.shape[3:])
     return out[:, :length]
 

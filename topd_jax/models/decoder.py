@@ -28,6 +28,7 @@ from topd_jax.models.parameters import parameter_table
 from topd_jax.models.quantize import is_quantized
 from topd_jax.models.rope import rope_table
 from topd_jax.sharding import constrain
+from topd_jax.spans import Spans
 
 
 class Layers(nnx.Module):
@@ -110,7 +111,7 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | Spans,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens and returns the states that predict the next ones.
@@ -119,7 +120,8 @@ class Decoder(nnx.Module):
           tokens: i32[B, S].
           positions: i32[B, S] rotary positions.
           mask: bool[B, S, L] which columns each token attends to; L == S
-            without a cache, else all columns of the cache.
+            without a cache, else all columns of the cache. As spans it is
+            never made whole where sequences are long.
           cache: where to write the S new columns; None attends to the S
             tokens alone.
 
@@ -226,6 +228,19 @@ def causal_mask(mask: jax.Array) -> jax.Array:
     length = mask.shape[-1]
     order = jnp.arange(length)
     return (order[:, None] >= order[None, :]) & mask[:, None, :]
+
+
+def mask_for(model: Any, spans: Spans) -> jax.Array | Spans:
+    """What a model takes as its mask.
+
+    Args:
+      model: any :class:`~topd_jax.models.protocol.LanguageModel`.
+      spans: what its tokens shall see.
+
+    Returns:
+      The spans for a decoder; for another model bool[B, S, L].
+    """
+    return spans if isinstance(model, Decoder) else spans.dense()
 
 
 def cast(model: Decoder, dtype: str) -> Decoder:

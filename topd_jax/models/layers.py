@@ -12,7 +12,6 @@ from topd_jax.models.attention import (
     Sight,
     attend,
     reach,
-    visible,
     write_columns,
 )
 from topd_jax.models.config import DecoderConfig
@@ -153,8 +152,7 @@ def _attention(
     query = constrain(query, "batch", "sequence", "activation_heads", None)
     key = constrain(key, "batch", "sequence", "activation_kv_heads", None)
     value = constrain(value, "batch", "sequence", "activation_kv_heads", None)
-    mask = visible(sight, options["reach"])
-    out = attend(query, key, value, mask, config)
+    out = attend(query, key, value, sight, options["reach"], config)
     out = _project(out, w, "o", config)
     return out + w["o_bias"] if config.output_bias else out, cache
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.decoder import causal_mask, unembed
+from topd_jax.models.decoder import mask_for, unembed
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.sampling.layerwise import add_columns, repeat_rows, take_apart
 from topd_jax.sampling.prompts import bucket, pad_prompts
@@ -29,6 +29,7 @@ from topd_jax.sampling.sampler import (
     switch_off,
 )
 from topd_jax.sharding import DECODING, constrain, respread, using
+from topd_jax.spans import causal_spans
 from topd_jax.types import Prompts, Trajectories, positions_of
 
 # Attention over fewer columns than this is not what a step spends time on.
@@ -263,7 +264,7 @@ def _prefill(
     hidden, cache = model(
         prompts.tokens,
         positions_of(prompts.mask),
-        causal_mask(prompts.mask),
+        mask_for(model, causal_spans(prompts.mask)),
         model.init_cache(*prompts.tokens.shape),
     )
     return _repeat(hidden[:, -1], samples), repeat_rows(model, cache, samples)
