@@ -46,8 +46,8 @@ class Call(NamedTuple):
       fn: jitted.
       args: trees of ``ShapeDtypeStruct``.
       mesh: that it runs on.
-      beside: trees that are alive meanwhile, its arguments among them, and
-        belong to no other program of that mesh.
+      beside: trees that are alive meanwhile, its arguments among them, but
+        for the models, the state and what other programs of its mesh make.
     """
 
     fn: Callable[..., Any]
@@ -298,7 +298,7 @@ def _apart(
         "rollout": Call(phases.rollout, run, mesh, [part] * (parts - 1)),
         # Notes of the other parts wait until all have been dispatched.
         "annotate": Call(
-            phases.annotate, told, theirs, (told, [there] * (parts - 1))
+            phases.annotate, told, theirs, (ours, moved, [there] * (parts - 1))
         ),
         "read": Call(reader, seen, theirs, seen[1]),
         "statistics": Call(apart.make_comparison(settings), compared, mesh),
