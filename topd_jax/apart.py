@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from topd_jax import metrics, sharding
 from topd_jax.annotate import decide, read
@@ -32,9 +32,8 @@ from topd_jax.head import Head
 from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.settings import Settings
+from topd_jax.teacher_mesh import rows_shardings
 from topd_jax.types import Annotations, Prompts, Trajectories
-
-_VOCABULARY = ("vocab", "embed")
 
 
 @struct.dataclass
@@ -48,15 +47,6 @@ class StandIn:
 
     head: Head
     embedding: jax.Array | None = None
-
-
-def rows_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where arrays [V, D] belong on a mesh, as the parameters they are."""
-    partition = sharding.spec(_VOCABULARY)
-    return jax.tree.map(
-        lambda x: sharding.coarser(NamedSharding(mesh, partition), x.shape),
-        tree,
-    )
 
 
 def counted(head: Head) -> StandIn:
@@ -136,7 +126,7 @@ class Apart:
     """Writes on the student's mesh, annotates on the teacher's."""
 
     def __init__(self, settings: Settings, pair: Pair, phases: Any) -> None:
-        """Places the teacher's head on the student's mesh.
+        """Prepares what moves.
 
         Args:
           settings: of the run.
@@ -148,7 +138,7 @@ class Apart:
         self._parts = settings.teacher_mesh.parts
         self._moves_embedding = embedding_needed(settings.objective)
         self._join = make_join(settings.objective)
-        self.head = place_head(pair)
+        self.head = pair.teacher_head
 
     def statistics(self, student: Any, written: Trajectories) -> dict:
         """Of both models on what was written."""
@@ -238,12 +228,6 @@ def split(tree: Any, parts: int) -> list[Any]:
     ]
 
 
-def place_head(pair: Pair) -> Head:
-    """A copy of the teacher's head on the student's mesh."""
-    head = pair.teacher.head
-    return jax.device_put(head, rows_shardings(head, pair.mesh))
-
-
 def make_reader() -> Callable[[Any, Trajectories], jax.Array]:
     """The jitted (teacher, trajectories) -> its states [B, T, D]."""
     return jax.jit(read)
@@ -284,7 +268,7 @@ def make_statistics(settings: Settings, pair: Pair) -> Callable[..., dict]:
       (student, teacher, trajectories) -> name -> (sum, count).
     """
     reader, compare = make_reader(), make_comparison(settings)
-    head = place_head(pair)
+    head = pair.teacher_head
 
     def statistics(student: Any, teacher: Any, written: Trajectories) -> dict:
         moved = move(written, pair.teacher_mesh)

@@ -1,6 +1,7 @@
 """Student, teacher, tokenizer and prompts of a run, together and checked."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from topd_jax.records import (
     teacher_shares,
 )
 from topd_jax.settings import ModelSettings, Settings
-from topd_jax.teacher_mesh import make_meshes
+from topd_jax.teacher_mesh import make_meshes, rows_shardings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
@@ -81,6 +82,12 @@ class Pair:
     frozen_fingerprint: str = ""
     student_source: str = ""
     teacher_mesh: Mesh | None = None
+
+    @functools.cached_property
+    def teacher_head(self) -> Any:
+        """A copy of the teacher's head on the student's mesh, made once."""
+        head = self.teacher.head
+        return jax.device_put(head, rows_shardings(head, self.mesh))
 
     def spread(self, prompts: Prompts) -> Prompts:
         """Puts a batch that every process holds whole on the mesh.

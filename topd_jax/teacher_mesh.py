@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from topd_jax import sharding
 from topd_jax.objective import Objective
@@ -107,6 +107,15 @@ def check(
                 f"teacher_mesh.devices={devices}: {what}; {way_out}, or set "
                 "teacher_mesh.devices=0"
             )
+
+
+def rows_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where arrays [V, D] belong on a mesh, as the parameters they are."""
+    partition = sharding.spec(("vocab", "embed"))
+    return jax.tree.map(
+        lambda x: sharding.coarser(NamedSharding(mesh, partition), x.shape),
+        tree,
+    )
 
 
 def make_meshes(

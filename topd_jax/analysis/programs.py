@@ -26,6 +26,7 @@ from topd_jax.models.quantize import quantize
 from topd_jax.models.shapes import shape_of
 from topd_jax.phases import Phases, make_optimizer, make_phases
 from topd_jax.settings import ModelSettings, Settings
+from topd_jax.teacher_mesh import rows_shardings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
@@ -164,7 +165,7 @@ def abstract_models(
     heads = {name: _head(model) for name, model in models.items()}
     teacher, head = models.get(""), heads.get("")
     if theirs is not None:
-        head = _placed(head, apart.rows_shardings(head, mesh))
+        head = _placed(head, rows_shardings(head, mesh))
     if settings.teachers:
         prompts = tuple(prompts for prompts, _ in others)
         teacher, head = Teachers(models, prompts), heads
@@ -280,7 +281,7 @@ def _apart(
     ours, moved = _counted(student), _rows(part, theirs)
     if apart.embedding_needed(objective):
         table = student.embedding
-        where = apart.rows_shardings(table, theirs)
+        where = rows_shardings(table, theirs)
         ours = ours.replace(embedding=_placed(table, where))
     told = (ours, teacher, moved, key, row)
     with jax.set_mesh(theirs):
