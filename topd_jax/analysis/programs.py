@@ -30,9 +30,6 @@ from topd_jax.teacher_mesh import rows_shardings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
-# Which ids end a row changes no shape.
-_IDS = dict(eos_ids=(1,), pad_id=0)
-
 # In which programs are told of.
 ORDER = (
     "rollout", "annotate", "join", "update", "read", "statistics", "evaluate",
@@ -210,7 +207,11 @@ def _rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def calls(
-    settings: Settings, mesh: Mesh, theirs: Mesh | None = None
+    settings: Settings,
+    mesh: Mesh,
+    theirs: Mesh | None = None,
+    *,
+    eos_ids: tuple[int, ...] = (1,),
 ) -> dict[str, Call]:
     """The programs of a run with what they are called with, in order.
 
@@ -218,6 +219,7 @@ def calls(
       settings: of the run.
       mesh: set as the mesh in use.
       theirs: the teacher's own, where it has one.
+      eos_ids: that end a row; which they are changes no shape.
 
     Returns:
       "rollout", "annotate", "update", "statistics", "evaluate" (the sampler
@@ -235,7 +237,8 @@ def calls(
         )
     models = abstract_models(settings, mesh, theirs)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
-    phases = make_phases(settings, optimizer, **_IDS)
+    ids = dict(eos_ids=eos_ids, pad_id=0)
+    phases = make_phases(settings, optimizer, **ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     student, teacher = models.student, models.teacher
     if theirs is not None:
@@ -258,7 +261,7 @@ def calls(
     shared = min(c.vocab_size for c in (ours, *(c for _, c in others)))
     fresh = jax.jit(lambda s: init_state(s, optimizer), out_shardings=places)
     learnt = (models.state, models.head, written, notes, models.frozen)
-    writer = make_writer(settings, vocab_size=shared, **_IDS)
+    writer = make_writer(settings, vocab_size=shared, **ids)
     found = first | {
         "update": Call(phases.update, learnt, mesh),
         "evaluate": Call(writer, (student, asked, key, heat), mesh),
