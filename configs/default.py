@@ -21,6 +21,17 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1  # heads, feed-forward columns, vocabulary
     config.mesh.expert = 1  # rows, and the experts of a mixture
 
+    # The teacher on devices of its own, the last ones; the first are then the
+    # student's, and config.mesh is of those (ours).
+    config.teacher_mesh = ConfigDict()
+    config.teacher_mesh.devices = 0  # the teacher's; 0: one mesh for both
+    config.teacher_mesh.data = -1  # as of config.mesh, and so on
+    config.teacher_mesh.fsdp = 1
+    config.teacher_mesh.tensor = 1
+    config.teacher_mesh.expert = 1
+    # Slices of a batch: each is scored while the next is written.
+    config.teacher_mesh.parts = 1
+
     # The model that learns.
     config.student = ConfigDict()
     # "world"; a Hugging Face directory or hub name; a .gguf file;

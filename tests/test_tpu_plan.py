@@ -52,6 +52,30 @@ def test_a_small_run_on_eight_chips(tmp_path):
         assert word in done.stdout
 
 
+def test_a_teacher_on_its_own_chips(tmp_path):
+    output = tmp_path / "plan.json"
+    done = topd(
+        f"--config={HERE / 'small_run.py'}",
+        "--config.mesh.fsdp=2",
+        "--config.teacher_mesh.devices=4",
+        "--config.teacher_mesh.tensor=2",
+        "--config.teacher_mesh.parts=2",
+        "--topology=v5e:2x4",
+        f"--output={output}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads(output.read_text())["plan"]
+    assert plan["fits"] and plan["mesh"]["data"] == 2
+    assert plan["teacher_mesh"]["tensor"] == 2
+    assert {p["name"] for p in plan["programs"]} > {"join", "read", "update"}
+    # A part is written while another is scored.
+    seconds = sum(p["seconds"] for p in plan["phases"])
+    assert 0 < plan["step_seconds"] < seconds
+    assert plan["moved"] > 8 * 16 * 32 * 4  # the teacher's hidden states
+    for word in ("8 devices", "the teacher's mesh", "move between the meshes"):
+        assert word in done.stdout
+
+
 def test_what_does_not_fit_is_told_and_what_would(tmp_path):
     done = topd(
         f"--config={HERE / 'large_run.py'}",

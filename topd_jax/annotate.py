@@ -31,6 +31,7 @@ def annotate(
     eos_ids: tuple[int, ...],
     pad_id: int,
     score: jax.Array | None = None,
+    first_row: int | jax.Array = 0,
 ) -> Annotations:
     """Lets the teacher read what the student wrote, and look ahead.
 
@@ -48,6 +49,8 @@ def annotate(
       pad_id: id put where nothing is.
       score: f32[B, T] what candidates are ranked by; None takes
         ``objective.score``.
+      first_row: of a larger batch, of which these rows are a slice; what
+        :func:`decide` says is then of the slice, until it is asked again.
 
     Returns:
       Annotations, all of them stopped.
@@ -69,6 +72,7 @@ def annotate(
         notes = _look_ahead(
             student, teacher, trajectories, notes, cache, key,
             objective=objective, eos_ids=eos_ids, pad_id=pad_id, score=score,
+            first_row=first_row,
         )  # fmt: skip
     if objective.pieces.weighs:
         found = baselines.token_statistics(
@@ -80,10 +84,44 @@ def annotate(
                 found, trajectories.mask, objective
             )
         )
+    return jax.lax.stop_gradient(decide(notes, key, objective))
+
+
+def decide(
+    notes: Annotations, key: jax.Array, objective: Objective
+) -> Annotations:
+    """What depends on the whole batch: the masks, and lots.
+
+    A percentile of the batch's distances is not that of a part of it: where
+    slices were annotated apart, they are joined and decided on once more.
+
+    Args:
+      notes: of a batch, with their distances where something looks ahead.
+      key: that :func:`annotate` was given.
+      objective: see :class:`Objective`.
+
+    Returns:
+      The notes with ``divergent``, ``false_alarm``, ``capped`` and ``lots``
+      as far as the objective has them.
+    """
     if objective.pieces.replaces == "trust_region":
-        shape = trajectories.tokens.shape
+        shape = notes.teacher_token_loss.shape
         notes = notes.replace(lots=jax.random.uniform(key, shape))
-    return jax.lax.stop_gradient(notes)
+    if not objective.pieces.looks_ahead:
+        return notes
+    rule = dict(percentile=objective.percentile, threshold=objective.threshold)
+    distance, candidates = notes.distance, notes.candidates
+    divergent = near_future.divergence_mask(distance, candidates, **rule)
+    false_alarm = near_future.false_alarm_mask(distance, candidates, **rule)
+    capped = false_alarm
+    if objective.pieces.caps == "control":
+        _, control_key = jax.random.split(key)
+        capped = near_future.matched_control_mask(
+            control_key, divergent, false_alarm
+        )
+    return notes.replace(
+        divergent=divergent, false_alarm=false_alarm, capped=capped
+    )
 
 
 def _shared(student: Any, teacher: Any) -> int:
@@ -131,8 +169,9 @@ def _look_ahead(
     eos_ids: tuple[int, ...],
     pad_id: int,
     score: jax.Array | None,
+    first_row: int | jax.Array,
 ) -> Annotations:
-    branch_key, control_key = jax.random.split(key)
+    branch_key, _ = jax.random.split(key)
     if score is None:
         score = _own_score(student, teacher, trajectories, notes, objective)
     candidates = near_future.select_candidates(
@@ -151,7 +190,7 @@ def _look_ahead(
             length=objective.window, eos_ids=eos_ids, pad_id=pad_id,
             temperature=objective.branch_temperature, key=branch_key,
             vocab_size=_shared(student, teacher),
-            return_hidden=objective.needs_window_hidden,
+            return_hidden=objective.needs_window_hidden, first_row=first_row,
         )  # fmt: skip
         theirs, states = (
             continued if objective.needs_window_hidden else (continued, None)
@@ -160,21 +199,7 @@ def _look_ahead(
             teacher_windows=theirs, teacher_window_hidden=states
         )
     distance, plan = _distance(student, trajectories, notes, objective)
-    rule = dict(percentile=objective.percentile, threshold=objective.threshold)
-    divergent = near_future.divergence_mask(distance, candidates, **rule)
-    false_alarm = near_future.false_alarm_mask(distance, candidates, **rule)
-    capped = false_alarm
-    if objective.pieces.caps == "control":
-        capped = near_future.matched_control_mask(
-            control_key, divergent, false_alarm
-        )
-    return notes.replace(
-        distance=distance,
-        plan=plan,
-        divergent=divergent,
-        false_alarm=false_alarm,
-        capped=capped,
-    )
+    return notes.replace(distance=distance, plan=plan)
 
 
 def _distance(

@@ -24,6 +24,7 @@ from topd_jax.settings import NO_IDENTITY, Settings, defaults_of
 _FREE = (
     *("log", "checkpoint", "sweep", "world.cache"),
     *NO_IDENTITY,
+    "teacher_mesh",  # the same step, whatever devices the teacher has
     *("offline.format", "offline.shard_size"),
 )
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topd_jax import apart
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data.routing import places_of
 from topd_jax.logs import merge, read_metrics
@@ -44,6 +45,8 @@ class Evaluator:
         """
         self._settings, self._pair = settings, pair
         self._statistics = make_statistics(settings)
+        if pair.teacher_mesh is not None:
+            self._statistics = apart.make_statistics(settings, pair)
         key = jax.random.key(settings.seed)
         self._key = jax.random.fold_in(key, _EVAL_STREAM)
         self._write = make_writer(

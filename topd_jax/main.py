@@ -58,8 +58,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   growth   how a step's cost grows with its sizes, beside the formulas; on a
            TPU topology with --topology v5e:2x2 (try --config growth)
 
-FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, paper,
-paper_stage1, qwen3_8b_to_1p7b, paper_v5e (_v5p, _v6e, _tpu7x), default.
+FILE is a path, or a shipped config: default, tiny, smollm2_gsm8k, paper,
+paper_stage1, paper_v5e (_v5p, _v6e, _tpu7x), qwen3_8b_to_1p7b, qwen3_8b_apart.
 All that read a run take --which latest (default), best or start.
 train runs as several processes, the same command in each, with --distributed
 (Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; a

@@ -25,6 +25,7 @@ def statistics(
     *,
     top_k: int = 16,
     log_floor: float = -100.0,
+    teacher_states: jax.Array | None = None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Runs both models over trajectories and compares them token by token.
 
@@ -34,6 +35,8 @@ def statistics(
       trajectories: any tokens; the student's own for an on-policy view.
       top_k: size of the student's and teacher's top sets.
       log_floor: floor of the teacher's log-probabilities in the KLs, nats.
+      teacher_states: [B, T, D_teacher] what the teacher has read already; of
+        it only the head is needed then. None: it reads here.
 
     Returns:
       name -> (sum, count) over generated tokens: reverse_kl, forward_kl,
@@ -44,7 +47,9 @@ def statistics(
       (shared part of the two top sets), 0..1; dropped_mass, what the
       teacher's full softmax puts beyond the shared vocabulary, 0..1.
     """
-    states = [_states(model, trajectories) for model in (student, teacher)]
+    if teacher_states is None:
+        teacher_states = _states(teacher, trajectories)
+    states = (_states(student, trajectories), teacher_states)
     mask = trajectories.mask
     vocab = min(student.head.shape[0], teacher.head.shape[0])
 

@@ -46,7 +46,8 @@ def with_models(
         if model is None:
             continue
         check_model(pair.tokenizer, model.head.shape[0])
-        where = sharding.tree_shardings(model, pair.mesh, model.logical_axes)
+        mesh = (name == "teacher" and pair.teacher_mesh) or pair.mesh
+        where = sharding.tree_shardings(model, mesh, model.logical_axes)
         changed[name] = jax.device_put(model, where)
     if student is not None:
         changed["frozen_fingerprint"] = frozen_fingerprint(student)

@@ -1,6 +1,7 @@
 """Student, teacher, tokenizer and prompts of a run, together and checked."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from topd_jax.records import (
     teacher_shares,
 )
 from topd_jax.settings import ModelSettings, Settings
+from topd_jax.teacher_mesh import make_meshes, rows_shardings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
@@ -63,6 +65,7 @@ class Pair:
       frozen_fingerprint: hash of what the student does not train; "" where
         it trains everything.
       student_source: where the student was read: a path or a hub name.
+      teacher_mesh: the teacher's own; None where it is on ``mesh``.
     """
 
     student: Any
@@ -78,6 +81,13 @@ class Pair:
     teacher_fingerprint: str | dict[str, str]
     frozen_fingerprint: str = ""
     student_source: str = ""
+    teacher_mesh: Mesh | None = None
+
+    @functools.cached_property
+    def teacher_head(self) -> Any:
+        """A copy of the teacher's head on the student's mesh, made once."""
+        head = self.teacher.head
+        return jax.device_put(head, rows_shardings(head, self.mesh))
 
     def spread(self, prompts: Prompts) -> Prompts:
         """Puts a batch that every process holds whole on the mesh.
@@ -174,12 +184,16 @@ class Pair:
         )
 
 
-def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
+def load_pair(
+    settings: Settings, workdir: pathlib.Path, *, apart: bool = False
+) -> Pair:
     """Loads (or, in the tiny world, trains) what a run needs.
 
     Args:
       settings: of the run.
       workdir: where the tiny world's models are kept.
+      apart: put the teacher on ``settings.teacher_mesh``, where there is one;
+        otherwise it is on the student's mesh.
 
     Returns:
       The pair.
@@ -187,13 +201,16 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
     Raises:
       ValueError: for whatever does not fit together, by name and number.
     """
-    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
+    mesh, theirs = make_meshes(settings.mesh, settings.teacher_mesh)
+    theirs = theirs if apart else None
     # What is cheap to refuse comes before models are trained or read.
     for section in ("data", "eval"):
-        check_rows(settings, mesh, section)
+        check_rows(settings, mesh, section, theirs)
     parts = read_records(settings)
     shares = teacher_shares(settings, parts, mesh)
-    models, tokenizer, owned, student_source = _models(settings, workdir, mesh)
+    models, tokenizer, owned, student_source = _models(
+        settings, workdir, mesh, theirs or mesh
+    )
     encoded, validation, test = (
         prompt_data.encode_prompts(
             part,
@@ -217,11 +234,12 @@ def load_pair(settings: Settings, workdir: pathlib.Path) -> Pair:
         mark,
         frozen_fingerprint(models["student"]),
         student_source,
+        theirs,
     )
 
 
 def _models(
-    settings: Settings, workdir: pathlib.Path, mesh: Mesh
+    settings: Settings, workdir: pathlib.Path, mesh: Mesh, theirs: Mesh
 ) -> tuple[dict[str, Any], Tokenizer, Any, str]:
     """Models by section, their tokenizer, what is behind it, the student's
     source."""
@@ -237,7 +255,9 @@ def _models(
     options = tokenizer_options(settings)
     for name, model in names.items():
         source = paths[name] if model.source == "world" else model.source
-        models[name], own = _load(model, source, mesh, name == "student")
+        train = name == "student"
+        where = mesh if train else theirs
+        models[name], own = _load(model, source, where, train)
         found[name], owned[name] = tokenizer, own
         if isinstance(own, SentencePieceTokenizer):
             found[name], owned[name] = own, None

@@ -27,11 +27,11 @@ class Phases(NamedTuple):
     """The jitted parts of a step.
 
     Attributes:
-      rollout: (student, teacher, prompts, key) -> trajectories; packed rows
-        of written solutions, in the place of prompts, stay as they are, and
-        the other parts take them in the place of trajectories.
-      annotate: (student, teacher, trajectories, key) -> annotations; of
-        several teachers, name -> annotations of its own rows.
+      rollout: (student, teacher, prompts, key, first_row=0) -> trajectories;
+        packed rows of written solutions, in the place of prompts, stay as
+        they are, and the other parts take them in the place of trajectories.
+      annotate: (student, teacher, trajectories, key, first_row=0) ->
+        annotations; of several teachers, name -> annotations of its own rows.
       update: (state, teacher_head, trajectories, annotations, frozen) ->
         (state, metrics); donates the state.
       statistics: (student, teacher, trajectories) -> metrics.
@@ -108,7 +108,11 @@ def _writer(settings: Settings, ids: dict) -> Callable[..., Any]:
     offline = settings.offline if settings.objective.offline else None
 
     def write_as(
-        model: Any, prompts: Any, key: jax.Array, shared: int
+        model: Any,
+        prompts: Any,
+        key: jax.Array,
+        shared: int,
+        first_row: int | jax.Array = 0,
     ) -> Trajectories:
         return rollout(
             in_compute_dtype(merge_lora(model)),
@@ -121,17 +125,22 @@ def _writer(settings: Settings, ids: dict) -> Callable[..., Any]:
             samples=settings.data.samples,
             vocab_size=shared,
             sharding=options.sharding,
+            first_row=first_row,
             **ids,
         )
 
     def write(
-        student: Any, teacher: Any, prompts: Any, key: jax.Array
+        student: Any,
+        teacher: Any,
+        prompts: Any,
+        key: jax.Array,
+        first_row: int | jax.Array = 0,
     ) -> Trajectories | PackedRows:
         if isinstance(prompts, PackedRows):
             return prompts
         shared = shared_rows(student, teacher)
         if not offline:
-            return write_as(student, prompts, key, shared)
+            return write_as(student, prompts, key, shared, first_row)
         if not isinstance(teacher, Teachers):
             return write_as(teacher, prompts, key, shared)
         write_own = functools.partial(write_as, shared=shared)
@@ -145,7 +154,11 @@ def _reader(settings: Settings, ids: dict) -> Callable[..., Any]:
     objective, slices = settings.objective, settings.optimizer.accumulate
 
     def read(
-        student: Any, teacher: Any, rows: Any, key: jax.Array
+        student: Any,
+        teacher: Any,
+        rows: Any,
+        key: jax.Array,
+        first_row: int | jax.Array = 0,
     ) -> Annotations | dict[str, Annotations]:
         if isinstance(rows, PackedRows):
             return annotate_packed(
@@ -154,8 +167,9 @@ def _reader(settings: Settings, ids: dict) -> Callable[..., Any]:
 
         def by(model: Any, rows: Trajectories, key: jax.Array) -> Annotations:
             return annotate(
-                student, model, rows, key, objective=objective, **ids
-            )
+                student, model, rows, key, objective=objective,
+                first_row=first_row, **ids,
+            )  # fmt: skip
 
         if isinstance(teacher, Teachers):
             return teacher.each(by, rows, key)

@@ -1,5 +1,6 @@
 """The prompts that the settings ask for, and how answers are graded."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from absl import logging
@@ -58,19 +59,34 @@ def teacher_shares(
     return shares
 
 
-def check_rows(settings: Settings, mesh: Mesh, section: str) -> None:
+def check_rows(
+    settings: Settings, mesh: Mesh, section: str, theirs: Mesh | None = None
+) -> None:
     """Refuses batches that do not divide over the mesh.
 
     Args:
       settings: of the run.
       mesh: of devices.
       section: whose ``batch_size`` it is, "data" or "eval".
+      theirs: the teacher's own mesh, where it has one; then every part of
+        ``teacher_mesh.parts`` must divide over both.
 
     Raises:
       ValueError: naming a size that does.
     """
     ways = sharding.row_ways(mesh)
     rows = getattr(settings, section).batch_size
+    if theirs is not None:
+        parts = settings.teacher_mesh.parts if section == "data" else 1
+        ways = math.lcm(ways, sharding.row_ways(theirs))
+        if rows % (parts * ways):
+            raise ValueError(
+                f"{section}.batch_size={rows} in {parts} parts must be "
+                f"divisible by data x fsdp x expert of mesh and teacher_mesh "
+                f"({ways}); try {-(-rows // (parts * ways)) * parts * ways}, "
+                "or other sizes of their axes"
+            )
+        return
     if rows % ways:
         raise ValueError(
             f"{section}.batch_size={rows} must be divisible by the mesh's "

@@ -18,6 +18,7 @@ from topd_jax.models.quantize import check_quantized
 from topd_jax.objective import Objective
 from topd_jax.sections import build, flat
 from topd_jax.sharding import DECODING
+from topd_jax.teacher_mesh import ONE_MESH, TeacherMeshSettings, check
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
@@ -246,6 +247,7 @@ class Settings:
     world: WorldSettings
     sweep: SweepSettings
     teachers: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
+    teacher_mesh: TeacherMeshSettings = ONE_MESH
 
     def __post_init__(self) -> None:
         for (section, name), least in _LEAST.items():
@@ -261,18 +263,18 @@ class Settings:
                     f"{section}.{name}={value!r} must be one of "
                     f"{', '.join(choices)}"
                 )
-        teachers = {"teacher": self.teacher}
-        teachers |= {f"teachers.{n}": m for n, m in self.teachers.items()}
+        several = {f"teachers.{n}": m for n, m in self.teachers.items()}
+        teachers = {"teacher": self.teacher} | several
         for name, model in ({"student": self.student} | teachers).items():
             check_quantized(name, model.quantize, model.quantize_tile)
         check_settings(self.student, teachers)
+        check(self.teacher_mesh, self.objective, self.data, self.teachers)
         self._check_offline()
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
             raise ValueError(
                 f"data.batch_size x data.samples = {rows} rows must be "
-                f"divisible by optimizer.accumulate="
-                f"{self.optimizer.accumulate}"
+                f"divisible by optimizer.accumulate={self.optimizer.accumulate}"
             )
         if self.objective.window > self.rollout.max_new_tokens:
             raise ValueError(
@@ -283,12 +285,12 @@ class Settings:
         self._check_teachers()
 
     def _check_offline(self) -> None:
-        path = self.offline.path
-        if path and not self.objective.offline:
+        path, what = self.offline.path, ""
+        if not self.objective.offline:
             what = "needs objective.stage=offline"
-            raise ValueError(f"offline.path={path!r} {what}")
-        if path and self.teachers:
+        elif self.teachers:
             what = "is a set of one teacher; leave config.teachers out"
+        if path and what:
             raise ValueError(f"offline.path={path!r} {what}")
 
     def _check_teachers(self) -> None:
@@ -342,18 +344,16 @@ class Settings:
         values = {
             name: value
             for name, value in flat(self.to_dict()).items()
-            if name not in NO_IDENTITY
-            and (name not in known or known[name] != value)
+            if name not in NO_IDENTITY and known.get(name, ...) != value
         }
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _defaults() -> dict[str, object]:
-    sections = typing.get_type_hints(Settings)
     made = {
         name: dataclasses.asdict(kind())
-        for name, kind in sections.items()
+        for name, kind in typing.get_type_hints(Settings).items()
         if dataclasses.is_dataclass(kind)
     }
     return flat(json.loads(json.dumps(made)))

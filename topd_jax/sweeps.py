@@ -40,9 +40,14 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       Where the report's files are.
 
     Raises:
-      ValueError: for an unknown variant.
+      ValueError: for an unknown variant, or a teacher on its own devices.
     """
-    options = settings.sweep
+    options, devices = settings.sweep, settings.teacher_mesh.devices
+    if devices:
+        raise ValueError(
+            f"teacher_mesh.devices={devices}: a sweep runs on one mesh; set "
+            "teacher_mesh.devices=0, or topd train each run"
+        )
     settings = _shared_world(settings, workdir)
     runs = list(_runs(settings))  # all of them are checked before the first
     record = pathlib.Path(options.record or workdir / "record.jsonl")

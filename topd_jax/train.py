@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from topd_jax import checkpoint, processes, sharding
+from topd_jax import apart, checkpoint, processes, sharding
 from topd_jax.data import solutions as solution_data
 from topd_jax.distill import TrainState, init_state
 from topd_jax.doctor import preflight
@@ -85,6 +85,7 @@ class Run:
             eos_ids=pair.tokenizer.eos_ids,
             pad_id=pair.tokenizer.pad_id,
         )
+        self.reading = apart.make_reading(settings, pair, self.phases)
         self.data = pair.stream(settings)
         self.key = jax.random.key(settings.seed)
         self.state = initial_state(pair, self.optimizer)
@@ -196,36 +197,29 @@ class Run:
 
     def _one_step(self) -> dict[str, float] | None:
         """Dispatches a step; returns the metrics of the one before."""
-        settings, teacher = self.settings, self.pair.teacher
+        settings = self.settings
         step, every = self.step + 1, settings.log.statistics_every
         timed = bool(every) and step % every == 0
         if timed:  # its phases are waited for, so nothing else may be pending
             self.logs.flush()
         started = time.perf_counter()
         key = jax.random.fold_in(self.key, step)
-        roll_key, note_key = jax.random.split(key)
         student = self.student
         clock = _Clock(timed)
         batch = next(self.data)
         packed = isinstance(batch, PackedRows)
-        prompts = self.pair.place(batch if packed else batch.prompts)
-        trajectories = clock(
-            "rollout", self.phases.rollout(student, teacher, prompts, roll_key)
-        )
-        notes = clock(
-            "annotate",
-            self.phases.annotate(student, teacher, trajectories, note_key),
-        )
+        prompts = batch if packed else batch.prompts
+        keys = jax.random.split(key)
+        trajectories, notes = self.reading(student, prompts, keys, clock)
         extra = {}
         if timed:
             extra = clock(
-                "statistics",
-                self.phases.statistics(student, teacher, trajectories),
+                "statistics", self.reading.statistics(student, trajectories)
             )
         self.state, metrics = clock(
             "update",
             self.phases.update(
-                self.state, teacher.head, trajectories, notes, self.frozen
+                self.state, self.reading.head, trajectories, notes, self.frozen
             ),
         )
         self.step = step
@@ -381,7 +375,7 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     looked = settings.train.preflight and fresh
     if looked:
         preflight.check_files(settings, workdir)
-    pair = load_pair(settings, workdir)
+    pair = load_pair(settings, workdir, apart=True)
     if looked:
         preflight.check_pair(settings, pair)
     with jax.set_mesh(pair.mesh):

@@ -5,6 +5,7 @@ program's arguments is added. Ours.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 import tempfile
@@ -27,6 +28,8 @@ USABLE = 0.98
 _ALIVE = {
     "rollout": (),
     "annotate": ("rollout",),
+    "join": (),
+    "read": (),
     "statistics": ("rollout", "annotate"),
     "update": ("rollout", "annotate"),
     "evaluate": (),
@@ -150,12 +153,13 @@ def compile_call(call: Call, folder: pathlib.Path) -> tuple[Any, str]:
     Returns:
       The compiled program, and its text.
     """
-    compiled = call.fn.lower(*call.args).compile(
-        compiler_options={
-            "xla_dump_to": str(folder),
-            "xla_dump_hlo_as_text": True,
-        }
-    )
+    with jax.set_mesh(call.mesh):
+        compiled = call.fn.lower(*call.args).compile(
+            compiler_options={
+                "xla_dump_to": str(folder),
+                "xla_dump_hlo_as_text": True,
+            }
+        )
     # The compiler's own text: where it is newer than this JAX, it writes
     # operations that JAX cannot read.
     written = sorted(folder.glob("*.after_codegen.txt"))
@@ -189,16 +193,19 @@ def largest_buffers(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
 
 def _alive(name: str, run: dict[str, Call]) -> float:
     """Bytes a device holds while a program runs, its arguments included."""
-    state, *_, frozen = run["update"].args
-    teacher = run["annotate"].args[1]
-    total = bytes_held((state, teacher, frozen))
+    held = functools.partial(bytes_held, mesh=run[name].mesh)
+    state, head, *_, frozen = run["update"].args
+    teacher = [run["annotate"].args[1]]
+    if run["annotate"].mesh != run["update"].mesh:
+        teacher.append(head)  # a copy of its own
     if name == "restore":  # the loaded student, beside the state made of it
-        return bytes_held((teacher, run["restore"].args))
+        return held((teacher, run["restore"].args))
+    total = held((state, teacher, frozen)) + held(run[name].beside)
     prompts = run["evaluate" if name == "evaluate" else "rollout"].args
-    total += bytes_held(prompts[1 if name == "evaluate" else 2])
+    total += held(prompts[1 if name == "evaluate" else 2])
     for made in _ALIVE[name]:
         # What rollout and annotate make is what update reads.
-        total += bytes_held(run["update"].args[2 if made == "rollout" else 3])
+        total += held(run["update"].args[2 if made == "rollout" else 3])
     return total
 
 

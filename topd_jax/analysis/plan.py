@@ -8,17 +8,20 @@ often as they run (:mod:`topd_jax.analysis.hlo_cost`). A phase takes at least
     max(operations / peak, bytes / HBM bandwidth, bytes sent / link bandwidth)
 
 seconds, the roofline, with a chip's published peaks; loops over tokens run to
-``rollout.max_new_tokens``, as if no row ended earlier. Ours.
+``rollout.max_new_tokens``, as if no row ended earlier. With a teacher on its
+own devices and p parts of the batch, of which each takes w to write and s to
+score, the first half of a step takes w + (p - 1) max(w, s) + s; what moves
+between the meshes is told beside it. Ours.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from topd_jax import sharding
 from topd_jax.analysis.chips import Chip, chip_of
 from topd_jax.analysis.compiling import ProgramPlan, compile_program
 from topd_jax.analysis.hlo_cost import Cost
@@ -30,6 +33,7 @@ from topd_jax.analysis.programs import (
 )
 from topd_jax.analysis.useful import phase_work
 from topd_jax.settings import Settings
+from topd_jax.teacher_mesh import make_meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +68,13 @@ class Plan:
       mesh: axis -> size.
       programs: in the order of a step.
       phases: of a step.
-      step_seconds: the sum of its phases.
+      step_seconds: the sum of its phases; less where they overlap.
       overhead: of looking ahead, as a share of a step without; None where
         nothing looks ahead or some program does not fit.
       generated: tokens that a step generates.
+      teacher_mesh: axis -> size; None where it is ``mesh``.
+      parts: of a batch, each scored while the next is written.
+      moved: bytes of the annotations that a step moves between the meshes.
     """
 
     topology: str
@@ -78,6 +85,9 @@ class Plan:
     step_seconds: float
     overhead: float | None
     generated: int
+    teacher_mesh: dict[str, int] | None = None
+    parts: int = 1
+    moved: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -126,17 +136,21 @@ def make_plan(
     """
     devices = topology_devices(topology)
     chip = chip_of(devices)
-    mesh = sharding.make_mesh(
-        **dataclasses.asdict(settings.mesh), devices=devices
-    )
+    both = make_meshes(settings.mesh, settings.teacher_mesh, devices=devices)
+    mesh, theirs = both
     with jax.set_mesh(mesh):
-        run = calls(settings, mesh)
+        run = calls(settings, mesh, theirs)
         names = [n for n in run if not only or n in only]
         made = _compiled(names, run, chip, say)
-        plain = _without_looking_ahead(settings, mesh, chip, say, made, only)
-    phases, overhead = (), None
+        plain = _without_looking_ahead(settings, both, chip, say, made, only)
+    phases, seconds, overhead, moved = (), 0.0, None, 0.0
     if not only and all(p.cost is not None for p in made.values()):
-        phases, overhead = _phases(settings, chip, made, plain, mesh.size)
+        phases, seconds, overhead = _phases(settings, chip, made, plain, both)
+    if theirs is not None:
+        moved = sum(
+            math.prod(x.shape) * x.dtype.itemsize
+            for x in jax.tree.leaves(run["update"].args[3])
+        )
     rows = settings.data.batch_size * settings.data.samples
     return Plan(
         topology=topology,
@@ -144,15 +158,18 @@ def make_plan(
         mesh=dict(mesh.shape),
         programs=tuple(made.values()),
         phases=phases,
-        step_seconds=sum(p.seconds for p in phases),
+        step_seconds=seconds,
         overhead=overhead,
         generated=rows * settings.rollout.max_new_tokens,
+        teacher_mesh=None if theirs is None else dict(theirs.shape),
+        parts=settings.teacher_mesh.parts,
+        moved=moved,
     )
 
 
 def _without_looking_ahead(
     settings: Settings,
-    mesh: Mesh,
+    meshes: tuple[Mesh, Mesh | None],
     chip: Chip,
     say: Callable[[str], None],
     made: dict[str, ProgramPlan],
@@ -163,7 +180,7 @@ def _without_looking_ahead(
     if only or not fits or not settings.objective.pieces.looks_ahead:
         return {}
     objective = dataclasses.replace(settings.objective, variant="opd")
-    run = calls(dataclasses.replace(settings, objective=objective), mesh)
+    run = calls(dataclasses.replace(settings, objective=objective), *meshes)
     return _compiled(("annotate", "update"), run, chip, say, " of plain OPD")
 
 
@@ -205,13 +222,14 @@ def _phases(
     chip: Chip,
     made: dict[str, ProgramPlan],
     plain: dict[str, ProgramPlan],
-    devices: int,
-) -> tuple[tuple[PhasePlan, ...], float | None]:
-    """The phases of a step, and what looking ahead adds to it."""
+    meshes: tuple[Mesh, Mesh | None],
+) -> tuple[tuple[PhasePlan, ...], float, float | None]:
+    """The phases, seconds of a step, and what looking ahead adds to it."""
     work = phase_work(settings, *decoder_configs(settings))
-    rollout = made["rollout"].cost
+    parts = settings.teacher_mesh.parts
+    rollout = made["rollout"].cost.times(parts)
     decode = rollout.bounded or Cost()
-    scoring = (plain or made)["annotate"].cost
+    scoring = (plain or made)["annotate"].cost.times(parts)
     costs = {
         "prefill": dataclasses.replace(rollout - decode, bounded=None),
         "decode": decode,
@@ -219,21 +237,38 @@ def _phases(
         "update": made["update"].cost,
     }
     if plain:
-        costs["branches"] = made["annotate"].cost - scoring
+        costs["branches"] = made["annotate"].cost.times(parts) - scoring
     phases = []
     for name in ("prefill", "decode", "scoring", "branches", "update"):
         if name in costs:
             seconds, bound = roofline(costs[name], chip)
             tokens, flops = work[name]
-            peak = seconds * chip.flops * devices
+            mesh, theirs = meshes
+            if theirs is not None and name in ("scoring", "branches"):
+                mesh = theirs
+            peak = seconds * chip.flops * mesh.size
             mfu = flops / peak if peak else 0.0
             phases.append(
                 PhasePlan(name, costs[name], seconds, bound, tokens, mfu)
             )
-    if not plain:
-        return tuple(phases), None
     step = {p.name: p.seconds for p in phases}
+    total = step_seconds(step, parts)
+    if not plain:
+        return tuple(phases), total, None
     # The same step without: no branches, and the update of plain OPD.
-    before = step["prefill"] + step["decode"] + step["scoring"]
-    before += roofline(plain["update"].cost, chip)[0]
-    return tuple(phases), sum(step.values()) / before - 1.0
+    update = roofline(plain["update"].cost, chip)[0]
+    before = step_seconds(step | {"branches": 0.0, "update": update}, parts)
+    return tuple(phases), total, total / before - 1.0
+
+
+def step_seconds(phases: Mapping[str, float], parts: int) -> float:
+    """Seconds of a step whose batch goes through in parts.
+
+    Args:
+      phases: name -> seconds of the whole batch.
+      parts: each is scored while the next is written; 1: nothing overlaps.
+    """
+    write = (phases["prefill"] + phases["decode"]) / parts
+    score = (phases["scoring"] + phases.get("branches", 0.0)) / parts
+    first = write + (parts - 1) * max(write, score) + score
+    return first + phases["update"]

@@ -1,5 +1,6 @@
 """A plan as a table for people. Ours."""
 
+import math
 from collections.abc import Sequence
 
 from topd_jax.analysis.compiling import USABLE
@@ -18,12 +19,15 @@ def table(plan: Plan) -> str:
     Returns:
       Lines, aligned.
     """
-    shape = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    devices = 1
-    for size in plan.mesh.values():
-        devices *= size
+    meshes = [m for m in (plan.mesh, plan.teacher_mesh) if m is not None]
+    devices = sum(math.prod(mesh.values()) for mesh in meshes)
+    shape, *own = (
+        " ".join(f"{axis}={size}" for axis, size in mesh.items())
+        for mesh in meshes
+    )
     lines = [
         f"{plan.topology}: {devices} devices ({plan.chip.kind}), mesh {shape}",
+        *(f"the teacher's mesh {shape}, {plan.parts} parts" for shape in own),
         "",
         f"Memory of a device, GiB; {USABLE:.0%} of "
         f"{plan.chip.memory / _GIB:.0f} may be used",
@@ -43,6 +47,11 @@ def table(plan: Plan) -> str:
             f"{plan.generated} tokens generated a step, "
             f"{plan.tokens_per_second:.0f} a second",
         ]
+    if plan.teacher_mesh is not None:
+        lines.append(
+            f"{plan.moved / 1e9:.2f} GB of annotations move between the meshes "
+            "a step, not in its time"
+        )
     if plan.overhead is not None:
         lines.append(
             f"looking ahead adds {plan.overhead:.0%} to a step of plain OPD"

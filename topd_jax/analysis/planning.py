@@ -58,7 +58,14 @@ def plan(
 
     made = make_plan(settings, topology, say=say)
     text, tried, found = table(made), [], None
-    if not made.fits and search_seconds:
+    devices = settings.teacher_mesh.devices
+    if not made.fits and devices:
+        text += (
+            "\n\nwhat would fit is searched for on one mesh alone; set "
+            f"teacher_mesh.devices=0, or divide {devices} and the student's "
+            "devices otherwise"
+        )
+    elif not made.fits and search_seconds:
         tried, found = search(
             settings, topology, made, seconds=search_seconds, say=say
         )

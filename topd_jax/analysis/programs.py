@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from topd_jax import sharding
+from topd_jax import apart, sharding
 from topd_jax.data.routing import shares_of
 from topd_jax.data.world_models import student_config, teacher_config
 from topd_jax.distill import init_state
@@ -24,10 +24,17 @@ from topd_jax.models.decoder import init_decoder
 from topd_jax.models.lora import split
 from topd_jax.models.quantize import quantize
 from topd_jax.models.shapes import shape_of
-from topd_jax.phases import make_optimizer, make_phases
+from topd_jax.phases import Phases, make_optimizer, make_phases
 from topd_jax.settings import ModelSettings, Settings
+from topd_jax.teacher_mesh import rows_shardings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
+
+# In which programs are told of.
+ORDER = (
+    "rollout", "annotate", "join", "update", "read", "statistics", "evaluate",
+    "restore",
+)  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -36,10 +43,15 @@ class Call(NamedTuple):
     Attributes:
       fn: jitted.
       args: trees of ``ShapeDtypeStruct``.
+      mesh: that it runs on.
+      beside: trees that are alive meanwhile, its arguments among them, but
+        for the models, the state and what other programs of its mesh make.
     """
 
     fn: Callable[..., Any]
     args: tuple
+    mesh: Mesh
+    beside: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +131,15 @@ def _teachers(settings: Settings) -> dict[str, tuple[int, ModelSettings]]:
     }
 
 
-def abstract_models(settings: Settings, mesh: Mesh) -> Models:
+def abstract_models(
+    settings: Settings, mesh: Mesh, theirs: Mesh | None = None
+) -> Models:
     """The models of a run as shapes, spread as the run would spread them.
 
     Args:
       settings: of the run.
       mesh: over any devices.
+      theirs: the teacher's own, where it has one; its head is on both.
 
     Returns:
       The models.
@@ -132,22 +147,24 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
     Raises:
       ValueError: for a parameter that does not divide over the mesh.
     """
-    ours, theirs = decoder_configs(settings)
+    ours, others = decoder_configs(settings)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     student = _decoder(ours, mesh, settings.student)
     axes = student.logical_axes
     frozen = jax.eval_shape(lambda s: split(s)[1], student)
     frozen = _placed(frozen, sharding.tree_shardings(frozen, mesh, axes))
     models = {
-        name: _decoder(config, mesh, model)
+        name: _decoder(config, theirs or mesh, model)
         for (name, (_, model)), (_, config) in zip(
-            _teachers(settings).items(), theirs, strict=True
+            _teachers(settings).items(), others, strict=True
         )
     }
     heads = {name: _head(model) for name, model in models.items()}
     teacher, head = models.get(""), heads.get("")
+    if theirs is not None:
+        head = _placed(head, rows_shardings(head, mesh))
     if settings.teachers:
-        prompts = tuple(prompts for prompts, _ in theirs)
+        prompts = tuple(prompts for prompts, _ in others)
         teacher, head = Teachers(models, prompts), heads
     state = jax.eval_shape(lambda s: init_state(s, optimizer), student)
     state = _placed(state, sharding.tree_shardings(state, mesh, axes))
@@ -190,19 +207,25 @@ def _rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def calls(
-    settings: Settings, mesh: Mesh, *, eos_ids: tuple[int, ...] = (1,)
+    settings: Settings,
+    mesh: Mesh,
+    theirs: Mesh | None = None,
+    *,
+    eos_ids: tuple[int, ...] = (1,),
 ) -> dict[str, Call]:
     """The programs of a run with what they are called with, in order.
 
     Args:
       settings: of the run.
       mesh: set as the mesh in use.
+      theirs: the teacher's own, where it has one.
       eos_ids: that end a row; which they are changes no shape.
 
     Returns:
       "rollout", "annotate", "update", "statistics", "evaluate" (the sampler
       of evaluations) and "restore" (a fresh state, into whose shardings a
-      checkpoint is read) -> call.
+      checkpoint is read) -> call. With two meshes also "read", the teacher's
+      part of the statistics, and with parts of a batch "join".
 
     Raises:
       ValueError: where something does not divide over the mesh.
@@ -212,36 +235,86 @@ def calls(
             f"offline.pack_length={settings.offline.pack_length}: packed rows "
             "are not planned; 0 plans the step in which the teacher writes"
         )
-    models = abstract_models(settings, mesh)
+    models = abstract_models(settings, mesh, theirs)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     ids = dict(eos_ids=eos_ids, pad_id=0)
     phases = make_phases(settings, optimizer, **ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     student, teacher = models.student, models.teacher
-    run = (student, teacher, _prompts(settings, mesh), key)
-    written = _rows(jax.eval_shape(phases.rollout, *run), mesh)
-    told = (student, teacher, written, key)
-    notes = _rows(jax.eval_shape(phases.annotate, *told), mesh)
+    if theirs is not None:
+        first, written, notes = _apart(settings, models, phases, mesh, theirs)
+    else:
+        run = (student, teacher, _prompts(settings, mesh), key)
+        written = _rows(jax.eval_shape(phases.rollout, *run), mesh)
+        told = (student, teacher, written, key)
+        notes = _rows(jax.eval_shape(phases.annotate, *told), mesh)
+        both = (student, teacher, written)
+        first = {
+            "rollout": Call(phases.rollout, run, mesh),
+            "annotate": Call(phases.annotate, told, mesh),
+            "statistics": Call(phases.statistics, both, mesh),
+        }
     asked = _prompts(settings, mesh, settings.eval.batch_size)
     heat = jax.ShapeDtypeStruct((), jnp.float32)
     places = jax.tree.map(lambda x: x.sharding, models.state)
-    ours, theirs = decoder_configs(settings)
-    shared = min(c.vocab_size for c in (ours, *(c for _, c in theirs)))
+    ours, others = decoder_configs(settings)
+    shared = min(c.vocab_size for c in (ours, *(c for _, c in others)))
     fresh = jax.jit(lambda s: init_state(s, optimizer), out_shardings=places)
-    return {
-        "rollout": Call(phases.rollout, run),
-        "annotate": Call(phases.annotate, told),
-        "update": Call(
-            phases.update,
-            (models.state, models.head, written, notes, models.frozen),
-        ),
-        "statistics": Call(phases.statistics, (student, teacher, written)),
-        "evaluate": Call(
-            make_writer(settings, vocab_size=shared, **ids),
-            (student, asked, key, heat),
-        ),
-        "restore": Call(fresh, (models.student,)),
+    learnt = (models.state, models.head, written, notes, models.frozen)
+    writer = make_writer(settings, vocab_size=shared, **ids)
+    found = first | {
+        "update": Call(phases.update, learnt, mesh),
+        "evaluate": Call(writer, (student, asked, key, heat), mesh),
+        "restore": Call(fresh, (models.student,), mesh),
     }
+    return {name: found[name] for name in ORDER if name in found}
+
+
+def _apart(
+    settings: Settings, models: Models, phases: Phases, mesh: Mesh, theirs: Mesh
+) -> tuple[dict[str, Call], Any, Any]:
+    """What :mod:`topd_jax.apart` calls; the whole batch, and its notes."""
+    parts, objective = settings.teacher_mesh.parts, settings.objective
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    row = jax.ShapeDtypeStruct((), jnp.int32)
+    student, teacher = models.student, models.teacher
+    prompts = _prompts(settings, mesh, settings.data.batch_size // parts)
+    run = (student, _counted(teacher), prompts, key, row)
+    part = _rows(jax.eval_shape(phases.rollout, *run), mesh)
+    ours, moved = _counted(student), _rows(part, theirs)
+    if apart.embedding_needed(objective):
+        table = student.embedding
+        where = rows_shardings(table, theirs)
+        ours = ours.replace(embedding=_placed(table, where))
+    told = (ours, teacher, moved, key, row)
+    with jax.set_mesh(theirs):
+        there = _rows(jax.eval_shape(phases.annotate, *told), theirs)
+    join = apart.make_join(objective)
+    slices = ([part] * parts, [_rows(there, mesh)] * parts, key)
+    # Of one part the join is not called, and changes no shape.
+    written, notes = _rows(jax.eval_shape(join, *slices), mesh)
+    seen = (teacher, _rows(written, theirs))
+    reader = apart.make_reader()
+    with jax.set_mesh(theirs):
+        states = jax.eval_shape(reader, *seen)
+    compared = (student, models.head, _rows(states, mesh), written)
+    out = {
+        "rollout": Call(phases.rollout, run, mesh, [part] * (parts - 1)),
+        # Notes of the other parts wait until all have been dispatched.
+        "annotate": Call(
+            phases.annotate, told, theirs, (ours, moved, [there] * (parts - 1))
+        ),
+        "read": Call(reader, seen, theirs, seen[1]),
+        "statistics": Call(apart.make_comparison(settings), compared, mesh),
+    }
+    if parts > 1:
+        out["join"] = Call(join, slices, mesh, slices)
+    return out, written, notes
+
+
+def _counted(model: Any) -> apart.StandIn:
+    head = jax.eval_shape(lambda m: m.head, model)
+    return jax.eval_shape(lambda: apart.counted(head))
 
 
 def _prompts(
@@ -259,13 +332,20 @@ def _prompts(
     )
 
 
-def bytes_held(tree: Any) -> float:
-    """Bytes of one device's part of a tree of placed shapes."""
+def bytes_held(tree: Any, mesh: Mesh | None = None) -> float:
+    """Bytes of one device's part of a tree of placed shapes.
+
+    Args:
+      tree: of ``ShapeDtypeStruct``.
+      mesh: count what is on this one; None counts everything.
+    """
     total = 0.0
     for leaf in jax.tree.leaves(tree):
-        shape = leaf.shape
-        if getattr(leaf, "sharding", None) is not None:
-            shape = leaf.sharding.shard_shape(shape)
+        shape, place = leaf.shape, getattr(leaf, "sharding", None)
+        if place is not None:
+            if mesh is not None and place.mesh != mesh:
+                continue
+            shape = place.shard_shape(shape)
         # NumPy has no type of four bits; a key is of 8 bytes.
         small = str(leaf.dtype) in ("int4", "uint4")
         size = 0.5 if small else getattr(leaf.dtype, "itemsize", 8)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from topd_jax import sharding
+from topd_jax.apart import together
 from topd_jax.data import world_models
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import (
@@ -26,6 +26,7 @@ from topd_jax.pair import (
 )
 from topd_jax.records import check_rows, read_records, teacher_shares
 from topd_jax.settings import ModelSettings, Settings
+from topd_jax.teacher_mesh import make_meshes
 
 
 @dataclasses.dataclass
@@ -57,11 +58,12 @@ def examine_files(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
             found.append(refusal(name, raised))
             return None
 
-    axes = dataclasses.asdict(settings.mesh)
-    mesh = tried("mesh", lambda: sharding.make_mesh(**axes))
+    mesh, theirs = tried(
+        "mesh", make_meshes, settings.mesh, settings.teacher_mesh
+    ) or (None, None)
     if mesh is not None:
         for section in ("data", "eval"):
-            tried("mesh", check_rows, settings, mesh, section)
+            tried("mesh", check_rows, settings, mesh, section, theirs)
     parts = tried("data", read_records, settings)
     if mesh is not None and parts and settings.teachers:
         tried("teachers", teacher_shares, settings, parts, mesh)
@@ -83,7 +85,7 @@ def examine_files(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
         for name, model in models.items()
     }
     records = parts[0] if parts else []
-    return [*found, *_compare(settings, sides, records, mesh)]
+    return [*found, *_compare(settings, sides, records, mesh, theirs)]
 
 
 def _world(settings: Settings, workdir: pathlib.Path) -> Tokenizer:
@@ -133,15 +135,16 @@ def _compare(
     sides: dict[str, _Side],
     records: list[Record],
     mesh: Mesh | None,
+    theirs: Mesh | None,
 ) -> list[Finding]:
     configs = {name: side.config for name, side in sides.items()}
     found = _tokens(settings, sides, records)
     found += fit.dtypes(settings, configs)
     if mesh is not None:
-        misfits = fit.mesh_fit(configs, mesh)
+        misfits = fit.mesh_fit(configs, mesh, theirs)
         found += misfits
         if not count(misfits, "error"):
-            found += fit.memory(settings, configs, mesh)
+            found += fit.memory(settings, configs, mesh, theirs)
     return found
 
 
@@ -212,6 +215,7 @@ def examine_pair(settings: Settings, pair: Pair) -> list[Finding]:
     Returns:
       The findings.
     """
+    pair = together(pair)
     several = list(pair.by_teacher(pair.encoded, len(pair.encoded.records)))
     models = {f"teacher {name}".strip(): model for name, model, *_ in several}
     found = scored.weights({"student": pair.student} | models)
@@ -243,7 +247,7 @@ def examine(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
     if count(found, "error"):
         return found
     try:
-        pair = load_pair(settings, workdir)
+        pair = load_pair(settings, workdir, apart=True)
     except (ValueError, OSError) as raised:
         return [*found, refusal("loading", raised)]
     return [*found, *examine_pair(settings, pair)]

@@ -26,8 +26,21 @@ _LARGE = 10**9
 _GB = 1e9
 
 
-def mesh_fit(configs: Mapping[str, DecoderConfig], mesh: Mesh) -> list[Finding]:
-    """Whether every parameter divides among its devices, all by name."""
+def mesh_fit(
+    configs: Mapping[str, DecoderConfig],
+    mesh: Mesh,
+    theirs: Mesh | None = None,
+) -> list[Finding]:
+    """Whether every parameter divides among its devices, all by name.
+
+    Args:
+      configs: "student" and every teacher.
+      mesh: of devices.
+      theirs: the teachers' own, where they have one.
+    """
+    if theirs is not None:
+        ours, others = _sides(configs)
+        return [*mesh_fit(ours, mesh), *mesh_fit(others, theirs)]
     found = []
     for who, config in configs.items():
         problems = []
@@ -183,13 +196,88 @@ def estimate(
     )
 
 
+def _sides(
+    configs: Mapping[str, DecoderConfig],
+) -> tuple[dict[str, DecoderConfig], dict[str, DecoderConfig]]:
+    """The student, and the teachers."""
+    others = dict(configs)
+    return {"student": others.pop("student")}, others
+
+
+def estimate_apart(
+    settings: Settings,
+    configs: Mapping[str, DecoderConfig],
+    mesh: Mesh,
+    theirs: Mesh,
+) -> tuple[Memory, Memory]:
+    """Memory of a device of the student's, and of one of the teacher's.
+
+    As :func:`estimate`, each with its own models. The teacher's head and its
+    states are on the student's devices too, the student's embedding on the
+    teacher's; the teacher reads a slice of ``teacher_mesh.parts``, and its
+    states of all of them wait beside it.
+
+    Args:
+      settings: of the run.
+      configs: "student" and "teacher".
+      mesh: the student's.
+      theirs: the teacher's.
+
+    Returns:
+      (student's, teacher's).
+    """
+    data, parts = settings.data, settings.teacher_mesh.parts
+    student, teacher = configs["student"], configs["teacher"]
+    columns = data.batch_size * data.samples * settings.rollout.max_new_tokens
+    states = columns * teacher.width * _BYTES[teacher.dtype]
+
+    def rows(config: DecoderConfig, mesh: Mesh) -> float:
+        ways = _ways(mesh, "vocab") * _ways(mesh, "embed")
+        size = config.vocab_size * config.width * _BYTES[config.param_dtype]
+        return size / ways
+
+    def held(mesh: Mesh) -> float:
+        return _parameter_bytes(teacher, mesh, settings.teacher.quantize)
+
+    ours = estimate(settings, configs, mesh)
+    states_here = states / _ways(mesh, "batch")
+    ours = dataclasses.replace(
+        ours,
+        kept=ours.kept - held(mesh) + rows(teacher, mesh),
+        annotate=states_here * (2 if parts > 1 else 1),
+        update=ours.update + states_here,
+    )
+    other = estimate(settings, configs, theirs)
+    waiting = states / _ways(theirs, "batch")
+    return ours, Memory(
+        held(theirs) + rows(student, theirs),
+        0.0,
+        other.annotate / parts + waiting,
+        0.0,
+    )
+
+
 def memory(
-    settings: Settings, configs: Mapping[str, DecoderConfig], mesh: Mesh
+    settings: Settings,
+    configs: Mapping[str, DecoderConfig],
+    mesh: Mesh,
+    theirs: Mesh | None = None,
 ) -> list[Finding]:
-    """The estimate against what a device has."""
-    need, have = estimate(settings, configs, mesh), device_bytes(mesh)
+    """The estimate against what a device has, of each mesh."""
+    if theirs is None:
+        return _memory(estimate(settings, configs, mesh), mesh, "memory")
+    ours, other = estimate_apart(settings, configs, mesh, theirs)
+    return [
+        *_memory(ours, mesh, "memory (student's mesh)"),
+        *_memory(other, theirs, "memory (teacher's mesh)"),
+    ]
+
+
+def _memory(need: Memory, mesh: Mesh, name: str) -> list[Finding]:
+    have = device_bytes(mesh)
     phases = {
-        name: getattr(need, name) for name in ("rollout", "annotate", "update")
+        phase: getattr(need, phase)
+        for phase in ("rollout", "annotate", "update")
     }
     largest = max(phases, key=phases.get)
     text = (
@@ -197,13 +285,13 @@ def memory(
         f"{_spelt(need.kept)}, {largest} {_spelt(phases[largest])}"
     )
     if have is None:
-        return [ok("memory", f"{text}; the device does not say what it has")]
+        return [ok(name, f"{text}; the device does not say what it has")]
     text += f"; it has {_spelt(have)}"
     if need.peak < 0.9 * have:
-        return [ok("memory", text)]
+        return [ok(name, text)]
     return [
         warning(
-            "memory",
+            name,
             text,
             "smaller data.batch_size or rollout.max_new_tokens, more "
             "optimizer.accumulate, student.remat='full', teacher.param_dtype="

@@ -59,6 +59,7 @@ def branch(
     key: jax.Array | None = None,
     vocab_size: int | None = None,
     return_hidden: bool = False,
+    first_row: int | jax.Array = 0,
 ) -> Windows | tuple[Windows, jax.Array]:
     """Continues every candidate's prefix y_{<t}: the windows T_t of §3.
 
@@ -77,6 +78,7 @@ def branch(
       key: PRNG key; needed unless greedy.
       vocab_size: ids from here on are never drawn; None allows all.
       return_hidden: also return the states that the tokens were drawn from.
+      first_row: of a larger batch, a slice of which draws as it would there.
 
     Returns:
       Windows [B, M, K]; with ``return_hidden`` also the states [B, M, K, D]:
@@ -98,6 +100,7 @@ def branch(
         candidates,
         jnp.asarray(temperature, jnp.float32),
         jax.random.key(0) if key is None else key,
+        jnp.asarray(first_row, jnp.uint32),
         length=length,
         eos_ids=eos_ids,
         pad_id=int(pad_id),
@@ -132,6 +135,7 @@ def _branch(
     candidates: Candidates,
     temperature: jax.Array,
     key: jax.Array,
+    first_row: jax.Array,
     *,
     length: int,
     eos_ids: tuple[int, ...],
@@ -142,7 +146,7 @@ def _branch(
     rows, count = candidates.positions.shape
     first = jnp.sum(trajectories.prompt_mask, axis=1, dtype=jnp.int32)
     first = first[:, None] + candidates.positions  # rotary position of y_t
-    noise = row_noise(key, rows, (length, count, 2))
+    noise = row_noise(key, rows, (length, count, 2), first_row)
     head = model.head[:vocab_size]
     prefix, behind = _masks(trajectories, candidates, length)
     reader, cache = take_apart(model, cache)

@@ -51,6 +51,7 @@ def rollout(
     vocab_size: int | None = None,
     buckets: Sequence[int] | None = None,
     sharding: str = "train",
+    first_row: int | jax.Array = 0,
 ) -> Trajectories:
     """Lets a model complete prompts.
 
@@ -74,6 +75,8 @@ def rollout(
       buckets: see :func:`bucket`; () keeps the prompts' own width.
       sharding: name of :data:`~topd_jax.sharding.DECODING`: where parameters
         and rows are meanwhile, on a mesh. Trajectories are spread by rows.
+      first_row: of a larger batch, in completions: these prompts are a slice
+        of it and draw as they would there; a new value does not recompile.
 
     Returns:
       Trajectories of ``B * samples`` rows; P is the bucket.
@@ -95,6 +98,7 @@ def rollout(
         key,
         jnp.asarray(temperature, jnp.float32),
         switch_off(top_p),
+        jnp.asarray(first_row, jnp.uint32),
         max_new_tokens=int(max_new_tokens),
         eos_ids=eos_ids,
         pad_id=int(pad_id),
@@ -129,6 +133,7 @@ def _rollout(
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array | None,
+    first_row: jax.Array,
     *,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -144,9 +149,9 @@ def _rollout(
         model = respread(model, model.logical_axes, rules)
     with using(rules):
         written = _write(
-            model, prompts, key, temperature, top_p, eos_ids=eos_ids,
-            max_new_tokens=max_new_tokens, pad_id=pad_id, top_k=top_k,
-            samples=samples, vocab_size=vocab_size,
+            model, prompts, key, temperature, top_p, first_row,
+            eos_ids=eos_ids, max_new_tokens=max_new_tokens, pad_id=pad_id,
+            top_k=top_k, samples=samples, vocab_size=vocab_size,
         )  # fmt: skip
     return jax.tree.map(
         lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), written
@@ -159,6 +164,7 @@ def _write(
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array | None,
+    first_row: jax.Array,
     *,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -170,7 +176,7 @@ def _write(
     hidden, cache = _prefill(model, prompts, samples)
     prompts = jax.tree.map(lambda x: _repeat(x, samples), prompts)
     rows, width = prompts.tokens.shape
-    noise = row_noise(key, rows, (max_new_tokens, 2))
+    noise = row_noise(key, rows, (max_new_tokens, 2), first_row)
     first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
     head = model.head[:vocab_size]
     reader, cache = take_apart(model, cache)

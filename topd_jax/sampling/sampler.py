@@ -199,19 +199,25 @@ def spread_draws(logits: jax.Array) -> jax.Array:
     return constrain(logits, "draws", *between, None)
 
 
-def row_noise(key: jax.Array, rows: int, shape: tuple[int, ...]) -> jax.Array:
+def row_noise(
+    key: jax.Array,
+    rows: int,
+    shape: tuple[int, ...],
+    first_row: int | jax.Array = 0,
+) -> jax.Array:
     """Uniform numbers that depend on the key and each one's own row alone.
 
     Args:
       key: PRNG key.
       rows: B.
       shape: of each row's numbers.
+      first_row: of a larger batch, whose rows these are from there on.
 
     Returns:
       f32[B, *shape] in [0, 1).
     """
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
-        jnp.arange(rows, dtype=jnp.uint32)
+        jnp.arange(rows, dtype=jnp.uint32) + jnp.asarray(first_row, jnp.uint32)
     )
     noise = jax.vmap(lambda k: jax.random.uniform(k, shape))(keys)
     return constrain(noise, "batch", *(None,) * len(shape))

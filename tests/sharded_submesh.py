@@ -1,0 +1,199 @@
+"""A teacher on devices of its own; run by test_apart, on 8 of the CPU's."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+if sys.argv[2] == "overlap":
+    # One device each: what spans several, a CPU runs one after the other.
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small_run import small_config
+
+from topd_jax import apart
+from topd_jax import train as training
+from topd_jax.checkpoint import Checkpoints
+from topd_jax.logs import read_jsonl
+from topd_jax.pair import load_pair
+from topd_jax.phases import make_optimizer
+from topd_jax.settings import settings_from
+from topd_jax.types import Annotations, Trajectories
+
+# The student on 8 devices, and on 4 of them.
+ONE = {}
+TWO = dict(devices=4, fsdp=2)
+PARTS = dict(devices=4, data=1, tensor=2, fsdp=2, parts=2)
+
+
+def settings_of(cache, teacher_mesh, fsdp=2, **objective):
+    config = small_config()
+    config.world.cache = str(cache)
+    config.mesh.fsdp = fsdp
+    config.teacher_mesh.update(teacher_mesh)
+    config.objective.update(objective)
+    config.data.batch_size = 16
+    config.rollout.max_new_tokens = 12
+    config.train.steps = 4
+    config.optimizer.learning_rate = 1e-2
+    config.log.statistics_every = 2
+    config.log.completions_every = 2
+    config.eval.every = 0
+    return settings_from(config)
+
+
+def state_of(settings, workdir):
+    pair = load_pair(settings, workdir, apart=True)
+    optimizer = make_optimizer(settings.optimizer, settings.train.steps)
+    saved = Checkpoints(workdir / "checkpoints", 2)
+    state, _ = saved.restore(
+        saved.latest(), training.initial_state(pair, optimizer)
+    )
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def rows_of(workdir, name):
+    return [
+        {
+            k: v
+            for k, v in row.items()
+            if not k.startswith(("seconds", "rate")) and k != "grades"
+        }
+        for row in read_jsonl(workdir / f"{name}.jsonl")
+    ]
+
+
+def assert_same(a, b, settings):
+    for x, y in zip(state_of(settings, a), state_of(settings, b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5)
+    assert rows_of(a, "completions") == rows_of(b, "completions")
+    for name in ("metrics", "evals"):
+        one, two = rows_of(a, name), rows_of(b, name)
+        assert one and len(one) == len(two)
+        for x, y in zip(one, two, strict=True):
+            assert x.keys() == y.keys()
+            for key, value in x.items():
+                if isinstance(value, float):
+                    np.testing.assert_allclose(
+                        value, y[key], rtol=2e-3, atol=2e-4, err_msg=key
+                    )
+
+
+def runs(folder):
+    """One mesh, two, and two with slices: the same run."""
+    options = dict(variant="topd+suppress", branch_temperature=1.0)
+    for name, mesh in (("one", ONE), ("two", TWO), ("parts", PARTS)):
+        settings = settings_of(folder / "world", mesh, **options)
+        # The preflight brings both models together, and changes nothing.
+        looks = dataclasses.replace(settings.train, preflight=name == "parts")
+        settings = dataclasses.replace(settings, train=looks)
+        training.train(settings, folder / name)
+        if name != "one":
+            assert_same(folder / "one", folder / name, settings)
+            print("same run:", name)
+
+
+def resumed(folder):
+    """Half a run on one mesh goes on on two, and the other way round."""
+    cache = folder / "world"
+    whole = folder / "whole"
+    training.train(settings_of(cache, PARTS), whole)
+    for name, order in (("there", (ONE, PARTS)), ("back", (PARTS, ONE))):
+        for mesh, kills in zip(order, (True, False), strict=True):
+            settings = settings_of(cache, mesh)
+            if kills:
+                stop_after(settings, folder / name, 2)
+            else:
+                training.train(settings, folder / name)
+        assert_same(whole, folder / name, settings)
+        print("same after a change of meshes:", name)
+
+
+def stop_after(settings, workdir, step):
+    pair = load_pair(settings, workdir, apart=True)
+    with jax.set_mesh(pair.mesh):
+        run = training.Run(settings, workdir, pair)
+        run.evaluate()
+        while run.step < step:
+            run._one_step()
+        run.save()
+        run._close()
+
+
+class Fakes:
+    """Phases that keep what they give; the last slice takes long to write."""
+
+    def __init__(self) -> None:
+        self.order, self.long = [], 1
+        self.written, self.read = [], []
+
+    def rollout(self, student, teacher, prompts, key, first_row):
+        self.order.append(("rollout", first_row))
+        count = self.long if first_row else 1
+        work = np.ones((128, 128), np.float32)
+        self.written.append(self._write(prompts.tokens, work, count))
+        return self.written[-1]
+
+    def annotate(self, student, teacher, rows, key, first_row):
+        self.order.append(("annotate", first_row))
+        self.read.append(self._note(rows.tokens))
+        return self.read[-1]
+
+    @staticmethod
+    @jax.jit
+    def _write(tokens, work, count):
+        # Products, for what is little a CPU does where it is dispatched.
+        x = jax.lax.fori_loop(0, count, lambda i, x: x @ x * 0.01, work)
+        new = tokens[:, -3:]
+        return Trajectories(
+            tokens, tokens > 0, new, jnp.ones_like(new, bool),
+            jnp.full(new.shape, x[0, 0]), jnp.zeros(new.shape[0], bool),
+        )  # fmt: skip
+
+    @staticmethod
+    @jax.jit
+    def _note(tokens):
+        loss = tokens.astype(jnp.float32)
+        return Annotations(loss[..., None], loss)
+
+
+def overlap(folder):
+    """Slice 0 has been read while slice 1 is still being written."""
+    alone = dict(devices=1, parts=2)
+    settings = settings_of(folder / "world", alone, fsdp=1, variant="opd")
+    pair = load_pair(settings, folder, apart=True)
+    fakes = Fakes()
+    reading = apart.Apart(settings, pair, fakes)
+    batch = next(pair.stream(settings))
+    keys = jax.random.split(jax.random.key(0))
+    with jax.set_mesh(pair.mesh):
+        for fakes.long in (1, 40_000):  # compiled first
+            for kept in (fakes.order, fakes.written, fakes.read):
+                kept.clear()
+            written, notes = reading(
+                pair.student, batch.prompts, keys, lambda name, value: value
+            )
+            jax.block_until_ready(fakes.read[0])
+            while_written = not fakes.written[1].tokens.is_ready()
+            jax.block_until_ready(notes)
+    assert while_written
+    assert fakes.order == [
+        ("rollout", 0), ("rollout", 8), ("annotate", 0), ("annotate", 8),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(written.prompt, batch.prompts.tokens)
+    np.testing.assert_array_equal(written.tokens, notes.teacher_token_loss)
+    assert written.tokens.sharding.mesh == pair.mesh
+    assert not {*pair.mesh.devices.flat} & {*pair.teacher_mesh.devices.flat}
+    print("read while the next is written")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    dict(runs=runs, resumed=resumed, overlap=overlap)[sys.argv[2]](folder)
+
+
+if __name__ == "__main__":
+    main()

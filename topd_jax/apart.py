@@ -1,0 +1,305 @@
+"""A step whose teacher has devices of its own (ours).
+
+The student's mesh writes, learns and keeps the optimizer; the teacher's reads
+and looks ahead. Between them move
+
+* to the teacher: trajectories, and the student's embedding [V, D_student]
+  where the transport cost is measured in it, at every step;
+* back: the annotations, of which the teacher's hidden states [B, T,
+  D_teacher] are nearly everything;
+* once: the teacher's output head, which the update reads at every step.
+
+The batch goes through in ``teacher_mesh.parts`` slices: slice i is read while
+slice i + 1 is written. All slices are written by the student as it is before
+the update, with the noise that their rows have in the whole batch, and what
+depends on the whole batch is decided on the whole batch; so a step is the
+same with any number of parts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from topd_jax import metrics, sharding
+from topd_jax.annotate import decide, read
+from topd_jax.head import Head
+from topd_jax.objective import Objective
+from topd_jax.pair import Pair
+from topd_jax.settings import Settings
+from topd_jax.teacher_mesh import rows_shardings
+from topd_jax.types import Annotations, Prompts, Trajectories
+
+
+@struct.dataclass
+class StandIn:
+    """What of a model is needed where the model itself is not.
+
+    Attributes:
+      head: its output head, or [V, 0] where only its rows are counted.
+      embedding: [V, D]; None where nothing is measured in it.
+    """
+
+    head: Head
+    embedding: jax.Array | None = None
+
+
+def counted(head: Head) -> StandIn:
+    """A model of which only the number of vocabulary rows is needed."""
+    # Of the host: made on a device, it would wait for what runs there.
+    return StandIn(np.empty((head.shape[0], 0), np.float32))
+
+
+def embedding_needed(objective: Objective) -> bool:
+    """Whether the teacher's mesh needs the student's embedding."""
+    return objective.needs_branches and objective.detector == "transport"
+
+
+def move(tree: Any, mesh: Mesh) -> Any:
+    """Rows of a batch, spread over another mesh.
+
+    Where both meshes spread rows into as many parts they go from device to
+    device; otherwise through the host, which waits for them.
+    """
+    return jax.device_put(tree, sharding.batch_shardings(tree, mesh))
+
+
+def make_reading(
+    settings: Settings, pair: Pair, phases: Any
+) -> "Together | Apart":
+    """The first half of a step, on one mesh or two.
+
+    Args:
+      settings: of the run.
+      pair: of the run.
+      phases: of :func:`topd_jax.phases.make_phases`.
+    """
+    if pair.teacher_mesh is None:
+        return Together(pair, phases)
+    return Apart(settings, pair, phases)
+
+
+class Together:
+    """Writes and annotates where both models share a mesh."""
+
+    def __init__(self, pair: Pair, phases: Any) -> None:
+        """Keeps them.
+
+        Args:
+          pair: of the run.
+          phases: of the run.
+        """
+        self._pair, self._phases = pair, phases
+
+    @property
+    def head(self) -> Head | dict[str, Head]:
+        """The teacher's, for the update."""
+        return self._pair.teacher.head
+
+    def statistics(self, student: Any, written: Any) -> dict:
+        """Of both models on what was written."""
+        return self._phases.statistics(student, self._pair.teacher, written)
+
+    def __call__(
+        self,
+        student: Any,
+        prompts: Any,
+        keys: jax.Array,
+        clock: Callable[[str, Any], Any],
+    ) -> tuple[Any, Any]:
+        """As :meth:`Apart.__call__`; also of packed rows."""
+        (roll_key, note_key), teacher = keys, self._pair.teacher
+        prompts = self._pair.place(prompts)
+        written = clock(
+            "rollout", self._phases.rollout(student, teacher, prompts, roll_key)
+        )
+        notes = self._phases.annotate(student, teacher, written, note_key)
+        return written, clock("annotate", notes)
+
+
+class Apart:
+    """Writes on the student's mesh, annotates on the teacher's."""
+
+    def __init__(self, settings: Settings, pair: Pair, phases: Any) -> None:
+        """Prepares what moves.
+
+        Args:
+          settings: of the run.
+          pair: with a ``teacher_mesh``.
+          phases: of the run.
+        """
+        self._pair, self._phases = pair, phases
+        self._statistics = make_statistics(settings, pair)
+        self._parts = settings.teacher_mesh.parts
+        self._moves_embedding = embedding_needed(settings.objective)
+        self._join = make_join(settings.objective)
+        self.head = pair.teacher_head
+
+    def statistics(self, student: Any, written: Trajectories) -> dict:
+        """Of both models on what was written."""
+        return self._statistics(student, self._pair.teacher, written)
+
+    def __call__(
+        self,
+        student: Any,
+        prompts: Prompts,
+        keys: jax.Array,
+        clock: Callable[[str, Any], Any],
+    ) -> tuple[Trajectories, Annotations]:
+        """Writes and annotates a batch; call with the student's mesh set.
+
+        Args:
+          student: as it is now.
+          prompts: of the batch, on the host.
+          keys: [2] of the rollout and of the annotation.
+          clock: (name of a phase, what it gave) -> the same.
+
+        Returns:
+          Both on the student's mesh. Nothing here waits for a slice to be
+          annotated before the next is written.
+        """
+        pair, (roll_key, note_key) = self._pair, keys
+        mesh, writer = pair.teacher_mesh, counted(self.head)
+        # Before anything is written, behind which they would wait.
+        ours = self._student(student)
+        there = jax.device_put(note_key, sharding.replicated(mesh))
+        written, first_rows = [], []
+        # All before the first move: a move may wait for what it moves.
+        for part in split(prompts, self._parts):
+            first_rows.append(sum(w.tokens.shape[0] for w in written))
+            written.append(
+                self._phases.rollout(
+                    student, writer, pair.place(part), roll_key, first_rows[-1]
+                )
+            )
+        clock("rollout", written)
+        notes = []
+        for part, first_row in zip(written, first_rows, strict=True):
+            moved = move(part, mesh)
+            with jax.set_mesh(mesh):
+                notes.append(
+                    self._phases.annotate(
+                        ours, pair.teacher, moved, there, first_row
+                    )
+                )
+        notes = [move(part, pair.mesh) for part in notes]
+        clock("annotate", notes)
+        if len(notes) == 1:
+            return written[0], notes[0]
+        return self._join(written, notes, note_key)
+
+    def _student(self, student: Any) -> StandIn:
+        """What the teacher's mesh needs of the student."""
+        made = counted(student.head)
+        if not self._moves_embedding:
+            return made
+        rows = student.embedding
+        where = rows_shardings(rows, self._pair.teacher_mesh)
+        return made.replace(embedding=jax.device_put(rows, where))
+
+
+def make_join(objective: Objective) -> Callable[..., Any]:
+    """The jitted (written, notes, key) of slices -> those of the batch."""
+
+    def whole(*parts: jax.Array) -> jax.Array:
+        x = jnp.concatenate(parts)
+        return sharding.constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+    def join(
+        written: list[Trajectories], notes: list[Annotations], key: jax.Array
+    ) -> tuple[Trajectories, Annotations]:
+        notes = jax.tree.map(whole, *notes)
+        return jax.tree.map(whole, *written), decide(notes, key, objective)
+
+    return jax.jit(join)
+
+
+def split(tree: Any, parts: int) -> list[Any]:
+    """Consecutive slices of a batch, by rows."""
+    rows = jax.tree.leaves(tree)[0].shape[0] // parts
+    return [
+        jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], tree)
+        for i in range(parts)
+    ]
+
+
+def make_reader() -> Callable[[Any, Trajectories], jax.Array]:
+    """The jitted (teacher, trajectories) -> its states [B, T, D]."""
+    return jax.jit(read)
+
+
+def make_comparison(settings: Settings) -> Callable[..., dict]:
+    """The jitted statistics of a student and what the teacher has read.
+
+    Args:
+      settings: of the run.
+
+    Returns:
+      (student, teacher's head, its states [B, T, D], trajectories) ->
+      name -> (sum, count).
+    """
+    options = dict(
+        top_k=settings.log.top_k, log_floor=settings.objective.log_floor
+    )
+
+    def compare(
+        student: Any, head: Head, states: jax.Array, written: Trajectories
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return metrics.statistics(
+            student, StandIn(head), written, teacher_states=states, **options
+        )
+
+    return jax.jit(compare)
+
+
+def make_statistics(settings: Settings, pair: Pair) -> Callable[..., dict]:
+    """:func:`topd_jax.evaluate.make_statistics`, over two meshes.
+
+    Args:
+      settings: of the run.
+      pair: with a ``teacher_mesh``.
+
+    Returns:
+      (student, teacher, trajectories) -> name -> (sum, count).
+    """
+    reader, compare = make_reader(), make_comparison(settings)
+    head = pair.teacher_head
+
+    def statistics(student: Any, teacher: Any, written: Trajectories) -> dict:
+        moved = move(written, pair.teacher_mesh)
+        with jax.set_mesh(pair.teacher_mesh):
+            states = reader(teacher, moved)
+        return compare(student, head, move(states, pair.mesh), written)
+
+    return statistics
+
+
+def together(pair: Pair) -> Pair:
+    """The pair with a copy of the student beside the teacher, on its mesh.
+
+    For what needs both models in one program, before a run begins.
+
+    Args:
+      pair: any.
+
+    Returns:
+      The pair on one mesh; itself where it is on one.
+    """
+    if pair.teacher_mesh is None:
+        return pair
+    mesh, student = pair.teacher_mesh, pair.student
+    try:
+        where = sharding.tree_shardings(student, mesh, student.logical_axes)
+    except ValueError:  # only the teacher has to divide over its mesh
+        where = sharding.replicated(mesh)
+    return dataclasses.replace(
+        pair,
+        student=jax.device_put(student, where),
+        mesh=mesh,
+        teacher_mesh=None,
+    )
