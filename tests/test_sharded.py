@@ -89,7 +89,7 @@ def test_mesh_must_fit_the_devices():
 
 
 def abstract_mesh(data, fsdp, tensor):
-    sizes = (data, fsdp, tensor, 1)
+    sizes = (data, fsdp, tensor, 1, 1)
     return jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
 
 

@@ -89,7 +89,7 @@ def chunk_tokens(vocab: int) -> int:
     """
     block = 4 * vocab / _ways("vocab")
     tokens = min(max(int(_BLOCK_BYTES / block), _FEWEST_TOKENS), _MOST_TOKENS)
-    return tokens * _ways("batch")
+    return tokens * _ways("tokens")
 
 
 def _ways(axis: str) -> int:
@@ -109,10 +109,11 @@ def over_tokens(
     """Scans step(carry, chunk) -> (carry, outputs) over chunks of tokens.
 
     Only the token axis is cut, so that rows stay on the devices that hold
-    them; within a chunk both are flattened to R, because a weight gradient of
-    3-D operands takes three times as long on CPU. The last chunk is padded
-    with zeros, whose outputs are dropped: what step adds to the carry for a
-    zero row must be zero.
+    them, and a chunk takes tokens from all over it, so that each device that
+    holds a stretch of them has its share of every chunk; within a chunk both
+    are flattened to R, because a weight gradient of 3-D operands takes three
+    times as long on CPU. The last ones are padded with zeros, whose outputs
+    are dropped: what step adds to the carry for a zero row must be zero.
 
     Args:
       step: maps leaves [R, ...] to outputs [R, ...].
@@ -134,12 +135,12 @@ def over_tokens(
         pad = [(0, 0)] * x.ndim
         pad[axis] = (0, count * columns - length)
         x = jnp.pad(x, pad)
-        x = x.reshape(*lead, count, columns, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        x = x.reshape(*lead, columns, count, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0)
 
     def join(x: jax.Array) -> jax.Array:
         x = x.reshape(count, *lead, columns, *x.shape[2:])
-        x = jnp.moveaxis(x, 0, axis)
+        x = jnp.moveaxis(x, 0, axis + 1)
         x = x.reshape(*lead, count * columns, *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
@@ -170,7 +171,7 @@ def unembed_rows(hidden: jax.Array, head: Head) -> jax.Array:
       f32[R, V] (f64 for f64).
     """
     logits = _product(hidden, head_rows(head), 1, 1)
-    return constrain(soft_cap(logits, head_cap(head)), "batch", "vocab")
+    return constrain(soft_cap(logits, head_cap(head)), "tokens", "vocab")
 
 
 def _product(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:

@@ -33,6 +33,7 @@ class MeshSettings:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    sequence: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
