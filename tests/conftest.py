@@ -1,6 +1,7 @@
 """Small models and trajectories that many tests share."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -67,6 +68,14 @@ def make_trajectories(
         logp=jnp.zeros((rows, completion)),
         truncated=jnp.asarray(~ended),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+    """Each keeps mapped memory; at Linux' 65530 maps a process is aborted."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

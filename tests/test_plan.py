@@ -225,6 +225,21 @@ def test_candidates_fit_by_their_parameters_and_come_cheapest_first(
     assert [r for _, r in plain] == ["none", "dots", "full"]
 
 
+def test_parameters_that_stay_where_they_are_make_a_cheaper_rollout():
+    config = qwen3_8b_to_1p7b.get_config()
+
+    def seconds(sharding, fsdp):
+        config.rollout.sharding, config.mesh.fsdp = sharding, fsdp
+        return plan_search.estimate(settings_from(config), V5E, 8)
+
+    train, gathered, tensor = (
+        seconds(name, 8) for name in ("train", "gathered", "tensor")
+    )
+    # At every token, once, never; and each chip reads its eighth of them.
+    assert train > 2 * gathered and gathered > tensor
+    assert seconds("train", 1) == seconds("tensor", 1)
+
+
 def test_the_search_stops_at_the_first_that_fits(without_devices, monkeypatch):
     settings = settings_from(qwen3_8b_to_1p7b.get_config())
     asked = []

@@ -110,6 +110,7 @@ def test_a_finished_sweep_does_nothing_again(finished, arguments, monkeypatch):
         raise AssertionError("a recorded run was made again")
 
     monkeypatch.setattr(sweeps, "_run", forbidden)
+    monkeypatch.setattr(sweeps, "load_pair", forbidden)
     main.run([*arguments, f"--workdir={finished}"])
     assert (finished / "record.jsonl").read_text() == text
 

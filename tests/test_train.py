@@ -100,6 +100,9 @@ def test_a_run_logs_every_step(finished, settings):
                  "seconds_rollout", "seconds_update"):  # fmt: skip
         assert rows[2][name] is not None, name
         assert name not in rows[0]
+    # Of a timed step the phases are parts, statistics aside.
+    parts = (rows[2][f"seconds_{p}"] for p in ("rollout", "annotate", "update"))
+    assert sum(parts) <= rows[2]["seconds"]
     evals = read_jsonl(finished / "evals.jsonl")
     assert [(r["step"], r["final"]) for r in evals] == [
         (0, False), (4, False), (6, True)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,35 +61,50 @@ class Logs:
             self._board = SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=step + 1
             )
-        self._pending: tuple[int, dict, dict] | None = None
+        self._pending: tuple[int, dict, dict, float] | None = None
+        self._known = -math.inf  # when the last step's numbers were there
 
     def later(
-        self, step: int, metrics: Mapping[str, Any], times: dict[str, float]
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        times: Mapping[str, float],
+        started: float,
     ) -> dict[str, float] | None:
         """Keeps a step's metrics, and writes those of the step before.
+
+        A step's "seconds" pass from when it is started, or the step before
+        is known if that is later, until its own metrics are known; statistics
+        are not in them.
 
         Args:
           step: the step just dispatched.
           metrics: name -> (sum, count), arrays still being computed.
-          times: seconds and rates, name -> number; the caller may go on
-            filling it until the next step.
+          times: "seconds_" and the name of a phase -> seconds.
+          started: ``time.perf_counter()`` when its dispatch began.
 
         Returns:
           The numbers that were written, or None for the first step.
         """
         written = self.flush()
-        self._pending = (step, dict(metrics), times)
+        self._pending = (step, dict(metrics), dict(times), started)
         return written
 
     def flush(self) -> dict[str, float] | None:
         """Writes the step that is kept, if any, and forces it to disk."""
         if self._pending is None:
             return None
-        step, metrics, times = self._pending
+        step, metrics, times, started = self._pending
         self._pending = None
         row = read_metrics(metrics) | times
-        if times.get("seconds"):
-            row["rate_tokens"] = row["num_tokens"] / times["seconds"]
+        now = time.perf_counter()
+        seconds = now - max(started, self._known)
+        seconds -= times.get("seconds_statistics", 0.0)
+        self._known = now
+        row |= {
+            "seconds": seconds,
+            "rate_tokens": row["num_tokens"] / seconds,
+        }
         self.write("metrics", {"step": step, **row})
         return row
 

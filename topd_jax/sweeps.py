@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,31 +43,36 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       ValueError: for an unknown variant.
     """
     options = settings.sweep
-    for name in options.variants:
-        with_variant(settings, name)  # all of them, before the first runs
+    settings = _shared_world(settings, workdir)
+    runs = list(_runs(settings))  # all of them are checked before the first
     record = pathlib.Path(options.record or workdir / "record.jsonl")
     record.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(record)
-    pair = load_pair(_shared_world(settings, workdir), workdir)
-    for seed in options.seeds:
-        at_seed = dataclasses.replace(
-            _shared_world(settings, workdir), seed=seed
-        )
-        for name in ("start", "teacher", *options.variants):
-            run = at_seed
-            if name not in ("start", "teacher"):
-                run = with_variant(at_seed, name)
-            if _is_recorded(record, name, run):
-                logging.info("%s, seed %d is in %s", name, seed, record)
-                continue
-            row = _run(name, run, workdir, pair)
-            row["config"] = _family(settings)
-            with record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+    missing = [(n, run) for n, run in runs if not _is_recorded(record, n, run)]
+    known = len(runs) - len(missing)
+    logging.info("%d of %d runs are in %s", known, len(runs), record)
+    if missing:
+        pair = load_pair(settings, workdir)
+    for name, run in missing:
+        row = _run(name, run, workdir, pair)
+        row["config"] = _family(settings)
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     rows = [r for r in read_jsonl(record) if r["config"] == _family(settings)]
     return write_report(rows, workdir / "report")
+
+
+def _runs(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Each run of a sweep, seed by seed: its name and its settings."""
+    options = settings.sweep
+    for seed in options.seeds:
+        at_seed = dataclasses.replace(settings, seed=seed)
+        yield "start", at_seed
+        yield "teacher", at_seed
+        for name in options.variants:
+            yield name, with_variant(at_seed, name)
 
 
 def _drop_torn_line(record: pathlib.Path) -> None:

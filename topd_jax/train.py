@@ -196,14 +196,15 @@ class Run:
 
     def _one_step(self) -> dict[str, float] | None:
         """Dispatches a step; returns the metrics of the one before."""
+        settings, teacher = self.settings, self.pair.teacher
+        step, every = self.step + 1, settings.log.statistics_every
+        timed = bool(every) and step % every == 0
+        if timed:  # its phases are waited for, so nothing else may be pending
+            self.logs.flush()
         started = time.perf_counter()
-        step = self.step + 1
         key = jax.random.fold_in(self.key, step)
         roll_key, note_key = jax.random.split(key)
-        settings, teacher = self.settings, self.pair.teacher
         student = self.student
-        every = settings.log.statistics_every
-        timed = bool(every) and step % every == 0
         clock = _Clock(timed)
         batch = next(self.data)
         packed = isinstance(batch, PackedRows)
@@ -232,12 +233,10 @@ class Run:
         # What the teacher wrote beforehand stands in its own files.
         if every and step % every == 0 and not packed:
             self._log_completions(trajectories)
-        row = self.logs.later(step, metrics | extra, clock.times)
+        row = self.logs.later(step, metrics | extra, clock.times, started)
+        if timed:
+            row = self.logs.flush()
         self._watch(row, trajectories)
-        # Reading the step before has just waited for it: what has passed
-        # since is one step, the statistics aside.
-        aside = clock.times.get("seconds_statistics", 0.0)
-        clock.times["seconds"] = time.perf_counter() - started - aside
         return row
 
     def evaluate(self, final: bool = False) -> dict[str, Any]:
