@@ -36,6 +36,16 @@ def test_eight_devices_take_the_step_of_one():
 
 
 @pytest.mark.parametrize(
+    ("which", "shapes"),
+    [("one", 1), pytest.param("others", 2, marks=pytest.mark.slow)],
+)
+def test_devices_that_share_columns_take_the_step_of_one(which, shapes):
+    said = on_eight_devices("sharded_sequence.py", which)
+    assert said.count("same on") == shapes
+    assert said.count("nobody computes") == (which == "one")
+
+
+@pytest.mark.parametrize(
     ("kind", "rules"),
     [
         ("dense", "train"),
@@ -43,6 +53,8 @@ def test_eight_devices_take_the_step_of_one():
         pytest.param("dense", "tensor", marks=pytest.mark.slow),
         pytest.param("experts", "train", marks=pytest.mark.slow),
         pytest.param("experts", "tensor", marks=pytest.mark.slow),
+        pytest.param("columns", "train", marks=pytest.mark.slow),
+        pytest.param("columns", "tensor", marks=pytest.mark.slow),
     ],
 )
 def test_no_program_gathers_a_whole(tmp_path, kind, rules):
