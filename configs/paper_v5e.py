@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config = paper.get_config()
     config.mesh.tensor = 4  # the teacher's kv heads
     config.mesh.fsdp = PROMPTS
+    config.rollout.sharding = "tensor"  # no parameter is gathered (ours)
     config.data.batch_size = PROMPTS
     config.train.steps = paper.PROMPTS // PROMPTS
     return config

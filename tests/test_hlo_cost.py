@@ -222,3 +222,57 @@ def test_costs_add_up():
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("nothing")
+
+
+TWO_LOOPS = """\
+HloModule two, entry_computation_layout={()->f32[8,8]{1,0}}
+
+%more (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %sum = s32[] add(%a, %b)
+}
+
+%body (s: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %s = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = f32[8,8]{1,0} get-tuple-element(%s), index=1
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%next, %y)
+}
+
+%to5 (s: (s32[], f32[8,8])) -> pred[] {
+  %s = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %end = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+
+%to20 (s: (s32[], f32[8,8])) -> pred[] {
+  %s = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %end = s32[] constant(20)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main () -> f32[8,8] {
+  %zero = s32[] constant(0)
+  %one = s32[] constant(1)
+  %x = f32[8,8]{1,0} constant({...})
+  %s = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)
+  %first = (s32[], f32[8,8]{1,0}) while(%s), condition=%to5, body=%body
+  %i = s32[] get-tuple-element(%first), index=0
+  %start = s32[] fusion(%i, %one), kind=kLoop, calls=%more
+  %y = f32[8,8]{1,0} get-tuple-element(%first), index=1
+  %t = (s32[], f32[8,8]{1,0}) tuple(%start, %y)
+  %last = (s32[], f32[8,8]{1,0}) while(%t), condition=%to20, body=%body
+  ROOT %z = f32[8,8]{1,0} get-tuple-element(%last), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_loop_that_starts_where_fused_arithmetic_says():
+    # From 0 to 5, and from 5 + 1 to 20.
+    assert count(hlo.parse(TWO_LOOPS)).flops == (5 + 14) * 2 * 8**3

@@ -99,6 +99,21 @@ def _ways(axis: str) -> int:
     return math.prod(mesh.shape[name] for name in mesh_axes(RULES[axis]))
 
 
+def gathered(head: Head) -> Head:
+    """A head that every device has the width of, for a loop over chunks.
+
+    Where the head is spread over its width the compiler would otherwise
+    gather it at every chunk.
+
+    Args:
+      head: [V, D].
+
+    Returns:
+      The same numbers, still spread over the vocabulary.
+    """
+    return jax.tree.map(lambda x: constrain(x, "vocab", None), head)
+
+
 def over_tokens(
     step: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
@@ -129,7 +144,9 @@ def over_tokens(
     axis = len(lead)
     columns = max(chunk_size // max(math.prod(lead), 1), 1)
     count = max(math.ceil(length / columns), 1)
-    columns = math.ceil(length / count)  # even chunks need the least padding
+    # Even chunks need the least padding; of each a device has an even share.
+    share = _ways("sequence")
+    columns = math.ceil(length / count / share) * share
 
     def split(x: jax.Array) -> jax.Array:
         pad = [(0, 0)] * x.ndim
@@ -151,7 +168,7 @@ def over_tokens(
         )
         return step(carry, rows)
 
-    if count == 1:
+    if count == 1 and columns == length:
         carry, outputs = flat_step(carry, arrays)
         outputs = jax.tree.map(lambda x: x[None], outputs)
     else:
@@ -240,6 +257,8 @@ def _over_chunks(
     constants: Any,
     rows: Any,
 ) -> jax.Array:
+    head = gathered(head)
+
     def losses_of(_: None, chunk: tuple) -> tuple[None, jax.Array]:
         states, rest = chunk
         logits = unembed_rows(states, head)
@@ -261,6 +280,8 @@ def _with_gradients(
     """Losses [..., T] and d(sum weights * losses)/d(hidden, head)."""
     narrow = jnp.promote_types(hidden.dtype, head.dtype)
     wide = accumulation_dtype(hidden, head)
+    parts = _parts(hidden.shape[0] if hidden.ndim > 2 else 1)
+    head = gathered(head)
 
     def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
         states, weight, rest = chunk
@@ -273,18 +294,52 @@ def _with_gradients(
         # pass would; their sums are float32.
         slope = slope.astype(narrow)
         on_states = _product(slope, head, 1, 0)
-        # [D, V], because this product reads both operands in rows.
-        on_head = constrain(_product(states, slope, 0, 0), "embed", "vocab")
+        on_head = _by_parts(states, slope, parts)
         return total + on_head, (token_losses, on_states)
 
     total, (token_losses, on_hidden) = over_tokens(
         add,
-        jnp.zeros(head.shape[::-1], wide),
+        constrain(
+            jnp.zeros((parts, *head.shape[::-1]), wide), "tokens", None, "vocab"
+        ),
         (hidden, weights, rows),
         hidden.shape[:-1],
         chunked.chunk_size,
     )
-    return token_losses, (on_hidden, total.T)
+    on_head = constrain(jnp.sum(total, axis=0), "embed", "vocab")
+    return token_losses, (on_hidden, on_head.T)
+
+
+def _parts(rows: int) -> int:
+    """How many devices have tokens of their own, and so a sum of their own."""
+    return 1 if rows % _ways("batch") else _ways("tokens")
+
+
+def _by_parts(states: jax.Array, slope: jax.Array, parts: int) -> jax.Array:
+    """The head's gradient of each part of the rows: [parts, D, V].
+
+    Were the parts added up here, the devices would exchange an array as large
+    as the head at every chunk; now they do once, after all of them.
+
+    Args:
+      states: [R, D].
+      slope: [R, V].
+      parts: that R divides into.
+    """
+    if parts == 1:
+        # [D, V], because this product reads both operands in rows.
+        return _product(states, slope, 0, 0)[None]
+    states, slope = (
+        constrain(x.reshape(parts, -1, x.shape[1]), "tokens", None, axis)
+        for x, axis in ((states, None), (slope, "vocab"))
+    )
+    products = jax.lax.dot_general(
+        states,
+        slope.astype(states.dtype),
+        (((1,), (1,)), ((0,), (0,))),
+        preferred_element_type=accumulation_dtype(states, slope),
+    )
+    return constrain(products, "tokens", None, "vocab")
 
 
 def _per_token_forward(chunked: ChunkedLoss, *arguments: Any) -> tuple:

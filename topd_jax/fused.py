@@ -28,6 +28,7 @@ from topd_jax import losses
 from topd_jax.chunks import (
     chunk_tokens,
     chunked_loss,
+    gathered,
     over_tokens,
     per_token,
     unembed_rows,
@@ -92,7 +93,7 @@ def fused_divergence(
         chunked_loss(loss, student_head, _chunk_size(chunk_size, vocab)),
         student_hidden,
         head_rows(student_head)[:vocab],
-        (_temperature(temperature, *arrays), teacher_head[:vocab]),
+        (_temperature(temperature, *arrays), gathered(teacher_head[:vocab])),
         teacher_hidden,
     )
 
@@ -152,7 +153,7 @@ def fused_weighted_sum(
         weights.astype(losses.accumulation_dtype(*arrays)),
         student_hidden,
         head_rows(student_head)[:vocab],
-        (_temperature(temperature, *arrays), teacher_head[:vocab]),
+        (_temperature(temperature, *arrays), gathered(teacher_head[:vocab])),
         teacher_hidden,
     )
     return total, jax.lax.stop_gradient(token_losses)
@@ -193,14 +194,13 @@ def fused_map(
     """
     arrays = (student_hidden, student_head, teacher_hidden, teacher_head)
     vocab = _shared_vocab(*arrays, vocab_size)
-
     scale = _temperature(temperature, *arrays)
     # Chunks' gradients of the head add up in the type that a scan is given.
     narrow, cap = head_rows(student_head)[:vocab], head_cap(student_head)
     wide = narrow.astype(
         losses.accumulation_dtype(student_hidden, student_head)
     )
-    teacher_head = jax.lax.stop_gradient(teacher_head[:vocab])
+    teacher_head = gathered(jax.lax.stop_gradient(teacher_head[:vocab]))
 
     def compare(_: None, chunk: tuple) -> tuple[None, Any]:
         student, teacher, rows = chunk

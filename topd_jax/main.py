@@ -55,6 +55,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   plan     memory and time on a TPU topology, without a TPU (needs libtpu):
            --topology v5e:2x4; --output FILE for JSON; where it does not fit,
            --search SECONDS (900) for what does
+  growth   how a step's cost grows with its sizes, beside the formulas; on a
+           TPU topology with --topology v5e:2x2 (try --config growth)
 
 FILE is a path, or the name of a shipped config: tiny, smollm2_gsm8k, paper,
 paper_stage1, qwen3_8b_to_1p7b, paper_v5e (_v5p, _v6e, _tpu7x), default.
@@ -283,6 +285,10 @@ def _command(name: str, values: flags.FlagValues) -> Any:
         from topd_jax.analysis import correction
 
         return correction.correct(*look, values.updates, values.learning_rate)
+    if name == "growth":
+        from topd_jax.analysis import growth
+
+        return growth.growth(*run, values.topology)
     if name == "generate":
         return commands.generate(*run, values.count)
     if name == "sample":
@@ -322,6 +328,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     names = (
         "train", "eval", "compare", "inspect", "report", "probe", "correct",
         "quantize", "sample", "export", "sweep", "doctor", "generate", "plan",
+        "growth",
     )  # fmt: skip
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(USAGE)
@@ -334,7 +341,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         values = _parse(arguments[1:], name)
         result = _command(name, values)
         if name == "doctor":
-            raise SystemExit(_show(result, values.json))
+            from topd_jax.doctor import findings
+
+            raise SystemExit(findings.show(result, as_json=values.json))
         if isinstance(result, str):
             print(result)
         elif not _process():
@@ -351,19 +360,6 @@ def run(arguments: Sequence[str] | None = None) -> None:
             # Python's own exit would wait for the others, which wait for us.
             os._exit(2)
         raise SystemExit(2) from error
-
-
-def _show(findings: list, as_json: bool) -> int:
-    """Prints the report on stdout; returns the exit code."""
-    from topd_jax.doctor import findings as report
-
-    if as_json:
-        print(json.dumps([vars(f) for f in findings], indent=1))
-    else:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(report.lines(findings, colour=colour))
-        print(report.summary(findings))
-    return 2 if report.count(findings, "error") else 0
 
 
 def _process() -> int | None:

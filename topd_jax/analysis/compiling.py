@@ -105,7 +105,7 @@ def compile_program(name: str, run: dict[str, Call], chip: Chip) -> ProgramPlan:
     with tempfile.TemporaryDirectory(prefix="topd-plan-") as name_of:
         folder = pathlib.Path(name_of)
         try:
-            compiled, text = _compile(call, folder)
+            compiled, text = compile_call(call, folder)
         except jax.errors.JaxRuntimeError as error:
             # The compiler refuses what is larger than a chip, and says why.
             text = " ".join(str(error).split())
@@ -140,8 +140,16 @@ def compile_program(name: str, run: dict[str, Call], chip: Chip) -> ProgramPlan:
     )
 
 
-def _compile(call: Call, folder: pathlib.Path) -> tuple[Any, str]:
-    """The compiled program, and its text; the compiler's notes in a folder."""
+def compile_call(call: Call, folder: pathlib.Path) -> tuple[Any, str]:
+    """Compiles a program.
+
+    Args:
+      call: the program, and the shapes it is called with.
+      folder: where the compiler writes its notes.
+
+    Returns:
+      The compiled program, and its text.
+    """
     compiled = call.fn.lower(*call.args).compile(
         compiler_options={
             "xla_dump_to": str(folder),

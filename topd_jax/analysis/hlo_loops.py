@@ -96,7 +96,23 @@ def _value(
     numbers = [v for v in sources if isinstance(v, int)]
     if one.op in _ARITHMETIC and len(numbers) == 2:
         return _ARITHMETIC[one.op](*numbers)
+    if one.op in ("fusion", "call") and len(numbers) == len(sources):
+        (name,) = one.called("calls") or one.called("to_apply")
+        return _result(program, program.computations[name], sources)
     return None
+
+
+def _result(program: Program, place: Computation, given: list[int]) -> Any:
+    """The integer that a computation makes of integers; None: unknown."""
+    known: dict[str, Any] = {}
+    for one in place.instructions.values():
+        if one.op == "parameter":
+            value = given[int(one.operands[0])]
+        else:
+            value = _value(program, place, one, known, {})
+        if value is not None:
+            known[one.name] = value
+    return known.get(place.root.name)
 
 
 def trips(

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe & Ito: told apart by every reader, and in print.
-_COLOURS = (
+COLOURS = (
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -39,9 +39,9 @@ def curves(
     axes = figure.subplots(1, 2)
     drawn = [r for r in rows if "curve" in r]
     names = list(dict.fromkeys(r["name"] for r in drawn))
-    if len(names) > 2 * len(_COLOURS):  # nobody could tell them apart
+    if len(names) > 2 * len(COLOURS):  # nobody could tell them apart
         names = [n for n in names if n in titles]
-    looks = [(c, line) for line in ("-", "--") for c in _COLOURS]
+    looks = [(c, line) for line in ("-", "--") for c in COLOURS]
     for (colour, line), name in zip(looks, names, strict=False):
         runs = [r["curve"] for r in drawn if r["name"] == name]
         steps = [p["step"] for p in runs[0]]
@@ -103,7 +103,7 @@ def gains(
     axis = figure.subplots()
     for i, v in enumerate(drawn):
         low, high = v["gain_interval"]
-        clear = _COLOURS[1] if v["p"] < 0.05 else _COLOURS[0]
+        clear = COLOURS[1] if v["p"] < 0.05 else COLOURS[0]
         axis.plot([low, high], [i, i], color=clear, linewidth=1.4)
         axis.plot(v["gain"], i, "o", color=clear, markersize=4)
     axis.axvline(0, color="#000000", linewidth=0.8)
@@ -135,8 +135,8 @@ def distances(
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axis = figure.subplots()
     for key, label, colour in (
-        ("surface", "surface form only", _COLOURS[5]),
-        ("fork", "a reasoning fork in the window", _COLOURS[1]),
+        ("surface", "surface form only", COLOURS[5]),
+        ("fork", "a reasoning fork in the window", COLOURS[1]),
     ):
         counts = np.sum([f["histogram"][key] for f in found], axis=0)
         axis.stairs(counts, edges, fill=True, alpha=0.55, color=colour,
@@ -183,7 +183,7 @@ def corrections(
     )
     rng = np.random.default_rng(0)
     for i, name in enumerate(names):
-        colour = _COLOURS[i]
+        colour = COLOURS[i]
         boxes["boxes"][i].set(facecolor=colour, alpha=0.35)
         values = found[name]["distance"]
         axis.scatter(i + rng.uniform(-0.2, 0.2, values.size), values, s=5,

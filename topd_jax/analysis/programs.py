@@ -29,9 +29,6 @@ from topd_jax.settings import ModelSettings, Settings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
-# Which ids end a row changes no shape.
-_IDS = dict(eos_ids=(1,), pad_id=0)
-
 
 class Call(NamedTuple):
     """A program and what it is called with.
@@ -192,12 +189,15 @@ def _rows(tree: Any, mesh: Mesh) -> Any:
     return _placed(tree, sharding.batch_shardings(tree, mesh))
 
 
-def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
+def calls(
+    settings: Settings, mesh: Mesh, *, eos_ids: tuple[int, ...] = (1,)
+) -> dict[str, Call]:
     """The programs of a run with what they are called with, in order.
 
     Args:
       settings: of the run.
       mesh: set as the mesh in use.
+      eos_ids: that end a row; which they are changes no shape.
 
     Returns:
       "rollout", "annotate", "update", "statistics", "evaluate" (the sampler
@@ -214,7 +214,8 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
         )
     models = abstract_models(settings, mesh)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
-    phases = make_phases(settings, optimizer, **_IDS)
+    ids = dict(eos_ids=eos_ids, pad_id=0)
+    phases = make_phases(settings, optimizer, **ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     student, teacher = models.student, models.teacher
     run = (student, teacher, _prompts(settings, mesh), key)
@@ -236,7 +237,7 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
         ),
         "statistics": Call(phases.statistics, (student, teacher, written)),
         "evaluate": Call(
-            make_writer(settings, vocab_size=shared, **_IDS),
+            make_writer(settings, vocab_size=shared, **ids),
             (student, asked, key, heat),
         ),
         "restore": Call(fresh, (models.student,)),

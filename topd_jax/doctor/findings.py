@@ -1,6 +1,9 @@
 """What a check finds: a level, a sentence, and the way out (ours)."""
 
 import dataclasses
+import json
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -89,6 +92,25 @@ def lines(findings: Sequence[Finding], *, colour: bool = False) -> str:
             wrap["subsequent_indent"] = " " * len(arrow)
             out += textwrap.wrap(f.way_out, initial_indent=arrow, **wrap)
     return "\n".join(out)
+
+
+def show(findings: Sequence[Finding], *, as_json: bool) -> int:
+    """Prints the report on stdout, in colour on a terminal.
+
+    Args:
+      findings: in the order of the report.
+      as_json: as data, not as lines.
+
+    Returns:
+      The exit code: 2 where there is an error.
+    """
+    if as_json:
+        print(json.dumps([vars(f) for f in findings], indent=1))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(lines(findings, colour=colour))
+        print(summary(findings))
+    return 2 if count(findings, "error") else 0
 
 
 def require(findings: Sequence[Finding]) -> None:

@@ -1,0 +1,83 @@
+"""What the fused losses send at every chunk, on eight simulated devices.
+
+Hidden states of 8 rows are compared with a teacher's, in chunks of 32 tokens:
+value and gradients must be those of one device, and devices may exchange the
+head and its gradient once, not once a chunk.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topd_jax import fused, sharding
+from topd_jax.analysis import hlo, hlo_cost
+
+ROWS, WIDTH, VOCAB = 8, 32, 512
+
+
+def inputs(tokens):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = {
+        "student_hidden": (ROWS, tokens, WIDTH),
+        "student_head": (VOCAB, WIDTH),
+        "teacher_hidden": (ROWS, tokens, 2 * WIDTH),
+        "teacher_head": (VOCAB, 2 * WIDTH),
+        "weights": (ROWS, tokens),
+    }
+    return {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def weighted(student, fixed):
+    return fused.fused_weighted_sum(**student, **fixed, chunk_size=32)[0]
+
+
+def recomputed(student, fixed):
+    fixed = dict(fixed)
+    weights = fixed.pop("weights")
+    losses = fused.fused_divergence(**student, **fixed, chunk_size=32)
+    return jnp.sum(weights * losses)
+
+
+def run(loss, tokens, sizes):
+    """(gradients, bytes sent by a device) of a loss on a mesh."""
+    arrays = inputs(tokens)
+    axes = {n: ("batch", None, None)[: x.ndim] for n, x in arrays.items()}
+    axes |= dict.fromkeys(("student_head", "teacher_head"), ("vocab", "embed"))
+    mesh = sharding.make_mesh(**sizes)
+    arrays = {
+        name: jax.device_put(x, sharding.named(mesh, x.shape, axes[name]))
+        for name, x in arrays.items()
+    }
+    student = {n: arrays.pop(n) for n in ("student_hidden", "student_head")}
+    places = jax.tree.map(lambda x: x.sharding, student)
+    fn = jax.jit(jax.grad(loss), out_shardings=places)
+    with jax.set_mesh(mesh):
+        compiled = fn.lower(student, arrays).compile()
+    sent = hlo_cost.count(hlo.parse(compiled.as_text())).sent
+    return compiled(student, arrays), sent
+
+
+def main(loss):
+    arrays = inputs(64)
+    student = {n: arrays.pop(n) for n in ("student_hidden", "student_head")}
+    plain = jax.grad(loss)(student, arrays)
+    for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
+        spread, few = run(loss, 64, sizes)
+        for name, wanted in plain.items():
+            np.testing.assert_allclose(
+                spread[name], wanted, rtol=2e-4, atol=2e-4
+            )
+        _, many = run(loss, 256, sizes)
+        # Between tensor devices the states' gradient is summed a token.
+        states = 2 * 4 * WIDTH * ROWS * (256 - 64) if "tensor" in sizes else 0
+        assert few <= many <= 1.1 * few + states, (few, many)
+        print(f"{loss.__name__} {sizes}: {few:.0f} then {many:.0f} bytes")
+
+
+if __name__ == "__main__":
+    main({"weighted": weighted, "recomputed": recomputed}[sys.argv[1]])
