@@ -71,7 +71,7 @@ def over_experts(
 
 
 def top_k(
-    x: jax.Array, k: int, rows: str = "batch", columns: str | None = "vocab"
+    x: jax.Array, k: int, rows: str = "tokens", columns: str | None = "vocab"
 ) -> tuple[jax.Array, jax.Array]:
     """:func:`jax.lax.top_k` of logits, whose rows and ids stay where they are.
 
