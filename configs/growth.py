@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
     """Models of width 64 whose head weighs as much as their layers."""
     config = default.get_config()
     config.data.batch_size = 4
+    config.eval.batch_size = 64  # sixteen devices divide it
     config.rollout.max_new_tokens = 64
     config.objective.candidates = 4
     config.objective.window = 4
