@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1  # rows, and parameters spread over them
     config.mesh.tensor = 1  # heads, feed-forward columns, vocabulary
     config.mesh.expert = 1  # rows, and the experts of a mixture
+    # Columns of the rows that are learnt from; else rows (arXiv:2407.21783).
+    config.mesh.sequence = 1
 
     # The teacher on devices of its own, the last ones; the first are then the
     # student's, and config.mesh is of those (ours).

@@ -1,6 +1,6 @@
 """Compiles every program of a run over a mesh, and looks what is gathered.
 
-    python sharded_programs.py DIRECTORY dense|experts RULES [TOPOLOGY]
+    python sharded_programs.py DIRECTORY dense|experts|columns RULES [TOPOLOGY]
 
 DIRECTORY gets the models' config.json, RULES is ``rollout.sharding``; without
 a topology the programs are compiled for eight simulated devices. Whole stacks
@@ -32,7 +32,11 @@ from topd_jax.models.parameters import parameter_table
 from topd_jax.sampling import branch_columns
 from topd_jax.settings import Settings, settings_from
 
-MESHES = {"dense": (1, 4, 2, 1), "experts": (1, 2, 2, 2)}
+MESHES = {
+    "dense": (1, 4, 2, 1, 1),
+    "experts": (1, 2, 2, 2, 1),
+    "columns": (1, 2, 2, 1, 2),
+}
 LAYERS = {"student": 5, "teacher": 7}
 PROMPT, NEW, ROWS, VOCAB = 16, 22, 16, 1144
 MOVING = ("all-gather", "all-to-all", "collective-permute")
@@ -64,7 +68,7 @@ def model_files(folder: pathlib.Path, name: str, kind: str) -> str:
 
 def settings_of(folder: pathlib.Path, kind: str, rules: str) -> Settings:
     config = default.get_config()
-    names = ("data", "fsdp", "tensor", "expert")
+    names = ("data", "fsdp", "tensor", "expert", "sequence")
     for name, size in zip(names, MESHES[kind], strict=True):
         config.mesh[name] = size
     for name in LAYERS:
@@ -88,7 +92,7 @@ def wholes(settings: Settings, moved: bool) -> Iterator[tuple[str, int, int]]:
       moved: the rules move the student's parameters once, as a whole.
     """
     fsdp, tensor = settings.mesh.fsdp, settings.mesh.tensor
-    expert = settings.mesh.expert
+    expert, sequence = settings.mesh.expert, settings.mesh.sequence
     student, ((_, teacher),) = decoder_configs(settings)
     for name, config in (("student", student), ("teacher", teacher)):
         for part, row in parameter_table(config).items():
@@ -102,10 +106,11 @@ def wholes(settings: Settings, moved: bool) -> Iterator[tuple[str, int, int]]:
                 ways *= expert if "expert" in row.axes else 1
                 yield f"{name}'s {part}", math.prod(row.shape), ways
         ahead = branch_columns(3, 4) if name == "teacher" else 0
+        rows = fsdp * expert * sequence
         size = ROWS * config.layers * config.kv_heads * config.head_dim
         for columns in {PROMPT, PROMPT + NEW, PROMPT + NEW + ahead}:
-            yield f"{name}'s cache", size * columns, fsdp * expert * tensor
-    yield "logits", ROWS * NEW * VOCAB, fsdp * expert * tensor
+            yield f"{name}'s cache", size * columns, rows * tensor
+    yield "logits", ROWS * NEW * VOCAB, rows * tensor
 
 
 def gathered(

@@ -24,7 +24,7 @@ from topd_jax.types import Prompts
 
 
 def test_every_parameter_that_does_not_divide_is_named():
-    mesh = jax.sharding.AbstractMesh((1, 5, 3, 1), sharding.MESH_AXES)
+    mesh = jax.sharding.AbstractMesh((1, 5, 3, 1, 1), sharding.MESH_AXES)
     shape = dataclasses.replace(CONFIG, width=60, mlp_width=66)
     found = fit.mesh_fit({"student": CONFIG, "teacher": shape}, mesh)
     assert [f.level for f in found] == ["error", "error"]
@@ -37,7 +37,7 @@ def test_every_parameter_that_does_not_divide_is_named():
     assert "gate" not in found[1].text  # 60 and 66 divide
     (found,) = fit.mesh_fit(
         {"student": CONFIG},
-        jax.sharding.AbstractMesh((2, 4, 2, 1), sharding.MESH_AXES),
+        jax.sharding.AbstractMesh((2, 4, 2, 1, 1), sharding.MESH_AXES),
     )
     assert found.level == "error"
     assert found.text == (
@@ -89,7 +89,7 @@ def test_memory_is_shared_among_devices():
         fit.estimate(
             settings, configs, jax.sharding.AbstractMesh(n, sharding.MESH_AXES)
         )
-        for n in ((1, 1, 1, 1), (1, 4, 1, 1), (1, 4, 2, 1))
+        for n in ((1, 1, 1, 1, 1), (1, 4, 1, 1, 1), (1, 4, 2, 1, 1))
     )
     # Norms alone are not spread.
     assert four.kept == pytest.approx(one.kept / 4, rel=0.02)

@@ -41,6 +41,16 @@ def test_the_head_is_exchanged_once_and_not_at_every_chunk(loss):
 
 
 @pytest.mark.parametrize(
+    ("which", "shapes"),
+    [("one", 1), pytest.param("others", 2, marks=pytest.mark.slow)],
+)
+def test_devices_that_share_columns_take_the_step_of_one(which, shapes):
+    said = on_eight_devices("sharded_sequence.py", which)
+    assert said.count("same on") == shapes
+    assert said.count("nobody computes") == (which == "one")
+
+
+@pytest.mark.parametrize(
     ("kind", "rules"),
     [
         ("dense", "train"),
@@ -48,6 +58,8 @@ def test_the_head_is_exchanged_once_and_not_at_every_chunk(loss):
         pytest.param("dense", "tensor", marks=pytest.mark.slow),
         pytest.param("experts", "train", marks=pytest.mark.slow),
         pytest.param("experts", "tensor", marks=pytest.mark.slow),
+        pytest.param("columns", "train", marks=pytest.mark.slow),
+        pytest.param("columns", "tensor", marks=pytest.mark.slow),
     ],
 )
 def test_no_program_gathers_a_whole(tmp_path, kind, rules):
@@ -94,7 +106,7 @@ def test_mesh_must_fit_the_devices():
 
 
 def abstract_mesh(data, fsdp, tensor):
-    sizes = (data, fsdp, tensor, 1)
+    sizes = (data, fsdp, tensor, 1, 1)
     return jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
 
 

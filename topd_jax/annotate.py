@@ -16,11 +16,13 @@ from topd_jax.batch_loss import fused_options
 from topd_jax.models.decoder import mask_for
 from topd_jax.objective import Objective
 from topd_jax.sampling import branch, branch_columns
+from topd_jax.sharding import READING, using
 from topd_jax.spans import causal_spans
 from topd_jax.transport import window_distance
 from topd_jax.types import Annotations, Trajectories, completion_states
 
 
+@using(READING)
 def annotate(
     student: Any,
     teacher: Any,

@@ -89,7 +89,7 @@ def chunk_tokens(vocab: int) -> int:
     """
     block = 4 * vocab / _ways("vocab")
     tokens = min(max(int(_BLOCK_BYTES / block), _FEWEST_TOKENS), _MOST_TOKENS)
-    return tokens * _ways("batch")
+    return tokens * _ways("tokens")
 
 
 def _ways(axis: str) -> int:
@@ -124,10 +124,11 @@ def over_tokens(
     """Scans step(carry, chunk) -> (carry, outputs) over chunks of tokens.
 
     Only the token axis is cut, so that rows stay on the devices that hold
-    them; within a chunk both are flattened to R, because a weight gradient of
-    3-D operands takes three times as long on CPU. The last chunk is padded
-    with zeros, whose outputs are dropped: what step adds to the carry for a
-    zero row must be zero.
+    them, and a chunk takes tokens from all over it, so that each device that
+    holds a stretch of them has its share of every chunk; within a chunk both
+    are flattened to R, because a weight gradient of 3-D operands takes three
+    times as long on CPU. The last ones are padded with zeros, whose outputs
+    are dropped: what step adds to the carry for a zero row must be zero.
 
     Args:
       step: maps leaves [R, ...] to outputs [R, ...].
@@ -143,18 +144,20 @@ def over_tokens(
     axis = len(lead)
     columns = max(chunk_size // max(math.prod(lead), 1), 1)
     count = max(math.ceil(length / columns), 1)
-    columns = math.ceil(length / count)  # even chunks need the least padding
+    # Even chunks need the least padding; of each a device has an even share.
+    share = _ways("sequence")
+    columns = math.ceil(length / count / share) * share
 
     def split(x: jax.Array) -> jax.Array:
         pad = [(0, 0)] * x.ndim
         pad[axis] = (0, count * columns - length)
         x = jnp.pad(x, pad)
-        x = x.reshape(*lead, count, columns, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        x = x.reshape(*lead, columns, count, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0)
 
     def join(x: jax.Array) -> jax.Array:
         x = x.reshape(count, *lead, columns, *x.shape[2:])
-        x = jnp.moveaxis(x, 0, axis)
+        x = jnp.moveaxis(x, 0, axis + 1)
         x = x.reshape(*lead, count * columns, *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
@@ -165,7 +168,7 @@ def over_tokens(
         )
         return step(carry, rows)
 
-    if count == 1:
+    if count == 1 and columns == length:
         carry, outputs = flat_step(carry, arrays)
         outputs = jax.tree.map(lambda x: x[None], outputs)
     else:
@@ -185,7 +188,7 @@ def unembed_rows(hidden: jax.Array, head: Head) -> jax.Array:
       f32[R, V] (f64 for f64).
     """
     logits = _product(hidden, head_rows(head), 1, 1)
-    return constrain(soft_cap(logits, head_cap(head)), "batch", "vocab")
+    return constrain(soft_cap(logits, head_cap(head)), "tokens", "vocab")
 
 
 def _product(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
@@ -297,7 +300,7 @@ def _with_gradients(
     total, (token_losses, on_hidden) = over_tokens(
         add,
         constrain(
-            jnp.zeros((parts, *head.shape[::-1]), wide), "batch", None, "vocab"
+            jnp.zeros((parts, *head.shape[::-1]), wide), "tokens", None, "vocab"
         ),
         (hidden, weights, rows),
         hidden.shape[:-1],
@@ -308,9 +311,8 @@ def _with_gradients(
 
 
 def _parts(rows: int) -> int:
-    """How many devices have rows of their own, and so a sum of their own."""
-    ways = _ways("batch")
-    return 1 if rows % ways else ways
+    """How many devices have tokens of their own, and so a sum of their own."""
+    return 1 if rows % _ways("batch") else _ways("tokens")
 
 
 def _by_parts(states: jax.Array, slope: jax.Array, parts: int) -> jax.Array:
@@ -328,7 +330,7 @@ def _by_parts(states: jax.Array, slope: jax.Array, parts: int) -> jax.Array:
         # [D, V], because this product reads both operands in rows.
         return _product(states, slope, 0, 0)[None]
     states, slope = (
-        constrain(x.reshape(parts, -1, x.shape[1]), "batch", None, axis)
+        constrain(x.reshape(parts, -1, x.shape[1]), "tokens", None, axis)
         for x, axis in ((states, None), (slope, "vocab"))
     )
     products = jax.lax.dot_general(
@@ -337,7 +339,7 @@ def _by_parts(states: jax.Array, slope: jax.Array, parts: int) -> jax.Array:
         (((1,), (1,)), ((0,), (0,))),
         preferred_element_type=accumulation_dtype(states, slope),
     )
-    return constrain(products, "batch", None, "vocab")
+    return constrain(products, "tokens", None, "vocab")
 
 
 def _per_token_forward(chunked: ChunkedLoss, *arguments: Any) -> tuple:

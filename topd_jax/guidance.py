@@ -232,10 +232,10 @@ def fused_log_normalizer(
 
     chunks = -(-length // columns)
     pad = [(0, 0)] * len(lead) + [(0, chunks * columns - length), (0, 0)]
-    pieces = jnp.pad(hidden, pad).reshape(*lead, chunks, columns, width)
-    # Chunks go over T and not over rows, which a mesh may hold apart.
-    out = jax.lax.map(of_chunk, jnp.moveaxis(pieces, -3, 0))
-    out = jnp.moveaxis(out, 0, -2).reshape(*lead, chunks * columns)
+    pieces = jnp.pad(hidden, pad).reshape(*lead, columns, chunks, width)
+    # A mesh may hold rows apart, and stretches of T: of each a chunk has some.
+    out = jax.lax.map(of_chunk, jnp.moveaxis(pieces, -2, 0))
+    out = jnp.moveaxis(out, 0, -1).reshape(*lead, chunks * columns)
     return out[..., :length]
 
 

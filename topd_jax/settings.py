@@ -9,7 +9,6 @@ nearest one.
 import dataclasses
 import hashlib
 import json
-import re
 import typing
 from collections.abc import Mapping
 
@@ -19,6 +18,7 @@ from topd_jax.objective import Objective
 from topd_jax.sections import build, flat
 from topd_jax.sharding import DECODING
 from topd_jax.teacher_mesh import ONE_MESH, TeacherMeshSettings, check
+from topd_jax.teachers import check_teachers
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
@@ -34,6 +34,7 @@ class MeshSettings:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    sequence: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +283,7 @@ class Settings:
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}; lower "
                 "the one or raise the other"
             )
-        self._check_teachers()
+        check_teachers(self.data, list(self.teachers))
 
     def _check_offline(self) -> None:
         path, what = self.offline.path, ""
@@ -292,43 +293,6 @@ class Settings:
             what = "is a set of one teacher; leave config.teachers out"
         if path and what:
             raise ValueError(f"offline.path={path!r} {what}")
-
-    def _check_teachers(self) -> None:
-        data, names = self.data, list(self.teachers)
-        for name in names:
-            # It becomes part of a metric's name and of a setting's.
-            if not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(
-                    f"config.teachers: the name {name!r} must be of letters, "
-                    "digits, _ and -"
-                )
-        if bool(names) != bool(data.teacher_field):
-            raise ValueError(
-                f"config.teachers names {len(names)} teachers and "
-                f"data.teacher_field={data.teacher_field!r}; give both, or "
-                "neither for the one config.teacher"
-            )
-        if names and data.source == "world":
-            raise ValueError(
-                "data.source='world' has no field that names a teacher; with "
-                "config.teachers it must be one of jsonl, tfds, hub"
-            )
-        if data.batch_size < len(names):
-            raise ValueError(
-                f"data.batch_size={data.batch_size} must be at least "
-                f"{len(names)}, one prompt for each of config.teachers"
-            )
-        fixed = data.teacher_prompts
-        if fixed and (
-            len(fixed) != len(names)
-            or min(fixed) < 1
-            or sum(fixed) != data.batch_size
-        ):
-            raise ValueError(
-                f"data.teacher_prompts={fixed} must be {len(names)} numbers "
-                f"above 0 (for {', '.join(names) or 'no teachers'}) whose sum "
-                f"is data.batch_size={data.batch_size}"
-            )
 
     def to_dict(self) -> dict:
         """The settings as plain nested dictionaries, for JSON."""

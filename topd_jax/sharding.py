@@ -6,10 +6,14 @@ this file alone knows the mesh axes:
 * ``data``: replicas, each with rows of its own;
 * ``fsdp``: rows too, and the parameters are spread over it;
 * ``tensor``: heads, feed-forward columns and vocabulary are spread over it;
-* ``expert``: rows, and the experts of a mixture are spread over it.
+* ``expert``: rows, and the experts of a mixture are spread over it;
+* ``sequence``: the columns of the rows that are learnt from. Queries stay
+  where they are, keys and values come together a layer at a time (Llama 3,
+  arXiv:2407.21783, section 3.3.2).
 
 Writing a token at a time asks for other rules than reading many at once:
-:data:`DECODING` names them, :func:`using` puts them into force.
+:data:`DECODING` names them, :func:`using` puts them into force. There, and
+where a cache is kept (:data:`READING`), rows are spread over sequence too.
 """
 
 import contextlib
@@ -21,15 +25,16 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
-    "draws": ("data", "fsdp", "expert", "tensor"),
-    "sequence": None,
+    "tokens": ("data", "fsdp", "expert", "sequence"),
+    "draws": ("data", "fsdp", "expert", "sequence", "tensor"),
+    "sequence": "sequence",
     "activation_embed": None,
     "activation_heads": "tensor",
     "activation_kv_heads": "tensor",
@@ -45,15 +50,22 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
 }
 
+# Rules of a model that keeps a cache: its columns are not in the order that
+# they are read in, so each row's stay together.
+READING: Rules = RULES | {
+    "batch": ("data", "fsdp", "expert", "sequence"),
+    "sequence": None,
+}
+
 _WIDE = ("tensor", "fsdp")
 
 # Rules of a loop over tokens. At every token "train" gathers each parameter
 # over fsdp again; "gathered" does so once, before the loop; "tensor" never
 # does: fsdp becomes a second tensor axis, and activations are summed instead.
 DECODING: dict[str, Rules] = {
-    "train": RULES,
-    "gathered": RULES | {"embed": None},
-    "tensor": RULES
+    "train": READING,
+    "gathered": READING | {"embed": None},
+    "tensor": READING
     | dict.fromkeys(
         (
             "activation_heads", "activation_kv_heads", "activation_mlp",
@@ -62,8 +74,9 @@ DECODING: dict[str, Rules] = {
         _WIDE,
     )
     | {
-        "batch": ("data", "expert"),
-        "draws": ("data", "expert", *_WIDE),
+        "batch": ("data", "expert", "sequence"),
+        "tokens": ("data", "expert", "sequence"),
+        "draws": ("data", "expert", "sequence", *_WIDE),
         "embed": None,
     },
 }  # fmt: skip
@@ -78,16 +91,18 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
+    sequence: int = 1,
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Builds the mesh over the axes data, fsdp, tensor and expert.
+    """Builds the mesh over the axes that this file begins with.
 
     Args:
       data: replicas; -1 takes every device the others leave.
       fsdp: devices that a parameter and the rows are spread over.
       tensor: devices that heads, columns and vocabulary are spread over.
       expert: devices that rows, and the experts of a mixture, are spread over.
+      sequence: devices that the columns of a row are spread over.
       devices: all of ``jax.devices()`` unless told.
 
     Returns:
@@ -97,14 +112,14 @@ def make_mesh(
       ValueError: where the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    others = {"fsdp": fsdp, "tensor": tensor, "expert": expert}
-    sizes = {"data": data} | others
-    if min(others.values()) < 1 or (data < 1 and data != -1):
+    others = (fsdp, tensor, expert, sequence)
+    sizes = dict(zip(MESH_AXES, (data, *others), strict=True))
+    if min(others) < 1 or (data < 1 and data != -1):
         raise ValueError(
             f"mesh axes {_spelt(sizes, ', ')} must be positive; only data may "
             "be -1 (all that is left)"
         )
-    rest = math.prod(others.values())
+    rest = math.prod(others)
     if data == -1:
         sizes["data"] = max(len(devices) // rest, 1)
     if sizes["data"] * rest != len(devices):
@@ -254,15 +269,12 @@ def coarser(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
 
 def batch_shardings(tree: object, mesh: Mesh) -> object:
     """Shardings that spread the leading dimension, rows, over the mesh."""
-    return jax.tree.map(
-        lambda x: named(
-            mesh,
-            x.shape,
-            ("batch",) + (None,) * (x.ndim - 1),
-            name="batch_size",
-        ),
-        tree,
-    )
+
+    def one(x: jax.Array) -> NamedSharding:
+        axes = ("batch",) + (None,) * (x.ndim - 1)
+        return named(mesh, x.shape, axes, name="batch_size")
+
+    return jax.tree.map(one, tree)
 
 
 def row_ways(mesh: Mesh) -> int:

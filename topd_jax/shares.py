@@ -50,7 +50,7 @@ def over_experts(
     wide = dividing(mesh, gate.shape, (rules["expert"], None, rules["mlp"]))
     expert, _, columns = wide
     apart = mesh_axes(rules["expert"])
-    rows = tuple(a for a in mesh_axes(rules["batch"]) if a not in apart)
+    rows = tuple(a for a in mesh_axes(rules["tokens"]) if a not in apart)
     row = dividing(mesh, x.shape, (rows, None))
 
     @functools.partial(
@@ -71,7 +71,7 @@ def over_experts(
 
 
 def top_k(
-    x: jax.Array, k: int, rows: str = "batch", columns: str | None = "vocab"
+    x: jax.Array, k: int, rows: str = "tokens", columns: str | None = "vocab"
 ) -> tuple[jax.Array, jax.Array]:
     """:func:`jax.lax.top_k` of logits, whose rows and ids stay where they are.
 

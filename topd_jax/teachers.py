@@ -7,7 +7,8 @@ Teachers come in the order of their names everywhere; JAX keeps a dict's keys
 in that order too.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -158,3 +159,49 @@ def total(parts: Iterable[Mapping[str, tuple]]) -> dict[str, tuple]:
 def _rows(tree: Any) -> int:
     (rows,) = {x.shape[0] for x in jax.tree.leaves(tree)}
     return rows
+
+
+def check_teachers(data: Any, names: Sequence[str]) -> None:
+    """Refuses settings of several teachers that do not fit each other.
+
+    Args:
+      data: ``config.data``.
+      names: of ``config.teachers``; none for the one ``config.teacher``.
+
+    Raises:
+      ValueError: by name.
+    """
+    for name in names:
+        # It becomes part of a metric's name and of a setting's.
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"config.teachers: the name {name!r} must be of letters, "
+                "digits, _ and -"
+            )
+    if bool(names) != bool(data.teacher_field):
+        raise ValueError(
+            f"config.teachers names {len(names)} teachers and "
+            f"data.teacher_field={data.teacher_field!r}; give both, or "
+            "neither for the one config.teacher"
+        )
+    if names and data.source == "world":
+        raise ValueError(
+            "data.source='world' has no field that names a teacher; with "
+            "config.teachers it must be one of jsonl, tfds, hub"
+        )
+    if data.batch_size < len(names):
+        raise ValueError(
+            f"data.batch_size={data.batch_size} must be at least "
+            f"{len(names)}, one prompt for each of config.teachers"
+        )
+    fixed = data.teacher_prompts
+    if fixed and (
+        len(fixed) != len(names)
+        or min(fixed) < 1
+        or sum(fixed) != data.batch_size
+    ):
+        raise ValueError(
+            f"data.teacher_prompts={fixed} must be {len(names)} numbers "
+            f"above 0 (for {', '.join(names) or 'no teachers'}) whose sum "
+            f"is data.batch_size={data.batch_size}"
+        )

@@ -190,6 +190,7 @@ def candidates(
 def meshes(settings: Settings, devices: int) -> list[Any]:
     """Meshes of so many devices that the batches divide over."""
     out = []
+    devices //= settings.mesh.sequence  # kept as it is
     for fsdp, tensor, expert in itertools.product(_divisors(devices), repeat=3):
         used = fsdp * tensor * expert
         if devices % used:

@@ -150,8 +150,9 @@ def _attention(
     if cache is not None:
         cache, key, value = write_columns(cache, key, value, options["index"])
     query = constrain(query, "batch", "sequence", "activation_heads", None)
-    key = constrain(key, "batch", "sequence", "activation_kv_heads", None)
-    value = constrain(value, "batch", "sequence", "activation_kv_heads", None)
+    # Keys and values of all columns: of one layer, and of few heads.
+    key = constrain(key, "batch", None, "activation_kv_heads", None)
+    value = constrain(value, "batch", None, "activation_kv_heads", None)
     out = attend(query, key, value, sight, options["reach"], config)
     out = _project(out, w, "o", config)
     return out + w["o_bias"] if config.output_bias else out, cache
