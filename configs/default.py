@@ -100,7 +100,8 @@ def get_config() -> ConfigDict:
     # Where parameters are while tokens are written (ours): "train", as they
     # are trained, gathered over fsdp at every token; "gathered", once, in
     # compute dtype, where a device has room; "tensor": fsdp is a second tensor
-    # axis meanwhile, and no parameter is gathered.
+    # axis meanwhile, and no parameter is gathered; kv heads must divide among
+    # both, else the cache is.
     config.rollout.sharding = "train"
 
     # What is optimised.

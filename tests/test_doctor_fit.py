@@ -10,7 +10,7 @@ from small_hub import CONFIG
 from small_run import settings_with
 
 from topd_jax import sharding
-from topd_jax.doctor import fit
+from topd_jax.doctor import fit, meshes
 from topd_jax.models import (
     DecoderConfig,
     Lora,
@@ -26,7 +26,7 @@ from topd_jax.types import Prompts
 def test_every_parameter_that_does_not_divide_is_named():
     mesh = jax.sharding.AbstractMesh((1, 5, 3, 1, 1), sharding.MESH_AXES)
     shape = dataclasses.replace(CONFIG, width=60, mlp_width=66)
-    found = fit.mesh_fit({"student": CONFIG, "teacher": shape}, mesh)
+    found = meshes.mesh_fit({"student": CONFIG, "teacher": shape}, mesh)
     assert [f.level for f in found] == ["error", "error"]
     assert found[0].text.startswith(
         "student: embedding: vocab=259 must be divisible by the mesh axes "
@@ -35,7 +35,7 @@ def test_every_parameter_that_does_not_divide_is_named():
     assert found[0].text.endswith("more parameters")
     assert "q: heads=4 must" in found[1].text
     assert "gate" not in found[1].text  # 60 and 66 divide
-    (found,) = fit.mesh_fit(
+    (found,) = meshes.mesh_fit(
         {"student": CONFIG},
         jax.sharding.AbstractMesh((2, 4, 2, 1, 1), sharding.MESH_AXES),
     )
@@ -45,6 +45,18 @@ def test_every_parameter_that_does_not_divide_is_named():
         "tensor (2); output: vocab=259 must be divisible by the mesh axes "
         "tensor (2)"
     )
+
+
+def test_kv_heads_that_do_not_divide_are_gathered_at_every_token():
+    mesh = jax.sharding.AbstractMesh((1, 4, 2, 1, 1), sharding.MESH_AXES)
+    wide = settings_with(rollout__sharding="tensor")
+    few = dataclasses.replace(CONFIG, heads=8, kv_heads=4)
+    (found,) = meshes.decoding(wide, few, mesh)
+    assert found.level == "warning"
+    assert "4 kv heads over tensor x fsdp = 8 devices" in found.text
+    enough = dataclasses.replace(few, kv_heads=8)
+    assert meshes.decoding(wide, enough, mesh) == []
+    assert meshes.decoding(settings_with(), few, mesh) == []
 
 
 def test_updates_that_bfloat16_would_lose():

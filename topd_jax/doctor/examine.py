@@ -15,7 +15,7 @@ from topd_jax.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from topd_jax.doctor import fit, scored, tokens, verdicts
+from topd_jax.doctor import fit, meshes, scored, tokens, verdicts
 from topd_jax.doctor.findings import Finding, count, refusal
 from topd_jax.models import DecoderConfig, Description, describe
 from topd_jax.pair import (
@@ -141,8 +141,9 @@ def _compare(
     found = _tokens(settings, sides, records)
     found += fit.dtypes(settings, configs)
     if mesh is not None:
-        misfits = fit.mesh_fit(configs, mesh, theirs)
+        misfits = meshes.mesh_fit(configs, mesh, theirs)
         found += misfits
+        found += meshes.decoding(settings, configs["student"], mesh)
         if not count(misfits, "error"):
             found += fit.memory(settings, configs, mesh, theirs)
     return found

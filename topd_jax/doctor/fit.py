@@ -1,4 +1,4 @@
-"""Checks of mesh, dtypes and memory, from shapes alone (ours)."""
+"""Checks of dtypes and memory, from shapes alone (ours)."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from topd_jax import sharding
 from topd_jax.chunks import chunk_tokens
-from topd_jax.doctor.findings import Finding, error, ok, warning
+from topd_jax.doctor.findings import Finding, ok, warning
 from topd_jax.models import DecoderConfig, Lora, parameter_table
 from topd_jax.models.quantize import bytes_a_number
 from topd_jax.pair import model_settings
@@ -24,48 +24,6 @@ _BFLOAT16_STEP = 2.0**-8
 _LOGIT_BLOCKS = 4
 _LARGE = 10**9
 _GB = 1e9
-
-
-def mesh_fit(
-    configs: Mapping[str, DecoderConfig],
-    mesh: Mesh,
-    theirs: Mesh | None = None,
-) -> list[Finding]:
-    """Whether every parameter divides among its devices, all by name.
-
-    Args:
-      configs: "student" and every teacher.
-      mesh: of devices.
-      theirs: the teachers' own, where they have one.
-    """
-    if theirs is not None:
-        ours, others = _sides(configs)
-        return [*mesh_fit(ours, mesh), *mesh_fit(others, theirs)]
-    found = []
-    for who, config in configs.items():
-        problems = []
-        for name, row in parameter_table(config).items():
-            try:
-                sharding.named(mesh, row.shape, row.axes, name=name)
-            except ValueError as raised:
-                problems.append(str(raised).partition("; ")[0])
-        if problems:
-            more = len(problems) - 3
-            text = "; ".join(problems[:3])
-            found.append(
-                error(
-                    "mesh",
-                    f"{who}: {text}"
-                    + (f"; and {more} more parameters" if more > 0 else ""),
-                    "choose mesh axes that divide these sizes",
-                )
-            )
-    if found:
-        return found
-    axes = " x ".join(f"{n}={s}" for n, s in mesh.shape.items() if s > 1)
-    devices = math.prod(mesh.shape.values())
-    text = f"{axes} ({devices} devices): all parameters divide"
-    return [ok("mesh", text if axes else "1 device")]
 
 
 def dtypes(
