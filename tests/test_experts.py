@@ -166,6 +166,7 @@ def test_qwen3_30b_a3b_lowers():
     assert lowered.out_info.shape == (2, 64, 2048)
 
 
+@pytest.mark.slow
 def test_eight_devices_say_what_one_says():
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "sharded_experts.py"],

@@ -140,6 +140,7 @@ def test_models_of_fixed_shapes_are_refused(tmp_path):
         growth.growth(settings_from(config), tmp_path, None)
 
 
+@pytest.mark.slow
 def test_a_step_is_counted_as_its_formula_says_and_runs():
     settings = small()
     device = jax.devices("cpu")[:1]

@@ -31,6 +31,7 @@ def on_eight_devices(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_step_of_one():
     assert on_eight_devices("sharded_step.py").count("same on") == 12
 
@@ -50,16 +51,17 @@ def test_devices_that_share_columns_take_the_step_of_one(which, shapes):
     assert said.count("nobody computes") == (which == "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rules"),
     [
         ("dense", "train"),
-        pytest.param("dense", "gathered", marks=pytest.mark.slow),
-        pytest.param("dense", "tensor", marks=pytest.mark.slow),
-        pytest.param("experts", "train", marks=pytest.mark.slow),
-        pytest.param("experts", "tensor", marks=pytest.mark.slow),
-        pytest.param("columns", "train", marks=pytest.mark.slow),
-        pytest.param("columns", "tensor", marks=pytest.mark.slow),
+        ("dense", "gathered"),
+        ("dense", "tensor"),
+        ("experts", "train"),
+        ("experts", "tensor"),
+        ("columns", "train"),
+        ("columns", "tensor"),
     ],
 )
 def test_no_program_gathers_a_whole(tmp_path, kind, rules):
