@@ -7,7 +7,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    NullLocator,
+)
 
 from topd_jax.analysis.chips import Chip
 from topd_jax.analysis.plots import COLOURS
@@ -167,16 +174,17 @@ def draw(
     """
     found = rates(rows, chip)
     names = list(dict.fromkeys(r.varied for r in found))
-    kinds = [q for q in _LEAST if any(r.quantity == q for r in found)]
     phases = list(dict.fromkeys(r.phase for r in found))
+    found = [
+        r for r in found if min(r.values) > 0 and not math.isnan(r.excess)
+    ]
+    kinds = [q for q in _LEAST if any(r.quantity == q for r in found)]
     figure = Figure(
         figsize=(2.2 * len(names), 2.0 * len(kinds)), layout="constrained"
     )
     axes = figure.subplots(len(kinds), len(names), squeeze=False)
     for rate in found:
         axis = axes[kinds.index(rate.quantity), names.index(rate.varied)]
-        if min(rate.values) <= 0 or math.isnan(rate.excess):
-            continue
         colour = COLOURS[phases.index(rate.phase)]
         wanted = [1.0]
         for exponent in rate.formula:
@@ -189,10 +197,10 @@ def draw(
         axis.loglog(rate.sizes, wanted, color=colour, linestyle=":")
     for row, kind in zip(axes, kinds, strict=True):
         row[0].set_ylabel(f"{kind}, of the base")
-    for axis, name in zip(axes[-1], names, strict=True):
-        axis.set_xlabel(name)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name)
+        for above in axes[:, names.index(name)]:
+            _label(above, next(r.sizes for r in found if r.varied == name))
     handles = {}
     for axis in axes.flat:
         for handle, label in zip(
@@ -204,3 +212,23 @@ def draw(
         ncols=len(handles), frameon=False,
     )  # fmt: skip
     figure.savefig(path, dpi=110)
+
+
+def _label(axis: Axes, sizes: Sequence[float]) -> None:
+    """Plain numbers on both axes; a panel with no line says why."""
+    axis.grid(alpha=0.3)
+    if not axis.lines:
+        axis.set_axis_off()
+        axis.text(
+            0.5, 0.5, "too small to tell", ha="center", va="center",
+            transform=axis.transAxes, color="gray",
+        )  # fmt: skip
+        return
+    low, high = axis.get_ylim()
+    if high < 1.5 * low:  # flat: the noise would fill the panel
+        axis.set_ylim(min(low, 0.7), max(high, 1.4))
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_minor_locator(NullLocator())
+        one.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.yaxis.set_major_locator(LogLocator(base=2, numticks=6))
+    axis.xaxis.set_major_locator(FixedLocator(sizes[::2]))
