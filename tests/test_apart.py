@@ -144,7 +144,7 @@ def test_meshes_must_fit_the_devices(monkeypatch):
 
 
 def test_every_part_must_divide_over_both_meshes():
-    sizes = [(4, 1, 1, 1), (3, 1, 1, 1)]
+    sizes = [(4, 1, 1, 1, 1), (3, 1, 1, 1, 1)]
     ours, theirs = (
         jax.sharding.AbstractMesh(s, sharding.MESH_AXES) for s in sizes
     )
@@ -173,7 +173,7 @@ def test_a_step_takes_less_where_scoring_is_beside_writing():
 
 def test_memory_is_estimated_of_both_meshes():
     ours, theirs = (
-        jax.sharding.AbstractMesh((n, 1, 1, 1), sharding.MESH_AXES)
+        jax.sharding.AbstractMesh((n, 1, 1, 1, 1), sharding.MESH_AXES)
         for n in (4, 2)
     )
     settings = settings_with(teacher_mesh__devices=2)

@@ -95,7 +95,7 @@ def untouched(tmp_path):
     [
         (
             {"mesh__fsdp": 3},
-            "mesh data=1 x fsdp=3 x tensor=1 x expert=1 needs 3 devices",
+            "fsdp=3 x tensor=1 x expert=1 x sequence=1 needs 3 devices",
         ),
         (
             {"data__source": "jsonl"},
