@@ -2,7 +2,8 @@
 
 Hidden states of 8 rows are compared with a teacher's, in chunks of 32 tokens:
 value and gradients must be those of one device, and devices may exchange the
-head and its gradient once, not once a chunk.
+head and its gradient once, not once a chunk. With a topology, "v5e:2x4", as
+its compiler has it, from shapes alone.
 """
 
 import sys
@@ -13,8 +14,11 @@ import numpy as np
 
 from topd_jax import fused, sharding
 from topd_jax.analysis import hlo, hlo_cost
+from topd_jax.analysis.planning import without_a_tpu
+from topd_jax.analysis.programs import topology_devices
 
 ROWS, WIDTH, VOCAB = 8, 32, 512
+STUDENT = ("student_hidden", "student_head")
 
 
 def inputs(tokens):
@@ -43,28 +47,52 @@ def recomputed(student, fixed):
     return jnp.sum(weights * losses)
 
 
-def run(loss, tokens, sizes):
-    """(gradients, bytes sent by a device) of a loss on a mesh."""
+def compiled_for(loss, tokens, sizes, devices=None):
+    """(a loss's gradient on a mesh, compiled; its inputs; their places)."""
     arrays = inputs(tokens)
     axes = {n: ("batch", None, None)[: x.ndim] for n, x in arrays.items()}
     axes |= dict.fromkeys(("student_head", "teacher_head"), ("vocab", "embed"))
-    mesh = sharding.make_mesh(**sizes)
-    arrays = {
-        name: jax.device_put(x, sharding.named(mesh, x.shape, axes[name]))
+    mesh = sharding.make_mesh(**sizes, devices=devices)
+    places = {
+        name: sharding.named(mesh, x.shape, axes[name])
         for name, x in arrays.items()
     }
-    student = {n: arrays.pop(n) for n in ("student_hidden", "student_head")}
-    places = jax.tree.map(lambda x: x.sharding, student)
-    fn = jax.jit(jax.grad(loss), out_shardings=places)
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name])
+        for name, x in arrays.items()
+    }
+    student = {n: shapes.pop(n) for n in STUDENT}
+    fn = jax.jit(jax.grad(loss), out_shardings={n: places[n] for n in STUDENT})
     with jax.set_mesh(mesh):
-        compiled = fn.lower(student, arrays).compile()
-    sent = hlo_cost.count(hlo.parse(compiled.as_text())).sent
-    return compiled(student, arrays), sent
+        return fn.lower(student, shapes).compile(), arrays, places
+
+
+def sent_by(compiled):
+    return hlo_cost.count(hlo.parse(compiled.as_text())).sent
+
+
+def run(loss, tokens, sizes):
+    """(gradients, bytes sent by a device) of a loss on a mesh."""
+    compiled, arrays, places = compiled_for(loss, tokens, sizes)
+    arrays = {n: jax.device_put(x, places[n]) for n, x in arrays.items()}
+    student = {n: arrays.pop(n) for n in STUDENT}
+    return compiled(student, arrays), sent_by(compiled)
+
+
+def on_topology(loss, topology):
+    without_a_tpu()
+    devices = topology_devices(topology)
+    few, many = (
+        sent_by(compiled_for(loss, n, dict(fsdp=8), devices)[0])
+        for n in (64, 256)
+    )
+    assert many <= 1.1 * few, (few, many)
+    print(f"{loss.__name__} {topology}: {few:.0f} then {many:.0f} bytes")
 
 
 def main(loss):
     arrays = inputs(64)
-    student = {n: arrays.pop(n) for n in ("student_hidden", "student_head")}
+    student = {n: arrays.pop(n) for n in STUDENT}
     plain = jax.grad(loss)(student, arrays)
     for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
         spread, few = run(loss, 64, sizes)
@@ -80,4 +108,8 @@ def main(loss):
 
 
 if __name__ == "__main__":
-    main({"weighted": weighted, "recomputed": recomputed}[sys.argv[1]])
+    chosen = {"weighted": weighted, "recomputed": recomputed}[sys.argv[1]]
+    if len(sys.argv) > 2:
+        on_topology(chosen, sys.argv[2])
+    else:
+        main(chosen)

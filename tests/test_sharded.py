@@ -80,6 +80,14 @@ def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
         assert said.count("gathers no whole") == programs
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["weighted", "recomputed"])
+def test_a_tpu_gathers_the_head_once(loss):
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    said = on_eight_devices("sharded_chunks.py", loss, "v5e:2x4")
+    assert f"{loss} v5e:2x4" in said
+
+
 TOP_K = """
 import jax, numpy as np
 from topd_jax import sharding

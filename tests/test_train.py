@@ -191,6 +191,26 @@ def test_too_many_skipped_updates_stop_the_run(settings, tmp_path):
     assert np.load(dump)["tokens"].shape == (8, 16)
 
 
+def test_the_step_before_a_timed_one_is_watched_too(settings, tmp_path):
+    settings = changed(settings, "train", max_skipped=0)
+    pair = load_pair(settings, tmp_path)
+    with jax.set_mesh(pair.mesh):
+        run = training.Run(settings, tmp_path, pair)
+        update = run.phases.update
+
+        def skips_the_second(*args):
+            state, metrics = update(*args)
+            if run.step == 1:
+                metrics["skipped"] = (np.float32(1), np.float32(1))
+                state = state.replace(skipped=state.skipped + 1)
+            return state, metrics
+
+        run.phases = run.phases._replace(update=skips_the_second)
+        with pytest.raises(FloatingPointError, match="train.max_skipped=0"):
+            run.train()  # step 3 is timed, and reads step 2 before it begins
+    assert run.step == 3
+
+
 def test_offline_stage_runs(settings, tmp_path):
     settings = changed(settings, "objective", stage="offline")
     final = training.train(changed(settings, "train", steps=2), tmp_path)

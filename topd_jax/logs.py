@@ -34,6 +34,8 @@ class Logs:
 
     Attributes:
       evals: the lines of ``evals.jsonl``, known to every process.
+      skipped: whether a step that was written skipped its update; whoever
+        has looked sets it back.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Logs:
                 str(workdir / "tensorboard"), purge_step=step + 1
             )
         self._pending: tuple[int, dict, dict, float] | None = None
+        self.skipped = False
         self._known = -math.inf  # when the last step's numbers were there
 
     def later(
@@ -105,6 +108,7 @@ class Logs:
             "seconds": seconds,
             "rate_tokens": row["num_tokens"] / seconds,
         }
+        self.skipped |= bool(row.get("skipped"))
         self.write("metrics", {"step": step, **row})
         return row
 

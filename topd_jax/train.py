@@ -230,7 +230,7 @@ class Run:
         row = self.logs.later(step, metrics | extra, clock.times, started)
         if timed:
             row = self.logs.flush()
-        self._watch(row, trajectories)
+        self._watch(trajectories)
         return row
 
     def evaluate(self, final: bool = False) -> dict[str, Any]:
@@ -292,12 +292,11 @@ class Run:
                 },
             )
 
-    def _watch(
-        self, row: dict[str, float] | None, trajectories: Trajectories
-    ) -> None:
+    def _watch(self, trajectories: Trajectories) -> None:
         """Gives up, with the batch kept, after too many skipped updates."""
-        if not row or not row["skipped"]:
+        if not self.logs.skipped:
             return
+        self.logs.skipped = False
         skipped = int(self.state.skipped)
         if skipped <= self.settings.train.max_skipped:
             return
