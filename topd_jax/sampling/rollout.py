@@ -135,13 +135,8 @@ def _rollout(
     top_p: jax.Array | None,
     first_row: jax.Array,
     *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    top_k: int,
-    samples: int,
-    vocab_size: int,
     sharding: str,
+    **options: Any,
 ) -> Trajectories:
     # A static argument, since a trace is kept for the rules it was made under.
     rules = DECODING[sharding]
@@ -149,10 +144,8 @@ def _rollout(
         model = respread(model, model.logical_axes, rules)
     with using(rules):
         written = _write(
-            model, prompts, key, temperature, top_p, first_row,
-            eos_ids=eos_ids, max_new_tokens=max_new_tokens, pad_id=pad_id,
-            top_k=top_k, samples=samples, vocab_size=vocab_size,
-        )  # fmt: skip
+            model, prompts, key, temperature, top_p, first_row, **options
+        )
     return jax.tree.map(
         lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), written
     )
