@@ -24,7 +24,7 @@ from topd_jax.data.tokenizers import (
 )
 from topd_jax.data.vocabulary import check_model, require_same_vocabulary
 from topd_jax.data.world_models import world_models
-from topd_jax.models import drop_layers, end_ids, fingerprint, load
+from topd_jax.models import Decoder, drop_layers, end_ids, fingerprint, load
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantize import quantizer
 from topd_jax.records import (
@@ -310,6 +310,9 @@ def _load(
     model = adapt(model, settings, mesh, train=train)
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)
+    if settings.attention != model.config.attention:
+        config = model.config.replace(attention=settings.attention)
+        model = Decoder(config, model.arrays)
     return model, tokenizer
 
 

@@ -50,6 +50,7 @@ class ModelSettings:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    attention: str = "blocks"
     quantize: str = ""
     quantize_tile: int = 0
     lora_rank: int = 0

@@ -7,6 +7,7 @@ the parts become a whole; :mod:`topd_jax.sharding` tells who holds what.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,59 @@ def over_experts(
         return jax.lax.psum(out, parts) if parts else out
 
     return share(x, chosen, weights, gate, up, down)
+
+
+def over_heads(
+    read: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    seen: Any,
+) -> jax.Array | None:
+    """Attention of the rows, heads and queries that a device has.
+
+    Keys come together over the axis that spreads queries; what a query sees is
+    told in columns of the whole row, wherever the query is.
+
+    Args:
+      read: (query, key, value, seen) -> attention, of a device's part.
+      query: [B, S, heads, head_dim].
+      key: [B, L, kv_heads, head_dim].
+      value: the same.
+      seen: a :class:`~topd_jax.models.flash.Seen`.
+
+    Returns:
+      [B, S, heads, head_dim]; None where heads and their keys would part.
+    """
+    mesh = mesh_in_use()
+    if mesh is None or math.prod(mesh.shape.values()) == 1:
+        return read(query, key, value, seen)
+    rules = rules_in_force()
+    rows, heads, groups = (
+        rules[n] for n in ("batch", "activation_heads", "activation_kv_heads")
+    )
+    ours = dividing(mesh, query.shape, (rows, rules["sequence"], heads, None))
+    theirs = dividing(mesh, key.shape, (rows, None, groups, None))
+    if ours[2] != theirs[2]:
+        return None
+    of_query, of_column = PartitionSpec(*ours[:2]), PartitionSpec(ours[0])
+    places = type(seen)(
+        exists=of_column,
+        prefix=of_query,
+        first=of_query,
+        last=of_query,
+        rows=None if seen.rows is None else of_query,
+        columns=None if seen.columns is None else of_column,
+        reach=PartitionSpec(),
+    )
+    share = jax.shard_map(
+        read,
+        in_specs=(ours, theirs, theirs, places),
+        out_specs=ours,
+        # Kernels do not say over which axes their result varies.
+        check_vma=False,
+    )
+    return share(query, key, value, seen)
 
 
 def top_k(

@@ -100,6 +100,7 @@ def decoder_configs(
         else:
             config = shape_of(model.source, **options)
         config = config.keep_layers(model.keep_layers or range(config.layers))
+        config = config.replace(attention=model.attention)
         if not model.lora_rank:
             return config
         lora = Lora(

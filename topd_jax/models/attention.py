@@ -1,5 +1,6 @@
 """Attention behind one function, the cache, and what each layer sees."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,13 +10,18 @@ import numpy as np
 from flax import struct
 
 from topd_jax.head import soft_cap
+from topd_jax.models import flash
 from topd_jax.models.config import DecoderConfig
+from topd_jax.shares import over_heads
 from topd_jax.spans import Spans
 
 # Scores of one head and row that may exist at once (16 MB in float32), and of
 # a block of queries where there are more.
 _LONG_SCORES = 1 << 22
 _BLOCK_SCORES = 1 << 21
+
+# Queries from which on the kernels are worth their blocks.
+_KERNEL_QUERIES = 128
 
 # Farther than any two columns: a layer that does not slide.
 _EVERYTHING = np.iinfo(np.int32).max
@@ -73,7 +79,10 @@ def look(
     """
     if isinstance(mask, Spans):
         columns = mask.exists.shape[1]
-        if not _is_long(positions.shape[1], columns):
+        if not (
+            _is_long(positions.shape[1], columns)
+            or _by_kernel(config, positions.shape[1])
+        ):
             mask = mask.dense()[:, None]
     else:
         mask = mask[:, None]
@@ -127,6 +136,10 @@ def _is_long(length: int, columns: int) -> bool:
     return length > max(_block(columns), _LONG_SCORES // columns)
 
 
+def _by_kernel(config: DecoderConfig, length: int) -> bool:
+    return config.attention == "flash" and length >= _KERNEL_QUERIES
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -137,8 +150,11 @@ def attend(
 ) -> jax.Array:
     """Attention of grouped heads: the only place that knows how.
 
-    Long sequences are read a block of queries at a time, whose scores alone
-    exist: at 8800 columns all scores of one row and 32 heads are 9.9 GB.
+    By the kernels of :mod:`topd_jax.models.flash` where the config asks for
+    them, the platform is a TPU and a mesh leaves a device its heads' keys.
+    Otherwise long sequences are read a block of queries at a time, whose
+    scores alone exist: at 8800 columns all scores of one row and 32 heads are
+    9.9 GB.
 
     Args:
       query: [B, S, heads, head_dim].
@@ -146,11 +162,56 @@ def attend(
       value: the same.
       sight: of the call.
       reach: i32[] of the layer.
-      config: for its ``query_scalar`` and ``attention_softcap``.
+      config: for its ``query_scalar``, ``attention_softcap`` and
+        ``attention``.
 
     Returns:
       [B, S, heads, head_dim].
     """
+    spans = sight.mask
+    if isinstance(spans, Spans) and _by_kernel(config, query.shape[1]):
+        slides = sight.columns is not None
+        seen = flash.Seen(
+            spans.exists, spans.prefix, spans.first, spans.last,
+            sight.rows if slides else None, sight.columns, reach,
+        )  # fmt: skip
+        read = functools.partial(_by_platform, config)
+        out = over_heads(read, query, key, value, seen)
+        if out is not None:
+            return out
+    return _attend_long(query, key, value, sight, reach, config)
+
+
+def _by_platform(
+    config: DecoderConfig,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    seen: flash.Seen,
+) -> jax.Array:
+    """Attention by the kernels on TPU, by blocks elsewhere."""
+
+    def blocks(
+        query: jax.Array, key: jax.Array, value: jax.Array, seen: flash.Seen
+    ) -> jax.Array:
+        spans = Spans(seen.exists, seen.prefix, seen.first, seen.last)
+        rows = spans.last if seen.rows is None else seen.rows
+        sight = Sight(spans, rows, seen.columns)
+        return _attend_long(query, key, value, sight, seen.reach, config)
+
+    options = flash.Options(_scale(config), config.attention_softcap)
+    return flash.attend(query, key, value, seen, options, blocks)
+
+
+def _attend_long(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sight: Sight,
+    reach: jax.Array,
+    config: DecoderConfig,
+) -> jax.Array:
+    """Attention, a block of queries at a time where there are many."""
     length, columns = query.shape[1], key.shape[1]
     if not _is_long(length, columns):
         return _attend(query, key, value, visible(sight, reach), config)
@@ -214,7 +275,7 @@ def _attend(
     config: DecoderConfig,
 ) -> jax.Array:
     """Attention with all scores at once."""
-    scale = (config.query_scalar or config.head_dim) ** -0.5
+    scale = _scale(config)
     if config.attention_softcap is None:
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, scale=scale
@@ -231,6 +292,10 @@ def _attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bngsl,blnd->bsngd", weights, value)
     return out.reshape(rows, length, heads, size)
+
+
+def _scale(config: DecoderConfig) -> float:
+    return (config.query_scalar or config.head_dim) ** -0.5
 
 
 def write_columns(

@@ -132,6 +132,8 @@ class DecoderConfig:
       remat: "none", "full" (recompute each layer in the backward pass) or
         "dots" (keep matrix products).
       unroll: layers unrolled in the scan; ``layers`` for small stacks on CPU.
+      attention: of many queries: "blocks" of them at a time, or "flash", by
+        the kernels of :mod:`topd_jax.models.flash` on TPU.
     """
 
     vocab_size: int
@@ -172,6 +174,7 @@ class DecoderConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    attention: str = "blocks"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -286,5 +289,6 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "dots"),
+    "attention": ("blocks", "flash"),
     "activation": ("silu", "gelu", "gelu_tanh"),
 }

@@ -285,7 +285,7 @@ def fingerprint(model: Any) -> str:
         fields = {
             field.name: getattr(config, field.name)
             for field in dataclasses.fields(config)
-            if field.name not in ("remat", "unroll")
+            if field.name not in ("remat", "unroll", "attention")
             and getattr(config, field.name) != field.default
         }
     digest = hashlib.sha256(

@@ -1,0 +1,176 @@
+"""Which blocks of queries and columns need each other, for ``flash``. Ours."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Rows of a block of queries, all heads of a group, and scores of a pair of
+# blocks: 1 MB in float32, of which a few exist at once in 16 MB.
+_ROWS = 512
+_SCORES = 1 << 18
+
+
+class Seen(NamedTuple):
+    """What queries see: the arrays of spans, and positions where layers slide.
+
+    Attributes:
+      exists: bool[B, L].
+      prefix: i32[B, S].
+      first: i32[B, S].
+      last: i32[B, S].
+      rows: i32[B, S] position of each query; None where no layer slides.
+      columns: i32[B, L] position of each column; None with ``rows``.
+      reach: i32[] a query sees columns less than so far behind its position.
+    """
+
+    exists: jax.Array
+    prefix: jax.Array
+    first: jax.Array
+    last: jax.Array
+    rows: jax.Array | None
+    columns: jax.Array | None
+    reach: jax.Array
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call; static."""
+
+    rows: int  # B
+    groups: int  # heads that have keys
+    shared: int  # R: query heads of each
+    size: int  # of a head
+    length: int  # S
+    queries: int  # of a block
+    columns: int  # of a block
+    query_blocks: int
+    column_blocks: int
+
+    @property
+    def lanes(self) -> int:
+        """Rows of a block of queries: those of all heads of a group."""
+        return self.queries * self.shared
+
+
+def sizes_of(query: jax.Array, key: jax.Array) -> Sizes:
+    rows, length, heads, size = query.shape
+    columns, groups = key.shape[1:3]
+    shared = heads // groups
+    wide = 128 * max(_ROWS // shared // 128, 1)
+    queries = min(wide, 128 * -(-length // 128))
+    most = max(_SCORES // (queries * shared) // 128 * 128, 128)
+    block = min(most, 128 * -(-columns // 128))
+    return Sizes(
+        rows, groups, shared, size, length, queries, block,
+        -(-length // queries), -(-columns // block),
+    )  # fmt: skip
+
+
+class Tables(NamedTuple):
+    """Which blocks need each other, for all rows; i32."""
+
+    prefix: jax.Array  # [B, query blocks] column blocks, from the first
+    begin: jax.Array  # the same: first column block of the stretch
+    end: jax.Array  # the same: the last one; below begin where there is none
+    low: jax.Array  # [B, column blocks] first query block that needs it
+    high: jax.Array  # the same: the last one; below low where there is none
+    reach: jax.Array  # [1]
+
+
+def arranged(
+    sizes: Sizes,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    seen: Seen,
+) -> tuple[dict[str, jax.Array], Tables]:
+    """The kernels' arrays by name, in whole blocks, and the tables."""
+    length = sizes.query_blocks * sizes.queries
+    columns = sizes.column_blocks * sizes.columns
+
+    def of_queries(x: jax.Array, empty: int) -> jax.Array:
+        more = ((0, 0), (0, length - x.shape[1]))
+        return jnp.pad(x.astype(jnp.int32), more, constant_values=empty)
+
+    def of_columns(x: jax.Array) -> jax.Array:
+        more = ((0, 0), (0, columns - x.shape[1]))
+        return jnp.pad(x.astype(jnp.int32), more)[..., None]
+
+    prefix, last = of_queries(seen.prefix, 0), of_queries(seen.last, -1)
+    spans = {"prefix": prefix, "first": of_queries(seen.first, 0)}
+    spans["last"] = last
+    tables = _tables(sizes, **spans, reach=seen.reach)
+    if seen.rows is not None:
+        spans["place"] = of_queries(seen.rows, 0)
+    arrays = {"query": grouped(sizes, query)}
+    for name, x in (("key", key), ("value", value)):
+        more = ((0, 0), (0, columns - x.shape[1]), (0, 0), (0, 0))
+        arrays[name] = jnp.swapaxes(jnp.pad(x, more), 1, 2)
+    arrays["exists"] = of_columns(seen.exists)
+    if seen.columns is not None:
+        arrays["column_place"] = of_columns(seen.columns)
+    for name, x in spans.items():
+        arrays[name] = jnp.repeat(x, sizes.shared, axis=1)[:, None]
+    return arrays, tables
+
+
+def _tables(
+    sizes: Sizes,
+    prefix: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    reach: jax.Array,
+) -> Tables:
+    shape = sizes.rows, sizes.query_blocks, sizes.queries
+    prefix, first, last = (x.reshape(shape) for x in (prefix, first, last))
+    own = first <= last
+    far = sizes.columns * sizes.column_blocks
+    whole = -(-prefix.max(-1) // sizes.columns)
+    begin = jnp.where(own, first, far).min(-1) // sizes.columns
+    end = jnp.where(own, last, -1).max(-1) // sizes.columns
+    column = jnp.arange(sizes.column_blocks)
+    needs = column < whole[..., None]
+    needs |= (begin[..., None] <= column) & (column <= end[..., None])
+    order = jnp.arange(sizes.query_blocks)[:, None]
+    low = jnp.where(needs, order, sizes.query_blocks).min(1)
+    high = jnp.where(needs, order, -1).max(1)
+    found = (x.astype(jnp.int32) for x in (whole, begin, end, low, high))
+    return Tables(*found, reach.astype(jnp.int32).reshape(1))
+
+
+def grouped(sizes: Sizes, x: jax.Array) -> jax.Array:
+    """[B, S, heads, D] -> [B, groups, padded S * R, D]."""
+    length = sizes.query_blocks * sizes.queries
+    x = jnp.pad(x, ((0, 0), (0, length - sizes.length), (0, 0), (0, 0)))
+    x = x.reshape(sizes.rows, length, sizes.groups, sizes.shared, sizes.size)
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(sizes.rows, sizes.groups, -1, sizes.size)
+
+
+def ungrouped(sizes: Sizes, x: jax.Array) -> jax.Array:
+    x = x.reshape(sizes.rows, sizes.groups, -1, sizes.shared, sizes.size)
+    x = jnp.swapaxes(x, 1, 2)[:, : sizes.length]
+    return x.reshape(sizes.rows, sizes.length, -1, sizes.size)
+
+
+def column_block(tables: Tables, row: Any, query: Any, step: Any) -> tuple:
+    """The column block of a step, and whether there is one.
+
+    Behind the last one it stays the same, which fetches nothing.
+    """
+    whole, end = tables.prefix[row, query], tables.end[row, query]
+    begin = jnp.maximum(tables.begin[row, query], whole)
+    count = whole + jnp.maximum(end - begin + 1, 0)
+    at = jnp.minimum(step, jnp.maximum(count - 1, 0))
+    block = jnp.where(at < whole, at, begin + at - whole)
+    return jnp.where(count > 0, block, 0), step < count
+
+
+def query_block(tables: Tables, row: Any, column: Any, step: Any) -> tuple:
+    """The query block of a step, and whether it needs the column block."""
+    low, high = tables.low[row, column], tables.high[row, column]
+    at = jnp.clip(low + step, 0, jnp.maximum(high, 0))
+    stretch = tables.begin[row, at] <= column
+    stretch &= column <= tables.end[row, at]
+    needs = (column < tables.prefix[row, at]) | stretch
+    return at, (low + step <= high) & needs
