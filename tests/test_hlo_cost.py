@@ -224,6 +224,46 @@ def test_a_text_that_is_no_program_is_refused():
         hlo.parse("nothing")
 
 
+SLICED = """\
+HloModule sliced, num_partitions=1
+
+%retiled (r: bf16[36,64,32]) -> bf16[36,64,32] {
+  %r = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copy = bf16[36,64,32]{1,2,0:T(8,128)(2,1)} copy(%r)
+}
+
+%taken (t: bf16[36,64,32], i: s32[]) -> bf16[64,32] {
+  %t = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  %view = bf16[36,64,32]{1,2,0:T(8,128)(2,1)} fusion(%t), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retiled
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %slice = bf16[1,64,32]{1,2,0} dynamic-slice(%view, %i, %z, %z), dynamic_slice_sizes={1,64,32}
+  ROOT %b = bf16[64,32]{0,1} bitcast(%slice)
+}
+
+%product (p: bf16[36,64,32], j: s32[], x: bf16[8,64]) -> bf16[8,32] {
+  %p = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  %j = s32[] parameter(1)
+  %x = bf16[8,64]{1,0} parameter(2)
+  %w = bf16[64,32]{0,1} fusion(%p, %j), kind=kLoop, calls=%taken
+  ROOT %y = bf16[8,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (w: bf16[36,64,32], i: s32[], x: bf16[8,64]) -> bf16[8,32] {
+  %w = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %x = bf16[8,64]{1,0} parameter(2)
+  ROOT %y = bf16[8,32]{1,0} fusion(%w, %i, %x), kind=kOutput, calls=%product
+}
+"""  # noqa: E501
+
+
+def test_a_slice_of_what_is_tiled_otherwise_is_all_that_is_read():
+    # As TPU7x spells it: one layer of 36, the states, and the result.
+    moved = 2 * (64 * 32 + 8 * 64 + 8 * 32)
+    assert count(hlo.parse(SLICED)).bytes == moved
+
+
 TWO_LOOPS = """\
 HloModule two, entry_computation_layout={()->f32[8,8]{1,0}}
 

@@ -36,7 +36,7 @@ def test_eight_devices_take_the_step_of_one():
     assert on_eight_devices("sharded_step.py").count("same on") == 12
 
 
-@pytest.mark.parametrize("loss", ["weighted", "recomputed"])
+@pytest.mark.parametrize("loss", ["weighted", "recomputed", "normalised"])
 def test_the_head_is_exchanged_once_and_not_at_every_chunk(loss):
     assert on_eight_devices("sharded_chunks.py", loss).count("bytes") == 2
 
@@ -81,7 +81,7 @@ def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["weighted", "recomputed"])
+@pytest.mark.parametrize("loss", ["weighted", "recomputed", "normalised"])
 def test_a_tpu_gathers_the_head_once(loss):
     pytest.importorskip("libtpu", reason="pip install libtpu")
     said = on_eight_devices("sharded_chunks.py", loss, "v5e:2x4")
