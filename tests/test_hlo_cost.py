@@ -12,6 +12,7 @@ import pytest
 from topd_jax.analysis import hlo
 from topd_jax.analysis.hlo_bytes import group_size, ring_bytes
 from topd_jax.analysis.hlo_cost import Cost, count
+from topd_jax.analysis.hlo_heaviest import heaviest
 
 
 def counted(fn, *args):
@@ -135,6 +136,35 @@ def test_a_psum_over_four_of_eight_devices():
         [sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True
     )
     assert "counted" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_heaviest_operations_have_a_source_and_all_the_bytes():
+    def fn(x, w):
+        def body(x, m):
+            return jnp.tanh(jax.named_call(jnp.dot, name="product")(x, m)), None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    args = jnp.ones((64, 128)), jnp.ones((7, 128, 128))
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    program = hlo.parse(text)
+    found = heaviest(program, 100)
+    total = count(program).bytes
+    assert sum(h.bytes for h in found) == pytest.approx(total)
+    assert [h.bytes for h in found] == sorted(
+        (h.bytes for h in found), reverse=True
+    )
+    (product,) = (h for h in found if "product" in h.source and h.times == 7)
+    assert product.shape == "f32[64,128]"
+    assert heaviest(program, 1) == found[:1]
+
+
+def test_what_sends_is_told_though_little_is_moved():
+    moving, *sending = heaviest(hlo.parse(TPU), 1)
+    assert moving.kind == "fusion" and moving.sent == 0
+    (sent,) = sending
+    assert (sent.kind, sent.times) == ("collective-permute", 1)
+    assert sent.sent == 256 * 512 * 2
 
 
 TPU = textwrap.dedent(

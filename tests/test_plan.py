@@ -16,6 +16,7 @@ from topd_jax.analysis.compiling import (
     used_bytes,
 )
 from topd_jax.analysis.hlo_cost import Cost
+from topd_jax.analysis.hlo_heaviest import Heavy
 from topd_jax.analysis.plan import PhasePlan, Plan, roofline
 from topd_jax.analysis.plan_table import table
 from topd_jax.analysis.planning import advice
@@ -93,6 +94,17 @@ def test_the_largest_buffers_are_in_the_compilers_report(tmp_path):
         "296.75 MiB 5×f32[2048,37984]",
         "3.00 MiB bf16[1,768], 2×bf16[7]",
     )
+
+
+def test_the_table_explains_where_bytes_come_from():
+    source = "jit(learn)/" + "while/body/" * 20 + "dot_general"
+    heavy = Heavy("all-reduce", source, "bf16[8,16]", 36, 2e9, 3.5e9)
+    text = table(plan_of(made(heaviest=(heavy,))))
+    (row,) = (r for r in text.splitlines() if "bf16[8,16]" in r)
+    for said in ("all-reduce", " 36 ", " 2.00 ", " 3.50 ", "/body/dot_general"):
+        assert said in row
+    assert len(row) < 150
+    assert "moves and sends" not in table(plan_of(made()))
 
 
 def test_a_program_fits_up_to_what_may_be_used():
