@@ -104,11 +104,6 @@ def main(loss):
     plain = jax.grad(loss)(student, arrays)
     for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
         spread, few = run(loss, 64, sizes)
-        # Gathered and scattered once each, not summed whole on every device.
-        heads = arrays["teacher_head"], *2 * (student["student_head"],)
-        once = sum(x.nbytes for x in heads) * 7 / 8
-        if sizes == dict(fsdp=8):
-            assert few <= once, (few, once)
         for name, wanted in plain.items():
             np.testing.assert_allclose(
                 spread[name], wanted, rtol=2e-4, atol=2e-4

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from topd_jax.head import Head, head_cap, head_rows, soft_cap
 from topd_jax.losses import accumulation_dtype
 from topd_jax.sharding import RULES, constrain, mesh_axes, mesh_in_use
-from topd_jax.shares import sum_of_parts
 
 _BLOCK_BYTES = 32 * 2**20
 _FEWEST_TOKENS, _MOST_TOKENS = 256, 4096
@@ -307,7 +306,8 @@ def _with_gradients(
         hidden.shape[:-1],
         chunked.chunk_size,
     )
-    return token_losses, (on_hidden, sum_of_parts(total).T)
+    on_head = constrain(jnp.sum(total, axis=0), "embed", "vocab")
+    return token_losses, (on_hidden, on_head.T)
 
 
 def _parts(rows: int) -> int:

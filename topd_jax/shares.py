@@ -12,13 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from topd_jax.sharding import (
-    constrain,
-    dividing,
-    mesh_axes,
-    mesh_in_use,
-    rules_in_force,
-)
+from topd_jax.sharding import dividing, mesh_axes, mesh_in_use, rules_in_force
 
 
 def over_experts(
@@ -74,42 +68,6 @@ def over_experts(
         return jax.lax.psum(out, parts) if parts else out
 
     return share(x, chosen, weights, gate, up, down)
-
-
-def sum_of_parts(parts: jax.Array) -> jax.Array:
-    """Adds up a head's gradient, of which each device has one of its rows.
-
-    Each device gets the sum of those columns that it keeps; the compiler
-    would give every device all of it, which sends twice as much and takes
-    room, and then cut.
-
-    Args:
-      parts: [P, D, V], spread over P as tokens are, and over V.
-
-    Returns:
-      [D, V], spread as a head is.
-    """
-    mesh = mesh_in_use()
-    if mesh is None:
-        return jnp.sum(parts, axis=0)
-    rules = rules_in_force()
-    held = dividing(
-        mesh, parts.shape, (rules["tokens"], None, rules["vocab"])
-    )
-    kept = dividing(mesh, parts.shape[1:], (rules["embed"], rules["vocab"]))
-    over, onto = (mesh_axes(spec[0]) for spec in (held, kept))
-    if not onto or not set(onto) <= set(over):
-        return constrain(jnp.sum(parts, axis=0), "embed", "vocab")
-
-    @functools.partial(jax.shard_map, in_specs=held, out_specs=kept)
-    def share(part: jax.Array) -> jax.Array:
-        total = jax.lax.psum_scatter(
-            jnp.sum(part, axis=0), onto, scatter_dimension=0, tiled=True
-        )
-        rest = tuple(axis for axis in over if axis not in onto)
-        return jax.lax.psum(total, rest) if rest else total
-
-    return share(parts)
 
 
 def top_k(
