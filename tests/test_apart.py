@@ -18,6 +18,7 @@ from test_sharded import on_eight_devices
 from topd_jax import apart, sharding, sweeps
 from topd_jax.analysis.plan import step_seconds
 from topd_jax.annotate import annotate
+from topd_jax.data.prompts import EncodedPrompts, prompt_stream
 from topd_jax.data.world_models import student_config, teacher_config
 from topd_jax.doctor import fit
 from topd_jax.models import parameter_table
@@ -26,7 +27,7 @@ from topd_jax.records import check_rows
 from topd_jax.sampling import rollout
 from topd_jax.sampling.sampler import row_noise
 from topd_jax.settings import MeshSettings, settings_from
-from topd_jax.teacher_mesh import TeacherMeshSettings, make_meshes
+from topd_jax.teacher_mesh import TeacherMeshSettings, divide, make_meshes
 from topd_jax.types import Prompts
 
 
@@ -125,7 +126,7 @@ def test_a_sweep_is_refused(tmp_path):
         sweeps.sweep(settings, tmp_path)
 
 
-def test_meshes_must_fit_the_devices(monkeypatch):
+def test_meshes_must_fit_the_devices():
     devices = [jax.devices()[0]] * 8
     make = functools.partial(make_meshes, MeshSettings(), devices=devices)
     with pytest.raises(ValueError, match=r"devices=8 must leave .* of the 8"):
@@ -138,9 +139,57 @@ def test_meshes_must_fit_the_devices(monkeypatch):
         make_meshes(
             MeshSettings(data=8), TeacherMeshSettings(4), devices=devices
         )
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="works in one process"):
-        make(TeacherMeshSettings(devices=4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the choice of devices looks at."""
+
+    process_index: int
+    id: int
+
+
+def test_every_process_gives_its_last_devices():
+    devices = [Device(p, i) for p in (1, 0) for i in range(4)]
+    ours, theirs = divide(devices, 4)
+    assert ours == [Device(p, i) for p in (0, 1) for i in (0, 1)]
+    assert theirs == [Device(p, i) for p in (0, 1) for i in (2, 3)]
+    with pytest.raises(ValueError, match=r"=3 must be divisible by the 2 .* 2"):
+        divide(devices, 3)
+    with pytest.raises(ValueError, match=r"=8 must leave .* at most 6,"):
+        divide(devices, 8)
+    # A process with fewer devices than others decides.
+    with pytest.raises(ValueError, match=r"=4 must leave .* at most 2,"):
+        divide(devices[:-2], 4)
+
+
+def test_no_two_processes_may_share_rows_of_the_student():
+    devices = [Device(p, i) for p in range(2) for i in range(4)]
+    make = functools.partial(
+        make_meshes, teacher=TeacherMeshSettings(4), devices=devices
+    )
+    make(MeshSettings(tensor=2))
+    with pytest.raises(ValueError, match=r"processes \[0, 1\] would share"):
+        make(MeshSettings(tensor=4))
+
+
+def test_every_process_has_rows_of_every_slice():
+    encoded = EncodedPrompts(
+        records=[{"prompt": str(i)} for i in range(8)],
+        ids=[np.asarray([i + 3]) for i in range(8)], pad_id=PAD, max_length=4,
+        skipped=0,
+    )  # fmt: skip
+    whole, *own = (
+        next(prompt_stream(encoded, batch_size=8, seed=0, **options)).index
+        for options in (
+            {}, *(dict(parts=2, process_index=i, process_count=2)
+                  for i in range(2)),
+        )
+    )  # fmt: skip
+    slices = [np.concatenate(p) for p in zip(*map(halves, own), strict=True)]
+    np.testing.assert_array_equal(np.concatenate(slices), whole)
+    with pytest.raises(ValueError, match=r"=8 must be .* 3 parts x .*\(6\)"):
+        prompt_stream(encoded, batch_size=8, seed=0, parts=3, process_count=2)
 
 
 def test_every_part_must_divide_over_both_meshes():

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
 
 from topd_jax import metrics, sharding
 from topd_jax.annotate import decide, read
 from topd_jax.head import Head
+from topd_jax.moves import copy_to, move, move_rows
 from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.settings import Settings
@@ -58,15 +58,6 @@ def counted(head: Head) -> StandIn:
 def embedding_needed(objective: Objective) -> bool:
     """Whether the teacher's mesh needs the student's embedding."""
     return objective.needs_branches and objective.detector == "transport"
-
-
-def move(tree: Any, mesh: Mesh) -> Any:
-    """Rows of a batch, spread over another mesh.
-
-    Where both meshes spread rows into as many parts they go from device to
-    device; otherwise through the host, which waits for them.
-    """
-    return jax.device_put(tree, sharding.batch_shardings(tree, mesh))
 
 
 def make_reading(
@@ -167,7 +158,7 @@ class Apart:
         mesh, writer = pair.teacher_mesh, counted(self.head)
         # Before anything is written, behind which they would wait.
         ours = self._student(student)
-        there = jax.device_put(note_key, sharding.replicated(mesh))
+        there = copy_to(note_key, mesh)
         written, first_rows = [], []
         # All before the first move: a move may wait for what it moves.
         for part in split(prompts, self._parts):
@@ -180,14 +171,14 @@ class Apart:
         clock("rollout", written)
         notes = []
         for part, first_row in zip(written, first_rows, strict=True):
-            moved = move(part, mesh)
+            moved = move_rows(part, mesh)
             with jax.set_mesh(mesh):
                 notes.append(
                     self._phases.annotate(
                         ours, pair.teacher, moved, there, first_row
                     )
                 )
-        notes = [move(part, pair.mesh) for part in notes]
+        notes = [move_rows(part, pair.mesh) for part in notes]
         clock("annotate", notes)
         if len(notes) == 1:
             return written[0], notes[0]
@@ -200,7 +191,7 @@ class Apart:
             return made
         rows = student.embedding
         where = rows_shardings(rows, self._pair.teacher_mesh)
-        return made.replace(embedding=jax.device_put(rows, where))
+        return made.replace(embedding=move(rows, where))
 
 
 def make_join(objective: Objective) -> Callable[..., Any]:
@@ -271,10 +262,10 @@ def make_statistics(settings: Settings, pair: Pair) -> Callable[..., dict]:
     head = pair.teacher_head
 
     def statistics(student: Any, teacher: Any, written: Trajectories) -> dict:
-        moved = move(written, pair.teacher_mesh)
+        moved = move_rows(written, pair.teacher_mesh)
         with jax.set_mesh(pair.teacher_mesh):
             states = reader(teacher, moved)
-        return compare(student, head, move(states, pair.mesh), written)
+        return compare(student, head, move_rows(states, pair.mesh), written)
 
     return statistics
 
@@ -296,10 +287,10 @@ def together(pair: Pair) -> Pair:
     try:
         where = sharding.tree_shardings(student, mesh, student.logical_axes)
     except ValueError:  # only the teacher has to divide over its mesh
-        where = sharding.replicated(mesh)
+        where = jax.tree.map(lambda _: sharding.replicated(mesh), student)
     return dataclasses.replace(
         pair,
-        student=jax.device_put(student, where),
+        student=move(student, where),
         mesh=mesh,
         teacher_mesh=None,
     )
