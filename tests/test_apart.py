@@ -240,3 +240,20 @@ def test_memory_is_estimated_of_both_meshes():
     assert size < teacher.kept < size + 2 * head
     assert student.annotate < teacher.annotate
     assert (teacher.rollout, teacher.update) == (0, 0)
+    # Of two slices one is written and one read at a time.
+    parts = dataclasses.replace(settings.teacher_mesh, parts=2)
+    two = dataclasses.replace(settings, teacher_mesh=parts)
+    writer, reader = fit.estimate_apart(two, configs, ours, theirs)
+    assert writer.rollout == pytest.approx(student.rollout / 2)
+    assert reader.annotate < teacher.annotate
+    # A second teacher is beside the first.
+    others = {"a": settings.teacher, "b": settings.teacher}
+    data = dataclasses.replace(
+        settings.data, source="jsonl", path="x", teacher_field="who"
+    )
+    more = {f"teachers.{name}": configs["teacher"] for name in others}
+    more = {"student": configs["student"]} | more
+    several = dataclasses.replace(settings, teachers=others, data=data)
+    first, second = fit.estimate_apart(several, more, ours, theirs)
+    assert first.kept == pytest.approx(student.kept + head)
+    assert second.kept == pytest.approx(teacher.kept + size)
