@@ -15,7 +15,7 @@ from conftest import EOS, PAD, make_trajectories
 from small_run import settings_with, small_config
 from test_sharded import on_eight_devices
 
-from topd_jax import apart, sharding, sweeps
+from topd_jax import apart, sharding, sweeps, teacher_mesh
 from topd_jax.analysis.plan import step_seconds
 from topd_jax.annotate import annotate
 from topd_jax.data.prompts import EncodedPrompts, prompt_stream
@@ -41,6 +41,12 @@ def test_two_meshes_are_the_run_of_one(tmp_path):
 def test_a_checkpoint_goes_on_on_other_meshes(tmp_path):
     said = on_eight_devices("sharded_submesh.py", tmp_path, "resumed")
     assert said.count("same after a change of meshes") == 2
+
+
+@pytest.mark.slow
+def test_steps_with_both_models_and_with_teachers_are_those_of_one(tmp_path):
+    said = on_eight_devices("sharded_submesh.py", tmp_path, "models")
+    assert said.count("same step") == 2
 
 
 def test_a_slice_is_read_while_the_next_is_written(tmp_path):
@@ -107,8 +113,7 @@ def test_what_the_whole_batch_decides_is_decided_on_it(
         (dict(parts=2), r"parts=2 .*set teacher_mesh.devices above 0"),
         (dict(devices=4, parts=3), r"batch_size=8 must be divisible by .*=3"),
         (dict(devices=4, stage="offline"), "has the teacher write"),
-        (dict(devices=4, variant="tip"), "variant=tip weighs tokens"),
-        (dict(devices=4, score="reverse_kl"), "score=reverse_kl ranks"),
+        (dict(devices=4, parts=2, variant="tip"), "variant=tip weighs a token"),
     ],
 )
 def test_what_two_meshes_cannot_do_is_refused(changes, message):
@@ -118,6 +123,17 @@ def test_what_two_meshes_cannot_do_is_refused(changes, message):
         (part if name in part else config.objective)[name] = value
     with pytest.raises(ValueError, match=message):
         settings_from(config)
+
+
+def test_slices_of_several_teachers_rows_are_refused():
+    settings = settings_with()
+    check = functools.partial(
+        teacher_mesh.check, objective=settings.objective, data=settings.data,
+        teachers={"a": settings.teacher, "b": settings.teacher},
+    )  # fmt: skip
+    check(TeacherMeshSettings(devices=4))
+    with pytest.raises(ValueError, match=r"names 2 teachers.*parts=1"):
+        check(TeacherMeshSettings(devices=4, parts=2))
 
 
 def test_a_sweep_is_refused(tmp_path):

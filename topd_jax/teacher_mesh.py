@@ -87,30 +87,26 @@ def check(
             f"data.batch_size={data.batch_size} must be divisible by "
             f"teacher_mesh.parts={parts}"
         )
-    scores = objective.pieces.looks_ahead and objective.score != "teacher_loss"
-    for there, what, way_out in (
+    if objective.offline:
+        raise ValueError(
+            f"teacher_mesh.devices={devices}: objective.stage=offline has the "
+            "teacher write; use on_policy, or set teacher_mesh.devices=0"
+        )
+    for there, what in (
         (
-            teachers, f"config.teachers names {len(teachers)} teachers, which "
-            "share the student's mesh", "name one config.teacher",
-        ),
-        (
-            objective.offline, "objective.stage=offline has the teacher write",
-            "use on_policy",
+            teachers,
+            f"config.teachers names {len(teachers)} teachers, whose rows are "
+            "consecutive in a batch",
         ),
         (
             objective.pieces.weighs,
-            f"objective.variant={objective.variant} weighs tokens by both "
-            "models at once", "choose another variant",
+            f"objective.variant={objective.variant} weighs a token by the "
+            "whole batch",
         ),
-        (
-            scores, f"objective.score={objective.score} ranks candidates by "
-            "both models at once", "use teacher_loss",
-        ),
-    ):  # fmt: skip
-        if there:
+    ):
+        if there and parts > 1:
             raise ValueError(
-                f"teacher_mesh.devices={devices}: {what}; {way_out}, or set "
-                "teacher_mesh.devices=0"
+                f"teacher_mesh.parts={parts}: {what}; set teacher_mesh.parts=1"
             )
 
 

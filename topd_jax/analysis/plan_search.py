@@ -36,8 +36,8 @@ _AGAIN = {"none": 0.0, "dots": 0.15, "full": 1 / 3}
 
 # What fails first comes first.
 _ORDER = (
-    "update", "annotate", "rollout", "join", "read", "statistics", "evaluate",
-    "restore",
+    "update", "annotate", "rollout", "student", "join", "read", "statistics",
+    "evaluate", "restore",
 )  # fmt: skip
 
 # What runs on the teacher's own mesh, where it has one.
