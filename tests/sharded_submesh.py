@@ -199,7 +199,7 @@ class Fakes:
         self.written.append(self._write(prompts.tokens, work, count))
         return self.written[-1]
 
-    def annotate(self, student, teacher, rows, key, first_row):
+    def annotate(self, student, teacher, rows, key, first_row, states):
         self.order.append(("annotate", first_row))
         self.read.append(self._note(rows.tokens))
         return self.read[-1]

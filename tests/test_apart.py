@@ -163,6 +163,7 @@ class Device:
 
     process_index: int
     id: int
+    platform: str = "cpu"
 
 
 def test_every_process_gives_its_last_devices():

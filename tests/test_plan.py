@@ -8,9 +8,9 @@ import jax
 import pytest
 from topd_jax.configs import qwen3_8b_apart, qwen3_8b_to_1p7b, tiny
 
-from topd_jax import sharding, teacher_mesh
+from topd_jax import sharding
 from topd_jax.analysis import plan_search, programs
-from topd_jax.analysis.chips import CHIPS, chip_of
+from topd_jax.analysis.chips import CHIPS, chip_of, fits_one_host
 from topd_jax.analysis.compiling import (
     ProgramPlan,
     largest_buffers,
@@ -53,6 +53,15 @@ def devices(kind, chips, cores):
         for i in range(chips)
         for _ in range(cores)
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "one"),
+    [("TPU v5 lite", 8, True), ("TPU v6 lite", 8, True),
+     ("TPU v5 lite", 16, False), ("TPU v5", 8, False), ("TPU v5", 4, True)],
+)  # fmt: skip
+def test_which_topologies_one_host_can_have(kind, count, one):
+    assert fits_one_host(devices(kind, count, 1)) == one
 
 
 def test_a_core_that_is_a_device_has_its_share_of_the_chip():
@@ -240,7 +249,6 @@ def test_candidates_fit_by_their_parameters_and_come_cheapest_first(
 
 
 def test_a_search_keeps_the_teachers_mesh(without_devices, monkeypatch):
-    monkeypatch.setattr(teacher_mesh, "_require_own_rows", lambda mesh: None)
     settings = settings_from(qwen3_8b_apart.get_config())
     found = list(plan_search.candidates(settings, "v5e:2x4"))
     meshes = {one.mesh for _, one in found}

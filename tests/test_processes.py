@@ -170,11 +170,8 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
     alone, world, tmp_path
 ):
     children = begin(
-        world, tmp_path, 2, devices=2,
-        more=[
-            "--heartbeat=10", "--config.train.steps=6",
-            "--config.teacher_mesh.devices=2", "--config.mesh.fsdp=1",
-        ],
+        world, tmp_path, 2, devices=4,
+        more=["--heartbeat=10", "--config.teacher_mesh.devices=4"],
     )  # fmt: skip
     await_step(2, tmp_path, children)
     children[1].send_signal(signal.SIGKILL)

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from topd_jax import sharding
 from topd_jax.objective import Objective
@@ -124,6 +125,7 @@ def make_meshes(
     teacher: TeacherMeshSettings,
     *,
     devices: Sequence[jax.Device] | None = None,
+    one_process: bool = False,
 ) -> tuple[Mesh, Mesh | None]:
     """The student's mesh, and the teacher's.
 
@@ -131,20 +133,26 @@ def make_meshes(
       mesh: ``config.mesh``, a dataclass of axis sizes.
       teacher: the switch.
       devices: all of ``jax.devices()`` unless told.
+      one_process: whether one process shall have all of them, whatever they
+        say, as those of a topology that one host can have.
 
     Returns:
       (student's mesh; the teacher's, None where it is the same).
 
     Raises:
       ValueError: where the axes do not fit the devices, the devices cannot
-        be taken evenly from the processes, or two processes would have the
-        same rows of the student's mesh.
+        be taken evenly from the processes, two processes would have the same
+        rows of the student's mesh, or TPUs of several hosts form no slice.
     """
     devices = list(jax.devices() if devices is None else devices)
     axes = dataclasses.asdict(mesh)
     if not teacher.devices:
         return sharding.make_mesh(**axes, devices=devices), None
-    ours, theirs = divide(devices, teacher.devices)
+    own = teacher.devices
+    if one_process and own < len(devices):
+        ours, theirs = devices[:-own], devices[-own:]
+    else:
+        ours, theirs = divide(devices, own)
     made = []
     for name, sizes, part in (
         ("mesh", axes, ours),
@@ -154,7 +162,10 @@ def make_meshes(
             made.append(sharding.make_mesh(**sizes, devices=part))
         except ValueError as error:
             raise ValueError(f"config.{name}: {error}") from error
-    _require_own_rows(made[0])
+    if not one_process:
+        _require_own_rows(made[0])
+        for part in made:
+            _require_slice(part, own)
     return made[0], made[1]
 
 
@@ -196,6 +207,35 @@ def divide(
         [device for part in ordered for device in part[:-each]],
         [device for part in ordered for device in part[-each:]],
     )
+
+
+def _require_slice(mesh: Mesh, own: int) -> None:
+    """Asks the TPU compiler whether chips of several hosts can be one mesh.
+
+    It wants whole hosts, or a rectangle (2x1x2 of 2x2x2), and says so with an
+    internal error in the middle of a run otherwise.
+    """
+    devices = list(mesh.devices.flat)
+    hosts = {device.process_index for device in devices}
+    if len(hosts) == 1 or devices[0].platform != "tpu":
+        return
+    one = jax.ShapeDtypeStruct(
+        (len(devices),), np.float32, sharding=NamedSharding(
+            mesh, PartitionSpec(mesh.axis_names)
+        )
+    )  # fmt: skip
+    try:
+        with jax.set_mesh(mesh):
+            total = jax.jit(lambda x: x.sum(), out_shardings=PartitionSpec())
+            total.lower(one).compile()
+    except Exception as error:  # the plugin's own types
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"teacher_mesh.devices={own}: {len(devices)} chips of {len(hosts)} "
+            "hosts would be a mesh, and the TPU compiler takes no such part of "
+            "a slice; use one host, or set teacher_mesh.devices=0 (it says: "
+            f"{said[:160]})"
+        ) from error
 
 
 def _require_own_rows(mesh: Mesh) -> None:

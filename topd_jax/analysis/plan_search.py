@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from topd_jax.analysis.chips import Chip, chip_of
+from topd_jax.analysis.chips import Chip, chip_of, fits_one_host
 from topd_jax.analysis.compiling import USABLE
 from topd_jax.analysis.plan import Plan, make_plan
 from topd_jax.analysis.programs import (
@@ -168,7 +168,10 @@ def candidates(
         changed = dataclasses.replace(settings, mesh=mesh)
         try:
             grid, theirs = make_meshes(
-                mesh, settings.teacher_mesh, devices=devices
+                mesh,
+                settings.teacher_mesh,
+                devices=devices,
+                one_process=fits_one_host(devices),
             )
             for section in ("data", "eval"):
                 check_rows(settings, grid, section, theirs)
