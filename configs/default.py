@@ -23,14 +23,16 @@ def get_config() -> ConfigDict:
     # Columns of the rows that are learnt from; else rows (arXiv:2407.21783).
     config.mesh.sequence = 1
 
-    # The teacher on devices of its own, the last ones; the first are then the
-    # student's, and config.mesh is of those (ours).
+    # The teacher on devices of its own, the last ones (of several processes as
+    # many of each); the others are the student's, and config.mesh is of those
+    # (ours).
     config.teacher_mesh = ConfigDict()
     config.teacher_mesh.devices = 0  # the teacher's; 0: one mesh for both
     config.teacher_mesh.data = -1  # as of config.mesh, and so on
     config.teacher_mesh.fsdp = 1
     config.teacher_mesh.tensor = 1
     config.teacher_mesh.expert = 1
+    config.teacher_mesh.sequence = 1
     # Slices of a batch: each is scored while the next is written.
     config.teacher_mesh.parts = 1
 

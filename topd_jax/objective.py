@@ -236,6 +236,13 @@ class Objective:
         return self.pieces.guides and self.context == "student"
 
     @property
+    def needs_student_states(self) -> bool:
+        """Whether an annotation needs what the student says of each token."""
+        pieces = self.pieces
+        ranks = pieces.looks_ahead and self.score != "teacher_loss"
+        return bool(pieces.weighs) or ranks
+
+    @property
     def needs_branches(self) -> bool:
         """Whether the teacher continues the candidates' prefixes."""
         pieces = self.pieces

@@ -27,6 +27,7 @@ from topd_jax.data.world_models import world_models
 from topd_jax.models import drop_layers, end_ids, fingerprint, load
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantize import quantizer
+from topd_jax.moves import move
 from topd_jax.records import (
     check_rows,
     grader,
@@ -87,7 +88,7 @@ class Pair:
     def teacher_head(self) -> Any:
         """A copy of the teacher's head on the student's mesh, made once."""
         head = self.teacher.head
-        return jax.device_put(head, rows_shardings(head, self.mesh))
+        return move(head, rows_shardings(head, self.mesh))
 
     def spread(self, prompts: Prompts) -> Prompts:
         """Puts a batch that every process holds whole on the mesh.
@@ -114,6 +115,7 @@ class Pair:
             shares=self.teacher.shares
             if isinstance(self.teacher, Teachers)
             else None,
+            parts=settings.teacher_mesh.parts,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

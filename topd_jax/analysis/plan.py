@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from topd_jax.analysis.chips import Chip, chip_of
+from topd_jax.analysis.chips import Chip, chip_of, fits_one_host
 from topd_jax.analysis.compiling import ProgramPlan, compile_program
 from topd_jax.analysis.hlo_cost import Cost
 from topd_jax.analysis.programs import (
@@ -138,7 +138,12 @@ def make_plan(
     """
     devices = topology_devices(topology)
     chip = chip_of(devices)
-    both = make_meshes(settings.mesh, settings.teacher_mesh, devices=devices)
+    both = make_meshes(
+        settings.mesh,
+        settings.teacher_mesh,
+        devices=devices,
+        one_process=fits_one_host(devices),
+    )
     mesh, theirs = both
     with jax.set_mesh(mesh):
         run = calls(settings, mesh, theirs)

@@ -60,18 +60,17 @@ def plan(
 
     made = make_plan(settings, topology, say=say, explain=explain)
     text, tried, found = table(made), [], None
-    devices = settings.teacher_mesh.devices
-    if not made.fits and devices:
-        text += (
-            "\n\nwhat would fit is searched for on one mesh alone; set "
-            f"teacher_mesh.devices=0, or divide {devices} and the student's "
-            "devices otherwise"
-        )
-    elif not made.fits and search_seconds:
+    if not made.fits and search_seconds:
         tried, found = search(
             settings, topology, made, seconds=search_seconds, say=say
         )
         text += "\n\n" + advice(tried, found)
+        if found is None and settings.teacher_mesh.devices:
+            text += (
+                "\nteacher_mesh was kept as it is: "
+                f"{settings.teacher_mesh.devices} devices; change it, or set "
+                "teacher_mesh.devices=0 for one mesh"
+            )
     if output is not None:
         record = {
             "plan": made.to_dict(),
