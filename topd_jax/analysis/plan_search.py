@@ -214,8 +214,8 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
 
     Products at the peak, every token's parameters read from memory once, and
     what the mesh sends: parameters gathered over fsdp for every token that is
-    decoded (as ``rollout.sharding`` says) and every slice that is learnt
-    from, activations summed over tensor.
+    decoded (as ``rollout.sharding`` and ``objective.branch_sharding`` say) and
+    every slice that is learnt from, activations summed over tensor.
 
     Args:
       settings: of the run.
@@ -233,11 +233,14 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
         experts = mesh.expert if config.experts else 1
         return _parameter_bytes(config) / (mesh.tensor * experts)
 
-    rules = settings.rollout.sharding
-    once = {"train": new, "gathered": 1, "tensor": 0}[rules] * held(student)
-    ahead = sum(held(c) for _, c in teachers) * settings.objective.window
-    ways = mesh.fsdp if rules == "tensor" else 1
-    read = held(student) * new / ways + ahead
+    once, read = _loop(settings.rollout.sharding, held(student), new, mesh.fsdp)
+    ahead, read_ahead = _loop(
+        settings.objective.branch_sharding,
+        sum(held(c) for _, c in teachers),
+        settings.objective.window * settings.objective.needs_branches,
+        mesh.fsdp,
+    )
+    read += read_ahead
     spread = (mesh.fsdp - 1) / mesh.fsdp
     learnt = 3 * settings.optimizer.accumulate * held(student)
     sent = (once + ahead + learnt) * spread
@@ -248,6 +251,14 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
         max(flops / (devices * chip.flops), read / chip.bandwidth)
         + sent / chip.link
     )
+
+
+def _loop(
+    rules: str, parameters: float, tokens: int, fsdp: int
+) -> tuple[float, float]:
+    """Bytes of parameters that a loop over tokens gathers, and reads."""
+    gathers = {"train": tokens, "gathered": 1}.get(rules, 0)
+    return gathers * parameters, tokens * parameters / (1 if gathers else fsdp)
 
 
 def _parameter_bytes(config: DecoderConfig) -> float:
