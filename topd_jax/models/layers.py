@@ -142,7 +142,11 @@ def _attention(
     rope: tuple[jax.Array, jax.Array],
     sight: Sight,
 ) -> tuple[jax.Array, Cache | None]:
-    query, key, value = (_project(x, w, name, config) for name in "qkv")
+    # Told the rows of these alone, the compiler would gather the kernels.
+    query, key, value = (
+        to_products(_project(x, w, name, config), "sequence", heads, None)
+        for name, heads in zip("qkv", ("heads", *["kv_heads"] * 2), strict=True)
+    )
     if config.attention_bias:
         query, key = query + w["q_bias"], key + w["k_bias"]
         value = value + w["v_bias"]
