@@ -170,6 +170,8 @@ def _attention(
     key = constrain(key, "batch", None, "activation_kv_heads", None)
     value = constrain(value, "batch", None, "activation_kv_heads", None)
     out = attend(query, key, value, sight, options["reach"], config)
+    # Rows first: a move of heads in their groups is none of one collective.
+    out = to_rows(out, "sequence", "activation_heads", None)
     out = to_products(out, "sequence", "heads", None)
     out = _project(out, w, "o", config)
     return out + w["o_bias"] if config.output_bias else out, cache
