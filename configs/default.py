@@ -191,6 +191,9 @@ def get_config() -> ConfigDict:
     config.train.steps = 300
     config.train.max_skipped = 10  # non-finite updates before giving up
     config.train.preflight = True  # topd doctor before the first step
+    # Of several processes: seconds without a sign of life after which one
+    # counts as dead, and the others stop with an error that names it.
+    config.train.heartbeat = 100  # ours; that of jax.distributed
 
     # Intervals in steps.
     config.log = ConfigDict()

@@ -16,6 +16,10 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
   stop      end the training on every worker
   delete    delete the slice, and with it its disks
   all       create, install, run, logs
+  keep      all of it until the training is done: waits for the slice, asks
+            again where there is no capacity, and after a preemption or a
+            failure begins anew from the last checkpoint. Runs in the
+            background, survives the terminal, and goes on when started again
 
   --name NAME        the slice
   --zone ZONE        for instance us-west4-a
@@ -24,7 +28,8 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
   --version VERSION  runtime; default: by the type
   --spot, --reserved spot capacity, or out of a reservation
   --queued           ask for the slice by a queued resource of the same name,
-                     and delete that (create returns before the slice exists)
+                     and delete that (create returns before the slice exists;
+                     keep waits for it)
   --branch REF       the commit to install (default: HEAD); what is not
                      committed is not copied
   --config FILE      the config, a path in the checkout
@@ -32,7 +37,14 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
                      each worker; with several workers give a directory that
                      all of them see (Filestore, or a bucket under gcsfuse)
   --worker N         whose log (default 0)
-  --no-follow        print the end of the log and return
+  --no-follow        print the end of the log and return; of keep: return
+  --prepare COMMAND  run on every worker before each start of the training, to
+                     mount the disk of --workdir; must bear being repeated
+  --every SECONDS    how often keep looks (default 60)
+  --restarts N       failures after which keep gives up (default 10); those
+                     of a preemption or for want of capacity do not count
+  --delete-when-done of keep: delete the slice in the end
+  --foreground       of keep: in this process
   --dry-run          print every command, run none
   -- ARG ...         handed to topd train, for instance --config.train.steps=9
 
@@ -40,14 +52,21 @@ Exit codes: 2 for wrong usage, else that of the command that failed.
 Example:
   bash launch/tpu.sh all --name t1 --zone us-west4-a --type v5litepod-8 \
       --config configs/tiny.py --spot
+  bash launch/tpu.sh keep --name t1 --zone us-west4-a --type v5litepod-16 \
+      --queued --spot --config configs/qwen3_8b_to_1p7b.py \
+      --prepare 'mountpoint -q /mnt/d || sudo mount 10.0.0.2:/vol -m /mnt/d' \
+      --workdir /mnt/d/t1 --delete-when-done
 TEXT
 }
 
 top="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/common.sh
 source "$top/launch/common.sh"
+# shellcheck source=launch/keep.sh
+source "$top/launch/keep.sh"
 name="" zone="" project="" type="" version="" branch=HEAD config="" workdir=""
 worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
+prepare="" every=60 restarts=10 delete_when_done="" foreground=""
 
 # tpus VERB ...: one gcloud call about the slice.
 tpus() {
@@ -70,10 +89,13 @@ parse() {
             --queued) queued=yes && shift && continue ;;
             --dry-run) dry_run=yes && shift && continue ;;
             --no-follow) follow="" && shift && continue ;;
+            --delete-when-done) delete_when_done=yes && shift && continue ;;
+            --foreground) foreground=yes && shift && continue ;;
             --help | -h) usage && exit 0 ;;
             --) arguments=("${@:2}") && break ;;
             --name | --zone | --project | --type | --version | --branch | \
-                --config | --workdir | --worker) ;;
+                --config | --workdir | --worker | --prepare | --every | \
+                --restarts) ;;
             *) die "unknown argument $1: see --help; what is meant for topd" \
                 "goes after --" ;;
         esac
@@ -87,20 +109,28 @@ parse() {
 
 check() {
     case "$command" in
-        create | install | run | logs | stop | delete | all) ;;
+        create | install | run | logs | stop | delete | all | keep) ;;
         *) die "unknown command $command: one of create, install, run, logs," \
-            "stop, delete, all (see --help)" ;;
+            "stop, delete, all, keep (see --help)" ;;
     esac
     required --name my-tpu
     required --zone us-west4-a
-    if [[ "$command" == create || "$command" == all ]]; then
+    if [[ " create all keep " == *" $command "* ]]; then
         required --type v5litepod-8
         choose_version
     fi
-    if [[ "$command" == run || "$command" == all ]]; then
+    if [[ " run all keep " == *" $command "* ]]; then
         required --config configs/tiny.py
     elif ((${#arguments[@]})); then
-        die "$command takes no arguments after --; run and all do"
+        die "$command takes no arguments after --; run, all and keep do"
+    fi
+    if [[ "$command" == keep && "$workdir" != /* ]]; then
+        die "--workdir=$workdir is lost with the slice: keep needs the" \
+            "absolute path of a disk that outlives it, mounted by --prepare"
+    fi
+    if [[ ! "$restarts" =~ ^[0-9]+$ ||
+        ! "$every" =~ ^[0-9]+([.][0-9]+)?$ ]]; then
+        die "--restarts=$restarts and --every=$every must be numbers, 0 or more"
     fi
     if ((${#capacity[@]} > 1)); then
         die "--spot and --reserved exclude each other: give one"
@@ -110,9 +140,7 @@ check() {
             "bucket there (gcsfuse) and give the place where it is mounted"
     fi
     if [[ "$command" == all && -n "$queued" ]]; then
-        die "all cannot wait for a queued resource: create --queued, and when" \
-            "gcloud compute tpus queued-resources describe says ACTIVE," \
-            "install and run"
+        die "all cannot wait for a queued resource: keep can"
     fi
     if [[ ! "$worker" =~ ^[0-9]+$ ]]; then
         die "--worker=$worker must be a worker's number, 0 or more"
@@ -159,8 +187,10 @@ echo "$(hostname): training runs (process $pid): see logs, or stop it" >&2
 exit 2; fi'
 # The old checkout goes, so that no module of it is left behind.
 # shellcheck disable=SC2016
-readonly install_here='rm -rf src; tar -xzf "$HOME/topd_jax.tar.gz"; cd src;
-TOPD_VENV="$HOME/topd_jax/venv" TOPD_FETCH_PYTHON=1 bash launch/setup.sh tpu'
+readonly install_here='rm -rf src installed;
+tar -xzf "$HOME/topd_jax.tar.gz"; cd src;
+TOPD_VENV="$HOME/topd_jax/venv" TOPD_FETCH_PYTHON=1 bash launch/setup.sh tpu;
+touch ../installed'
 # shellcheck disable=SC2016
 readonly need_install='if [ ! -x venv/bin/topd ]; then
 echo "$(hostname): topd_jax is not here: tpu.sh install" >&2; exit 2; fi;'
@@ -178,6 +208,19 @@ echo "$(hostname): nothing runs"; exit 0; fi;
 kill -TERM -- "-$pid";
 for _ in $(seq 120); do kill -0 -- "-$pid" 2>/dev/null || exit 0; sleep 1; done;
 echo "$(hostname): process $pid is still there after 120 s" >&2; exit 1'
+
+# What the keeper asks: absent, fresh, running, ended CODE, or other, where
+# another command line runs. Expects the wanted one in $wanted.
+# shellcheck disable=SC2016
+readonly look_here='cd "$HOME/topd_jax" 2>/dev/null || mkdir "$HOME/topd_jax";
+state() { echo "topd-state: $*"; exit 0; };
+[ -x venv/bin/topd ] && [ -e src/setup.py ] && [ -e installed ] || state absent;
+same=; [ "$(cat train.command 2>/dev/null)" = "$wanted" ] && same=yes;
+pid=$(cat train.pid 2>/dev/null || echo none);
+if grep -qs topd "/proc/$pid/cmdline"; then
+[ -n "$same" ] && state running; state other; fi;
+[ -n "$same" ] || state fresh;
+state ended "$(tail -n 1 train.log | sed -n "s/^topd: exit code //p")"'
 
 check_commit() {
     git -C "$top" rev-parse --verify --quiet "$branch^{commit}" >/dev/null ||
@@ -200,22 +243,29 @@ install() {
     on_worker all "$refuse_if_running; $install_here"
 }
 
-run() {
-    local place train file
-    file="$(quote "${config%%:*}")" # what follows a colon is its argument
-    : "${workdir:=runs/$name}"
-    case "$workdir" in
-        /*) place="$(quote "$workdir")" ;;
-        *) place="\"\$HOME\"/topd_jax/$(quote "$workdir")" ;;
-    esac
-    train="../venv/bin/topd train --distributed"
-    train+=" --config $(quote "$config") --workdir $place"
-    if ((${#arguments[@]})); then
-        train+=" $(quote "${arguments[@]}")"
+# The training's command line, for the worker's shell in the checkout.
+train_command() {
+    local place="\"\$HOME\"/topd_jax/" directory="${workdir:-runs/$name}"
+    if [[ "$directory" == /* ]]; then
+        place=""
     fi
+    printf '%s' "../venv/bin/topd train --distributed" \
+        " --config $(quote "$config") --workdir $place$(quote "$directory")"
+    if ((${#arguments[@]})); then
+        printf ' %s' "$(quote "${arguments[@]}")"
+    fi
+}
+
+run() {
+    local train file
+    train="$(train_command)"
+    file="$(quote "${config%%:*}")" # what follows a colon is its argument
     on_worker all "$refuse_if_running; $need_install
 [ -f src/$file ] || { echo \"\$(hostname): no config\" $file >&2; exit 2; }
-cd src; $run_here
+# shellcheck disable=SC2016
+printf '%s' $(quote "$train") >train.command
+${prepare:+($prepare)
+}cd src; $run_here
 start $train"
 }
 
@@ -224,16 +274,26 @@ logs() {
     on_worker "$worker" "tail -n 50 ${follow:+-F }"'"$HOME/topd_jax/train.log"'
 }
 
-stop() {
+stop_training() {
     on_worker all "$stop_here"
 }
 
-delete() {
+stop() {
+    end_keeper
+    stop_training
+}
+
+delete_slice() {
     if [[ -n "$queued" ]]; then
         tpus queued-resources delete "$name" --force --quiet
     else
         tpus tpu-vm delete "$name" --quiet
     fi
+}
+
+delete() {
+    end_keeper
+    delete_slice
 }
 
 all() {
@@ -253,6 +313,8 @@ if [[ "$command" == --help || "$command" == -h ]]; then
     exit 0
 fi
 shift
+given=("$@")
 parse "$@"
 check
+record="$top/runs/launch/$name" errors="$top/runs/launch/$name.errors.$$"
 "$command"

@@ -103,6 +103,51 @@ def trained(
     return workdir
 
 
+@pytest.fixture
+def topd(capsys):
+    """Runs the command line; returns what it printed on stdout."""
+    from topd_jax import main
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        main.run([str(a) for a in arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs what must be refused; returns the one line on stderr."""
+    from topd_jax import main
+
+    def run(*arguments: object, bars: bool = False) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main.run([str(a) for a in arguments])
+        assert exit_.value.code == 2
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        assert out == ""
+        lines = err.splitlines()
+        if not bars:  # those of a run that had begun come before
+            assert len(lines) == 1, err
+        assert lines[-1].startswith("topd: ")
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture
+def command(small_arguments, tmp_path):
+    """(name, *more) -> a whole command line in an empty work directory."""
+
+    def make_line(name: str, *more: str) -> list[str]:
+        return [name, *small_arguments, f"--workdir={tmp_path / 'run'}", *more]
+
+    return make_line
+
+
 @pytest.fixture(scope="session")
 def student() -> Decoder:
     return make_model(0)

@@ -46,9 +46,44 @@ def python():
         imitate(me.with_name("topd"))
 
 
+def preempt(home):
+    pid = home / "topd_jax" / "train.pid"
+    if pid.exists():
+        os.killpg(int(pid.read_text()), signal.SIGKILL)
+    shutil.rmtree(home / "topd_jax", ignore_errors=True)
+    home.with_name("slice").write_text("PREEMPTED")
+
+
+def trouble(home):
+    file = pathlib.Path(os.environ["TROUBLES"])
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in lines:
+        what, action, text = line.split("|")
+        if what in " ".join(args):
+            lines.remove(line)
+            file.write_text("\\n".join(lines))
+            if action == "pass":
+                return
+            if action == "say":
+                sys.exit(print(text))
+            if action == "preempt":
+                preempt(home)
+            sys.exit(text)
+
+
 def gcloud():
     home = pathlib.Path(os.environ["WORKER_HOME"])
-    verb = args[3]
+    trouble(home)
+    verb, state = args[3], home.with_name("slice")
+    if verb == "create":
+        state.write_text("READY")
+    if verb == "delete":
+        state.unlink(missing_ok=True)
+        shutil.rmtree(home / "topd_jax", ignore_errors=True)
+    if verb == "describe":
+        if not state.exists():
+            sys.exit("ERROR: NOT_FOUND: Resource was not found")
+        print("ACTIVE" if "queued" in args[2] else state.read_text())
     if verb == "scp":
         host, _, target = args[5].partition(":")
         shutil.copy(args[4], home / target)
@@ -76,7 +111,16 @@ elif me.name == "topd":
     if os.environ.get("DEAF"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("topd speaks", flush=True)
-    time.sleep(float(os.environ.get("SLEEP", 0)))
+    seconds, code = os.environ.get("SLEEP", 0), 0
+    if "PLAYS" in os.environ:
+        # How long each start takes, and how it ends; the last for all others.
+        plays = os.environ["PLAYS"].split()
+        starts = pathlib.Path(os.environ["CALLS"]).with_name("starts")
+        begun = int(starts.read_text()) if starts.exists() else 0
+        starts.write_text(str(begun + 1))
+        seconds, code = plays[min(begun, len(plays) - 1)].split(":")
+    time.sleep(float(seconds))
+    sys.exit(int(code))
 """
 
 
@@ -105,6 +149,7 @@ class Desk:
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "CALLS": str(self.calls_file),
             "WORKER_HOME": str(self.worker),
+            "TROUBLES": str(root / "troubles"),
         }
 
     def run(
@@ -136,6 +181,14 @@ class Desk:
     def installs(self) -> list[str]:
         """What pip was asked to install since the last question."""
         return [c[-1] for c in self.calls("-m") if c[2:4] == ["pip", "install"]]
+
+    def troubles(self, *lines: str) -> None:
+        """What calls of gcloud meet, "words|action|text", each line once.
+
+        It happens to the first call that has the words: "pass" nothing, "say"
+        prints the text, "fail" fails with it, "preempt" takes the slice first.
+        """
+        pathlib.Path(self.environment["TROUBLES"]).write_text("\n".join(lines))
 
     def commit(self) -> None:
         git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]

@@ -1,6 +1,7 @@
 """Several processes as one program: real ones, on this machine."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -125,7 +126,7 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
 ):
     children = begin(
         world, tmp_path, 2, devices=2,
-        more=["--heartbeat=10", "--config.train.steps=6"],
+        more=["--config.train.heartbeat=10", "--config.train.steps=6"],
     )  # fmt: skip
     saved = tmp_path / "checkpoints" / "2"
     while not saved.exists():
@@ -134,7 +135,9 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
     children[1].send_signal(signal.SIGKILL)
     (_, err, code), _ = finish(children)
     assert code != 0
-    assert "task" in err.lower() or "peer" in err.lower(), err
+    # JAX calls a process a task.
+    named = r"unhealthy \(stopped sending heartbeats\):\n1\n"
+    assert re.search(named, err), err
     for _, err, code in finish(begin(world, tmp_path, 2, devices=2)):
         assert code == 0, err
     assert [m["step"] for m in read_jsonl(tmp_path / "metrics.jsonl")] == [
@@ -192,3 +195,23 @@ def test_one_process_is_first_and_waits_for_nobody(tmp_path):
     found = processes.on_host(tree)
     assert isinstance(found["a"], np.ndarray)
     assert found["b"] == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory"), False),
+        (ValueError("ours"), False),
+    ],
+)
+def test_who_lost_another_stays_until_it_is_named(
+    monkeypatch, capsys, error, waits
+):
+    done = []
+    monkeypatch.setattr(os, "_exit", lambda code: done.append(("exit", code)))
+    monkeypatch.setattr(time, "sleep", lambda s: done.append(("sleep", s)))
+    monkeypatch.setattr(processes, "_heartbeat_seconds", 30)
+    processes.leave(error)
+    assert done == [("sleep", 50)] * waits + [("exit", 2)]
+    assert ("was another lost?" in capsys.readouterr().err) == waits

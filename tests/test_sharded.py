@@ -36,6 +36,11 @@ def test_eight_devices_take_the_step_of_one():
     assert on_eight_devices("sharded_step.py").count("same on") == 16
 
 
+@pytest.mark.slow
+def test_every_mesh_of_eight_devices_takes_the_step_of_one():
+    assert on_eight_devices("sharded_shapes.py").count("same on") == 35
+
+
 @pytest.mark.parametrize("loss", ["weighted", "recomputed"])
 def test_the_head_is_exchanged_once_and_not_at_every_chunk(loss):
     assert on_eight_devices("sharded_chunks.py", loss).count("bytes") == 2

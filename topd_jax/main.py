@@ -62,9 +62,8 @@ FILE is a path, or a shipped config: default, tiny, smollm2_gsm8k, paper,
 paper_stage1, paper_v5e (_v5p, _v6e, _tpu7x), qwen3_8b_to_1p7b, qwen3_8b_apart.
 All that read a run take --which latest (default), best or start.
 train runs as several processes, the same command in each, with --distributed
-(Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; a
-process silent for --heartbeat SECONDS (100) counts as dead; SIGTERM to any lets
-all save after the step and stop.
+(Cloud TPU, SLURM) or --coordinator HOST:PORT --processes N --process I; SIGTERM
+to any lets all save after the step and stop.
 TOPD_TRACEBACK=1 shows where an error came from.
 """
 
@@ -105,7 +104,6 @@ def _flag_values(
         ("processes", None, "how many run this command"),
         ("process", None, "which of them this is, from 0"),
         ("updates", 5, "of a local correction, on one window"),
-        ("heartbeat", 100, "seconds of silence after which one is dead"),
         ("search", 900, "seconds to look for a plan that fits; 0: none"),
     ):
         least = 0 if name in ("process", "updates", "search") else 1
@@ -270,7 +268,7 @@ def _command(name: str, values: flags.FlagValues) -> Any:
             "(gcsfuse) and give the place where it is mounted"
         )
     workdir = pathlib.Path(values.workdir).absolute()
-    _join(name, values)
+    _join(name, values, settings.train.heartbeat)
     run = (settings, workdir)
     if name == "doctor":
         return commands.doctor(*run)
@@ -303,7 +301,7 @@ def _command(name: str, values: flags.FlagValues) -> Any:
     return commands.sweep(*run)
 
 
-def _join(command: str, values: flags.FlagValues) -> None:
+def _join(command: str, values: flags.FlagValues, heartbeat: int) -> None:
     """Makes this process one of several, where the flags say so."""
     given = (values.coordinator, values.processes, values.process)
     if not values.distributed and given == (None, None, None):
@@ -315,7 +313,7 @@ def _join(command: str, values: flags.FlagValues) -> None:
         )
     from topd_jax import processes
 
-    processes.start(*given, heartbeat_seconds=values.heartbeat)
+    processes.start(*given, heartbeat_seconds=heartbeat)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -357,8 +355,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         else:
             print(f"topd: {line}", file=sys.stderr, flush=True)
         if _process() is not None:
-            # Python's own exit would wait for the others, which wait for us.
-            os._exit(2)
+            from topd_jax import processes
+
+            processes.leave(error)
         raise SystemExit(2) from error
 
 

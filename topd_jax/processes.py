@@ -5,16 +5,22 @@ feeds its own rows of the batch. The first alone writes: logs, settings, the
 tiny world's models. All must see one work directory.
 """
 
+import os
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
 _POLL_SECONDS = 0.5
+_GRACE_SECONDS = 10
+
+# What the processes have been told; they stay with it.
+_heartbeat_seconds = 0
 
 
 def start(
@@ -50,9 +56,35 @@ def start(
             f"--process={index} must be in 0..{count - 1}, below "
             f"--processes={count}"
         )
+    global _heartbeat_seconds
+    _heartbeat_seconds = heartbeat_seconds
     jax.distributed.initialize(
         coordinator, count, index, heartbeat_timeout_seconds=heartbeat_seconds
     )
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Ends this process of several after an error; exit code 2.
+
+    Python's own exit would wait for the others, which wait for this one. A
+    collective that failed is most likely another process that died: this one
+    then stays until the heartbeat has found out which, and JAX ends all with
+    an error that names it. Whoever left at once would be named too.
+
+    Args:
+      error: that has been shown.
+    """
+    broken = isinstance(error, jax.errors.JaxRuntimeError)
+    if broken and "RESOURCE_EXHAUSTED" not in str(error):
+        wait = _heartbeat_seconds + 2 * _GRACE_SECONDS
+        print(
+            f"topd: process {jax.process_index()}: was another lost? Waiting "
+            f"up to {wait} s to hear which",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(wait)
+    os._exit(2)
 
 
 def is_first() -> bool:

@@ -23,7 +23,10 @@ from topd_jax.teachers import check_teachers
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
 # What may change without making it another run.
-NO_IDENTITY = (*(f"eval.{name}" for name in EVAL_ONLY), "train.preflight")
+NO_IDENTITY = (
+    *(f"eval.{name}" for name in EVAL_ONLY), "train.preflight",
+    "train.heartbeat",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ class TrainSettings:
     steps: int = 300
     max_skipped: int = 10
     preflight: bool = True
+    heartbeat: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +206,7 @@ _LEAST = {
     ("rollout", "max_new_tokens"): 1,
     ("train", "steps"): 1,
     ("train", "max_skipped"): 0,
+    ("train", "heartbeat"): 1,
     ("optimizer", "accumulate"): 1,
     ("log", "top_k"): 1,
     ("log", "problems"): 0,

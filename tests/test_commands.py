@@ -1,0 +1,272 @@
+"""What the commands do as a user types them, also where a disk is full."""
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from small_files import LLAMA, assert_same, make, write_gguf
+from small_run import small_config
+
+from topd_jax import logs, main
+from topd_jax import train as training
+from topd_jax.commands import load_student
+from topd_jax.logs import read_jsonl
+from topd_jax.models import load
+from topd_jax.pair import load_pair
+from topd_jax.settings import settings_from
+
+TESTS = Path(__file__).parent
+
+
+# The happy path.
+
+
+def without_times(path):
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("seconds", "rate"))}
+        for r in read_jsonl(path)
+    ]
+
+
+def test_the_same_command_again_does_nothing(
+    topd, trained, small_arguments, monkeypatch
+):
+    def forbidden(self):
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(training.Run, "_one_step", forbidden)
+    before = {p.name: p.read_text() for p in trained.iterdir() if p.is_file()}
+    row = json.loads(topd("train", *small_arguments, f"--workdir={trained}"))
+    assert row == read_jsonl(trained / "evals.jsonl")[-1]
+    assert row["final"] is True and row["step"] == 6
+    for name, text in before.items():
+        assert (trained / name).read_text() == text
+
+
+def test_eval_of_the_latest_is_the_runs_own(topd, trained, small_arguments):
+    row = json.loads(topd("eval", *small_arguments, f"--workdir={trained}"))
+    final = read_jsonl(trained / "evals.jsonl")[-1]
+    summary = row["benchmarks"]["test"]
+    assert summary["runs"] == [final["exact_match"]]
+    for name in ("reverse_kl", "length_mean", "teacher_nll", "problems"):
+        assert summary[name] == final[name], name
+    written = json.loads((trained / "eval-latest.json").read_text())
+    assert written["step"] == row["step"] == final["step"]
+    assert written["benchmarks"]["test"]["summary"] == summary
+    start = json.loads(topd(
+        "eval", *small_arguments, f"--workdir={trained}", "--which=start"
+    ))  # fmt: skip
+    assert start["step"] == 0
+    assert start["benchmarks"]["test"]["reverse_kl"] != summary["reverse_kl"]
+    best = json.loads(topd(
+        "eval", *small_arguments, f"--workdir={trained}", "--which=best"
+    ))  # fmt: skip
+    assert best["step"] in (0, 4)
+
+
+def test_eval_may_read_otherwise_than_it_was_trained(
+    topd, trained, small_arguments
+):
+    row = json.loads(topd(
+        "eval", *small_arguments, f"--workdir={trained}",
+        "--config.eval.temperature=0", "--config.eval.final_problems=5",
+        "--config.rollout.max_new_tokens=8",
+    ))  # fmt: skip
+    summary = row["benchmarks"]["test"]
+    assert row["temperature"] == 0 and summary["problems"] == 5
+    assert summary["length_mean"] <= 8
+
+
+def test_sample_completes_prompts(topd, trained, small_arguments, refused):
+    line = ["sample", *small_arguments, f"--workdir={trained}"]
+    found = json.loads(topd(*line))
+    assert len(found) == 3
+    assert all(set(f) == {"prompt", "completion"} for f in found)
+    greedy = [*line, "--temperature=0", "--prompt=3+4*5?", "--prompt=2+2?"]
+    found = json.loads(topd(*greedy))
+    assert [f["prompt"] for f in found] == ["3+4*5?", "2+2?"]
+    assert found == json.loads(topd(*greedy, "--config.rollout.top_k=1"))
+    assert found[0]["completion"]
+    message = refused(*line, "--prompt=" + "+".join(["12"] * 9))
+    assert "(--prompt) has " in message and "the limit is 16" in message
+    message = refused(*line, "--temperature=-1")
+    assert "temperature=-1.0 must be 0 (greedy) or a positive" in message
+
+
+@pytest.fixture(scope="module")
+def exported(trained, small_arguments, tmp_path_factory):
+    output = tmp_path_factory.mktemp("exported") / "model"
+    main.run([
+        "export", *small_arguments, f"--workdir={trained}",
+        f"--output={output}",
+    ])  # fmt: skip
+    return output
+
+
+def test_an_export_is_the_student(
+    exported, trained, world_cache, topd, small_arguments, tmp_path
+):
+    config = small_config()
+    config.world.cache = str(world_cache)
+    settings = settings_from(config)
+    pair = load_pair(settings, tmp_path)
+    student, step = load_student(settings, trained, pair, "latest")
+    assert step == 6
+    model, tokenizer = load(exported)
+    for ours, theirs in zip(
+        jax.tree.leaves(student), jax.tree.leaves(model), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == pair.tokenizer.eos_ids[0]
+    text = pair.test.records[0]["prompt"]
+    assert tokenizer.encode(text, add_special_tokens=False) == (
+        pair.tokenizer.encode(text)
+    )
+    # It serves as the start of another run, its template and ids included.
+    row = json.loads(topd(
+        "eval", *small_arguments, "--which=start", f"--workdir={tmp_path}",
+        f"--config.student.source={exported}",
+    ))  # fmt: skip
+    final = read_jsonl(trained / "evals.jsonl")[-1]
+    assert row["benchmarks"]["test"]["reverse_kl"] == final["reverse_kl"]
+    assert row["benchmarks"]["test"]["runs"] == [final["exact_match"]]
+
+
+def test_an_export_takes_no_place_that_is_taken(
+    exported, trained, refused, small_arguments, tmp_path
+):
+    line = ["export", *small_arguments, f"--workdir={trained}"]
+    before = sorted(p.name for p in exported.iterdir())
+    message = refused(*line, f"--output={exported}")
+    assert "is not empty; choose another directory, or empty it" in message
+    assert sorted(p.name for p in exported.iterdir()) == before
+    (tmp_path / "file").write_text("mine")
+    assert "is not empty" in refused(*line, f"--output={tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A run on questions as GSM8K is published, a GGUF pair, OPD."""
+    folder = tmp_path_factory.mktemp("questions")
+    gguf = write_gguf(folder / "model.gguf", make(LLAMA))
+    rows = [
+        {
+            "question": f"tom has {i} and gets 4",
+            "answer": f"{i}+4\n#### {i + 4}",
+        }
+        for i in range(12)
+    ]
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return [
+        f"--config={TESTS / 'small_run.py'}",
+        f"--config.student.source={gguf}",
+        f"--config.teacher.source={gguf}",
+        "--config.student.keep_layers=0,2",
+        "--config.data.source=jsonl",
+        f"--config.data.path={path}",
+        "--config.data.held_out=3",
+        "--config.data.batch_size=4",
+        "--config.data.max_prompt_length=32",
+        "--config.objective.variant=opd",
+        "--config.train.steps=2",
+        "--config.eval.batch_size=4",
+        f"--workdir={folder / 'run'}",
+    ]
+
+
+def test_questions_are_trained_on_graded_and_exported(
+    questions, topd, tmp_path
+):
+    row = json.loads(topd("train", *questions))
+    assert row["problems"] == 3
+    assert row["exact_match"] is not None and row["reverse_kl"] > 0
+    (found,) = json.loads(topd("sample", *questions, "--prompt", "tom has 3"))
+    assert found["prompt"] == "tom has 3"
+    topd("export", *questions, f"--output={tmp_path / 'out'}")
+    model, tokenizer = load(tmp_path / "out")
+    assert model.config.layers == 2
+    assert tokenizer.chat_template is not None
+    assert tokenizer.eos_token_id == 0
+    # The work directory itself serves as a source, without what it came from.
+    student, own = load(questions[-1].removeprefix("--workdir="))
+    assert_same(student, model)
+    assert own("tom has 3").input_ids == tokenizer("tom has 3").input_ids
+    assert own.chat_template == tokenizer.chat_template
+    again = [a for a in questions if "student" not in a and "workdir" not in a]
+    start = json.loads(topd(
+        "eval", *again, "--which=start", f"--workdir={tmp_path}",
+        f"--config.student.source={tmp_path / 'out'}",
+    ))  # fmt: skip
+    assert start["benchmarks"]["test"]["reverse_kl"] == row["reverse_kl"]
+    assert start["benchmarks"]["test"]["length_mean"] == row["length_mean"]
+
+
+# A full disk.
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+
+
+def full_as_orbax_says_it(*_, **__):
+    raise ValueError(
+        'RESOURCE_EXHAUSTED: Error writing local file "/disk/4/state": Failed '
+        "to write 11967\nbytes: No space left on device [os_error_code='28']"
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "at", "what"),
+    [
+        (logs.Logs, "write", 7, full),  # in the middle of training
+        (ocp.CheckpointManager, "save", 3, full_as_orbax_says_it),
+    ],
+)
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    refused, topd, command, tmp_path, trained, monkeypatch, where, method,
+    at, what,
+):  # fmt: skip
+    plain, calls = getattr(where, method), []
+
+    def filling(*args, **kwargs):
+        if "problems" not in args:  # many lines at once, by evaluations
+            calls.append(None)
+        return (what if len(calls) >= at else plain)(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, method, filling)
+        line = refused(*command("train"), bars=True)
+    assert "No space left on device" in line
+    assert line.endswith(
+        "make room and start the same command again: it goes on from the last "
+        "checkpoint"
+    )
+    run = tmp_path / "run"
+    assert any(p.name == "2" for p in (run / "checkpoints").iterdir())
+    assert not any(p.name == "6" for p in (run / "checkpoints").iterdir())
+    topd(*command("train"))
+    for name in ("metrics", "evals", "completions"):
+        assert without_times(run / f"{name}.jsonl") == without_times(
+            trained / f"{name}.jsonl"
+        )
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(
+    refused, trained, small_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("topd_jax.models.export.save_file", full)
+    line = refused(
+        "export", *small_arguments, f"--workdir={trained}",
+        f"--output={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert re.search("could not write .*out .*No space left", line)
+    assert list(tmp_path.iterdir()) == []
