@@ -103,7 +103,8 @@ def get_config() -> ConfigDict:
     # are trained, gathered over fsdp at every token; "gathered", once, in
     # compute dtype, where a device has room; "tensor": fsdp is a second tensor
     # axis meanwhile, and no parameter is gathered; kv heads must divide among
-    # both, else the cache is.
+    # both, else the cache is; "rows": as "tensor" for products, but rows
+    # come back for attention, and the cache stays where it is.
     config.rollout.sharding = "train"
 
     # What is optimised.
@@ -137,6 +138,9 @@ def get_config() -> ConfigDict:
     config.objective.epsilon = 0.05  # entropy of the plan (ours)
     config.objective.position_weight = 0.5  # cost of a window apart (ours)
     config.objective.branch_temperature = 0.0  # 0: greedy branches (ours)
+    # Where the teacher's parameters are meanwhile (ours): train, gathered or
+    # rows, as rollout.sharding has them.
+    config.objective.branch_sharding = "train"
     config.objective.guidance_weight = 0.1  # lambda (ours)
     config.objective.anchor_first = True  # repair, context student (ours)
     # Along the branch: cross_entropy, forward_kl or reverse_kl (ours).

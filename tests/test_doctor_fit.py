@@ -57,6 +57,8 @@ def test_kv_heads_that_do_not_divide_are_gathered_at_every_token():
     enough = dataclasses.replace(few, kv_heads=8)
     assert meshes.decoding(wide, enough, mesh) == []
     assert meshes.decoding(settings_with(), few, mesh) == []
+    rows = settings_with(rollout__sharding="rows")
+    assert meshes.decoding(rows, few, mesh) == []
 
 
 def test_updates_that_bfloat16_would_lose():

@@ -303,6 +303,19 @@ def test_parameters_that_stay_where_they_are_make_a_cheaper_rollout():
     assert seconds("train", 1) == seconds("tensor", 1)
 
 
+def test_a_teacher_that_stays_where_it_is_makes_cheaper_branches():
+    config = qwen3_8b_to_1p7b.get_config()
+
+    def seconds(sharding, variant="topd"):
+        config.objective.branch_sharding = sharding
+        config.objective.variant = variant
+        return plan_search.estimate(settings_from(config), V5E, 8)
+
+    train, gathered, rows = map(seconds, ("train", "gathered", "rows"))
+    assert train > gathered > rows
+    assert seconds("train", "opd") == seconds("rows", "opd")
+
+
 def test_the_search_stops_at_the_first_that_fits(without_devices, monkeypatch):
     settings = settings_from(qwen3_8b_to_1p7b.get_config())
     asked = []

@@ -201,6 +201,7 @@ def _look_ahead(
             temperature=objective.branch_temperature, key=branch_key,
             vocab_size=_shared(student, teacher),
             return_hidden=objective.needs_window_hidden, first_row=first_row,
+            sharding=objective.branch_sharding,
         )  # fmt: skip
         theirs, states = (
             continued if objective.needs_window_hidden else (continued, None)

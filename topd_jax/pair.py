@@ -35,7 +35,7 @@ from topd_jax.records import (
     teacher_shares,
 )
 from topd_jax.settings import ModelSettings, Settings
-from topd_jax.teacher_mesh import make_meshes, rows_shardings
+from topd_jax.teacher_mesh import make_meshes, row_ways, rows_shardings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
@@ -122,7 +122,7 @@ class Pair:
 
     def _solutions(self, settings: Settings) -> packing.SolutionStream:
         data, offline = settings.data, settings.offline
-        unit = sharding.row_ways(self.mesh) * settings.optimizer.accumulate
+        unit = row_ways(self.mesh) * settings.optimizer.accumulate
         return packing.SolutionStream(
             solution_data.read_solutions(
                 offline.path,

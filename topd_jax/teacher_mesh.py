@@ -8,6 +8,7 @@ its host. 0 puts both on one mesh. What then runs where is told in
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,6 +119,15 @@ def rows_shardings(tree: Any, mesh: Mesh) -> Any:
         lambda x: sharding.coarser(NamedSharding(mesh, partition), x.shape),
         tree,
     )
+
+
+def row_ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are spread into.
+
+    Args:
+      mesh: as :func:`make_meshes` builds it.
+    """
+    return math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
 
 
 def make_meshes(

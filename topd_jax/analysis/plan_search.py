@@ -230,9 +230,10 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
 
     Products at the peak, every token's parameters read from memory once, and
     what the mesh sends: parameters gathered over fsdp for every token that is
-    decoded (as ``rollout.sharding`` says) and every slice that is learnt
-    from, activations summed over tensor. A teacher on its own mesh takes its
-    time after the student's, one of ``teacher_mesh.parts``.
+    decoded (as ``rollout.sharding`` and ``objective.branch_sharding`` say) and
+    every slice that is learnt from, activations summed over tensor. A teacher
+    on its own mesh takes its time after the student's, one of
+    ``teacher_mesh.parts``.
 
     Args:
       settings: of the run.
@@ -254,26 +255,37 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
         experts = mesh.expert if config.experts else 1
         return _parameter_bytes(config) / (mesh.tensor * experts)
 
-    rules, learner = settings.rollout.sharding, held(student, mesh)
-    once = {"train": new, "gathered": 1, "tensor": 0}[rules] * learner
-    ahead = sum(held(c, other if own else mesh) for _, c in teachers)
-    ahead *= settings.objective.window
-    ways = mesh.fsdp if rules == "tensor" else 1
-    read = learner * new / ways
+    learner, theirs = held(student, mesh), other if own else mesh
+    once, read = _loop(settings.rollout.sharding, learner, new, mesh.fsdp)
+    ahead, read_ahead = _loop(
+        settings.objective.branch_sharding,
+        sum(held(c, theirs) for _, c in teachers),
+        settings.objective.window * settings.objective.needs_branches,
+        theirs.fsdp,
+    )
     spread = (mesh.fsdp - 1) / mesh.fsdp
     learnt = 3 * settings.optimizer.accumulate * learner
     sent, after = (once + learnt) * spread, 0.0
     if own:
-        after = max(scoring / (own * chip.flops), ahead / chip.bandwidth)
+        after = max(scoring / (own * chip.flops), read_ahead / chip.bandwidth)
         after += ahead * (other.fsdp - 1) / other.fsdp / chip.link
     else:
-        flops, read, sent = flops + scoring, read + ahead, sent + ahead * spread
+        flops, read = flops + scoring, read + read_ahead
+        sent += ahead * spread
         tokens += sum(t for t, _ in scored)
     if mesh.tensor > 1:
         tokens /= devices / mesh.tensor
         sent += 4 * 2 * tokens * student.layers * student.width
     work_seconds = max(flops / (devices * chip.flops), read / chip.bandwidth)
     return work_seconds + sent / chip.link + after / other.parts
+
+
+def _loop(
+    rules: str, parameters: float, tokens: int, fsdp: int
+) -> tuple[float, float]:
+    """Bytes of parameters that a loop over tokens gathers, and reads."""
+    gathers = {"train": tokens, "gathered": 1}.get(rules, 0)
+    return gathers * parameters, tokens * parameters / (1 if gathers else fsdp)
 
 
 def _parameter_bytes(config: DecoderConfig) -> float:
