@@ -250,7 +250,7 @@ def _require_slice(mesh: Mesh, own: int) -> None:
 
 def _require_own_rows(mesh: Mesh) -> None:
     """Every process reads rows of its own, so none may share any."""
-    parts = (sharding.row_ways(mesh),)
+    parts = (row_ways(mesh),)
     rows = NamedSharding(mesh, sharding.spec(("batch",)))
     owners: dict[int | None, set[int]] = {}
     for device, (part,) in rows.devices_indices_map(parts).items():
