@@ -23,14 +23,16 @@ def get_config() -> ConfigDict:
     # Columns of the rows that are learnt from; else rows (arXiv:2407.21783).
     config.mesh.sequence = 1
 
-    # The teacher on devices of its own, the last ones; the first are then the
-    # student's, and config.mesh is of those (ours).
+    # The teacher on devices of its own, the last ones (of several processes as
+    # many of each); the others are the student's, and config.mesh is of those
+    # (ours).
     config.teacher_mesh = ConfigDict()
     config.teacher_mesh.devices = 0  # the teacher's; 0: one mesh for both
     config.teacher_mesh.data = -1  # as of config.mesh, and so on
     config.teacher_mesh.fsdp = 1
     config.teacher_mesh.tensor = 1
     config.teacher_mesh.expert = 1
+    config.teacher_mesh.sequence = 1
     # Slices of a batch: each is scored while the next is written.
     config.teacher_mesh.parts = 1
 
@@ -104,7 +106,8 @@ def get_config() -> ConfigDict:
     # are trained, gathered over fsdp at every token; "gathered", once, in
     # compute dtype, where a device has room; "tensor": fsdp is a second tensor
     # axis meanwhile, and no parameter is gathered; kv heads must divide among
-    # both, else the cache is.
+    # both, else the cache is; "rows": as "tensor" for products, but rows
+    # come back for attention, and the cache stays where it is.
     config.rollout.sharding = "train"
 
     # What is optimised.
@@ -138,6 +141,9 @@ def get_config() -> ConfigDict:
     config.objective.epsilon = 0.05  # entropy of the plan (ours)
     config.objective.position_weight = 0.5  # cost of a window apart (ours)
     config.objective.branch_temperature = 0.0  # 0: greedy branches (ours)
+    # Where the teacher's parameters are meanwhile (ours): train, gathered or
+    # rows, as rollout.sharding has them.
+    config.objective.branch_sharding = "train"
     config.objective.guidance_weight = 0.1  # lambda (ours)
     config.objective.anchor_first = True  # repair, context student (ours)
     # Along the branch: cross_entropy, forward_kl or reverse_kl (ours).

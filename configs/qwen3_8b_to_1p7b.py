@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.objective.candidates = 24  # paper, 2.1: 0.0225 of the tokens
     config.objective.fraction = 0.0225  # paper, section 2.1
     config.objective.window = 50  # paper, sections 2.1 and 3
+    config.objective.branch_sharding = "rows"  # no parameter is gathered (ours)
 
     config.optimizer.learning_rate = 2e-6  # paper, App. B
     config.optimizer.accumulate = 4

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topd_jax import fused, sharding
+from topd_jax import fused, guidance, sharding
 from topd_jax.analysis import hlo, hlo_cost
 from topd_jax.analysis.planning import without_a_tpu
 from topd_jax.analysis.programs import topology_devices
@@ -45,6 +45,14 @@ def recomputed(student, fixed):
     weights = fixed.pop("weights")
     losses = fused.fused_divergence(**student, **fixed, chunk_size=32)
     return jnp.sum(weights * losses)
+
+
+def normalised(student, fixed):
+    """Of the student alone, by which guidance divides."""
+    totals = guidance.fused_log_normalizer(
+        student["student_hidden"], student["student_head"], chunk_size=32
+    )
+    return jnp.sum(fixed["weights"] * totals)
 
 
 def compiled_for(loss, tokens, sizes, devices=None):
@@ -108,7 +116,8 @@ def main(loss):
 
 
 if __name__ == "__main__":
-    chosen = {"weighted": weighted, "recomputed": recomputed}[sys.argv[1]]
+    losses = (weighted, recomputed, normalised)
+    chosen = {loss.__name__: loss for loss in losses}[sys.argv[1]]
     if len(sys.argv) > 2:
         on_topology(chosen, sys.argv[2])
     else:

@@ -16,8 +16,12 @@ from topd_jax.models import causal_mask, unembed
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts, positions_of
 
-# data, fsdp, tensor, expert
-MESHES = ((1, 1, 1, 4), (2, 1, 1, 4), (1, 2, 2, 2), (2, 2, 1, 2))
+# (data, fsdp, tensor, expert), and the rules of rollouts
+MESHES = (
+    ((1, 1, 1, 4), "train"), ((2, 1, 1, 4), "train"),
+    ((1, 2, 2, 2), "tensor"), ((2, 2, 1, 2), "gathered"),
+    ((1, 2, 2, 2), "rows"),
+)  # fmt: skip
 MIXED = dataclasses.replace(CONFIG, dense=(False, True, False))
 
 
@@ -51,12 +55,10 @@ def main() -> None:
     assert jax.device_count() == 8
     one = sharding.make_mesh(devices=jax.devices()[:1])
     want = {config: run(config, one) for config in (CONFIG, MIXED)}
-    for shape in MESHES:
+    for shape, rules in MESHES:
         used = jax.devices()[: int(np.prod(shape))]
         mesh = sharding.make_mesh(*shape, devices=used)
         config = MIXED if shape[2] > 1 else CONFIG
-        rules = {(1, 2, 2, 2): "tensor", (2, 2, 1, 2): "gathered"}
-        rules = rules.get(shape, "train")
         for x, y in zip(
             jax.tree.leaves(want[config]),
             jax.tree.leaves(run(config, mesh, rules)),

@@ -2,7 +2,8 @@
 
     python sharded_programs.py DIRECTORY dense|experts|columns RULES [TOPOLOGY]
 
-DIRECTORY gets the models' config.json, RULES is ``rollout.sharding``; without
+DIRECTORY gets the models' config.json, RULES is ``rollout.sharding``, and
+``objective.branch_sharding`` where that knows them; without
 a topology the programs are compiled for eight simulated devices. Whole stacks
 of parameters, all logits [B, T, V] and the cache may never come together on a
 device: no collective that moves arrays may make one of their size, nor of a
@@ -78,18 +79,20 @@ def settings_of(folder: pathlib.Path, kind: str, rules: str) -> Settings:
     config.data.max_prompt_length = PROMPT
     config.rollout.max_new_tokens = NEW
     config.rollout.sharding = rules
+    if rules != "tensor":
+        config.objective.branch_sharding = rules
     config.rollout.top_p = 0.9  # the filter sorts logits
     config.objective.candidates, config.objective.window = 3, 4
     config.objective.chunk_size = 64
     return settings_from(config)
 
 
-def wholes(settings: Settings, moved: bool) -> Iterator[tuple[str, int, int]]:
+def wholes(settings: Settings, moved: str) -> Iterator[tuple[str, int, int]]:
     """(what may not come together, its elements, parts it is spread in).
 
     Args:
       settings: of the run.
-      moved: the rules move the student's parameters once, as a whole.
+      moved: whose parameters the rules move once, as a whole; "" nobody's.
     """
     fsdp, tensor = settings.mesh.fsdp, settings.mesh.tensor
     expert, sequence = settings.mesh.expert, settings.mesh.sequence
@@ -97,11 +100,7 @@ def wholes(settings: Settings, moved: bool) -> Iterator[tuple[str, int, int]]:
     for name, config in (("student", student), ("teacher", teacher)):
         for part, row in parameter_table(config).items():
             # Norms are whole everywhere.
-            if (
-                row.axes[0] == "layers"
-                and row.scale
-                and not (moved and name == "student")
-            ):
+            if row.axes[0] == "layers" and row.scale and name != moved:
                 ways = fsdp * (tensor if part != "router" else 1)
                 ways *= expert if "expert" in row.axes else 1
                 yield f"{name}'s {part}", math.prod(row.shape), ways
@@ -117,7 +116,9 @@ def gathered(
     program: hlo.Program, settings: Settings, rules: str, name: str
 ) -> list[str]:
     """What a program brings together and may not."""
-    moved = rules != "train" and name in ("rollout", "evaluate")
+    moved = {"annotate": "teacher"}.get(name, "student")
+    if rules == "train" or name not in ("rollout", "evaluate", "annotate"):
+        moved = ""
     sizes = {
         whole // part: what
         for what, whole, ways in wholes(settings, moved)
@@ -145,7 +146,8 @@ def main(folder: str, kind: str, rules: str, topology: str = "") -> None:
     )
     with jax.set_mesh(mesh):
         run = calls(settings, mesh)
-        for name in run if rules == "train" else ("rollout",):
+        names = {"train": tuple(run), "tensor": ("rollout",)}
+        for name in names.get(rules, ("rollout", "annotate")):
             text = run[name].fn.lower(*run[name].args).compile().as_text()
             found = gathered(hlo.parse(text), settings, rules, name)
             assert not found, f"{name} gathers {found}"

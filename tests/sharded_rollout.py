@@ -30,7 +30,7 @@ def prompts() -> Prompts:
     return Prompts(tokens.astype(np.int32), mask)
 
 
-def look_ahead(model, out, positions):
+def look_ahead(model, out, positions, sharding, temperature):
     columns = out.sequence.shape[1]
     extra = branch_columns(positions.shape[1], 5)
     cache = model.init_cache(out.tokens.shape[0], columns + extra)
@@ -39,7 +39,11 @@ def look_ahead(model, out, positions):
     hidden, cache = model(out.sequence, out.positions, mask, cache)
     hidden = completion_states(hidden, out.prompt.shape[1])
     candidates = Candidates(positions, positions < out.mask.sum(1)[:, None])
-    return branch(model, cache, hidden, out, candidates, length=5, **IDS)
+    return branch(
+        model, cache, hidden, out, candidates, length=5, sharding=sharding,
+        temperature=temperature, key=jax.random.key(2), return_hidden=True,
+        **IDS,
+    )  # fmt: skip
 
 
 def everything(model, batch, sharding="train"):
@@ -50,7 +54,10 @@ def everything(model, batch, sharding="train"):
             temperature=temperature, samples=2, sharding=sharding, **IDS,
         )  # fmt: skip
         positions = np.tile([[0, 2, 4]], (out.tokens.shape[0], 1))
-        result.append((out, jax.jit(look_ahead)(model, out, positions)))
+        read = jax.jit(look_ahead, static_argnums=(3, 4))
+        ahead = "train" if sharding == "tensor" else sharding
+        found = read(model, out, positions, ahead, temperature)
+        result.append((out, *found))
     return result
 
 
@@ -68,6 +75,8 @@ def main() -> None:
     one = everything(model, prompts())
     mixed = dict(data=2, fsdp=2, tensor=2)
     shapes = [(dict(data=8), "train"), *((mixed, name) for name in DECODING)]
+    # Two kv heads, and more devices than they divide among.
+    shapes.append((dict(data=1, fsdp=4, tensor=2), "rows"))
     results = {}
     threads = [
         threading.Thread(target=on_mesh, args=(model, *shape, results))
@@ -79,11 +88,14 @@ def main() -> None:
         thread.join()
     for shape, sharding in shapes:
         ways = 8 // shape.get("tensor", 1)
-        for (a, wa), (b, wb) in zip(
+        for (a, wa, ha), (b, wb, hb) in zip(
             one, results[str(shape), sharding], strict=True
         ):
             rows = b.tokens.shape[0]
-            for x in (b.tokens, b.mask, b.logp):
+            spread = [b.tokens, b.mask, b.logp]
+            if sharding in ("gathered", "rows"):  # of branches too
+                spread += [wb.tokens, wb.mask, hb]
+            for x in spread:
                 assert x.sharding.shard_shape(x.shape)[0] == rows // ways
             for name in ("prompt", "tokens", "mask", "truncated"):
                 np.testing.assert_array_equal(getattr(a, name),
@@ -91,6 +103,7 @@ def main() -> None:
             np.testing.assert_allclose(a.logp, b.logp, atol=1e-5)
             np.testing.assert_array_equal(wa.tokens, wb.tokens)
             np.testing.assert_array_equal(wa.mask, wb.mask)
+            np.testing.assert_allclose(ha, hb, atol=1e-5)
             assert wa.mask.any()
     print("equal")
 

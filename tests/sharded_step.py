@@ -19,6 +19,11 @@ from topd_jax.teachers import Teachers
 
 # Eight devices in every shape that the models' sizes allow.
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
+# Where the teacher's parameters are while it looks ahead.
+AHEAD = {
+    (2, 4, 1): ("rows",), (2, 2, 2): ("gathered",),
+    (1, 4, 2): ("rows", "gathered"),
+}  # fmt: skip
 
 
 def place(model, mesh):
@@ -67,7 +72,10 @@ def run(mesh, objective, accumulate, lora=None):
                 False in spread
             ), "no parameter is spread"
     merged = merge_lora(join(state.student, split(student)[1]))
-    return jax.device_get((state.student, merged, metrics, notes.distance))
+    windows = notes.teacher_windows and notes.teacher_windows.tokens
+    return jax.device_get(
+        (state.student, merged, metrics, notes.distance, windows)
+    )
 
 
 def factors(model, lora):
@@ -119,6 +127,21 @@ def assert_same(expected, found):
         np.testing.assert_allclose(jnp.asarray(x), y, rtol=2e-4, atol=2e-5)
 
 
+def look_ahead(one):
+    """The same windows and step, wherever the teacher's parameters are."""
+    objective = Objective(
+        candidates=3, window=4, branch_loss="reverse_kl", branch_temperature=1.0
+    )
+    expected = run(one, objective, 1)
+    for shape, names in AHEAD.items():
+        for name in names:
+            other = dataclasses.replace(objective, branch_sharding=name)
+            found = run(sharding.make_mesh(*shape), other, 1)
+            np.testing.assert_array_equal(expected[-1], found[-1])
+            assert_same(expected, found)
+            print(f"same on {shape}, {name}", flush=True)
+
+
 def main() -> None:
     assert jax.device_count() == 8
     one = sharding.make_mesh(devices=jax.devices()[:1])
@@ -132,6 +155,7 @@ def main() -> None:
             for accumulate in (1, 2) if shape == (2, 2, 2) else (1,):
                 assert_same(expected, run(mesh, objective, accumulate))
                 print(f"same on {shape}, {context}, {accumulate}", flush=True)
+    look_ahead(one)
     objective, lora = Objective(variant="opd"), Lora(4, 8.0, LORA_TARGETS)
     mesh = sharding.make_mesh(2, 2, 2)
     assert_same(run(one, objective, 1, lora), run(mesh, objective, 2, lora))

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from small_run import small_config
 
-from topd_jax import apart
+from topd_jax import apart, evaluate, sharding
 from topd_jax import train as training
 from topd_jax.checkpoint import Checkpoints
 from topd_jax.logs import read_jsonl
+from topd_jax.models import init_decoder
+from topd_jax.models.lora import split
 from topd_jax.pair import load_pair
-from topd_jax.phases import make_optimizer
+from topd_jax.phases import make_optimizer, make_phases
 from topd_jax.settings import settings_from
+from topd_jax.teachers import Teachers
 from topd_jax.types import Annotations, Trajectories
 
 # The student on 8 devices, and on 4 of them.
@@ -96,6 +99,65 @@ def runs(folder):
             print("same run:", name)
 
 
+def models(folder):
+    """What both models say of a token, and what each teacher reads."""
+    cases = {
+        "score": (dict(variant="topd", score="reverse_kl"), PARTS),
+        "teachers": (dict(variant="tip"), TWO),
+    }
+    for name, (options, mesh) in cases.items():
+        found = []
+        for axes in (ONE, mesh):
+            settings = settings_of(folder / "world", axes, **options)
+            pair = load_pair(settings, folder, apart=True)
+            batch = next(pair.stream(settings))
+            if name == "teachers":
+                pair = with_a_second_teacher(pair)
+            found.append(one_step(settings, pair, batch.prompts))
+        a, b = map(jax.tree.leaves, found)
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-4)
+        print("same step:", name)
+
+
+def with_a_second_teacher(pair):
+    mesh = pair.teacher_mesh or pair.mesh
+    narrow = dataclasses.replace(pair.teacher.config, width=16, mlp_width=32)
+    other = init_decoder(narrow, jax.random.key(5))
+    where = sharding.tree_shardings(other, mesh, other.logical_axes)
+    several = {"a": pair.teacher, "b": jax.device_put(other, where)}
+    return dataclasses.replace(pair, teacher=Teachers(several, (8, 8)))
+
+
+def one_step(settings, pair, prompts):
+    optimizer = make_optimizer(settings.optimizer, settings.train.steps)
+    phases = make_phases(settings, optimizer, eos_ids=(2,), pad_id=0)
+    reading = apart.make_reading(settings, pair, phases)
+    keys = jax.random.split(jax.random.key(0))
+    with jax.set_mesh(pair.mesh):
+        written, notes = reading(
+            pair.student, prompts, keys, lambda name, value: value
+        )
+        statistics = reading.statistics(pair.student, written)
+        if isinstance(pair.teacher, Teachers):  # an evaluation asks each
+            rows = pair.teacher.split(written)["b"]
+            told = evaluate.Evaluator(settings, pair)._statistics(
+                pair.student, pair.teacher.models["b"], rows
+            )
+            for name, value in told.items():
+                np.testing.assert_allclose(
+                    value, statistics[f"{name}/b"], rtol=1e-3
+                )
+        frozen = split(pair.student)[1]
+        state, metrics = phases.update(
+            training.initial_state(pair, optimizer), reading.head, written,
+            notes, frozen,
+        )  # fmt: skip
+    return jax.tree.map(
+        np.asarray, (written.tokens, statistics, state.student, metrics)
+    )
+
+
 def resumed(folder):
     """Half a run on one mesh goes on on two, and the other way round."""
     cache = folder / "world"
@@ -137,7 +199,7 @@ class Fakes:
         self.written.append(self._write(prompts.tokens, work, count))
         return self.written[-1]
 
-    def annotate(self, student, teacher, rows, key, first_row):
+    def annotate(self, student, teacher, rows, key, first_row, states):
         self.order.append(("annotate", first_row))
         self.read.append(self._note(rows.tokens))
         return self.read[-1]
@@ -192,7 +254,9 @@ def overlap(folder):
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    dict(runs=runs, resumed=resumed, overlap=overlap)[sys.argv[2]](folder)
+    {f.__name__: f for f in (runs, models, resumed, overlap)}[sys.argv[2]](
+        folder
+    )
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from conftest import EOS, PAD, make_trajectories
 from small_run import settings_with, small_config
 from test_sharded import on_eight_devices
 
-from topd_jax import apart, sharding, sweeps
+from topd_jax import apart, sharding, sweeps, teacher_mesh
 from topd_jax.analysis.plan import step_seconds
 from topd_jax.annotate import annotate
+from topd_jax.data.prompts import EncodedPrompts, prompt_stream
 from topd_jax.data.world_models import student_config, teacher_config
 from topd_jax.doctor import fit
 from topd_jax.models import parameter_table
@@ -26,7 +27,7 @@ from topd_jax.records import check_rows
 from topd_jax.sampling import rollout
 from topd_jax.sampling.sampler import row_noise
 from topd_jax.settings import MeshSettings, settings_from
-from topd_jax.teacher_mesh import TeacherMeshSettings, make_meshes
+from topd_jax.teacher_mesh import TeacherMeshSettings, divide, make_meshes
 from topd_jax.types import Prompts
 
 
@@ -40,6 +41,12 @@ def test_two_meshes_are_the_run_of_one(tmp_path):
 def test_a_checkpoint_goes_on_on_other_meshes(tmp_path):
     said = on_eight_devices("sharded_submesh.py", tmp_path, "resumed")
     assert said.count("same after a change of meshes") == 2
+
+
+@pytest.mark.slow
+def test_steps_with_both_models_and_with_teachers_are_those_of_one(tmp_path):
+    said = on_eight_devices("sharded_submesh.py", tmp_path, "models")
+    assert said.count("same step") == 2
 
 
 def test_a_slice_is_read_while_the_next_is_written(tmp_path):
@@ -106,8 +113,7 @@ def test_what_the_whole_batch_decides_is_decided_on_it(
         (dict(parts=2), r"parts=2 .*set teacher_mesh.devices above 0"),
         (dict(devices=4, parts=3), r"batch_size=8 must be divisible by .*=3"),
         (dict(devices=4, stage="offline"), "has the teacher write"),
-        (dict(devices=4, variant="tip"), "variant=tip weighs tokens"),
-        (dict(devices=4, score="reverse_kl"), "score=reverse_kl ranks"),
+        (dict(devices=4, parts=2, variant="tip"), "variant=tip weighs a token"),
     ],
 )
 def test_what_two_meshes_cannot_do_is_refused(changes, message):
@@ -119,13 +125,24 @@ def test_what_two_meshes_cannot_do_is_refused(changes, message):
         settings_from(config)
 
 
+def test_slices_of_several_teachers_rows_are_refused():
+    settings = settings_with()
+    check = functools.partial(
+        teacher_mesh.check, objective=settings.objective, data=settings.data,
+        teachers={"a": settings.teacher, "b": settings.teacher},
+    )  # fmt: skip
+    check(TeacherMeshSettings(devices=4))
+    with pytest.raises(ValueError, match=r"names 2 teachers.*parts=1"):
+        check(TeacherMeshSettings(devices=4, parts=2))
+
+
 def test_a_sweep_is_refused(tmp_path):
     settings = settings_with(teacher_mesh__devices=4)
     with pytest.raises(ValueError, match="a sweep runs on one mesh"):
         sweeps.sweep(settings, tmp_path)
 
 
-def test_meshes_must_fit_the_devices(monkeypatch):
+def test_meshes_must_fit_the_devices():
     devices = [jax.devices()[0]] * 8
     make = functools.partial(make_meshes, MeshSettings(), devices=devices)
     with pytest.raises(ValueError, match=r"devices=8 must leave .* of the 8"):
@@ -138,9 +155,58 @@ def test_meshes_must_fit_the_devices(monkeypatch):
         make_meshes(
             MeshSettings(data=8), TeacherMeshSettings(4), devices=devices
         )
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="works in one process"):
-        make(TeacherMeshSettings(devices=4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the choice of devices looks at."""
+
+    process_index: int
+    id: int
+    platform: str = "cpu"
+
+
+def test_every_process_gives_its_last_devices():
+    devices = [Device(p, i) for p in (1, 0) for i in range(4)]
+    ours, theirs = divide(devices, 4)
+    assert ours == [Device(p, i) for p in (0, 1) for i in (0, 1)]
+    assert theirs == [Device(p, i) for p in (0, 1) for i in (2, 3)]
+    with pytest.raises(ValueError, match=r"=3 must be divisible by the 2 .* 2"):
+        divide(devices, 3)
+    with pytest.raises(ValueError, match=r"=8 must leave .* at most 6,"):
+        divide(devices, 8)
+    # A process with fewer devices than others decides.
+    with pytest.raises(ValueError, match=r"=4 must leave .* at most 2,"):
+        divide(devices[:-2], 4)
+
+
+def test_no_two_processes_may_share_rows_of_the_student():
+    devices = [Device(p, i) for p in range(2) for i in range(4)]
+    make = functools.partial(
+        make_meshes, teacher=TeacherMeshSettings(4), devices=devices
+    )
+    make(MeshSettings(tensor=2))
+    with pytest.raises(ValueError, match=r"processes \[0, 1\] would share"):
+        make(MeshSettings(tensor=4))
+
+
+def test_every_process_has_rows_of_every_slice():
+    encoded = EncodedPrompts(
+        records=[{"prompt": str(i)} for i in range(8)],
+        ids=[np.asarray([i + 3]) for i in range(8)], pad_id=PAD, max_length=4,
+        skipped=0,
+    )  # fmt: skip
+    whole, *own = (
+        next(prompt_stream(encoded, batch_size=8, seed=0, **options)).index
+        for options in (
+            {}, *(dict(parts=2, process_index=i, process_count=2)
+                  for i in range(2)),
+        )
+    )  # fmt: skip
+    slices = [np.concatenate(p) for p in zip(*map(halves, own), strict=True)]
+    np.testing.assert_array_equal(np.concatenate(slices), whole)
+    with pytest.raises(ValueError, match=r"=8 must be .* 3 parts x .*\(6\)"):
+        prompt_stream(encoded, batch_size=8, seed=0, parts=3, process_count=2)
 
 
 def test_every_part_must_divide_over_both_meshes():
@@ -191,3 +257,20 @@ def test_memory_is_estimated_of_both_meshes():
     assert size < teacher.kept < size + 2 * head
     assert student.annotate < teacher.annotate
     assert (teacher.rollout, teacher.update) == (0, 0)
+    # Of two slices one is written and one read at a time.
+    parts = dataclasses.replace(settings.teacher_mesh, parts=2)
+    two = dataclasses.replace(settings, teacher_mesh=parts)
+    writer, reader = fit.estimate_apart(two, configs, ours, theirs)
+    assert writer.rollout == pytest.approx(student.rollout / 2)
+    assert reader.annotate < teacher.annotate
+    # A second teacher is beside the first.
+    others = {"a": settings.teacher, "b": settings.teacher}
+    data = dataclasses.replace(
+        settings.data, source="jsonl", path="x", teacher_field="who"
+    )
+    more = {f"teachers.{name}": configs["teacher"] for name in others}
+    more = {"student": configs["student"]} | more
+    several = dataclasses.replace(settings, teachers=others, data=data)
+    first, second = fit.estimate_apart(several, more, ours, theirs)
+    assert first.kept == pytest.approx(student.kept + head)
+    assert second.kept == pytest.approx(teacher.kept + size)

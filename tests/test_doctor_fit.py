@@ -57,6 +57,8 @@ def test_kv_heads_that_do_not_divide_are_gathered_at_every_token():
     enough = dataclasses.replace(few, kv_heads=8)
     assert meshes.decoding(wide, enough, mesh) == []
     assert meshes.decoding(settings_with(), few, mesh) == []
+    rows = settings_with(rollout__sharding="rows")
+    assert meshes.decoding(rows, few, mesh) == []
 
 
 def test_updates_that_bfloat16_would_lose():
@@ -109,6 +111,30 @@ def test_memory_is_shared_among_devices():
     assert four.rollout == pytest.approx(one.rollout / 4)
     assert eight.rollout == pytest.approx(one.rollout / 8)
     assert eight.update < four.update < one.update
+
+
+def test_activations_are_shared_over_sequence():
+    settings = settings_with(data__batch_size=16, objective__variant="opd")
+    configs = {"student": CONFIG, "teacher": CONFIG}
+    one, two, odd = (
+        fit.estimate(
+            dataclasses.replace(
+                settings,
+                data=dataclasses.replace(settings.data, batch_size=rows),
+            ),
+            configs,
+            jax.sharding.AbstractMesh((1, 1, 1, 1, n), sharding.MESH_AXES),
+        )
+        for n, rows in ((1, 16), (2, 16), (2, 17))
+    )
+    assert two.kept == one.kept  # parameters are not
+    assert two.rollout == pytest.approx(one.rollout / 2)
+    assert two.annotate == pytest.approx(one.annotate / 2)
+    # Of the update the states are whole on every device.
+    states = 4 * one.kept / 5 + 4 * CONFIG.vocab_size * CONFIG.width
+    assert two.update - states == pytest.approx((one.update - states) / 2)
+    # Rows that do not divide over it stay whole where columns do not part.
+    assert odd.rollout == pytest.approx(one.rollout * 17 / 16)
 
 
 def test_adapters_and_fewer_bits_are_counted():

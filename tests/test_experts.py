@@ -180,4 +180,4 @@ def test_eight_devices_say_what_one_says():
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("same on") == 4
+    assert done.stdout.count("same on") == 5

@@ -12,6 +12,7 @@ import pytest
 from topd_jax.analysis import hlo
 from topd_jax.analysis.hlo_bytes import group_size, ring_bytes
 from topd_jax.analysis.hlo_cost import Cost, count
+from topd_jax.analysis.hlo_heaviest import heaviest
 
 
 def counted(fn, *args):
@@ -137,6 +138,35 @@ def test_a_psum_over_four_of_eight_devices():
     assert "counted" in done.stdout, done.stderr[-2000:]
 
 
+def test_the_heaviest_operations_have_a_source_and_all_the_bytes():
+    def fn(x, w):
+        def body(x, m):
+            return jnp.tanh(jax.named_call(jnp.dot, name="product")(x, m)), None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    args = jnp.ones((64, 128)), jnp.ones((7, 128, 128))
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    program = hlo.parse(text)
+    found = heaviest(program, 100)
+    total = count(program).bytes
+    assert sum(h.bytes for h in found) == pytest.approx(total)
+    assert [h.bytes for h in found] == sorted(
+        (h.bytes for h in found), reverse=True
+    )
+    (product,) = (h for h in found if "product" in h.source and h.times == 7)
+    assert product.shape == "f32[64,128]"
+    assert heaviest(program, 1) == found[:1]
+
+
+def test_what_sends_is_told_though_little_is_moved():
+    moving, *sending = heaviest(hlo.parse(TPU), 1)
+    assert moving.kind == "fusion" and moving.sent == 0
+    (sent,) = sending
+    assert (sent.kind, sent.times) == ("collective-permute", 1)
+    assert sent.sent == 256 * 512 * 2
+
+
 TPU = textwrap.dedent(
     """\
     HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -222,6 +252,46 @@ def test_costs_add_up():
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("nothing")
+
+
+SLICED = """\
+HloModule sliced, num_partitions=1
+
+%retiled (r: bf16[36,64,32]) -> bf16[36,64,32] {
+  %r = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copy = bf16[36,64,32]{1,2,0:T(8,128)(2,1)} copy(%r)
+}
+
+%taken (t: bf16[36,64,32], i: s32[]) -> bf16[64,32] {
+  %t = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  %view = bf16[36,64,32]{1,2,0:T(8,128)(2,1)} fusion(%t), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retiled
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %slice = bf16[1,64,32]{1,2,0} dynamic-slice(%view, %i, %z, %z), dynamic_slice_sizes={1,64,32}
+  ROOT %b = bf16[64,32]{0,1} bitcast(%slice)
+}
+
+%product (p: bf16[36,64,32], j: s32[], x: bf16[8,64]) -> bf16[8,32] {
+  %p = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  %j = s32[] parameter(1)
+  %x = bf16[8,64]{1,0} parameter(2)
+  %w = bf16[64,32]{0,1} fusion(%p, %j), kind=kLoop, calls=%taken
+  ROOT %y = bf16[8,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (w: bf16[36,64,32], i: s32[], x: bf16[8,64]) -> bf16[8,32] {
+  %w = bf16[36,64,32]{1,2,0:T(16,128)(2,1)} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %x = bf16[8,64]{1,0} parameter(2)
+  ROOT %y = bf16[8,32]{1,0} fusion(%w, %i, %x), kind=kOutput, calls=%product
+}
+"""  # noqa: E501
+
+
+def test_a_slice_of_what_is_tiled_otherwise_is_all_that_is_read():
+    # As TPU7x spells it: one layer of 36, the states, and the result.
+    moved = 2 * (64 * 32 + 8 * 64 + 8 * 32)
+    assert count(hlo.parse(SLICED)).bytes == moved
 
 
 TWO_LOOPS = """\

@@ -1,21 +1,23 @@
 """The plan of a run: figures, table, search; no TPU compiler needed."""
 
 import dataclasses
+import math
 import types
 
 import jax
 import pytest
-from topd_jax.configs import qwen3_8b_to_1p7b, tiny
+from topd_jax.configs import qwen3_8b_apart, qwen3_8b_to_1p7b, tiny
 
 from topd_jax import sharding
 from topd_jax.analysis import plan_search, programs
-from topd_jax.analysis.chips import CHIPS, chip_of
+from topd_jax.analysis.chips import CHIPS, chip_of, fits_one_host
 from topd_jax.analysis.compiling import (
     ProgramPlan,
     largest_buffers,
     used_bytes,
 )
 from topd_jax.analysis.hlo_cost import Cost
+from topd_jax.analysis.hlo_heaviest import Heavy
 from topd_jax.analysis.plan import PhasePlan, Plan, roofline
 from topd_jax.analysis.plan_table import table
 from topd_jax.analysis.planning import advice
@@ -46,10 +48,21 @@ def plan_of(*programs):
 
 def devices(kind, chips, cores):
     return [
-        types.SimpleNamespace(device_kind=kind, coords=[i, 0, 0])
+        types.SimpleNamespace(
+            device_kind=kind, coords=[i, 0, 0], process_index=0
+        )
         for i in range(chips)
         for _ in range(cores)
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "one"),
+    [("TPU v5 lite", 8, True), ("TPU v6 lite", 8, True),
+     ("TPU v5 lite", 16, False), ("TPU v5", 8, False), ("TPU v5", 4, True)],
+)  # fmt: skip
+def test_which_topologies_one_host_can_have(kind, count, one):
+    assert fits_one_host(devices(kind, count, 1)) == one
 
 
 def test_a_core_that_is_a_device_has_its_share_of_the_chip():
@@ -93,6 +106,17 @@ def test_the_largest_buffers_are_in_the_compilers_report(tmp_path):
         "296.75 MiB 5×f32[2048,37984]",
         "3.00 MiB bf16[1,768], 2×bf16[7]",
     )
+
+
+def test_the_table_explains_where_bytes_come_from():
+    source = "jit(learn)/" + "while/body/" * 20 + "dot_general"
+    heavy = Heavy("all-reduce", source, "bf16[8,16]", 36, 2e9, 3.5e9)
+    text = table(plan_of(made(heaviest=(heavy,))))
+    (row,) = (r for r in text.splitlines() if "bf16[8,16]" in r)
+    for said in ("all-reduce", " 36 ", " 2.00 ", " 3.50 ", "/body/dot_general"):
+        assert said in row
+    assert len(row) < 150
+    assert "moves and sends" not in table(plan_of(made()))
 
 
 def test_a_program_fits_up_to_what_may_be_used():
@@ -188,17 +212,28 @@ def fake_devices(count):
     return devices("TPU v5 lite", count, 1)
 
 
+def abstract_mesh(devices, **sizes):
+    if sizes["data"] == -1:
+        sizes["data"] = 1
+        sizes["data"] = len(devices) // math.prod(sizes.values())
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError("axes do not multiply to the devices")
+    return jax.sharding.AbstractMesh(
+        tuple(sizes[name] for name in sharding.MESH_AXES), sharding.MESH_AXES
+    )
+
+
 @pytest.fixture
 def without_devices(monkeypatch):
     """Sizes instead of meshes: nothing here needs real devices."""
     monkeypatch.setattr(
         plan_search, "topology_devices", lambda name: fake_devices(8)
     )
-    monkeypatch.setattr(sharding, "make_mesh", lambda devices, **sizes: sizes)
+    monkeypatch.setattr(sharding, "make_mesh", abstract_mesh)
 
-    def models(settings, mesh):
-        ways = mesh["fsdp"] * mesh["tensor"]
-        if mesh["tensor"] > 2:
+    def models(settings, mesh, theirs):
+        ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        if mesh.shape["tensor"] > 2:
             raise ValueError("heads do not divide")
         size = jax.ShapeDtypeStruct((6 * GIB // ways,), "int8")
         return types.SimpleNamespace(state=size, teacher=size, student=size)
@@ -225,6 +260,34 @@ def test_candidates_fit_by_their_parameters_and_come_cheapest_first(
     assert [r for _, r in plain] == ["none", "dots", "full"]
 
 
+def test_a_search_keeps_the_teachers_mesh(without_devices, monkeypatch):
+    settings = settings_from(qwen3_8b_apart.get_config())
+    found = list(plan_search.candidates(settings, "v5e:2x4"))
+    meshes = {one.mesh for _, one in found}
+    assert len(meshes) > 2
+    for mesh in meshes:
+        assert mesh.data * mesh.fsdp * mesh.tensor * mesh.expert == 4
+    assert {one.teacher_mesh for _, one in found} == {settings.teacher_mesh}
+    # What the teacher's chips did not hold they do not hold beside others.
+    one, two = (
+        dataclasses.replace(settings, mesh=mesh)
+        for mesh in sorted(meshes, key=str)[:2]
+    )
+    assert plan_search._no_smaller(one, two, "annotate")
+    assert not plan_search._no_smaller(one, two, "rollout")
+
+
+def test_a_teachers_time_is_of_its_own_devices():
+    def seconds(**changes):
+        config = qwen3_8b_apart.get_config()
+        config.teacher_mesh.update(changes)
+        return plan_search.estimate(settings_from(config), V5E, 4)
+
+    base = seconds()
+    assert seconds(devices=8, tensor=8) < base < seconds(parts=1)
+    assert seconds(tensor=2, fsdp=2) > seconds(tensor=2, data=2)
+
+
 def test_parameters_that_stay_where_they_are_make_a_cheaper_rollout():
     config = qwen3_8b_to_1p7b.get_config()
 
@@ -238,6 +301,19 @@ def test_parameters_that_stay_where_they_are_make_a_cheaper_rollout():
     # At every token, once, never; and each chip reads its eighth of them.
     assert train > 2 * gathered and gathered > tensor
     assert seconds("train", 1) == seconds("tensor", 1)
+
+
+def test_a_teacher_that_stays_where_it_is_makes_cheaper_branches():
+    config = qwen3_8b_to_1p7b.get_config()
+
+    def seconds(sharding, variant="topd"):
+        config.objective.branch_sharding = sharding
+        config.objective.variant = variant
+        return plan_search.estimate(settings_from(config), V5E, 8)
+
+    train, gathered, rows = map(seconds, ("train", "gathered", "rows"))
+    assert train > gathered > rows
+    assert seconds("train", "opd") == seconds("rows", "opd")
 
 
 def test_the_search_stops_at_the_first_that_fits(without_devices, monkeypatch):

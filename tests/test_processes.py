@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,6 +77,13 @@ def parameters(workdir, world):
     return jax.device_get(jax.tree.leaves(state.student))
 
 
+def await_step(step, workdir, children):
+    saved = workdir / "checkpoints" / str(step)
+    while not saved.exists():
+        assert children[0].poll() is None, children[0].communicate()[1]
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return tmp_path_factory.mktemp("processes") / "world"
@@ -120,24 +128,62 @@ def test_several_processes_are_one_program(alone, world, tmp_path, count):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_arrays_move_between_meshes_of_several_processes():
+    address = f"localhost:{free_port()}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, TESTS / "moved_arrays.py", address, str(i)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for out, err, code in finish(children):
+        assert code == 0, err
+        assert "all arrived" in out
+
+
+@pytest.mark.slow
+def test_a_teacher_on_devices_of_every_process(alone, world, tmp_path):
+    # The embedding is gathered for it from both hosts, at every step.
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = [
+        "--config.teacher_mesh.devices=4", "--config.teacher_mesh.parts=2",
+        "--config.mesh.fsdp=4",
+    ]  # fmt: skip
+    children = begin(world, whole, 2, devices=4, more=more)
+    for _, err, code in finish(children):
+        assert code == 0, err
+    found = parameters(whole, world)
+    for a, b in zip(found, parameters(alone, world), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # Without its last checkpoint it goes on from the one before.
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "6")
+    for _, err, code in finish(begin(world, cut, 2, devices=4, more=more)):
+        assert code == 0, err
+    for a, b in zip(found, parameters(cut, world), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.slow
 def test_a_killed_process_stops_the_others_and_the_job_resumes(
     alone, world, tmp_path
 ):
     children = begin(
-        world, tmp_path, 2, devices=2,
-        more=["--config.train.heartbeat=10", "--config.train.steps=6"],
+        world, tmp_path, 2, devices=4,
+        more=[
+            "--config.train.heartbeat=10", "--config.teacher_mesh.devices=4",
+        ],
     )  # fmt: skip
-    saved = tmp_path / "checkpoints" / "2"
-    while not saved.exists():
-        assert children[0].poll() is None, children[0].communicate()[1]
-        time.sleep(0.1)
+    await_step(2, tmp_path, children)
     children[1].send_signal(signal.SIGKILL)
     (_, err, code), _ = finish(children)
     assert code != 0
     # JAX calls a process a task.
     named = r"unhealthy \(stopped sending heartbeats\):\n1\n"
     assert re.search(named, err), err
+    # The teacher had devices of its own; it goes on beside the student.
     for _, err, code in finish(begin(world, tmp_path, 2, devices=2)):
         assert code == 0, err
     assert [m["step"] for m in read_jsonl(tmp_path / "metrics.jsonl")] == [

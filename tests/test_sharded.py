@@ -33,7 +33,7 @@ def on_eight_devices(*arguments):
 
 @pytest.mark.slow
 def test_eight_devices_take_the_step_of_one():
-    assert on_eight_devices("sharded_step.py").count("same on") == 12
+    assert on_eight_devices("sharded_step.py").count("same on") == 16
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_every_mesh_of_eight_devices_takes_the_step_of_one():
     assert on_eight_devices("sharded_shapes.py").count("same on") == 35
 
 
-@pytest.mark.parametrize("loss", ["weighted", "recomputed"])
+@pytest.mark.parametrize("loss", ["weighted", "recomputed", "normalised"])
 def test_the_head_is_exchanged_once_and_not_at_every_chunk(loss):
     assert on_eight_devices("sharded_chunks.py", loss).count("bytes") == 2
 
@@ -63,22 +63,25 @@ def test_devices_that_share_columns_take_the_step_of_one(which, shapes):
         ("dense", "train"),
         ("dense", "gathered"),
         ("dense", "tensor"),
+        ("dense", "rows"),
         ("experts", "train"),
         ("experts", "tensor"),
+        ("experts", "rows"),
         ("columns", "train"),
         ("columns", "tensor"),
+        ("columns", "rows"),
     ],
 )
 def test_no_program_gathers_a_whole(tmp_path, kind, rules):
     said = on_eight_devices("sharded_programs.py", tmp_path, kind, rules)
-    programs = 6 if rules == "train" else 1
+    programs = {"train": 6, "tensor": 1}.get(rules, 2)
     assert said.count("gathers no whole") == programs
 
 
 @pytest.mark.slow
 def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
     pytest.importorskip("libtpu", reason="pip install libtpu")
-    for rules, programs in (("train", 6), ("tensor", 1)):
+    for rules, programs in (("train", 6), ("tensor", 1), ("rows", 2)):
         said = on_eight_devices(
             "sharded_programs.py", tmp_path, "dense", rules, "v5e:2x4"
         )
@@ -86,7 +89,7 @@ def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["weighted", "recomputed"])
+@pytest.mark.parametrize("loss", ["weighted", "recomputed", "normalised"])
 def test_a_tpu_gathers_the_head_once(loss):
     pytest.importorskip("libtpu", reason="pip install libtpu")
     said = on_eight_devices("sharded_chunks.py", loss, "v5e:2x4")

@@ -76,6 +76,17 @@ def test_a_teacher_on_its_own_chips(tmp_path):
         assert word in done.stdout
 
 
+def test_chips_of_several_hosts_that_form_no_slice_are_refused():
+    done = topd(
+        f"--config={HERE / 'small_run.py'}",
+        "--config.teacher_mesh.devices=8",
+        "--topology=v5e:4x4",
+    )
+    assert done.returncode == 2
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("topd:")]
+    assert "8 chips of 4 hosts" in line and "teacher_mesh.devices=0" in line
+
+
 def test_what_does_not_fit_is_told_and_what_would(tmp_path):
     done = topd(
         f"--config={HERE / 'large_run.py'}",

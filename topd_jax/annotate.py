@@ -34,6 +34,7 @@ def annotate(
     pad_id: int,
     score: jax.Array | None = None,
     first_row: int | jax.Array = 0,
+    student_states: jax.Array | None = None,
 ) -> Annotations:
     """Lets the teacher read what the student wrote, and look ahead.
 
@@ -53,10 +54,15 @@ def annotate(
         ``objective.score``.
       first_row: of a larger batch, of which these rows are a slice; what
         :func:`decide` says is then of the slice, until it is asked again.
+      student_states: [B, T, D_student] what the student has read already; of
+        it head and embedding are needed then. None: it reads here, where
+        ``objective.needs_student_states``.
 
     Returns:
       Annotations, all of them stopped.
     """
+    if student_states is None and objective.needs_student_states:
+        student_states = read(student, trajectories)
     columns = trajectories.sequence.shape[1]
     ahead, extra = objective.needs_branches, 0
     if ahead:
@@ -71,6 +77,10 @@ def annotate(
     )
     notes = Annotations(hidden, jnp.where(trajectories.mask, loss, 0.0))
     if objective.pieces.looks_ahead:
+        if score is None:
+            score = _own_score(
+                student, student_states, teacher, notes, objective
+            )
         notes = _look_ahead(
             student, teacher, trajectories, notes, cache, key,
             objective=objective, eos_ids=eos_ids, pad_id=pad_id, score=score,
@@ -78,7 +88,7 @@ def annotate(
         )  # fmt: skip
     if objective.pieces.weighs:
         found = baselines.token_statistics(
-            read(student, trajectories), student.head,
+            student_states, student.head,
             hidden, teacher.head, trajectories.tokens, objective,
         )  # fmt: skip
         notes = notes.replace(
@@ -170,12 +180,10 @@ def _look_ahead(
     objective: Objective,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    score: jax.Array | None,
+    score: jax.Array,
     first_row: int | jax.Array,
 ) -> Annotations:
     branch_key, _ = jax.random.split(key)
-    if score is None:
-        score = _own_score(student, teacher, trajectories, notes, objective)
     candidates = near_future.select_candidates(
         score,
         trajectories.mask,
@@ -193,6 +201,7 @@ def _look_ahead(
             temperature=objective.branch_temperature, key=branch_key,
             vocab_size=_shared(student, teacher),
             return_hidden=objective.needs_window_hidden, first_row=first_row,
+            sharding=objective.branch_sharding,
         )  # fmt: skip
         theirs, states = (
             continued if objective.needs_window_hidden else (continued, None)
@@ -229,8 +238,8 @@ def _distance(
 
 def _own_score(
     student: Any,
+    states: jax.Array | None,
     teacher: Any,
-    trajectories: Trajectories,
     notes: Annotations,
     objective: Objective,
 ) -> jax.Array:
@@ -238,7 +247,7 @@ def _own_score(
     if objective.score == "teacher_loss":
         return notes.teacher_token_loss
     return fused.fused_divergence(
-        read(student, trajectories),
+        states,
         student.head,
         notes.teacher_hidden,
         teacher.head,

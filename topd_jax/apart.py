@@ -3,8 +3,9 @@
 The student's mesh writes, learns and keeps the optimizer; the teacher's reads
 and looks ahead. Between them move
 
-* to the teacher: trajectories, and the student's embedding [V, D_student]
-  where the transport cost is measured in it, at every step;
+* to the teacher: trajectories, and at every step the student's embedding
+  [V, D_student] where the transport cost is measured in it, its states [B, T,
+  D_student] and head where candidates are ranked or tokens weighed by both;
 * back: the annotations, of which the teacher's hidden states [B, T,
   D_teacher] are nearly everything;
 * once: the teacher's output head, which the update reads at every step.
@@ -24,15 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
 
 from topd_jax import metrics, sharding
 from topd_jax.annotate import decide, read
 from topd_jax.head import Head
+from topd_jax.moves import copy_to, move, move_rows
 from topd_jax.objective import Objective
 from topd_jax.pair import Pair
 from topd_jax.settings import Settings
 from topd_jax.teacher_mesh import rows_shardings
+from topd_jax.teachers import Teachers, by_name, split_rows, total
 from topd_jax.types import Annotations, Prompts, Trajectories
 
 
@@ -49,24 +51,28 @@ class StandIn:
     embedding: jax.Array | None = None
 
 
-def counted(head: Head) -> StandIn:
+def counted(model: Any) -> StandIn | Teachers:
     """A model of which only the number of vocabulary rows is needed."""
+    if isinstance(model, Teachers):
+        each = {name: counted(m) for name, m in model.models.items()}
+        return model.replace(models=each)
     # Of the host: made on a device, it would wait for what runs there.
-    return StandIn(np.empty((head.shape[0], 0), np.float32))
+    return StandIn(np.empty((model.head.shape[0], 0), np.float32))
 
 
-def embedding_needed(objective: Objective) -> bool:
-    """Whether the teacher's mesh needs the student's embedding."""
-    return objective.needs_branches and objective.detector == "transport"
+def needed_of(student: Any, objective: Objective) -> StandIn:
+    """What the teacher's mesh needs of the student, but for its states.
 
-
-def move(tree: Any, mesh: Mesh) -> Any:
-    """Rows of a batch, spread over another mesh.
-
-    Where both meshes spread rows into as many parts they go from device to
-    device; otherwise through the host, which waits for them.
+    Args:
+      student: the model, or its shapes.
+      objective: of the run.
     """
-    return jax.device_put(tree, sharding.batch_shardings(tree, mesh))
+    made = counted(student)
+    if objective.needs_student_states:
+        made = made.replace(head=student.head)
+    if objective.needs_branches and objective.detector == "transport":
+        made = made.replace(embedding=student.embedding)
+    return made
 
 
 def make_reading(
@@ -136,7 +142,8 @@ class Apart:
         self._pair, self._phases = pair, phases
         self._statistics = make_statistics(settings, pair)
         self._parts = settings.teacher_mesh.parts
-        self._moves_embedding = embedding_needed(settings.objective)
+        self._objective = settings.objective
+        self._reader = make_reader()
         self._join = make_join(settings.objective)
         self.head = pair.teacher_head
 
@@ -164,10 +171,10 @@ class Apart:
           annotated before the next is written.
         """
         pair, (roll_key, note_key) = self._pair, keys
-        mesh, writer = pair.teacher_mesh, counted(self.head)
+        mesh, writer = pair.teacher_mesh, counted(pair.teacher)
         # Before anything is written, behind which they would wait.
         ours = self._student(student)
-        there = jax.device_put(note_key, sharding.replicated(mesh))
+        there = copy_to(note_key, mesh)
         written, first_rows = [], []
         # All before the first move: a move may wait for what it moves.
         for part in split(prompts, self._parts):
@@ -178,16 +185,19 @@ class Apart:
                 )
             )
         clock("rollout", written)
+        states = [None] * len(written)
+        if self._objective.needs_student_states:
+            states = [self._reader(student, part) for part in written]
         notes = []
-        for part, first_row in zip(written, first_rows, strict=True):
-            moved = move(part, mesh)
+        for *part, first_row in zip(written, states, first_rows, strict=True):
+            moved, read_by_us = move_rows(part, mesh)
             with jax.set_mesh(mesh):
                 notes.append(
                     self._phases.annotate(
-                        ours, pair.teacher, moved, there, first_row
+                        ours, pair.teacher, moved, there, first_row, read_by_us
                     )
                 )
-        notes = [move(part, pair.mesh) for part in notes]
+        notes = [move_rows(part, pair.mesh) for part in notes]
         clock("annotate", notes)
         if len(notes) == 1:
             return written[0], notes[0]
@@ -195,12 +205,13 @@ class Apart:
 
     def _student(self, student: Any) -> StandIn:
         """What the teacher's mesh needs of the student."""
-        made = counted(student.head)
-        if not self._moves_embedding:
-            return made
-        rows = student.embedding
-        where = rows_shardings(rows, self._pair.teacher_mesh)
-        return made.replace(embedding=jax.device_put(rows, where))
+        made = needed_of(student, self._objective)
+        # What is only counted stays on the host.
+        return jax.tree.map(
+            lambda x, place: move(x, place) if isinstance(x, jax.Array) else x,
+            made,
+            rows_shardings(made, self._pair.teacher_mesh),
+        )
 
 
 def make_join(objective: Objective) -> Callable[..., Any]:
@@ -228,9 +239,19 @@ def split(tree: Any, parts: int) -> list[Any]:
     ]
 
 
-def make_reader() -> Callable[[Any, Trajectories], jax.Array]:
-    """The jitted (teacher, trajectories) -> its states [B, T, D]."""
-    return jax.jit(read)
+def make_reader() -> Callable[[Any, Trajectories], Any]:
+    """The jitted (model, trajectories) -> its states [B, T, D].
+
+    Of several teachers, name -> the states of its own rows.
+    """
+
+    def reader(model: Any, written: Trajectories) -> Any:
+        if not isinstance(model, Teachers):
+            return read(model, written)
+        own = model.split(written)
+        return {name: read(m, own[name]) for name, m in model.models.items()}
+
+    return jax.jit(reader)
 
 
 def make_comparison(settings: Settings) -> Callable[..., dict]:
@@ -241,18 +262,31 @@ def make_comparison(settings: Settings) -> Callable[..., dict]:
 
     Returns:
       (student, teacher's head, its states [B, T, D], trajectories) ->
-      name -> (sum, count).
+      name -> (sum, count); heads and states of several teachers by name, then
+      also "name/teacher".
     """
     options = dict(
         top_k=settings.log.top_k, log_floor=settings.objective.log_floor
     )
 
-    def compare(
+    def one(
         student: Any, head: Head, states: jax.Array, written: Trajectories
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         return metrics.statistics(
             student, StandIn(head), written, teacher_states=states, **options
         )
+
+    def compare(
+        student: Any, head: Any, states: Any, written: Trajectories
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        if not isinstance(states, dict):
+            return one(student, head, states, written)
+        sizes = {name: x.shape[0] for name, x in states.items()}
+        parts = {
+            name: one(student, head[name], states[name], rows)
+            for name, rows in split_rows(written, sizes).items()
+        }
+        return total(parts.values()) | by_name(parts)
 
     return jax.jit(compare)
 
@@ -265,16 +299,20 @@ def make_statistics(settings: Settings, pair: Pair) -> Callable[..., dict]:
       pair: with a ``teacher_mesh``.
 
     Returns:
-      (student, teacher, trajectories) -> name -> (sum, count).
+      (student, teacher, trajectories) -> name -> (sum, count); of several
+      teachers all, or one of them.
     """
     reader, compare = make_reader(), make_comparison(settings)
-    head = pair.teacher_head
 
     def statistics(student: Any, teacher: Any, written: Trajectories) -> dict:
-        moved = move(written, pair.teacher_mesh)
+        head = pair.teacher_head
+        if isinstance(head, dict) and not isinstance(teacher, Teachers):
+            models = pair.teacher.models
+            head = next(head[n] for n, m in models.items() if m is teacher)
+        moved = move_rows(written, pair.teacher_mesh)
         with jax.set_mesh(pair.teacher_mesh):
             states = reader(teacher, moved)
-        return compare(student, head, move(states, pair.mesh), written)
+        return compare(student, head, move_rows(states, pair.mesh), written)
 
     return statistics
 
@@ -296,10 +334,10 @@ def together(pair: Pair) -> Pair:
     try:
         where = sharding.tree_shardings(student, mesh, student.logical_axes)
     except ValueError:  # only the teacher has to divide over its mesh
-        where = sharding.replicated(mesh)
+        where = jax.tree.map(lambda _: sharding.replicated(mesh), student)
     return dataclasses.replace(
         pair,
-        student=jax.device_put(student, where),
+        student=move(student, where),
         mesh=mesh,
         teacher_mesh=None,
     )

@@ -23,18 +23,14 @@ Both give one number a candidate, f32[..., M]; the mean over the divergent ones
 of the global batch is the caller's: ``weighted_mean(loss, mask=divergent)``.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from topd_jax.chunks import chunk_tokens, chunked_loss, per_token
 from topd_jax.head import Head, head_cap, head_rows, soft_cap
 from topd_jax.losses import LOG_FLOOR
 from topd_jax.near_future import slice_windows
 from topd_jax.types import Candidates, Windows
-
-# Logits of one chunk of the log-normaliser: 64 MB in float32.
-_CHUNK_ELEMENTS = 1 << 24
 
 
 def trajectory_targets(
@@ -197,15 +193,15 @@ def fused_log_normalizer(
     """log sum_v exp <h_t, W[v]>, at most a chunk of logits at a time.
 
     Each chunk's logits are computed again in the backward pass; the head's
-    gradient is summed over chunks in float32.
+    gradient is summed over chunks in float32, and over devices once.
 
     Args:
       hidden: [..., T, D].
       head: [V, D].
       vocab_size: ids that exist, the first of the head's rows; all unless
         given.
-      chunk_size: tokens a chunk, counted over all rows; chosen by the shapes
-        unless given. Rounded so that chunks are columns of T.
+      chunk_size: tokens a chunk, about, counted over all rows; chosen by
+        the shapes unless given.
 
     Returns:
       f32[..., T].
@@ -217,38 +213,13 @@ def fused_log_normalizer(
         raise ValueError(
             f"chunk_size={chunk_size} must be at least 1; None chooses it"
         )
-    head, cap = head_rows(head)[:vocab_size], head_cap(head)
-    chunk_size = chunk_size or max(_CHUNK_ELEMENTS // head.shape[0], 1)
-    *lead, length, width = hidden.shape
-    columns = max(chunk_size // math.prod(lead), 1)
-    if columns >= length:
-        return _log_normalizer(hidden, head, cap)
-    # The cotangents of a loop's constants are summed in their own type.
-    head = head.astype(jnp.float32)
-
-    @jax.checkpoint
-    def of_chunk(chunk: jax.Array) -> jax.Array:
-        return _log_normalizer(chunk, head, cap)
-
-    chunks = -(-length // columns)
-    pad = [(0, 0)] * len(lead) + [(0, chunks * columns - length), (0, 0)]
-    pieces = jnp.pad(hidden, pad).reshape(*lead, columns, chunks, width)
-    # A mesh may hold rows apart, and stretches of T: of each a chunk has some.
-    out = jax.lax.map(of_chunk, jnp.moveaxis(pieces, -2, 0))
-    out = jnp.moveaxis(out, 0, -1).reshape(*lead, chunks * columns)
-    return out[..., :length]
+    rows = head_rows(head)[:vocab_size]
+    chunk_size = chunk_size or chunk_tokens(rows.shape[0])
+    chunked = chunked_loss(_log_normalizer, head, chunk_size)
+    return per_token(chunked, hidden, rows, None, None)
 
 
 def _log_normalizer(
-    hidden: jax.Array, head: jax.Array, cap: float | None
+    logits: jax.Array, constants: None, rows: None
 ) -> jax.Array:
-    # Flattened: the head's gradient of a 3-D product is three times slower
-    # on CPU.
-    logits = jax.lax.dot_general(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head.astype(hidden.dtype),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    logits = soft_cap(logits, cap)
-    return jax.nn.logsumexp(logits, axis=-1).reshape(hidden.shape[:-1])
+    return jax.nn.logsumexp(logits, axis=-1)

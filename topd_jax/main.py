@@ -54,7 +54,8 @@ topd COMMAND --config FILE --workdir DIR [--config.section.key=value ...]
   sweep    every variant on every seed of config.sweep, then the report
   plan     memory and time on a TPU topology, without a TPU (needs libtpu):
            --topology v5e:2x4; --output FILE for JSON; where it does not fit,
-           --search SECONDS (900) for what does
+           --search SECONDS (900) for what does; --explain N tells the
+           operations that move and send the most bytes
   growth   how a step's cost grows with its sizes, beside the formulas; on a
            TPU topology with --topology v5e:2x2 (try --config growth)
 
@@ -105,8 +106,9 @@ def _flag_values(
         ("process", None, "which of them this is, from 0"),
         ("updates", 5, "of a local correction, on one window"),
         ("search", 900, "seconds to look for a plan that fits; 0: none"),
+        ("explain", 0, "operations to tell that a plan's bytes come from"),
     ):
-        least = 0 if name in ("process", "updates", "search") else 1
+        least = 1 if name in ("count", "processes", "heartbeat") else 0
         flags.DEFINE_integer(
             name, default, about, lower_bound=least, flag_values=values
         )
@@ -239,6 +241,7 @@ def _plan(values: flags.FlagValues) -> str:
         values.topology,
         output=values.output,
         search_seconds=values.search,
+        explain=values.explain,
     )
 
 

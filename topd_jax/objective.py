@@ -7,6 +7,8 @@ Every variant is a composition of the same pure functions (arXiv:2606.00305,
 import dataclasses
 from typing import NamedTuple
 
+from topd_jax.sharding import DECODING
+
 
 class Variant(NamedTuple):
     """Which pieces a variant uses.
@@ -102,6 +104,8 @@ _CHOICES = {
     "score": ("teacher_loss", "reverse_kl"),
     "detector": ("transport", "future_loss"),
     "branch_loss": ("cross_entropy", "forward_kl", "reverse_kl"),
+    # "tensor" would move the cache.
+    "branch_sharding": tuple(n for n in DECODING if n != "tensor"),
 }
 
 
@@ -138,6 +142,8 @@ class Objective:
       epsilon: entropic regularisation of the transport plan (ours).
       position_weight: cost of matching tokens a window apart (ours).
       branch_temperature: 0 continues greedily; above, samples.
+      branch_sharding: where the teacher's parameters are while it writes its
+        branches, of :data:`~topd_jax.sharding.DECODING`.
       guidance_weight: lambda of L = L_OPD + lambda * L_traj (§3).
       anchor_first: context "student": the first target is the teacher's
         first token (our repair of the literal target).
@@ -168,6 +174,7 @@ class Objective:
     epsilon: float = 0.05
     position_weight: float = 0.5
     branch_temperature: float = 0.0
+    branch_sharding: str = "train"
     guidance_weight: float = 0.1
     anchor_first: bool = True
     branch_loss: str = "cross_entropy"
@@ -234,6 +241,13 @@ class Objective:
     def trains_on_plan(self) -> bool:
         """Whether guidance takes its targets from the transport plan."""
         return self.pieces.guides and self.context == "student"
+
+    @property
+    def needs_student_states(self) -> bool:
+        """Whether an annotation needs what the student says of each token."""
+        pieces = self.pieces
+        ranks = pieces.looks_ahead and self.score != "teacher_loss"
+        return bool(pieces.weighs) or ranks
 
     @property
     def needs_branches(self) -> bool:

@@ -27,6 +27,7 @@ from topd_jax.data.world_models import world_models
 from topd_jax.models import Decoder, drop_layers, end_ids, fingerprint, load
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantize import quantizer
+from topd_jax.moves import move
 from topd_jax.records import (
     check_rows,
     grader,
@@ -34,7 +35,7 @@ from topd_jax.records import (
     teacher_shares,
 )
 from topd_jax.settings import ModelSettings, Settings
-from topd_jax.teacher_mesh import make_meshes, rows_shardings
+from topd_jax.teacher_mesh import make_meshes, row_ways, rows_shardings
 from topd_jax.teachers import Teachers
 from topd_jax.types import Prompts
 
@@ -87,7 +88,7 @@ class Pair:
     def teacher_head(self) -> Any:
         """A copy of the teacher's head on the student's mesh, made once."""
         head = self.teacher.head
-        return jax.device_put(head, rows_shardings(head, self.mesh))
+        return move(head, rows_shardings(head, self.mesh))
 
     def spread(self, prompts: Prompts) -> Prompts:
         """Puts a batch that every process holds whole on the mesh.
@@ -114,13 +115,14 @@ class Pair:
             shares=self.teacher.shares
             if isinstance(self.teacher, Teachers)
             else None,
+            parts=settings.teacher_mesh.parts,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
 
     def _solutions(self, settings: Settings) -> packing.SolutionStream:
         data, offline = settings.data, settings.offline
-        unit = sharding.row_ways(self.mesh) * settings.optimizer.accumulate
+        unit = row_ways(self.mesh) * settings.optimizer.accumulate
         return packing.SolutionStream(
             solution_data.read_solutions(
                 offline.path,

@@ -30,8 +30,9 @@ class Phases(NamedTuple):
       rollout: (student, teacher, prompts, key, first_row=0) -> trajectories;
         packed rows of written solutions, in the place of prompts, stay as
         they are, and the other parts take them in the place of trajectories.
-      annotate: (student, teacher, trajectories, key, first_row=0) ->
-        annotations; of several teachers, name -> annotations of its own rows.
+      annotate: (student, teacher, trajectories, key, first_row=0,
+        student_states=None) -> annotations; of several teachers, name ->
+        annotations of its own rows.
       update: (state, teacher_head, trajectories, annotations, frozen) ->
         (state, metrics); donates the state.
       statistics: (student, teacher, trajectories) -> metrics.
@@ -159,21 +160,23 @@ def _reader(settings: Settings, ids: dict) -> Callable[..., Any]:
         rows: Any,
         key: jax.Array,
         first_row: int | jax.Array = 0,
+        student_states: jax.Array | None = None,
     ) -> Annotations | dict[str, Annotations]:
         if isinstance(rows, PackedRows):
             return annotate_packed(
                 student, teacher, rows, objective=objective, slices=slices
             )
 
-        def by(model: Any, rows: Trajectories, key: jax.Array) -> Annotations:
+        def by(model: Any, own: tuple, key: jax.Array) -> Annotations:
+            rows, states = own
             return annotate(
                 student, model, rows, key, objective=objective,
-                first_row=first_row, **ids,
+                first_row=first_row, student_states=states, **ids,
             )  # fmt: skip
 
         if isinstance(teacher, Teachers):
-            return teacher.each(by, rows, key)
-        return by(teacher, rows, key)
+            return teacher.each(by, (rows, student_states), key)
+        return by(teacher, (rows, student_states), key)
 
     return read
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from absl import logging
 from jax.sharding import Mesh
 
-from topd_jax import sharding
 from topd_jax.data import sources, world
 from topd_jax.data.routing import (
     count_records,
@@ -16,6 +15,7 @@ from topd_jax.data.routing import (
 )
 from topd_jax.data.sources import Record
 from topd_jax.settings import Settings
+from topd_jax.teacher_mesh import row_ways
 
 _EVAL_SEED = 0
 
@@ -53,7 +53,7 @@ def teacher_shares(
     require_even_rows(
         shares,
         samples=data.samples,
-        ways=sharding.row_ways(mesh),
+        ways=row_ways(mesh),
         accumulate=settings.optimizer.accumulate,
     )
     return shares
@@ -74,11 +74,11 @@ def check_rows(
     Raises:
       ValueError: naming a size that does.
     """
-    ways = sharding.row_ways(mesh)
+    ways = row_ways(mesh)
     rows = getattr(settings, section).batch_size
     if theirs is not None:
         parts = settings.teacher_mesh.parts if section == "data" else 1
-        ways = math.lcm(ways, sharding.row_ways(theirs))
+        ways = math.lcm(ways, row_ways(theirs))
         if rows % (parts * ways):
             raise ValueError(
                 f"{section}.batch_size={rows} in {parts} parts must be "

@@ -32,6 +32,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
+    "product_batch": ("data", "fsdp", "expert"),
     "tokens": ("data", "fsdp", "expert", "sequence"),
     "draws": ("data", "fsdp", "expert", "sequence", "tensor"),
     "sequence": "sequence",
@@ -54,32 +55,34 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # they are read in, so each row's stay together.
 READING: Rules = RULES | {
     "batch": ("data", "fsdp", "expert", "sequence"),
+    "product_batch": ("data", "fsdp", "expert", "sequence"),
     "sequence": None,
 }
 
 _WIDE = ("tensor", "fsdp")
 
+_FEW = ("data", "expert", "sequence")
+_PRODUCTS: Rules = (
+    READING
+    | dict.fromkeys(("activation_mlp", "vocab", "heads", "kv_heads", "mlp"),
+                    _WIDE)
+    | dict.fromkeys(("product_batch", "tokens"), _FEW)
+    | {"draws": (*_FEW, *_WIDE), "embed": None}
+)  # fmt: skip
+
 # Rules of a loop over tokens. At every token "train" gathers each parameter
 # over fsdp again; "gathered" does so once, before the loop; "tensor" never
 # does: fsdp becomes a second tensor axis, and activations are summed instead.
+# "rows" does as "tensor" where parameters are multiplied with, and lets each
+# row, its attention and its cache stay where they are.
 DECODING: dict[str, Rules] = {
     "train": READING,
     "gathered": READING | {"embed": None},
-    "tensor": READING
-    | dict.fromkeys(
-        (
-            "activation_heads", "activation_kv_heads", "activation_mlp",
-            "vocab", "heads", "kv_heads", "mlp",
-        ),
-        _WIDE,
-    )
-    | {
-        "batch": ("data", "expert", "sequence"),
-        "tokens": ("data", "expert", "sequence"),
-        "draws": ("data", "expert", "sequence", *_WIDE),
-        "embed": None,
-    },
-}  # fmt: skip
+    "tensor": _PRODUCTS
+    | dict.fromkeys(("activation_heads", "activation_kv_heads"), _WIDE)
+    | {"batch": _FEW},
+    "rows": _PRODUCTS,
+}
 
 _in_force: contextvars.ContextVar[Rules] = contextvars.ContextVar(
     "rules", default=RULES
@@ -275,15 +278,6 @@ def batch_shardings(tree: object, mesh: Mesh) -> object:
         return named(mesh, x.shape, axes, name="batch_size")
 
     return jax.tree.map(one, tree)
-
-
-def row_ways(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are spread into.
-
-    Args:
-      mesh: as :func:`make_mesh` builds it.
-    """
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

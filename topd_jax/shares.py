@@ -13,7 +13,45 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from topd_jax.sharding import dividing, mesh_axes, mesh_in_use, rules_in_force
+from topd_jax.sharding import (
+    constrain,
+    dividing,
+    mesh_axes,
+    mesh_in_use,
+    rules_in_force,
+)
+
+
+def to_products(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Activations, moved to where the parameters are that they meet.
+
+    Args:
+      x: [B, ...], its rows where the rules have "batch".
+      *axes: logical axes of the other dimensions.
+
+    Returns:
+      x, its rows where the rules have "product_batch"; x itself where that
+      is the same.
+    """
+    return constrain(x, "product_batch", *axes) if _moves() else x
+
+
+def to_rows(x: jax.Array, *axes: str | None) -> jax.Array:
+    """The way back from :func:`to_products`.
+
+    Args:
+      x: [B, ...].
+      *axes: logical axes of the other dimensions.
+
+    Returns:
+      x, its rows where the rules have "batch".
+    """
+    return constrain(x, "batch", *axes) if _moves() else x
+
+
+def _moves() -> bool:
+    rules = rules_in_force()
+    return rules["product_batch"] != rules["batch"]
 
 
 def over_experts(

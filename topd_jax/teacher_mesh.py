@@ -1,16 +1,20 @@
 """The teacher on devices of its own: the switch, what it refuses, the meshes.
 
 The first devices hold the student, the last ``teacher_mesh.devices`` the
-teacher; 0 puts both on one mesh. What then runs where is told in
+teacher; of several processes each gives as many of its own last ones, so that
+all of them run every program, and what moves between the meshes need not leave
+its host. 0 puts both on one mesh. What then runs where is told in
 :mod:`topd_jax.apart`. Ours.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from topd_jax import sharding
 from topd_jax.objective import Objective
@@ -21,11 +25,13 @@ class TeacherMeshSettings:
     """Devices of the teacher, their mesh axes, and slices of the batch.
 
     Attributes:
-      devices: the teacher's, the last ones; 0: it shares the student's mesh.
-      data: as of ``sharding.make_mesh``; as the next three.
+      devices: the teacher's, the last ones of every process, together; 0: it
+        shares the student's mesh.
+      data: as of ``sharding.make_mesh``; as the next four.
       fsdp: see ``data``.
       tensor: see ``data``.
       expert: see ``data``.
+      sequence: see ``data``.
       parts: slices of the batch; each is scored while the next is written.
     """
 
@@ -34,6 +40,7 @@ class TeacherMeshSettings:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    sequence: int = 1
     parts: int = 1
 
     @property
@@ -82,30 +89,26 @@ def check(
             f"data.batch_size={data.batch_size} must be divisible by "
             f"teacher_mesh.parts={parts}"
         )
-    scores = objective.pieces.looks_ahead and objective.score != "teacher_loss"
-    for there, what, way_out in (
+    if objective.offline:
+        raise ValueError(
+            f"teacher_mesh.devices={devices}: objective.stage=offline has the "
+            "teacher write; use on_policy, or set teacher_mesh.devices=0"
+        )
+    for there, what in (
         (
-            teachers, f"config.teachers names {len(teachers)} teachers, which "
-            "share the student's mesh", "name one config.teacher",
-        ),
-        (
-            objective.offline, "objective.stage=offline has the teacher write",
-            "use on_policy",
+            teachers,
+            f"config.teachers names {len(teachers)} teachers, whose rows are "
+            "consecutive in a batch",
         ),
         (
             objective.pieces.weighs,
-            f"objective.variant={objective.variant} weighs tokens by both "
-            "models at once", "choose another variant",
+            f"objective.variant={objective.variant} weighs a token by the "
+            "whole batch",
         ),
-        (
-            scores, f"objective.score={objective.score} ranks candidates by "
-            "both models at once", "use teacher_loss",
-        ),
-    ):  # fmt: skip
-        if there:
+    ):
+        if there and parts > 1:
             raise ValueError(
-                f"teacher_mesh.devices={devices}: {what}; {way_out}, or set "
-                "teacher_mesh.devices=0"
+                f"teacher_mesh.parts={parts}: {what}; set teacher_mesh.parts=1"
             )
 
 
@@ -118,11 +121,21 @@ def rows_shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def row_ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are spread into.
+
+    Args:
+      mesh: as :func:`make_meshes` builds it.
+    """
+    return math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+
+
 def make_meshes(
     mesh: Any,
     teacher: TeacherMeshSettings,
     *,
     devices: Sequence[jax.Device] | None = None,
+    one_process: bool = False,
 ) -> tuple[Mesh, Mesh | None]:
     """The student's mesh, and the teacher's.
 
@@ -130,36 +143,124 @@ def make_meshes(
       mesh: ``config.mesh``, a dataclass of axis sizes.
       teacher: the switch.
       devices: all of ``jax.devices()`` unless told.
+      one_process: whether one process shall have all of them, whatever they
+        say, as those of a topology that one host can have.
 
     Returns:
       (student's mesh; the teacher's, None where it is the same).
 
     Raises:
-      ValueError: where the axes do not fit the devices, or there are several
-        processes.
+      ValueError: where the axes do not fit the devices, the devices cannot
+        be taken evenly from the processes, two processes would have the same
+        rows of the student's mesh, or TPUs of several hosts form no slice.
     """
     devices = list(jax.devices() if devices is None else devices)
-    axes, own = dataclasses.asdict(mesh), teacher.devices
-    if not own:
+    axes = dataclasses.asdict(mesh)
+    if not teacher.devices:
         return sharding.make_mesh(**axes, devices=devices), None
-    if own >= len(devices):
-        raise ValueError(
-            f"teacher_mesh.devices={own} must leave the student some of the "
-            f"{len(devices)} devices; lower it, or set 0 for one mesh"
-        )
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"teacher_mesh.devices={own} works in one process, and these are "
-            f"{jax.process_count()}: arrays do not move between meshes of "
-            "several hosts; set teacher_mesh.devices=0"
-        )
+    own = teacher.devices
+    if one_process and own < len(devices):
+        ours, theirs = devices[:-own], devices[-own:]
+    else:
+        ours, theirs = divide(devices, own)
     made = []
     for name, sizes, part in (
-        ("mesh", axes, devices[:-own]),
-        ("teacher_mesh", teacher.axes, devices[-own:]),
+        ("mesh", axes, ours),
+        ("teacher_mesh", teacher.axes, theirs),
     ):
         try:
             made.append(sharding.make_mesh(**sizes, devices=part))
         except ValueError as error:
             raise ValueError(f"config.{name}: {error}") from error
+    if not one_process:
+        _require_own_rows(made[0])
+        for part in made:
+            _require_slice(part, own)
     return made[0], made[1]
+
+
+def divide(
+    devices: Sequence[jax.Device], own: int
+) -> tuple[list[jax.Device], list[jax.Device]]:
+    """The student's devices and the teacher's.
+
+    Args:
+      devices: all of them, of one process or several.
+      own: how many are the teacher's.
+
+    Returns:
+      (all but the last ``own / processes`` devices of every process, these),
+      each in the order of the processes.
+
+    Raises:
+      ValueError: where the processes cannot give as many each, or one would
+        keep none for the student.
+    """
+    of: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        of.setdefault(device.process_index, []).append(device)
+    count, least = len(of), min(map(len, of.values()))
+    if own >= count * least:
+        raise ValueError(
+            f"teacher_mesh.devices={own} must leave the student some of the "
+            f"{least} devices of every process; these are {count}, so at most "
+            f"{count * (least - 1)}, or set 0 for one mesh"
+        )
+    if own % count:
+        raise ValueError(
+            f"teacher_mesh.devices={own} must be divisible by the {count} "
+            "processes, of which each gives as many of its devices; try "
+            f"{max(own // count, 1) * count}, or set 0 for one mesh"
+        )
+    each, ordered = own // count, [of[process] for process in sorted(of)]
+    return (
+        [device for part in ordered for device in part[:-each]],
+        [device for part in ordered for device in part[-each:]],
+    )
+
+
+def _require_slice(mesh: Mesh, own: int) -> None:
+    """Asks the TPU compiler whether chips of several hosts can be one mesh.
+
+    It wants whole hosts, or a rectangle (2x1x2 of 2x2x2), and says so with an
+    internal error in the middle of a run otherwise.
+    """
+    devices = list(mesh.devices.flat)
+    hosts = {device.process_index for device in devices}
+    if len(hosts) == 1 or devices[0].platform != "tpu":
+        return
+    one = jax.ShapeDtypeStruct(
+        (len(devices),), np.float32, sharding=NamedSharding(
+            mesh, PartitionSpec(mesh.axis_names)
+        )
+    )  # fmt: skip
+    try:
+        with jax.set_mesh(mesh):
+            total = jax.jit(lambda x: x.sum(), out_shardings=PartitionSpec())
+            total.lower(one).compile()
+    except Exception as error:  # the plugin's own types
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"teacher_mesh.devices={own}: {len(devices)} chips of {len(hosts)} "
+            "hosts would be a mesh, and the TPU compiler takes no such part of "
+            "a slice; use one host, or set teacher_mesh.devices=0 (it says: "
+            f"{said[:160]})"
+        ) from error
+
+
+def _require_own_rows(mesh: Mesh) -> None:
+    """Every process reads rows of its own, so none may share any."""
+    parts = (row_ways(mesh),)
+    rows = NamedSharding(mesh, sharding.spec(("batch",)))
+    owners: dict[int | None, set[int]] = {}
+    for device, (part,) in rows.devices_indices_map(parts).items():
+        owners.setdefault(part.start, set()).add(device.process_index)
+    shared = max(owners.values(), key=len)
+    if len(shared) > 1:
+        raise ValueError(
+            f"config.mesh: its rows are spread in {parts[0]} over "
+            f"{len({d.process_index for d in mesh.devices.flat})} processes, "
+            f"and processes {sorted(shared)} would share some; make "
+            "mesh.tensor at most the student's devices of one process, or "
+            "teacher_mesh.devices smaller"
+        )

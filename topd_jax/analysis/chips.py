@@ -75,3 +75,16 @@ def chip_of(devices: Sequence[jax.Device]) -> Chip:
         f"no figures for a {kind!r}; known: "
         f"{', '.join(chip.name for chip in CHIPS)}"
     )
+
+
+def fits_one_host(devices: Sequence[jax.Device]) -> bool:
+    """Whether a machine with all of these chips exists.
+
+    Eight of v5e and v6e (ct5lp-hightpu-8t, ct6e-standard-8t), four of others;
+    a topology divides eight among two hosts, which exist too.
+
+    Args:
+      devices: of one topology.
+    """
+    most = 8 if devices[0].device_kind.endswith("lite") else 4
+    return len({tuple(d.coords) for d in devices}) <= most

@@ -17,6 +17,7 @@ import jax
 from topd_jax.analysis import hlo, hlo_cost
 from topd_jax.analysis.chips import Chip
 from topd_jax.analysis.hlo_cost import Cost
+from topd_jax.analysis.hlo_heaviest import Heavy, heaviest
 from topd_jax.analysis.programs import Call, bytes_held
 
 # Of a device's memory the runtime keeps some; the compiler of v5e counts with
@@ -53,6 +54,7 @@ class ProgramPlan:
       seconds: that compiling took.
       error: what the compiler says where the program does not fit at all.
       largest: its largest buffers, "2.32 GiB f32[8000,151936]".
+      heaviest: operations that move or send the most, where asked for.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ProgramPlan:
     seconds: float
     error: str = ""
     largest: tuple[str, ...] = ()
+    heaviest: tuple[Heavy, ...] = ()
 
     @property
     def total(self) -> float:
@@ -89,13 +92,16 @@ class ProgramPlan:
         return not self.error and self.excess <= 0
 
 
-def compile_program(name: str, run: dict[str, Call], chip: Chip) -> ProgramPlan:
+def compile_program(
+    name: str, run: dict[str, Call], chip: Chip, explain: int = 0
+) -> ProgramPlan:
     """Compiles one program of a run and reads what the compiler tells.
 
     Args:
       name: of the program.
       run: of :func:`topd_jax.analysis.programs.calls`.
       chip: a device it is compiled for.
+      explain: how many of its heaviest operations to tell.
 
     Returns:
       What it needs and does.
@@ -131,6 +137,7 @@ def compile_program(name: str, run: dict[str, Call], chip: Chip) -> ProgramPlan:
     memory = compiled.memory_analysis()
     arguments = float(memory.argument_size_in_bytes)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    program = hlo.parse(text)
     return ProgramPlan(
         **base,
         arguments=arguments,
@@ -138,8 +145,9 @@ def compile_program(name: str, run: dict[str, Call], chip: Chip) -> ProgramPlan:
         temporaries=float(memory.temp_size_in_bytes),
         results=float(max(results, 0)),
         code=float(memory.generated_code_size_in_bytes),
-        cost=hlo_cost.count(hlo.parse(text)),
+        cost=hlo_cost.count(program),
         seconds=seconds,
+        heaviest=heaviest(program, explain) if explain else (),
     )
 
 

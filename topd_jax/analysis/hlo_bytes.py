@@ -120,6 +120,14 @@ def _waits(one: Instruction) -> bool:
     return '"AsyncCollectiveDone"' in one.attributes
 
 
+def _is_view(one: Instruction) -> bool:
+    """Whether a fusion inside of a fusion is its operand, tiled otherwise.
+
+    So the compiler of TPU7x reads stacked weights of which it takes a slice.
+    """
+    return one.op == "fusion" and "{{}: (0, {})}" in one.attributes
+
+
 def _read(program: Program, place: Computation, name: str) -> float:
     """Bytes that a fusion reads of a value; infinite for all of it."""
     if place.instructions[name].root:
@@ -133,7 +141,7 @@ def _read(program: Program, place: Computation, name: str) -> float:
             continue  # written in place
         elif user.op == "tuple" or is_continued(user) or _waits(user):
             continue  # handed on
-        elif user.op == "bitcast":
+        elif user.op == "bitcast" or _is_view(user):
             total += _read(program, place, user.name)
         elif user.op == "fusion":
             inner = program.computations[user.called("calls")[0]]

@@ -106,10 +106,10 @@ def count(program: Program) -> Cost:
     Returns:
       The cost, loops counted as often as they run.
     """
-    return _Counter(program).computation(program.entry, {})
+    return Counter(program).computation(program.entry, {})
 
 
-class _Counter:
+class Counter:
     """Walks the computations; those without loop bounds are counted once."""
 
     def __init__(self, program: Program) -> None:
@@ -122,21 +122,17 @@ class _Counter:
         values = values_in(self.program, place, given)
         total = Cost()
         for one in place.instructions.values():
-            total += self._one(place, one, values)
+            total += self.instruction(place, one, values)
         return total
 
-    def _one(
+    def instruction(
         self, place: Computation, one: Instruction, values: Values
     ) -> Cost:
+        """An instruction with all that it calls; ``values_in`` its place."""
         if one.op == "while":
             return self._loop(place, one, values)
         if one.op == "conditional":
-            names = one.called("branch_computations") or (
-                *one.called("true_computation"),
-                *one.called("false_computation"),
-            )
-            branches = [self.computation(n, {}) for n in names]
-            return max(branches, key=lambda c: (c.flops, c.bytes))
+            return self.computation(self.costliest(one), {})
         if one.op in ("call", "async-start"):
             called = one.called("calls") or one.called("to_apply")
             return sum((self.computation(n, {}) for n in called), Cost())
@@ -144,6 +140,15 @@ class _Counter:
             return Cost()
         work = self._work(place, one)
         return work + Cost(bytes=moved(self.program, place, one))
+
+    def costliest(self, one: Instruction) -> str:
+        """The computation that a conditional is counted as."""
+        names = one.called("branch_computations") or (
+            *one.called("true_computation"),
+            *one.called("false_computation"),
+        )
+        costs = {name: self.computation(name, {}) for name in names}
+        return max(names, key=lambda n: (costs[n].flops, costs[n].bytes))
 
     def _loop(
         self, place: Computation, one: Instruction, values: Values

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from topd_jax.analysis.chips import Chip, chip_of
+from topd_jax.analysis.chips import Chip, chip_of, fits_one_host
 from topd_jax.analysis.compiling import ProgramPlan, compile_program
 from topd_jax.analysis.hlo_cost import Cost
 from topd_jax.analysis.programs import (
@@ -117,6 +117,7 @@ def make_plan(
     *,
     only: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda line: None,
+    explain: int = 0,
 ) -> Plan:
     """Compiles a run for a topology.
 
@@ -126,6 +127,7 @@ def make_plan(
       only: names of the programs to compile; () compiles all. Without all of
         them there are no phases.
       say: told of every program before it is compiled.
+      explain: how many of each program's heaviest operations to tell.
 
     Returns:
       The plan.
@@ -136,12 +138,17 @@ def make_plan(
     """
     devices = topology_devices(topology)
     chip = chip_of(devices)
-    both = make_meshes(settings.mesh, settings.teacher_mesh, devices=devices)
+    both = make_meshes(
+        settings.mesh,
+        settings.teacher_mesh,
+        devices=devices,
+        one_process=fits_one_host(devices),
+    )
     mesh, theirs = both
     with jax.set_mesh(mesh):
         run = calls(settings, mesh, theirs)
         names = [n for n in run if not only or n in only]
-        made = _compiled(names, run, chip, say)
+        made = _compiled(names, run, chip, say, explain=explain)
         plain = _without_looking_ahead(settings, both, chip, say, made, only)
     phases, seconds, overhead, moved = (), 0.0, None, 0.0
     if not only and all(p.cost is not None for p in made.values()):
@@ -190,11 +197,12 @@ def _compiled(
     chip: Chip,
     say: Callable[[str], None],
     what: str = "",
+    explain: int = 0,
 ) -> dict[str, ProgramPlan]:
     made = {}
     for name in names:
         say(f"compiling {name}{what}")
-        made[name] = compile_program(name, run, chip)
+        made[name] = compile_program(name, run, chip, explain)
     return made
 
 

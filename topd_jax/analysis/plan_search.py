@@ -5,7 +5,7 @@ Slices of a batch (``optimizer.accumulate``), recomputation
 step needs and what it costs, not what it computes. Candidates are ordered by
 an estimate of the step's time, those whose parameters alone do not fit are
 left out, and programs are compiled, the largest first, until all of a
-candidate's fit. Ours.
+candidate's fit. A teacher's own mesh stays as it is given. Ours.
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from topd_jax import sharding
-from topd_jax.analysis.chips import Chip, chip_of
+from topd_jax.analysis.chips import Chip, chip_of, fits_one_host
 from topd_jax.analysis.compiling import USABLE
 from topd_jax.analysis.plan import Plan, make_plan
 from topd_jax.analysis.programs import (
@@ -28,13 +27,21 @@ from topd_jax.analysis.programs import (
 from topd_jax.analysis.useful import phase_work
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.parameters import parameter_table
+from topd_jax.records import check_rows
 from topd_jax.settings import Settings
+from topd_jax.teacher_mesh import make_meshes
 
 # Share of the update's own operations that recomputing layers adds.
 _AGAIN = {"none": 0.0, "dots": 0.15, "full": 1 / 3}
 
 # What fails first comes first.
-_ORDER = ("update", "annotate", "rollout", "statistics", "evaluate", "restore")
+_ORDER = (
+    "update", "annotate", "rollout", "student", "join", "read", "statistics",
+    "evaluate", "restore",
+)  # fmt: skip
+
+# What runs on the teacher's own mesh, where it has one.
+_THEIRS = ("annotate", "read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +120,8 @@ def _verdict(plan: Plan) -> str:
 
 def _no_smaller(new: Settings, old: Settings, name: str) -> bool:
     """Whether ``new`` cannot need less than ``old``, where ``name`` failed."""
-    if new.mesh != old.mesh:
+    theirs = name in _THEIRS and new.teacher_mesh.devices
+    if not theirs and new.mesh != old.mesh:
         return False
     if name != "update":  # neither slices nor recomputation touch it
         return _chunk(new) >= _chunk(old)
@@ -155,16 +163,24 @@ def candidates(
     devices = topology_devices(topology)
     chip = chip_of(devices)
     found = []
-    for mesh in meshes(settings, len(devices)):
+    count = len(devices) - settings.teacher_mesh.devices
+    for mesh in meshes(settings, count):
         changed = dataclasses.replace(settings, mesh=mesh)
-        grid = sharding.make_mesh(**dataclasses.asdict(mesh), devices=devices)
         try:
-            models = abstract_models(changed, grid)
+            grid, theirs = make_meshes(
+                mesh,
+                settings.teacher_mesh,
+                devices=devices,
+                one_process=fits_one_host(devices),
+            )
+            for section in ("data", "eval"):
+                check_rows(settings, grid, section, theirs)
+            models = abstract_models(changed, grid, theirs)
         except ValueError:
-            continue  # a parameter does not divide
-        held = bytes_held((models.state, models.teacher))
+            continue  # rows or a parameter do not divide
+        held = bytes_held((models.state, models.teacher), grid)
         # The gradients are as large as a third of the state.
-        if held + bytes_held(models.student) > USABLE * chip.memory:
+        if held + bytes_held(models.student, grid) > USABLE * chip.memory:
             continue
         ways = mesh.data * mesh.fsdp * mesh.expert
         rows = settings.data.batch_size * settings.data.samples
@@ -183,7 +199,7 @@ def candidates(
                     chunk_size=chunk or settings.objective.chunk_size,
                 ),
             )
-            found.append((estimate(one, chip, len(devices)), one))
+            found.append((estimate(one, chip, count), one))
     return iter(sorted(found, key=lambda pair: pair[0]))
 
 
@@ -214,40 +230,62 @@ def estimate(settings: Settings, chip: Chip, devices: int) -> float:
 
     Products at the peak, every token's parameters read from memory once, and
     what the mesh sends: parameters gathered over fsdp for every token that is
-    decoded (as ``rollout.sharding`` says) and every slice that is learnt
-    from, activations summed over tensor.
+    decoded (as ``rollout.sharding`` and ``objective.branch_sharding`` say) and
+    every slice that is learnt from, activations summed over tensor. A teacher
+    on its own mesh takes its time after the student's, one of
+    ``teacher_mesh.parts``.
 
     Args:
       settings: of the run.
       chip: a device.
-      devices: how many.
+      devices: how many the student has.
     """
     student, teachers = decoder_configs(settings)
     work = phase_work(settings, student, teachers)
     mesh, new = settings.mesh, settings.rollout.max_new_tokens
+    other, own = settings.teacher_mesh, settings.teacher_mesh.devices
     again = 1.0 + _AGAIN[settings.student.remat]
+    scored = [work.pop(n) for n in ("scoring", "branches") if n in work]
+    tokens = sum(t for t, _ in work.values())
     flops = sum(f for name, (_, f) in work.items() if name != "update")
     flops += again * work["update"][1]
+    scoring = sum(f for _, f in scored)
 
-    def held(config: DecoderConfig) -> float:
+    def held(config: DecoderConfig, mesh: Any) -> float:
         experts = mesh.expert if config.experts else 1
         return _parameter_bytes(config) / (mesh.tensor * experts)
 
-    rules = settings.rollout.sharding
-    once = {"train": new, "gathered": 1, "tensor": 0}[rules] * held(student)
-    ahead = sum(held(c) for _, c in teachers) * settings.objective.window
-    ways = mesh.fsdp if rules == "tensor" else 1
-    read = held(student) * new / ways + ahead
-    spread = (mesh.fsdp - 1) / mesh.fsdp
-    learnt = 3 * settings.optimizer.accumulate * held(student)
-    sent = (once + ahead + learnt) * spread
-    tokens = sum(t for t, _ in work.values()) / (devices / mesh.tensor)
-    if mesh.tensor > 1:
-        sent += 4 * 2 * tokens * student.layers * student.width
-    return (
-        max(flops / (devices * chip.flops), read / chip.bandwidth)
-        + sent / chip.link
+    learner, theirs = held(student, mesh), other if own else mesh
+    once, read = _loop(settings.rollout.sharding, learner, new, mesh.fsdp)
+    ahead, read_ahead = _loop(
+        settings.objective.branch_sharding,
+        sum(held(c, theirs) for _, c in teachers),
+        settings.objective.window * settings.objective.needs_branches,
+        theirs.fsdp,
     )
+    spread = (mesh.fsdp - 1) / mesh.fsdp
+    learnt = 3 * settings.optimizer.accumulate * learner
+    sent, after = (once + learnt) * spread, 0.0
+    if own:
+        after = max(scoring / (own * chip.flops), read_ahead / chip.bandwidth)
+        after += ahead * (other.fsdp - 1) / other.fsdp / chip.link
+    else:
+        flops, read = flops + scoring, read + read_ahead
+        sent += ahead * spread
+        tokens += sum(t for t, _ in scored)
+    if mesh.tensor > 1:
+        tokens /= devices / mesh.tensor
+        sent += 4 * 2 * tokens * student.layers * student.width
+    work_seconds = max(flops / (devices * chip.flops), read / chip.bandwidth)
+    return work_seconds + sent / chip.link + after / other.parts
+
+
+def _loop(
+    rules: str, parameters: float, tokens: int, fsdp: int
+) -> tuple[float, float]:
+    """Bytes of parameters that a loop over tokens gathers, and reads."""
+    gathers = {"train": tokens, "gathered": 1}.get(rules, 0)
+    return gathers * parameters, tokens * parameters / (1 if gathers else fsdp)
 
 
 def _parameter_bytes(config: DecoderConfig) -> float:

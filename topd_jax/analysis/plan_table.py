@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from topd_jax.analysis.compiling import USABLE
+from topd_jax.analysis.compiling import USABLE, ProgramPlan
 from topd_jax.analysis.hlo_bytes import COLLECTIVES
 from topd_jax.analysis.plan import Plan
 
@@ -37,6 +37,9 @@ def table(plan: Plan) -> str:
         if not program.fits and program.largest:
             lines += ["", f"the largest buffers of {program.name}:"]
             lines += [f"  {buffer}" for buffer in program.largest]
+        if program.heaviest:
+            lines += ["", f"what moves and sends the most in {program.name}:"]
+            lines += [f"  {line}" for line in _aligned(_heaviest(program))]
     if plan.phases:
         lines += [
             "",
@@ -77,6 +80,16 @@ def _memory(plan: Plan) -> list[list[str]]:
                 f"{p.seconds:.0f} s",
             ]
         )
+    return rows
+
+
+def _heaviest(program: ProgramPlan) -> list[list[str]]:
+    rows = [["operation", "times", "HBM GB", "sent GB", "result", "source"]]
+    for h in program.heaviest:
+        gigabytes = (f"{x / 1e9:.2f}" for x in (h.bytes, h.sent))
+        # The end of a path tells one from another.
+        source = h.source if len(h.source) < 80 else "..." + h.source[-77:]
+        rows.append([h.kind, str(h.times), *gigabytes, h.shape, source])
     return rows
 
 

@@ -32,6 +32,7 @@ def plan(
     *,
     output: str | None = None,
     search_seconds: float = 900,
+    explain: int = 0,
 ) -> str:
     """Plans a run; looks for one that fits where it does not.
 
@@ -41,6 +42,7 @@ def plan(
       output: file that the plan is written to as JSON, with what was tried;
         one that ends in ".jsonl" gets a line more.
       search_seconds: to look for a plan that fits; 0 does not look.
+      explain: how many of each program's heaviest operations to tell.
 
     Returns:
       The table, and what to change.
@@ -56,20 +58,19 @@ def plan(
         passed = time.perf_counter() - started
         print(f"{passed:5.0f} s  {line}", file=sys.stderr, flush=True)
 
-    made = make_plan(settings, topology, say=say)
+    made = make_plan(settings, topology, say=say, explain=explain)
     text, tried, found = table(made), [], None
-    devices = settings.teacher_mesh.devices
-    if not made.fits and devices:
-        text += (
-            "\n\nwhat would fit is searched for on one mesh alone; set "
-            f"teacher_mesh.devices=0, or divide {devices} and the student's "
-            "devices otherwise"
-        )
-    elif not made.fits and search_seconds:
+    if not made.fits and search_seconds:
         tried, found = search(
             settings, topology, made, seconds=search_seconds, say=say
         )
         text += "\n\n" + advice(tried, found)
+        if found is None and settings.teacher_mesh.devices:
+            text += (
+                "\nteacher_mesh was kept as it is: "
+                f"{settings.teacher_mesh.devices} devices; change it, or set "
+                "teacher_mesh.devices=0 for one mesh"
+            )
     if output is not None:
         record = {
             "plan": made.to_dict(),

@@ -6,6 +6,7 @@ devices, also those of a topology that nobody owns. Ours.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,8 +33,8 @@ from topd_jax.types import Prompts
 
 # In which programs are told of.
 ORDER = (
-    "rollout", "annotate", "join", "update", "read", "statistics", "evaluate",
-    "restore",
+    "rollout", "student", "annotate", "join", "update", "read", "statistics",
+    "evaluate", "restore",
 )  # fmt: skip
 
 
@@ -161,9 +162,9 @@ def abstract_models(
         )
     }
     heads = {name: _head(model) for name, model in models.items()}
-    teacher, head = models.get(""), heads.get("")
     if theirs is not None:
-        head = _placed(head, rows_shardings(head, mesh))
+        heads = _placed(heads, rows_shardings(heads, mesh))
+    teacher, head = models.get(""), heads.get("")
     if settings.teachers:
         prompts = tuple(prompts for prompts, _ in others)
         teacher, head = Teachers(models, prompts), heads
@@ -226,7 +227,8 @@ def calls(
       "rollout", "annotate", "update", "statistics", "evaluate" (the sampler
       of evaluations) and "restore" (a fresh state, into whose shardings a
       checkpoint is read) -> call. With two meshes also "read", the teacher's
-      part of the statistics, and with parts of a batch "join".
+      part of the statistics, with parts of a batch "join", and "student", what
+      the student reads for the teacher's mesh, where it is asked.
 
     Raises:
       ValueError: where something does not divide over the mesh.
@@ -280,42 +282,42 @@ def _apart(
     row = jax.ShapeDtypeStruct((), jnp.int32)
     student, teacher = models.student, models.teacher
     prompts = _prompts(settings, mesh, settings.data.batch_size // parts)
-    run = (student, _counted(teacher), prompts, key, row)
+    writer = jax.eval_shape(apart.counted, teacher)
+    run = (student, writer, prompts, key, row)
     part = _rows(jax.eval_shape(phases.rollout, *run), mesh)
-    ours, moved = _counted(student), _rows(part, theirs)
-    if apart.embedding_needed(objective):
-        table = student.embedding
-        where = rows_shardings(table, theirs)
-        ours = ours.replace(embedding=_placed(table, where))
-    told = (ours, teacher, moved, key, row)
+    need = functools.partial(apart.needed_of, objective=objective)
+    ours = jax.eval_shape(need, student)
+    ours = _placed(ours, rows_shardings(ours, theirs))
+    reader, states, moved = apart.make_reader(), None, _rows(part, theirs)
+    if objective.needs_student_states:
+        states = _rows(jax.eval_shape(reader, student, part), theirs)
+    told = (ours, teacher, moved, key, row, states)
     with jax.set_mesh(theirs):
         there = _rows(jax.eval_shape(phases.annotate, *told), theirs)
     join = apart.make_join(objective)
     slices = ([part] * parts, [_rows(there, mesh)] * parts, key)
-    # Of one part the join is not called, and changes no shape.
-    written, notes = _rows(jax.eval_shape(join, *slices), mesh)
+    written, notes = part, slices[1][0]
+    if parts > 1:
+        written, notes = _rows(jax.eval_shape(join, *slices), mesh)
     seen = (teacher, _rows(written, theirs))
-    reader = apart.make_reader()
     with jax.set_mesh(theirs):
-        states = jax.eval_shape(reader, *seen)
-    compared = (student, models.head, _rows(states, mesh), written)
+        found = jax.eval_shape(reader, *seen)
+    compared = (student, models.head, _rows(found, mesh), written)
     out = {
         "rollout": Call(phases.rollout, run, mesh, [part] * (parts - 1)),
         # Notes of the other parts wait until all have been dispatched.
         "annotate": Call(
-            phases.annotate, told, theirs, (ours, moved, [there] * (parts - 1))
+            phases.annotate, told, theirs,
+            (ours, moved, states, [there] * (parts - 1)),
         ),
         "read": Call(reader, seen, theirs, seen[1]),
         "statistics": Call(apart.make_comparison(settings), compared, mesh),
     }
+    if states is not None:
+        out["student"] = Call(reader, (student, part), mesh)
     if parts > 1:
         out["join"] = Call(join, slices, mesh, slices)
     return out, written, notes
-
-
-def _counted(model: Any) -> apart.StandIn:
-    head = jax.eval_shape(lambda m: m.head, model)
-    return jax.eval_shape(lambda: apart.counted(head))
 
 
 def _prompts(

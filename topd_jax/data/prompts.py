@@ -155,6 +155,7 @@ def prompt_stream(
     seed: int,
     shares: Mapping[str, int] | None = None,
     buckets: Sequence[int] | None = None,
+    parts: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -173,19 +174,21 @@ def prompt_stream(
         the order of ``shares``. None where there is one teacher.
       buckets: widths that a batch may have, so that a new length does not
         recompile; None takes :func:`default_buckets`.
+      parts: consecutive slices of the batch, each of which the processes
+        share.
       process_index: which of the processes this is.
       process_count: how many share each batch, this one getting rows
-        ``[index * B / count, (index + 1) * B / count)``.
+        ``[index * B / count, (index + 1) * B / count)``, of every slice.
 
     Returns:
       An iterator of :class:`PromptBatch` with ``batch_size / process_count``
       rows each.
 
     Raises:
-      ValueError: for a batch that the processes cannot share equally, a
+      ValueError: for a slice that the processes cannot share equally, a
         prompt that no bucket holds, or a teacher without prompts.
     """
-    own = _own_rows(batch_size, process_index, process_count)
+    own = _own_rows(batch_size, process_index, process_count, parts)
     widths = tuple(buckets or default_buckets(encoded.max_length))
     bucket(max(map(len, encoded.ids)), widths)
 
@@ -245,19 +248,23 @@ def _routed(
     return grain.experimental.ZipMapDataset(parts).map(np.concatenate)
 
 
-def _own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size < 1 or batch_size % process_count:
-        near = max(1, round(batch_size / process_count)) * process_count
+def _own_rows(
+    batch_size: int, process_index: int, process_count: int, parts: int
+) -> np.ndarray:
+    ways = process_count * parts
+    if batch_size < 1 or batch_size % ways:
+        near = max(1, round(batch_size / ways)) * ways
+        what = f"{parts} parts x " if parts > 1 else ""
         raise ValueError(
-            f"batch_size={batch_size} must be divisible by the number of "
-            f"processes ({process_count}); try {near}"
+            f"batch_size={batch_size} must be divisible by {what}the number of "
+            f"processes ({ways}); try {near}"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(
             f"process_index={process_index} must be in 0..{process_count - 1}"
         )
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
+    rows = np.arange(batch_size).reshape(parts, process_count, -1)
+    return rows[:, process_index].reshape(-1)
 
 
 def ordered_batches(

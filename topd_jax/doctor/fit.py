@@ -85,11 +85,15 @@ class Memory:
 
 
 def estimate(
-    settings: Settings, configs: Mapping[str, DecoderConfig], mesh: Mesh
+    settings: Settings,
+    configs: Mapping[str, DecoderConfig],
+    mesh: Mesh,
+    part: int | None = None,
 ) -> Memory:
     """Memory of a run on one device, from shapes.
 
-    With W_s, W_t bytes of the parameters a device, R rows a device, P + T
+    With W_s, W_t bytes of the parameters a device, R rows a device (rows are
+    spread over mesh.sequence too, but in the update, where columns are), P + T
     columns, E = M (K - 1) columns of branches where the objective looks
     ahead, a bytes a number of the compute dtype, N layers:
 
@@ -112,6 +116,7 @@ def estimate(
       settings: of the run.
       configs: "student" and every teacher, as their files say.
       mesh: of devices.
+      part: rows that go through at a time; None for all of a batch.
 
     Returns:
       The bytes.
@@ -120,7 +125,13 @@ def estimate(
     models, student = model_settings(settings), configs["student"]
     teachers = [c for who, c in configs.items() if who != "student"]
     teacher = max(teachers, key=_parameter_count)
-    rows = math.ceil(data.batch_size * data.samples / _ways(mesh, "batch"))
+    whole = part or data.batch_size * data.samples
+    # Spread as far as they divide, where whole rows are written and read.
+    parts = sharding.dividing(mesh, (whole,), (sharding.READING["batch"],))
+    spread = math.prod(
+        mesh.shape[axis] for axis in sharding.mesh_axes(parts[0])
+    )
+    rows = whole // spread
     length = data.max_prompt_length + settings.rollout.max_new_tokens
     ahead = objective.pieces.looks_ahead
     extra = branch_columns(objective.candidates, objective.window)
@@ -138,28 +149,24 @@ def estimate(
         copied = _parameter_bytes(wrote, mesh) * _BYTES[wrote.dtype]
         copied /= _BYTES[wrote.param_dtype]
     read = length + extra * ahead
-    logits = _logits(student, rows * settings.rollout.max_new_tokens, mesh)
-    annotated = _layer(teacher, rows, length, mesh) + logits
+    tokens = whole * settings.rollout.max_new_tokens
+    logits = _logits(student, math.ceil(tokens / _ways(mesh, "tokens")), mesh)
+    annotated = _layer(teacher, rows, length, length, mesh) + logits
     annotated += ahead * _cache(teacher, rows, read, mesh)
     learned = length + extra * objective.trains_on_branch
-    slice_rows = math.ceil(rows / settings.optimizer.accumulate)
+    slice_rows = math.ceil(
+        whole / _ways(mesh, "batch") / settings.optimizer.accumulate
+    )
+    columns = learned / _ways(mesh, "sequence")
     return Memory(
         kept + theirs,
         copied + 2 * _cache(wrote, rows, length, mesh),
         annotated + rows * length * teacher.width * _BYTES[teacher.dtype],
         4 * trained
-        + _backward(student, slice_rows, learned, mesh)
+        + _backward(student, slice_rows, columns, learned, mesh)
         + 4 * student.vocab_size * student.width / _ways(mesh, "vocab")
         + logits,
     )
-
-
-def _sides(
-    configs: Mapping[str, DecoderConfig],
-) -> tuple[dict[str, DecoderConfig], dict[str, DecoderConfig]]:
-    """The student, and the teachers."""
-    others = dict(configs)
-    return {"student": others.pop("student")}, others
 
 
 def estimate_apart(
@@ -170,14 +177,14 @@ def estimate_apart(
 ) -> tuple[Memory, Memory]:
     """Memory of a device of the student's, and of one of the teacher's.
 
-    As :func:`estimate`, each with its own models. The teacher's head and its
+    As :func:`estimate`, each with its own models. The teachers' heads and
     states are on the student's devices too, the student's embedding on the
-    teacher's; the teacher reads a slice of ``teacher_mesh.parts``, and its
-    states of all of them wait beside it.
+    teacher's; of ``teacher_mesh.parts`` slices one is written and one is read
+    at a time, and the teacher's states of all of them wait beside it.
 
     Args:
       settings: of the run.
-      configs: "student" and "teacher".
+      configs: "student" and every teacher.
       mesh: the student's.
       theirs: the teacher's.
 
@@ -185,9 +192,11 @@ def estimate_apart(
       (student's, teacher's).
     """
     data, parts = settings.data, settings.teacher_mesh.parts
-    student, teacher = configs["student"], configs["teacher"]
+    models, student = model_settings(settings), configs["student"]
+    teachers = {who: c for who, c in configs.items() if who != "student"}
     columns = data.batch_size * data.samples * settings.rollout.max_new_tokens
-    states = columns * teacher.width * _BYTES[teacher.dtype]
+    # Each row has those of one teacher.
+    states = columns * max(t.width * _BYTES[t.dtype] for t in teachers.values())
 
     def rows(config: DecoderConfig, mesh: Mesh) -> float:
         ways = _ways(mesh, "vocab") * _ways(mesh, "embed")
@@ -195,22 +204,29 @@ def estimate_apart(
         return size / ways
 
     def held(mesh: Mesh) -> float:
-        return _parameter_bytes(teacher, mesh, settings.teacher.quantize)
+        return sum(
+            _parameter_bytes(teacher, mesh, models[who].quantize)
+            for who, teacher in teachers.items()
+        )
 
+    part = data.batch_size // parts * data.samples
     ours = estimate(settings, configs, mesh)
     states_here = states / _ways(mesh, "batch")
     ours = dataclasses.replace(
         ours,
-        kept=ours.kept - held(mesh) + rows(teacher, mesh),
+        kept=ours.kept
+        - held(mesh)
+        + sum(rows(teacher, mesh) for teacher in teachers.values()),
+        rollout=estimate(settings, configs, mesh, part).rollout,
         annotate=states_here * (2 if parts > 1 else 1),
         update=ours.update + states_here,
     )
-    other = estimate(settings, configs, theirs)
+    other = estimate(settings, configs, theirs, part)
     waiting = states / _ways(theirs, "batch")
     return ours, Memory(
         held(theirs) + rows(student, theirs),
         0.0,
-        other.annotate / parts + waiting,
+        other.annotate + waiting,
         0.0,
     )
 
@@ -335,21 +351,26 @@ def _logits(config: DecoderConfig, count: int, mesh: Mesh) -> float:
     return _LOGIT_BLOCKS * size
 
 
-def _layer(config: DecoderConfig, rows: int, columns: int, mesh: Mesh) -> float:
-    """What one layer holds at once, or keeps for the backward pass."""
+def _layer(
+    config: DecoderConfig, rows: int, columns: float, seen: int, mesh: Mesh
+) -> float:
+    """What one layer holds at once, or keeps for the backward pass.
+
+    Of so many columns a device, each of which attends to all that are seen.
+    """
     size, tensor = _BYTES[config.dtype], _ways(mesh, "activation_heads")
     active = config.experts_per_token * config.expert_width
     inner = max(config.mlp_width if config.dense_layers else 0, active)
     heads = 3 * (config.heads + config.kv_heads) * config.head_dim
     column = 8 * config.width + (3 * inner + heads) / tensor
-    scores = config.heads / tensor * columns * (4 + size)
+    scores = config.heads / tensor * seen * (4 + size)
     return rows * columns * (column * size + scores)
 
 
 def _backward(
-    config: DecoderConfig, rows: int, columns: int, mesh: Mesh
+    config: DecoderConfig, rows: int, columns: float, seen: int, mesh: Mesh
 ) -> float:
-    one = _layer(config, rows, columns, mesh)
+    one = _layer(config, rows, columns, seen, mesh)
     inputs = rows * columns * config.width * _BYTES[config.dtype]
     if config.remat == "full":
         return config.layers * inputs + one

@@ -65,6 +65,8 @@ def decoding(
       mesh: of devices.
     """
     name = settings.rollout.sharding
+    if name == "rows":  # the cache stays
+        return []
     axes = sharding.mesh_axes(sharding.DECODING[name]["kv_heads"])
     ways = math.prod(mesh.shape[axis] for axis in axes)
     if name == "train" or student.kv_heads % ways == 0:
@@ -75,6 +77,6 @@ def decoding(
             f"rollout.sharding={name} spreads {student.kv_heads} kv heads over "
             f"{' x '.join(axes)} = {ways} devices, among which they do not "
             "divide: the cache would be gathered at every token",
-            "--config.rollout.sharding=gathered",
+            "--config.rollout.sharding=rows, or gathered",
         )
     ]

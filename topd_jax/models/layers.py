@@ -20,6 +20,7 @@ from topd_jax.models.parameters import LORA_A, LORA_B, linear_inputs
 from topd_jax.models.quantize import as_floats
 from topd_jax.models.rope import rope_rows, rotate
 from topd_jax.sharding import constrain
+from topd_jax.shares import to_products, to_rows
 
 # Below this many ids a lookup by one-hot product is cheaper than a gather,
 # whose gradient is a scatter (three times slower on CPU at 100 ids).
@@ -52,11 +53,13 @@ def embed(
 ) -> jax.Array:
     """Rows of table [V, D] for tokens i32[B, S]: [B, S, D]."""
     table = table.astype(config.dtype)
+    tokens = to_products(tokens, "sequence")
     if config.vocab_size <= _ONE_HOT_VOCAB:
         one_hot = jax.nn.one_hot(tokens, config.vocab_size, dtype=table.dtype)
         hidden = _linear(one_hot, table)
     else:
         hidden = jnp.take(table, tokens, axis=0)
+    hidden = to_products(hidden, "sequence", "activation_embed")
     if config.scaled_embedding:
         hidden = hidden * jnp.asarray(config.width**0.5, hidden.dtype)
     return constrain(hidden, "batch", "sequence", "activation_embed")
@@ -115,13 +118,17 @@ def layer(
         return rms_norm(x, w[name], config) if name in w else x
 
     normed = norm(hidden, "attention_norm")
+    normed = to_products(normed, "sequence", "activation_embed")
     attended, cache = _attention(config, w, normed, cache, options, rope, sight)
+    attended = to_rows(attended, "sequence", "activation_embed")
     hidden = hidden + norm(attended, "attention_post_norm")
     normed = norm(hidden, "mlp_norm")
+    normed = to_products(normed, "sequence", "activation_embed")
     if stacks:
         out = _either(config, stacks, normed, options)
     else:
         out = (mix if config.experts else _mlp)(normed, w, config)
+    out = to_rows(out, "sequence", "activation_embed")
     hidden = hidden + norm(out, "mlp_post_norm")
     return constrain(hidden, "batch", "sequence", "activation_embed"), cache
 
@@ -135,7 +142,11 @@ def _attention(
     rope: tuple[jax.Array, jax.Array],
     sight: Sight,
 ) -> tuple[jax.Array, Cache | None]:
-    query, key, value = (_project(x, w, name, config) for name in "qkv")
+    # Told the rows of these alone, the compiler would gather the kernels.
+    query, key, value = (
+        to_products(_project(x, w, name, config), "sequence", heads, None)
+        for name, heads in zip("qkv", ("heads", *["kv_heads"] * 2), strict=True)
+    )
     if config.attention_bias:
         query, key = query + w["q_bias"], key + w["k_bias"]
         value = value + w["v_bias"]
@@ -145,6 +156,11 @@ def _attention(
     if config.wide_qk_norm:
         query = _wide_norm(query, w["q_norm"], config)
         key = _wide_norm(key, w["k_norm"], config)
+    query = to_rows(query, "sequence", "activation_heads", None)
+    key, value = (
+        to_rows(x, "sequence", "activation_kv_heads", None)
+        for x in (key, value)
+    )
     turn = [t[options["rope"]] if len(t) > 1 else t[0] for t in rope]
     query, key = rotate(query, *turn), rotate(key, *turn)
     if cache is not None:
@@ -154,6 +170,9 @@ def _attention(
     key = constrain(key, "batch", None, "activation_kv_heads", None)
     value = constrain(value, "batch", None, "activation_kv_heads", None)
     out = attend(query, key, value, sight, options["reach"], config)
+    # Rows first: a move of heads in their groups is none of one collective.
+    out = to_rows(out, "sequence", "activation_heads", None)
+    out = to_products(out, "sequence", "heads", None)
     out = _project(out, w, "o", config)
     return out + w["o_bias"] if config.output_bias else out, cache
 
@@ -172,7 +191,7 @@ def _mlp(
     if config.mlp_bias:
         gate, up = gate + w["gate_bias"], up + w["up_bias"]
     inner = ACTIVATIONS[config.activation](gate) * up
-    inner = constrain(inner, "batch", "sequence", "activation_mlp")
+    inner = constrain(inner, "product_batch", "sequence", "activation_mlp")
     out = _project(inner, w, "down", config)
     return out + w["down_bias"] if config.mlp_bias else out
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.decoder import unembed
+from topd_jax.models.decoder import in_compute_dtype, unembed
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.sampling.layerwise import take_apart
 from topd_jax.sampling.sampler import (
@@ -28,7 +28,8 @@ from topd_jax.sampling.sampler import (
     row_noise,
     spread_draws,
 )
-from topd_jax.sharding import constrain
+from topd_jax.sharding import DECODING, constrain, respread, using
+from topd_jax.shares import to_products
 from topd_jax.types import Candidates, Trajectories, Windows
 
 
@@ -60,6 +61,7 @@ def branch(
     vocab_size: int | None = None,
     return_hidden: bool = False,
     first_row: int | jax.Array = 0,
+    sharding: str = "train",
 ) -> Windows | tuple[Windows, jax.Array]:
     """Continues every candidate's prefix y_{<t}: the windows T_t of §3.
 
@@ -79,6 +81,10 @@ def branch(
       vocab_size: ids from here on are never drawn; None allows all.
       return_hidden: also return the states that the tokens were drawn from.
       first_row: of a larger batch, a slice of which draws as it would there.
+      sharding: where parameters are meanwhile, on a mesh: "train", as the
+        rules in force have them; or "gathered" or "rows" of
+        :data:`~topd_jax.sharding.DECODING`, which leave the cache, whose rows
+        are spread as :data:`~topd_jax.sharding.READING` has them, where it is.
 
     Returns:
       Windows [B, M, K]; with ``return_hidden`` also the states [B, M, K, D]:
@@ -106,6 +112,7 @@ def branch(
         pad_id=int(pad_id),
         vocab_size=ids,
         return_hidden=return_hidden,
+        sharding=sharding,
     )
     return (windows, states) if return_hidden else windows
 
@@ -124,10 +131,26 @@ class _Grown(NamedTuple):
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "length", "eos_ids", "pad_id", "vocab_size", "return_hidden"
+        "length", "eos_ids", "pad_id", "vocab_size", "return_hidden",
+        "sharding",
     ),
 )  # fmt: skip
 def _branch(
+    model: Any, *args: Any, sharding: str, **options: Any
+) -> tuple[Windows, jax.Array | None]:
+    if sharding == "train":
+        return _grow(model, *args, **options)
+    # A static argument, since a trace is kept for the rules it was made under.
+    rules = DECODING[sharding]
+    model = respread(in_compute_dtype(model), model.logical_axes, rules)
+    with using(rules):
+        grown = _grow(model, *args, **options)
+        return jax.tree.map(
+            lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), grown
+        )
+
+
+def _grow(
     model: Any,
     cache: Any,
     hidden: jax.Array,
@@ -153,7 +176,8 @@ def _branch(
 
     def grow(state: _Grown, hidden: jax.Array) -> _Grown:
         drawn = jax.lax.dynamic_index_in_dim(noise, state.step, 1, False)
-        logits = spread_draws(unembed(head, hidden))
+        logits = unembed(head, to_products(hidden, None, "activation_embed"))
+        logits = spread_draws(logits)
         token, _ = choose(drawn, logits, temperature, None, 0)
         return _append(state, token, hidden, eos_ids, pad_id)
 

@@ -29,6 +29,7 @@ from topd_jax.sampling.sampler import (
     switch_off,
 )
 from topd_jax.sharding import DECODING, constrain, respread, using
+from topd_jax.shares import to_products
 from topd_jax.spans import causal_spans
 from topd_jax.types import Prompts, Trajectories, positions_of
 
@@ -176,7 +177,8 @@ def _write(
 
     def write(state: _Written, hidden: jax.Array) -> _Written:
         drawn = jax.lax.dynamic_index_in_dim(noise, state.step, 1, False)
-        logits = spread_draws(unembed(head, hidden))
+        logits = unembed(head, to_products(hidden, "activation_embed"))
+        logits = spread_draws(logits)
         token, logp = choose(drawn, logits, temperature, top_p, top_k)
         return _append(state, token, logp, eos_ids, pad_id)
 

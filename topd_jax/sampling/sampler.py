@@ -195,7 +195,7 @@ def spread_draws(logits: jax.Array) -> jax.Array:
       The same numbers.
     """
     between = (None,) * (logits.ndim - 2)
-    logits = constrain(logits, "batch", *between, "vocab")
+    logits = constrain(logits, "product_batch", *between, "vocab")
     return constrain(logits, "draws", *between, None)
 
 
