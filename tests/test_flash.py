@@ -1,11 +1,23 @@
 """The attention kernels, interpreted, against dense attention."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import EOS, PAD, VOCAB, make_trajectories
 
-from topd_jax.models import flash, flash_blocks
+from topd_jax.distill import annotate, init_state, update
+from topd_jax.models import (
+    DecoderConfig,
+    attention,
+    flash,
+    flash_blocks,
+    init_decoder,
+)
+from topd_jax.objective import Objective
 from topd_jax.spans import branch_spans, causal_spans, packed_spans
 
 B, G, R, D = 2, 2, 2, 64
@@ -155,7 +167,7 @@ def test_a_block_that_nobody_needs_is_never_read(name, monkeypatch):
     monkeypatch.setattr(flash_blocks, "_ROWS", 128)
     monkeypatch.setattr(flash_blocks, "_SCORES", 128 * R * 128)
     spans = CASES[name]()
-    query, key, value, slope = inputs(spans)
+    query, key, value, _ = inputs(spans)
     sizes = flash_blocks.sizes_of(query, key)
     assert sizes.columns == 128 and sizes.query_blocks > 1
     mask = np.asarray(spans.dense())
@@ -222,3 +234,66 @@ def test_a_rollout_costs_half_and_a_branch_its_prefix():
     least = float(spans.dense().sum()) / whole
     assert pairs_read(spans) < least + 0.1
     assert pairs_read(CASES["branches"]()) is None
+
+# In a decoder, and on a mesh: the kernels interpreted in the place of blocks.
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has a CPU take the kernels where a TPU would; counts their calls."""
+    calls = []
+
+    def on_tpu(*arrays, tpu, default):
+        calls.append(tpu.func.__name__)
+        return tpu(*arrays)
+
+    monkeypatch.setattr(flash.jax.lax, "platform_dependent", on_tpu)
+    options = functools.partial(flash.Options, interpret=True)
+    monkeypatch.setattr(attention.flash, "Options", options)
+    return calls
+
+
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, layers=2, width=32, heads=4, kv_heads=2, head_dim=16,
+    mlp_width=32, remat="full", window=60, sliding=(True, False),
+)  # fmt: skip
+
+
+def steps(config, context="teacher"):
+    """Gradient of a TOPD step, whose rows are longer than 128 columns."""
+    make = jax.jit(init_decoder, static_argnums=0)
+    student, teacher = (make(config, jax.random.key(i)) for i in (0, 1))
+    rows = make_trajectories(rows=4, prompt=20, completion=130)
+    objective = Objective(candidates=3, window=4, context=context)
+    notes = annotate(
+        student, teacher, rows, jax.random.key(0), objective=objective,
+        eos_ids=(EOS,), pad_id=PAD,
+    )  # fmt: skip
+    state, metrics = update(
+        init_state(student, optax.sgd(1.0)), teacher.head, rows, notes,
+        objective=objective, optimizer=optax.sgd(1.0),
+    )  # fmt: skip
+    return state.student, metrics, notes.teacher_windows, notes.teacher_hidden
+
+
+@pytest.mark.parametrize("context", ["teacher", "student"])
+def test_a_step_by_the_kernels_is_that_by_blocks(context, kernels):
+    wanted = steps(CONFIG, context)
+    assert not kernels
+    found = steps(CONFIG.replace(attention="flash"), context)
+    assert {"forward", "backward"} == set(kernels)
+    mask = jnp.arange(130) < 4  # rows exist at least so far
+    for x, y in zip(
+        jax.tree.leaves(found[:3]), jax.tree.leaves(wanted[:3]), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        found[3][:, mask], wanted[3][:, mask], rtol=2e-4, atol=2e-5
+    )
+
+
+def test_elsewhere_flash_is_blocks():
+    wanted = jax.tree.leaves(steps(CONFIG))
+    found = jax.tree.leaves(steps(CONFIG.replace(attention="flash")))
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)

@@ -31,7 +31,7 @@ from topd_jax.analysis.hlo_bytes import (
 )
 from topd_jax.analysis.hlo_loops import Loop, Values, trips, values_in
 from topd_jax.analysis.hlo_products import (
-    kernel_flops,
+    kernel_says,
     product_flops,
     summed_products,
 )
@@ -139,7 +139,10 @@ class Counter:
         if one.op in _FREE or one.op.endswith(("-done", "-update")):
             return Cost()
         work = self._work(place, one)
-        return work + Cost(bytes=moved(self.program, place, one))
+        read = moved(self.program, place, one)
+        if one.op == "custom-call":
+            read = max(read, kernel_says(one, "bytes_accessed"))
+        return work + Cost(bytes=read)
 
     def costliest(self, one: Instruction) -> str:
         """The computation that a conditional is counted as."""
@@ -177,7 +180,7 @@ class Counter:
         if one.op in ("dot", "convolution"):
             return Cost(flops=product_flops(place, one))
         if one.op == "custom-call":
-            return Cost(flops=kernel_flops(one))
+            return Cost(flops=kernel_says(one, "flops"))
         if one.op == "reduce":
             return Cost(flops=summed_products(place, one))
         kind = one.op.removesuffix("-start")

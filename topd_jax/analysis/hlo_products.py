@@ -97,7 +97,13 @@ def _meetings(left: int, right: int, out: int, window: dict[str, int]) -> int:
     return _pairs(left, right, out, **window)
 
 
-def kernel_flops(one: Instruction) -> float:
-    """What a custom call's kernel says that it costs; 0 where it is silent."""
-    found = re.search(r'"flops":\s*"?(\d+(?:\.\d+)?)', one.attributes)
+def kernel_says(one: Instruction, what: str) -> float:
+    """What a custom call's kernel says that it costs; 0 where it is silent.
+
+    Args:
+      one: the call.
+      what: "flops", or "bytes_accessed" of main memory, where blocks that are
+        read again count again.
+    """
+    found = re.search(rf'"{what}":\s*"?(\d+(?:\.\d+)?)', one.attributes)
     return float(found[1]) if found else 0.0

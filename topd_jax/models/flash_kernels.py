@@ -102,7 +102,7 @@ def call(
     # Of a causal reading half of the pairs are seen.
     pairs = sizes.length * min(sizes.length, arrays["key"].shape[2]) // 2
     pairs *= sizes.rows * sizes.groups * sizes.shared
-    moved = [*arrays.values(), *outputs.values()]
+    moved = _bytes(sizes, arrays, outputs, by_column)
     return pl.pallas_call(
         run,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -121,12 +121,27 @@ def call(
         cost_estimate=pl.CostEstimate(
             flops=2 * products * pairs * sizes.size,
             transcendentals=pairs,
-            bytes_accessed=sum(
-                math.prod(x.shape) * x.dtype.itemsize for x in moved
-            ),
+            bytes_accessed=moved,
         ),
         interpret=options.interpret,
     )(*tables, *arrays.values())
+
+
+def _bytes(
+    sizes: Sizes,
+    arrays: dict[str, jax.Array],
+    outputs: dict[str, Any],
+    by_column: bool,
+) -> int:
+    """Main memory's: what the inner loop reads comes for half of the outer."""
+    total = 0
+    outer = sizes.column_blocks if by_column else sizes.query_blocks
+    for name, x in arrays.items():
+        of_column = _KINDS[name] in ("column", "exists")
+        again = 1 if of_column == by_column else max(outer // 2, 1)
+        total += again * math.prod(x.shape) * x.dtype.itemsize
+    made = outputs.values()
+    return total + sum(math.prod(x.shape) * x.dtype.itemsize for x in made)
 
 
 _KINDS = {
