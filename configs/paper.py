@@ -36,9 +36,11 @@ def get_config() -> ConfigDict:
     # Ours: an update of 2e-6 is lost in bf16's eight bits.
     config.student.param_dtype = "float32"
     config.student.remat = "full"  # ours
+    config.student.attention = "flash"  # ours
     config.teacher.source = "Qwen/Qwen3-30B-A3B-Instruct-2507"
     config.teacher.dtype = "bfloat16"
     config.teacher.param_dtype = "bfloat16"
+    config.teacher.attention = "flash"  # ours
 
     config.data.source = "jsonl"
     config.data.batch_size = 1  # App. B: a global batch of 4 rollouts ...

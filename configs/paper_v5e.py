@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 4  # the teacher's kv heads
     config.mesh.fsdp = PROMPTS
     # Its 8 kv heads do not divide among 16 chips, as "tensor" would have them.
-    config.rollout.sharding = "gathered"
+    config.rollout.sharding = "rows"
     config.data.batch_size = PROMPTS
     config.train.steps = paper.PROMPTS // PROMPTS
     return config

@@ -18,9 +18,11 @@ def get_config() -> ConfigDict:
     config.student.source = "Qwen/Qwen3-1.7B"
     config.student.dtype = "bfloat16"
     config.student.remat = "full"
+    config.student.attention = "flash"  # ours
     config.teacher.source = "Qwen/Qwen3-8B"
     config.teacher.dtype = "bfloat16"
     config.teacher.param_dtype = "bfloat16"
+    config.teacher.attention = "flash"  # ours
 
     config.data.source = "jsonl"
     config.data.batch_size = 8

@@ -37,11 +37,11 @@ MESHES = [
 OBJECTIVE = Objective(candidates=3, window=4, context="teacher")
 
 
-def run(mesh):
+def run(mesh, config=CONFIG, prompt=6, completion=10):
     make = jax.jit(init_decoder, static_argnums=0)
-    student, teacher = (make(CONFIG, jax.random.key(i)) for i in (0, 1))
+    student, teacher = (make(config, jax.random.key(i)) for i in (0, 1))
     optimizer = optax.sgd(1.0)
-    rows = make_trajectories(rows=8, prompt=6, completion=10)
+    rows = make_trajectories(rows=8, prompt=prompt, completion=completion)
     rows = jax.device_put(rows, sharding.batch_shardings(rows, mesh))
 
     @jax.jit

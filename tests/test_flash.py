@@ -1,6 +1,10 @@
 """The attention kernels, interpreted, against dense attention."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import pytest
 from conftest import EOS, PAD, VOCAB, make_trajectories
 
 from topd_jax.distill import annotate, init_state, update
+from topd_jax.doctor import kernels as doctor
 from topd_jax.models import (
     DecoderConfig,
     attention,
@@ -297,3 +302,57 @@ def test_elsewhere_flash_is_blocks():
     found = jax.tree.leaves(steps(CONFIG.replace(attention="flash")))
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_doctor_compares_the_kernels_with_plain_attention(monkeypatch):
+    class Model:
+        config = CONFIG.replace(
+            attention="flash", dtype="bfloat16", attention_softcap=5.0
+        )
+
+    models = {"student": Model, "teacher": object()}
+    assert doctor.kernels(models) == []  # no TPU: blocks are taken
+    (fine,) = doctor.kernels(models, interpret=True)
+    assert fine.level == "ok" and "2 heads of 16 a key, bfloat16" in fine.text
+    plain = flash.kernels._scores
+
+    def broken(*args):
+        scores, mask = plain(*args)
+        return scores * 1.2, mask
+
+    monkeypatch.setattr(flash.kernels, "_scores", broken)
+    jax.clear_caches()
+    (found,) = doctor.kernels(models, interpret=True)
+    assert found.level == "error" and "the limit is 0.03" in found.text
+    assert found.way_out == "set config.student.attention=blocks"
+
+
+def child(script, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / script, *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_eight_devices_read_by_kernels_what_one_reads_by_blocks():
+    flags = "--xla_force_host_platform_device_count=8"
+    said = child("sharded_flash.py", XLA_FLAGS=flags)
+    assert said.count("same on") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
+def test_a_tpu_compiles_them(topology):
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    said = child(
+        "tpu_flash.py", topology,
+        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )  # fmt: skip
+    assert said.count("3 kernels") == 2

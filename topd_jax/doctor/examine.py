@@ -17,6 +17,7 @@ from topd_jax.data.tokenizers import (
 )
 from topd_jax.doctor import fit, meshes, scored, tokens, verdicts
 from topd_jax.doctor.findings import Finding, count, refusal
+from topd_jax.doctor.kernels import kernels
 from topd_jax.models import DecoderConfig, Description, describe
 from topd_jax.pair import (
     Pair,
@@ -112,10 +113,8 @@ def _side(
     files: tuple[Description, Tokenizer | None] | None,
     made: Tokenizer | None,
 ) -> _Side:
-    kinds = {
-        key: getattr(model, key)
-        for key in ("dtype", "param_dtype", "remat", "unroll")
-    }
+    names = ("dtype", "param_dtype", "remat", "unroll", "attention")
+    kinds = {key: getattr(model, key) for key in names}
     described, tokenizer = files or (None, made)
     if described is None:
         make = world_models.teacher_config
@@ -220,6 +219,7 @@ def examine_pair(settings: Settings, pair: Pair) -> list[Finding]:
     several = list(pair.by_teacher(pair.encoded, len(pair.encoded.records)))
     models = {f"teacher {name}".strip(): model for name, model, *_ in several}
     found = scored.weights({"student": pair.student} | models)
+    found += kernels({"student": pair.student} | models)
     if count(found, "error"):
         return found
     for name, teacher, prompts, _ in several:

@@ -1,0 +1,146 @@
+"""Whether the attention kernels of this machine's TPU do what blocks do (ours).
+
+They are interpreted in the tests and compiled for chips that are not there; a
+run that takes them compares them with plain attention on its own chip first.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax.doctor.findings import Finding, error, ok
+from topd_jax.models import DecoderConfig, flash
+from topd_jax.models.attention import Sight, attend
+from topd_jax.spans import Spans, branch_spans
+
+_COLUMNS, _BRANCHES, _WINDOW = 300, 4, 8
+# Of the largest element: of results that are rounded to 8 bits, and to 24.
+_MOST = {"bfloat16": 0.03, "float32": 0.003}
+
+
+def kernels(
+    models: Mapping[str, Any], *, interpret: bool = False
+) -> list[Finding]:
+    """Compares the kernels with plain attention on a small random problem.
+
+    Args:
+      models: name -> model of the run.
+      interpret: run the kernels without a TPU, slowly.
+
+    Returns:
+      One finding for each shape of heads that ``attention=flash`` asks for;
+      none where the platform is no TPU, which takes blocks.
+    """
+    if jax.default_backend() != "tpu" and not interpret:
+        return []
+    shapes: dict[DecoderConfig, str] = {}
+    for name, model in models.items():
+        config = getattr(model, "config", None)
+        if getattr(config, "attention", "blocks") == "flash":
+            shapes.setdefault(_alike(config), name)
+    return [
+        _judge(name, config, _farthest(config, interpret))
+        for config, name in shapes.items()
+    ]
+
+
+def _alike(config: DecoderConfig) -> DecoderConfig:
+    """What of a decoder its attention depends on, with two heads of keys."""
+    groups = min(config.kv_heads, 2)
+    return DecoderConfig(
+        vocab_size=1,
+        layers=1,
+        width=1,
+        mlp_width=1,
+        heads=config.heads // config.kv_heads * groups,
+        kv_heads=groups,
+        head_dim=config.head_dim,
+        query_scalar=config.query_scalar,
+        attention_softcap=config.attention_softcap,
+        dtype=config.dtype,
+    )
+
+
+def _farthest(config: DecoderConfig, interpret: bool) -> float:
+    """How far output or gradients are off, of the largest element of each."""
+    exists = jnp.arange(_COLUMNS)[None] >= 5
+    start = jnp.array([[9, 100, 257, 299]])
+    window = jnp.ones((1, _BRANCHES, _WINDOW), bool)
+    spans = branch_spans(exists, start, window)
+    columns = spans.exists.shape[1]
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = (config.heads, config.kv_heads, config.kv_heads, config.heads)
+    query, key, value, slope = (
+        jax.random.normal(k, (1, columns, n, config.head_dim), config.dtype)
+        for k, n in zip(keys, heads, strict=True)
+    )
+    found = jax.jit(_by_kernels, static_argnames=("config", "interpret"))(
+        query, key, value, slope, spans, config=config, interpret=interpret
+    )
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.jit(_plainly, static_argnames="config")(
+            query, key, value, slope, spans, config=config
+        )
+    off = []
+    for x, y in zip(found, wanted, strict=True):
+        x, y = (a.astype(jnp.float32)[:, 5:] for a in (x, y))
+        off.append(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)))
+    return float(jnp.max(jnp.stack(off)))
+
+
+def _by_kernels(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    slope: jax.Array,
+    spans: Spans,
+    *,
+    config: DecoderConfig,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    seen = flash.Seen(
+        spans.exists, spans.prefix, spans.first, spans.last, None, None,
+        jnp.int32(jnp.iinfo(jnp.int32).max),
+    )  # fmt: skip
+    scale = (config.query_scalar or config.head_dim) ** -0.5
+    options = flash.Options(scale, config.attention_softcap, interpret)
+    out, normaliser = flash.forward(query, key, value, seen, options)
+    return out, *flash.backward(
+        query, key, value, seen, out, normaliser, slope, options
+    )
+
+
+def _plainly(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    slope: jax.Array,
+    spans: Spans,
+    *,
+    config: DecoderConfig,
+) -> tuple[jax.Array, ...]:
+    sight = Sight(spans.dense()[:, None], spans.last, None)
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    # Padding sees nothing, and its gradient is not asked for.
+    slope = jnp.where(jnp.arange(slope.shape[1])[:, None, None] < 5, 0, slope)
+
+    def read(*x: jax.Array) -> jax.Array:
+        return attend(*x, sight, jnp.int32(0), config)
+
+    out, back = jax.vjp(read, *wide)
+    return out, *back(slope.astype(jnp.float32))
+
+
+def _judge(name: str, config: DecoderConfig, off: float) -> Finding:
+    most = _MOST[config.dtype]
+    text = (
+        f"{name}: kernels of {config.heads // config.kv_heads} heads of "
+        f"{config.head_dim} a key, {config.dtype}, are {off:.2g} of the "
+        f"largest element off plain attention; the limit is {most}"
+    )
+    if off <= most:
+        return ok("attention", text)
+    section = name.replace("teacher ", "teachers.")
+    return error("attention", text, f"set config.{section}.attention=blocks")
