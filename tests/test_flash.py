@@ -133,9 +133,20 @@ def assert_close(found, wanted, tolerance=2e-5):
         )
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """128 columns and 128 rows a block, so that there are several."""
+    monkeypatch.setattr(flash_blocks, "_ROWS", 128)
+    monkeypatch.setattr(flash_blocks, "_SCORES", 128 * 128 * R)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_attention_over_spans(name):
+def test_it_is_attention_over_spans(name, small_blocks):
     assert_close(*both(CASES[name]()))
+
+
+def test_blocks_may_be_as_large_as_the_rows():
+    assert_close(*both(with_branches()))
 
 
 @pytest.mark.parametrize(
@@ -167,10 +178,7 @@ def test_who_sees_nothing_is_zero_and_gives_no_gradient():
 
 
 @pytest.mark.parametrize("name", ["rollout", "branches", "packed"])
-def test_a_block_that_nobody_needs_is_never_read(name, monkeypatch):
-    # Small blocks, so that there are many.
-    monkeypatch.setattr(flash_blocks, "_ROWS", 128)
-    monkeypatch.setattr(flash_blocks, "_SCORES", 128 * R * 128)
+def test_a_block_that_nobody_needs_is_never_read(name, small_blocks):
     spans = CASES[name]()
     query, key, value, _ = inputs(spans)
     sizes = flash_blocks.sizes_of(query, key)
