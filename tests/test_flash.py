@@ -140,7 +140,14 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(flash_blocks, "_SCORES", 128 * 128 * R)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rollout",
+        "branches",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("packed", "wider")),
+    ],
+)
 def test_it_is_attention_over_spans(name, small_blocks):
     assert_close(*both(CASES[name]()))
 
