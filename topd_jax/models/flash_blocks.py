@@ -121,8 +121,16 @@ def _tables(
     last: jax.Array,
     reach: jax.Array,
 ) -> Tables:
-    shape = sizes.rows, sizes.query_blocks, sizes.queries
-    prefix, first, last = (x.reshape(shape) for x in (prefix, first, last))
+    # 17 tiles of 8 blocks is a sum that the compiler of v5p cannot split over
+    # its two cores: an even number.
+    count = 16 * -(-sizes.query_blocks // 16)
+    more = ((0, 0), (0, (count - sizes.query_blocks) * sizes.queries))
+    prefix, first, last = (
+        jnp.pad(x, more, constant_values=empty).reshape(
+            sizes.rows, count, sizes.queries
+        )
+        for x, empty in ((prefix, 0), (first, 0), (last, -1))
+    )
     own = first <= last
     far = sizes.columns * sizes.column_blocks
     whole = -(-prefix.max(-1) // sizes.columns)
@@ -131,8 +139,8 @@ def _tables(
     column = jnp.arange(sizes.column_blocks)
     needs = column < whole[..., None]
     needs |= (begin[..., None] <= column) & (column <= end[..., None])
-    order = jnp.arange(sizes.query_blocks)[:, None]
-    low = jnp.where(needs, order, sizes.query_blocks).min(1)
+    order = jnp.arange(count)[:, None]
+    low = jnp.where(needs, order, count).min(1)
     high = jnp.where(needs, order, -1).max(1)
     found = (x.astype(jnp.int32) for x in (whole, begin, end, low, high))
     return Tables(*found, reach.astype(jnp.int32).reshape(1))
