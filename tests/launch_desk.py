@@ -49,6 +49,10 @@ def python():
 def preempt(home):
     pid = home / "topd_jax" / "train.pid"
     if pid.exists():
+        # It has begun: a start that is killed before it counts is none.
+        starts = pathlib.Path(os.environ["CALLS"]).with_name("starts")
+        while not (starts.exists() and starts.read_text()):
+            time.sleep(0.05)
         os.killpg(int(pid.read_text()), signal.SIGKILL)
     shutil.rmtree(home / "topd_jax", ignore_errors=True)
     home.with_name("slice").write_text("PREEMPTED")

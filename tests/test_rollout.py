@@ -309,7 +309,7 @@ def test_bfloat16_and_scanned_layers_roll_out():
         (dict(pad_id=-1), "pad_id: -1"),
         (dict(top_k=42), "top_k=42.*41"),
         (dict(buckets=(4,)), "5 tokens exceed"),
-        (dict(sharding="rows"), "'rows' must be one of train, gathered"),
+        (dict(sharding="columns"), "'columns' must be one of train, gathered"),
     ],
 )
 def test_rollout_refuses_settings(model, setting, words):
