@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import on_eight_devices
 from conftest import EOS, PAD, make_trajectories
 from small_run import settings_with, small_config
-from test_sharded import on_eight_devices
 
 from topd_jax import apart, sharding, sweeps, teacher_mesh
 from topd_jax.analysis.plan import step_seconds

@@ -1,15 +1,12 @@
 """Mixtures of experts: routing, no token dropped, meshes, real sizes."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import on_eight_devices
 from small_files import make
 
 from topd_jax.models import (
@@ -168,16 +165,5 @@ def test_qwen3_30b_a3b_lowers():
 
 @pytest.mark.slow
 def test_eight_devices_say_what_one_says():
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "sharded_experts.py"],
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("same on") == 5
+    said = on_eight_devices("sharded_experts.py")
+    assert said.count("same on") == 5

@@ -1,16 +1,13 @@
 """The attention kernels, interpreted, against dense attention."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from children import LIBTPU, on_eight_devices, run_script
 from conftest import EOS, PAD, VOCAB, make_trajectories
 
 from topd_jax.distill import annotate, init_state, update
@@ -342,23 +339,9 @@ def test_doctor_compares_the_kernels_with_plain_attention(monkeypatch):
     assert found.way_out == "set config.student.attention=blocks"
 
 
-def child(script, *arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / script, *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_eight_devices_read_by_kernels_what_one_reads_by_blocks():
-    flags = "--xla_force_host_platform_device_count=8"
-    said = child("sharded_flash.py", XLA_FLAGS=flags)
+    said = on_eight_devices("sharded_flash.py")
     assert said.count("same on") == 3
 
 
@@ -366,8 +349,5 @@ def test_eight_devices_read_by_kernels_what_one_reads_by_blocks():
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
 def test_a_tpu_compiles_them(topology):
     pytest.importorskip("libtpu", reason="pip install libtpu")
-    said = child(
-        "tpu_flash.py", topology,
-        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )  # fmt: skip
+    said = run_script("tpu_flash.py", topology, **LIBTPU)
     assert said.count("3 kernels") == 2

@@ -2,15 +2,12 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import on_eight_devices
 from foreign_model import apply, init_params, make_foreign, words
 
 from topd_jax.models import from_function
@@ -62,20 +59,8 @@ def test_a_whole_run_with_a_foreign_student(tmp_path, world_cache):
 
 @pytest.mark.slow
 def test_eight_devices_take_the_step_of_one():
-    env = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-    )
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "sharded_foreign.py"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("same on") == 2
+    said = on_eight_devices("sharded_foreign.py")
+    assert said.count("same on") == 2
 
 
 def refuse(match, function=apply, params=None, **options):

@@ -1,15 +1,12 @@
 """Grouped products: megablox, interpreted, against a loop and ragged_dot."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import LIBTPU, run_script
 
 from topd_jax.models.grouped import (
     grouped_dot,
@@ -95,17 +92,5 @@ def test_cpu_programs_hold_no_kernel_and_tpu_programs_no_ragged_dot():
 @pytest.mark.slow
 def test_compiled_for_v5e_with_experts_spread():
     pytest.importorskip("libtpu", reason="pip install libtpu")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "tpu_experts.py", "v5e:2x4"],
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("kernels") == 4, done.stdout
+    said = run_script("tpu_experts.py", "v5e:2x4", **LIBTPU)
+    assert said.count("kernels") == 4, said

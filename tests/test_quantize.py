@@ -1,16 +1,13 @@
 """Quantised decoders: close, small, never float as a whole, refused in time."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import on_eight_devices
 from small_files import LLAMA, QWEN2, make, write_gguf
 
 from topd_jax.models import (
@@ -223,16 +220,5 @@ def test_what_cannot_be_done_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_eight_devices_say_what_one_says():
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "sharded_quantized.py"],
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("same on") == 2
+    said = on_eight_devices("sharded_quantized.py")
+    assert said.count("same on") == 2

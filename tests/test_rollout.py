@@ -1,14 +1,13 @@
 """Rollouts: what is written, when they stop, what repeats and what differs."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import on_eight_devices
 from flax import struct
 
 from topd_jax.models.config import DecoderConfig
@@ -325,15 +324,4 @@ def test_rollout_refuses_settings(model, setting, words):
 
 
 def test_eight_devices_equal_one():
-    script = os.path.join(os.path.dirname(__file__), "sharded_rollout.py")
-    env = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-    )
-    done = subprocess.run(
-        [sys.executable, script], env=env, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal" in done.stdout
+    assert "equal" in on_eight_devices("sharded_rollout.py")

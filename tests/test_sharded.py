@@ -1,34 +1,10 @@
 """The mesh: its errors here, the real step on 8 devices in a child process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
+from children import on_eight_devices
 
 from topd_jax import sharding
-
-HERE = Path(__file__).parent
-
-
-def on_eight_devices(*arguments):
-    env = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-    )
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=env,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow
