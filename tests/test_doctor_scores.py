@@ -13,6 +13,7 @@ from small_files import make
 from small_hub import CONFIG, END, IDS, STOP, copier, hub_directory
 
 from topd_jax.doctor import examine, scored, verdicts
+from topd_jax.doctor.findings import error
 from topd_jax.pair import load_pair
 
 
@@ -180,3 +181,23 @@ def test_masks_that_do_not_stop_at_the_end():
     early = written.replace(mask=written.mask & (written.tokens != 2))
     assert verdicts.masks(early, (2,))[0].level == "error"
     assert verdicts.masks(written, (2, 5))[0].level == "error"
+
+
+def test_the_kernels_that_a_config_asks_for_are_taken_and_compared(
+    tmp_path, monkeypatch
+):
+    settings, pair = scored_pair(
+        tmp_path, copier(6.0), copier(10.0), teacher__attention="flash"
+    )
+    assert pair.student.config.attention == "blocks"
+    assert pair.teacher.config.attention == "flash"
+    asked = []
+
+    def kernels(models):
+        asked.append({n: m.config.attention for n, m in models.items()})
+        return [error("attention", "wrong", "take blocks")]
+
+    monkeypatch.setattr(examine, "kernels", kernels)
+    *_, found = examine.examine_pair(settings, pair)
+    assert asked == [{"student": "blocks", "teacher": "flash"}]
+    assert found.text == "wrong"

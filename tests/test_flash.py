@@ -316,16 +316,15 @@ def test_elsewhere_flash_is_blocks():
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
-def test_doctor_compares_the_kernels_with_plain_attention(monkeypatch):
-    class Model:
-        config = CONFIG.replace(
-            attention="flash", dtype="bfloat16", attention_softcap=5.0
-        )
+class Told:
+    """A model of which the doctor reads the config."""
 
-    models = {"student": Model, "teacher": object()}
-    assert doctor.kernels(models) == []  # no TPU: blocks are taken
-    (fine,) = doctor.kernels(models, interpret=True)
-    assert fine.level == "ok" and "2 heads of 16 a key, bfloat16" in fine.text
+    config = CONFIG.replace(
+        attention="flash", dtype="bfloat16", attention_softcap=5.0
+    )
+
+
+def break_scores(monkeypatch):
     plain = flash.kernels._scores
 
     def broken(*args):
@@ -334,9 +333,30 @@ def test_doctor_compares_the_kernels_with_plain_attention(monkeypatch):
 
     monkeypatch.setattr(flash.kernels, "_scores", broken)
     jax.clear_caches()
-    (found,) = doctor.kernels(models, interpret=True)
+
+
+def test_doctor_compares_the_kernels_with_plain_attention(monkeypatch):
+    models = {"student": Told, "teacher a": object()}
+    assert doctor.kernels(models) == []  # no TPU: blocks are taken
+    (fine,) = doctor.kernels(models, interpret=True)
+    assert fine.level == "ok" and "2 heads of 16 a key, bfloat16" in fine.text
+    break_scores(monkeypatch)
+    (found,) = doctor.kernels({"teacher a": Told}, interpret=True)
     assert found.level == "error" and "the limit is 0.03" in found.text
-    assert found.way_out == "set config.student.attention=blocks"
+    assert found.way_out == "set config.teachers.a.attention=blocks"
+
+
+def test_a_window_that_is_not_kept_is_found(monkeypatch):
+    plain = flash.kernels._scores
+
+    def blind(sizes, options, tables, refs, column):
+        kept = {k: x for k, x in refs.items() if k != "place"}
+        return plain(sizes, options, tables, kept, column)
+
+    monkeypatch.setattr(flash.kernels, "_scores", blind)
+    jax.clear_caches()
+    (found,) = doctor.kernels({"student": Told}, interpret=True)
+    assert found.level == "error"
 
 
 @pytest.mark.slow

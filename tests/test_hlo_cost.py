@@ -346,3 +346,21 @@ ENTRY %main () -> f32[8,8] {
 def test_a_loop_that_starts_where_fused_arithmetic_says():
     # From 0 to 5, and from 5 + 1 to 20.
     assert count(hlo.parse(TWO_LOOPS)).flops == (5 + 14) * 2 * 8**3
+
+
+# A kernel says what it does; one that says nothing reads its operands once.
+KERNELS = """
+HloModule kernels, is_scheduled=true
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %k.1 = f32[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"700","transcendentals":"3","bytes_accessed":"90000"}}}
+  ROOT %k.2 = f32[8,128]{1,0} custom-call(%k.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x"}}
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_is_counted_as_it_says():
+    cost = count(hlo.parse(KERNELS))
+    assert cost.flops == 700
+    assert cost.bytes == 90000 + 2 * 8 * 128 * 4

@@ -6,6 +6,7 @@ import types
 
 import jax
 import pytest
+from small_run import settings_with
 from topd_jax.configs import qwen3_8b_apart, qwen3_8b_to_1p7b, tiny
 
 from topd_jax import sharding
@@ -153,6 +154,12 @@ def test_useful_operations_by_hand():
     columns = new * (prompt + new / 2)
     wanted = new * 2 * (2 * layer + v * d) + 4 * 2 * h * columns
     assert work["decode"][1] == pytest.approx(rows * wanted)
+
+
+def test_a_plan_has_the_attention_that_a_model_is_told():
+    settings = settings_with(teacher__attention="flash")
+    student, [(_, teacher)] = decoder_configs(settings)
+    assert (student.attention, teacher.attention) == ("blocks", "flash")
 
 
 def test_every_program_has_its_arguments_on_the_mesh():

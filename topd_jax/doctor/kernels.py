@@ -15,7 +15,9 @@ from topd_jax.models import DecoderConfig, flash
 from topd_jax.models.attention import Sight, attend
 from topd_jax.spans import Spans, branch_spans
 
-_COLUMNS, _BRANCHES, _WINDOW = 300, 4, 8
+# Columns of a rollout, of which some are padding; tokens of a branch; how far
+# back a layer sees that slides.
+_COLUMNS, _PADDING, _WINDOW, _REACH = 300, 5, 8, 60
 # Of the largest element: of results that are rounded to 8 bits, and to 24.
 _MOST = {"bfloat16": 0.03, "float32": 0.003}
 
@@ -49,6 +51,7 @@ def kernels(
 def _alike(config: DecoderConfig) -> DecoderConfig:
     """What of a decoder its attention depends on, with two heads of keys."""
     groups = min(config.kv_heads, 2)
+    slides = any(config.sliding)
     return DecoderConfig(
         vocab_size=1,
         layers=1,
@@ -59,77 +62,72 @@ def _alike(config: DecoderConfig) -> DecoderConfig:
         head_dim=config.head_dim,
         query_scalar=config.query_scalar,
         attention_softcap=config.attention_softcap,
+        window=_REACH if slides else None,
+        sliding=(True,) if slides else (),
         dtype=config.dtype,
     )
 
 
 def _farthest(config: DecoderConfig, interpret: bool) -> float:
     """How far output or gradients are off, of the largest element of each."""
-    exists = jnp.arange(_COLUMNS)[None] >= 5
+    exists = jnp.arange(_COLUMNS)[None] >= _PADDING
     start = jnp.array([[9, 100, 257, 299]])
-    window = jnp.ones((1, _BRANCHES, _WINDOW), bool)
-    spans = branch_spans(exists, start, window)
+    spans = branch_spans(exists, start, jnp.ones((1, 4, _WINDOW), bool))
     columns = spans.exists.shape[1]
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (config.heads, config.kv_heads, config.kv_heads, config.heads)
-    query, key, value, slope = (
+    *given, slope = (
         jax.random.normal(k, (1, columns, n, config.head_dim), config.dtype)
         for k, n in zip(keys, heads, strict=True)
     )
-    found = jax.jit(_by_kernels, static_argnames=("config", "interpret"))(
-        query, key, value, slope, spans, config=config, interpret=interpret
+    # Padding sees nothing: there the two need not agree.
+    slope = slope.at[:, :_PADDING].set(0)
+    found = jax.jit(_by_kernels, static_argnums=(3, 4))(
+        given, slope, spans, config, interpret
     )
     with jax.default_matmul_precision("highest"):
-        wanted = jax.jit(_plainly, static_argnames="config")(
-            query, key, value, slope, spans, config=config
+        wanted = jax.jit(_plainly, static_argnums=3)(
+            given, slope, spans, config
         )
     off = []
     for x, y in zip(found, wanted, strict=True):
-        x, y = (a.astype(jnp.float32)[:, 5:] for a in (x, y))
+        x, y = (a.astype(jnp.float32)[:, _PADDING:] for a in (x, y))
         off.append(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)))
     return float(jnp.max(jnp.stack(off)))
 
 
 def _by_kernels(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    given: list[jax.Array],
     slope: jax.Array,
     spans: Spans,
-    *,
     config: DecoderConfig,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
+    places = spans.last if config.sliding else None
     seen = flash.Seen(
-        spans.exists, spans.prefix, spans.first, spans.last, None, None,
-        jnp.int32(jnp.iinfo(jnp.int32).max),
+        spans.exists, spans.prefix, spans.first, spans.last, places, places,
+        jnp.int32(_REACH),
     )  # fmt: skip
     scale = (config.query_scalar or config.head_dim) ** -0.5
     options = flash.Options(scale, config.attention_softcap, interpret)
-    out, normaliser = flash.forward(query, key, value, seen, options)
-    return out, *flash.backward(
-        query, key, value, seen, out, normaliser, slope, options
-    )
+    out, normaliser = flash.forward(*given, seen, options)
+    slopes = flash.backward(*given, seen, out, normaliser, slope, options)
+    return out, *slopes
 
 
 def _plainly(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    given: list[jax.Array],
     slope: jax.Array,
     spans: Spans,
-    *,
     config: DecoderConfig,
 ) -> tuple[jax.Array, ...]:
-    sight = Sight(spans.dense()[:, None], spans.last, None)
-    wide = (x.astype(jnp.float32) for x in (query, key, value))
-    # Padding sees nothing, and its gradient is not asked for.
-    slope = jnp.where(jnp.arange(slope.shape[1])[:, None, None] < 5, 0, slope)
+    places = spans.last if config.sliding else None
+    sight = Sight(spans.dense()[:, None], spans.last, places)
 
     def read(*x: jax.Array) -> jax.Array:
-        return attend(*x, sight, jnp.int32(0), config)
+        return attend(*x, sight, jnp.int32(_REACH), config)
 
-    out, back = jax.vjp(read, *wide)
+    out, back = jax.vjp(read, *(x.astype(jnp.float32) for x in given))
     return out, *back(slope.astype(jnp.float32))
 
 

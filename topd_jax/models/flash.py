@@ -71,16 +71,12 @@ def attend(
         )
         return out, (*arrays, out, normaliser)
 
+    def plainly(*saved: Any) -> tuple:
+        *arrays, seen, _, _, slope = saved
+        _, pull = jax.vjp(lambda *x: blocks(*x, seen), *arrays)
+        return pull(slope)
+
     def back(saved: tuple, slope: jax.Array) -> tuple:
-        def plainly(
-            query: jax.Array, key: jax.Array, value: jax.Array, seen: Seen,
-            out: jax.Array, normaliser: jax.Array, slope: jax.Array,
-        ) -> tuple:  # fmt: skip
-            def again(*x: jax.Array) -> jax.Array:
-                return blocks(*x, seen)
-
-            return jax.vjp(again, query, key, value)[1](slope)
-
         slopes = jax.lax.platform_dependent(
             *saved,
             slope,
@@ -121,11 +117,9 @@ def forward(
     lanes, size = sizes.lanes, sizes.size
     row = jax.ShapeDtypeStruct(normaliser_shape(query, key), jnp.float32)
     out, normaliser = kernels.call(
-        functools.partial(kernels.read, sizes, options),
-        sizes, options, tables, arrays,
+        kernels.READ, sizes, options, tables, arrays,
         outputs={"query": arrays["query"], "normaliser": row},
-        scratch=[(size, lanes), (1, lanes), (1, lanes)],
-        products=2,
+        sums=[(size, lanes), (1, lanes), (1, lanes)],
     )  # fmt: skip
     return ungrouped(sizes, out), normaliser
 
@@ -171,19 +165,14 @@ def backward(
     }  # fmt: skip
     lanes, size, columns = sizes.lanes, sizes.size, sizes.columns
     (on_query,) = kernels.call(
-        functools.partial(kernels.slope_of_query, sizes, options),
-        sizes, options, tables, arrays,
+        kernels.ON_QUERY, sizes, options, tables, arrays,
         outputs={"query": arrays["query"]},
-        scratch=[(lanes, size)],
-        products=3,
+        sums=[(lanes, size)],
     )  # fmt: skip
     on_key, on_value = kernels.call(
-        functools.partial(kernels.slope_of_key, sizes, options),
-        sizes, options, tables, arrays,
+        kernels.ON_KEY, sizes, options, tables, arrays,
         outputs={n: arrays[n] for n in ("key", "value")},
-        scratch=[(columns, size), (columns, size)],
-        products=4,
-        by_column=True,
+        sums=[(columns, size), (columns, size)],
     )  # fmt: skip
     on_key, on_value = (
         jnp.swapaxes(x, 1, 2)[:, : key.shape[1]] for x in (on_key, on_value)

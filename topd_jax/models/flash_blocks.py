@@ -53,6 +53,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(query: jax.Array, key: jax.Array) -> Sizes:
+    """Blocks for query [B, S, heads, D] and key [B, L, kv_heads, D]."""
     rows, length, heads, size = query.shape
     columns, groups = key.shape[1:3]
     shared = heads // groups
@@ -156,6 +157,7 @@ def grouped(sizes: Sizes, x: jax.Array) -> jax.Array:
 
 
 def ungrouped(sizes: Sizes, x: jax.Array) -> jax.Array:
+    """The way back from :func:`grouped`."""
     x = x.reshape(sizes.rows, sizes.groups, -1, sizes.shared, sizes.size)
     x = jnp.swapaxes(x, 1, 2)[:, : sizes.length]
     return x.reshape(sizes.rows, sizes.length, -1, sizes.size)

@@ -1,5 +1,12 @@
-"""The kernels of ``flash``, and how they are called for blocks. Ours."""
+"""The kernels of ``flash``, and how they are called for blocks. Ours.
 
+A kernel visits the pairs of blocks that need each other, adds what each gives
+to f32 arrays that stay in fast memory, and writes its outputs after the last
+pair of its outer block. Blocks are [rows of a query block, D] and [columns, D];
+what belongs to a query is [1, rows], to a column [columns, 1].
+"""
+
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,30 +39,44 @@ class Options(NamedTuple):
     interpret: bool = False
 
 
+class Kernel(NamedTuple):
+    """What is done with a pair of blocks, and after the last one.
+
+    Attributes:
+      add: (sizes, options, tables, name -> ref, sums, the column block).
+      finish: (options, sums, output refs).
+      empty: what each of the sums begins with.
+      products: of matrices, a pair.
+      by_column: the outer loop is over columns, the inner one over queries.
+    """
+
+    add: Callable[..., None]
+    finish: Callable[..., None]
+    empty: tuple[float, ...]
+    products: int
+    by_column: bool = False
+
+
 def call(
-    kernel: Callable[..., None],
+    kernel: Kernel,
     sizes: Sizes,
     options: Options,
     tables: Tables,
     arrays: dict[str, jax.Array],
     *,
     outputs: dict[str, Any],
-    scratch: list[tuple[int, int]],
-    products: int,
-    by_column: bool = False,
+    sums: list[tuple[int, int]],
 ) -> list[jax.Array]:
     """Runs a kernel over rows, heads and pairs of blocks.
 
     Args:
-      kernel: (tables, name -> ref, scratch refs, output refs).
+      kernel: one of this file's.
       sizes: of the call.
       options: of the call.
       tables: of the call.
       arrays: name -> array.
       outputs: name, for its blocks -> array like it.
-      scratch: f32 shapes.
-      products: of matrices, a pair of blocks.
-      by_column: the inner loop is over queries.
+      sums: shapes of the f32 arrays that it adds to.
 
     Returns:
       The outputs.
@@ -64,53 +85,20 @@ def call(
     from jax.experimental.pallas import tpu as pltpu
 
     steps = sizes.query_blocks, sizes.column_blocks
-    names = list(arrays)
-
-    def blocks(row: Any, outer: Any, inner: Any, tables: Tables) -> tuple:
-        if by_column:
-            return query_block(tables, row, outer, inner)[0], outer
-        return outer, column_block(tables, row, outer, inner)[0]
-
-    def spec(name: str) -> pl.BlockSpec:
-        def place(row, group, outer, inner, *refs):
-            query, column = blocks(row, outer, inner, Tables(*refs))
-            return {
-                "query": (row, group, query, 0),
-                "column": (row, group, column, 0),
-                "exists": (row, column, 0),
-                "span": (row, 0, query),
-                "normaliser": (row, group, 0, query),
-            }[kind]
-
-        kind = _KINDS[name]
-        shape = {
-            "query": (None, None, sizes.lanes, sizes.size),
-            "column": (None, None, sizes.columns, sizes.size),
-            "exists": (None, sizes.columns, 1),
-            "span": (None, 1, sizes.lanes),
-            "normaliser": (None, None, 1, sizes.lanes),
-        }[kind]
-        return pl.BlockSpec(shape, place)
-
-    def run(*refs: Any) -> None:
-        told, refs = Tables(*refs[: len(tables)]), refs[len(tables) :]
-        given = dict(zip(names, refs, strict=False))
-        made = refs[len(names) : len(names) + len(outputs)]
-        kernel(told, given, refs[len(names) + len(outputs) :], made)
-
-    grid = (sizes.rows, sizes.groups, *(steps[::-1] if by_column else steps))
+    outer, inner = steps[::-1] if kernel.by_column else steps
     # Of a causal reading half of the pairs are seen.
     pairs = sizes.length * min(sizes.length, arrays["key"].shape[2]) // 2
     pairs *= sizes.rows * sizes.groups * sizes.shared
-    moved = _bytes(sizes, arrays, outputs, by_column)
     return pl.pallas_call(
-        run,
+        functools.partial(
+            _visit, kernel, sizes, options, list(arrays), len(outputs), inner
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=grid,
-            in_specs=[spec(name) for name in names],
-            out_specs=[spec(name) for name in outputs],
-            scratch_shapes=[pltpu.VMEM(s, jnp.float32) for s in scratch],
+            grid=(sizes.rows, sizes.groups, outer, inner),
+            in_specs=[_spec(sizes, n, kernel.by_column) for n in arrays],
+            out_specs=[_spec(sizes, n, kernel.by_column) for n in outputs],
+            scratch_shapes=[pltpu.VMEM(s, jnp.float32) for s in sums],
         ),
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()
@@ -119,23 +107,88 @@ def call(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",)
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * pairs * sizes.size,
+            flops=2 * kernel.products * pairs * sizes.size,
             transcendentals=pairs,
-            bytes_accessed=moved,
+            bytes_accessed=_bytes(arrays, outputs, outer, kernel.by_column),
         ),
         interpret=options.interpret,
     )(*tables, *arrays.values())
 
 
-def _bytes(
+def _visit(
+    kernel: Kernel,
     sizes: Sizes,
+    options: Options,
+    names: list[str],
+    outputs: int,
+    steps: int,
+    *refs: Any,
+) -> None:
+    """A step of the grid: begins, adds a pair that is needed, or finishes."""
+    from jax.experimental import pallas as pl
+
+    count = len(Tables._fields)
+    tables, refs = Tables(*refs[:count]), refs[count:]
+    given = dict(zip(names, refs, strict=False))
+    made, sums = refs[len(names) :][:outputs], refs[len(names) + outputs :]
+    row, _, outer, step = (pl.program_id(i) for i in range(4))
+    if kernel.by_column:
+        column, (_, needed) = outer, query_block(tables, row, outer, step)
+    else:
+        column, needed = column_block(tables, row, outer, step)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        for total, empty in zip(sums, kernel.empty, strict=True):
+            total[...] = jnp.full_like(total, empty)
+
+    @pl.when(needed)
+    def _() -> None:
+        kernel.add(sizes, options, tables, given, sums, column)
+
+    @pl.when(step == steps - 1)
+    def _() -> None:
+        kernel.finish(options, sums, made)
+
+
+def _spec(sizes: Sizes, name: str, by_column: bool) -> Any:
+    """Where the block of an array is at a step of the grid."""
+    from jax.experimental import pallas as pl
+
+    def blocks(row: Any, outer: Any, inner: Any, *refs: Any) -> tuple:
+        tables = Tables(*refs)
+        if by_column:
+            return query_block(tables, row, outer, inner)[0], outer
+        return outer, column_block(tables, row, outer, inner)[0]
+
+    def place(row: Any, group: Any, *at: Any) -> tuple:
+        query, column = blocks(row, *at)
+        return {
+            "query": (row, group, query, 0),
+            "column": (row, group, column, 0),
+            "exists": (row, column, 0),
+            "span": (row, 0, query),
+            "normaliser": (row, group, 0, query),
+        }[_KINDS[name]]
+
+    shape = {
+        "query": (None, None, sizes.lanes, sizes.size),
+        "column": (None, None, sizes.columns, sizes.size),
+        "exists": (None, sizes.columns, 1),
+        "span": (None, 1, sizes.lanes),
+        "normaliser": (None, None, 1, sizes.lanes),
+    }[_KINDS[name]]
+    return pl.BlockSpec(shape, place)
+
+
+def _bytes(
     arrays: dict[str, jax.Array],
     outputs: dict[str, Any],
+    outer: int,
     by_column: bool,
 ) -> int:
     """Main memory's: what the inner loop reads comes for half of the outer."""
     total = 0
-    outer = sizes.column_blocks if by_column else sizes.query_blocks
     for name, x in arrays.items():
         of_column = _KINDS[name] in ("column", "exists")
         again = 1 if of_column == by_column else max(outer // 2, 1)
@@ -190,47 +243,34 @@ def _scores(
     return scores, mask
 
 
-def read(
+def _add_read(
     sizes: Sizes,
     options: Options,
     tables: Tables,
     refs: dict,
-    scratch: tuple,
-    made: tuple,
+    sums: tuple,
+    column: Any,
 ) -> None:
-    from jax.experimental import pallas as pl
+    total, most, weight = sums
+    scores, mask = _scores(sizes, options, tables, refs, column)
+    scores = jnp.where(mask, scores, _UNSEEN)
+    old = most[...]
+    new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+    share = jnp.where(mask, jnp.exp(scores - new), 0.0)
+    keep = jnp.exp(old - new)
+    most[...] = new
+    weight[...] = weight[...] * keep + jnp.sum(share, 0, keepdims=True)
+    value = refs["value"][...]
+    more = _dot(value, share.astype(value.dtype), (0, 0))
+    total[...] = total[...] * keep + more
 
-    total, most, weight = scratch
-    row, _, query, step = (pl.program_id(i) for i in range(4))
-    column, needed = column_block(tables, row, query, step)
 
-    @pl.when(step == 0)
-    def _() -> None:
-        total[...] = jnp.zeros_like(total)
-        weight[...] = jnp.zeros_like(weight)
-        most[...] = jnp.full_like(most, _UNSEEN)
-
-    @pl.when(needed)
-    def _() -> None:
-        scores, mask = _scores(sizes, options, tables, refs, column)
-        scores = jnp.where(mask, scores, _UNSEEN)
-        old = most[...]
-        new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
-        share = jnp.where(mask, jnp.exp(scores - new), 0.0)
-        keep = jnp.exp(old - new)
-        most[...] = new
-        weight[...] = weight[...] * keep + jnp.sum(share, 0, keepdims=True)
-        value = refs["value"][...]
-        more = _dot(value, share.astype(value.dtype), (0, 0))
-        total[...] = total[...] * keep + more
-
-    @pl.when(step == sizes.column_blocks - 1)
-    def _() -> None:
-        out, normaliser = made
-        seen = weight[...] > 0
-        safe = jnp.where(seen, weight[...], 1.0)
-        out[...] = (total[...] / safe).T.astype(out.dtype)
-        normaliser[...] = jnp.where(seen, most[...] + jnp.log(safe), 0.0)
+def _finish_read(options: Options, sums: tuple, made: tuple) -> None:
+    (total, most, weight), (out, normaliser) = sums, made
+    seen = weight[...] > 0
+    safe = jnp.where(seen, weight[...], 1.0)
+    out[...] = (total[...] / safe).T.astype(out.dtype)
+    normaliser[...] = jnp.where(seen, most[...] + jnp.log(safe), 0.0)
 
 
 def _slopes(
@@ -246,62 +286,48 @@ def _slopes(
     return share, slope
 
 
-def slope_of_query(
+def _add_on_query(
     sizes: Sizes,
     options: Options,
     tables: Tables,
     refs: dict,
-    scratch: tuple,
-    made: tuple,
+    sums: tuple,
+    column: Any,
 ) -> None:
-    from jax.experimental import pallas as pl
-
-    (total,), (out,) = scratch, made
-    row, _, query, step = (pl.program_id(i) for i in range(4))
-    column, needed = column_block(tables, row, query, step)
-
-    @pl.when(step == 0)
-    def _() -> None:
-        total[...] = jnp.zeros_like(total)
-
-    @pl.when(needed)
-    def _() -> None:
-        _, slope = _slopes(sizes, options, tables, refs, column)
-        key = refs["key"][...]
-        total[...] += _dot(slope.astype(key.dtype), key, (0, 0))
-
-    @pl.when(step == sizes.column_blocks - 1)
-    def _() -> None:
-        out[...] = (total[...] * options.scale).astype(out.dtype)
+    _, slope = _slopes(sizes, options, tables, refs, column)
+    key = refs["key"][...]
+    sums[0][...] += _dot(slope.astype(key.dtype), key, (0, 0))
 
 
-def slope_of_key(
+def _finish_on_query(options: Options, sums: tuple, made: tuple) -> None:
+    made[0][...] = (sums[0][...] * options.scale).astype(made[0].dtype)
+
+
+def _add_on_key(
     sizes: Sizes,
     options: Options,
     tables: Tables,
     refs: dict,
-    scratch: tuple,
-    made: tuple,
+    sums: tuple,
+    column: Any,
 ) -> None:
-    from jax.experimental import pallas as pl
+    on_key, on_value = sums
+    share, slope = _slopes(sizes, options, tables, refs, column)
+    query, on_out = refs["query"][...], refs["slope"][...]
+    on_value[...] += _dot(share.astype(on_out.dtype), on_out, (1, 0))
+    on_key[...] += _dot(slope.astype(query.dtype), query, (1, 0))
 
-    on_key, on_value = scratch
-    row, _, column, step = (pl.program_id(i) for i in range(4))
-    _, needed = query_block(tables, row, column, step)
 
-    @pl.when(step == 0)
-    def _() -> None:
-        on_key[...] = jnp.zeros_like(on_key)
-        on_value[...] = jnp.zeros_like(on_value)
+def _finish_on_key(options: Options, sums: tuple, made: tuple) -> None:
+    made[0][...] = (sums[0][...] * options.scale).astype(made[0].dtype)
+    made[1][...] = sums[1][...].astype(made[1].dtype)
 
-    @pl.when(needed)
-    def _() -> None:
-        share, slope = _slopes(sizes, options, tables, refs, column)
-        query, on_out = refs["query"][...], refs["slope"][...]
-        on_value[...] += _dot(share.astype(on_out.dtype), on_out, (1, 0))
-        on_key[...] += _dot(slope.astype(query.dtype), query, (1, 0))
 
-    @pl.when(step == sizes.query_blocks - 1)
-    def _() -> None:
-        made[0][...] = (on_key[...] * options.scale).astype(made[0].dtype)
-        made[1][...] = on_value[...].astype(made[1].dtype)
+# Attention [rows, D] and log-normalisers; sums: [D, rows], and twice [1, rows].
+READ = Kernel(_add_read, _finish_read, (0.0, _UNSEEN, 0.0), products=2)
+# Gradient of a query block; sums: [rows, D].
+ON_QUERY = Kernel(_add_on_query, _finish_on_query, (0.0,), products=3)
+# Gradients of a block of keys and of values; sums: twice [columns, D].
+ON_KEY = Kernel(
+    _add_on_key, _finish_on_key, (0.0, 0.0), products=4, by_column=True
+)
