@@ -205,6 +205,14 @@ def test_the_keeper_outlives_the_terminal_and_is_found_again(
     assert "delete" in verbs and "create" not in verbs
 
 
+def test_who_follows_gets_the_keepers_exit_code(desk: Desk) -> None:
+    done = desk.run(*KEEP, PLAYS="0:2")
+    assert done.returncode == 1
+    assert "what it was told is wrong" in done.stdout
+    log = desk.top / "runs" / "launch" / "t1.log"
+    assert done.stdout.endswith(log.read_text().splitlines()[-1] + "\n")
+
+
 def test_another_training_is_left_alone(desk: Desk) -> None:
     config = ["--config", "configs/tiny.py"]
     for command, more in (
