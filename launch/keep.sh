@@ -139,7 +139,10 @@ restart() {
             attempt logs >&2 || true
             failed "the training ended"
         fi
-        attempt stop_training || return 0
+        attempt stop_training || {
+            sleep "$every"
+            return 0
+        }
     fi
     say "starting the training"
     attempt run || failed "run"
