@@ -10,10 +10,13 @@ HERE = Path(__file__).parent
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-def run_script(name: str, *arguments: object, **environment: str) -> str:
-    """What it printed; an assertion with its last words where it failed."""
+def run_script(*arguments: object, **environment: str) -> str:
+    """What python prints for them, a script's name first, in this directory.
+
+    An assertion with its last words where it failed.
+    """
     done = subprocess.run(
-        [sys.executable, HERE / name, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
         cwd=HERE,
         capture_output=True,
@@ -24,7 +27,7 @@ def run_script(name: str, *arguments: object, **environment: str) -> str:
     return done.stdout
 
 
-def on_eight_devices(name: str, *arguments: object) -> str:
+def on_eight_devices(*arguments: object) -> str:
     """:func:`run_script` on eight simulated devices."""
     flags = "--xla_force_host_platform_device_count=8"
-    return run_script(name, *arguments, XLA_FLAGS=flags)
+    return run_script(*arguments, XLA_FLAGS=flags)

@@ -169,7 +169,17 @@ def test_student_context_is_the_naive_target(student, teacher, trajectories):
     np.testing.assert_allclose(total / count, np.mean(per_point), rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "offline"])
+# Of every kind of piece one; the others take as long and are slow.
+QUICK = ("topd+suppress", "tip", "offline")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, marks=() if v in QUICK else pytest.mark.slow)
+        for v in (*VARIANTS, "offline")
+    ],
+)
 def test_accumulation_changes_nothing(student, teacher, trajectories, variant):
     goal = objective(
         **({"stage": variant} if variant == "offline" else {"variant": variant})
@@ -227,7 +237,10 @@ def test_offline_is_dense_forward_kl_and_cross_entropy(
     assert_trees_close(gradient(student, state), grads, atol=1e-5)
 
 
-@pytest.mark.parametrize("branch_loss", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize(
+    "branch_loss",
+    [pytest.param("forward_kl", marks=pytest.mark.slow), "reverse_kl"],
+)
 def test_branch_divergences_need_the_teachers_states(
     student, teacher, trajectories, branch_loss
 ):

@@ -293,7 +293,9 @@ def steps(config, context="teacher"):
     return state.student, metrics, notes.teacher_windows, notes.teacher_hidden
 
 
-@pytest.mark.parametrize("context", ["teacher", "student"])
+@pytest.mark.parametrize(
+    "context", ["teacher", pytest.param("student", marks=pytest.mark.slow)]
+)
 def test_a_step_by_the_kernels_is_that_by_blocks(context, kernels):
     wanted = steps(CONFIG, context)
     assert not kernels

@@ -323,5 +323,6 @@ def test_rollout_refuses_settings(model, setting, words):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     assert "equal" in on_eight_devices("sharded_rollout.py")

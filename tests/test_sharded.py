@@ -22,10 +22,8 @@ def test_the_head_is_exchanged_once_and_not_at_every_chunk(loss):
     assert on_eight_devices("sharded_chunks.py", loss).count("bytes") == 2
 
 
-@pytest.mark.parametrize(
-    ("which", "shapes"),
-    [("one", 1), pytest.param("others", 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "shapes"), [("one", 1), ("others", 2)])
 def test_devices_that_share_columns_take_the_step_of_one(which, shapes):
     said = on_eight_devices("sharded_sequence.py", which)
     assert said.count("same on") == shapes
