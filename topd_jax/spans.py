@@ -3,7 +3,8 @@
 A mask bool[B, S, L] is 1 GiB a row at 32k tokens. All that rollouts, branches
 and packed rows ask for is said by three columns a token: it sees a prefix,
 and a stretch that ends with itself. Attention that reads a block of queries
-at a time makes the mask of that block alone.
+at a time makes the mask of that block alone. Branches that are being written
+see a prefix, and columns of their own that stand apart.
 """
 
 import jax
@@ -43,6 +44,35 @@ class Spans:
         """The same over ``columns`` columns; those behind are not seen."""
         more = columns - self.exists.shape[-1]
         return self.replace(exists=jnp.pad(self.exists, ((0, 0), (0, more))))
+
+
+@struct.dataclass
+class Branching:
+    """The columns that the newest token of each branch sees.
+
+    Branches side by side: behind the columns that were read, each step of all
+    M branches has M columns. The token of branch m sees a prefix of the read
+    ones, and of those behind them every M-th: its branch's own.
+
+    Attributes:
+      exists: bool[B, L + M * (K - 1)] columns that are read or written.
+      prefix: i32[B, M] how many columns, from the first, a token sees.
+      read: L.
+    """
+
+    exists: jax.Array
+    prefix: jax.Array
+    read: int = struct.field(pytree_node=False)
+
+    def dense(self) -> jax.Array:
+        """bool[B, M, L + M * (K - 1)]: the same as a mask."""
+        count = self.prefix.shape[-1]
+        column = jnp.arange(self.exists.shape[-1])
+        own = (column - self.read) % count == jnp.arange(count)[:, None]
+        own &= column >= self.read
+        return ((column < self.prefix[..., None]) | own) & (
+            self.exists[:, None]
+        )
 
 
 def causal_spans(exists: jax.Array) -> Spans:

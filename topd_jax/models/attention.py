@@ -10,10 +10,10 @@ import numpy as np
 from flax import struct
 
 from topd_jax.head import soft_cap
-from topd_jax.models import flash
+from topd_jax.models import branch_attention, flash
 from topd_jax.models.config import DecoderConfig
 from topd_jax.shares import over_heads
-from topd_jax.spans import Spans
+from topd_jax.spans import Branching, Spans
 
 # Scores of one head and row that may exist at once (16 MB in float32), and of
 # a block of queries where there are more.
@@ -55,7 +55,7 @@ class Sight(NamedTuple):
       columns: i32[B, L] positions of the columns; None where no layer slides.
     """
 
-    mask: jax.Array | Spans
+    mask: jax.Array | Spans | Branching
     rows: jax.Array
     columns: jax.Array | None
 
@@ -63,7 +63,7 @@ class Sight(NamedTuple):
 def look(
     config: DecoderConfig,
     positions: jax.Array,
-    mask: jax.Array | Spans,
+    mask: jax.Array | Spans | Branching,
     cache: Cache | None,
 ) -> tuple[Sight, Cache | None]:
     """Prepares what all layers see; notes the new columns' positions.
@@ -71,13 +71,15 @@ def look(
     Args:
       config: the decoder's shape.
       positions: i32[B, S] of the tokens that are read.
-      mask: bool[B, S, L], or spans.
+      mask: bool[B, S, L], spans, or what branches see.
       cache: that will hold them at its next S columns, or None.
 
     Returns:
       (sight, cache).
     """
-    if isinstance(mask, Spans):
+    if isinstance(mask, Branching):
+        pass
+    elif isinstance(mask, Spans):
         columns = mask.exists.shape[1]
         if not (
             _is_long(positions.shape[1], columns)
@@ -169,6 +171,8 @@ def attend(
       [B, S, heads, head_dim].
     """
     spans = sight.mask
+    if isinstance(spans, Branching):
+        return _attend_branches(query, key, value, sight, reach, config)
     if isinstance(spans, Spans) and _by_kernel(config, query.shape[1]):
         slides = sight.columns is not None
         seen = flash.Seen(
@@ -180,6 +184,35 @@ def attend(
         if out is not None:
             return out
     return _attend_long(query, key, value, sight, reach, config)
+
+
+def _attend_branches(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sight: Sight,
+    reach: jax.Array,
+    config: DecoderConfig,
+) -> jax.Array:
+    """Attention of the tokens of branches, one of each."""
+    sees = sight.mask
+    read = functools.partial(
+        branch_attention.attend,
+        options=flash.Options(_scale(config), config.attention_softcap),
+        read=sees.read,
+    )
+    slides = sight.columns is not None
+    seen = flash.Seen(
+        sees.exists, sees.prefix,
+        jnp.ones_like(sees.prefix), jnp.zeros_like(sees.prefix),  # no stretch
+        sight.rows if slides else None, sight.columns, reach,
+    )  # fmt: skip
+    if _by_kernel(config, query.shape[1]):
+        by_kernel = functools.partial(read, kernel=True)
+        out = over_heads(by_kernel, query, key, value, seen)
+        if out is not None:
+            return out
+    return read(query, key, value, seen)
 
 
 def _by_platform(

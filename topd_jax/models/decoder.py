@@ -28,7 +28,7 @@ from topd_jax.models.parameters import parameter_table
 from topd_jax.models.quantize import is_quantized
 from topd_jax.models.rope import rope_table
 from topd_jax.sharding import constrain
-from topd_jax.spans import Spans
+from topd_jax.spans import Branching, Spans
 
 
 class Layers(nnx.Module):
@@ -111,7 +111,7 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        mask: jax.Array | Spans,
+        mask: jax.Array | Spans | Branching,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens and returns the states that predict the next ones.
@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
           positions: i32[B, S] rotary positions.
           mask: bool[B, S, L] which columns each token attends to; L == S
             without a cache, else all columns of the cache. As spans it is
-            never made whole where sequences are long.
+            never made whole where sequences are long, nor for branches.
           cache: where to write the S new columns; None attends to the S
             tokens alone.
 
@@ -230,7 +230,9 @@ def causal_mask(mask: jax.Array) -> jax.Array:
     return (order[:, None] >= order[None, :]) & mask[:, None, :]
 
 
-def mask_for(model: Any, spans: Spans) -> jax.Array | Spans:
+def mask_for(
+    model: Any, spans: Spans | Branching
+) -> jax.Array | Spans | Branching:
     """What a model takes as its mask.
 
     Args:

@@ -98,6 +98,8 @@ def forward(
     value: jax.Array,
     seen: Seen,
     options: Options,
+    *,
+    causal: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention, and the log-normaliser of every query.
 
@@ -107,6 +109,7 @@ def forward(
       value: the same.
       seen: what each query sees.
       options: see :class:`Options`.
+      causal: what the cost is estimated for, see :func:`flash_kernels.call`.
 
     Returns:
       [B, S, heads, head_dim] in the query's dtype, zero where a query sees
@@ -119,7 +122,7 @@ def forward(
     out, normaliser = kernels.call(
         kernels.READ, sizes, options, tables, arrays,
         outputs={"query": arrays["query"], "normaliser": row},
-        sums=[(size, lanes), (1, lanes), (1, lanes)],
+        sums=[(size, lanes), (1, lanes), (1, lanes)], causal=causal,
     )  # fmt: skip
     return ungrouped(sizes, out), normaliser
 

@@ -22,7 +22,7 @@ from topd_jax.models.flash_blocks import (
 )
 
 # Far below any score; finite, since a row that sees nothing must not be nan.
-_UNSEEN = -1e30
+UNSEEN = -1e30
 
 
 class Options(NamedTuple):
@@ -66,6 +66,7 @@ def call(
     *,
     outputs: dict[str, Any],
     sums: list[tuple[int, int]],
+    causal: bool = True,
 ) -> list[jax.Array]:
     """Runs a kernel over rows, heads and pairs of blocks.
 
@@ -77,6 +78,8 @@ def call(
       arrays: name -> array.
       outputs: name, for its blocks -> array like it.
       sums: shapes of the f32 arrays that it adds to.
+      causal: estimate the cost of a causal reading, of whose pairs half are
+        seen; otherwise, at the most, that of all pairs.
 
     Returns:
       The outputs.
@@ -86,8 +89,10 @@ def call(
 
     steps = sizes.query_blocks, sizes.column_blocks
     outer, inner = steps[::-1] if kernel.by_column else steps
-    # Of a causal reading half of the pairs are seen.
-    pairs = sizes.length * min(sizes.length, arrays["key"].shape[2]) // 2
+    columns = arrays["key"].shape[2]
+    pairs = sizes.length * columns
+    if causal:
+        pairs = sizes.length * min(sizes.length, columns) // 2
     pairs *= sizes.rows * sizes.groups * sizes.shared
     return pl.pallas_call(
         functools.partial(
@@ -109,7 +114,12 @@ def call(
         cost_estimate=pl.CostEstimate(
             flops=2 * kernel.products * pairs * sizes.size,
             transcendentals=pairs,
-            bytes_accessed=_bytes(arrays, outputs, outer, kernel.by_column),
+            bytes_accessed=_bytes(
+                arrays,
+                outputs,
+                max(outer // 2, 1) if causal else outer,
+                kernel.by_column,
+            ),
         ),
         interpret=options.interpret,
     )(*tables, *arrays.values())
@@ -184,14 +194,14 @@ def _spec(sizes: Sizes, name: str, by_column: bool) -> Any:
 def _bytes(
     arrays: dict[str, jax.Array],
     outputs: dict[str, Any],
-    outer: int,
+    times: int,
     by_column: bool,
 ) -> int:
-    """Main memory's: what the inner loop reads comes for half of the outer."""
+    """Main memory's: what the inner loop reads comes so many times."""
     total = 0
     for name, x in arrays.items():
         of_column = _KINDS[name] in ("column", "exists")
-        again = 1 if of_column == by_column else max(outer // 2, 1)
+        again = 1 if of_column == by_column else times
         total += again * math.prod(x.shape) * x.dtype.itemsize
     made = outputs.values()
     return total + sum(math.prod(x.shape) * x.dtype.itemsize for x in made)
@@ -253,7 +263,7 @@ def _add_read(
 ) -> None:
     total, most, weight = sums
     scores, mask = _scores(sizes, options, tables, refs, column)
-    scores = jnp.where(mask, scores, _UNSEEN)
+    scores = jnp.where(mask, scores, UNSEEN)
     old = most[...]
     new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
     share = jnp.where(mask, jnp.exp(scores - new), 0.0)
@@ -270,7 +280,7 @@ def _finish_read(options: Options, sums: tuple, made: tuple) -> None:
     seen = weight[...] > 0
     safe = jnp.where(seen, weight[...], 1.0)
     out[...] = (total[...] / safe).T.astype(out.dtype)
-    normaliser[...] = jnp.where(seen, most[...] + jnp.log(safe), 0.0)
+    normaliser[...] = jnp.where(seen, most[...] + jnp.log(safe), UNSEEN)
 
 
 def _slopes(
@@ -324,7 +334,7 @@ def _finish_on_key(options: Options, sums: tuple, made: tuple) -> None:
 
 
 # Attention [rows, D] and log-normalisers; sums: [D, rows], and twice [1, rows].
-READ = Kernel(_add_read, _finish_read, (0.0, _UNSEEN, 0.0), products=2)
+READ = Kernel(_add_read, _finish_read, (0.0, UNSEEN, 0.0), products=2)
 # Gradient of a query block; sums: [rows, D].
 ON_QUERY = Kernel(_add_on_query, _finish_on_query, (0.0,), products=3)
 # Gradients of a block of keys and of values; sums: twice [columns, D].

@@ -2,11 +2,10 @@
 
 The teacher has read the whole rollout; its cache therefore already holds every
 prefix y_{<t}. Its own continuations from M candidate positions are written
-*behind* the rollout, M columns a step, and the attention mask alone keeps them
-apart: the token i of branch m sees the columns before y_t and the columns of
-branch m. No prefix is copied and none is read twice: K - 1 steps of M queries
-a row are all that the teacher windows of arXiv:2606.00305, §3 cost. How they
-are computed is ours.
+*behind* the rollout, M columns a step: the token i of branch m sees the columns
+before y_t and the columns of branch m, and is compared with no others. No
+prefix is copied: K - 1 steps of M queries a row are all that the teacher
+windows of arXiv:2606.00305, §3 cost. How they are computed is ours.
 """
 
 import functools
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.decoder import in_compute_dtype, unembed
+from topd_jax.models.decoder import in_compute_dtype, mask_for, unembed
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.sampling.layerwise import take_apart
 from topd_jax.sampling.sampler import (
@@ -30,6 +29,7 @@ from topd_jax.sampling.sampler import (
 )
 from topd_jax.sharding import DECODING, constrain, respread, using
 from topd_jax.shares import to_products
+from topd_jax.spans import Branching
 from topd_jax.types import Candidates, Trajectories, Windows
 
 
@@ -171,7 +171,9 @@ def _grow(
     first = first[:, None] + candidates.positions  # rotary position of y_t
     noise = row_noise(key, rows, (length, count, 2), first_row)
     head = model.head[:vocab_size]
-    prefix, behind = _masks(trajectories, candidates, length)
+    sight, written_at = _sight(
+        trajectories, candidates, branch_columns(count, length)
+    )
     reader, cache = take_apart(model, cache)
 
     def grow(state: _Grown, hidden: jax.Array) -> _Grown:
@@ -187,8 +189,8 @@ def _grow(
 
     def body(carry: tuple[_Grown, Any]) -> tuple[_Grown, Any]:
         state, cache = carry
-        # behind: step of each branch column, and out of reach for all others
-        mask = prefix | (behind < state.step)
+        exists = sight.exists & (written_at < state.step)
+        mask = mask_for(model, sight.replace(exists=exists))
         position = first + state.step - 1
         hidden, cache = reader(state.last, position, mask, cache)
         return grow(state, hidden), cache
@@ -234,26 +236,21 @@ def _append(
     )
 
 
-def _masks(
-    trajectories: Trajectories, candidates: Candidates, length: int
-) -> tuple[jax.Array, jax.Array]:
-    """What each branch sees of the rollout, and of the columns behind it.
+def _sight(
+    trajectories: Trajectories, candidates: Candidates, extra: int
+) -> tuple[Branching, jax.Array]:
+    """What the branches see, and which step writes each column (-1: none).
 
     Returns:
-      (bool[B, M, C] columns of the prefix y_{<t}; i32[M, C] the step that
-      writes a column of the branch's own, ``length`` for every other one).
+      (all that they ever see; i32[L + extra]).
     """
-    count = candidates.positions.shape[1]
     exists = trajectories.sequence_mask
-    read = exists.shape[1]
-    extra = branch_columns(count, length)
-    column = jnp.arange(read + extra)
-    exists = jnp.pad(exists, ((0, 0), (0, extra)))
-    end = candidates.positions + trajectories.prompt.shape[1]
-    prefix = exists[:, None] & (column < end[..., None])
-    step, owner = jnp.divmod(column - read, count)
-    own = (step >= 0) & (owner == jnp.arange(count)[:, None])
-    return prefix, jnp.where(own, step, length)
+    read, count = exists.shape[1], candidates.positions.shape[1]
+    written = jnp.arange(read + extra) - read
+    step = jnp.where(written < 0, -1, written // count)
+    exists = jnp.pad(exists, ((0, 0), (0, extra)), constant_values=True)
+    prefix = candidates.positions + trajectories.prompt.shape[1]
+    return Branching(exists, prefix, read), step
 
 
 def _check_key(key: jax.Array | None, temperature: float | jax.Array) -> None:
