@@ -10,10 +10,10 @@ import numpy as np
 from flax import struct
 
 from topd_jax.head import soft_cap
-from topd_jax.models import flash
+from topd_jax.models import flash, flash_decode
 from topd_jax.models.config import DecoderConfig
-from topd_jax.shares import over_heads
-from topd_jax.spans import Spans
+from topd_jax.shares import over_cached_heads, over_heads
+from topd_jax.spans import Spans, Written
 
 # Scores of one head and row that may exist at once (16 MB in float32), and of
 # a block of queries where there are more.
@@ -50,20 +50,24 @@ class Sight(NamedTuple):
 
     Attributes:
       mask: bool[B, 1, S, L] columns each token attends to; as spans where
-        it is only made a block of queries at a time.
+        it is only made a block of queries at a time, and as what is written
+        where a kernel reads no more than that.
       rows: i32[B, S] positions of the tokens.
       columns: i32[B, L] positions of the columns; None where no layer slides.
+      exists: of what is written, as the kernel takes it: made once for all
+        layers; None for other masks.
     """
 
-    mask: jax.Array | Spans
+    mask: jax.Array | Spans | Written
     rows: jax.Array
     columns: jax.Array | None
+    exists: jax.Array | None = None
 
 
 def look(
     config: DecoderConfig,
     positions: jax.Array,
-    mask: jax.Array | Spans,
+    mask: jax.Array | Spans | Written,
     cache: Cache | None,
 ) -> tuple[Sight, Cache | None]:
     """Prepares what all layers see; notes the new columns' positions.
@@ -71,12 +75,13 @@ def look(
     Args:
       config: the decoder's shape.
       positions: i32[B, S] of the tokens that are read.
-      mask: bool[B, S, L], or spans.
+      mask: bool[B, S, L], spans, or what is written.
       cache: that will hold them at its next S columns, or None.
 
     Returns:
       (sight, cache).
     """
+    exists = None
     if isinstance(mask, Spans):
         columns = mask.exists.shape[1]
         if not (
@@ -84,16 +89,21 @@ def look(
             or _by_kernel(config, positions.shape[1])
         ):
             mask = mask.dense()[:, None]
+    elif isinstance(mask, Written):
+        if config.attention == "flash":
+            exists = flash_decode.as_numbers(mask.exists)
+        else:
+            mask = mask.dense()[:, None]
     else:
         mask = mask[:, None]
     if not any(config.sliding):
-        return Sight(mask, positions, None), cache
+        return Sight(mask, positions, None, exists), cache
     if cache is None:
         return Sight(mask, positions, positions), None
     noted = jax.lax.dynamic_update_slice(
         cache.positions, positions[None], (0, 0, cache.length)
     )
-    sight = Sight(mask, positions, noted[0])
+    sight = Sight(mask, positions, noted[0], exists)
     return sight, cache.replace(positions=noted)
 
 
@@ -117,7 +127,7 @@ def visible(sight: Sight, reach: jax.Array) -> jax.Array:
       bool[B, 1, S, L].
     """
     mask = sight.mask
-    if isinstance(mask, Spans):
+    if isinstance(mask, Spans | Written):
         mask = mask.dense()[:, None]
     if sight.columns is None:
         return mask
@@ -180,6 +190,58 @@ def attend(
         if out is not None:
             return out
     return _attend_long(query, key, value, sight, reach, config)
+
+
+def attend_cached(
+    query: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    sight: Sight,
+    reach: jax.Array,
+    config: DecoderConfig,
+) -> jax.Array | None:
+    """Attention of one token a row, which reads the cache where it is.
+
+    Args:
+      query: [B, 1, heads, head_dim].
+      cache: that holds the tokens' own columns already.
+      index: i32[] of the layer in the cache.
+      sight: of the call.
+      reach: i32[] of the layer.
+      config: as in :func:`attend`.
+
+    Returns:
+      [B, 1, heads, head_dim]; None where :func:`attend` is to read: without
+      ``sight.exists``, and where heads and their keys would part.
+    """
+    written, mask = sight.mask, sight.exists
+    if mask is None:
+        return None
+
+    def plain(
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        return _attend(query, key, value, mask[:, None, None], config)
+
+    read = functools.partial(
+        flash_decode.attend,
+        options=flash.Options(_scale(config), config.attention_softcap),
+        usual=_usual(config, written.usual),
+        plain=plain,
+    )
+    first = jnp.zeros(query.shape[0], jnp.int32)
+    if sight.columns is not None:
+        seen = visible(sight, reach)[:, 0, 0]
+        mask, first = flash_decode.as_numbers(seen), jnp.argmax(seen, axis=1)
+    return over_cached_heads(
+        read, query, cache.keys, cache.values, jnp.asarray(index),
+        mask, first, written.length - 1,
+    )  # fmt: skip
+
+
+def _usual(config: DecoderConfig, written: int) -> int:
+    """Columns that a layer reads, on average of those that slide or not."""
+    return int(np.minimum(reach(config), written).mean())
 
 
 def _by_platform(
