@@ -28,13 +28,12 @@ def problem(written=3, dtype="float32", reach=None, seed=0):
     sees = Branching(jnp.asarray(exists), jnp.asarray(prefix), READ)
     slides = reach is not None
     rows = prefix + written - 1
-    seen = flash.Seen(
-        sees.exists, sees.prefix,
-        jnp.ones_like(sees.prefix), jnp.zeros_like(sees.prefix),
+    seen = branch_attention.seen_of(
+        sees,
         jnp.asarray(rows) if slides else None,
         jnp.asarray(places) if slides else None,
         jnp.int32(reach if slides else 2**31 - 1),
-    )  # fmt: skip
+    )
     mask = sees.dense()
     if slides:
         mask &= rows[..., None] - places[:, None] < reach
@@ -126,9 +125,8 @@ def test_work_grows_with_branches_and_not_with_their_square():
         ]
         number = jnp.zeros((1, count), jnp.int32)
         exists = jnp.ones((1, arrays[1].shape[1]), bool)
-        seen = flash.Seen(
-            exists, number, number, number, None, None, jnp.int32(1)
-        )
+        sees = Branching(exists, number, 64)
+        seen = branch_attention.seen_of(sees, None, None, jnp.int32(1))
         options = flash.Options(1.0)
         lowered = jax.jit(
             branch_attention.attend, static_argnames=("options", "read")

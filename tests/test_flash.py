@@ -17,6 +17,7 @@ from topd_jax.models import (
     attention,
     flash,
     flash_blocks,
+    flash_decode,
     init_decoder,
 )
 from topd_jax.objective import Objective
@@ -346,6 +347,21 @@ def test_doctor_compares_the_kernels_with_plain_attention(monkeypatch):
     (found,) = doctor.kernels({"teacher a": Told}, interpret=True)
     assert found.level == "error" and "the limit is 0.03" in found.text
     assert found.way_out == "set config.teachers.a.attention=blocks"
+
+
+def test_doctor_compares_the_kernel_that_decodes_too(monkeypatch):
+    plain = flash_decode._block
+
+    def late(sizes, table, step):
+        block, needed = plain(sizes, table, step)
+        return block, needed & (step > 0)
+
+    monkeypatch.setattr(flash_decode, "_block", late)
+    monkeypatch.setattr(flash_decode, "_FEW_BYTES", 0)
+    monkeypatch.setattr(doctor, "_farthest", lambda *_: 0.0)
+    jax.clear_caches()
+    (found,) = doctor.kernels({"student": Told}, interpret=True)
+    assert found.level == "error"
 
 
 def test_a_window_that_is_not_kept_is_found(monkeypatch):

@@ -348,19 +348,21 @@ def test_a_loop_that_starts_where_fused_arithmetic_says():
     assert count(hlo.parse(TWO_LOOPS)).flops == (5 + 14) * 2 * 8**3
 
 
-# A kernel says what it does; one that says nothing reads its operands once.
+# A kernel says what it does, also where that is but a part of its operands; one
+# that says nothing reads them once.
 KERNELS = """
 HloModule kernels, is_scheduled=true
 
 ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0} parameter(0)
   %k.1 = f32[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"700","transcendentals":"3","bytes_accessed":"90000"}}}
-  ROOT %k.2 = f32[8,128]{1,0} custom-call(%k.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x"}}
+  %k.2 = f32[8,128]{1,0} custom-call(%k.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x"}}
+  ROOT %k.3 = f32[8,128]{1,0} custom-call(%k.2), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"30","transcendentals":"3","bytes_accessed":"500"}}}
 }
 """  # noqa: E501
 
 
 def test_a_kernel_is_counted_as_it_says():
     cost = count(hlo.parse(KERNELS))
-    assert cost.flops == 700
-    assert cost.bytes == 90000 + 2 * 8 * 128 * 4
+    assert cost.flops == 730
+    assert cost.bytes == 90000 + 2 * 8 * 128 * 4 + 500

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from topd_jax.sharding import (
     constrain,
@@ -134,12 +134,7 @@ def over_heads(
     mesh = mesh_in_use()
     if mesh is None or math.prod(mesh.shape.values()) == 1:
         return read(query, key, value, seen)
-    rules = rules_in_force()
-    rows, heads, groups = (
-        rules[n] for n in ("batch", "activation_heads", "activation_kv_heads")
-    )
-    ours = dividing(mesh, query.shape, (rows, rules["sequence"], heads, None))
-    theirs = dividing(mesh, key.shape, (rows, None, groups, None))
+    ours, theirs = _heads_held(mesh, query.shape, key.shape)
     if ours[2] != theirs[2]:
         return None
     of_query, of_column = PartitionSpec(*ours[:2]), PartitionSpec(ours[0])
@@ -160,6 +155,64 @@ def over_heads(
         check_vma=False,
     )
     return share(query, key, value, seen)
+
+
+def over_cached_heads(
+    read: Callable[..., jax.Array],
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    index: jax.Array,
+    mask: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+) -> jax.Array | None:
+    """Attention of the rows and heads that a device has, from a cache.
+
+    Args:
+      read: (query, keys, values, index, mask, first, last) -> attention, of
+        a device's part.
+      query: [B, 1, heads, head_dim].
+      keys: [N, B, L, kv_heads, head_dim].
+      values: the same.
+      index: i32[] layer that is read.
+      mask: i32[B, 1, L].
+      first: i32[B].
+      last: i32[].
+
+    Returns:
+      [B, 1, heads, head_dim]; None where heads and their keys would part.
+    """
+    mesh = mesh_in_use()
+    if mesh is None or math.prod(mesh.shape.values()) == 1:
+        return read(query, keys, values, index, mask, first, last)
+    ours, theirs = _heads_held(mesh, query.shape, keys.shape[1:])
+    if ours[2] != theirs[2]:
+        return None
+    cache, rows = PartitionSpec(None, *theirs), PartitionSpec(ours[0])
+    alike = PartitionSpec()
+    share = jax.shard_map(
+        read,
+        in_specs=(ours, cache, cache, alike, rows, rows, alike),
+        out_specs=ours,
+        # Kernels do not say over which axes their result varies.
+        check_vma=False,
+    )
+    return share(query, keys, values, index, mask, first, last)
+
+
+def _heads_held(
+    mesh: Mesh, query: tuple[int, ...], key: tuple[int, ...]
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """How [B, S, heads, D] and [B, L, kv_heads, D] are spread."""
+    rules = rules_in_force()
+    rows, heads, groups = (
+        rules[n] for n in ("batch", "activation_heads", "activation_kv_heads")
+    )
+    return (
+        dividing(mesh, query, (rows, rules["sequence"], heads, None)),
+        dividing(mesh, key, (rows, None, groups, None)),
+    )
 
 
 def top_k(

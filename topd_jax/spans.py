@@ -75,6 +75,31 @@ class Branching:
         )
 
 
+@struct.dataclass
+class Written:
+    """What the newest token of each row sees: all that is written.
+
+    Attributes:
+      exists: bool[B, L] columns that any token may see.
+      length: i32[] columns that are written, the newest token's included.
+      usual: what ``length`` is on average, in the loop that writes; says what
+        reading them costs.
+    """
+
+    exists: jax.Array
+    length: jax.Array
+    usual: int = struct.field(pytree_node=False)
+
+    def dense(self) -> jax.Array:
+        """bool[B, 1, L]: the same as a mask."""
+        written = jnp.arange(self.exists.shape[-1]) < self.length
+        return (self.exists & written)[:, None]
+
+
+# What a decoder takes: bool[B, S, L], or one of these.
+Mask = jax.Array | Spans | Branching | Written
+
+
 def causal_spans(exists: jax.Array) -> Spans:
     """Each column sees the existing ones that are not after it.
 

@@ -4,6 +4,7 @@ They are interpreted in the tests and compiled for chips that are not there; a
 run that takes them compares them with plain attention on its own chip first.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.doctor.findings import Finding, error, ok
-from topd_jax.models import DecoderConfig, flash
+from topd_jax.models import DecoderConfig, flash, flash_decode
 from topd_jax.models.attention import Sight, attend
 from topd_jax.spans import Spans, branch_spans
 
 # Columns of a rollout, of which some are padding; tokens of a branch; how far
 # back a layer sees that slides.
 _COLUMNS, _PADDING, _WINDOW, _REACH = 300, 5, 8, 60
+# Rows of a cache, its columns, and how many of them are written.
+_ROWS, _CACHED, _WRITTEN = 4, 3000, 2222
 # Of the largest element: of results that are rounded to 8 bits, and to 24.
 _MOST = {"bfloat16": 0.03, "float32": 0.003}
 
@@ -43,7 +46,11 @@ def kernels(
         if getattr(config, "attention", "blocks") == "flash":
             shapes.setdefault(_alike(config), name)
     return [
-        _judge(name, config, _farthest(config, interpret))
+        _judge(
+            name,
+            config,
+            max(_farthest(config, interpret), _decoding(config, interpret)),
+        )
         for config, name in shapes.items()
     ]
 
@@ -96,6 +103,47 @@ def _farthest(config: DecoderConfig, interpret: bool) -> float:
     return float(jnp.max(jnp.stack(off)))
 
 
+def _decoding(config: DecoderConfig, interpret: bool) -> float:
+    """The same of what one token a row reads in the second of two layers."""
+    column = jnp.arange(_CACHED)
+    mask = column >= _PADDING * jnp.arange(_ROWS)[:, None]
+    mask &= column < _WRITTEN
+    first = jnp.zeros(_ROWS, jnp.int32)
+    if config.sliding:
+        mask &= column >= _WRITTEN - _REACH
+        first = jnp.argmax(mask, axis=1)
+    size = config.head_dim
+    cache = (2, _ROWS, _CACHED, config.kv_heads, size)
+    given = [
+        jax.random.normal(key, shape, config.dtype)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(1), 3),
+            ((_ROWS, 1, config.heads, size), cache, cache),
+            strict=True,
+        )
+    ]
+    read = functools.partial(
+        flash_decode.read, options=_options(config, interpret), usual=_CACHED
+    )
+    numbers = flash_decode.as_numbers(mask)
+    found = jax.jit(read)(
+        *given, jnp.int32(1), numbers, first, jnp.int32(_WRITTEN - 1)
+    )
+    sight = Sight(mask[:, None, None], jnp.zeros((_ROWS, 1)), None)
+    with jax.default_matmul_precision("highest"):
+        query, key, value = (x.astype(jnp.float32) for x in given)
+        wanted = attend(
+            query, key[1], value[1], sight, jnp.int32(_REACH), config
+        )
+    off = jnp.max(jnp.abs(found.astype(jnp.float32) - wanted))
+    return float(off / jnp.max(jnp.abs(wanted)))
+
+
+def _options(config: DecoderConfig, interpret: bool) -> flash.Options:
+    scale = (config.query_scalar or config.head_dim) ** -0.5
+    return flash.Options(scale, config.attention_softcap, interpret)
+
+
 def _by_kernels(
     given: list[jax.Array],
     slope: jax.Array,
@@ -108,8 +156,7 @@ def _by_kernels(
         spans.exists, spans.prefix, spans.first, spans.last, places, places,
         jnp.int32(_REACH),
     )  # fmt: skip
-    scale = (config.query_scalar or config.head_dim) ** -0.5
-    options = flash.Options(scale, config.attention_softcap, interpret)
+    options = _options(config, interpret)
     out, normaliser = flash.forward(*given, seen, options)
     slopes = flash.backward(*given, seen, out, normaliser, slope, options)
     return out, *slopes

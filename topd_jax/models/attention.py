@@ -10,10 +10,10 @@ import numpy as np
 from flax import struct
 
 from topd_jax.head import soft_cap
-from topd_jax.models import branch_attention, flash
+from topd_jax.models import branch_attention, flash, flash_decode
 from topd_jax.models.config import DecoderConfig
-from topd_jax.shares import over_heads
-from topd_jax.spans import Branching, Spans
+from topd_jax.shares import over_cached_heads, over_heads
+from topd_jax.spans import Branching, Mask, Spans, Written
 
 # Scores of one head and row that may exist at once (16 MB in float32), and of
 # a block of queries where there are more.
@@ -49,21 +49,24 @@ class Sight(NamedTuple):
     """What the tokens of a call may attend to, the same for all layers.
 
     Attributes:
-      mask: bool[B, 1, S, L] columns each token attends to; as spans where
-        it is only made a block of queries at a time.
+      mask: bool[B, 1, S, L] columns each token attends to; as it was given
+        where it is never made whole.
       rows: i32[B, S] positions of the tokens.
       columns: i32[B, L] positions of the columns; None where no layer slides.
+      exists: of what is written, as the kernel takes it: made once for all
+        layers; None for other masks.
     """
 
-    mask: jax.Array | Spans | Branching
+    mask: Mask
     rows: jax.Array
     columns: jax.Array | None
+    exists: jax.Array | None = None
 
 
 def look(
     config: DecoderConfig,
     positions: jax.Array,
-    mask: jax.Array | Spans | Branching,
+    mask: Mask,
     cache: Cache | None,
 ) -> tuple[Sight, Cache | None]:
     """Prepares what all layers see; notes the new columns' positions.
@@ -71,31 +74,35 @@ def look(
     Args:
       config: the decoder's shape.
       positions: i32[B, S] of the tokens that are read.
-      mask: bool[B, S, L], spans, or what branches see.
+      mask: bool[B, S, L], spans, what is written, or what branches see.
       cache: that will hold them at its next S columns, or None.
 
     Returns:
       (sight, cache).
     """
-    if isinstance(mask, Branching):
-        pass
-    elif isinstance(mask, Spans):
+    exists = None
+    if isinstance(mask, Spans):
         columns = mask.exists.shape[1]
         if not (
             _is_long(positions.shape[1], columns)
             or _by_kernel(config, positions.shape[1])
         ):
             mask = mask.dense()[:, None]
-    else:
+    elif isinstance(mask, Written):
+        if config.attention == "flash":
+            exists = flash_decode.as_numbers(mask.exists)
+        else:
+            mask = mask.dense()[:, None]
+    elif not isinstance(mask, Branching):
         mask = mask[:, None]
     if not any(config.sliding):
-        return Sight(mask, positions, None), cache
+        return Sight(mask, positions, None, exists), cache
     if cache is None:
         return Sight(mask, positions, positions), None
     noted = jax.lax.dynamic_update_slice(
         cache.positions, positions[None], (0, 0, cache.length)
     )
-    sight = Sight(mask, positions, noted[0])
+    sight = Sight(mask, positions, noted[0], exists)
     return sight, cache.replace(positions=noted)
 
 
@@ -119,7 +126,7 @@ def visible(sight: Sight, reach: jax.Array) -> jax.Array:
       bool[B, 1, S, L].
     """
     mask = sight.mask
-    if isinstance(mask, Spans):
+    if isinstance(mask, Spans | Written):
         mask = mask.dense()[:, None]
     if sight.columns is None:
         return mask
@@ -195,24 +202,70 @@ def _attend_branches(
     config: DecoderConfig,
 ) -> jax.Array:
     """Attention of the tokens of branches, one of each."""
-    sees = sight.mask
+    options = flash.Options(_scale(config), config.attention_softcap)
     read = functools.partial(
-        branch_attention.attend,
-        options=flash.Options(_scale(config), config.attention_softcap),
-        read=sees.read,
+        branch_attention.attend, options=options, read=sight.mask.read
     )
-    slides = sight.columns is not None
-    seen = flash.Seen(
-        sees.exists, sees.prefix,
-        jnp.ones_like(sees.prefix), jnp.zeros_like(sees.prefix),  # no stretch
-        sight.rows if slides else None, sight.columns, reach,
-    )  # fmt: skip
+    rows = None if sight.columns is None else sight.rows
+    seen = branch_attention.seen_of(sight.mask, rows, sight.columns, reach)
     if _by_kernel(config, query.shape[1]):
         by_kernel = functools.partial(read, kernel=True)
         out = over_heads(by_kernel, query, key, value, seen)
         if out is not None:
             return out
     return read(query, key, value, seen)
+
+
+def attend_cached(
+    query: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    sight: Sight,
+    reach: jax.Array,
+    config: DecoderConfig,
+) -> jax.Array | None:
+    """Attention of one token a row, which reads the cache where it is.
+
+    Args:
+      query: [B, 1, heads, head_dim].
+      cache: that holds the tokens' own columns already.
+      index: i32[] of the layer in the cache.
+      sight: of the call.
+      reach: i32[] of the layer.
+      config: as in :func:`attend`.
+
+    Returns:
+      [B, 1, heads, head_dim]; None where :func:`attend` is to read: without
+      ``sight.exists``, and where heads and their keys would part.
+    """
+    written, mask = sight.mask, sight.exists
+    if mask is None:
+        return None
+
+    def plain(
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        return _attend(query, key, value, mask[:, None, None], config)
+
+    read = functools.partial(
+        flash_decode.attend,
+        options=flash.Options(_scale(config), config.attention_softcap),
+        usual=_usual(config, written.usual),
+        plain=plain,
+    )
+    first = jnp.zeros(query.shape[0], jnp.int32)
+    if sight.columns is not None:
+        seen = visible(sight, reach)[:, 0, 0]
+        mask, first = flash_decode.as_numbers(seen), jnp.argmax(seen, axis=1)
+    return over_cached_heads(
+        read, query, cache.keys, cache.values, jnp.asarray(index),
+        mask, first, written.length - 1,
+    )  # fmt: skip
+
+
+def _usual(config: DecoderConfig, written: int) -> int:
+    """Columns that a layer reads, on average of those that slide or not."""
+    return int(np.minimum(reach(config), written).mean())
 
 
 def _by_platform(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from topd_jax.head import soft_cap
 from topd_jax.models import flash
 from topd_jax.models.flash_kernels import UNSEEN
+from topd_jax.spans import Branching
 
 # Scores of one head and row that exist at once (16 MB in float32).
 _SCORES = 1 << 22
@@ -41,8 +42,7 @@ def attend(
       key: [B, L + M * (K - 1), kv_heads, head_dim]: L columns that were read,
         then M a step.
       value: the same.
-      seen: its ``exists`` and ``prefix``, and where layers slide its
-        positions; the stretch is empty.
+      seen: of :func:`seen_of`.
       options: scale and soft cap.
       read: L.
       kernel: read the prefix by the kernels of
@@ -71,6 +71,26 @@ def attend(
         _own(grouped, key[:, read:], value[:, read:], seen, options, read),
     )
     return _joined(parts).astype(query.dtype).reshape(query.shape)
+
+
+def seen_of(
+    sees: Branching,
+    rows: jax.Array | None,
+    columns: jax.Array | None,
+    reach: jax.Array,
+) -> flash.Seen:
+    """What :func:`attend` is told of what the tokens of branches see.
+
+    Args:
+      sees: which columns.
+      rows: i32[B, M] positions of the tokens; None where no layer slides.
+      columns: i32[B, L + M * (K - 1)] positions of the columns, or None.
+      reach: i32[] of the layer.
+    """
+    begin, end = jnp.ones_like(sees.prefix), jnp.zeros_like(sees.prefix)
+    return flash.Seen(
+        sees.exists, sees.prefix, begin, end, rows, columns, reach
+    )
 
 
 def _joined(parts: tuple[_Part, ...]) -> jax.Array:

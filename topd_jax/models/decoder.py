@@ -28,7 +28,7 @@ from topd_jax.models.parameters import parameter_table
 from topd_jax.models.quantize import is_quantized
 from topd_jax.models.rope import rope_table
 from topd_jax.sharding import constrain
-from topd_jax.spans import Branching, Spans
+from topd_jax.spans import Branching, Mask, Spans, Written
 
 
 class Layers(nnx.Module):
@@ -111,7 +111,7 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        mask: jax.Array | Spans | Branching,
+        mask: Mask,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens and returns the states that predict the next ones.
@@ -230,17 +230,15 @@ def causal_mask(mask: jax.Array) -> jax.Array:
     return (order[:, None] >= order[None, :]) & mask[:, None, :]
 
 
-def mask_for(
-    model: Any, spans: Spans | Branching
-) -> jax.Array | Spans | Branching:
+def mask_for(model: Any, spans: Spans | Branching | Written) -> Mask:
     """What a model takes as its mask.
 
     Args:
       model: any :class:`~topd_jax.models.protocol.LanguageModel`.
-      spans: what its tokens shall see.
+      spans: what its tokens shall see, or what is written.
 
     Returns:
-      The spans for a decoder; for another model bool[B, S, L].
+      The same for a decoder; for another model bool[B, S, L].
     """
     return spans if isinstance(model, Decoder) else spans.dense()
 

@@ -11,6 +11,7 @@ from topd_jax.models.attention import (
     Cache,
     Sight,
     attend,
+    attend_cached,
     reach,
     write_columns,
 )
@@ -163,13 +164,19 @@ def _attention(
     )
     turn = [t[options["rope"]] if len(t) > 1 else t[0] for t in rope]
     query, key = rotate(query, *turn), rotate(key, *turn)
-    if cache is not None:
-        cache, key, value = write_columns(cache, key, value, options["index"])
+    out = None
     query = constrain(query, "batch", "sequence", "activation_heads", None)
-    # Keys and values of all columns: of one layer, and of few heads.
-    key = constrain(key, "batch", None, "activation_kv_heads", None)
-    value = constrain(value, "batch", None, "activation_kv_heads", None)
-    out = attend(query, key, value, sight, options["reach"], config)
+    if cache is not None:
+        index = options["index"]
+        cache, key, value = write_columns(cache, key, value, index)
+        out = attend_cached(
+            query, cache, index, sight, options["reach"], config
+        )
+    if out is None:
+        # Keys and values of all columns: of one layer, and of few heads.
+        key = constrain(key, "batch", None, "activation_kv_heads", None)
+        value = constrain(value, "batch", None, "activation_kv_heads", None)
+        out = attend(query, key, value, sight, options["reach"], config)
     # Rows first: a move of heads in their groups is none of one collective.
     out = to_rows(out, "sequence", "activation_heads", None)
     out = to_products(out, "sequence", "heads", None)

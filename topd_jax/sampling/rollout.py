@@ -30,7 +30,7 @@ from topd_jax.sampling.sampler import (
 )
 from topd_jax.sharding import DECODING, constrain, respread, using
 from topd_jax.shares import to_products
-from topd_jax.spans import causal_spans
+from topd_jax.spans import Written, causal_spans
 from topd_jax.types import Prompts, Trajectories, positions_of
 
 # Attention over fewer columns than this is not what a step spends time on.
@@ -182,20 +182,22 @@ def _write(
         token, logp = choose(drawn, logits, temperature, top_p, top_k)
         return _append(state, token, logp, eos_ids, pad_id)
 
-    def stretch(state: _Written, cache: Any, end: int) -> tuple[_Written, Any]:
+    def stretch(
+        state: _Written, cache: Any, begin: int, end: int
+    ) -> tuple[_Written, Any]:
         exists = jnp.pad(prompts.mask, ((0, 0), (0, end)), constant_values=True)
-        columns = jnp.arange(width + end)
+        usual = width + (begin + end) // 2  # of all steps of the loop
 
         def more(carry: tuple[_Written, Any]) -> jax.Array:
             return (carry[0].step < end) & ~jnp.all(carry[0].done)
 
         def body(carry: tuple[_Written, Any]) -> tuple[_Written, Any]:
             state, cache = carry
-            mask = exists & (columns < width + state.step)
+            mask = Written(exists, width + state.step, usual)
             hidden, cache = reader(
                 state.last[:, None],
                 (first + state.step - 1)[:, None],
-                mask[:, None],
+                mask_for(model, mask),
                 cache,
             )
             return write(state, hidden[:, 0]), cache
@@ -206,7 +208,7 @@ def _write(
     begin = 0
     for end in _stretches(max_new_tokens):
         cache = add_columns(model, cache, end - begin)
-        state, cache = stretch(state, cache, end)
+        state, cache = stretch(state, cache, begin, end)
         begin = end
     mask = jnp.arange(max_new_tokens) < state.length[:, None]
     return Trajectories(

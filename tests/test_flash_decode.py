@@ -1,0 +1,318 @@
+"""The decoding kernel, interpreted, against dense attention and in rollouts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from children import LIBTPU, on_eight_devices, run_script
+
+from topd_jax.models import (
+    Decoder,
+    DecoderConfig,
+    attention,
+    flash,
+    flash_decode,
+    init_decoder,
+)
+from topd_jax.sampling import rollout
+from topd_jax.spans import Written
+from topd_jax.types import Prompts
+
+N, B, G, R, D, L = 3, 4, 2, 3, 64, 700
+LAYER = 1
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """128 columns of one row and head a block, so that there are several."""
+    monkeypatch.setattr(flash_decode, "_FEW_BYTES", 0)
+    monkeypatch.setattr(flash_decode, "_BYTES", 1)
+
+
+def inputs(dtype="float32", length=L, shape=(B, G, R, D)):
+    rows, groups, shared, size = shape
+    rng = np.random.default_rng(0)
+    cache = (N, rows, length, groups, size)
+    shapes = (rows, 1, groups * shared, size), cache, cache
+    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+def dense(query, keys, values, mask, scale, cap=None):
+    """All scores at once, in float32."""
+    query, key, value = (
+        x.astype(jnp.float32) for x in (query, keys[LAYER], values[LAYER])
+    )
+    shared = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
+    scores = jnp.einsum("bshd,blhd->bhsl", query, key) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    mask = mask[:, None, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    return jnp.einsum("bhsl,blhd->bshd", jnp.where(mask, weights, 0.0), value)
+
+
+def masks(written, length, rows, window=None):
+    """(bool[B, L], first, last) of left-padded rows, most of them alike."""
+    column = jnp.arange(length)
+    padding = jnp.array([0, 37, 5, 37] * rows)[:rows, None]
+    mask = (column >= padding) & (column < written)
+    first = jnp.zeros(rows, jnp.int32)
+    if window is not None:
+        mask &= column >= written - window
+        first = jnp.argmax(mask, axis=1)
+    return mask, first, jnp.int32(written - 1)
+
+
+def check(
+    *written, dtype="float32", length=L, shape=(B, G, R, D), cap=None,
+    window=None, tolerance=2e-5,
+):  # fmt: skip
+    """Compares the two; what may not be read is nan."""
+    query, *cache = (np.asarray(x) for x in inputs(dtype, length, shape))
+    options = flash.Options(shape[-1] ** -0.5, cap, interpret=True)
+    read = jax.jit(
+        functools.partial(flash_decode.read, options=options, usual=length)
+    )
+    columns = flash_decode.sizes_of(query, cache[0]).columns
+    for count in written:
+        mask, first, last = masks(count, length, shape[0], window)
+        wanted = dense(query, *cache, mask, options.scale, cap)
+        poisoned = [np.full_like(x, np.nan) for x in cache]
+        begin = int(first.min()) // columns * columns
+        for x, y in zip(poisoned, cache, strict=True):
+            x[LAYER, :, begin:count] = y[LAYER, :, begin:count]
+        numbers = flash_decode.as_numbers(mask)
+        found = read(query, *poisoned, LAYER, numbers, first, last)
+        assert found.dtype == query.dtype and np.isfinite(found).all()
+        np.testing.assert_allclose(
+            found.astype(jnp.float32), wanted, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_it_is_attention_over_what_is_written(small_blocks):
+    # A block is of 128 columns, and the last one of 700 is not whole.
+    check(40, 128, 129, 384, 385, 700)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cap=0.7),
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                dict(length=100),
+                dict(shape=(1, 1, 8, 128)),
+                dict(shape=(6, 4, 1, 32), window=150),
+                dict(window=20, cap=2.0),
+            )
+        ),
+    ],
+)
+def test_blocks_of_several_rows_and_heads(options):
+    check(60, options.get("length", 500), **options)
+
+
+def test_a_window_in_bfloat16_is_all_that_is_read(small_blocks):
+    # ``check`` has nan in the blocks before it.
+    check(50, 600, 700, window=100, dtype="bfloat16", tolerance=0.02)
+
+
+def test_a_row_that_sees_nothing_is_zero():
+    query, keys, values = inputs()
+    mask, first, last = masks(300, L, B)
+    mask = mask.at[2].set(False)
+    found = flash_decode.read(
+        query, keys, values, jnp.int32(LAYER), flash_decode.as_numbers(mask),
+        first, last, options=flash.Options(0.1, interpret=True), usual=300,
+    )  # fmt: skip
+    assert (found[2] == 0).all() and (found[1] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "length", "dtype"),
+    [
+        (4, 2, 33792, "bfloat16"),
+        (4, 2, 9024, "bfloat16"),
+        (32, 1, 384, "bfloat16"),
+        (7, 8, 5000, "float32"),
+        (1, 16, 100, "bfloat16"),
+        (256, 8, 1280, "bfloat16"),
+    ],
+)
+def test_blocks_divide_and_are_neither_small_nor_large(
+    rows, groups, length, dtype
+):
+    query = jax.ShapeDtypeStruct((rows, 1, groups * 4, 128), dtype)
+    keys = jax.ShapeDtypeStruct((2, rows, length, groups, 128), dtype)
+    sizes = flash_decode.sizes_of(query, keys)
+    assert rows % sizes.rows == 0 and groups % sizes.groups == 0
+    assert rows == 1 or sizes.rows <= rows // 2  # for two cores
+    assert sizes.columns == length or sizes.columns % 128 == 0
+    assert sizes.columns <= max(length / 16, 1024)
+    item = jnp.dtype(dtype).itemsize
+    assert sizes.shared == 32 // item
+    read = sizes.rows * sizes.groups * sizes.columns * 128 * item
+    assert read <= 2**20
+    most = max(rows // 2, 1) * groups * length * 128 * item
+    assert read >= min(2**18, most)
+
+
+def test_blocks_that_nobody_needs_are_not_fetched():
+    sizes = flash_decode.Sizes(1, 1, 8, 64, 128, 1000)
+    for first, last, wanted in (
+        (0, 127, [0]), (0, 128, [0, 1]), (300, 700, [2, 3, 4, 5]),
+        (0, 999, [*range(8)]),
+    ):  # fmt: skip
+        table = jnp.array([7, first, last])
+        steps = [flash_decode._block(sizes, table, step) for step in range(8)]
+        assert [int(at) for at, needed in steps if needed] == wanted
+        # What stays the same is not fetched again.
+        assert {int(at) for at, _ in steps} == set(wanted)
+
+
+def test_a_plan_is_told_of_the_columns_that_are_usual():
+    query, keys, values = inputs("bfloat16", 4096, (2, 2, 4, 128))
+    columns = flash_decode.sizes_of(query, keys).columns
+
+    def said(usual):
+        jaxpr = jax.make_jaxpr(
+            functools.partial(
+                flash_decode.read, options=flash.Options(1.0), usual=usual
+            )
+        )(
+            query, keys, values, 0, jnp.ones((2, 1, 4096), jnp.int32),
+            jnp.zeros(2, jnp.int32), 5,
+        )  # fmt: skip
+        (call,) = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
+        return call.params["cost_estimate"]
+
+    for usual, read in ((1000, 1000 + columns // 2), (4000, 4096)):
+        # Keys and values of four (row, head) pairs, and little else.
+        bytes_read = 2 * 4 * read * 128 * 2
+        assert bytes_read <= said(usual).bytes_accessed < 1.05 * bytes_read
+        assert said(usual).flops == 4 * 16 * read * 128
+
+
+# In a decoder's rollout: the kernel interpreted in the place of XLA's.
+
+CONFIG = DecoderConfig(
+    vocab_size=41, layers=2, width=32, heads=4, kv_heads=2, head_dim=16,
+    mlp_width=24, attention_softcap=3.0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Has a CPU take the kernel where a TPU would; keeps what it is told."""
+    told = []
+
+    def on_tpu(*arrays, tpu, default):
+        if tpu.func is flash_decode.read:
+            told.append((arrays[1].shape[2], tpu.keywords["usual"]))
+            return tpu(*arrays)
+        return default(*arrays)
+
+    monkeypatch.setattr(flash.jax.lax, "platform_dependent", on_tpu)
+    options = functools.partial(flash.Options, interpret=True)
+    monkeypatch.setattr(attention.flash, "Options", options)
+    return told
+
+
+def written_by(config, length, **options):
+    model = init_decoder(config, jax.random.key(0))
+    mask = np.arange(9) >= np.array([[0], [4], [8]])
+    tokens = np.random.default_rng(0).integers(6, 41, (3, 9)) * mask
+    return rollout(
+        model, Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)),
+        jax.random.key(1), max_new_tokens=length, eos_ids=(3,), pad_id=0,
+        samples=2, **options,
+    )  # fmt: skip
+
+
+def assert_same(found, wanted):
+    for name in ("tokens", "mask", "truncated"):
+        np.testing.assert_array_equal(
+            getattr(found, name), getattr(wanted, name)
+        )
+    np.testing.assert_allclose(found.logp, wanted.logp, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                dict(unroll=2, window=20, sliding=(True, False)),
+                dict(window=20, sliding=(False, True)),
+            )
+        ),
+    ],
+)
+def test_a_rollout_by_the_kernel_has_the_same_tokens(options, kernel):
+    config = CONFIG.replace(**options)
+    wanted = written_by(config, 30, buckets=(110,))
+    assert not kernel and wanted.mask.sum() > 100
+    config = config.replace(attention="flash")
+    assert_same(written_by(config, 30, buckets=(110,)), wanted)
+    # Two blocks, and in the middle of the loop 15 tokens; or half of the layers
+    # see 20 columns.
+    usual = 110 + 15
+    assert set(kernel) == {(140, (usual + 20) // 2 if options else usual)}
+
+
+@pytest.mark.slow
+def test_a_cache_that_grows_has_the_middle_of_each_loop(kernel):
+    wanted = written_by(CONFIG, 150, buckets=())
+    found = written_by(CONFIG.replace(attention="flash"), 150, buckets=())
+    assert_same(found, wanted)
+    # Of 9 + 75 columns while the first half is written, then of 9 + 150.
+    assert set(kernel) == {(84, 9 + 37), (159, 9 + 112)}
+
+
+def test_elsewhere_it_is_plain_attention():
+    exists = jnp.arange(8) >= jnp.array([[0], [3]])
+    mask = Written(exists, jnp.int32(6), usual=6)
+    places = jnp.array([[5], [2]])
+
+    arrays = init_decoder(CONFIG, jax.random.key(0)).arrays
+    noise = np.random.default_rng(0).normal(size=(2, 2, 8, 2, 16))
+
+    def next_state(config, mask):
+        model = Decoder(config, arrays)
+        cache = model.init_cache(2, 8).replace(
+            length=jnp.int32(5), keys=jnp.asarray(noise, jnp.float32)
+        )
+        read = jax.jit(type(model).__call__)
+        return read(model, jnp.array([[7], [9]]), places, mask, cache)
+
+    wanted = next_state(CONFIG, mask.dense())
+    for attention_by in ("flash", "blocks"):
+        found = next_state(CONFIG.replace(attention=attention_by), mask)
+        for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_of_what_is_written():
+    exists = jnp.array([[0, 1, 1, 1], [1, 1, 1, 1]], bool)
+    mask = Written(exists, jnp.int32(3), usual=2).dense()
+    assert mask.astype(int).tolist() == [[[0, 1, 1, 0]], [[1, 1, 1, 0]]]
+
+
+@pytest.mark.slow
+def test_eight_devices_write_by_the_kernel_what_one_writes_without():
+    said = on_eight_devices("sharded_decode.py")
+    assert said.count("same on") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
+def test_a_tpu_compiles_it(topology):
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    said = run_script("tpu_decode.py", topology, **LIBTPU)
+    assert said.count("reads the cache in place") == 4
