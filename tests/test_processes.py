@@ -236,7 +236,7 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
     # JAX calls a process a task.
     named = r"unhealthy \(stopped sending heartbeats\):\n1\n"
     assert re.search(named, err), err
-    # The teacher had devices of its own; it goes on beside the student.
+    # It had the teacher, which goes on beside the student.
     for _, err, code in finish(begin(world, tmp_path, 2, devices=2)):
         assert code == 0, err
     assert [m["step"] for m in read_jsonl(tmp_path / "metrics.jsonl")] == [
@@ -248,10 +248,22 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_saves_and_stops_all(world, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="beside"),
+        # The one that is told has the teacher, and saves nothing itself.
+        pytest.param(
+            ["--config.mesh.fsdp=1", "--config.teacher_mesh.devices=1"],
+            id="apart",
+        ),
+    ],
+)
+def test_sigterm_to_one_saves_and_stops_all(world, tmp_path, more):
     children = begin(
         world, tmp_path, 2, devices=1,
-        more=["--config.train.steps=4000", "--config.checkpoint.every=4000"],
+        more=["--config.train.steps=4000", "--config.checkpoint.every=4000",
+              *more],
     )  # fmt: skip
     metrics = tmp_path / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
