@@ -23,8 +23,9 @@ def get_config() -> ConfigDict:
     # Columns of the rows that are learnt from; else rows (arXiv:2407.21783).
     config.mesh.sequence = 1
 
-    # The teacher on devices of its own, the last ones (of several processes as
-    # many of each); the others are the student's, and config.mesh is of those
+    # The teacher on devices of its own, the last ones: of several processes
+    # all of the last processes, or, where those do not make up the number, as
+    # many of each. The others are the student's, and config.mesh is of those
     # (ours).
     config.teacher_mesh = ConfigDict()
     config.teacher_mesh.devices = 0  # the teacher's; 0: one mesh for both

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from topd_jax import moves, processes, sharding
-from topd_jax.teacher_mesh import divide
 
 WAYS = (
     (),
@@ -24,7 +23,11 @@ WAYS = (
 
 def main() -> None:
     processes.start(sys.argv[1], 2, int(sys.argv[2]))
-    ours, theirs = divide(jax.devices(), 4)
+    # Half of each process's.
+    ours, theirs = (
+        [d for i, d in enumerate(jax.devices()) if i % 4 // 2 == half]
+        for half in (0, 1)
+    )
     for part in (ours, theirs):
         assert [d.process_index for d in part] == [0, 0, 1, 1]
     mesh = sharding.make_mesh(fsdp=2, devices=ours)

@@ -166,28 +166,42 @@ class Device:
     platform: str = "cpu"
 
 
-def test_every_process_gives_its_last_devices():
+def test_the_last_processes_give_all_of_their_devices():
+    devices = [Device(p, i) for p in (2, 0, 1) for i in range(4)]
+    for own, first in ((4, 2), (8, 1)):
+        ours, theirs = divide(devices, own)
+        for part, those in ((ours, range(first)), (theirs, range(first, 3))):
+            assert part == [Device(p, i) for p in those for i in range(4)]
+    # Of unequal ones too.
+    ours, theirs = divide([*devices, Device(3, 0)], 5)
+    assert {d.process_index for d in theirs} == {2, 3}
+
+
+def test_else_every_process_gives_its_last_devices():
     devices = [Device(p, i) for p in (1, 0) for i in range(4)]
-    ours, theirs = divide(devices, 4)
-    assert ours == [Device(p, i) for p in (0, 1) for i in (0, 1)]
-    assert theirs == [Device(p, i) for p in (0, 1) for i in (2, 3)]
-    with pytest.raises(ValueError, match=r"=3 must be divisible by the 2 .* 2"):
-        divide(devices, 3)
-    with pytest.raises(ValueError, match=r"=8 must leave .* at most 6,"):
-        divide(devices, 8)
-    # A process with fewer devices than others decides.
-    with pytest.raises(ValueError, match=r"=4 must leave .* at most 2,"):
-        divide(devices[:-2], 4)
+    ours, theirs = divide(devices, 2)
+    assert ours == [Device(p, i) for p in (0, 1) for i in (0, 1, 2)]
+    assert theirs == [Device(p, 3) for p in (0, 1)]
+    for own in (3, 5, 8, 9):
+        with pytest.raises(
+            ValueError, match=rf"={own} must be all .* 2 proc.* try 2, 4, 6, or"
+        ):
+            divide(devices, own)
+    # A process with fewer devices than others decides what each gives.
+    with pytest.raises(ValueError, match=r"=3 must be .* try 2, 4, or"):
+        divide([*devices[:4], *devices[4:6]], 3)
 
 
 def test_no_two_processes_may_share_rows_of_the_student():
     devices = [Device(p, i) for p in range(2) for i in range(4)]
     make = functools.partial(
-        make_meshes, teacher=TeacherMeshSettings(4), devices=devices
+        make_meshes, teacher=TeacherMeshSettings(2), devices=devices
     )
-    make(MeshSettings(tensor=2))
+    make(MeshSettings(tensor=3))
     with pytest.raises(ValueError, match=r"processes \[0, 1\] would share"):
-        make(MeshSettings(tensor=4))
+        make(MeshSettings(tensor=6))
+    # Alone on its process, it may do as it likes.
+    make(MeshSettings(tensor=4), teacher=TeacherMeshSettings(4))
 
 
 def test_every_process_has_rows_of_every_slice():

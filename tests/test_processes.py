@@ -128,18 +128,34 @@ def test_several_processes_are_one_program(alone, world, tmp_path, count):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_arrays_move_between_meshes_of_several_processes():
+def run_as(count, script, *more):
+    """What each of some processes printed that ran a script together."""
     address = f"localhost:{free_port()}"
     children = [
         subprocess.Popen(
-            [sys.executable, TESTS / "moved_arrays.py", address, str(i)],
+            [sys.executable, TESTS / script, address, str(i), *map(str, more)],
             env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for i in range(2)
+        for i in range(count)
     ]  # fmt: skip
-    for out, err, code in finish(children):
+    done = finish(children)
+    for _, err, code in done:
         assert code == 0, err
+    return [out for out, _, _ in done]
+
+
+def test_arrays_move_between_meshes_of_several_processes():
+    for out in run_as(2, "moved_arrays.py"):
+        assert "all arrived" in out
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "theirs"),
+    [(2, 2, 2), pytest.param(4, 1, 1, marks=pytest.mark.slow)],
+)
+def test_arrays_are_sent_to_processes_that_have_none(count, each, theirs):
+    for out in run_as(count, "sent_arrays.py", count, each, theirs):
         assert "all arrived" in out
 
 
@@ -148,10 +164,10 @@ def test_a_teacher_on_devices_of_every_process(alone, world, tmp_path):
     # The embedding is gathered for it from both hosts, at every step.
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = [
-        "--config.teacher_mesh.devices=4", "--config.teacher_mesh.parts=2",
+        "--config.teacher_mesh.devices=2", "--config.teacher_mesh.parts=2",
         "--config.mesh.fsdp=4",
     ]  # fmt: skip
-    children = begin(world, whole, 2, devices=4, more=more)
+    children = begin(world, whole, 2, devices=3, more=more)
     for _, err, code in finish(children):
         assert code == 0, err
     found = parameters(whole, world)
@@ -160,7 +176,44 @@ def test_a_teacher_on_devices_of_every_process(alone, world, tmp_path):
     # Without its last checkpoint it goes on from the one before.
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "6")
-    for _, err, code in finish(begin(world, cut, 2, devices=4, more=more)):
+    for _, err, code in finish(begin(world, cut, 2, devices=3, more=more)):
+        assert code == 0, err
+    for a, b in zip(found, parameters(cut, world), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "more"),
+    [
+        # One process each, the batch in two slices.
+        (2, 2, ["--config.teacher_mesh.devices=2",
+                "--config.teacher_mesh.parts=2"]),
+        # Two each; both models read every token of the batch.
+        (4, 1, ["--config.teacher_mesh.devices=2",
+                "--config.teacher_mesh.fsdp=2",
+                "--config.train.preflight=True"]),
+    ],
+)  # fmt: skip
+def test_a_teacher_on_processes_of_its_own(
+    alone, world, tmp_path, count, devices, more
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    children = begin(world, whole, count, devices=devices, more=more)
+    for _, err, code in finish(children):
+        assert code == 0, err
+    found = parameters(whole, world)
+    for a, b in zip(found, parameters(alone, world), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for name in ("metrics", "evals", "completions"):
+        ours, theirs = (
+            read_jsonl(w / f"{name}.jsonl") for w in (whole, alone)
+        )
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "6")
+    children = begin(world, cut, count, devices=devices, more=more)
+    for _, err, code in finish(children):
         assert code == 0, err
     for a, b in zip(found, parameters(cut, world), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -183,7 +236,7 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
     # JAX calls a process a task.
     named = r"unhealthy \(stopped sending heartbeats\):\n1\n"
     assert re.search(named, err), err
-    # The teacher had devices of its own; it goes on beside the student.
+    # It had the teacher, which goes on beside the student.
     for _, err, code in finish(begin(world, tmp_path, 2, devices=2)):
         assert code == 0, err
     assert [m["step"] for m in read_jsonl(tmp_path / "metrics.jsonl")] == [
@@ -195,10 +248,22 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_saves_and_stops_all(world, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="beside"),
+        # The one that is told has the teacher, and saves nothing itself.
+        pytest.param(
+            ["--config.mesh.fsdp=1", "--config.teacher_mesh.devices=1"],
+            id="apart",
+        ),
+    ],
+)
+def test_sigterm_to_one_saves_and_stops_all(world, tmp_path, more):
     children = begin(
         world, tmp_path, 2, devices=1,
-        more=["--config.train.steps=4000", "--config.checkpoint.every=4000"],
+        more=["--config.train.steps=4000", "--config.checkpoint.every=4000",
+              *more],
     )  # fmt: skip
     metrics = tmp_path / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):

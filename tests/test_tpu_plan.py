@@ -76,15 +76,32 @@ def test_a_teacher_on_its_own_chips(tmp_path):
         assert word in done.stdout
 
 
+def test_a_teacher_on_hosts_of_its_own(tmp_path):
+    output = tmp_path / "plan.json"
+    done = topd(
+        f"--config={HERE / 'small_run.py'}",
+        "--config.mesh.fsdp=2",
+        "--config.teacher_mesh.devices=8",
+        "--config.teacher_mesh.tensor=2",
+        "--topology=v5e:4x4",
+        f"--output={output}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads(output.read_text())["plan"]
+    assert plan["fits"] and plan["mesh"]["data"] == 4
+    assert plan["teacher_mesh"]["data"] == 4
+    assert all(p["seconds"] > 0 for p in plan["programs"])
+
+
 def test_chips_of_several_hosts_that_form_no_slice_are_refused():
     done = topd(
         f"--config={HERE / 'small_run.py'}",
-        "--config.teacher_mesh.devices=8",
-        "--topology=v5e:4x4",
+        "--config.teacher_mesh.devices=16",
+        "--topology=v5e:4x8",
     )
     assert done.returncode == 2
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("topd:")]
-    assert "8 chips of 4 hosts" in line and "teacher_mesh.devices=0" in line
+    assert "16 chips of 4 hosts" in line and "teacher_mesh.devices=0" in line
 
 
 def test_what_does_not_fit_is_told_and_what_would(tmp_path):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from topd_jax import metrics, sharding
+from topd_jax import metrics, sharding, transfers
 from topd_jax.annotate import decide, read
 from topd_jax.head import Head
 from topd_jax.moves import copy_to, move, move_rows
@@ -143,6 +143,7 @@ class Apart:
         self._statistics = make_statistics(settings, pair)
         self._parts = settings.teacher_mesh.parts
         self._objective = settings.objective
+        self._sends = transfers.needed(pair.mesh, pair.teacher_mesh)
         self._reader = make_reader()
         self._join = make_join(settings.objective)
         self.head = pair.teacher_head
@@ -175,8 +176,23 @@ class Apart:
         # Before anything is written, behind which they would wait.
         ours = self._student(student)
         there = copy_to(note_key, mesh)
-        written, first_rows = [], []
-        # All before the first move: a move may wait for what it moves.
+        written, first_rows, notes = [], [], []
+
+        def note(slices: slice) -> None:
+            parts = written[slices]
+            states = [None] * len(parts)
+            if self._objective.needs_student_states:
+                states = [self._reader(student, part) for part in parts]
+            for *part, first_row in zip(
+                parts, states, first_rows[slices], strict=True
+            ):
+                moved, read_by_us = move_rows(part, mesh)
+                with jax.set_mesh(mesh):
+                    rest = (there, first_row, read_by_us)
+                    notes.append(
+                        self._phases.annotate(ours, pair.teacher, moved, *rest)
+                    )
+
         for part in split(prompts, self._parts):
             first_rows.append(sum(w.tokens.shape[0] for w in written))
             written.append(
@@ -184,19 +200,13 @@ class Apart:
                     student, writer, pair.place(part), roll_key, first_rows[-1]
                 )
             )
+            # A program that sends has its place before the next slice is
+            # written; any other move may wait for what it moves.
+            if self._sends:
+                note(slice(-1, None))
         clock("rollout", written)
-        states = [None] * len(written)
-        if self._objective.needs_student_states:
-            states = [self._reader(student, part) for part in written]
-        notes = []
-        for *part, first_row in zip(written, states, first_rows, strict=True):
-            moved, read_by_us = move_rows(part, mesh)
-            with jax.set_mesh(mesh):
-                notes.append(
-                    self._phases.annotate(
-                        ours, pair.teacher, moved, there, first_row, read_by_us
-                    )
-                )
+        if not self._sends:
+            note(slice(None))
         notes = [move_rows(part, pair.mesh) for part in notes]
         clock("annotate", notes)
         if len(notes) == 1:

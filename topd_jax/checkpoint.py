@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
-from topd_jax.models import DecoderConfig
+from topd_jax import processes, transfers
+from topd_jax.models import DecoderConfig, runs
 from topd_jax.sections import flat
 from topd_jax.settings import NO_IDENTITY, Settings, defaults_of
+from topd_jax.sharding import replicated
 
 # Settings that may differ between a run and its continuation: they change
 # what is written down, not what is computed.
@@ -36,23 +39,38 @@ _CHUNK_BYTES = 8 << 20
 class Checkpoints:
     """The checkpoints of one run, in a directory of their own."""
 
-    def __init__(self, directory: pathlib.Path, keep: int) -> None:
+    def __init__(
+        self, directory: pathlib.Path, keep: int, mesh: Mesh | None = None
+    ) -> None:
         """Opens (or makes) the directory.
 
         Args:
           directory: where they are.
           keep: how many of the latest checkpoints stay.
+          mesh: that the train state is on; the processes with devices of it
+            write and read it. None: all.
         """
         directory.mkdir(parents=True, exist_ok=True)
+        holders, self._saved = transfers.holders(mesh), None
+        self._all = holders is None
+        self._holds = self._all or jax.process_index() in holders
+        options = dict(max_to_keep=keep, enable_async_checkpointing=False)
+        if not self._all:
+            options["create"] = False
+            options["multiprocessing_options"] = (
+                ocp.options.MultiprocessingOptions(active_processes=holders)
+            )
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False
-            ),
+            options=ocp.CheckpointManagerOptions(**options)
+            if self._holds
+            else runs.reading(),
         )
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
+        if self._saved is not None:
+            return self._saved
         return self._manager.latest_step()
 
     def save(
@@ -72,11 +90,26 @@ class Checkpoints:
         latest = self.latest()
         if latest is not None and latest >= step:
             return
+        if self._holds:
+            self._write(step, state, key, record)
+        else:
+            self._saved = step
+        if not self._all:  # nobody goes on, or ends, before it is written
+            processes.meet(f"checkpoint {step}")
+
+    def _write(
+        self, step: int, state: Any, key: jax.Array, record: dict[str, Any]
+    ) -> None:
         item = {
             "train": state,
             # NumPy: a key must not remember the devices it was on.
             "key": np.asarray(jax.random.key_data(key)),
         }
+        if jax.process_count() > 1:
+            # Of several processes, orbax takes no array that one holds whole.
+            item = jax.tree.map(
+                lambda x: x if _is_shared(x) else jax.device_get(x), item
+            )
         options = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         self._manager.save(
             step,
@@ -104,8 +137,15 @@ class Checkpoints:
             (arrays or ``ShapeDtypeStruct``).
 
         Returns:
-          (train state, PRNG key).
+          (train state, PRNG key); a process without devices of the mesh
+          gets arrays without parts, as elsewhere.
         """
+        if not self._holds:
+            key = jax.ShapeDtypeStruct(
+                (2,), np.uint32, sharding=replicated(_mesh_of(state))
+            )
+            state, key = jax.tree.map(transfers.nothing_of, (state, key))
+            return state, jax.random.wrap_key_data(key)
         target = {
             "train": jax.tree.map(ocp.utils.to_shape_dtype_struct, state),
             "key": np.zeros(2, np.uint32),
@@ -119,6 +159,14 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.close()
+
+
+def _is_shared(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def _mesh_of(state: Any) -> Mesh:
+    return jax.tree.leaves(state)[0].sharding.mesh
 
 
 def has_steps(directory: pathlib.Path) -> bool:

@@ -27,6 +27,7 @@ from topd_jax.processes import on_host
 from topd_jax.sampling import rollout
 from topd_jax.settings import Settings
 from topd_jax.teachers import Teachers, by_name, shared_rows, total
+from topd_jax.transfers import within_reach
 from topd_jax.types import Trajectories
 
 # Apart from every training step's key, which are folded from 1 up.
@@ -203,7 +204,8 @@ class Evaluator:
                 done = _completions(written, int(real.sum()))
                 at = [places[j] for j in batch.index[real]]
                 rows |= zip(at, done, strict=True)
-        return [rows[i] for i in sorted(rows)], read_metrics(merge(parts))
+        statistics = read_metrics(merge(within_reach(parts)))
+        return [rows[i] for i in sorted(rows)], statistics
 
     def is_cut(self, tokens: list[int]) -> bool:
         """Whether a completion reached the limit without an end."""

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from topd_jax import processes
+from topd_jax import processes, transfers
 from topd_jax.checkpoint import cut_log
 
 # Logs of texts, which are no numbers for TensorBoard.
@@ -90,7 +90,9 @@ class Logs:
           The numbers that were written, or None for the first step.
         """
         written = self.flush()
-        self._pending = (step, dict(metrics), dict(times), started)
+        # Sent now: behind the next step it would wait for that one.
+        read = transfers.within_reach(dict(metrics))
+        self._pending = (step, read, dict(times), started)
         return written
 
     def flush(self) -> dict[str, float] | None:

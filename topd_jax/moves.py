@@ -1,10 +1,12 @@
 """Arrays from one mesh to another that shares no device with it (ours).
 
-In one process JAX moves them. In several, every process moves what its own
-devices hold: from device to device where a device of the other mesh wants just
-what one of its own has, through the host where pieces must be put together or
-cut. Only where a process wants what none of its devices hold do hosts exchange
-anything: the array is gathered first, on the mesh it is on.
+In one process JAX moves them. In several that have devices of both meshes,
+every process moves what its own devices hold: from device to device where a
+device of the other mesh wants just what one of its own has, through the host
+where pieces must be put together or cut. Only where a process wants what none
+of its devices hold do hosts exchange anything: the array is gathered first, on
+the mesh it is on. Where some process has devices of the other mesh alone, the
+devices send what moves (:mod:`topd_jax.transfers`).
 """
 
 import functools
@@ -13,12 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from topd_jax import transfers
+from topd_jax.routes import Box, box
 from topd_jax.sharding import batch_shardings, mesh_axes, replicated
-
-# Of each dimension where a part begins and ends.
-Box = tuple[tuple[int, int], ...]
 
 
 def move_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -52,28 +53,55 @@ def move(tree: Any, shardings: Any) -> Any:
 
     Args:
       tree: of arrays; the same in every process, which must all call this.
-      shardings: the same tree with a ``NamedSharding`` a leaf, of a mesh on
-        which every process that holds the arrays has devices.
+      shardings: the same tree with a ``NamedSharding`` a leaf.
 
     Returns:
       The same arrays there; nothing waits but what goes through the host.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
-    return jax.tree.map(_move, tree, shardings)
+    leaves, structure = jax.tree.flatten(tree)
+    places = structure.flatten_up_to(shardings)
+    out = [_data(x) for x in leaves]
+    sent: dict[tuple[Mesh, Mesh], list[int]] = {}
+    for i, (x, where) in enumerate(zip(out, places, strict=True)):
+        if _is_sent(x, where):
+            sent.setdefault((_mesh_of(x), where.mesh), []).append(i)
+        else:
+            out[i] = _move(x, where)
+    for those in sent.values():
+        arrays, wheres = ([of[i] for i in those] for of in (out, places))
+        found = transfers.send(arrays, wheres)
+        for i, x in zip(those, found, strict=True):
+            out[i] = x
+    for i, x in enumerate(leaves):
+        if _is_key(x):
+            kind = jax.random.key_impl(x)
+            out[i] = jax.random.wrap_key_data(out[i], impl=kind)
+    return jax.tree.unflatten(structure, out)
+
+
+def _is_sent(x: jax.Array, where: NamedSharding) -> bool:
+    """Whether a program must send it; what each process has is its own."""
+    spread = isinstance(x.sharding, NamedSharding)
+    return spread and transfers.needed(_mesh_of(x), where.mesh)
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _data(x: jax.Array) -> jax.Array:
+    """An array itself, or the numbers of a PRNG key."""
+    if not _is_key(x):
+        return x
+    with jax.set_mesh(_mesh_of(x)):
+        return jax.random.key_data(x)
 
 
 def _move(x: jax.Array, where: NamedSharding) -> jax.Array:
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        with jax.set_mesh(_mesh_of(x)):
-            data = jax.random.key_data(x)
-        return jax.random.wrap_key_data(
-            _move(data, where), impl=jax.random.key_impl(x)
-        )
     # What each process holds whole is in its reach.
-    if not x.is_fully_addressable and not _in_reach(
-        x.sharding, where, x.shape
-    ):
+    if not x.is_fully_addressable and not _in_reach(x.sharding, where, x.shape):
         x = _gathered(x)
     return _moved_within(x, where)
 
@@ -82,32 +110,34 @@ def _moved_within(x: jax.Array, where: NamedSharding) -> jax.Array:
     """Moves an array of which this process holds all that it wants."""
     held: dict[Box, list[jax.Array]] = {}
     for shard in x.addressable_shards:
-        held.setdefault(_box(shard.index, x.shape), []).append(shard.data)
-    on_host = functools.cache(lambda box: np.asarray(held[box][0]))
+        held.setdefault(box(shard.index, x.shape), []).append(shard.data)
+    on_host = functools.cache(lambda own: np.asarray(held[own][0]))
     places = where.addressable_devices_indices_map(x.shape)
     out = []
     for i, index in enumerate(places.values()):
-        box = _box(index, x.shape)
-        if box in held:  # taken from all that have it, in turn
-            out.append(held[box][i % len(held[box])])
+        own = box(index, x.shape)
+        if own in held:  # taken from all that have it, in turn
+            out.append(held[own][i % len(held[own])])
         else:
-            out.append(_cut(box, held, on_host, x.dtype))
+            out.append(_cut(own, held, on_host, x.dtype))
     out = jax.device_put(out, list(places))
-    return jax.make_array_from_single_device_arrays(x.shape, where, out)
+    return jax.make_array_from_single_device_arrays(
+        x.shape, where, out, dtype=x.dtype
+    )
 
 
-def _cut(box: Box, held: Any, on_host: Any, dtype: Any) -> np.ndarray:
+def _cut(own: Box, held: Any, on_host: Any, dtype: Any) -> np.ndarray:
     """A part of an array, put together of parts that are held."""
-    out = np.empty([end - begin for begin, end in box], dtype)
+    out = np.empty([end - begin for begin, end in own], dtype)
     for other in held:
-        both = _overlap(box, other)
+        both = _overlap(own, other)
         if _volume(both):
             there, here = (
                 tuple(
                     slice(begin - start, end - start)
                     for (begin, end), (start, _) in zip(both, of, strict=True)
                 )
-                for of in (box, other)
+                for of in (own, other)
             )
             out[there] = on_host(other)[here]
     return out
@@ -125,12 +155,12 @@ def _in_reach(
     for of, boxes in ((source, held), (where, wanted)):
         for device, index in of.devices_indices_map(shape).items():
             own = boxes.setdefault(device.process_index, set())
-            own.add(_box(index, shape))
+            own.add(box(index, shape))
     return all(
-        sum(_volume(_overlap(box, other)) for other in held.get(process, ()))
-        == _volume(box)
+        sum(_volume(_overlap(own, other)) for other in held.get(process, ()))
+        == _volume(own)
         for process, boxes in wanted.items()
-        for box in boxes
+        for own in boxes
     )
 
 
@@ -160,12 +190,6 @@ def _respread(where: NamedSharding) -> Any:
 
 def _mesh_of(x: jax.Array) -> jax.sharding.Mesh:
     return x.sharding.mesh
-
-
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    return tuple(
-        part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
-    )
 
 
 def _overlap(a: Box, b: Box) -> Box:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from topd_jax import sharding
+from topd_jax import processes, sharding, transfers
 from topd_jax.adapters import adapt
 from topd_jax.data import packing, vocabulary
 from topd_jax.data import prompts as prompt_data
@@ -99,7 +99,10 @@ class Pair:
 
         def one(x: np.ndarray) -> jax.Array:
             return jax.make_array_from_callback(
-                x.shape, self._rows(x.shape), lambda index: x[index]
+                x.shape,
+                self._rows(x.shape),
+                lambda index: x[index],
+                dtype=x.dtype,
             )
 
         return jax.tree.map(one, prompts)
@@ -108,6 +111,7 @@ class Pair:
         """The checkpointable iterator over prompts, or written solutions."""
         if settings.offline.path:
             return self._solutions(settings)
+        index, count = processes.share_of(self.mesh)
         return prompt_data.prompt_stream(
             self.encoded,
             batch_size=settings.data.batch_size,
@@ -116,13 +120,14 @@ class Pair:
             if isinstance(self.teacher, Teachers)
             else None,
             parts=settings.teacher_mesh.parts,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
         )
 
     def _solutions(self, settings: Settings) -> packing.SolutionStream:
         data, offline = settings.data, settings.offline
         unit = row_ways(self.mesh) * settings.optimizer.accumulate
+        index, count = processes.share_of(self.mesh)
         return packing.SolutionStream(
             solution_data.read_solutions(
                 offline.path,
@@ -135,8 +140,8 @@ class Pair:
             length=offline.pack_length,
             unit=unit,
             seed=settings.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
         )
 
     def by_teacher(
@@ -164,13 +169,22 @@ class Pair:
     def place(self, prompts: Any) -> Any:
         """Puts this process's rows of a batch on the mesh.
 
+        A process without devices of it only tells their number.
+
         Raises:
           ValueError: where the rows do not divide over data x fsdp.
         """
-        count = jax.process_count()
+        feeds = jax.process_index() in transfers.owners(self.mesh)
+        _, count = processes.share_of(self.mesh)
 
         def one(x: np.ndarray) -> jax.Array:
             shape = (x.shape[0] * count, *x.shape[1:])
+            if not feeds:
+                return transfers.nothing_of(
+                    jax.ShapeDtypeStruct(
+                        shape, x.dtype, sharding=self._rows(shape)
+                    )
+                )
             return jax.make_array_from_process_local_data(
                 self._rows(shape), x, shape
             )

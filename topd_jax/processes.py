@@ -2,7 +2,9 @@
 
 Every process runs the same command and calls the same jitted phases; each
 feeds its own rows of the batch. The first alone writes: logs, settings, the
-tiny world's models. All must see one work directory.
+tiny world's models. All must see one work directory. A process that has no
+device of some mesh calls that mesh's programs too, decides what the others
+decide, and holds nothing of their arrays.
 """
 
 import os
@@ -15,6 +17,9 @@ from typing import Any, NoReturn
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from topd_jax import transfers
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10
@@ -131,7 +136,22 @@ def on_host(tree: Any) -> Any:
             return jax.device_get(x.addressable_data(0))
         return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(whole, transfers.within_reach(tree))
+
+
+def share_of(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch a process feeds.
+
+    Args:
+      mesh: that the batch is spread over.
+
+    Returns:
+      (place of this process among those with devices of the mesh, 0 where it
+      has none and feeds nothing; how many they are).
+    """
+    having = sorted(transfers.owners(mesh))
+    own = jax.process_index()
+    return having.index(own) if own in having else 0, len(having)
 
 
 def wait_for(paths: Sequence[pathlib.Path]) -> None:

@@ -1,9 +1,10 @@
 """The teacher on devices of its own: the switch, what it refuses, the meshes.
 
 The first devices hold the student, the last ``teacher_mesh.devices`` the
-teacher; of several processes each gives as many of its own last ones, so that
-all of them run every program, and what moves between the meshes need not leave
-its host. 0 puts both on one mesh. What then runs where is told in
+teacher. Of several processes the last ones give all of theirs, where these make
+up the number: then no process has devices of both, which is what TPUs of
+several hosts ask for. Where they do not, every process gives as many of its own
+last ones. 0 puts both on one mesh. What then runs where is told in
 :mod:`topd_jax.apart`. Ours.
 """
 
@@ -25,8 +26,8 @@ class TeacherMeshSettings:
     """Devices of the teacher, their mesh axes, and slices of the batch.
 
     Attributes:
-      devices: the teacher's, the last ones of every process, together; 0: it
-        shares the student's mesh.
+      devices: the teacher's: all of the last processes, or as many of each
+        (see :func:`divide`); 0: it shares the student's mesh.
       data: as of ``sharding.make_mesh``; as the next four.
       fsdp: see ``data``.
       tensor: see ``data``.
@@ -184,46 +185,63 @@ def divide(
 ) -> tuple[list[jax.Device], list[jax.Device]]:
     """The student's devices and the teacher's.
 
+    The teacher's are those of the last processes, where these have ``own``
+    together and leave the student one; else the last ``own / processes`` of
+    every process.
+
     Args:
       devices: all of them, of one process or several.
       own: how many are the teacher's.
 
     Returns:
-      (all but the last ``own / processes`` devices of every process, these),
-      each in the order of the processes.
+      (student's, teacher's), each in the order of the processes.
 
     Raises:
-      ValueError: where the processes cannot give as many each, or one would
-        keep none for the student.
+      ValueError: where the processes cannot give as many either way, or none
+        would be left for the student.
     """
     of: dict[int, list[jax.Device]] = {}
     for device in devices:
         of.setdefault(device.process_index, []).append(device)
+    ordered = [of[process] for process in sorted(of)]
+    for first in range(1, len(ordered)):
+        if sum(map(len, ordered[first:])) == own:
+            ours, theirs = ordered[:first], ordered[first:]
+            return [d for p in ours for d in p], [d for p in theirs for d in p]
     count, least = len(of), min(map(len, of.values()))
-    if own >= count * least:
-        raise ValueError(
-            f"teacher_mesh.devices={own} must leave the student some of the "
-            f"{least} devices of every process; these are {count}, so at most "
-            f"{count * (least - 1)}, or set 0 for one mesh"
-        )
-    if own % count:
-        raise ValueError(
-            f"teacher_mesh.devices={own} must be divisible by the {count} "
-            "processes, of which each gives as many of its devices; try "
-            f"{max(own // count, 1) * count}, or set 0 for one mesh"
-        )
-    each, ordered = own // count, [of[process] for process in sorted(of)]
+    if own % count or own >= count * least:
+        raise ValueError(_cannot(own, [len(part) for part in ordered]))
+    each = own // count
     return (
         [device for part in ordered for device in part[:-each]],
         [device for part in ordered for device in part[-each:]],
     )
 
 
+def _cannot(own: int, sizes: Sequence[int]) -> str:
+    """Why so many devices cannot be the teacher's, and how many can."""
+    count, least = len(sizes), min(sizes)
+    if count == 1:
+        return (
+            f"teacher_mesh.devices={own} must leave the student some of the "
+            f"{least} devices; at most {least - 1}, or set 0 for one mesh"
+        )
+    whole = {sum(sizes[first:]) for first in range(1, count)}
+    each = set(range(count, count * least, count))
+    return (
+        f"teacher_mesh.devices={own} must be all devices of some of the "
+        f"{count} processes, or as many of each, and leave the student some; "
+        f"try {', '.join(map(str, sorted(whole | each)))}, or set 0 for one "
+        "mesh"
+    )
+
+
 def _require_slice(mesh: Mesh, own: int) -> None:
     """Asks the TPU compiler whether chips of several hosts can be one mesh.
 
-    It wants whole hosts, or a rectangle (2x1x2 of 2x2x2), and says so with an
-    internal error in the middle of a run otherwise.
+    It wants whole hosts, and not any of them (of v5e:4x4 any number of the
+    last, of v5e:4x8 none), or a rectangle (2x1x2 of 2x2x2), and says so with
+    an internal error in the middle of a run otherwise.
     """
     devices = list(mesh.devices.flat)
     hosts = {device.process_index for device in devices}
@@ -243,8 +261,8 @@ def _require_slice(mesh: Mesh, own: int) -> None:
         raise ValueError(
             f"teacher_mesh.devices={own}: {len(devices)} chips of {len(hosts)} "
             "hosts would be a mesh, and the TPU compiler takes no such part of "
-            "a slice; use one host, or set teacher_mesh.devices=0 (it says: "
-            f"{said[:160]})"
+            "a slice; take other whole hosts, or set teacher_mesh.devices=0 "
+            f"(it says: {said[:160]})"
         ) from error
 
 

@@ -91,10 +91,13 @@ class Run:
         self.state = initial_state(pair, self.optimizer)
         # Shared with the pair: an update neither changes nor donates it.
         self.frozen = split(pair.student)[1]
-        self.checkpoints = checkpoint.Checkpoints(
-            workdir / runs.LATEST, settings.checkpoint.keep
+        self.checkpoints, self.best = (
+            checkpoint.Checkpoints(workdir / name, keep, self.mesh)
+            for name, keep in (
+                (runs.LATEST, settings.checkpoint.keep),
+                (runs.BEST, 1),
+            )
         )
-        self.best = checkpoint.Checkpoints(workdir / runs.BEST, 1)
         found = self.checkpoints.latest()
         self.step = 0 if found is None else self._resume(found)
         self.logs = Logs(
@@ -297,7 +300,7 @@ class Run:
         if not self.logs.skipped:
             return
         self.logs.skipped = False
-        skipped = int(self.state.skipped)
+        skipped = int(processes.on_host(self.state.skipped))
         if skipped <= self.settings.train.max_skipped:
             return
         path = self.workdir / f"skipped-{self.step}.npz"

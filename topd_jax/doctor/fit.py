@@ -283,9 +283,11 @@ def device_bytes(mesh: Mesh) -> float | None:
     Returns:
       Bytes; None where the device does not tell.
     """
-    device = next(
+    own = [
         d for d in mesh.devices.flat if d.process_index == jax.process_index()
-    )
+    ]
+    # Where another process has them all, they are taken to be as ours.
+    device = own[0] if own else jax.local_devices()[0]
     if device.platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total / jax.local_device_count()

@@ -216,5 +216,5 @@ def _place(
         mesh, host.shape, axes, RULES if rules is None else rules, name=name
     )
     return jax.make_array_from_callback(
-        host.shape, sharding, lambda index: host[index]
+        host.shape, sharding, lambda index: host[index], dtype=host.dtype
     )

@@ -28,6 +28,7 @@ from topd_jax.models.streaming import (
 )
 from topd_jax.models.weights import shardings_of
 from topd_jax.sharding import Rules
+from topd_jax.transfers import nothing_of
 
 # Folders of a work directory: "latest" and "best" on the command line.
 LATEST, BEST = "checkpoints", "best"
@@ -101,10 +102,18 @@ def load_run(
         logging.info("the student of %s is read", where)
         with progress(str(source), total) as advance:
             for name, path in paths.items():
-                array = _restore(
-                    manager, step, path, shardings[name], param_dtype
-                )
-                shards = local_blocks(array.shape, shardings[name])
+                shape = parameter_table(config)[name].shape
+                shards = local_blocks(shape, shardings[name])
+                if shards:
+                    array = _restore(
+                        manager, step, path, shardings[name], param_dtype
+                    )
+                else:  # on devices of other processes
+                    array = nothing_of(
+                        jax.ShapeDtypeStruct(
+                            shape, param_dtype, sharding=shardings[name]
+                        )
+                    )
                 advance(block_bytes(shards, param_dtype))
                 arrays[name] = array if finish is None else finish(name, array)
     return Decoder(config, arrays)
@@ -124,11 +133,24 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
         return _config(manager, step, folder / str(step))
 
 
+def reading() -> ocp.CheckpointManagerOptions:
+    """Of a manager through which a process reads, whatever others do.
+
+    Nothing is saved through it, and so nothing is dropped either.
+    """
+    own = jax.process_index()
+    return ocp.CheckpointManagerOptions(
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}
+        ),
+    )
+
+
 def _opened(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder.absolute(),
-        # Nothing is saved through this one, and so nothing is dropped either.
-        options=ocp.CheckpointManagerOptions(create=False),
+        options=reading(),
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(),
             "record": ocp.JsonCheckpointHandler(),

@@ -128,7 +128,10 @@ def stream(
         gc.collect(0)
     if sharding is None:
         return placed[0]
-    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+    # A process that holds none of it reads nothing.
+    return jax.make_array_from_single_device_arrays(
+        shape, sharding, placed, dtype=jnp.dtype(dtype)
+    )
 
 
 def _cover(

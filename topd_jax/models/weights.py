@@ -29,6 +29,7 @@ from topd_jax.models.streaming import (
     progress,
     stream,
 )
+from topd_jax.processes import on_host
 from topd_jax.sharding import RULES, Rules, named
 
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -291,13 +292,16 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256(
         json.dumps(fields, sort_keys=True, default=vars).encode()
     )
-    for name in sorted(arrays):
-        leaves = jax.tree_util.tree_leaves_with_path(arrays[name])
-        for path, x in leaves:  # a quantised matrix is two arrays
-            sums = np.asarray(_bit_sums(x), np.uint32)
-            label = name + jax.tree_util.keystr(path)
-            digest.update(f"{label}{x.shape}{x.dtype}".encode())
-            digest.update(sums.astype("<u4").tobytes())
+    parts = {  # a quantised matrix is two arrays
+        f"{name}{jax.tree_util.keystr(path)}{x.shape}{x.dtype}": x
+        for name in sorted(arrays)
+        for path, x in jax.tree_util.tree_leaves_with_path(arrays[name])
+    }
+    # Known to every process, also those without devices of the model's.
+    sums = on_host([_bit_sums(x) for x in parts.values()])
+    for label, found in zip(parts, sums, strict=True):
+        digest.update(label.encode())
+        digest.update(found.astype("<u4").tobytes())
     return digest.hexdigest()
 
 
