@@ -125,46 +125,13 @@ def read(
     from jax.experimental.pallas import tpu as pltpu
 
     rows, _, heads, _ = query.shape
-    length, groups = keys.shape[2:4]
-    sizes = sizes_of(query, keys)
+    groups, sizes = keys.shape[3], sizes_of(query, keys)
     grouped = query.reshape(rows, groups, heads // groups, sizes.size)
     more = sizes.shared - heads // groups
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, more), (0, 0)))
-    block = (sizes.rows, sizes.groups, sizes.shared)
-    sums = (sizes.rows * sizes.groups, sizes.shared)
-
-    def own(row: Any, group: Any, step: Any, *tables: Any) -> tuple:
-        return row, group, 0, 0
-
-    def of_column(row: Any, group: Any, step: Any, *tables: Any) -> tuple:
-        (table,) = tables
-        return table[0], row, group, _block(sizes, table, step)[0], 0
-
-    def of_mask(row: Any, group: Any, step: Any, *tables: Any) -> tuple:
-        return row, 0, _block(sizes, tables[0], step)[0]
-
-    wide = (None, sizes.rows, sizes.groups, sizes.columns, sizes.size)
-    wide = pl.BlockSpec(wide, of_column)
     out = pl.pallas_call(
         functools.partial(_visit, sizes, options),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(
-                rows // sizes.rows,
-                groups // sizes.groups,
-                -(-length // sizes.columns),
-            ),
-            in_specs=[
-                pl.BlockSpec((*block, sizes.size), own),
-                wide,
-                wide,
-                pl.BlockSpec((sizes.rows, 1, sizes.columns), of_mask),
-            ],
-            out_specs=pl.BlockSpec((*block, sizes.size), own),
-            scratch_shapes=[
-                pltpu.VMEM((*sums, n), jnp.float32) for n in (sizes.size, 1, 1)
-            ],
-        ),
+        grid_spec=_grid(sizes, rows, groups),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, query.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
@@ -211,6 +178,43 @@ def sizes_of(query: jax.Array, keys: jax.Array) -> Sizes:
 def _divisor(number: int, most: int) -> int:
     """The largest divisor that is not above ``most``."""
     return max(d for d in range(1, max(most, 1) + 1) if number % d == 0)
+
+
+def _grid(sizes: Sizes, rows: int, groups: int) -> Any:
+    """The steps, where the blocks of each are, and the sums that they share.
+
+    Behind the layer, and the first and last column, the arrays are queries,
+    keys, values and mask; rows and heads may go to a core each, all blocks of
+    columns follow one another.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def own(row: Any, group: Any, step: Any, table: Any) -> tuple:
+        return row, group, 0, 0
+
+    def of_column(row: Any, group: Any, step: Any, table: Any) -> tuple:
+        return table[0], row, group, _block(sizes, table, step)[0], 0
+
+    def of_mask(row: Any, group: Any, step: Any, table: Any) -> tuple:
+        return row, 0, _block(sizes, table, step)[0]
+
+    block = (sizes.rows, sizes.groups, sizes.shared, sizes.size)
+    wide = (None, sizes.rows, sizes.groups, sizes.columns, sizes.size)
+    query, column = pl.BlockSpec(block, own), pl.BlockSpec(wide, of_column)
+    mask = pl.BlockSpec((sizes.rows, 1, sizes.columns), of_mask)
+    sums = (sizes.rows * sizes.groups, sizes.shared)
+    steps = -(-sizes.length // sizes.columns)
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(rows // sizes.rows, groups // sizes.groups, steps),
+        in_specs=[query, column, column, mask],
+        out_specs=query,
+        scratch_shapes=[
+            pltpu.VMEM((*sums, size), jnp.float32)
+            for size in (sizes.size, 1, 1)
+        ],
+    )
 
 
 def _block(sizes: Sizes, table: Any, step: Any) -> tuple:

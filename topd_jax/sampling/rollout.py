@@ -182,9 +182,7 @@ def _write(
         token, logp = choose(drawn, logits, temperature, top_p, top_k)
         return _append(state, token, logp, eos_ids, pad_id)
 
-    def stretch(
-        state: _Written, cache: Any, begin: int, end: int
-    ) -> tuple[_Written, Any]:
+    def stretch(start: Any, begin: int, end: int) -> tuple[_Written, Any]:
         exists = jnp.pad(prompts.mask, ((0, 0), (0, end)), constant_values=True)
         usual = width + (begin + end) // 2  # of all steps of the loop
 
@@ -202,13 +200,13 @@ def _write(
             )
             return write(state, hidden[:, 0]), cache
 
-        return jax.lax.while_loop(more, body, (state, cache))
+        return jax.lax.while_loop(more, body, start)
 
     state = write(_nothing(rows, max_new_tokens, pad_id), hidden)
     begin = 0
     for end in _stretches(max_new_tokens):
         cache = add_columns(model, cache, end - begin)
-        state, cache = stretch(state, cache, begin, end)
+        state, cache = stretch((state, cache), begin, end)
         begin = end
     mask = jnp.arange(max_new_tokens) < state.length[:, None]
     return Trajectories(
