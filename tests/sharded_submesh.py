@@ -249,6 +249,17 @@ def overlap(folder):
     np.testing.assert_array_equal(written.tokens, notes.teacher_token_loss)
     assert written.tokens.sharding.mesh == pair.mesh
     assert not {*pair.mesh.devices.flat} & {*pair.teacher_mesh.devices.flat}
+    # Where programs send what moves, these have their place before a slice.
+    fakes.order.clear()
+    reading._sends = True
+    with jax.set_mesh(pair.mesh):
+        again, _ = reading(
+            pair.student, batch.prompts, keys, lambda name, value: value
+        )
+    assert fakes.order == [
+        ("rollout", 0), ("annotate", 0), ("rollout", 8), ("annotate", 8),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(again.tokens, written.tokens)
     print("read while the next is written")
 
 
