@@ -49,8 +49,9 @@ def get_config() -> ConfigDict:
     config.student.param_dtype = "float32"  # master weights
     config.student.remat = "none"  # none, dots or full: recompute layers
     config.student.unroll = 1  # layers unrolled in the scan
-    # Of more than 127 queries at once: "blocks" of them, or "flash", kernels
-    # on TPU that skip what is not seen (arXiv:2205.14135, 2307.08691).
+    # Of more than 127 queries at once, and of a token that is decoded: "blocks"
+    # of them, or "flash", kernels on TPU that skip what is not seen
+    # (arXiv:2205.14135, 2307.08691).
     config.student.attention = "blocks"
     # Low-rank adapters (arXiv:2106.09685): only they are trained, in float32.
     config.student.lora_rank = 0  # r; 0: the whole student is trained
