@@ -21,7 +21,7 @@ from topd_jax import moves, processes, sharding, transfers
 from topd_jax.teacher_mesh import divide
 
 WAYS = ((), ("fsdp",), (None, "fsdp"), (("data", "fsdp"),), ("tensor", "fsdp"))
-TABLE = np.arange(48 * 8, dtype=np.int32).reshape(48, 8)
+TABLE = np.arange(48 * 24, dtype=np.int32).reshape(48, 24)
 
 
 def made(values, place):
