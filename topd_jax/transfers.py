@@ -105,11 +105,12 @@ def within_reach(tree: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _absent(mesh: Mesh) -> tuple[jax.Device, ...]:
-    """The first device of every process that has none of a mesh."""
-    first: dict[int, jax.Device] = {}
-    for device in jax.devices():
-        first.setdefault(device.process_index, device)
-    return tuple(first[i] for i in sorted(first.keys() - owners(mesh)))
+    """The devices of all processes that have none of a mesh.
+
+    All of them: TPUs of several hosts take no program of a chip of each.
+    """
+    having = owners(mesh)
+    return tuple(d for d in jax.devices() if d.process_index not in having)
 
 
 def _shared(arrays: list[jax.Array], mesh: Mesh) -> list[jax.Array]:
