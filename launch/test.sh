@@ -9,7 +9,8 @@ usage: bash launch/test.sh [--setup-only] [ARGUMENT ...]
 Sets topd_jax up with its test extra (needs Python 3.11 or newer, nothing else),
 then runs ruff over the checkout and
     pytest ARGUMENT ...
-which is, with no argument, every test that is neither slow nor a benchmark.
+which is, with no argument, every test that is neither slow nor a benchmark. Two
+processes share the files; -n 0 leaves all to one, as -m benchmark wants it.
 
   --setup-only   only make the virtual environment and install
   --help         this text
@@ -35,6 +36,8 @@ if [[ "${1:-}" == --setup-only ]]; then
     exit 0
 fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+# In front of what is given, which may say otherwise.
+export PYTEST_ADDOPTS="--numprocesses=2 --dist=loadfile ${PYTEST_ADDOPTS:-}"
 failed=0
 "$TOPD_ENV/bin/python" -m ruff check . || failed=$?
 "$TOPD_ENV/bin/python" -m pytest "$@" || failed=$?
