@@ -174,19 +174,21 @@ def test_the_keeper_outlives_the_terminal_and_is_found_again(
     desk: Desk,
 ) -> None:
     log = desk.top / "runs" / "launch" / "t1.log"
+    screen = desk.top / "screen.txt"
     # A terminal: a session that is hung up on while it follows.
-    terminal = subprocess.Popen(
-        ["bash", str(desk.top / "launch" / "tpu.sh"), *KEEP[1:]],
-        env=desk.environment | {"PLAYS": "60:0"},
-        cwd=desk.top.parent,
-        stdout=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(lambda: log.exists() and "running" in log.read_text(), log)
+    with screen.open("w") as shown:
+        terminal = subprocess.Popen(
+            ["bash", str(desk.top / "launch" / "tpu.sh"), *KEEP[1:]],
+            env=desk.environment | {"PLAYS": "60:0"},
+            cwd=desk.top.parent,
+            stdout=shown,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    wait_for(lambda: "running" in screen.read_text(), log)
     os.killpg(terminal.pid, signal.SIGHUP)
-    shown, _ = terminal.communicate(timeout=30)
+    terminal.wait(timeout=30)
+    shown = screen.read_text()
     assert "keeps t1" in shown and "creating t1" in shown
     pid = int(log.with_suffix(".pid").read_text())
     os.kill(pid, 0)
