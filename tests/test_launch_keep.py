@@ -184,6 +184,8 @@ def test_the_keeper_outlives_the_terminal_and_is_found_again(
             stdout=shown,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            # Also where these tests themselves run under nohup.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
     wait_for(lambda: "running" in screen.read_text(), log)
     os.killpg(terminal.pid, signal.SIGHUP)
