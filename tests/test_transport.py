@@ -116,7 +116,8 @@ def test_marginals_are_met(rng):
     b = uniform_marginals(jnp.arange(K) < lengths[1][:, None])
     cost = cosine_cost(*jnp.asarray(rng.normal(size=(2, 3, K, D))))
     _, plan = transport(cost, a, b)
-    np.testing.assert_allclose(plan.sum(-1), a, atol=1e-6)
+    # Exponents are 2 / 0.05 at the most, and rounded to 24 bits.
+    np.testing.assert_allclose(plan.sum(-1), a, atol=5e-6)
     np.testing.assert_allclose(plan.sum(-2), b, atol=1e-3)
     assert np.all(np.asarray(plan)[(a[:, :, None] * b[:, None]) == 0] == 0)
 
