@@ -201,6 +201,22 @@ def test_first_tokens_follow_the_models_distribution(model, written):
         assert (np.abs(share - p[row]) < 5 * deviation + 1e-4).all()
 
 
+def test_work_grows_with_branches_and_not_with_their_square(model, written):
+    def flops(count):
+        some = Candidates(
+            jnp.ones((4, count), jnp.int32), jnp.ones((4, count), bool)
+        )
+        cache, hidden = jax.eval_shape(
+            lambda: read(model, written, branch_columns(count, 20))
+        )
+        program = jax.jit(functools.partial(branch, length=20, **IDS))
+        compiled = program.lower(model, cache, hidden, written, some).compile()
+        return compiled.cost_analysis()["flops"]
+
+    # Were each compared with the columns of all: 3.8.
+    assert flops(64) < 2.1 * flops(32)
+
+
 def test_branch_refuses(model, written, candidates):
     with pytest.raises(ValueError, match="needs a key"):
         look_ahead(model, written, candidates, temperature=0.5)

@@ -115,22 +115,3 @@ def test_what_is_not_written_does_not_matter():
     np.testing.assert_array_equal(
         attend(arrays, seen), attend([query, *other], seen)
     )
-
-
-def test_work_grows_with_branches_and_not_with_their_square():
-    def flops(count):
-        arrays = [
-            jnp.zeros((1, count, 4, 16)),
-            *[jnp.zeros((1, 64 + 9 * count, 2, 16))] * 2,
-        ]
-        number = jnp.zeros((1, count), jnp.int32)
-        exists = jnp.ones((1, arrays[1].shape[1]), bool)
-        sees = Branching(exists, number, 64)
-        seen = branch_attention.seen_of(sees, None, None, jnp.int32(1))
-        options = flash.Options(1.0)
-        lowered = jax.jit(
-            branch_attention.attend, static_argnames=("options", "read")
-        ).lower(*arrays, seen, options=options, read=64)
-        return lowered.compile().cost_analysis()["flops"]
-
-    assert flops(64) < 2.1 * flops(32)

@@ -26,8 +26,10 @@ HEADS, GROUPS, SIZE, READ = 32, 8, 128, 8192
 COLUMNS = READ + 24 * 49
 
 
-def compiled(topology: str, dtype: str, attention: str) -> jax.stages.Compiled:
-    """One row's attention and its gradients, on two chips."""
+def setting(
+    topology: str, dtype: str, attention: str
+) -> tuple[DecoderConfig, jax.sharding.Mesh]:
+    """The heads of Qwen3-8B, on two chips."""
     devices = topologies.get_topology_desc(
         topology_name=topology, platform="tpu"
     ).devices
@@ -35,7 +37,12 @@ def compiled(topology: str, dtype: str, attention: str) -> jax.stages.Compiled:
         vocab_size=1, layers=1, width=1, mlp_width=1, heads=HEADS,
         kv_heads=GROUPS, head_dim=SIZE, dtype=dtype, attention=attention,
     )  # fmt: skip
-    mesh = sharding.make_mesh(tensor=2, devices=devices[:2])
+    return config, sharding.make_mesh(tensor=2, devices=devices[:2])
+
+
+def compiled(topology: str, dtype: str, attention: str) -> jax.stages.Compiled:
+    """One row's attention and its gradients, on two chips."""
+    config, mesh = setting(topology, dtype, attention)
 
     def shape(axes, *sizes, dtype=dtype):
         place = NamedSharding(mesh, sharding.spec(axes))
@@ -64,14 +71,7 @@ def compiled(topology: str, dtype: str, attention: str) -> jax.stages.Compiled:
 
 def of_branches(topology: str, count: int, steps: int) -> jax.stages.Compiled:
     """One step of a row's branches, on two chips."""
-    devices = topologies.get_topology_desc(
-        topology_name=topology, platform="tpu"
-    ).devices
-    config = DecoderConfig(
-        vocab_size=1, layers=1, width=1, mlp_width=1, heads=HEADS,
-        kv_heads=GROUPS, head_dim=SIZE, attention="flash",
-    )  # fmt: skip
-    mesh = sharding.make_mesh(tensor=2, devices=devices[:2])
+    config, mesh = setting(topology, "bfloat16", "flash")
 
     def shape(*sizes, dtype="bfloat16", heads=None):
         axes = (None, None, heads, None)[: len(sizes)]

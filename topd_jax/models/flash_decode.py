@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.flash_kernels import UNSEEN, Options
+from topd_jax.head import soft_cap
+from topd_jax.models.flash_kernels import UNSEEN, Options, dot
 
 # Columns of a block at the least; more where a cache is of more blocks than
 # these parts (half a block is read in vain), or where the block's keys would
@@ -303,9 +304,8 @@ def _add(
     key, value = (
         x[...].reshape(count, sizes.columns, sizes.size) for x in (key, value)
     )
-    scores = _dot(query, key, 2) * options.scale
-    if options.cap is not None:
-        scores = options.cap * jnp.tanh(scores / options.cap)
+    scores = dot(query, key, (2, 2), (0,)) * options.scale
+    scores = soft_cap(scores, options.cap)
     wide = (sizes.rows, sizes.groups, sizes.shared, sizes.columns)
     seen = jnp.broadcast_to(mask[...][:, None], wide).reshape(scores.shape) != 0
     if cut:
@@ -321,17 +321,5 @@ def _add(
     keep = jnp.exp(old - new)
     most[...] = new
     weight[...] = weight[...] * keep + jnp.sum(share, 2, keepdims=True)
-    more = _dot(share.astype(value.dtype), value, 1)
+    more = dot(share.astype(value.dtype), value, (2, 1), (0,))
     total[...] = total[...] * keep + more
-
-
-def _dot(x: jax.Array, y: jax.Array, over: int) -> jax.Array:
-    """Products in f32, over the last axis of x and one of y."""
-    precise = x.dtype == jnp.float32
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((2,), (over,)), ((0,), (0,))),
-        precision=jax.lax.Precision.HIGHEST if precise else None,
-        preferred_element_type=jnp.float32,
-    )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topd_jax.head import soft_cap
 from topd_jax.models.flash_blocks import (
     Sizes,
     Tables,
@@ -223,13 +224,18 @@ _KINDS = {
 }
 
 
-def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """A product in f32, over one axis of each."""
+def dot(
+    x: jax.Array,
+    y: jax.Array,
+    over: tuple[int, int],
+    batch: tuple[int, ...] = (),
+) -> jax.Array:
+    """A product in f32, over one axis of each; ``batch`` axes are of both."""
     precise = x.dtype == jnp.float32
     return jax.lax.dot_general(
         x,
         y,
-        (((over[0],), (over[1],)), ((), ())),
+        (((over[0],), (over[1],)), (batch, batch)),
         precision=jax.lax.Precision.HIGHEST if precise else None,
         preferred_element_type=jnp.float32,
     )
@@ -239,9 +245,8 @@ def _scores(
     sizes: Sizes, options: Options, tables: Tables, refs: dict, column: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Scores [columns, lanes] of a pair of blocks, and which of them count."""
-    scores = _dot(refs["key"][...], refs["query"][...], (1, 1)) * options.scale
-    if options.cap is not None:
-        scores = options.cap * jnp.tanh(scores / options.cap)
+    scores = dot(refs["key"][...], refs["query"][...], (1, 1))
+    scores = soft_cap(scores * options.scale, options.cap)
     at = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     at += column * sizes.columns
     mask = (refs["first"][...] <= at) & (at <= refs["last"][...])
@@ -271,7 +276,7 @@ def _add_read(
     most[...] = new
     weight[...] = weight[...] * keep + jnp.sum(share, 0, keepdims=True)
     value = refs["value"][...]
-    more = _dot(value, share.astype(value.dtype), (0, 0))
+    more = dot(value, share.astype(value.dtype), (0, 0))
     total[...] = total[...] * keep + more
 
 
@@ -289,7 +294,7 @@ def _slopes(
     """Shares and gradients of the scaled products, [columns, lanes] each."""
     scores, mask = _scores(sizes, options, tables, refs, column)
     share = jnp.where(mask, jnp.exp(scores - refs["normaliser"][...]), 0.0)
-    on_share = _dot(refs["value"][...], refs["slope"][...], (1, 1))
+    on_share = dot(refs["value"][...], refs["slope"][...], (1, 1))
     slope = share * (on_share - refs["delta"][...])
     if options.cap is not None:
         slope *= 1.0 - (scores / options.cap) ** 2
@@ -306,7 +311,7 @@ def _add_on_query(
 ) -> None:
     _, slope = _slopes(sizes, options, tables, refs, column)
     key = refs["key"][...]
-    sums[0][...] += _dot(slope.astype(key.dtype), key, (0, 0))
+    sums[0][...] += dot(slope.astype(key.dtype), key, (0, 0))
 
 
 def _finish_on_query(options: Options, sums: tuple, made: tuple) -> None:
@@ -324,8 +329,8 @@ def _add_on_key(
     on_key, on_value = sums
     share, slope = _slopes(sizes, options, tables, refs, column)
     query, on_out = refs["query"][...], refs["slope"][...]
-    on_value[...] += _dot(share.astype(on_out.dtype), on_out, (1, 0))
-    on_key[...] += _dot(slope.astype(query.dtype), query, (1, 0))
+    on_value[...] += dot(share.astype(on_out.dtype), on_out, (1, 0))
+    on_key[...] += dot(slope.astype(query.dtype), query, (1, 0))
 
 
 def _finish_on_key(options: Options, sums: tuple, made: tuple) -> None:
