@@ -195,11 +195,12 @@ keep_on() {
     done
 }
 
-# Its process, or nothing. (ps: a number may be another program's by now.)
+# Its process, or nothing. (ps: a number may be another program's by now; -ww:
+# its whole command, however narrow the terminal.)
 keeper() {
     local pid
     pid="$(cat "$record.pid" 2>/dev/null)" || return 0
-    if ps -o args= -p "$pid" 2>/dev/null | grep -q "tpu.sh keep"; then
+    if ps -ww -o args= -p "$pid" 2>/dev/null | grep -q "tpu.sh keep"; then
         echo "$pid"
     fi
 }

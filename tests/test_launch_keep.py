@@ -194,7 +194,8 @@ def test_the_keeper_outlives_the_terminal_and_is_found_again(
     assert "keeps t1" in shown and "creating t1" in shown
     pid = int(log.with_suffix(".pid").read_text())
     os.kill(pid, 0)
-    again = desk.run(*KEEP, "--no-follow")
+    # From a narrow terminal, too, where ps shows the beginning of a command.
+    again = desk.run(*KEEP, "--no-follow", COLUMNS="40")
     assert again.returncode == 0, again.stderr
     assert f"process {pid} keeps t1" in again.stdout
     stopped = desk.run("launch/tpu.sh", "stop", *WHERE)
