@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -114,6 +115,18 @@ def test_no_worker_is_left_behind(monkeypatch):
     grade_answers([record("1")], ["1"])
     assert len(started) == 1
     assert started[0].returncode is not None
+
+
+def test_a_worker_brings_no_jax_along():
+    begun = grading._BEGIN.replace(
+        "grading._serve()", "print(grading.normal('2'), 'jax' in sys.modules)"
+    )
+    assert begun != grading._BEGIN
+    package = os.path.dirname(grading.__file__)
+    shown = subprocess.check_output(
+        [sys.executable, "-c", begun, package], text=True
+    )
+    assert shown == "2 False\n"
 
 
 def test_without_reference_answers_there_are_no_grades(monkeypatch):

@@ -16,16 +16,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from topd_jax.answers import normal, plain_latex, stated_answer
-from topd_jax.data.sources import Record
+
+if TYPE_CHECKING:
+    from topd_jax.data.sources import Record
 
 DEADLINE = 10.0  # seconds an answer
 _START = 120.0  # seconds a fresh worker may need for its imports
 # Fewer answers than this are not worth another process.
 _SHARE = 32
 _MEMORY = 4 << 30  # bytes that a worker may ask for
+# How a worker begins: without the package's own __init__, which brings JAX
+# along, several seconds and twice the memory, for each of them.
+_BEGIN = """
+import sys, types
+package = sys.modules["topd_jax"] = types.ModuleType("topd_jax")
+package.__path__ = [sys.argv[1]]
+from topd_jax import grading
+grading._serve()
+"""
 # Where nothing states the answer it stands near the end, if at all.
 _TAIL = 2000  # characters
 # An answer of words and one number, "18 eggs a day": read as prose.
@@ -57,7 +68,7 @@ def final_answer(text: str) -> str:
 
 
 def grade_answers(
-    records: Sequence[Record],
+    records: "Sequence[Record]",
     texts: Sequence[str],
     *,
     deadline: float = DEADLINE,
@@ -124,7 +135,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "topd_jax.grading"],
+            [sys.executable, "-c", _BEGIN, os.path.dirname(__file__)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -132,7 +143,7 @@ class _Worker:
             self.stop()
             raise ChildProcessError(
                 "the grading process does not start; is math-verify "
-                "installed? try: python -m topd_jax.grading"
+                "installed? try: python -c 'import math_verify'"
             )
 
     def ask(self, reference: str, text: str, deadline: float) -> bool | None:
@@ -206,7 +217,3 @@ def _is_right(reference: str, text: str, math_verify: Any) -> bool:
 
 def _any_equal(gold: list, found: Any, verify: Callable) -> bool:
     return any(verify(gold, f, timeout_seconds=None) for f in found)
-
-
-if __name__ == "__main__":
-    _serve()
