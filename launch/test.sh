@@ -11,6 +11,7 @@ then runs ruff over the checkout and
     pytest ARGUMENT ...
 which is, with no argument, every test that is neither slow nor a benchmark. Two
 processes share the files; -n 0 leaves all to one, as -m benchmark wants it.
+All but benchmarks compile quickly rather than well (tests/conftest.py).
 
   --setup-only   only make the virtual environment and install
   --help         this text

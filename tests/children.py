@@ -6,8 +6,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# The TPU compiler, on a machine without one, several at a time.
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# The TPU compiler, on a machine without one, several at a time; it knows no
+# flags of the CPU's, and compiles as it does for users.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+}
 
 
 def run_script(*arguments: object, **environment: str) -> str:
@@ -27,7 +33,23 @@ def run_script(*arguments: object, **environment: str) -> str:
     return done.stdout
 
 
+def starts_with(flags: str) -> bool:
+    """Whether XLA knows all of these flags."""
+    client = "from jaxlib import xla_client; xla_client.make_cpu_client()"
+    done = subprocess.run(
+        [sys.executable, "-c", client],
+        env=os.environ | {"XLA_FLAGS": flags},
+        stderr=subprocess.DEVNULL,
+    )
+    return done.returncode == 0
+
+
+def simulated(devices: int | str) -> str:
+    """XLA_FLAGS for so many devices, beside the flags of this process."""
+    count = f"--xla_force_host_platform_device_count={devices}"
+    return f"{os.environ.get('XLA_FLAGS', '')} {count}"
+
+
 def on_eight_devices(*arguments: object) -> str:
     """:func:`run_script` on eight simulated devices."""
-    flags = "--xla_force_host_platform_device_count=8"
-    return run_script(*arguments, XLA_FLAGS=flags)
+    return run_script(*arguments, XLA_FLAGS=simulated(8))

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import math
 import os
 import shutil
 import tempfile
@@ -21,13 +22,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import starts_with
 
 from topd_jax.models import Decoder, DecoderConfig, init_decoder
 from topd_jax.types import Trajectories
 
+# Most of the time here goes into compiling what runs for an instant.
+QUICK = (
+    "--xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 VOCAB = 40
 EOS = 2
 PAD = 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles quickly, not well; benchmarks compile as users do."""
+    if config.option.markexpr == "benchmark" or hasattr(config, "workerinput"):
+        return  # a worker has its parent's environment
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+    if starts_with(flags):  # a flag that XLA has no longer ends the process
+        os.environ["XLA_FLAGS"] = flags
 
 
 def make_model(seed: int, layers: int = 2, width: int = 16) -> Decoder:
@@ -70,12 +88,22 @@ def make_trajectories(
     )
 
 
+def mapped() -> float:
+    """How many pieces of memory this process has mapped."""
+    try:
+        with open("/proc/self/maps") as maps:
+            return sum(1 for _ in maps)
+    except OSError:  # another system
+        return math.inf
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_let_go():
     """Each keeps mapped memory; at Linux' 65530 maps a process is aborted."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if mapped() > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

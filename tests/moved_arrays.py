@@ -4,7 +4,9 @@ import itertools
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+from children import simulated
+
+os.environ["XLA_FLAGS"] = simulated(4)
 
 import jax
 import numpy as np

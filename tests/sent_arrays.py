@@ -8,9 +8,9 @@ import itertools
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={sys.argv[4]}"
-)
+from children import simulated
+
+os.environ["XLA_FLAGS"] = simulated(sys.argv[4])
 
 import jax
 import jax.numpy as jnp

@@ -5,9 +5,11 @@ import os
 import sys
 from pathlib import Path
 
+from children import simulated
+
 if sys.argv[2] == "overlap":
     # One device each: what spans several, a CPU runs one after the other.
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = simulated(2)
 
 import jax
 import jax.numpy as jnp

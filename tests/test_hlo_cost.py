@@ -8,6 +8,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import pytest
+from children import simulated
 
 from topd_jax.analysis import hlo
 from topd_jax.analysis.hlo_bytes import group_size, ring_bytes
@@ -130,7 +131,7 @@ def test_a_psum_over_four_of_eight_devices():
     env = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=simulated(8),
     )
     done = subprocess.run(
         [sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True

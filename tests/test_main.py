@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import simulated
 
 from topd_jax import main
 from topd_jax.settings import settings_from
@@ -160,10 +161,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(command, monkeypatch):
 
 
 def in_a_child(*arguments, devices=1):
-    env = dict(
-        os.environ,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-    )
+    env = dict(os.environ, XLA_FLAGS=simulated(devices))
     return subprocess.run(
         [sys.executable, "-m", "topd_jax.main", *map(str, arguments)],
         env=env, capture_output=True, text=True, timeout=600, check=False,

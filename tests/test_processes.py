@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from children import simulated
 from small_run import small_config
 
 from topd_jax import main, processes
@@ -37,7 +38,7 @@ def begin(world, workdir, count, *, devices, more=()):
     """Starts ``topd train`` as ``count`` processes of some devices each."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": simulated(devices),
     }
     line = [
         sys.executable, "-c", CHILD, "train",

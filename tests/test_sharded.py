@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from children import on_eight_devices
+from children import LIBTPU, on_eight_devices, run_script
 
 from topd_jax import sharding
 
@@ -56,8 +56,8 @@ def test_no_program_gathers_a_whole(tmp_path, kind, rules):
 def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
     pytest.importorskip("libtpu", reason="pip install libtpu")
     for rules, programs in (("train", 6), ("tensor", 1), ("rows", 2)):
-        said = on_eight_devices(
-            "sharded_programs.py", tmp_path, "dense", rules, "v5e:2x4"
+        said = run_script(
+            "sharded_programs.py", tmp_path, "dense", rules, "v5e:2x4", **LIBTPU
         )
         assert said.count("gathers no whole") == programs
 
@@ -66,7 +66,7 @@ def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
 @pytest.mark.parametrize("loss", ["weighted", "recomputed", "normalised"])
 def test_a_tpu_gathers_the_head_once(loss):
     pytest.importorskip("libtpu", reason="pip install libtpu")
-    said = on_eight_devices("sharded_chunks.py", loss, "v5e:2x4")
+    said = run_script("sharded_chunks.py", loss, "v5e:2x4", **LIBTPU)
     assert f"{loss} v5e:2x4" in said
 
 

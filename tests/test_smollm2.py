@@ -4,6 +4,7 @@ import dataclasses
 import json
 from importlib import metadata
 
+import jax
 import pytest
 from topd_jax.configs import smollm2_gsm8k
 
@@ -19,6 +20,15 @@ QUESTIONS = (
     "Anna reads 12 pages a day. How many pages does she read in a week?",
     "A box holds 6 eggs. How many boxes are needed for 30 eggs?",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_well():
+    """At this size running, not compiling, is what takes long."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_two_steps_of_topd(tmp_path):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from children import simulated
 from safetensors.numpy import save_file
 from small_files import LLAMA, assert_same, make, save_run, write_gguf
 
@@ -186,14 +187,13 @@ def watched_load(path, small, axes, last_word):
     """Loads in a process of its own; (peak growth in bytes, its words)."""
     count = int(np.prod(axes)) if axes else 1
     axes = map(str, axes)
-    flags = f"--xla_force_host_platform_device_count={count}"
     here = Path(__file__).parent
     paths = [str(here.parent), os.environ.get("PYTHONPATH", "")]
     child = subprocess.Popen(
         [sys.executable, here / "streamed_load.py", path, small, *axes],
         env=os.environ
         | {
-            "XLA_FLAGS": flags,
+            "XLA_FLAGS": simulated(count),
             "JAX_PLATFORMS": "cpu",
             # What is freed goes back at once, and not when glibc likes.
             "MALLOC_MMAP_THRESHOLD_": "1000000",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import LIBTPU
 
 HERE = Path(__file__).parent
 
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.slow
 def topd(*arguments):
     pytest.importorskip("libtpu", reason="pip install libtpu")
     # large_run.py takes what it does not change from small_run.py beside it.
-    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(HERE))
+    env = os.environ | LIBTPU
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE)}
     return subprocess.run(
         [sys.executable, "-m", "topd_jax.main", "plan", *arguments],
         env=env, capture_output=True, text=True, timeout=1800,

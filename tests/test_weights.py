@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from children import simulated
 from safetensors.numpy import load_file, save_file
 from small_files import LLAMA, QWEN, assert_same, edit_config, make
 
@@ -246,14 +247,13 @@ print("ok")
 
 
 def test_load_on_eight_devices(saved):
-    flags = "--xla_force_host_platform_device_count=8"
     root = str(Path(__file__).parent.parent)
     paths = [root, os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(saved)],
         env=os.environ
         | {
-            "XLA_FLAGS": flags,
+            "XLA_FLAGS": simulated(8),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         },
