@@ -25,7 +25,7 @@ QUESTIONS = (
 @pytest.fixture(autouse=True, scope="module")
 def compiled_well():
     """At this size running, not compiling, is what takes long."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

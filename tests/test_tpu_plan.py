@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_told_and_what_would(tmp_path):
     done = topd(
         f"--config={HERE / 'large_run.py'}",
         "--topology=v5e:2x4",
-        "--search=600",
+        "--search=1500",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "too much" in done.stdout
