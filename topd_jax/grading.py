@@ -16,12 +16,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from topd_jax.answers import normal, plain_latex, stated_answer
-
-if TYPE_CHECKING:
-    from topd_jax.data.sources import Record
+from topd_jax.data.sources import Record
 
 DEADLINE = 10.0  # seconds an answer
 _START = 120.0  # seconds a fresh worker may need for its imports
@@ -29,7 +27,7 @@ _START = 120.0  # seconds a fresh worker may need for its imports
 _SHARE = 32
 _MEMORY = 4 << 30  # bytes that a worker may ask for
 # How a worker begins: without the package's own __init__, which brings JAX
-# along, several seconds and twice the memory, for each of them.
+# along, seconds and most of the memory of each of them.
 _BEGIN = """
 import sys, types
 package = sys.modules["topd_jax"] = types.ModuleType("topd_jax")
@@ -68,7 +66,7 @@ def final_answer(text: str) -> str:
 
 
 def grade_answers(
-    records: "Sequence[Record]",
+    records: Sequence[Record],
     texts: Sequence[str],
     *,
     deadline: float = DEADLINE,
