@@ -13,12 +13,9 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=[
-        *find_packages(include=["topd_jax", "topd_jax.*"]),
-        "topd_jax.configs",
-    ],
-    package_dir={"topd_jax.configs": "configs"},
-    package_data={"topd_jax": ["analysis/templates/*"]},
+    # topd_jax/configs is a link to configs, so a plain checkout has it too.
+    packages=find_packages(include=["topd_jax", "topd_jax.*"]),
+    package_data={"topd_jax": ["experiments/templates/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -63,5 +60,5 @@ setup(
         # CPU wheels where the index has them; elsewhere several GB.
         "parity": ["torch", "accelerate", "peft"],
     },
-    entry_points={"console_scripts": ["topd = topd_jax.main:run"]},
+    entry_points={"console_scripts": ["topd = topd_jax.cli.main:run"]},
 )

@@ -1,6 +1,7 @@
 """The base that ``topd growth`` doubles from: small, and every term visible."""
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import default
 
 

@@ -18,6 +18,7 @@ The prompts: --config.data.path=FILE, a JSONL file with "question" and
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import default
 
 PROMPTS = 10_000  # App. B

@@ -14,6 +14,7 @@ teacher may write fewer prompts at once than the student reads:
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import paper
 
 PROMPTS = 20_000  # App. B

@@ -6,6 +6,7 @@ one, each on chips of its own: the global batch is 4 times the paper's (ours).
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import paper
 
 PROMPTS = 4  # a step

@@ -4,6 +4,7 @@ topd plan --config paper_v5p --topology v5p:2x2x1 shows memory and time.
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import paper
 
 

@@ -6,6 +6,7 @@ the likeliest forks of a longer rollout (ours).
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import paper_v5p
 
 

@@ -6,6 +6,7 @@ gather no parameters. All numbers are ours.
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import qwen3_8b_to_1p7b
 
 

@@ -7,6 +7,7 @@ names one.
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import default
 
 

@@ -6,6 +6,7 @@ GSM8K questions: --config.data.path=FILE, a JSONL file with "question".
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import default
 
 LAYERS = 30

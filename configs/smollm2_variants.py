@@ -5,6 +5,7 @@ topd sweep --config configs/smollm2_variants.py --workdir runs/smollm2_variants
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import smollm2_gsm8k
 
 

@@ -1,6 +1,7 @@
 """The tiny world: a few minutes on two cores, and the truth is known."""
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import default
 
 

@@ -10,6 +10,7 @@ topd sweep --config configs/tiny_factors.py --workdir runs/factors
 """
 
 from ml_collections import ConfigDict
+
 from topd_jax.configs import tiny
 
 METHODS = (

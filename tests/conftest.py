@@ -115,7 +115,7 @@ def trained(
     small_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The work directory of a small run that nothing disturbed."""
-    from topd_jax import main
+    from topd_jax.cli import main
 
     workdir = tmp_path_factory.mktemp("trained")
     main.run(["train", *small_arguments, f"--workdir={workdir}"])
@@ -125,7 +125,7 @@ def trained(
 @pytest.fixture
 def topd(capsys):
     """Runs the command line; returns what it printed on stdout."""
-    from topd_jax import main
+    from topd_jax.cli import main
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -138,7 +138,7 @@ def topd(capsys):
 @pytest.fixture
 def refused(capsys):
     """Runs what must be refused; returns the one line on stderr."""
-    from topd_jax import main
+    from topd_jax.cli import main
 
     def run(*arguments: object, bars: bool = False) -> str:
         capsys.readouterr()

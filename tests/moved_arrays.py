@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from topd_jax import moves, processes, sharding
+from topd_jax.parallel import hosts, moves, sharding
 
 WAYS = (
     (),
@@ -24,7 +24,7 @@ WAYS = (
 
 
 def main() -> None:
-    processes.start(sys.argv[1], 2, int(sys.argv[2]))
+    hosts.start(sys.argv[1], 2, int(sys.argv[2]))
     # Half of each process's.
     ours, theirs = (
         [d for i, d in enumerate(jax.devices()) if i % 4 // 2 == half]
@@ -55,7 +55,7 @@ def main() -> None:
         with jax.set_mesh(mesh):
             moved = moves.move(x, NamedSharding(other, PartitionSpec(*there)))
         assert moved.sharding.mesh == other
-        np.testing.assert_array_equal(processes.on_host(moved), table)
+        np.testing.assert_array_equal(hosts.on_host(moved), table)
         if axes == dict(fsdp=2) and here == there:  # beside each other
             assert not asked, (here, asked)
         asked = 0

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from topd_jax import moves, processes, sharding, transfers
-from topd_jax.teacher_mesh import divide
+from topd_jax.parallel import hosts, moves, sharding, transfers
+from topd_jax.parallel.teacher_mesh import divide
 
 WAYS = ((), ("fsdp",), (None, "fsdp"), (("data", "fsdp"),), ("tensor", "fsdp"))
 TABLE = np.arange(48 * 24, dtype=np.int32).reshape(48, 24)
@@ -81,7 +81,7 @@ def kinds(mesh, other):
         there = moves.copy_to(key, other)
     for name, values in tree.items():
         require(moved[name], values, other)
-    numbers = processes.on_host([jax.random.key_data(k) for k in (key, there)])
+    numbers = hosts.on_host([jax.random.key_data(k) for k in (key, there)])
     wanted = jax.random.key_data(jax.random.split(jax.random.key(3))[1])
     for found in numbers:
         np.testing.assert_array_equal(found, wanted)
@@ -100,7 +100,7 @@ def readable(mesh, other):
     spread = made(TABLE, NamedSharding(mesh, PartitionSpec("fsdp")))
     tree = {"a": numbers, "b": (spread, 3), "c": jnp.arange(3) + own, "d": None}
     for found in (tree, transfers.within_reach(tree)):
-        host = processes.on_host(found)
+        host = hosts.on_host(found)
         np.testing.assert_array_equal(host["a"], np.arange(12))
         np.testing.assert_array_equal(host["b"][0], TABLE)
         assert host["b"][1] == 3 and host["d"] is None
@@ -111,7 +111,7 @@ def readable(mesh, other):
 
 def main() -> None:
     address, index, count, _, own = sys.argv[1], *map(int, sys.argv[2:])
-    processes.start(address, count, index, heartbeat_seconds=10)
+    hosts.start(address, count, index, heartbeat_seconds=10)
     ours, theirs = divide(jax.devices(), own)
     assert not {d.process_index for d in ours} & {
         d.process_index for d in theirs
@@ -125,7 +125,7 @@ def main() -> None:
     readable(mesh, other)
     feeding = len({d.process_index for d in ours})
     place = index if index < feeding else 0
-    assert processes.share_of(mesh) == (place, feeding)
+    assert hosts.share_of(mesh) == (place, feeding)
     print("all arrived")
 
 

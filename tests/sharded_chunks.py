@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topd_jax import fused, guidance, sharding
-from topd_jax.analysis import hlo, hlo_cost
-from topd_jax.analysis.planning import without_a_tpu
-from topd_jax.analysis.programs import topology_devices
+from topd_jax.losses import fused, trajectory
+from topd_jax.parallel import sharding
+from topd_jax.planning import hlo, hlo_cost
+from topd_jax.planning.command import without_a_tpu
+from topd_jax.planning.programs import topology_devices
 
 ROWS, WIDTH, VOCAB = 8, 32, 512
 STUDENT = ("student_hidden", "student_head")
@@ -49,7 +50,7 @@ def recomputed(student, fixed):
 
 def normalised(student, fixed):
     """Of the student alone, by which guidance divides."""
-    totals = guidance.fused_log_normalizer(
+    totals = trajectory.fused_log_normalizer(
         student["student_hidden"], student["student_head"], chunk_size=32
     )
     return jnp.sum(fixed["weights"] * totals)

@@ -10,9 +10,14 @@ import jax
 import numpy as np
 from sharded_rollout import CONFIG, IDS, prompts
 
-from topd_jax.models import attention, flash, flash_decode, init_decoder
+from topd_jax.models import init_decoder
+from topd_jax.models.attention import core, flash, flash_decode
+from topd_jax.parallel.sharding import (
+    batch_shardings,
+    make_mesh,
+    tree_shardings,
+)
 from topd_jax.sampling import rollout
-from topd_jax.sharding import batch_shardings, make_mesh, tree_shardings
 
 # Mesh, rollout.sharding, and (rows, kv heads) of a device: None where the
 # heads and their keys would part, and the kernel is left aside.
@@ -44,7 +49,7 @@ def main() -> None:
         return tpu(*arrays)
 
     jax.lax.platform_dependent = on_tpu
-    attention.flash.Options = functools.partial(flash.Options, interpret=True)
+    core.flash.Options = functools.partial(flash.Options, interpret=True)
     for shape, sharding, wanted in CASES:
         held.clear()
         mesh = make_mesh(**shape)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from test_experts import CONFIG, make
 
-from topd_jax import sharding
 from topd_jax.models import causal_mask, unembed
+from topd_jax.parallel import sharding
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts, positions_of
 

@@ -10,8 +10,8 @@ import jax
 from sharded_shapes import CONFIG, run
 from sharded_step import assert_same
 
-from topd_jax import sharding
-from topd_jax.models import attention, flash
+from topd_jax.models.attention import core, flash
+from topd_jax.parallel import sharding
 
 # data, fsdp, tensor, expert, sequence
 MESHES = ((1, 2, 2, 1, 2), (2, 1, 2, 2, 1), (1, 1, 1, 1, 8))
@@ -31,7 +31,7 @@ def main() -> None:
         return tpu(*arrays)
 
     jax.lax.platform_dependent = on_tpu
-    attention.flash.Options = functools.partial(flash.Options, interpret=True)
+    core.flash.Options = functools.partial(flash.Options, interpret=True)
     for shape in MESHES:
         calls.clear()
         mesh = sharding.make_mesh(*shape)

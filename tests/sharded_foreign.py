@@ -8,10 +8,10 @@ import optax
 from conftest import EOS, PAD, make_model, make_trajectories
 from foreign_model import make_foreign
 
-from topd_jax import sharding
-from topd_jax.distill import annotate, init_state, update
-from topd_jax.objective import Objective
+from topd_jax.objectives.objective import Objective
+from topd_jax.parallel import sharding
 from topd_jax.sampling import rollout
+from topd_jax.training.step import annotate, init_state, update
 from topd_jax.types import Prompts
 
 AXES = {"words/embedding": ("vocab", "embed")}

@@ -19,19 +19,19 @@ import sys
 from collections.abc import Iterator
 
 import jax
-from topd_jax.configs import default
 
-from topd_jax import sharding
-from topd_jax.analysis import hlo
-from topd_jax.analysis.planning import without_a_tpu
-from topd_jax.analysis.programs import (
+from topd_jax.configs import default
+from topd_jax.models.parameters import parameter_table
+from topd_jax.parallel import sharding
+from topd_jax.planning import hlo
+from topd_jax.planning.command import without_a_tpu
+from topd_jax.planning.programs import (
     calls,
     decoder_configs,
     topology_devices,
 )
-from topd_jax.models.parameters import parameter_table
 from topd_jax.sampling import branch_columns
-from topd_jax.settings import Settings, settings_from
+from topd_jax.training.config import Settings, settings_from
 
 MESHES = {
     "dense": (1, 4, 2, 1, 1),

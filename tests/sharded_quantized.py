@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from test_experts import CONFIG, make
 
-from topd_jax import sharding
-from topd_jax.models import causal_mask, fingerprint, quantize
-from topd_jax.models.quantize import quantizer
+from topd_jax.models import causal_mask, fingerprint
+from topd_jax.models.quantization import quantize, quantizer
+from topd_jax.parallel import sharding
 from topd_jax.types import positions_of
 
 # data, fsdp, tensor, expert

@@ -7,13 +7,13 @@ import numpy as np
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import causal_mask, init_decoder
-from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.sharding import (
+from topd_jax.parallel.sharding import (
     DECODING,
     batch_shardings,
     make_mesh,
     tree_shardings,
 )
+from topd_jax.sampling import branch, branch_columns, rollout
 from topd_jax.types import Candidates, Prompts, completion_states
 
 CONFIG = DecoderConfig(

@@ -14,11 +14,11 @@ import optax
 from conftest import VOCAB, make_model, make_trajectories
 from sharded_step import assert_same, place, run
 
-from topd_jax import sharding
-from topd_jax.analysis import hlo
-from topd_jax.distill import init_state, update
-from topd_jax.models import attention
-from topd_jax.objective import Objective
+from topd_jax.models.attention import core
+from topd_jax.objectives.objective import Objective
+from topd_jax.parallel import sharding
+from topd_jax.planning import hlo
+from topd_jax.training.step import init_state, update
 from topd_jax.types import Annotations
 
 # data, fsdp, tensor, expert, sequence; context; slices
@@ -78,7 +78,7 @@ def each_has_its_share() -> None:
 
 
 def main(which: str) -> None:
-    attention._LONG_SCORES = attention._BLOCK_SCORES = 1
+    core._LONG_SCORES = core._BLOCK_SCORES = 1
     one = sharding.make_mesh(devices=jax.devices()[:1])
     for shape, context, accumulate in CASES[which]:
         objective = Objective(candidates=3, window=4, context=context)

@@ -12,10 +12,10 @@ import optax
 from conftest import EOS, PAD, VOCAB, make_trajectories
 from sharded_step import assert_same, place
 
-from topd_jax import sharding
-from topd_jax.distill import annotate, init_state, update
 from topd_jax.models import DecoderConfig, init_decoder
-from topd_jax.objective import Objective
+from topd_jax.objectives.objective import Objective
+from topd_jax.parallel import sharding
+from topd_jax.training.step import annotate, init_state, update
 
 CONFIG = DecoderConfig(
     vocab_size=VOCAB,

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 from conftest import EOS, PAD, make_model, make_trajectories
 
-from topd_jax import sharding
-from topd_jax.distill import annotate, init_state, update
 from topd_jax.models import Lora, add_lora, merge_lora, parameter_table
 from topd_jax.models.config import LORA_TARGETS
 from topd_jax.models.lora import join, split
-from topd_jax.objective import Objective
-from topd_jax.teachers import Teachers
+from topd_jax.objectives.objective import Objective
+from topd_jax.parallel import sharding
+from topd_jax.training.step import annotate, init_state, update
+from topd_jax.training.teachers import Teachers
 
 # Eight devices in every shape that the models' sizes allow.
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from small_run import small_config
 
-from topd_jax import apart, evaluate, sharding
-from topd_jax import train as training
-from topd_jax.checkpoint import Checkpoints
-from topd_jax.logs import read_jsonl
+from topd_jax.evaluation import evaluator
 from topd_jax.models import init_decoder
 from topd_jax.models.lora import split
-from topd_jax.pair import load_pair
-from topd_jax.phases import make_optimizer, make_phases
-from topd_jax.settings import settings_from
-from topd_jax.teachers import Teachers
+from topd_jax.parallel import apart, sharding
+from topd_jax.training import loop as training
+from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.phases import make_optimizer, make_phases
+from topd_jax.training.setup import load_pair
+from topd_jax.training.teachers import Teachers
 from topd_jax.types import Annotations, Trajectories
 
 # The student on 8 devices, and on 4 of them.
@@ -143,7 +144,7 @@ def one_step(settings, pair, prompts):
         statistics = reading.statistics(pair.student, written)
         if isinstance(pair.teacher, Teachers):  # an evaluation asks each
             rows = pair.teacher.split(written)["b"]
-            told = evaluate.Evaluator(settings, pair)._statistics(
+            told = evaluator.Evaluator(settings, pair)._statistics(
                 pair.student, pair.teacher.models["b"], rows
             )
             for name, value in told.items():

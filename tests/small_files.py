@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topd_jax.checkpoint import Checkpoints
-from topd_jax.distill import init_state
 from topd_jax.models import Decoder, DecoderConfig, parameter_table
-from topd_jax.models.weights import disassemble, file_tensors
+from topd_jax.models.io.weights import disassemble, file_tensors
+from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.step import init_state
 
 LLAMA = DecoderConfig(
     vocab_size=50,

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topd_jax import fused, losses
+from topd_jax.losses import divergences, fused
 
 B, T, V, D, E = 2, 7, 33, 8, 12
 SHAPE = (B, T)
 
 DENSE = {
-    "reverse_kl": losses.reverse_kl,
-    "forward_kl": losses.forward_kl,
-    "jsd": functools.partial(losses.generalized_jsd, beta=0.25),
+    "reverse_kl": divergences.reverse_kl,
+    "forward_kl": divergences.forward_kl,
+    "jsd": functools.partial(divergences.generalized_jsd, beta=0.25),
 }
 
 
@@ -31,7 +31,7 @@ def weights_of(shape=SHAPE, seed=5):
 
 def logp(hidden, head, temperature=1.0):
     logits = jnp.matmul(hidden, head.T, precision="highest")
-    return losses.log_softmax(logits / temperature)
+    return divergences.log_softmax(logits / temperature)
 
 
 def dense(name, arrays, temperature=1.0):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from topd_jax.models import Decoder, save_model
-from topd_jax.settings import Settings
+from topd_jax.training.config import Settings
 
 START, END, STOP = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TEMPLATE = (

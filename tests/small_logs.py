@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from topd_jax.analysis.run_page import RunRecords
+from topd_jax.experiments.run_page import RunRecords
 
 HOSTILE = "</script><!--<img src=x onerror=alert(1)>\u2028{{ 7 * 7 }}"
 

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
-from topd_jax.configs import tiny
 
-from topd_jax.settings import Settings, settings_from
+from topd_jax.configs import tiny
+from topd_jax.training.config import Settings, settings_from
 
 
 def small_config() -> ConfigDict:
@@ -57,13 +57,13 @@ if __name__ == "__main__":  # a run of its own, to be killed
     import os
     import signal
 
-    from topd_jax import train
+    from topd_jax.training import loop
 
     workdir, kill_at, where = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     name = {"before_save": "save", "after_step": "_one_step"}[where]
-    plain = getattr(train.Run, name)
+    plain = getattr(loop.Run, name)
 
-    def deadly(self: train.Run) -> object:
+    def deadly(self: loop.Run) -> object:
         if where == "before_save" and self.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         value = plain(self)
@@ -71,5 +71,5 @@ if __name__ == "__main__":  # a run of its own, to be killed
             os.kill(os.getpid(), signal.SIGKILL)
         return value
 
-    setattr(train.Run, name, deadly)
-    train.train(settings_from(small_config()), workdir)
+    setattr(loop.Run, name, deadly)
+    loop.train(settings_from(small_config()), workdir)

@@ -6,7 +6,7 @@ import sys
 import jax.numpy as jnp
 
 from topd_jax.models import fingerprint, load
-from topd_jax.sharding import make_mesh
+from topd_jax.parallel.sharding import make_mesh
 
 
 def main(path: str, small: str, axes: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from topd_jax.answers import normal, stated_answer
+from topd_jax.evaluation.answers import normal, stated_answer
 
 
 @pytest.mark.parametrize(

@@ -15,19 +15,24 @@ from children import on_eight_devices
 from conftest import EOS, PAD, make_trajectories
 from small_run import settings_with, small_config
 
-from topd_jax import apart, sharding, sweeps, teacher_mesh
-from topd_jax.analysis.plan import step_seconds
-from topd_jax.annotate import annotate
+from topd_jax.cli.doctor import fit
 from topd_jax.data.prompts import EncodedPrompts, prompt_stream
-from topd_jax.data.world_models import student_config, teacher_config
-from topd_jax.doctor import fit
+from topd_jax.data.records import check_rows
+from topd_jax.data.toy_world.models import student_config, teacher_config
+from topd_jax.experiments import sweep
 from topd_jax.models import parameter_table
-from topd_jax.objective import Objective
-from topd_jax.records import check_rows
+from topd_jax.objectives.objective import Objective
+from topd_jax.parallel import apart, sharding, teacher_mesh
+from topd_jax.parallel.teacher_mesh import (
+    TeacherMeshSettings,
+    divide,
+    make_meshes,
+)
+from topd_jax.planning.plan import step_seconds
 from topd_jax.sampling import rollout
 from topd_jax.sampling.sampler import row_noise
-from topd_jax.settings import MeshSettings, settings_from
-from topd_jax.teacher_mesh import TeacherMeshSettings, divide, make_meshes
+from topd_jax.training.config import MeshSettings, settings_from
+from topd_jax.training.score import annotate
 from topd_jax.types import Prompts
 
 
@@ -139,7 +144,7 @@ def test_slices_of_several_teachers_rows_are_refused():
 def test_a_sweep_is_refused(tmp_path):
     settings = settings_with(teacher_mesh__devices=4)
     with pytest.raises(ValueError, match="a sweep runs on one mesh"):
-        sweeps.sweep(settings, tmp_path)
+        sweep.sweep(settings, tmp_path)
 
 
 def test_meshes_must_fit_the_devices():

@@ -9,12 +9,12 @@ import pytest
 from conftest import EOS, PAD, make_trajectories
 from small_files import make
 
-from topd_jax.batch_loss import batch_loss
-from topd_jax.distill import annotate
 from topd_jax.models import DecoderConfig, causal_mask, unembed
-from topd_jax.models.attention import Sight, attend, look, reach, visible
-from topd_jax.objective import Objective
+from topd_jax.models.attention.core import Sight, attend, look, reach, visible
+from topd_jax.objectives.objective import Objective
 from topd_jax.sampling import branch, branch_columns, rollout
+from topd_jax.training.loss import batch_loss
+from topd_jax.training.step import annotate
 from topd_jax.types import Candidates, Prompts, completion_states, positions_of
 
 CONFIG = DecoderConfig(

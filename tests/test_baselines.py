@@ -9,8 +9,8 @@ import pytest
 from conftest import make_trajectories
 from test_distill import gradient, logp_of, notes_of, objective, step
 
-from topd_jax import losses, siblings
-from topd_jax.objective import Siblings
+from topd_jax.losses import divergences, siblings
+from topd_jax.objectives.objective import Siblings
 
 OPTIONS = Siblings(
     top_k=3, alpha=2.0, entropy_threshold=1.5, fraction=0.4, drop=0.3,
@@ -25,10 +25,13 @@ def goal_of(variant):
 def weights_by_hand(variant, student_logp, teacher_logp, trajectories):
     """From dense log-probabilities, method by method."""
     mask = trajectories.mask
-    loss = losses.reverse_kl(student_logp, teacher_logp)
-    ours = losses.token_logprobs(student_logp, trajectories.tokens)
-    theirs = losses.token_logprobs(teacher_logp, trajectories.tokens)
-    entropies = losses.entropy(student_logp), losses.entropy(teacher_logp)
+    loss = divergences.reverse_kl(student_logp, teacher_logp)
+    ours = divergences.token_logprobs(student_logp, trajectories.tokens)
+    theirs = divergences.token_logprobs(teacher_logp, trajectories.tokens)
+    entropies = (
+        divergences.entropy(student_logp),
+        divergences.entropy(teacher_logp),
+    )
     if variant == "prefix":
         return siblings.prefix_weights(ours, theirs, mask, gamma=0.7)
     if variant == "fire":
@@ -67,8 +70,10 @@ def test_weights_are_those_of_dense_statistics(case, variant):
     np.testing.assert_allclose(notes.weights, want, rtol=2e-4, atol=2e-4)
 
     def loss(model):
-        token_loss = losses.reverse_kl(logp_of(model, trajectories), dense[1])
-        return losses.weighted_mean(token_loss, want, trajectories.mask)
+        token_loss = divergences.reverse_kl(
+            logp_of(model, trajectories), dense[1]
+        )
+        return divergences.weighted_mean(token_loss, want, trajectories.mask)
 
     value, grads = jax.value_and_grad(loss)(student)
     state, metrics = step(student, teacher, trajectories, goal)
@@ -89,19 +94,19 @@ def test_losses_are_those_of_dense_log_probabilities(case, variant):
         if variant == "trust_region":
             token_loss = siblings.trust_region_loss(
                 notes.lots,
-                losses.token_logprobs(logp, trajectories.tokens),
-                losses.token_logprobs(teacher_logp, trajectories.tokens),
+                divergences.token_logprobs(logp, trajectories.tokens),
+                divergences.token_logprobs(teacher_logp, trajectories.tokens),
                 beyond,
             )
         else:
             token_loss = siblings.entropy_aware_loss(
-                losses.reverse_kl(logp, teacher_logp),
+                divergences.reverse_kl(logp, teacher_logp),
                 beyond,
-                losses.entropy(teacher_logp),
+                divergences.entropy(teacher_logp),
                 alpha=2.0,
                 entropy_threshold=1.5,
             )
-        return losses.weighted_mean(token_loss, mask=trajectories.mask)
+        return divergences.weighted_mean(token_loss, mask=trajectories.mask)
 
     value, grads = jax.value_and_grad(loss)(student)
     state, metrics = step(student, teacher, trajectories, goal)

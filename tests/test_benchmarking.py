@@ -6,11 +6,12 @@ import jax
 import pytest
 from small_run import small_config
 
-from topd_jax import benchmarking, grading, main
+from topd_jax.cli import main
 from topd_jax.data.benchmarks import benchmark_name, read_benchmark
-from topd_jax.evaluate import Evaluator
-from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
+from topd_jax.evaluation import benchmarking, grading
+from topd_jax.evaluation.evaluator import Evaluator
+from topd_jax.training.config import settings_from
+from topd_jax.training.setup import load_pair
 
 
 def write(path, rows):

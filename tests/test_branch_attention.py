@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax.models import branch_attention, flash, flash_blocks
-from topd_jax.spans import Branching
+from topd_jax.models.attention import branches, flash, flash_blocks
+from topd_jax.models.attention.masks import Branching
 
 ROWS, COUNT, STEPS, READ, G, R, D = 2, 5, 4, 300, 2, 2, 64
 COLUMNS = READ + COUNT * STEPS
@@ -28,7 +28,7 @@ def problem(written=3, dtype="float32", reach=None, seed=0):
     sees = Branching(jnp.asarray(exists), jnp.asarray(prefix), READ)
     slides = reach is not None
     rows = prefix + written - 1
-    seen = branch_attention.seen_of(
+    seen = branches.seen_of(
         sees,
         jnp.asarray(rows) if slides else None,
         jnp.asarray(places) if slides else None,
@@ -54,7 +54,7 @@ def dense(query, key, value, mask, cap=None):
 
 def attend(arrays, seen, cap=None, kernel=False):
     options = flash.Options(D**-0.5, cap, interpret=kernel)
-    return branch_attention.attend(
+    return branches.attend(
         *arrays, seen, options=options, read=READ, kernel=kernel
     )
 
@@ -101,7 +101,7 @@ def test_equals_one_dense_mask(kernel, options, tolerance, monkeypatch):
 
 @pytest.mark.parametrize("together", [1, 2, 5])
 def test_some_branches_at_a_time(together, monkeypatch):
-    monkeypatch.setattr(branch_attention, "_SCORES", together * READ)
+    monkeypatch.setattr(branches, "_SCORES", together * READ)
     arrays, mask, seen = problem(reach=200)
     np.testing.assert_allclose(
         attend(arrays, seen), dense(*arrays, mask), rtol=2e-5, atol=2e-5

@@ -12,10 +12,14 @@ import pytest
 from small_files import LLAMA
 from small_run import small_config
 
-from topd_jax import checkpoint
-from topd_jax.checkpoint import Checkpoints, cut_log, require_same_run
-from topd_jax.logs import read_jsonl
-from topd_jax.settings import settings_from
+from topd_jax.training import checkpointing
+from topd_jax.training.checkpointing import (
+    Checkpoints,
+    cut_log,
+    require_same_run,
+)
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
 
 SETTINGS = settings_from(small_config())
 RECORD = {"data": {"next_index": 3}}
@@ -91,7 +95,7 @@ def changed(section: str, **fields: object):
 
 def written() -> dict:
     """A record as it comes back: through JSON."""
-    found = checkpoint.record(SETTINGS, "t" * 64, RECORD, LLAMA)
+    found = checkpointing.record(SETTINGS, "t" * 64, RECORD, LLAMA)
     return json.loads(json.dumps(found))
 
 
@@ -149,7 +153,7 @@ def test_another_teacher_is_a_difference():
 
 
 def test_adapters_of_another_model_are_a_difference():
-    found = checkpoint.record(
+    found = checkpointing.record(
         SETTINGS, "t" * 64, RECORD, LLAMA, frozen="f" * 64
     )
     require_same_run(found, SETTINGS, "t" * 64, "there", frozen="f" * 64)

@@ -14,7 +14,7 @@ import numpy as np
 from children import simulated
 from small_heads import D, V, both_faces, dense, gradients, heads, weights_of
 
-from topd_jax import chunks, fused, losses
+from topd_jax.losses import chunks, divergences, fused
 
 
 def test_bfloat16_accumulates_in_float32():
@@ -38,7 +38,9 @@ def test_bfloat16_accumulates_in_float32():
     want = gradients(loss, wide)
 
     def mapped(*arrays):
-        per_token = fused.fused_map(losses.reverse_kl, *arrays, chunk_size=1)
+        per_token = fused.fused_map(
+            divergences.reverse_kl, *arrays, chunk_size=1
+        )
         return jnp.sum(weights * per_token), per_token
 
     for (value, per_token), grads in (
@@ -87,7 +89,7 @@ def test_no_array_of_all_logits():
             *a, weights, chunk_size=8
         )[0],
         "map": lambda *a: jnp.sum(
-            fused.fused_map(losses.reverse_kl, *a, chunk_size=8)
+            fused.fused_map(divergences.reverse_kl, *a, chunk_size=8)
         ),
         "token_logprobs": lambda *a: jnp.sum(
             fused.fused_token_logprobs(*a[:2], tokens, chunk_size=8)
@@ -136,10 +138,10 @@ def test_chunk_size_from_the_shapes():
 
 SHARDED = """
 import json, jax, numpy as np
-from topd_jax import sharding
+from topd_jax.parallel import sharding
 from small_heads import heads, weights_of
-from topd_jax.fused import fused_weighted_sum, fused_divergence
-from topd_jax.chunks import chunk_tokens
+from topd_jax.losses.fused import fused_weighted_sum, fused_divergence
+from topd_jax.losses.chunks import chunk_tokens
 shape = (8, 6)
 arrays, weights = heads(shape, (32, 32)), weights_of(shape)
 def run(*a):

@@ -13,13 +13,14 @@ import pytest
 from small_files import LLAMA, assert_same, make, write_gguf
 from small_run import small_config
 
-from topd_jax import logs, main
-from topd_jax import train as training
-from topd_jax.commands import load_student
-from topd_jax.logs import read_jsonl
+from topd_jax.cli import main
+from topd_jax.cli.commands import load_student
 from topd_jax.models import load
-from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
+from topd_jax.training import logging
+from topd_jax.training import loop as training
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.setup import load_pair
 
 TESTS = Path(__file__).parent
 
@@ -227,7 +228,7 @@ def full_as_orbax_says_it(*_, **__):
 @pytest.mark.parametrize(
     ("where", "method", "at", "what"),
     [
-        (logs.Logs, "write", 7, full),  # in the middle of training
+        (logging.Logs, "write", 7, full),  # in the middle of training
         (ocp.CheckpointManager, "save", 3, full_as_orbax_says_it),
     ],
 )
@@ -263,7 +264,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
 def test_an_export_to_a_full_disk_leaves_nothing(
     refused, trained, small_arguments, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("topd_jax.models.export.save_file", full)
+    monkeypatch.setattr("topd_jax.models.io.export.save_file", full)
     line = refused(
         "export", *small_arguments, f"--workdir={trained}",
         f"--output={tmp_path / 'out'}",

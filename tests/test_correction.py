@@ -10,16 +10,16 @@ import optax
 import pytest
 from conftest import EOS, PAD, make_trajectories
 
-from topd_jax.analysis import correction
-from topd_jax.analysis.observe import Observed
-from topd_jax.analysis.points import choose
-from topd_jax.annotate import annotate
-from topd_jax.distill import init_state, update
+from topd_jax.experiments import local_correction
+from topd_jax.experiments.observe import Observed
+from topd_jax.experiments.points import choose
 from topd_jax.models import causal_mask, unembed
 from topd_jax.models.config import Lora
 from topd_jax.models.lora import add_lora
-from topd_jax.objective import Objective
+from topd_jax.objectives.objective import Objective
 from topd_jax.sampling import rollout
+from topd_jax.training.score import annotate
+from topd_jax.training.step import init_state, update
 from topd_jax.types import Annotations, Candidates, Windows
 
 K = 4
@@ -32,7 +32,7 @@ UPDATES = 60  # enough to write what the teacher writes
 
 
 def observed(student, teacher, objective=OBJECTIVE):
-    objective = correction.goal_of(objective, "topd:student")
+    objective = local_correction.goal_of(objective, "topd:student")
     written = make_trajectories(rows=6)
     notes = annotate(
         student, teacher, written, jax.random.key(1), objective=objective, **IDS
@@ -47,7 +47,7 @@ def points(student, teacher):
 
 @pytest.fixture(scope="module")
 def found(student, teacher, points):
-    return correction.measure(
+    return local_correction.measure(
         student, teacher, points, OBJECTIVE, ADAM, updates=UPDATES, **IDS
     )
 
@@ -188,7 +188,7 @@ def test_before_is_the_start_by_an_independent_computation(
 def first_loss(student, teacher, points, i, objective):
     """The loss that the first update on a point sees."""
     point = jax.tree.map(jnp.asarray, points.one(i))
-    batch = correction.as_batch(teacher, point, objective)
+    batch = local_correction.as_batch(teacher, point, objective)
     state = init_state(student, ADAM)
     _, metrics = step_of(objective)(state, teacher.head, *batch)
     return float(metrics["loss"][0])
@@ -217,9 +217,9 @@ def by_hand(student, teacher, points, i, method):
     return loss
 
 
-@pytest.mark.parametrize("method", correction.METHODS)
+@pytest.mark.parametrize("method", local_correction.METHODS)
 def test_the_loss_is_of_the_window_alone(student, teacher, points, method):
-    objective = correction.goal_of(OBJECTIVE, method)
+    objective = local_correction.goal_of(OBJECTIVE, method)
     for i in range(2):
         assert first_loss(
             student, teacher, points, i, objective
@@ -230,7 +230,8 @@ def test_the_loss_is_of_the_window_alone(student, teacher, points, method):
 
 def test_the_whole_distribution_along_the_branch(student, teacher, points):
     objective = dataclasses.replace(
-        correction.goal_of(OBJECTIVE, "topd:teacher"), branch_loss="forward_kl"
+        local_correction.goal_of(OBJECTIVE, "topd:teacher"),
+        branch_loss="forward_kl",
     )
     prefix, theirs = prefix_of(points, 0), window_of(points.theirs, 0)
     wanted = logp_along(teacher, prefix, theirs)
@@ -245,8 +246,8 @@ def test_the_whole_distribution_along_the_branch(student, teacher, points):
 
 def test_opd_on_one_window_lowers_its_loss(student, teacher, points):
     point = jax.tree.map(jnp.asarray, points.one(1))
-    objective = correction.goal_of(OBJECTIVE, "opd")
-    batch = correction.as_batch(teacher, point, objective)
+    objective = local_correction.goal_of(OBJECTIVE, "opd")
+    batch = local_correction.as_batch(teacher, point, objective)
     state, losses = init_state(student, ADAM), []
     step = step_of(objective)
     for _ in range(6):
@@ -259,10 +260,10 @@ def test_opd_on_one_window_lowers_its_loss(student, teacher, points):
 def test_a_correction_is_m_updates_from_the_start(
     student, teacher, points, method
 ):
-    objective = correction.goal_of(OBJECTIVE, method)
-    run = correction.make_correction(objective, ADAM, **IDS)
+    objective = local_correction.goal_of(OBJECTIVE, method)
+    run = local_correction.make_correction(objective, ADAM, **IDS)
     point = jax.tree.map(jnp.asarray, points.one(2))
-    batch = correction.as_batch(teacher, point, objective)
+    batch = local_correction.as_batch(teacher, point, objective)
     state, step = init_state(student, ADAM), step_of(objective)
     written = []
     for number in range(7):
@@ -283,7 +284,7 @@ def test_every_point_starts_from_the_same_student(
 ):
     start = jax.tree.map(np.array, student)
     backwards = jax.tree.map(lambda x: x[::-1], points)
-    again = correction.measure(
+    again = local_correction.measure(
         student, teacher, backwards, OBJECTIVE, ADAM, updates=UPDATES, **IDS
     )
     for name, of_method in found.items():
@@ -303,8 +304,8 @@ def test_enough_updates_towards_the_teacher_mend_all(found):
 
 def test_an_update_that_is_not_finite_is_counted(student, teacher, points):
     endless = dataclasses.replace(OBJECTIVE, guidance_weight=float("inf"))
-    run = correction.make_correction(
-        correction.goal_of(endless, "topd:teacher"), ADAM, **IDS
+    run = local_correction.make_correction(
+        local_correction.goal_of(endless, "topd:teacher"), ADAM, **IDS
     )
     point = jax.tree.map(jnp.asarray, points.one(0))
     windows, skipped = run(student, teacher, point, jnp.int32(2))
@@ -314,8 +315,8 @@ def test_an_update_that_is_not_finite_is_counted(student, teacher, points):
 
 def test_adapters_alone_are_corrected(student, teacher, points):
     adapted = add_lora(student, Lora(2, 4.0, ("q", "v"), False))
-    run = correction.make_correction(
-        correction.goal_of(OBJECTIVE, "topd:teacher"),
+    run = local_correction.make_correction(
+        local_correction.goal_of(OBJECTIVE, "topd:teacher"),
         optax.adam(0.1), **IDS,
     )  # fmt: skip
     point = jax.tree.map(jnp.asarray, points.one(0))

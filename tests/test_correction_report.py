@@ -8,9 +8,9 @@ import pytest
 from matplotlib import image
 from small_run import settings_with
 
-from topd_jax import main
-from topd_jax.analysis import correction, plots
-from topd_jax.analysis.correction_report import PAPER, report, table
+from topd_jax.cli import main
+from topd_jax.experiments import local_correction, plots
+from topd_jax.experiments.correction_report import PAPER, report, table
 
 K = 4  # of small_run.py
 
@@ -71,7 +71,7 @@ def test_the_figure_is_a_picture(tmp_path):
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
 def test_a_rate_that_means_nothing_is_refused(rate):
     with pytest.raises(ValueError, match=r"--learning_rate=.* above 0; --upd"):
-        correction.require_correctable(settings_with(), rate)
+        local_correction.require_correctable(settings_with(), rate)
 
 
 def test_several_teachers_are_refused_before_any_is_made(tmp_path):
@@ -84,7 +84,7 @@ def test_several_teachers_are_refused_before_any_is_made(tmp_path):
         ),
     )
     with pytest.raises(ValueError, match="one teacher .* names a, b; leave"):
-        correction.correct(settings, tmp_path, "start", 1, 1)
+        local_correction.correct(settings, tmp_path, "start", 1, 1)
     assert not any(tmp_path.iterdir())
 
 
@@ -97,7 +97,7 @@ def test_correct_from_the_command_line(trained, small_arguments, capsys):
     assert found["count"] == 3 and found["updates"] == 2
     assert found["step"] == 6 and found["window"] == K
     assert found["config"]["optimizer"]["learning_rate"] == 0.01
-    assert list(found["methods"]) == ["before", *correction.METHODS]
+    assert list(found["methods"]) == ["before", *local_correction.METHODS]
     assert "3 prefixes, 2 updates" in err and "topd:student" in err
     folder = trained / "correct-latest"
     assert image.imread(found["figure"]).std() > 0.01

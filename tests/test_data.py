@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from topd_jax.data import corpus, prompts, sources, tokenizers, truth, world
+from topd_jax.data import prompts, sources, tokenizers
+from topd_jax.data.toy_world import corpus, problems, truth
 
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, list[tuple[str, str]]]:
-    sample = world.problems("train", 400, seed=0)
+    sample = problems.problems("train", 400, seed=0)
     return {
-        "teacher": corpus.world_pairs(sample, world.TEACHER_STYLE, seed=0),
+        "teacher": corpus.world_pairs(sample, problems.TEACHER_STYLE, seed=0),
         "student": corpus.world_pairs(
-            sample, world.STUDENT_STYLE, world.STUDENT_HABIT, seed=1
+            sample, problems.STUDENT_STYLE, problems.STUDENT_HABIT, seed=1
         ),
     }
 
@@ -48,7 +49,7 @@ def test_labels_of_a_batch(pairs: dict, tokenizer):
         if at is None:
             assert fork == width
             assert not begun.any()
-            assert world.is_correct(problem, text)
+            assert problems.is_correct(problem, text)
             continue
         assert np.flatnonzero(begun).tolist() == [fork]
         # The token with the first wrong character.

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from topd_jax.analysis import detector
-from topd_jax.analysis.detector import Judged, auc
-from topd_jax.data import truth
+from topd_jax.data.toy_world import truth
+from topd_jax.experiments import detectors
+from topd_jax.experiments.detectors import Judged, auc
 from topd_jax.types import Annotations, Candidates, Trajectories
 
 
@@ -49,7 +49,7 @@ def judged(**fields):
 
 
 def test_report_by_hand():
-    report = detector.report(judged())
+    report = detectors.report(judged())
     assert report["candidates"] == 4
     assert report["flagged"] == 2
     fork, window = report["fork"], report["window_fork"]
@@ -65,7 +65,7 @@ def test_report_by_hand():
 
 def test_report_of_nothing_has_no_numbers():
     nothing = jax.tree.map(lambda x: x[:0], judged())
-    report = detector.report(nothing)
+    report = detectors.report(nothing)
     assert report["candidates"] == report["flagged"] == 0
     assert report["fork"]["share"] is None
     assert set(report["fork"]["distance"].values()) == {None}
@@ -141,7 +141,9 @@ def test_candidates_are_held_against_the_truth(texts):
         [fork - WINDOW, fork - WINDOW + 1, fork, fork + 1, len(wrong)],
     ]
     rows, notes = as_rows([right, wrong], places)
-    found = detector.judge([PROBLEM] * 2, rows, notes, Letters(), window=WINDOW)
+    found = detectors.judge(
+        [PROBLEM] * 2, rows, notes, Letters(), window=WINDOW
+    )
     kept = [0, len(right), fork - WINDOW, fork - WINDOW + 1, fork]
     of_row = [0, 0, 1, 1, 1]
     np.testing.assert_array_equal(found.fork, [0, 0, 0, 0, 1])
@@ -156,12 +158,12 @@ def test_a_solution_that_ends_early_forks_at_its_end(texts):
     right, _, _ = texts
     cut = right[:5]
     rows, notes = as_rows([cut], [[2, 5]])
-    found = detector.judge([PROBLEM], rows, notes, Letters(), window=WINDOW)
+    found = detectors.judge([PROBLEM], rows, notes, Letters(), window=WINDOW)
     np.testing.assert_array_equal(found.fork, [0, 1])
     np.testing.assert_array_equal(found.window_fork, [0, 1])
 
 
 def test_batches_are_put_one_after_the_other():
-    both = detector.concatenate([judged(), judged(fork=np.ones(4, bool))])
+    both = detectors.concatenate([judged(), judged(fork=np.ones(4, bool))])
     np.testing.assert_array_equal(both.fork, [1, 0, 0, 0, 1, 1, 1, 1])
     assert both.distance.shape == (8,)

@@ -10,10 +10,10 @@ import optax
 import pytest
 from conftest import EOS, PAD, make_model, make_trajectories
 
-from topd_jax import losses, near_future
-from topd_jax.distill import annotate, init_state, update
+from topd_jax.losses import divergences, near_future
 from topd_jax.models import causal_mask, unembed
-from topd_jax.objective import VARIANTS, Objective
+from topd_jax.objectives.objective import VARIANTS, Objective
+from topd_jax.training.step import annotate, init_state, update
 from topd_jax.types import Trajectories, completion_states
 
 IDS = {"eos_ids": (EOS,), "pad_id": PAD}
@@ -67,10 +67,10 @@ def assert_trees_close(a, b, **tolerance):
 
 def test_opd_is_the_dense_reverse_kl(student, teacher, trajectories):
     def dense(model):
-        values = losses.reverse_kl(
+        values = divergences.reverse_kl(
             logp_of(model, trajectories), logp_of(teacher, trajectories)
         )
-        return losses.weighted_mean(values, mask=trajectories.mask)
+        return divergences.weighted_mean(values, mask=trajectories.mask)
 
     loss, grads = jax.jit(jax.value_and_grad(dense))(student)
     state, metrics = step(
@@ -226,10 +226,10 @@ def test_offline_is_dense_forward_kl_and_cross_entropy(
     def dense(model):
         ours = logp_of(model, trajectories)
         theirs = logp_of(teacher, trajectories)
-        values = 0.25 * losses.forward_kl(
+        values = 0.25 * divergences.forward_kl(
             ours, theirs
-        ) + 0.75 * losses.cross_entropy(ours, trajectories.tokens)
-        return losses.weighted_mean(values, mask=trajectories.mask)
+        ) + 0.75 * divergences.cross_entropy(ours, trajectories.tokens)
+        return divergences.weighted_mean(values, mask=trajectories.mask)
 
     loss, grads = jax.jit(jax.value_and_grad(dense))(student)
     state, metrics = step(student, teacher, trajectories, goal)

@@ -7,9 +7,9 @@ import small_hub
 from small_files import edit_config
 from small_hub import END, STOP, copier, hub_directory
 
-from topd_jax import main
-from topd_jax.doctor import examine, findings, tokens
-from topd_jax.train import train
+from topd_jax.cli import main
+from topd_jax.cli.doctor import examine, findings, tokens
+from topd_jax.training.loop import train
 
 
 def named(found, name):
@@ -310,7 +310,9 @@ def test_a_run_with_an_error_does_not_begin(tmp_path, teacher, monkeypatch):
     other = hub_directory(tmp_path / "other", swapped=("a", "z"))
     changes = {"train__preflight": True, "data__max_prompt_length": 60}
     settings = small_hub.settings(tmp_path, other, teacher, **changes)
-    monkeypatch.setattr("topd_jax.train.load_pair", None)  # is not reached
+    monkeypatch.setattr(
+        "topd_jax.training.loop.load_pair", None
+    )  # is not reached
     with pytest.raises(
         ValueError,
         match=r"preflight: 2 errors: tokenizers: .*choose a pair.*; prompts: "

@@ -9,8 +9,7 @@ import pytest
 from small_hub import CONFIG
 from small_run import settings_with
 
-from topd_jax import sharding
-from topd_jax.doctor import fit, meshes
+from topd_jax.cli.doctor import fit, meshes
 from topd_jax.models import (
     DecoderConfig,
     Lora,
@@ -18,8 +17,9 @@ from topd_jax.models import (
     parameter_table,
 )
 from topd_jax.models.config import LORA_TARGETS
-from topd_jax.phases import make_optimizer, make_phases
-from topd_jax.train import init_state
+from topd_jax.parallel import sharding
+from topd_jax.training.loop import init_state
+from topd_jax.training.phases import make_optimizer, make_phases
 from topd_jax.types import Prompts
 
 

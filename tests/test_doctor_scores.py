@@ -12,9 +12,9 @@ from conftest import make_trajectories
 from small_files import make
 from small_hub import CONFIG, END, IDS, STOP, copier, hub_directory
 
-from topd_jax.doctor import examine, scored, verdicts
-from topd_jax.doctor.findings import error
-from topd_jax.pair import load_pair
+from topd_jax.cli.doctor import examine, scored, verdicts
+from topd_jax.cli.doctor.findings import error
+from topd_jax.training.setup import load_pair
 
 
 def named(found, name):

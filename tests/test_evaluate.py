@@ -8,12 +8,12 @@ import pytest
 from scipy.stats import binomtest
 from small_run import small_config
 
-from topd_jax.analysis.report import grades_of
-from topd_jax.data import truth
-from topd_jax.evaluate import Evaluator, wilson
-from topd_jax.logs import merge, read_metrics
-from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
+from topd_jax.data.toy_world import truth
+from topd_jax.evaluation.evaluator import Evaluator, wilson
+from topd_jax.experiments.report import grades_of
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import merge, read_metrics
+from topd_jax.training.setup import load_pair
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from topd_jax.models import (
     unembed,
 )
 from topd_jax.models.experts import mix, route
-from topd_jax.models.hub_config import decoder_config
+from topd_jax.models.io.hub_config import decoder_config
 from topd_jax.types import positions_of
 
 CONFIG = DecoderConfig(

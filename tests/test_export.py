@@ -10,8 +10,8 @@ import pytest
 from small_files import LLAMA, QWEN, assert_same, edit_config, make
 
 from topd_jax.models import save_model
-from topd_jax.models.hub_config import config_json, decoder_config
-from topd_jax.models.huggingface import load_model
+from topd_jax.models.io.hub_config import config_json, decoder_config
+from topd_jax.models.io.huggingface import load_model
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_full_disk_loses_nothing(when, saved, monkeypatch):
             "shutil.disk_usage", lambda path: type("U", (), {"free": 10})
         )
     elif when == "during":
-        monkeypatch.setattr("topd_jax.models.export.save_file", fail)
+        monkeypatch.setattr("topd_jax.models.io.export.save_file", fail)
     else:
         rename = Path.rename
         monkeypatch.setattr(

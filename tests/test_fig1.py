@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax.guidance import (
+from topd_jax.losses.optimal_transport import window_distance
+from topd_jax.losses.trajectory import (
     student_context_logprobs,
     trajectory_loss,
     trajectory_targets,
     window_mean,
 )
-from topd_jax.transport import window_distance
 from topd_jax.types import Candidates, Windows
 
 TEACHER = ["(", "2", "×", "3", ")", "=", "6"]

@@ -10,18 +10,21 @@ import pytest
 from children import LIBTPU, on_eight_devices, run_script
 from conftest import EOS, PAD, VOCAB, make_trajectories
 
-from topd_jax.distill import annotate, init_state, update
-from topd_jax.doctor import kernels as doctor
-from topd_jax.models import (
-    DecoderConfig,
-    attention,
+from topd_jax.cli.doctor import kernels as doctor
+from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.models.attention.core import (
+    core,
     flash,
     flash_blocks,
     flash_decode,
-    init_decoder,
 )
-from topd_jax.objective import Objective
-from topd_jax.spans import branch_spans, causal_spans, packed_spans
+from topd_jax.models.attention.masks import (
+    branch_spans,
+    causal_spans,
+    packed_spans,
+)
+from topd_jax.objectives.objective import Objective
+from topd_jax.training.step import annotate, init_state, update
 
 B, G, R, D = 2, 2, 2, 64
 
@@ -253,6 +256,7 @@ def test_a_rollout_costs_half_and_a_branch_its_prefix():
     assert pairs_read(spans) < least + 0.1
     assert pairs_read(CASES["branches"]()) is None
 
+
 # In a decoder, and on a mesh: the kernels interpreted in the place of blocks.
 
 
@@ -267,7 +271,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(flash.jax.lax, "platform_dependent", on_tpu)
     options = functools.partial(flash.Options, interpret=True)
-    monkeypatch.setattr(attention.flash, "Options", options)
+    monkeypatch.setattr(core.flash, "Options", options)
     return calls
 
 

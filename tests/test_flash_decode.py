@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 from children import LIBTPU, on_eight_devices, run_script
 
-from topd_jax.models import (
-    Decoder,
-    DecoderConfig,
-    attention,
-    flash,
-    flash_decode,
-    init_decoder,
-)
+from topd_jax.models import Decoder, DecoderConfig, init_decoder
+from topd_jax.models.attention import core, flash, flash_decode
+from topd_jax.models.attention.masks import Written
 from topd_jax.sampling import rollout
-from topd_jax.spans import Written
 from topd_jax.types import Prompts
 
 N, B, G, R, D, L = 3, 4, 2, 3, 64, 700
@@ -218,7 +212,7 @@ def kernel(monkeypatch):
 
     monkeypatch.setattr(flash.jax.lax, "platform_dependent", on_tpu)
     options = functools.partial(flash.Options, interpret=True)
-    monkeypatch.setattr(attention.flash, "Options", options)
+    monkeypatch.setattr(core.flash, "Options", options)
     return told
 
 

@@ -10,9 +10,8 @@ import pytest
 from conftest import EOS, PAD, VOCAB, make_model, make_trajectories
 from foreign_model import apply, init_params, make_foreign, words
 
-from topd_jax import checkpoint, losses
-from topd_jax.distill import annotate, init_state, update
-from topd_jax.metrics import statistics
+from topd_jax.evaluation.metrics import statistics
+from topd_jax.losses import divergences
 from topd_jax.models import (
     causal_mask,
     fingerprint,
@@ -20,9 +19,11 @@ from topd_jax.models import (
     in_compute_dtype,
     unembed,
 )
-from topd_jax.objective import Objective
+from topd_jax.objectives.objective import Objective
 from topd_jax.sampling import branch, branch_columns, rollout
 from topd_jax.sampling.layerwise import add_columns, repeat_rows
+from topd_jax.training import checkpointing
+from topd_jax.training.step import annotate, init_state, update
 from topd_jax.types import Candidates, Prompts, completion_states
 
 IDS = dict(eos_ids=(EOS,), pad_id=PAD)
@@ -201,11 +202,13 @@ def test_gradient_is_that_of_the_dense_loss(foreign, decoder):
             params, written.sequence, written.positions, mask, None
         )
         hidden = completion_states(hidden, written.prompt.shape[1])
-        kl = losses.reverse_kl(
-            losses.log_softmax(unembed(words(params), hidden)),
-            losses.log_softmax(unembed(decoder.head, states(decoder, written))),
+        kl = divergences.reverse_kl(
+            divergences.log_softmax(unembed(words(params), hidden)),
+            divergences.log_softmax(
+                unembed(decoder.head, states(decoder, written))
+            ),
         )
-        return losses.weighted_mean(kl, mask=written.mask)
+        return divergences.weighted_mean(kl, mask=written.mask)
 
     wanted = jax.jit(jax.grad(by_hand))(foreign.params)
     moved = jax.tree.map(
@@ -280,7 +283,7 @@ def test_padding_that_sees_nothing_stays_finite():
 def test_state_comes_back_from_a_checkpoint(foreign, tmp_path):
     optimizer = optax.adam(1e-3)
     state = init_state(foreign, optimizer)
-    saved = checkpoint.Checkpoints(tmp_path, 1)
+    saved = checkpointing.Checkpoints(tmp_path, 1)
     saved.save(3, state, jax.random.key(5), {"data": {}})
     blank = init_state(make_foreign(9), optimizer)
     found, key = saved.restore(3, blank)

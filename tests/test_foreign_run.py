@@ -17,11 +17,11 @@ from topd_jax.models import from_function
 def test_a_whole_run_with_a_foreign_student(tmp_path, world_cache):
     from small_run import small_config
 
-    from topd_jax.other_models import with_models
-    from topd_jax.pair import load_pair
-    from topd_jax.settings import settings_from
-    from topd_jax.teachers import Teachers
-    from topd_jax.train import Run
+    from topd_jax.training.config import settings_from
+    from topd_jax.training.loop import Run
+    from topd_jax.training.other_models import with_models
+    from topd_jax.training.setup import load_pair
+    from topd_jax.training.teachers import Teachers
 
     config = small_config()
     config.world.cache = str(world_cache)

@@ -23,7 +23,7 @@ from small_heads import (
     weights_of,
 )
 
-from topd_jax import fused, losses
+from topd_jax.losses import divergences, fused
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "divergences.npz"
 # All at once; columns of one, which divide T = 7; columns of two, which do not.
@@ -99,7 +99,7 @@ def test_golden(beta, temperature):
                 got, want, 1e-5, 1e-5 * np.abs(want).max()
             )
     entropies = fused.fused_map(
-        lambda student, _: losses.entropy(student),
+        lambda student, _: divergences.entropy(student),
         *arrays,
         temperature=temperature,
         chunk_size=6,
@@ -163,7 +163,7 @@ def test_teacher_and_weights_are_data():
         lambda *a: jnp.sum(fused.fused_divergence(*a)), (0, 1, 2, 3)
     )(*arrays)
     mapped = jax.grad(
-        lambda *a: jnp.sum(fused.fused_map(losses.reverse_kl, *a)),
+        lambda *a: jnp.sum(fused.fused_map(divergences.reverse_kl, *a)),
         (0, 1, 2, 3),
     )(*arrays)
     assert_close(mapped, others)
@@ -267,9 +267,10 @@ def test_map(chunk_size):
 
     def fn(student, teacher, tokens, vectors):
         return {
-            "entropy": losses.entropy(student),
-            "token": losses.token_logprobs(teacher, tokens),
-            "vector": vectors * losses.reverse_kl(student, teacher)[:, None],
+            "entropy": divergences.entropy(student),
+            "token": divergences.token_logprobs(teacher, tokens),
+            "vector": vectors
+            * divergences.reverse_kl(student, teacher)[:, None],
         }
 
     got = jax.jit(lambda *a: fused.fused_map(fn, *a, chunk_size=chunk_size))(
@@ -277,9 +278,9 @@ def test_map(chunk_size):
     )
     student, teacher = logp(*arrays[:2]), logp(arrays[2], arrays[3][:V])
     want = {
-        "entropy": losses.entropy(student),
-        "token": losses.token_logprobs(teacher, tokens),
-        "vector": vectors * losses.reverse_kl(student, teacher)[..., None],
+        "entropy": divergences.entropy(student),
+        "token": divergences.token_logprobs(teacher, tokens),
+        "vector": vectors * divergences.reverse_kl(student, teacher)[..., None],
     }
     assert_close(got, want)
 
@@ -289,7 +290,7 @@ def test_map(chunk_size):
     grads = jax.grad(
         lambda *a: total(
             functools.partial(
-                fused.fused_map, losses.reverse_kl, chunk_size=chunk_size
+                fused.fused_map, divergences.reverse_kl, chunk_size=chunk_size
             ),
             *a,
             *arrays[2:],
@@ -334,7 +335,7 @@ def test_token_logprobs(chunk_size):
 
 def test_custom_divergence():
     arrays = heads()
-    fn = functools.partial(losses.top_k_reverse_kl, k=4)
+    fn = functools.partial(divergences.top_k_reverse_kl, k=4)
     np.testing.assert_allclose(
         fused.fused_divergence(*arrays, divergence=fn, chunk_size=4),
         fn(logp(*arrays[:2]), logp(*arrays[2:])),

@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 from small_run import small_config
 
-from topd_jax import main
+from topd_jax.cli import main
 from topd_jax.data import solutions as solution_data
-from topd_jax.data import sources, world
-from topd_jax.generate import generate
-from topd_jax.pair import load_pair
-from topd_jax.settings import Settings, settings_from
+from topd_jax.data import sources
+from topd_jax.data.toy_world import problems
+from topd_jax.training.config import Settings, settings_from
+from topd_jax.training.generation import generate
+from topd_jax.training.setup import load_pair
 
 # Dies while the third shard lies there without its name.
 CHILD = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])
 from small_run import small_config
-from topd_jax import generate
+from topd_jax.training import generation
 from topd_jax.data import solutions
-from topd_jax.settings import settings_from
+from topd_jax.training.config import settings_from
 
 plain = solutions._into_place
 
@@ -39,7 +40,7 @@ solutions._into_place = deadly
 config = small_config()
 config.world.cache = sys.argv[2]
 config.offline.shard_size = 16
-generate.generate(settings_from(config), pathlib.Path(sys.argv[3]))
+generation.generate(settings_from(config), pathlib.Path(sys.argv[3]))
 """
 
 
@@ -99,7 +100,9 @@ def test_every_prompt_has_its_solution(written, found, settings):
         np.testing.assert_array_equal(solution["prompt_tokens"], ids)
         text = pair.tokenizer.decode(tokens.tolist())
         assert solution["completion"] == text
-        assert solution["correct"] == world.is_correct(record["prompt"], text)
+        assert solution["correct"] == problems.is_correct(
+            record["prompt"], text
+        )
         assert not np.isin(tokens[:-1], ends).any()
         assert solution["truncated"] == (tokens[-1] not in ends)
         assert solution["truncated"] <= (len(tokens) == 16)

@@ -13,8 +13,8 @@ from small_files import LLAMA, QWEN, QWEN2, assert_same, make, write_gguf
 from topd_jax.data.tokenizers import HuggingFaceTokenizer
 from topd_jax.models import load, save_model
 from topd_jax.models.config import RopeScaling
-from topd_jax.models.gguf import load_gguf, open_gguf, packaged_gguf
-from topd_jax.models.gguf_tokenizer import gguf_tokenizer
+from topd_jax.models.io.gguf import load_gguf, open_gguf, packaged_gguf
+from topd_jax.models.io.gguf_tokenizer import gguf_tokenizer
 
 
 def test_gguf_with_biases_is_qwen2(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from small_files import LLAMA, QWEN, assert_same, make, permuted, write_gguf
 
-from topd_jax.models.gguf import _expand, load_gguf, open_gguf
-from topd_jax.models.weights import assemble, file_tensors
+from topd_jax.models.io.gguf import _expand, load_gguf, open_gguf
+from topd_jax.models.io.weights import assemble, file_tensors
 
 WIDE = {"layers": 2, "width": 256, "mlp_width": 512}
 FAMILIES = {

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from topd_jax import grading
-from topd_jax.grading import grade_answers, reference_answer
+from topd_jax.evaluation import grading
+from topd_jax.evaluation.grading import grade_answers, reference_answer
 
 # As GSM8K writes its answers.
 GSM8K = "She sold 48/2 = <<48/2=24>>24 clips, 48+24 = 72 in all.\n#### 72"

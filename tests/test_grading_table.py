@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from topd_jax.grading import grade_answers
+from topd_jax.evaluation.grading import grade_answers
 
 # Reference, completion, whether it is right. The references are of the kinds
 # that published benchmarks hold. Not here, because math-verify decides

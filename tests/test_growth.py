@@ -6,12 +6,12 @@ import math
 
 import jax
 import pytest
-from topd_jax.configs import growth as base
 
-from topd_jax.analysis import growth
-from topd_jax.analysis.growth_formulas import formulas
-from topd_jax.analysis.growth_table import Rate, draw, rates, table
-from topd_jax.settings import settings_from
+from topd_jax.configs import growth as base
+from topd_jax.planning import growth
+from topd_jax.planning.growth_formulas import formulas
+from topd_jax.planning.growth_table import Rate, draw, rates, table
+from topd_jax.training.config import settings_from
 
 SETTINGS = settings_from(base.get_config())
 

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax.guidance import (
+from topd_jax.losses.divergences import weighted_mean
+from topd_jax.losses.optimal_transport import window_distance
+from topd_jax.losses.trajectory import (
     fused_log_normalizer,
     student_context_logprobs,
     trajectory_loss,
     trajectory_targets,
     window_mean,
 )
-from topd_jax.losses import weighted_mean
-from topd_jax.transport import window_distance
 from topd_jax.types import Candidates, Windows
 
 B, T, M, K, V, D = 2, 9, 3, 4, 11, 6

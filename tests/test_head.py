@@ -19,11 +19,10 @@ from small_heads import (
     weights_of,
 )
 
-from topd_jax import fused, guidance, losses
-from topd_jax.head import CappedHead, soft_cap
-from topd_jax.metrics import statistics
+from topd_jax.evaluation.metrics import statistics
+from topd_jax.losses import divergences, fused, trajectory
 from topd_jax.models import DecoderConfig, unembed
-from topd_jax.types import Candidates, Windows
+from topd_jax.types import Candidates, CappedHead, Windows, soft_cap
 
 CONFIG = DecoderConfig(
     vocab_size=40,
@@ -42,7 +41,7 @@ CAPS = (2.0, 3.0)
 def capped_logp(hidden, rows, cap, temperature=1.0):
     logits = jnp.matmul(hidden, rows.T, precision="highest")
     logits = cap * jnp.tanh(logits / cap)
-    return losses.log_softmax(logits / temperature)
+    return divergences.log_softmax(logits / temperature)
 
 
 def with_caps(hidden, rows, teacher_hidden, teacher_rows):
@@ -141,7 +140,7 @@ def test_guidance_equals_dense(chunk_size):
 
     def total(hidden, rows, dense):
         if not dense:
-            return guidance.student_context_logprobs(
+            return trajectory.student_context_logprobs(
                 hidden, CappedHead(rows, CAPS[0]), candidates, windows,
                 chunk_size=chunk_size,
             )  # fmt: skip

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from children import simulated
 
-from topd_jax.analysis import hlo
-from topd_jax.analysis.hlo_bytes import group_size, ring_bytes
-from topd_jax.analysis.hlo_cost import Cost, count
-from topd_jax.analysis.hlo_heaviest import heaviest
+from topd_jax.planning import hlo
+from topd_jax.planning.hlo_bytes import group_size, ring_bytes
+from topd_jax.planning.hlo_cost import Cost, count
+from topd_jax.planning.hlo_heaviest import heaviest
 
 
 def counted(fn, *args):
@@ -99,8 +99,8 @@ def test_a_row_written_in_place_is_all_that_is_written():
 EIGHT = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from topd_jax.analysis import hlo
-from topd_jax.analysis.hlo_cost import count
+from topd_jax.planning import hlo
+from topd_jax.planning.hlo_cost import count
 
 mesh = jax.make_mesh(
     (2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2

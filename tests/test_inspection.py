@@ -9,12 +9,12 @@ import pytest
 from html_page import Page
 from small_run import small_config
 
-from topd_jax import main
-from topd_jax.analysis.inspection import trajectories_of, write_page
-from topd_jax.analysis.observe import looking_ahead, observe
-from topd_jax.objective import Objective
-from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
+from topd_jax.cli import main
+from topd_jax.experiments.observe import looking_ahead, observe
+from topd_jax.experiments.token_map import trajectories_of, write_page
+from topd_jax.objectives.objective import Objective
+from topd_jax.training.config import settings_from
+from topd_jax.training.setup import load_pair
 
 ABOUT = {"title": "A <page>", "facts": {"student": "start & more"}}
 

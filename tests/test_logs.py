@@ -5,7 +5,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from topd_jax.logs import Logs, read_jsonl
+from topd_jax.training.logging import Logs, read_jsonl
 
 
 def test_seconds_are_those_of_the_step_that_they_stand_at(

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax.analysis import hlo
-from topd_jax.models import DecoderConfig, attention, causal_mask
+from topd_jax.models import DecoderConfig, causal_mask
+from topd_jax.models.attention import core
+from topd_jax.planning import hlo
 
 CONFIG = DecoderConfig(
     vocab_size=40, layers=1, width=16, heads=4, kv_heads=2, head_dim=8,
@@ -30,8 +31,8 @@ def inputs(dtype="float32", columns=LENGTH):
 
 def attend(query, key, value, mask, config):
     rows = jnp.zeros(query.shape[:2], jnp.int32)
-    sight = attention.Sight(mask, rows, None)
-    return attention.attend(query, key, value, sight, 0, config)
+    sight = core.Sight(mask, rows, None)
+    return core.attend(query, key, value, sight, 0, config)
 
 
 def value_and_gradients(query, key, value, mask, config):
@@ -47,8 +48,8 @@ def value_and_gradients(query, key, value, mask, config):
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "_LONG_SCORES", 1)
-    monkeypatch.setattr(attention, "_BLOCK_SCORES", 1)
+    monkeypatch.setattr(core, "_LONG_SCORES", 1)
+    monkeypatch.setattr(core, "_BLOCK_SCORES", 1)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

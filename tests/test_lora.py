@@ -10,7 +10,6 @@ import optax
 import pytest
 from conftest import EOS, PAD, make_model, make_trajectories
 
-from topd_jax.distill import annotate, init_state, update
 from topd_jax.models import (
     Lora,
     add_lora,
@@ -21,12 +20,13 @@ from topd_jax.models import (
     init_decoder,
     merge_lora,
     parameter_table,
-    quantize,
 )
 from topd_jax.models.config import LORA_TARGETS
 from topd_jax.models.lora import frozen_fingerprint, join, split
-from topd_jax.objective import Objective
+from topd_jax.models.quantization import quantize
+from topd_jax.objectives.objective import Objective
 from topd_jax.sampling import rollout
+from topd_jax.training.step import annotate, init_state, update
 from topd_jax.types import Prompts
 
 LORA = Lora(rank=3, alpha=6.0, targets=LORA_TARGETS)

@@ -10,16 +10,16 @@ import pytest
 from small_run import small_config
 from test_train import assert_same_run, changed
 
-from topd_jax import commands
-from topd_jax import train as training
-from topd_jax.adapters import adapt
-from topd_jax.logs import read_jsonl
+from topd_jax.cli import commands
 from topd_jax.models import DecoderConfig, load, load_adapter, merge_lora
 from topd_jax.models.lora import frozen_fingerprint, split
-from topd_jax.models.quantize import is_quantized
-from topd_jax.pair import load_pair
-from topd_jax.settings import ModelSettings, settings_from
-from topd_jax.trained import load_student
+from topd_jax.models.quantization import is_quantized
+from topd_jax.training import loop as training
+from topd_jax.training.adapters import adapt
+from topd_jax.training.config import ModelSettings, settings_from
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.restore import load_student
+from topd_jax.training.setup import load_pair
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax import losses
+from topd_jax.losses import divergences
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "divergences.npz"
 # Golden arrays were made by an independent implementation in torch (TRL),
@@ -21,12 +21,12 @@ STUDENT = np.log([0.5, 0.25, 0.25])
 TEACHER = np.log([0.25, 0.25, 0.5])
 
 DIVERGENCES = {
-    "reverse_kl": losses.reverse_kl,
-    "forward_kl": losses.forward_kl,
-    "jsd": functools.partial(losses.generalized_jsd, beta=0.25),
-    "jsd0": functools.partial(losses.generalized_jsd, beta=0),
-    "jsd1": functools.partial(losses.generalized_jsd, beta=1),
-    "top_k": functools.partial(losses.top_k_reverse_kl, k=3),
+    "reverse_kl": divergences.reverse_kl,
+    "forward_kl": divergences.forward_kl,
+    "jsd": functools.partial(divergences.generalized_jsd, beta=0.25),
+    "jsd0": functools.partial(divergences.generalized_jsd, beta=0),
+    "jsd1": functools.partial(divergences.generalized_jsd, beta=1),
+    "top_k": functools.partial(divergences.top_k_reverse_kl, k=3),
 }
 
 
@@ -42,13 +42,13 @@ def logits_of(seed, shape=(4, 9), scale=3.0):
 
 
 def logp_of(seed, shape=(4, 9)):
-    return losses.log_softmax(logits_of(seed, shape))
+    return divergences.log_softmax(logits_of(seed, shape))
 
 
 def jsd_of(logits, teacher_logits, beta, temperature):
-    return losses.generalized_jsd(
-        losses.log_softmax(logits / temperature),
-        losses.log_softmax(teacher_logits / temperature),
+    return divergences.generalized_jsd(
+        divergences.log_softmax(logits / temperature),
+        divergences.log_softmax(teacher_logits / temperature),
         beta,
     )
 
@@ -63,7 +63,7 @@ def test_golden_float64(golden, beta, temperature):
 
         def loss(logits):
             per_token = jsd_of(logits, teacher, beta, temperature)
-            return losses.weighted_mean(per_token, mask=mask), per_token
+            return divergences.weighted_mean(per_token, mask=mask), per_token
 
         (value, per_token), grad = jax.value_and_grad(loss, has_aux=True)(
             student
@@ -82,7 +82,7 @@ def test_golden_float32(golden, beta, temperature):
     key = f"beta{beta:g}_T{temperature}_f32"
     teacher = jnp.asarray(golden["teacher_logits"], jnp.float32)
     value, grad = jax.value_and_grad(
-        lambda logits: losses.weighted_mean(
+        lambda logits: divergences.weighted_mean(
             jsd_of(logits, teacher, beta, temperature), mask=golden["mask"]
         )
     )(jnp.asarray(golden["student_logits"], jnp.float32))
@@ -96,18 +96,20 @@ def test_golden_float32(golden, beta, temperature):
 
 def test_hand_values():
     log2 = np.log(2)
-    assert losses.reverse_kl(STUDENT, TEACHER) == pytest.approx(log2 / 4)
+    assert divergences.reverse_kl(STUDENT, TEACHER) == pytest.approx(log2 / 4)
     lopsided = np.log([0.75, 0.25])
     even = np.log([0.5, 0.5])
     there = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
     back = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(2)
-    assert losses.reverse_kl(lopsided, even) == pytest.approx(there)
-    assert losses.forward_kl(lopsided, even) == pytest.approx(back)
-    assert losses.entropy(STUDENT) == pytest.approx(1.5 * log2)
-    assert losses.cross_entropy(STUDENT, jnp.array(0)) == pytest.approx(log2)
-    assert losses.token_logprobs(STUDENT + 7, jnp.array(2)) == pytest.approx(
-        -2 * log2
+    assert divergences.reverse_kl(lopsided, even) == pytest.approx(there)
+    assert divergences.forward_kl(lopsided, even) == pytest.approx(back)
+    assert divergences.entropy(STUDENT) == pytest.approx(1.5 * log2)
+    assert divergences.cross_entropy(STUDENT, jnp.array(0)) == pytest.approx(
+        log2
     )
+    assert divergences.token_logprobs(
+        STUDENT + 7, jnp.array(2)
+    ) == pytest.approx(-2 * log2)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.25, 0.5, 0.9])
@@ -117,34 +119,34 @@ def test_jsd_equals_numpy(beta):
     want = beta * np.sum(p_t * np.log(p_t / mixture)) + (1 - beta) * np.sum(
         p_s * np.log(p_s / mixture)
     )
-    got = losses.generalized_jsd(STUDENT, np.log(p_t), beta)
+    got = divergences.generalized_jsd(STUDENT, np.log(p_t), beta)
     assert got == pytest.approx(want, rel=1e-5)
     # The test has eyes: swapped weights, and swapped models, differ.
     if beta != 0.5:
-        swapped = losses.generalized_jsd(STUDENT, np.log(p_t), 1 - beta)
+        swapped = divergences.generalized_jsd(STUDENT, np.log(p_t), 1 - beta)
         assert abs(swapped - want) > 1e-3
 
 
 def test_jsd_ends_and_bounds():
     student, teacher = logp_of(0), logp_of(1)
     np.testing.assert_array_equal(
-        losses.generalized_jsd(student, teacher, 0),
-        losses.forward_kl(student, teacher),
+        divergences.generalized_jsd(student, teacher, 0),
+        divergences.forward_kl(student, teacher),
     )
     np.testing.assert_array_equal(
-        losses.generalized_jsd(student, teacher, 1.0),
-        losses.reverse_kl(student, teacher),
+        divergences.generalized_jsd(student, teacher, 1.0),
+        divergences.reverse_kl(student, teacher),
     )
     for beta in (-0.1, 1.5):
         with pytest.raises(ValueError, match="0..1"):
-            losses.generalized_jsd(student, teacher, beta)
+            divergences.generalized_jsd(student, teacher, beta)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_same_distribution_is_zero(name):
     logp = logp_of(0)
     value, grad = jax.value_and_grad(
-        lambda x: jnp.sum(DIVERGENCES[name](losses.log_softmax(x), logp))
+        lambda x: jnp.sum(DIVERGENCES[name](divergences.log_softmax(x), logp))
     )(logp)
     assert abs(value) < 1e-5
     assert np.abs(grad).max() < 1e-5
@@ -161,7 +163,9 @@ def test_jit_and_vmap_equal_eager(name):
     np.testing.assert_allclose(mapped, eager, 1e-5)
 
 
-@pytest.mark.parametrize("softmax", [losses.log_softmax, jax.nn.log_softmax])
+@pytest.mark.parametrize(
+    "softmax", [divergences.log_softmax, jax.nn.log_softmax]
+)
 @pytest.mark.parametrize("who", ["student", "teacher", "both"])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_finite_for_impossible_tokens(name, who, softmax):
@@ -187,7 +191,7 @@ def test_finite_for_rows_without_any_token(name):
     @jax.jit
     @jax.value_and_grad
     def loss(s, t):
-        s, t = losses.log_softmax(s), losses.log_softmax(t)
+        s, t = divergences.log_softmax(s), divergences.log_softmax(t)
         return jnp.sum(DIVERGENCES[name](s, t))
 
     for student, teacher in [
@@ -198,50 +202,52 @@ def test_finite_for_rows_without_any_token(name):
         value, grad = loss(student, teacher)
         assert np.isfinite(value)
         assert np.all(np.isfinite(grad))
-    np.testing.assert_allclose(losses.log_softmax(rows), -np.log(5), 1e-6)
+    np.testing.assert_allclose(divergences.log_softmax(rows), -np.log(5), 1e-6)
 
 
 def test_impossible_tokens_cost_the_floor():
     # p_S = 0.5 where the teacher has 0: 0.5 (log 0.5 - floor) + 0.5 log 0.5.
     student, teacher = np.log([0.5, 0.5]), np.array([-np.inf, 0.0])
     for floor in (-100.0, -20.0):
-        got = losses.reverse_kl(student, teacher, log_floor=floor)
+        got = divergences.reverse_kl(student, teacher, log_floor=floor)
         assert got == pytest.approx(np.log(0.5) - 0.5 * floor, rel=1e-5)
         # Forward KL divides by the student instead.
-        got = losses.forward_kl(teacher, student, log_floor=floor)
+        got = divergences.forward_kl(teacher, student, log_floor=floor)
         assert got == pytest.approx(np.log(0.5) - 0.5 * floor, rel=1e-5)
     # p_S = 0 adds nothing.
-    got = losses.reverse_kl(teacher, student)
+    got = divergences.reverse_kl(teacher, student)
     assert got == pytest.approx(np.log(2))
-    assert losses.entropy(teacher) == 0
-    assert losses.cross_entropy(teacher, jnp.array(0)) == 100
-    assert np.isfinite(losses.token_logprobs(teacher, jnp.array(0)))
+    assert divergences.entropy(teacher) == 0
+    assert divergences.cross_entropy(teacher, jnp.array(0)) == 100
+    assert np.isfinite(divergences.token_logprobs(teacher, jnp.array(0)))
 
 
 def test_nan_is_not_hidden():
     broken = jnp.array([jnp.nan, 0.0])
-    assert jnp.isnan(losses.reverse_kl(losses.log_softmax(broken), TEACHER[:2]))
+    assert jnp.isnan(
+        divergences.reverse_kl(divergences.log_softmax(broken), TEACHER[:2])
+    )
 
 
 def test_accumulates_in_float32():
     # 4096 equal tokens in bfloat16: a bfloat16 sum would stall at 256.
     logits = jnp.zeros((4096,), jnp.bfloat16)
-    logp = losses.log_softmax(logits)
+    logp = divergences.log_softmax(logits)
     assert logp.dtype == jnp.float32
     np.testing.assert_allclose(logp, -np.log(4096), rtol=1e-6)
     half = logp.astype(jnp.bfloat16)
     for value in (
-        losses.entropy(half),
-        losses.reverse_kl(half, half - 1),
-        losses.generalized_jsd(half, half - 1, 0.5),
-        losses.token_logprobs(logits, jnp.array(0)),
+        divergences.entropy(half),
+        divergences.reverse_kl(half, half - 1),
+        divergences.generalized_jsd(half, half - 1, 0.5),
+        divergences.token_logprobs(logits, jnp.array(0)),
     ):
         assert value.dtype == jnp.float32
     wide = half.astype(jnp.float32)
-    assert losses.entropy(half) == losses.entropy(wide)
+    assert divergences.entropy(half) == divergences.entropy(wide)
     ones = jnp.ones((4096,), jnp.bfloat16)
-    assert losses.weighted_mean(ones) == 1
-    assert losses.weighted_mean(ones, weights=ones) == 1
+    assert divergences.weighted_mean(ones) == 1
+    assert divergences.weighted_mean(ones, weights=ones) == 1
 
 
 def primitives(jaxpr):
@@ -257,12 +263,14 @@ def test_token_logprobs_without_gather():
         np.asarray(jax.nn.log_softmax(logits)), tokens[:, None], -1
     )[:, 0]
     np.testing.assert_allclose(
-        losses.token_logprobs(logits, tokens), want, 1e-5
+        divergences.token_logprobs(logits, tokens), want, 1e-5
     )
     np.testing.assert_allclose(
-        -losses.cross_entropy(jax.nn.log_softmax(logits), tokens), want, 1e-5
+        -divergences.cross_entropy(jax.nn.log_softmax(logits), tokens),
+        want,
+        1e-5,
     )
-    grad_fn = jax.grad(lambda x: jnp.sum(losses.token_logprobs(x, tokens)))
+    grad_fn = jax.grad(lambda x: jnp.sum(divergences.token_logprobs(x, tokens)))
     one_hot = jax.nn.one_hot(tokens, 9)
     np.testing.assert_allclose(
         grad_fn(logits), one_hot - jax.nn.softmax(logits), atol=1e-6
@@ -274,50 +282,55 @@ def test_token_logprobs_without_gather():
 def test_top_k_reverse_kl():
     # Kept: the student's first token; the rest is one bin of 0.5 and 0.75.
     want = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
-    got = losses.top_k_reverse_kl(STUDENT, TEACHER, 1)
+    got = divergences.top_k_reverse_kl(STUDENT, TEACHER, 1)
     assert got == pytest.approx(want, rel=1e-5)
     student, teacher = logp_of(0), logp_of(1)
-    full = losses.reverse_kl(student, teacher)
+    full = divergences.reverse_kl(student, teacher)
     last = np.zeros(4)
     for k in range(1, 9):
-        now = losses.top_k_reverse_kl(student, teacher, k)
+        now = divergences.top_k_reverse_kl(student, teacher, k)
         assert np.all(now >= last - 1e-6)  # finer bins only add
         last = now
     np.testing.assert_allclose(last, full, 1e-5)  # k = V - 1
     np.testing.assert_allclose(
-        losses.top_k_reverse_kl(student, teacher, 99), full, 1e-5
+        divergences.top_k_reverse_kl(student, teacher, 99), full, 1e-5
     )
     with pytest.raises(ValueError, match="k=0"):
-        losses.top_k_reverse_kl(student, teacher, 0)
+        divergences.top_k_reverse_kl(student, teacher, 0)
 
 
 def test_sampled_kl_in_expectation():
     """Exact expectations over the vocabulary, instead of samples."""
     logits, teacher = logits_of(0, (5,), 1.0), logp_of(1, (5,))
-    student = losses.log_softmax(logits)
+    student = divergences.log_softmax(logits)
     p_student = jnp.exp(student)
 
     def expected(estimator):
-        each = losses.sampled_kl(student, teacher, estimator)
+        each = divergences.sampled_kl(student, teacher, estimator)
         return jnp.sum(p_student * each)
 
-    kl = losses.reverse_kl(student, teacher)
+    kl = divergences.reverse_kl(student, teacher)
     np.testing.assert_allclose(expected("k1"), kl, 1e-5)
     np.testing.assert_allclose(expected("k3"), kl, 1e-5)
 
     def direct_gradient(estimator):
         def loss(x):  # samples are data: p_student is a constant
-            each = losses.sampled_kl(losses.log_softmax(x), teacher, estimator)
+            each = divergences.sampled_kl(
+                divergences.log_softmax(x), teacher, estimator
+            )
             return jnp.sum(p_student * each)
 
         return jax.grad(loss)(logits)
 
     def gradient(divergence):
-        return jax.grad(lambda x: divergence(losses.log_softmax(x), teacher))(
-            logits
-        )
+        return jax.grad(
+            lambda x: divergence(divergences.log_softmax(x), teacher)
+        )(logits)
 
-    reverse, forward = gradient(losses.reverse_kl), gradient(losses.forward_kl)
+    reverse, forward = (
+        gradient(divergences.reverse_kl),
+        gradient(divergences.forward_kl),
+    )
     assert np.abs(reverse - forward).max() > 0.01
     np.testing.assert_array_equal(direct_gradient("k1"), 0)
     np.testing.assert_allclose(direct_gradient("k2"), reverse, atol=1e-6)
@@ -332,17 +345,17 @@ def test_sampled_kl_hand_values_and_refusals():
         ("k2", r * r / 2),
         ("k3", 0.5 - 1 - r),
     ]:
-        got = losses.sampled_kl(student, teacher, estimator)
+        got = divergences.sampled_kl(student, teacher, estimator)
         assert got == pytest.approx(want, rel=1e-6)
     with pytest.raises(ValueError, match="expected gradient is zero"):
-        losses.sampled_kl(student, teacher, "k1", direct_loss=True)
+        divergences.sampled_kl(student, teacher, "k1", direct_loss=True)
     for estimator in ("k2", "k3"):
-        losses.sampled_kl(student, teacher, estimator, direct_loss=True)
+        divergences.sampled_kl(student, teacher, estimator, direct_loss=True)
     with pytest.raises(ValueError, match="k1, k2, k3"):
-        losses.sampled_kl(student, teacher, "k4")
+        divergences.sampled_kl(student, teacher, "k4")
     for pair in [(-jnp.inf, 0.0), (0.0, -jnp.inf), (-jnp.inf, -jnp.inf)]:
-        for estimator in losses.ESTIMATORS:
-            value, grad = jax.value_and_grad(losses.sampled_kl)(
+        for estimator in divergences.ESTIMATORS:
+            value, grad = jax.value_and_grad(divergences.sampled_kl)(
                 jnp.float32(pair[0]), jnp.float32(pair[1]), estimator
             )
             assert np.isfinite(value)
@@ -352,16 +365,18 @@ def test_sampled_kl_hand_values_and_refusals():
 def test_weighted_mean_keeps_weights_out_of_the_denominator():
     values = jnp.array([1.0, 2.0, 3.0, 4.0])
     mask = jnp.array([True, True, True, False])
-    assert losses.weighted_mean(values) == 2.5
-    assert losses.weighted_mean(values, mask=mask) == 2.0
+    assert divergences.weighted_mean(values) == 2.5
+    assert divergences.weighted_mean(values, mask=mask) == 2.0
     weights = jnp.array([0.5, 0.0, 1.0, 9.0])
-    assert losses.weighted_mean(values, weights, mask) == pytest.approx(3.5 / 3)
-    assert losses.weighted_mean(values, weights) == pytest.approx(39.5 / 4)
+    assert divergences.weighted_mean(values, weights, mask) == pytest.approx(
+        3.5 / 3
+    )
+    assert divergences.weighted_mean(values, weights) == pytest.approx(39.5 / 4)
     np.testing.assert_allclose(
-        jax.grad(losses.weighted_mean)(values, weights, mask),
+        jax.grad(divergences.weighted_mean)(values, weights, mask),
         np.array([0.5, 0, 1, 0]) / 3,
     )
-    jitted = jax.jit(losses.weighted_mean)(values, weights, mask)
+    jitted = jax.jit(divergences.weighted_mean)(values, weights, mask)
     assert jitted == pytest.approx(3.5 / 3)
 
 
@@ -370,8 +385,8 @@ def test_weighted_mean_masked_equals_sliced():
     weights = jnp.abs(logits_of(1, (3, 8)))
     mask = jnp.broadcast_to(jnp.arange(8) < 5, (3, 8))
     np.testing.assert_allclose(
-        losses.weighted_mean(values, weights, mask),
-        losses.weighted_mean(values[:, :5], weights[:, :5]),
+        divergences.weighted_mean(values, weights, mask),
+        divergences.weighted_mean(values[:, :5], weights[:, :5]),
         rtol=1e-6,
     )
 
@@ -380,19 +395,19 @@ def test_weighted_mean_ignores_what_is_masked_out():
     values = jnp.array([1.0, jnp.nan, jnp.inf])
     weights = jnp.array([2.0, jnp.inf, jnp.nan])
     mask = jnp.array([True, False, False])
-    value, grads = jax.value_and_grad(losses.weighted_mean, (0, 1))(
+    value, grads = jax.value_and_grad(divergences.weighted_mean, (0, 1))(
         values, weights, mask
     )
     assert value == 2.0
     np.testing.assert_array_equal(grads[0], [2.0, 0, 0])
     np.testing.assert_array_equal(grads[1], [1.0, 0, 0])
     nothing = jnp.zeros(3, bool)
-    value, grads = jax.value_and_grad(losses.weighted_mean, (0, 1))(
+    value, grads = jax.value_and_grad(divergences.weighted_mean, (0, 1))(
         values, weights, nothing
     )
     assert value == 0
     for grad in grads:
         np.testing.assert_array_equal(grad, 0)
-    assert losses.weighted_mean(jnp.zeros((0,))) == 0
+    assert divergences.weighted_mean(jnp.zeros((0,))) == 0
     with pytest.raises(ValueError, match="must be bool"):
-        losses.weighted_mean(values, mask=jnp.ones(3))
+        divergences.weighted_mean(values, mask=jnp.ones(3))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from children import simulated
 
-from topd_jax import main
-from topd_jax.settings import settings_from
+from topd_jax.cli import main
+from topd_jax.training.config import settings_from
 
 TESTS = Path(__file__).parent
 
@@ -155,7 +155,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(command, monkeypatch):
     def broken(*_):
         raise KeyError("ours")
 
-    monkeypatch.setattr("topd_jax.commands.train", broken)
+    monkeypatch.setattr("topd_jax.cli.commands.train", broken)
     with pytest.raises(KeyError, match="ours"):
         main.run(command("train"))
 
@@ -163,7 +163,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(command, monkeypatch):
 def in_a_child(*arguments, devices=1):
     env = dict(os.environ, XLA_FLAGS=simulated(devices))
     return subprocess.run(
-        [sys.executable, "-m", "topd_jax.main", *map(str, arguments)],
+        [sys.executable, "-m", "topd_jax.cli.main", *map(str, arguments)],
         env=env, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 

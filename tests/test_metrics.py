@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import VOCAB, make_model, make_trajectories
 
-from topd_jax.metrics import distinct_ngrams, statistics
+from topd_jax.evaluation.metrics import distinct_ngrams, statistics
 from topd_jax.models import init_decoder
 from topd_jax.models.decoder import causal_mask
 

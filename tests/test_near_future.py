@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax.near_future import (
+from topd_jax.losses.near_future import (
     divergence_mask,
     false_alarm_mask,
     future_loss,

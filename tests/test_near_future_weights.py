@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax.losses import weighted_mean
-from topd_jax.near_future import median_cap_weights, n_step_weights
+from topd_jax.losses.divergences import weighted_mean
+from topd_jax.losses.near_future import median_cap_weights, n_step_weights
 from topd_jax.types import Candidates
 
 B, T, M = 3, 12, 4

@@ -8,12 +8,12 @@ import pytest
 from small_run import small_config
 from test_train import assert_same_run
 
-from topd_jax import train as training
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.packing import SolutionStream
-from topd_jax.generate import generate
-from topd_jax.logs import read_jsonl
-from topd_jax.settings import settings_from
+from topd_jax.training import loop as training
+from topd_jax.training.config import settings_from
+from topd_jax.training.generation import generate
+from topd_jax.training.logging import read_jsonl
 
 EOS = 2
 

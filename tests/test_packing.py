@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from topd_jax.data.packing import first_fit, pack, row_count
-from topd_jax.distill import annotate, init_state, update
 from topd_jax.models import DecoderConfig, init_decoder
-from topd_jax.objective import Objective
-from topd_jax.packed import annotate_packed, packed_metrics, packed_states
+from topd_jax.objectives.objective import Objective
+from topd_jax.training.sft import annotate_packed, packed_metrics, packed_states
+from topd_jax.training.step import annotate, init_state, update
 
 SGD = optax.sgd(1.0)
 GOAL = Objective(stage="offline", kd_ratio=0.3)

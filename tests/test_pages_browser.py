@@ -5,9 +5,9 @@ import shutil
 import pytest
 from small_logs import answer, metrics, records
 
-from topd_jax.analysis.inspection import write_page
-from topd_jax.analysis.run_page import RunRecords
-from topd_jax.analysis.run_page import write_page as run_page_of
+from topd_jax.experiments.run_page import RunRecords
+from topd_jax.experiments.run_page import write_page as run_page_of
+from topd_jax.experiments.token_map import write_page
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium import webdriver

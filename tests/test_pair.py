@@ -12,8 +12,8 @@ import small_hub
 from small_files import LLAMA, edit_config, make, save_run, write_gguf
 from small_run import settings_with
 
-from topd_jax.data import world_models
 from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.data.toy_world import models
 from topd_jax.models import (
     describe,
     end_ids,
@@ -21,7 +21,7 @@ from topd_jax.models import (
     load,
     save_model,
 )
-from topd_jax.pair import load_pair
+from topd_jax.training.setup import load_pair
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,9 @@ def test_cheap_refusals_come_before_any_training(tmp_path, changes, message):
 def test_a_batch_must_divide_over_the_mesh(tmp_path, monkeypatch, section):
     shape = {"data": 2, "fsdp": 2, "tensor": 1, "expert": 2}
     mesh = types.SimpleNamespace(shape=shape)
-    monkeypatch.setattr("topd_jax.pair.sharding.make_mesh", lambda **_: mesh)
+    monkeypatch.setattr(
+        "topd_jax.training.setup.sharding.make_mesh", lambda **_: mesh
+    )
     settings = settings_with(**{f"{section}__batch_size": 12})
     with pytest.raises(
         ValueError,
@@ -265,12 +267,12 @@ def untrained(monkeypatch):
         trained.append(name.split()[0])
         return model
 
-    monkeypatch.setattr(world_models, "fit", fit)
+    monkeypatch.setattr(models, "fit", fit)
     return trained
 
 
 def make_world(cache):
-    return world_models.world_models(settings_with().world, cache)
+    return models.world_models(settings_with().world, cache)
 
 
 def assert_same_world(made, reference):
@@ -283,18 +285,18 @@ def test_a_world_that_was_killed_half_made_is_finished(
     tmp_path, untrained, monkeypatch
 ):
     reference = make_world(tmp_path / "whole")
-    plain = world_models.fit
+    plain = models.fit
 
     def deadly(*args, name, **options):
         if name.startswith("student"):
             raise Killed
         return plain(*args, name=name, **options)
 
-    monkeypatch.setattr(world_models, "fit", deadly)
+    monkeypatch.setattr(models, "fit", deadly)
     with pytest.raises(Killed):
         make_world(tmp_path / "half")
     untrained.clear()
-    monkeypatch.setattr(world_models, "fit", plain)
+    monkeypatch.setattr(models, "fit", plain)
     assert_same_world(make_world(tmp_path / "half"), reference)
     assert untrained == ["student"]  # the teacher was there already
     make_world(tmp_path / "half")
@@ -321,7 +323,7 @@ def test_a_world_that_was_killed_while_writing_is_made_again(
         if part == "tokenizer":
             patch.setattr(SentencePieceTokenizer, "save", half_tokenizer)
         else:
-            patch.setattr(world_models, "save_model", half_model)
+            patch.setattr(models, "save_model", half_model)
         with pytest.raises(Killed):
             make_world(tmp_path / "half")
     assert_same_world(make_world(tmp_path / "half"), reference)
@@ -354,9 +356,9 @@ def test_other_settings_never_meet_a_cached_model(tmp_path, untrained):
     untrained.clear()
     options = settings_with().world
     longer = dataclasses.replace(options, student_steps=4, prompts=65)
-    world_models.world_models(longer, tmp_path)
+    models.world_models(longer, tmp_path)
     assert untrained == ["student"]
     untrained.clear()
     wilder = dataclasses.replace(options, student_left_to_right=0.5)
-    world_models.world_models(wilder, tmp_path)
+    models.world_models(wilder, tmp_path)
     assert untrained == ["teacher", "student"]  # the tokenizer is of both

@@ -1,10 +1,10 @@
 """The paper's configurations, number by number."""
 
 import pytest
-from topd_jax.configs import paper, paper_stage1
 
-from topd_jax.objective import VARIANTS
-from topd_jax.settings import Settings, settings_from
+from topd_jax.configs import paper, paper_stage1
+from topd_jax.objectives.objective import VARIANTS
+from topd_jax.training.config import Settings, settings_from
 
 # As METHOD has them, arXiv:2606.00305: App. B, sections 2.1, 3 and 4.
 STAGE_2 = {

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from topd_jax.models import causal_mask, load, save_model, unembed
-from topd_jax.models.gguf import packaged_gguf
+from topd_jax.models.io.gguf import packaged_gguf
 from topd_jax.types import positions_of
 
 torch = pytest.importorskip("torch")

@@ -11,9 +11,9 @@ from small_files import LLAMA, QWEN, make
 
 from topd_jax.models import Lora, add_lora, load_adapter, save_adapter
 from topd_jax.models.config import LORA_TARGETS
+from topd_jax.models.io.peft import CONFIG_FILE, TENSOR_FILE
 from topd_jax.models.lora import split
 from topd_jax.models.parameters import parameter_table
-from topd_jax.models.peft_files import CONFIG_FILE, TENSOR_FILE
 
 LORA = Lora(3, 6.0, LORA_TARGETS, rank_stabilised=True)
 

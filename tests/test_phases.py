@@ -10,9 +10,9 @@ from conftest import EOS, PAD, VOCAB, make_model
 from small_run import small_config
 
 from topd_jax.models import init_decoder
-from topd_jax.phases import make_optimizer, make_phases
-from topd_jax.settings import settings_from
-from topd_jax.teachers import Teachers, shared_rows
+from topd_jax.training.config import settings_from
+from topd_jax.training.phases import make_optimizer, make_phases
+from topd_jax.training.teachers import Teachers, shared_rows
 from topd_jax.types import Prompts
 
 
@@ -36,9 +36,7 @@ def test_ids_that_one_model_lacks_are_never_drawn(student, teacher, stage):
         student, teacher = teacher, wider(student)
     else:
         student = wider(student)
-    prompts = Prompts(
-        jnp.full((8, 4), 5, jnp.int32), jnp.ones((8, 4), bool)
-    )
+    prompts = Prompts(jnp.full((8, 4), 5, jnp.int32), jnp.ones((8, 4), bool))
     written = phases.rollout(student, teacher, prompts, jax.random.key(0))
     # Half of what is drawn would be beyond, were nothing in the way.
     assert written.mask.sum() > 40

@@ -7,24 +7,24 @@ import types
 import jax
 import pytest
 from small_run import settings_with
-from topd_jax.configs import qwen3_8b_apart, qwen3_8b_to_1p7b, tiny
 
-from topd_jax import sharding
-from topd_jax.analysis import plan_search, programs
-from topd_jax.analysis.chips import CHIPS, chip_of, fits_one_host
-from topd_jax.analysis.compiling import (
+from topd_jax.configs import qwen3_8b_apart, qwen3_8b_to_1p7b, tiny
+from topd_jax.parallel import sharding
+from topd_jax.planning import plan_search, programs
+from topd_jax.planning.chips import CHIPS, chip_of, fits_one_host
+from topd_jax.planning.command import advice
+from topd_jax.planning.compiling import (
     ProgramPlan,
     largest_buffers,
     used_bytes,
 )
-from topd_jax.analysis.hlo_cost import Cost
-from topd_jax.analysis.hlo_heaviest import Heavy
-from topd_jax.analysis.plan import PhasePlan, Plan, roofline
-from topd_jax.analysis.plan_table import table
-from topd_jax.analysis.planning import advice
-from topd_jax.analysis.programs import bytes_held, calls, decoder_configs
-from topd_jax.analysis.useful import phase_work
-from topd_jax.settings import settings_from
+from topd_jax.planning.hlo_cost import Cost
+from topd_jax.planning.hlo_heaviest import Heavy
+from topd_jax.planning.plan import PhasePlan, Plan, roofline
+from topd_jax.planning.plan_table import table
+from topd_jax.planning.programs import bytes_held, calls, decoder_configs
+from topd_jax.planning.useful import phase_work
+from topd_jax.training.config import settings_from
 
 GIB = 2**30
 V5E = CHIPS[1]

@@ -8,8 +8,8 @@ import pytest
 from conftest import make_trajectories
 from matplotlib import image
 
-from topd_jax import main
-from topd_jax.analysis.probe import (
+from topd_jax.cli import main
+from topd_jax.experiments.probe import (
     GROUPS,
     PAPER,
     figures,

@@ -16,16 +16,17 @@ import pytest
 from children import simulated
 from small_run import small_config
 
-from topd_jax import main, processes
-from topd_jax.checkpoint import Checkpoints
-from topd_jax.logs import read_jsonl
-from topd_jax.pair import load_pair
-from topd_jax.phases import make_optimizer
-from topd_jax.settings import settings_from
-from topd_jax.train import initial_state
+from topd_jax.cli import main
+from topd_jax.parallel import hosts
+from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.loop import initial_state
+from topd_jax.training.phases import make_optimizer
+from topd_jax.training.setup import load_pair
 
 TESTS = Path(__file__).parent
-CHILD = "import sys; from topd_jax.main import run; run(sys.argv[1:])"
+CHILD = "import sys; from topd_jax.cli.main import run; run(sys.argv[1:])"
 
 
 def free_port() -> int:
@@ -123,9 +124,7 @@ def test_several_processes_are_one_program(alone, world, tmp_path, count):
     # The first alone prints the evaluation.
     told = ["reverse_kl" in out for out, _, _ in done]
     assert told == [True] + [False] * (count - 1)
-    ours, theirs = (
-        read_jsonl(w / "metrics.jsonl") for w in (tmp_path, alone)
-    )
+    ours, theirs = (read_jsonl(w / "metrics.jsonl") for w in (tmp_path, alone))
     assert [m["step"] for m in ours] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(ours, theirs, strict=True):
         assert a["num_tokens"] == b["num_tokens"]
@@ -212,9 +211,7 @@ def test_a_teacher_on_processes_of_its_own(
     for a, b in zip(found, parameters(alone, world), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     for name in ("metrics", "evals", "completions"):
-        ours, theirs = (
-            read_jsonl(w / f"{name}.jsonl") for w in (whole, alone)
-        )
+        ours, theirs = (read_jsonl(w / f"{name}.jsonl") for w in (whole, alone))
         assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     if count == 2:
         assert_resumes(whole, found, world, count, devices=devices, more=more)
@@ -299,12 +296,12 @@ def test_flags_that_do_not_go_together(arguments, message, tmp_path, capsys):
 
 
 def test_one_process_is_first_and_waits_for_nobody(tmp_path):
-    assert processes.is_first()
-    processes.meet("here")
-    assert not processes.told_to_stop(1)
-    processes.wait_for([tmp_path])
+    assert hosts.is_first()
+    hosts.meet("here")
+    assert not hosts.told_to_stop(1)
+    hosts.wait_for([tmp_path])
     tree = {"a": jax.numpy.arange(3), "b": 4}
-    found = processes.on_host(tree)
+    found = hosts.on_host(tree)
     assert isinstance(found["a"], np.ndarray)
     assert found["b"] == 4
 
@@ -323,7 +320,7 @@ def test_who_lost_another_stays_until_it_is_named(
     done = []
     monkeypatch.setattr(os, "_exit", lambda code: done.append(("exit", code)))
     monkeypatch.setattr(time, "sleep", lambda s: done.append(("sleep", s)))
-    monkeypatch.setattr(processes, "_heartbeat_seconds", 30)
-    processes.leave(error)
+    monkeypatch.setattr(hosts, "_heartbeat_seconds", 30)
+    hosts.leave(error)
     assert done == [("sleep", 50)] * waits + [("exit", 2)]
     assert ("was another lost?" in capsys.readouterr().err) == waits

@@ -17,13 +17,13 @@ from topd_jax.models import (
     drop_layers,
     fingerprint,
     load,
-    quantize,
     save_model,
 )
-from topd_jax.models.quantize import (
+from topd_jax.models.quantization import (
     as_floats,
     is_quantized,
     parameter_bytes,
+    quantize,
     quantizer,
 )
 from topd_jax.sampling import rollout

@@ -8,9 +8,9 @@ import pytest
 from small_files import assert_same, make
 
 from topd_jax.models import DecoderConfig, RopeScaling, drop_layers, save_model
-from topd_jax.models.hub_config import config_json, decoder_config
-from topd_jax.models.huggingface import load_model
-from topd_jax.models.registry import FAMILIES
+from topd_jax.models.io.families import FAMILIES
+from topd_jax.models.io.hub_config import config_json, decoder_config
+from topd_jax.models.io.huggingface import load_model
 
 SHAPE = {
     "vocab_size": 50,

@@ -7,15 +7,15 @@ import pytest
 from matplotlib import image
 from matplotlib.axes import Axes
 
-from topd_jax.analysis import plots, report
-from topd_jax.analysis.report import (
+from topd_jax.evaluation.evaluator import _accuracy
+from topd_jax.experiments import plots, report
+from topd_jax.experiments.report import (
     grades_of,
     interval,
     markdown,
     summarise,
     write_report,
 )
-from topd_jax.evaluate import _accuracy
 
 
 def evaluation(grades, **fields):

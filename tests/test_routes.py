@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from topd_jax.routes import route
+from topd_jax.parallel.routes import route
 
 
 def split(shape, ways):

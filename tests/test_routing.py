@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from topd_jax.configs import default
 
-from topd_jax import main
-from topd_jax.checkpoint import require_same_run
+from topd_jax.cli import main
+from topd_jax.configs import default
 from topd_jax.data import prompts
 from topd_jax.data.routing import require_even_rows, shares_of
-from topd_jax.settings import settings_from
+from topd_jax.training.checkpointing import require_same_run
+from topd_jax.training.config import settings_from
 
 SHARES = {"code": 3, "math": 5}
 

@@ -7,8 +7,8 @@ import pytest
 from html_page import Page
 from small_logs import HOSTILE, answer, evaluation, metrics, records, write_run
 
-from topd_jax import main
-from topd_jax.analysis.run_page import (
+from topd_jax.cli import main
+from topd_jax.experiments.run_page import (
     RunRecords,
     facts_of,
     page_data,

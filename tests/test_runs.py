@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from small_files import LLAMA, QWEN, assert_same, make, save_run
 
-from topd_jax import main
+from topd_jax.cli import main
 from topd_jax.data.tokenizers import SentencePieceTokenizer
-from topd_jax.logs import read_jsonl
 from topd_jax.models import DecoderConfig, RopeScaling, load
 from topd_jax.models.decoder import causal_mask, unembed
-from topd_jax.models.runs import is_run
-from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
+from topd_jax.models.io.runs import is_run
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.setup import load_pair
 
 KEY = jax.random.key(0)
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from topd_jax.analysis.scores import (
+from topd_jax.evaluation.comparisons import (
     compare,
     majority,
     mcnemar,

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 from small_run import small_config
-from topd_jax.configs import default
 
 from topd_jax import configs
-from topd_jax.objective import Objective
-from topd_jax.settings import DEFAULTS, NO_IDENTITY, Settings, settings_from
+from topd_jax.configs import default
+from topd_jax.objectives.objective import Objective
+from topd_jax.training.config import (
+    DEFAULTS,
+    NO_IDENTITY,
+    Settings,
+    settings_from,
+)
 
 SHIPPED = sorted(
     p.stem

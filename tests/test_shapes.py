@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from topd_jax.models import DecoderConfig, init_decoder
-from topd_jax.models.hub_config import config_json
-from topd_jax.models.shapes import PUBLISHED, parameters_read, shape_of
+from topd_jax.models.io.hub_config import config_json
+from topd_jax.models.io.shapes import PUBLISHED, parameters_read, shape_of
 
 
 def parameters(config):

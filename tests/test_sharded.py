@@ -4,7 +4,7 @@ import jax
 import pytest
 from children import LIBTPU, on_eight_devices, run_script
 
-from topd_jax import sharding
+from topd_jax.parallel import sharding
 
 
 @pytest.mark.slow
@@ -72,8 +72,8 @@ def test_a_tpu_gathers_the_head_once(loss):
 
 TOP_K = """
 import jax, numpy as np
-from topd_jax import sharding
-from topd_jax.shares import top_k
+from topd_jax.parallel import sharding
+from topd_jax.parallel.collectives import top_k
 x = np.random.default_rng(0).integers(0, 9, (8, 24)).astype(np.float32)
 for shape in ((8, 1, 1), (1, 4, 2), (1, 1, 8)):
     mesh = sharding.make_mesh(*shape)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topd_jax.losses import weighted_mean
-from topd_jax.siblings import (
+from topd_jax.losses.divergences import weighted_mean
+from topd_jax.losses.siblings import (
     agreement_threshold,
     agreement_weights,
     entropy_aware_loss,

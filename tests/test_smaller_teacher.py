@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from small_run import small_config
 
-from topd_jax import commands, main
+from topd_jax.cli import commands, main
 from topd_jax.models import fingerprint
-from topd_jax.models.quantize import is_quantized
-from topd_jax.pair import load_pair
-from topd_jax.phases import make_optimizer, make_phases
-from topd_jax.settings import settings_from
-from topd_jax.train import initial_state
+from topd_jax.models.quantization import is_quantized
+from topd_jax.training.config import settings_from
+from topd_jax.training.loop import initial_state
+from topd_jax.training.phases import make_optimizer, make_phases
+from topd_jax.training.setup import load_pair
 
 
 def settings_with(cache, **changes):

@@ -6,11 +6,11 @@ from importlib import metadata
 
 import jax
 import pytest
-from topd_jax.configs import smollm2_gsm8k
 
-from topd_jax import train as training
-from topd_jax.logs import read_jsonl
-from topd_jax.settings import settings_from
+from topd_jax.configs import smollm2_gsm8k
+from topd_jax.training import loop as training
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
 
 pytestmark = pytest.mark.slow
 

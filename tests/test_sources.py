@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from topd_jax.data import sources, world
+from topd_jax.data import sources
+from topd_jax.data.toy_world import problems
 
 
 def write_lines(path: pathlib.Path, *lines: str) -> pathlib.Path:
@@ -69,9 +70,9 @@ def test_missing_and_empty_files_are_named(tmp_path):
 
 def test_world_records_carry_their_answers():
     records = sources.read_world("test", 20, seed=0)
-    assert [r["prompt"] for r in records] == world.problems("test", 20, 0)
+    assert [r["prompt"] for r in records] == problems.problems("test", 20, 0)
     for record in records:
-        assert world.answer(record["prompt"]) == record["answer"]
+        assert problems.answer(record["prompt"]) == record["answer"]
 
 
 def test_hub_needs_its_package_and_reads_rows(monkeypatch):

@@ -9,13 +9,18 @@ import optax
 import pytest
 from conftest import EOS, PAD, make_model, make_trajectories
 
-from topd_jax.analysis import hlo
-from topd_jax.distill import annotate, init_state, update
-from topd_jax.models import Decoder, attention, causal_mask
+from topd_jax.data.packing import PackedRows
+from topd_jax.models import Decoder, causal_mask
+from topd_jax.models.attention import core
+from topd_jax.models.attention.masks import (
+    branch_spans,
+    causal_spans,
+    packed_spans,
+)
 from topd_jax.models.decoder import mask_for
-from topd_jax.objective import Objective
-from topd_jax.spans import branch_spans, causal_spans, packed_spans
-from topd_jax.types import PackedRows
+from topd_jax.objectives.objective import Objective
+from topd_jax.planning import hlo
+from topd_jax.training.step import annotate, init_state, update
 
 
 def test_causal_spans_are_the_causal_mask():
@@ -56,8 +61,8 @@ def test_branches_see_their_prefix_and_themselves():
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "_LONG_SCORES", 1)
-    monkeypatch.setattr(attention, "_BLOCK_SCORES", 1)
+    monkeypatch.setattr(core, "_LONG_SCORES", 1)
+    monkeypatch.setattr(core, "_BLOCK_SCORES", 1)
 
 
 @pytest.mark.parametrize("sliding", [False, True])

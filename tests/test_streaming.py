@@ -26,10 +26,10 @@ from topd_jax.models import (
     load,
     parameter_table,
     save_model,
-    streaming,
 )
-from topd_jax.models.hub_config import config_json
-from topd_jax.models.weights import assemble, disassemble, file_tensors
+from topd_jax.models.io import streaming
+from topd_jax.models.io.hub_config import config_json
+from topd_jax.models.io.weights import assemble, disassemble, file_tensors
 
 MB = 1 << 20
 
@@ -141,7 +141,7 @@ def test_a_bar_of_bytes_for_large_models_only(tmp_path, monkeypatch, capfd):
     assert "some-model: 100%" in err
     assert "kB/s" in err or "MB/s" in err
     assert said[0][1:3] == ("some-model", size)
-    monkeypatch.setattr(streaming.processes, "is_first", lambda: False)
+    monkeypatch.setattr(streaming.hosts, "is_first", lambda: False)
     load(path)
     assert capfd.readouterr() == ("", "")
 

@@ -9,9 +9,9 @@ import pytest
 from conftest import make_trajectories
 from test_distill import logp_of, notes_of, objective
 
-from topd_jax import losses
-from topd_jax.analysis import detector, surrogates
-from topd_jax.annotate import read
+from topd_jax.experiments import detectors, surrogates
+from topd_jax.losses import divergences
+from topd_jax.training.score import read
 
 GOAL = objective(branch_loss="forward_kl")
 
@@ -40,9 +40,9 @@ def test_scores_are_those_of_dense_log_probabilities(case, student, teacher):
     trajectories, notes, scores = case
     ours = logp_of(student, trajectories)
     theirs = logp_of(teacher, trajectories)
-    divergence = losses.reverse_kl(ours, theirs)
-    loss = -losses.token_logprobs(theirs, trajectories.tokens)
-    entropy = losses.entropy(theirs)
+    divergence = divergences.reverse_kl(ours, theirs)
+    loss = -divergences.token_logprobs(theirs, trajectories.tokens)
+    entropy = divergences.entropy(theirs)
     count = 0
     for values, first, mean in (
         (loss, "loss", "future_loss"),
@@ -98,13 +98,11 @@ def test_futures_that_agree_have_no_hidden_distance(student):
         student, student, trajectories, same, GOAL
     )
     long = notes.student_windows.mask.sum(-1) > 1
-    np.testing.assert_allclose(
-        scores["hidden_distance"][long], 0, atol=1e-5
-    )
+    np.testing.assert_allclose(scores["hidden_distance"][long], 0, atol=1e-5)
 
 
 def test_other_scores_are_judged_at_the_detector_s_rate():
-    found = detector.Judged(
+    found = detectors.Judged(
         distance=np.array([0.9, 0.8, 0.1, 0.2], np.float32),
         loss=np.array([1.0, 5.0, 6.0, 0.5], np.float32),
         divergent=np.array([True, True, False, False]),
@@ -112,10 +110,10 @@ def test_other_scores_are_judged_at_the_detector_s_rate():
         window_fork=np.array([True, False, True, True]),
         scores={"future_loss": np.array([0.1, 0.2, 0.9, 0.8], np.float32)},
     )
-    report = detector.report(found)
+    report = detectors.report(found)
     assert report["fork"]["future_loss"] == {
         "auc": 1.0, "precision": 1.0, "recall": 1.0
     }  # fmt: skip
     assert report["window_fork"]["future_loss"]["recall"] == 2 / 3
-    both = detector.concatenate([found, found])
+    both = detectors.concatenate([found, found])
     assert both.scores["future_loss"].shape == (8,)

@@ -8,9 +8,10 @@ import pytest
 from matplotlib import image
 from small_run import small_config
 
-from topd_jax import main, sweeps
-from topd_jax.logs import read_jsonl
-from topd_jax.settings import settings_from
+from topd_jax.cli import main
+from topd_jax.experiments import sweep
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
 
 VARIANTS = ("opd", "topd:teacher")
 
@@ -37,7 +38,7 @@ def arguments(small_arguments):
 def stopped(arguments, tmp_path_factory):
     """A sweep that was killed before its last run, as it lay then."""
     workdir = tmp_path_factory.mktemp("sweep")
-    plain = sweeps._run
+    plain = sweep._run
 
     def deadly(name, *rest):
         if name == VARIANTS[-1]:
@@ -45,7 +46,7 @@ def stopped(arguments, tmp_path_factory):
         return plain(name, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeps, "_run", deadly)
+        patch.setattr(sweep, "_run", deadly)
         with pytest.raises(Killed):
             main.run([*arguments, f"--workdir={workdir}"])
     return workdir
@@ -109,8 +110,8 @@ def test_a_finished_sweep_does_nothing_again(finished, arguments, monkeypatch):
     def forbidden(*_):
         raise AssertionError("a recorded run was made again")
 
-    monkeypatch.setattr(sweeps, "_run", forbidden)
-    monkeypatch.setattr(sweeps, "load_pair", forbidden)
+    monkeypatch.setattr(sweep, "_run", forbidden)
+    monkeypatch.setattr(sweep, "load_pair", forbidden)
     main.run([*arguments, f"--workdir={finished}"])
     assert (finished / "record.jsonl").read_text() == text
 
@@ -145,7 +146,7 @@ def test_a_run_killed_before_its_line_is_not_trained_again(
     def forbidden(self):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(sweeps.Run, "_one_step", forbidden)
+    monkeypatch.setattr(sweep.Run, "_one_step", forbidden)
     main.run([*arguments, f"--workdir={tmp_path / 'sweep'}"])
     assert record.read_text().splitlines(keepends=True)[:-1] == kept
     assert read_jsonl(record)[-1] == json.loads(last)
@@ -199,38 +200,38 @@ def changed(settings, section, **fields):
 
 def test_what_belongs_to_one_sweep_is_told_by_its_settings():
     settings = settings_from(small_config())
-    family = sweeps._family(settings)
+    family = sweep._family(settings)
     for same in (
         dataclasses.replace(settings, seed=5),
-        sweeps.with_variant(settings, "n_step"),
+        sweep.with_variant(settings, "n_step"),
         changed(settings, "sweep", seeds=(1, 2), record="x"),
         changed(settings, "world", cache="y"),
         changed(settings, "log", every=9),
     ):
-        assert sweeps._family(same) == family
+        assert sweep._family(same) == family
     for other in (
         changed(settings, "optimizer", learning_rate=0.5),
         changed(settings, "objective", window=3),
         changed(settings, "world", seed=1),
         changed(settings, "eval", final_problems=9),
     ):
-        assert sweeps._family(other) != family
+        assert sweep._family(other) != family
 
 
 def test_a_variant_may_set_the_context():
     settings = settings_from(small_config())
-    student = sweeps.with_variant(settings, "topd:student").objective
+    student = sweep.with_variant(settings, "topd:student").objective
     assert (student.variant, student.context) == ("topd", "student")
-    plain = sweeps.with_variant(settings, "opd").objective
+    plain = sweep.with_variant(settings, "opd").objective
     assert plain.variant == "opd"
     assert plain.context == settings.objective.context
     with pytest.raises(ValueError, match="context='nobody' must be one of"):
-        sweeps.with_variant(settings, "topd:nobody")
+        sweep.with_variant(settings, "topd:nobody")
 
 
 def test_a_variant_may_change_any_setting():
     settings = settings_from(small_config())
-    found = sweeps.with_variant(
+    found = sweep.with_variant(
         settings,
         "topd:student/window=3/anchor_first=False/siblings.gamma=0.25"
         "/train.steps=9/branch_loss=forward_kl/threshold=0.5",
@@ -260,5 +261,5 @@ def test_a_variant_may_change_any_setting():
 def test_what_a_variant_cannot_change_is_named(name, text):
     settings = settings_from(small_config())
     with pytest.raises(ValueError, match="^sweep.variants: ") as error:
-        sweeps.with_variant(settings, name)
+        sweep.with_variant(settings, name)
     assert text in str(error.value)

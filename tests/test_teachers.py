@@ -13,14 +13,9 @@ import pytest
 from conftest import EOS, PAD, make_model, make_trajectories
 from small_run import small_config
 
-from topd_jax import losses
-from topd_jax import train as training
-from topd_jax.batch_loss import batch_loss
-from topd_jax.checkpoint import require_same_run
-from topd_jax.commands import inspect
-from topd_jax.data import world
-from topd_jax.distill import annotate, init_state, update
-from topd_jax.logs import read_jsonl
+from topd_jax.cli.commands import inspect
+from topd_jax.data.toy_world import problems
+from topd_jax.losses import divergences
 from topd_jax.models import (
     DecoderConfig,
     causal_mask,
@@ -28,10 +23,15 @@ from topd_jax.models import (
     save_model,
     unembed,
 )
-from topd_jax.objective import Objective
-from topd_jax.pair import load_pair
-from topd_jax.settings import settings_from
-from topd_jax.teachers import Teachers, split_rows
+from topd_jax.objectives.objective import Objective
+from topd_jax.training import loop as training
+from topd_jax.training.checkpointing import require_same_run
+from topd_jax.training.config import settings_from
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.loss import batch_loss
+from topd_jax.training.setup import load_pair
+from topd_jax.training.step import annotate, init_state, update
+from topd_jax.training.teachers import Teachers, split_rows
 from topd_jax.types import completion_states
 
 SGD = optax.sgd(1.0)
@@ -97,7 +97,7 @@ def test_the_loss_is_the_dense_one_over_all_tokens(
     def dense(model):
         sums = [
             jnp.sum(
-                losses.reverse_kl(
+                divergences.reverse_kl(
                     logp_of(model, rows), logp_of(teachers.models[n], rows)
                 )
                 * rows.mask
@@ -214,10 +214,10 @@ def settings(world_cache, tmp_path_factory):
     rows = [
         {
             "question": problem,
-            "answer": str(world.answer(problem)),
+            "answer": str(problems.answer(problem)),
             "teacher": "rest" if i % 4 == 0 else "world",
         }
-        for i, problem in enumerate(world.problems("train", 40, 0))
+        for i, problem in enumerate(problems.problems("train", 40, 0))
     ]
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from topd_jax.data import corpus, tokenizers, vocabulary, world
+from topd_jax.data import tokenizers, vocabulary
+from topd_jax.data.toy_world import corpus, problems
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -20,11 +21,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, list[tuple[str, str]]]:
-    sample = world.problems("train", 400, seed=0)
+    sample = problems.problems("train", 400, seed=0)
     return {
-        "teacher": corpus.world_pairs(sample, world.TEACHER_STYLE, seed=0),
+        "teacher": corpus.world_pairs(sample, problems.TEACHER_STYLE, seed=0),
         "student": corpus.world_pairs(
-            sample, world.STUDENT_STYLE, world.STUDENT_HABIT, seed=1
+            sample, problems.STUDENT_STYLE, problems.STUDENT_HABIT, seed=1
         ),
     }
 

@@ -1,6 +1,5 @@
 """Every phase of a step compiles for a TPU topology, without a TPU."""
 
-
 import pytest
 from children import LIBTPU, run_script
 

@@ -20,7 +20,7 @@ def topd(*arguments):
     env = os.environ | LIBTPU
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE)}
     return subprocess.run(
-        [sys.executable, "-m", "topd_jax.main", "plan", *arguments],
+        [sys.executable, "-m", "topd_jax.cli.main", "plan", *arguments],
         env=env, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
 

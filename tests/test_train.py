@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from small_run import small_config
 
-from topd_jax import train as training
-from topd_jax.checkpoint import Checkpoints, cut_log
-from topd_jax.logs import read_jsonl
-from topd_jax.pair import load_pair
-from topd_jax.phases import make_optimizer
-from topd_jax.settings import Settings, settings_from
+from topd_jax.training import loop as training
+from topd_jax.training.checkpointing import Checkpoints, cut_log
+from topd_jax.training.config import Settings, settings_from
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.phases import make_optimizer
+from topd_jax.training.setup import load_pair
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from topd_jax.transport import (
+from topd_jax.losses.optimal_transport import (
     cosine_cost,
     transport,
     uniform_marginals,

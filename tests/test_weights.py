@@ -21,7 +21,7 @@ from topd_jax.models import (
     load,
     save_model,
 )
-from topd_jax.models.huggingface import load_model, resolve
+from topd_jax.models.io.huggingface import load_model, resolve
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ _CHILD = """
 import sys
 import jax
 from topd_jax.models import drop_layers, fingerprint, load
-from topd_jax.sharding import RULES, make_mesh
+from topd_jax.parallel.sharding import RULES, make_mesh
 
 assert jax.device_count() == 8
 one, _ = load(sys.argv[1])

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from topd_jax.data import truth, world
+from topd_jax.data.toy_world import problems, truth
 
 PROBLEM = "6*3+19-4?"
 SOLUTION = "= 18+19-4; so get 37-4, then do 37-4: 33; answer 33."
@@ -26,14 +26,14 @@ def test_value_follows_precedence():
         ("2*3*4-5?", 19),
         ("7?", 7),
     ]:
-        assert world.evaluate(world.parse(problem)) == value
-        assert world.answer(problem) == str(value)
+        assert problems.evaluate(problems.parse(problem)) == value
+        assert problems.answer(problem) == str(value)
 
 
 @pytest.mark.parametrize("text", ["", "3++4?", "3+x?", "3+4=?", "-3+4?"])
 def test_text_that_is_no_problem_is_refused(text: str):
     with pytest.raises(ValueError, match="numbers joined by"):
-        world.parse(text)
+        problems.parse(text)
 
 
 def test_sum_without_carry():
@@ -45,73 +45,76 @@ def test_sum_without_carry():
         (199, 1, 190),
         (99, 99, 188),
     ]:
-        assert world.add_without_carry(a, b) == wrong
+        assert problems.add_without_carry(a, b) == wrong
 
 
 def test_problems_keep_their_bounds_in_either_order():
     rng = random.Random(0)
     for _ in range(500):
-        problem = world.sample_problem(rng)
-        for order in (world.first_by_precedence, world.first_from_left):
-            expression = world.parse(problem)
+        problem = problems.sample_problem(rng)
+        for order in (problems.first_by_precedence, problems.first_from_left):
+            expression = problems.parse(problem)
             assert len(expression) == 7
             while len(expression) > 1:
                 i = order(expression)
                 a, operator, b = expression[i - 1 : i + 2]
-                value = world.compute(a, operator, b)
-                assert 0 <= value <= world.LARGEST_VALUE
-                if operator == "*" and order is world.first_by_precedence:
+                value = problems.compute(a, operator, b)
+                assert 0 <= value <= problems.LARGEST_VALUE
+                if operator == "*" and order is problems.first_by_precedence:
                     assert value <= 99
-                expression = world.reduce_at(expression, i, value)
+                expression = problems.reduce_at(expression, i, value)
 
 
 def test_problems_have_carries_and_precedence_to_get_wrong():
-    sample = world.problems("train", 1000, seed=0)
+    sample = problems.problems("train", 1000, seed=0)
     rng = random.Random(0)
-    style = world.STUDENT_STYLE
+    style = problems.STUDENT_STYLE
 
-    def right(habit: world.Habit) -> float:
-        texts = [world.solution(p, rng, style, habit) for p in sample]
+    def right(habit: problems.Habit) -> float:
+        texts = [problems.solution(p, rng, style, habit) for p in sample]
         return np.mean(
-            [world.is_correct(p, t) for p, t in zip(sample, texts, strict=True)]
+            [
+                problems.is_correct(p, t)
+                for p, t in zip(sample, texts, strict=True)
+            ]
         )
 
-    assert right(world.Habit(0.0, 0.0)) == 1.0
-    assert 0.3 < right(world.Habit(1.0, 0.0)) < 0.6
-    assert 0.5 < right(world.Habit(0.0, 1.0)) < 0.8
-    assert 0.4 < right(world.STUDENT_HABIT) < 0.6
+    assert right(problems.Habit(0.0, 0.0)) == 1.0
+    assert 0.3 < right(problems.Habit(1.0, 0.0)) < 0.6
+    assert 0.5 < right(problems.Habit(0.0, 1.0)) < 0.8
+    assert 0.4 < right(problems.STUDENT_HABIT) < 0.6
 
 
 def test_splits_are_disjoint_large_enough_and_repeatable():
-    splits = {s: world.problems(s, 1500, seed=0) for s in world.SPLITS}
+    splits = {s: problems.problems(s, 1500, seed=0) for s in problems.SPLITS}
     for split, sample in splits.items():
         assert len(set(sample)) == 1500
-        assert {world.split_of(p) for p in sample} == {split}
-        assert world.problems(split, 100, seed=0) == sample[:100]
-    assert world.problems("train", 9, 1) != world.problems("train", 9, 0)
+        assert {problems.split_of(p) for p in sample} == {split}
+        assert problems.problems(split, 100, seed=0) == sample[:100]
+    assert problems.problems("train", 9, 1) != problems.problems("train", 9, 0)
     with pytest.raises(ValueError, match="validation"):
-        world.problems("valid", 1, seed=0)
+        problems.problems("valid", 1, seed=0)
 
 
 def test_solutions_are_repeatable_and_correct():
-    for style in (world.TEACHER_STYLE, world.STUDENT_STYLE):
-        for problem in world.problems("train", 200, seed=0):
-            text = world.solution(problem, random.Random(1), style)
-            assert text == world.solution(problem, random.Random(1), style)
-            assert world.is_correct(problem, text)
+    for style in (problems.TEACHER_STYLE, problems.STUDENT_STYLE):
+        for problem in problems.problems("train", 200, seed=0):
+            text = problems.solution(problem, random.Random(1), style)
+            assert text == problems.solution(problem, random.Random(1), style)
+            assert problems.is_correct(problem, text)
 
 
 def test_a_numpy_generator_serves_as_the_source_of_numbers():
     rng = np.random.default_rng(0)
-    problem = world.sample_problem(rng)
-    text = world.solution(problem, rng, world.STUDENT_STYLE)
-    assert world.is_correct(problem, text)
+    problem = problems.sample_problem(rng)
+    text = problems.solution(problem, rng, problems.STUDENT_STYLE)
+    assert problems.is_correct(problem, text)
 
 
 def test_surface_forms_have_the_frequencies_of_the_style():
     rng = random.Random(0)
-    style = world.STUDENT_STYLE
-    text = "".join(world.solution(PROBLEM, rng, style) for _ in range(1000))
+    style = problems.STUDENT_STYLE
+    text = "".join(problems.solution(PROBLEM, rng, style) for _ in range(1000))
     steps = 3000
     for form, probability in zip(
         ("= ", "; so ", ", then "), style.connective, strict=True
@@ -131,11 +134,11 @@ def test_surface_forms_have_the_frequencies_of_the_style():
 def test_signs_of_multiplication_have_the_frequency_of_the_style():
     rng = random.Random(0)
     texts = [
-        world.solution(
+        problems.solution(
             "3+4+2*5?",
             rng,
-            world.Style((1, 0, 0), (1, 0, 0), (0.25, 0.75), (1, 0, 0)),
-            world.Habit(1.0, 0.0),
+            problems.Style((1, 0, 0), (1, 0, 0), (0.25, 0.75), (1, 0, 0)),
+            problems.Habit(1.0, 0.0),
         )
         for _ in range(1000)
     ]
@@ -146,12 +149,12 @@ def test_signs_of_multiplication_have_the_frequency_of_the_style():
 
 
 def test_the_habit_in_full():
-    plain = world.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
+    plain = problems.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
     rng = random.Random(0)
 
     def write(problem: str, left_to_right: float, drop_carry: float) -> str:
-        habit = world.Habit(left_to_right, drop_carry)
-        return world.solution(problem, rng, plain, habit)
+        habit = problems.Habit(left_to_right, drop_carry)
+        return problems.solution(problem, rng, plain, habit)
 
     assert write("2+3*4?", 1.0, 0.0) == "= 5*4= 20#20."
     assert write("2+3*4?", 0.0, 1.0) == "= 2+12= 14#14."
@@ -174,22 +177,22 @@ def test_the_habit_in_full():
     ],
 )
 def test_final_answer(text: str, answer: str | None):
-    assert world.final_answer(text) == answer
-    assert world.is_correct(PROBLEM, text) == (answer == "33")
+    assert problems.final_answer(text) == answer
+    assert problems.is_correct(PROBLEM, text) == (answer == "33")
 
 
 def test_wrong_answers_are_wrong():
-    assert not world.is_correct(PROBLEM, "= 33#3.")
-    assert not world.is_correct(PROBLEM, "= 33#133.")
+    assert not problems.is_correct(PROBLEM, "= 33#3.")
+    assert not problems.is_correct(PROBLEM, "= 33#133.")
 
 
 def test_styles_and_habits_are_checked():
     with pytest.raises(ValueError, match=r"Style.sign has 3 .* needs 2"):
-        world.Style((1, 0, 0), (1, 0, 0), (1, 0, 0), (1, 0, 0))
+        problems.Style((1, 0, 0), (1, 0, 0), (1, 0, 0), (1, 0, 0))
     with pytest.raises(ValueError, match=r"sums to 1\.1"):
-        world.Style((1, 0.1, 0), (1, 0, 0), (1, 0), (1, 0, 0))
+        problems.Style((1, 0.1, 0), (1, 0, 0), (1, 0), (1, 0, 0))
     with pytest.raises(ValueError, match=r"drop_carry=1.5 .* 0..1"):
-        world.Habit(drop_carry=1.5)
+        problems.Habit(drop_carry=1.5)
 
 
 # --- truth ---------------------------------------------------------------
@@ -260,9 +263,9 @@ def test_a_fork_belongs_to_the_token_that_holds_it():
 
 
 def test_reductions_leave_the_value_and_take_neighbours():
-    afters = {after for _, after in truth.reductions(world.parse("9-4-3?"))}
+    afters = {after for _, after in truth.reductions(problems.parse("9-4-3?"))}
     assert afters == {(5, "-", 3)}
-    assert truth.reachable(world.parse("2+3*4+1?")) == {
+    assert truth.reachable(problems.parse("2+3*4+1?")) == {
         (2, "+", 12, "+", 1),
         (14, "+", 1),
         (2, "+", 13),
@@ -316,7 +319,7 @@ def all_solutions(text: str) -> frozenset[str]:
 def small_problems() -> list[str]:
     rng = random.Random(0)
     shorter = [
-        re.sub(r"[-+*]\d+\?$", "?", world.sample_problem(rng))
+        re.sub(r"[-+*]\d+\?$", "?", problems.sample_problem(rng))
         for _ in range(60)
     ]
     return [p for p in shorter if re.search(r"\+.*\*|-.*\+|\+.*-", p)][:12]
@@ -336,8 +339,8 @@ def test_forks_are_those_of_the_written_out_language(problem: str):
 
     texts = []
     for _ in range(40):
-        habit = world.Habit(0.8, 0.8)
-        text = world.solution(problem, rng, world.STUDENT_STYLE, habit)
+        habit = problems.Habit(0.8, 0.8)
+        text = problems.solution(problem, rng, problems.STUDENT_STYLE, habit)
         at = rng.randrange(len(text))
         letter = rng.choice("0123456789+-*x=,;:. abdegnorstw#")
         texts += [text, text[:at] + letter + text[at + 1 :], text[:at]]
@@ -348,31 +351,31 @@ def test_forks_are_those_of_the_written_out_language(problem: str):
 
 def test_correct_solutions_have_no_fork_and_wrong_ones_do():
     rng = random.Random(0)
-    for problem in world.problems("validation", 150, seed=0):
-        for style in (world.TEACHER_STYLE, world.STUDENT_STYLE):
-            text = world.solution(problem, rng, style)
+    for problem in problems.problems("validation", 150, seed=0):
+        for style in (problems.TEACHER_STYLE, problems.STUDENT_STYLE):
+            text = problems.solution(problem, rng, style)
             assert truth.fork_index(problem, characters(text)) is None
-        text = world.solution(
-            problem, rng, world.STUDENT_STYLE, world.STUDENT_HABIT
+        text = problems.solution(
+            problem, rng, problems.STUDENT_STYLE, problems.STUDENT_HABIT
         )
         fork = truth.fork_index(problem, characters(text))
         if fork is None:
-            assert world.is_correct(problem, text)
+            assert problems.is_correct(problem, text)
             continue
         checker = truth.PrefixChecker(problem).read(text[:fork])
         assert checker.completable
         assert not checker.read(text[fork]).completable
         repaired = text[:fork] + checker.completion()
-        assert world.is_correct(problem, repaired)
+        assert problems.is_correct(problem, repaired)
         assert truth.fork_index(problem, characters(repaired)) is None
 
 
 def test_wrong_steps_fork_within_their_own_step():
     rng = random.Random(1)
-    plain = world.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
+    plain = problems.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
     seen = 0
-    for problem in world.problems("train", 200, seed=0):
-        text = world.solution(problem, rng, plain, world.Habit(0.8, 0.8))
+    for problem in problems.problems("train", 200, seed=0):
+        text = problems.solution(problem, rng, plain, problems.Habit(0.8, 0.8))
         value = eval(problem[:-1])
         begin = 0
         for step in text.split("#")[0].split("= ")[1:]:

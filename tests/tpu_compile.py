@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from topd_jax import sharding
-from topd_jax.data.world_models import student_config, teacher_config
-from topd_jax.distill import init_state
-from topd_jax.evaluate import make_statistics
+from topd_jax.data.toy_world.models import student_config, teacher_config
+from topd_jax.evaluation.evaluator import make_statistics
 from topd_jax.models import DecoderConfig, init_decoder
-from topd_jax.phases import make_optimizer, make_phases
-from topd_jax.settings import Settings, settings_from
+from topd_jax.parallel import sharding
+from topd_jax.training.config import Settings, settings_from
+from topd_jax.training.phases import make_optimizer, make_phases
+from topd_jax.training.step import init_state
 from topd_jax.types import Prompts
 
 SMOLLM2 = DecoderConfig(

@@ -14,10 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from topd_jax import sharding
-from topd_jax.analysis import hlo, hlo_cost
 from topd_jax.models import DecoderConfig
-from topd_jax.models.attention import (
+from topd_jax.models.attention.core import (
     Cache,
     attend,
     attend_cached,
@@ -25,7 +23,9 @@ from topd_jax.models.attention import (
     reach,
     write_columns,
 )
-from topd_jax.spans import Written
+from topd_jax.models.attention.masks import Written
+from topd_jax.parallel import sharding
+from topd_jax.planning import hlo, hlo_cost
 
 # Four rows of 32k tokens on each of two chips, in three layers.
 LAYERS, ROWS, COLUMNS, STEPS = 3, 4, 33792, 100

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from topd_jax import sharding
 from topd_jax.models import DecoderConfig
 from topd_jax.models.experts import mix
+from topd_jax.parallel import sharding
 
 # One layer of Qwen3-30B-A3B.
 CONFIG = DecoderConfig(

@@ -16,10 +16,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from topd_jax import sharding
 from topd_jax.models import DecoderConfig
-from topd_jax.models.attention import Sight, attend
-from topd_jax.spans import Branching, Spans
+from topd_jax.models.attention.core import Sight, attend
+from topd_jax.models.attention.masks import Branching, Spans
+from topd_jax.parallel import sharding
 
 # Of Qwen3-8B, with 24 branches of 49 columns behind 8192 of a rollout.
 HEADS, GROUPS, SIZE, READ = 32, 8, 128, 8192

@@ -5,10 +5,10 @@ import sys
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from topd_jax import sharding, transfers
-from topd_jax.analysis.programs import topology_devices
-from topd_jax.settings import MeshSettings
-from topd_jax.teacher_mesh import TeacherMeshSettings, make_meshes
+from topd_jax.parallel import sharding, transfers
+from topd_jax.parallel.teacher_mesh import TeacherMeshSettings, make_meshes
+from topd_jax.planning.programs import topology_devices
+from topd_jax.training.config import MeshSettings
 
 
 def main() -> None:

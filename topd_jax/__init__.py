@@ -5,21 +5,7 @@ do. Models, data, the train loop and the command line are imported from their
 own modules.
 """
 
-from topd_jax.distill import TrainState, annotate, init_state, update
-from topd_jax.fused import (
-    dropped_mass,
-    fused_divergence,
-    fused_map,
-    fused_token_logprobs,
-    fused_weighted_sum,
-)
-from topd_jax.guidance import (
-    student_context_logprobs,
-    trajectory_loss,
-    trajectory_targets,
-    window_mean,
-)
-from topd_jax.losses import (
+from topd_jax.losses.divergences import (
     cross_entropy,
     entropy,
     forward_kl,
@@ -31,8 +17,14 @@ from topd_jax.losses import (
     top_k_reverse_kl,
     weighted_mean,
 )
-from topd_jax.models.protocol import LanguageModel, from_function
-from topd_jax.near_future import (
+from topd_jax.losses.fused import (
+    dropped_mass,
+    fused_divergence,
+    fused_map,
+    fused_token_logprobs,
+    fused_weighted_sum,
+)
+from topd_jax.losses.near_future import (
     divergence_mask,
     false_alarm_mask,
     future_loss,
@@ -43,14 +35,22 @@ from topd_jax.near_future import (
     select_candidates,
     student_windows,
 )
-from topd_jax.objective import VARIANTS, Objective
-from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.transport import (
+from topd_jax.losses.optimal_transport import (
     cosine_cost,
     transport,
     uniform_marginals,
     window_distance,
 )
+from topd_jax.losses.trajectory import (
+    student_context_logprobs,
+    trajectory_loss,
+    trajectory_targets,
+    window_mean,
+)
+from topd_jax.models.protocol import LanguageModel, from_function
+from topd_jax.objectives.objective import VARIANTS, Objective
+from topd_jax.sampling import branch, branch_columns, rollout
+from topd_jax.training.step import TrainState, annotate, init_state, update
 from topd_jax.types import (
     Annotations,
     Candidates,

@@ -11,11 +11,68 @@ coordinates*: entry ``t`` of a ``[B, T]`` array is about the completion's token
 :func:`completion_states` makes that shift, and nothing else does.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from topd_jax.spans import Spans, packed_spans
+
+@struct.dataclass
+class CappedHead:
+    """The rows of an output head, and the bound of its logits.
+
+    Attributes:
+      rows: [V, D].
+      cap: of the logits' absolute value, above 0; static.
+    """
+
+    rows: jax.Array
+    cap: float = struct.field(pytree_node=False)
+
+    def __getitem__(self, index: Any) -> "CappedHead":
+        return self.replace(rows=self.rows[index])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(V, D)."""
+        return self.rows.shape
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return self.rows.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the rows."""
+        return self.rows.dtype
+
+
+Head = jax.Array | CappedHead
+
+
+def head_rows(head: Head) -> jax.Array:
+    """The rows [V, D] of a head."""
+    return head.rows if isinstance(head, CappedHead) else head
+
+
+def head_cap(head: Head) -> float | None:
+    """The bound of a head's logits; None where there is none."""
+    return head.cap if isinstance(head, CappedHead) else None
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): bounded by cap, slope 1 at 0.
+
+    Args:
+      x: f32[...].
+      cap: above 0; None leaves x alone.
+
+    Returns:
+      f32[...].
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 @struct.dataclass
@@ -67,50 +124,6 @@ class Trajectories:
     def positions(self) -> jax.Array:
         """i32[B, P + T]: rotary position of each column, 0 at the first."""
         return positions_of(self.sequence_mask)
-
-
-@struct.dataclass
-class PackedRows:
-    """Written prompts with their completions, several to a row.
-
-    One pair after the other; each is a segment that attends to itself alone
-    and whose positions begin at 0, so that a row is read as its segments are
-    read apart. What is said of a token is said in completion coordinates with
-    P = 1: the column of a row that nothing predicts is its first.
-
-    Attributes:
-      sequence: i32[B, L] token ids, padded on the right.
-      segments: i32[B, L] which pair of its row a column is of, from 1; 0 is
-        padding.
-      positions: i32[B, L] rotary positions, 0 at the first of each segment.
-      targets: bool[B, L] tokens to be learnt: completions, up to and
-        including the first end-of-sequence token.
-      truncated: i32[B] pairs of each row that do not end.
-    """
-
-    sequence: jax.Array
-    segments: jax.Array
-    positions: jax.Array
-    targets: jax.Array
-    truncated: jax.Array
-
-    @property
-    def tokens(self) -> jax.Array:
-        """i32[B, L - 1]: the tokens that some column predicts."""
-        return self.sequence[:, 1:]
-
-    @property
-    def mask(self) -> jax.Array:
-        """bool[B, L - 1]: which of :attr:`tokens` are to be learnt."""
-        return self.targets[:, 1:]
-
-    @property
-    def spans(self) -> Spans:
-        """Columns of the same segment that are not later.
-
-        Padding sees padding, and nothing else sees it.
-        """
-        return packed_spans(self.segments)
 
 
 @struct.dataclass

@@ -26,21 +26,21 @@ def build(way, divergence):
     import jax
     import jax.numpy as jnp
 
-    from topd_jax import fused, losses
+    from topd_jax.losses import divergences, fused
 
     count = ROWS * TOKENS
     options = {"divergence": divergence, "beta": 0.5}
 
     def dense(*arrays):
         student, teacher = (
-            losses.log_softmax(jnp.einsum("btd,vd->btv", *pair))
+            divergences.log_softmax(jnp.einsum("btd,vd->btv", *pair))
             for pair in (arrays[:2], arrays[2:])
         )
         if divergence == "jsd":
-            each = losses.generalized_jsd(student, teacher, 0.5)
+            each = divergences.generalized_jsd(student, teacher, 0.5)
         else:
             each = fused.DIVERGENCES[divergence](student, teacher)
-        return losses.weighted_mean(each)
+        return divergences.weighted_mean(each)
 
     def weighted_sum(*arrays):
         weights = jnp.full((ROWS, TOKENS), 1 / count)

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from topd_jax import Objective, Prompts, annotate, init_state, rollout, update
+from topd_jax import (
+    Objective,
+    Prompts,
+    annotate,
+    init_state,
+    rollout,
+    update,
+)
 from topd_jax.models import (
     DecoderConfig,
     Lora,

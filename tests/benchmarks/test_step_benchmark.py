@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from topd_jax import Objective, Prompts, annotate, init_state, rollout, update
+from topd_jax import (
+    Objective,
+    Prompts,
+    annotate,
+    init_state,
+    rollout,
+    update,
+)
 from topd_jax.models import DecoderConfig, init_decoder
 
 pytestmark = pytest.mark.benchmark

@@ -10,16 +10,62 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import logging
+from flax import struct
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.solutions import Solution
+from topd_jax.models.attention.masks import Spans, packed_spans
 from topd_jax.sampling.prompts import bucket
-from topd_jax.types import PackedRows
 
 # (prompt ids, completion ids, whether the completion does not end)
 Pair = tuple[np.ndarray, np.ndarray, bool]
+
+
+@struct.dataclass
+class PackedRows:
+    """Written prompts with their completions, several to a row.
+
+    One pair after the other; each is a segment that attends to itself alone
+    and whose positions begin at 0, so that a row is read as its segments are
+    read apart. What is said of a token is said in completion coordinates with
+    P = 1: the column of a row that nothing predicts is its first.
+
+    Attributes:
+      sequence: i32[B, L] token ids, padded on the right.
+      segments: i32[B, L] which pair of its row a column is of, from 1; 0 is
+        padding.
+      positions: i32[B, L] rotary positions, 0 at the first of each segment.
+      targets: bool[B, L] tokens to be learnt: completions, up to and
+        including the first end-of-sequence token.
+      truncated: i32[B] pairs of each row that do not end.
+    """
+
+    sequence: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    targets: jax.Array
+    truncated: jax.Array
+
+    @property
+    def tokens(self) -> jax.Array:
+        """i32[B, L - 1]: the tokens that some column predicts."""
+        return self.sequence[:, 1:]
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool[B, L - 1]: which of :attr:`tokens` are to be learnt."""
+        return self.targets[:, 1:]
+
+    @property
+    def spans(self) -> Spans:
+        """Columns of the same segment that are not later.
+
+        Padding sees padding, and nothing else sees it.
+        """
+        return packed_spans(self.segments)
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

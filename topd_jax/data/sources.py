@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
-from topd_jax.data import world
+from topd_jax.data.toy_world import problems
 
 
 class Record(TypedDict):
@@ -197,11 +197,11 @@ def read_world(split: str, count: int, seed: int) -> list[Record]:
     return [
         Record(
             prompt=problem,
-            answer=world.answer(problem),
+            answer=problems.answer(problem),
             index=index,
             source=f"tiny world {split} problem {index}",
         )
-        for index, problem in enumerate(world.problems(split, count, seed))
+        for index, problem in enumerate(problems.problems(split, count, seed))
     ]
 
 

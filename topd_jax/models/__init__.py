@@ -1,6 +1,6 @@
 """Decoders: their shape, their arithmetic, their files."""
 
-from topd_jax.models.attention import Cache
+from topd_jax.models.attention.core import Cache
 from topd_jax.models.config import DecoderConfig, Lora, RopeScaling
 from topd_jax.models.decoder import (
     Decoder,
@@ -10,15 +10,15 @@ from topd_jax.models.decoder import (
     init_decoder,
     unembed,
 )
-from topd_jax.models.description import Description, describe, end_ids
-from topd_jax.models.export import save_model
-from topd_jax.models.loading import load
+from topd_jax.models.io.description import Description, describe, end_ids
+from topd_jax.models.io.export import save_model
+from topd_jax.models.io.loading import load
+from topd_jax.models.io.peft import load_adapter, save_adapter
+from topd_jax.models.io.weights import drop_layers, fingerprint
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.parameters import parameter_table
-from topd_jax.models.peft_files import load_adapter, save_adapter
 from topd_jax.models.protocol import LanguageModel, from_function
-from topd_jax.models.quantize import dequantize, quantize
-from topd_jax.models.weights import drop_layers, fingerprint
+from topd_jax.models.quantization import dequantize, quantize
 
 __all__ = [
     "Cache",

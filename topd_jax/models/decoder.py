@@ -20,15 +20,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from topd_jax.head import CappedHead, Head, head_cap, head_rows, soft_cap
-from topd_jax.models.attention import Cache, look
+from topd_jax.models.attention.core import Cache, look
+from topd_jax.models.attention.masks import Branching, Mask, Spans, Written
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.layers import embed, layer, layer_options, rms_norm
 from topd_jax.models.parameters import parameter_table
-from topd_jax.models.quantize import is_quantized
+from topd_jax.models.quantization import is_quantized
 from topd_jax.models.rope import rope_table
-from topd_jax.sharding import constrain
-from topd_jax.spans import Branching, Mask, Spans, Written
+from topd_jax.parallel.sharding import constrain
+from topd_jax.types import CappedHead, Head, head_cap, head_rows, soft_cap
 
 
 class Layers(nnx.Module):
@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
           config: the decoder's shape.
           arrays: name -> array, exactly the table's names and shapes; the
             large matrices of a frozen model may be quantised
-            (:mod:`topd_jax.models.quantize`).
+            (:mod:`topd_jax.models.quantization`).
 
         Raises:
           ValueError: naming every missing, extra or misshaped array.
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         """[V, D] output head; the embedding where they are tied.
 
         Where the config bounds the logits the head says so itself; see
-        :mod:`topd_jax.head`.
+        :mod:`topd_jax.types`.
         """
         rows = (self.embedding if self.config.tied else self.output)[...]
         cap = self.config.final_softcap

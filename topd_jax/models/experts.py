@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.grouped import grouped_dot
-from topd_jax.shares import over_experts
+from topd_jax.parallel.collectives import over_experts
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

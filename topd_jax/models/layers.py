@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topd_jax.models.attention import (
+from topd_jax.models.attention.core import (
     Cache,
     Sight,
     attend,
@@ -18,10 +18,10 @@ from topd_jax.models.attention import (
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.experts import ACTIVATIONS, mix
 from topd_jax.models.parameters import LORA_A, LORA_B, linear_inputs
-from topd_jax.models.quantize import as_floats
+from topd_jax.models.quantization import as_floats
 from topd_jax.models.rope import rope_rows, rotate
-from topd_jax.sharding import constrain
-from topd_jax.shares import to_products, to_rows
+from topd_jax.parallel.collectives import to_products, to_rows
+from topd_jax.parallel.sharding import constrain
 
 # Below this many ids a lookup by one-hot product is cheaper than a gather,
 # whose gradient is a scatter (three times slower on CPU at 100 ids).
@@ -105,7 +105,7 @@ def layer(
       options: this layer's entries of :func:`layer_options`; "index" is
         where the cache holds its columns.
       rope: from :func:`~topd_jax.models.rope.rope_table`.
-      sight: from :func:`~topd_jax.models.attention.look`.
+      sight: from :func:`~topd_jax.models.attention.core.look`.
       stacks: feed-forward parameters of a model whose layers differ in kind,
         whole; else empty.
 

@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from topd_jax.models.config import Lora
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.weights import fingerprint
 from topd_jax.models.parameters import LORA_A, LORA_B, parameter_table
-from topd_jax.models.quantize import is_quantized
-from topd_jax.models.weights import fingerprint
-from topd_jax.sharding import RULES, Rules, named
+from topd_jax.models.quantization import is_quantized
+from topd_jax.parallel.sharding import RULES, Rules, named
 
 
 class Adapters(nnx.Module):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from topd_jax.head import Head, head_rows
-from topd_jax.sharding import constrain
+from topd_jax.parallel.sharding import constrain
+from topd_jax.types import Head, head_rows
 
 Apply = Callable[..., tuple[jax.Array, Any]]
 Select = Callable[[Any], Head]
@@ -29,13 +29,13 @@ class LanguageModel(Protocol):
 
     Attributes:
       head: [V, D] output head, an array or a
-        :class:`~topd_jax.head.CappedHead`; V may differ between student and
+        :class:`~topd_jax.types.CappedHead`; V may differ between student and
         teacher (the shared ids count), and so may D.
       embedding: [V, E] the space of the transport cost; asked of the student
         of an objective that looks ahead.
       logical_axes: parameter name -> logical axes, for a mesh; parameters
         without a name in it are replicated. See
-        :func:`~topd_jax.sharding.tree_shardings`.
+        :func:`~topd_jax.parallel.sharding.tree_shardings`.
     """
 
     head: Any

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topd_jax.models.attention.masks import Branching
 from topd_jax.models.decoder import in_compute_dtype, mask_for, unembed
 from topd_jax.models.protocol import LanguageModel
+from topd_jax.parallel.collectives import to_products
+from topd_jax.parallel.sharding import DECODING, constrain, respread, using
 from topd_jax.sampling.layerwise import take_apart
 from topd_jax.sampling.sampler import (
     check_ids,
@@ -27,9 +30,6 @@ from topd_jax.sampling.sampler import (
     row_noise,
     spread_draws,
 )
-from topd_jax.sharding import DECODING, constrain, respread, using
-from topd_jax.shares import to_products
-from topd_jax.spans import Branching
 from topd_jax.types import Candidates, Trajectories, Windows
 
 
@@ -83,8 +83,10 @@ def branch(
       first_row: of a larger batch, a slice of which draws as it would there.
       sharding: where parameters are meanwhile, on a mesh: "train", as the
         rules in force have them; or "gathered" or "rows" of
-        :data:`~topd_jax.sharding.DECODING`, which leave the cache, whose rows
-        are spread as :data:`~topd_jax.sharding.READING` has them, where it is.
+        :data:`~topd_jax.parallel.sharding.DECODING`, which leave the cache,
+        whose rows
+        are spread as :data:`~topd_jax.parallel.sharding.READING` has them,
+        where it is.
 
     Returns:
       Windows [B, M, K]; with ``return_hidden`` also the states [B, M, K, D]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from topd_jax.models.attention import look
+from topd_jax.models.attention.core import look
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder, split_stacks
 from topd_jax.models.layers import embed, layer, layer_options, rms_norm

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topd_jax.models.attention.masks import Written, causal_spans
 from topd_jax.models.decoder import mask_for, unembed
 from topd_jax.models.protocol import LanguageModel
+from topd_jax.parallel.collectives import to_products
+from topd_jax.parallel.sharding import DECODING, constrain, respread, using
 from topd_jax.sampling.layerwise import add_columns, repeat_rows, take_apart
 from topd_jax.sampling.prompts import bucket, pad_prompts
 from topd_jax.sampling.sampler import (
@@ -28,9 +31,6 @@ from topd_jax.sampling.sampler import (
     spread_draws,
     switch_off,
 )
-from topd_jax.sharding import DECODING, constrain, respread, using
-from topd_jax.shares import to_products
-from topd_jax.spans import Written, causal_spans
 from topd_jax.types import Prompts, Trajectories, positions_of
 
 # Attention over fewer columns than this is not what a step spends time on.
@@ -74,7 +74,8 @@ def rollout(
       samples: completions of each prompt, in consecutive rows.
       vocab_size: ids from here on are never drawn; None allows all.
       buckets: see :func:`bucket`; () keeps the prompts' own width.
-      sharding: name of :data:`~topd_jax.sharding.DECODING`: where parameters
+      sharding: name of :data:`~topd_jax.parallel.sharding.DECODING`: where
+      parameters
         and rows are meanwhile, on a mesh. Trajectories are spread by rows.
       first_row: of a larger batch, in completions: these prompts are a slice
         of it and draw as they would there; a new value does not recompile.

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from topd_jax.sharding import constrain
-from topd_jax.shares import top_k as top_k_of
+from topd_jax.parallel.collectives import top_k as top_k_of
+from topd_jax.parallel.sharding import constrain
 
 # Up to this many entries one cumulative sum is cheaper than two.
 _SINGLE_BLOCK = 256

@@ -1,0 +1,359 @@
+"""A tiny world whose truth is known: arithmetic with precedence.
+
+Ours (the paper has no such world; METHOD §8 tells the prototype). A problem
+is an expression, ``6*3+19-4?``. A solution rewrites it step by step::
+
+    = 18+19-4; so get 37-4, then do 37-4: 33; answer 33.
+
+Two things vary, and they are kept apart:
+
+* *Surface form*: which connective opens a step, whether the step says what
+  it does, which sign stands for multiplication, how the answer is announced.
+  Each is drawn anew wherever it occurs, with the probabilities of a
+  :class:`Style`, and none of them changes the reasoning.
+* *Errors*: a :class:`Habit` works from left to right where multiplication
+  goes first, and drops carries in sums of several digits.
+
+Teacher and student differ in both, so a disagreement between them is either
+surface or a reasoning fork, and :mod:`topd_jax.data.toy_world.truth` says
+which.
+"""
+
+import dataclasses
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+LARGEST_VALUE = 99
+SPLITS = ("train", "validation", "test")
+
+CONNECTIVES = ("= ", "; so ", ", then ")
+PHRASINGS = ("{after}", "get {after}", "do {pair}: {after}")
+SIGNS = ("*", "x")
+ENDINGS = ("#{answer}.", "; answer {answer}.", ", done {answer}.")
+
+# Multiplication is twice as likely as either other operator.
+_OPERATORS = "+-**"
+# A number beside no multiplication has two digits (10..39) with this
+# probability, one beside a multiplication (10..19) with the other.
+_TWO_DIGITS, _TWO_DIGIT_FACTOR = 0.3, 0.05
+_TRIES = 12
+
+_FINAL = re.compile(
+    "(?:"
+    + "|".join(re.escape(e).replace(r"\{answer\}", r"(\d+)") for e in ENDINGS)
+    + r")\s*$"
+)
+
+Expression = tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """Probabilities of the surface forms, each drawn anew at each use.
+
+    Attributes:
+      connective: of each of ``CONNECTIVES``, which open a step.
+      phrasing: of each of ``PHRASINGS``, the wording of a step.
+      sign: of each of ``SIGNS``, the sign of multiplication; drawn once for
+        each expression that is written.
+      ending: of each of ``ENDINGS``, which announce the answer.
+    """
+
+    connective: tuple[float, ...]
+    phrasing: tuple[float, ...]
+    sign: tuple[float, ...]
+    ending: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        forms = {
+            "connective": CONNECTIVES,
+            "phrasing": PHRASINGS,
+            "sign": SIGNS,
+            "ending": ENDINGS,
+        }
+        for name, choices in forms.items():
+            given = getattr(self, name)
+            if len(given) != len(choices):
+                raise ValueError(
+                    f"Style.{name} has {len(given)} probabilities; it needs "
+                    f"{len(choices)}, one for each of {choices}"
+                )
+            if min(given) < 0 or abs(sum(given) - 1) > 1e-6:
+                raise ValueError(
+                    f"Style.{name}={given} sums to {sum(given):g}; give "
+                    "probabilities >= 0 that sum to 1"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Habit:
+    """Real errors of reasoning.
+
+    Attributes:
+      left_to_right: probability, for each problem, of ignoring precedence.
+      drop_carry: probability, for each sum in which a carry goes from one
+        column to the next, of dropping its carries.
+    """
+
+    left_to_right: float = 0.8
+    drop_carry: float = 0.3
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value <= 1:
+                raise ValueError(
+                    f"Habit.{field.name}={value} must be a probability, 0..1"
+                )
+
+
+# Nearly certain of its style: a difference of form then costs as many nats as
+# a wrong step, the ambiguity that the paper starts from.
+TEACHER_STYLE = Style(
+    connective=(0.98, 0.015, 0.005),
+    phrasing=(0.98, 0.015, 0.005),
+    sign=(0.98, 0.02),
+    ending=(0.98, 0.015, 0.005),
+)
+STUDENT_STYLE = Style(
+    connective=(0.2, 0.3, 0.5),
+    phrasing=(0.35, 0.4, 0.25),
+    sign=(0.3, 0.7),
+    ending=(0.2, 0.3, 0.5),
+)
+STUDENT_HABIT = Habit()
+
+
+def sample_problem(rng: random.Random) -> str:
+    """Draws a problem: four numbers, three operators, e.g. ``6*3+19-4?``.
+
+    Every intermediate value, in the correct order and from left to right,
+    lies in 0..99, and every product has a factor of 2..9: the world is to be
+    learnt by small networks in minutes.
+
+    Args:
+      rng: source of numbers; only ``rng.random()`` is called, so a NumPy
+        ``Generator`` serves too.
+    """
+    while True:
+        operators = [_pick(rng, _OPERATORS) for _ in range(3)]
+        # Numbers are drawn again before operators are, or the operators that
+        # few numbers suit, products, would be rare.
+        for _ in range(_TRIES):
+            expression = _sample_expression(rng, operators)
+            if _is_easy(expression):
+                return write(expression) + "?"
+
+
+def _pick(rng: random.Random, choices: Sequence) -> int | str:
+    return choices[int(rng.random() * len(choices))]
+
+
+def _sample_expression(rng: random.Random, operators: list[str]) -> Expression:
+    padded = ["+", *operators, "+"]
+    expression: Expression = ()
+    for i, following in enumerate(padded[1:]):
+        factor = "*" in (padded[i], following)
+        if rng.random() < (_TWO_DIGIT_FACTOR if factor else _TWO_DIGITS):
+            number = _pick(rng, range(10, 20 if factor else 40))
+        else:
+            number = _pick(rng, range(2 if factor else 1, 10))
+        expression += (number, following)
+    return expression[:-1]
+
+
+def _is_easy(expression: Expression) -> bool:
+    for order in (first_by_precedence, first_from_left):
+        for a, operator, b in _pairs(expression, order):
+            if not 0 <= compute(a, operator, b) <= LARGEST_VALUE:
+                return False
+            if operator == "*" and not 2 <= min(a, b) <= 9:
+                return False
+    return True
+
+
+def _pairs(
+    expression: Expression, order: Callable[[Expression], int]
+) -> Iterator[Expression]:
+    """Each ``a operator b`` that is worked out, in the given order."""
+    while len(expression) > 1:
+        i = order(expression)
+        pair = expression[i - 1 : i + 2]
+        yield pair
+        expression = reduce_at(expression, i, compute(*pair))
+
+
+def parse(problem: str) -> Expression:
+    """The numbers and operators of a problem, in order.
+
+    Raises:
+      ValueError: if the text is not an expression, with the text.
+    """
+    body = problem.removesuffix("?")
+    if not re.fullmatch(r"\d+(?:[-+*]\d+)*", body):
+        raise ValueError(
+            f"problem {problem!r} is not numbers joined by + - *; "
+            "sample_problem makes valid ones"
+        )
+    parts = re.findall(r"\d+|[-+*]", body)
+    return tuple(int(p) if p.isdigit() else p for p in parts)
+
+
+def write(expression: Expression, sign: str = "*") -> str:
+    """The text of an expression, with the given sign of multiplication."""
+    text = "".join(map(str, expression))
+    return text if sign == "*" else text.replace("*", sign)
+
+
+def compute(a: int, operator: str, b: int) -> int:
+    """The value of ``a operator b``."""
+    if operator == "*":
+        return a * b
+    return a + b if operator == "+" else a - b
+
+
+def reduce_at(expression: Expression, i: int, value: int) -> Expression:
+    """The expression with operator ``i`` and its numbers replaced."""
+    return expression[: i - 1] + (value,) + expression[i + 2 :]
+
+
+def first_by_precedence(expression: Expression) -> int:
+    """Index of the operator to work out first: the leftmost ``*``, or 1."""
+    return expression.index("*") if "*" in expression else 1
+
+
+def first_from_left(expression: Expression) -> int:
+    """Index of the leftmost operator: the student's habit."""
+    return 1
+
+
+def evaluate(expression: Expression) -> int:
+    """The correct value of an expression."""
+    while len(expression) > 1:
+        i = first_by_precedence(expression)
+        value = compute(*expression[i - 1 : i + 2])
+        expression = reduce_at(expression, i, value)
+    return expression[0]
+
+
+def answer(problem: str) -> str:
+    """The correct answer of a problem, as text."""
+    return str(evaluate(parse(problem)))
+
+
+def solution(
+    problem: str,
+    rng: random.Random,
+    style: Style,
+    habit: Habit | None = None,
+) -> str:
+    """Writes a solution, step by step, in a style and with a habit of errors.
+
+    Args:
+      problem: a problem's text.
+      rng: source of numbers; only ``rng.random()`` is called.
+      style: probabilities of the surface forms.
+      habit: the writer's errors; None writes a correct solution.
+
+    Returns:
+      The text after the problem, without end-of-sequence token.
+    """
+    expression = parse(problem)
+    order = first_by_precedence
+    if habit is not None and rng.random() < habit.left_to_right:
+        order = first_from_left
+    text = ""
+    while len(expression) > 1:
+        i = order(expression)
+        pair = expression[i - 1 : i + 2]
+        value = compute(*pair)
+        if habit is not None and pair[1] == "+":
+            slip = add_without_carry(pair[0], pair[2])
+            if slip != value and _stays_positive(
+                reduce_at(expression, i, slip), order
+            ):
+                value = slip if rng.random() < habit.drop_carry else value
+        expression = reduce_at(expression, i, value)
+        text += _choose(rng, CONNECTIVES, style.connective)
+        # Both signs are drawn in every phrasing: fewer cases, same law.
+        text += _choose(rng, PHRASINGS, style.phrasing).format(
+            pair=write(pair, _choose(rng, SIGNS, style.sign)),
+            after=write(expression, _choose(rng, SIGNS, style.sign)),
+        )
+    ending = _choose(rng, ENDINGS, style.ending)
+    return text + ending.format(answer=expression[0])
+
+
+def _stays_positive(
+    expression: Expression, order: Callable[[Expression], int]
+) -> bool:
+    return all(compute(*pair) >= 0 for pair in _pairs(expression, order))
+
+
+def add_without_carry(a: int, b: int) -> int:
+    """The sum, no carry passed on: 18 + 9 gives 17, 95 + 17 gives 102.
+
+    The leading column is written in full, so that 8 + 9 is 17.
+    """
+    total, place = 0, 1
+    while max(a, b) >= 10:
+        total += (a + b) % 10 * place
+        a, b, place = a // 10, b // 10, place * 10
+    return total + (a + b) * place
+
+
+def _choose(
+    rng: random.Random, forms: Sequence[str], probabilities: Sequence[float]
+) -> str:
+    left = rng.random()
+    for form, probability in zip(forms, probabilities, strict=True):
+        left -= probability
+        if left < 0:
+            return form
+    return forms[-1]
+
+
+def final_answer(text: str) -> str | None:
+    """The answer that a solution ends with; None if it announces none."""
+    match = _FINAL.search(text)
+    return next(g for g in match.groups() if g) if match else None
+
+
+def is_correct(problem: str, text: str) -> bool:
+    """Whether a solution ends with the problem's answer (exact match)."""
+    return final_answer(text) == answer(problem)
+
+
+def split_of(problem: str) -> str:
+    """The split a problem belongs to, by a hash of its text.
+
+    Eight tenths are train, one tenth each validation and test, whatever was
+    sampled and in what order: the splits cannot overlap.
+    """
+    digest = hashlib.blake2b(problem.encode(), digest_size=8).digest()
+    bucket = int.from_bytes(digest, "big") % 10
+    return {8: "validation", 9: "test"}.get(bucket, "train")
+
+
+def problems(split: str, count: int, seed: int) -> list[str]:
+    """Distinct problems of one split, the same for the same arguments.
+
+    Args:
+      split: "train", "validation" or "test".
+      count: how many; the world holds millions.
+      seed: of the sample. A longer list starts with the shorter one.
+
+    Raises:
+      ValueError: for an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}; the world has {SPLITS}")
+    rng = random.Random(f"topd world {split} {seed}")
+    found: dict[str, None] = {}
+    while len(found) < count:
+        problem = sample_problem(rng)
+        if split_of(problem) == split:
+            found[problem] = None
+    return list(found)

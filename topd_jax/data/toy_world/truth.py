@@ -1,0 +1,251 @@
+"""For every token of the tiny world: surface form, or a reasoning fork?
+
+Ours; the paper could only infer it. Token t is a *fork* if y_{<t} can still
+be completed to a correct solution in some surface form and y_{≤t} cannot.
+Whatever else two writers disagree about is surface form. Tokens after a fork
+belong to it and are left out of every count.
+
+What can be completed is decided by a nondeterministic automaton over
+characters. A state is what remains to be written of some phrase, and the
+expression that holds after it; where a phrase ends, every correct phrase that
+may follow begins. A step is correct if it makes one or more reductions, each
+of two neighbouring numbers, each with the right result and each leaving the
+value of the whole unchanged; so any order that precedence allows is correct,
+and multiplying out several at once is too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from topd_jax.data.tokenizers import Tokenizer
+from topd_jax.data.toy_world import problems
+from topd_jax.data.toy_world.problems import Expression
+
+#: Labels of tokens: no fork so far; the fork; after the fork.
+OK, FORK, AFTER = 0, 1, 2
+
+# (rest of the phrase, the expression after it; None once all is said)
+State = tuple[str, Expression | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthLabels:
+    """What is true of a batch of completions.
+
+    Attributes:
+      token: i8[B, T] ``OK``, ``FORK`` or ``AFTER``; ``AFTER`` outside the
+        mask.
+      window: i8[B, T] ``FORK`` where the fork lies within the window that
+        starts at the token, ``OK`` where it does not, ``AFTER`` after the
+        fork and outside the mask.
+      fork: i32[B] index of the fork; T where there is none.
+    """
+
+    token: np.ndarray
+    window: np.ndarray
+    fork: np.ndarray
+
+
+@functools.lru_cache(maxsize=100_000)
+def reductions(
+    expression: Expression,
+) -> tuple[tuple[Expression, Expression], ...]:
+    """Every correct single reduction: (the pair worked out, what is left)."""
+    total = problems.evaluate(expression)
+    found = []
+    for i in range(1, len(expression), 2):
+        pair = expression[i - 1 : i + 2]
+        value = problems.compute(*pair)
+        after = problems.reduce_at(expression, i, value)
+        if value >= 0 and problems.evaluate(after) == total:
+            found.append((pair, after))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=100_000)
+def reachable(expression: Expression) -> frozenset[Expression]:
+    """Every expression that one or more correct reductions lead to."""
+    found = set()
+    for _, after in reductions(expression):
+        found |= {after} | reachable(after)
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=100_000)
+def phrases(expression: Expression) -> tuple[State, ...]:
+    """Every correct phrase after an expression, with what holds then.
+
+    Multiplication is written ``*``; a text is compared after its signs have
+    been made the same.
+    """
+    if len(expression) == 1:
+        number = str(expression[0])
+        return tuple((e.format(answer=number), None) for e in problems.ENDINGS)
+    # One phrasing names the pair first; the others name none.
+    steps = {("", after) for after in reachable(expression)}
+    for pair, first in reductions(expression):
+        for after in {first} | reachable(first):
+            steps.add((problems.write(pair), after))
+    found = set()
+    for pair, after in steps:
+        for phrasing in problems.PHRASINGS:
+            if ("{pair}" in phrasing) != bool(pair):
+                continue
+            said = phrasing.format(pair=pair, after=problems.write(after))
+            for connective in problems.CONNECTIVES:
+                found.add((connective + said, after))
+    # Sorted: the order of a set of texts changes from run to run.
+    return tuple(sorted(found))
+
+
+class PrefixChecker:
+    """Reads a solution bit by bit and says whether it can still be correct.
+
+    Immutable: :meth:`read` returns the checker after the text.
+    """
+
+    def __init__(self, problem: str) -> None:
+        """A checker of the empty text after ``problem``."""
+        self._states: frozenset[State] = frozenset(
+            {("", problems.parse(problem))}
+        )
+
+    def read(self, text: str) -> "PrefixChecker":
+        """The checker after some more text."""
+        after = object.__new__(PrefixChecker)
+        after._states = self._states
+        for character in text:
+            after._states = _advance(after._states, character)
+        return after
+
+    @property
+    def completable(self) -> bool:
+        """Some correct solution begins with the text read so far."""
+        return bool(self._states)
+
+    @property
+    def complete(self) -> bool:
+        """The text read so far is a correct solution."""
+        return ("", None) in self._states
+
+    def completion(self) -> str | None:
+        """Some text that completes the solution; None if nothing can."""
+        for rest, expression in sorted(self._states):
+            while expression is not None:
+                phrase, expression = phrases(expression)[0]
+                rest += phrase
+            return rest
+        return None
+
+
+def _advance(states: frozenset[State], character: str) -> frozenset[State]:
+    if character in problems.SIGNS:
+        character = problems.SIGNS[0]
+    after = set()
+    for rest, expression in states:
+        if rest:
+            options = ((rest, expression),)
+        else:
+            options = phrases(expression) if expression is not None else ()
+        for phrase, then in options:
+            if phrase[0] == character:
+                after.add((phrase[1:], then))
+    return frozenset(after)
+
+
+def is_completable(problem: str, text: str) -> bool:
+    """Whether a correct solution of the problem begins with the text."""
+    return PrefixChecker(problem).read(text).completable
+
+
+def fork_index(problem: str, token_pieces: Sequence[str | None]) -> int | None:
+    """The token at which a solution goes wrong for good.
+
+    Args:
+      problem: the problem's text.
+      token_pieces: the text of each token of the completion; None for the
+        end-of-sequence token, which ends the sequence.
+
+    Returns:
+      The index of the first token after which no correct completion is
+      left; None if there is always one. Ending before the solution is
+      complete is a fork; being cut off is not.
+    """
+    checker = PrefixChecker(problem)
+    for index, piece in enumerate(token_pieces):
+        if piece is None:
+            return None if checker.complete else index
+        checker = checker.read(piece)
+        if not checker.completable:
+            return index
+    return None
+
+
+def token_labels(
+    problem: str, token_pieces: Sequence[str | None]
+) -> np.ndarray:
+    """i8[N]: ``OK``, ``FORK`` or ``AFTER`` for each token; see fork_index."""
+    labels = np.full(len(token_pieces), OK, np.int8)
+    fork = fork_index(problem, token_pieces)
+    if fork is not None:
+        labels[fork] = FORK
+        labels[fork + 1 :] = AFTER
+    return labels
+
+
+def window_labels(labels: np.ndarray, length: int) -> np.ndarray:
+    """Whether the fork lies in the window that starts at each token.
+
+    Args:
+      labels: i8[..., N] of :func:`token_labels`.
+      length: K, tokens of a window, the first one included.
+
+    Returns:
+      i8[..., N]: ``FORK`` at t if the fork is one of t .. t + K - 1, ``OK``
+      if not, ``AFTER`` where the labels say so.
+    """
+    windows = labels.copy()
+    for shift in range(1, min(length, labels.shape[-1])):
+        ahead = labels[..., shift:] == FORK
+        windows[..., :-shift][ahead] = FORK
+    return windows
+
+
+def label_batch(
+    problems: Sequence[str],
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+) -> TruthLabels:
+    """Labels a batch of completions.
+
+    Args:
+      problems: B problems.
+      tokens: i32[B, T] completions, padded on the right.
+      mask: bool[B, T] which tokens exist, end-of-sequence included.
+      tokenizer: that wrote the tokens.
+      window: K, for the window labels.
+
+    Returns:
+      The labels.
+    """
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    token = np.full(tokens.shape, AFTER, np.int8)
+    for row, problem in enumerate(problems):
+        ids = tokens[row, mask[row]].tolist()
+        ends = set(tokenizer.eos_ids)
+        pieces = [
+            None if i in ends else piece
+            for i, piece in zip(ids, tokenizer.pieces(ids), strict=True)
+        ]
+        token[row, : len(ids)] = token_labels(problem, pieces)
+    is_fork = token == FORK
+    fork = np.where(
+        is_fork.any(-1), is_fork.argmax(-1), tokens.shape[1]
+    ).astype(np.int32)
+    return TruthLabels(token, window_labels(token, window), fork)

@@ -1,0 +1,137 @@
+"""Where a solution states its answer, and the answer in one spelling (ours).
+
+Text only, nothing is evaluated here: :mod:`topd_jax.evaluation.grading`
+decides what is
+equal. Two spellings that :func:`normal` makes the same are the same answer;
+of two that it keeps apart nothing is said.
+"""
+
+import re
+
+# A box that opens; an escaped sign, which counts for nothing; a brace.
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]")
+# Characters; what is longer is no answer.
+_LONGEST = 2000
+# Boxes with no more than this between them are parts of one answer.
+_JOIN = re.compile(r"[\s,;$.]*(?:and|or)?[\s$]*")
+_STATED = re.compile(r"answers?\W{0,4}\s*(?:is|are|:|=)[\s:*]*([^\n]+)", re.I)
+_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:/\d+)?(?:e[+-]?\d+)?", re.I)
+_WORDS = r"(?:text|mbox|mathrm|textbf|mathbf|operatorname)"
+# What is only spelling, in the order in which it is undone.
+_SPELLINGS = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])", ""),
+        # Not the second half of a line break, \\ -14.
+        (r"(?<!\\)\\[!,;:> ]", ""),
+        (r"(?<!\\)%", r"\\%"),
+        (r"\^\s*\{?\s*\\circ\s*\}?", r"^\\circ"),
+        (r"np\.(?=[a-z])", r"\\"),
+        (r"(?<![\\a-z])(?=(?:sqrt|frac|pi)(?![a-z]))", r"\\"),
+        (r"\\(?:leqslant|leq)(?![a-z])", r"\\le"),
+        (r"\\(?:geqslant|geq)(?![a-z])", r"\\ge"),
+        # 4.5e33, as programs write numbers.
+        (r"(?<![\w\\])(\d+\.?\d*|\.\d+)e\+?(-?\d+)(?!\w)",
+         r"\1 \\times 10^{\2}"),
+        # 1,234 and 1{,}234 are one number.
+        (r"\{,\}", ","),
+        (r"(?<![\d.,(\[])(\d{1,3}(?:,\s*\d{3})+)(?![\d,)\]])",
+         lambda m: re.sub(r"[,\s]", "", m[1])),
+        # -1./3 is a fraction.
+        (r"(?<=\d)\.(?=/|$)", ""),
+        (r"\s+", " "),
+    )
+)  # fmt: skip
+
+
+def stated_answer(text: str) -> tuple[str, str]:
+    """Where a solution says its answer.
+
+    Args:
+      text: the solution.
+
+    Returns:
+      (how, answer): "boxed" and what the last \\boxed holds (several side by
+      side are joined by commas), "marked" and what follows the last "####"
+      or "the answer is"; "number" and the last number where neither is there;
+      "" and "" where there is none.
+    """
+    boxes = list(_boxes(text))
+    if boxes:
+        parts = [boxes[-1]]
+        for box in boxes[-2::-1]:
+            if not _JOIN.fullmatch(text[box[1] : parts[0][0]]):
+                break
+            parts.insert(0, box)
+        return "boxed", ", ".join(p[2] for p in parts)
+    if "####" in text:
+        return "marked", _line(text.rsplit("####", 1)[1])
+    found = _STATED.findall(text)
+    if found:
+        return "marked", _line(found[-1])
+    numbers = _NUMBER.findall(text)
+    return ("number", numbers[-1][:_LONGEST]) if numbers else ("", "")
+
+
+def plain_latex(answer: str) -> str:
+    """An answer without dollar signs, in one spelling of LaTeX.
+
+    Args:
+      answer: as the reference or the solution has it.
+
+    Returns:
+      LaTeX, its meaning unchanged.
+    """
+    answer = answer.replace("\\$", "").replace("$", "").strip()
+    answer = answer.strip("*").rstrip(". ").strip()
+    for pattern, plain in _SPELLINGS:
+        answer = pattern.sub(plain, answer)
+    return answer.strip()
+
+
+def normal(answer: str) -> str:
+    """A key that is the same for spellings of one answer.
+
+    Args:
+      answer: as the reference or the solution has it.
+
+    Returns:
+      The key: no spaces, no text commands, words in lower case; "" for none.
+    """
+    key = plain_latex(answer)
+    key = re.sub(rf"\\{_WORDS}\s*\{{([^{{}}]*)\}}", r"\1", key)
+    key = re.sub(r"\s+", "", key).replace("\\%", "%")
+    key = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", key)
+    key = re.sub(r"\{(\w)\}", r"\1", key)
+    choice = re.fullmatch(r"\(([A-Z])\)", key)
+    if choice:
+        return choice[1]
+    return key.lower() if re.fullmatch(r"[A-Za-z]{2,}", key) else key
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """(begin, end, content) of each outermost box that is closed.
+
+    One pass, in linear time: whatever a model writes is read here.
+    """
+    found, open_ = [], []
+    for match in _BRACES.finditer(text):
+        if match[0] == "}":
+            begin, inside = open_.pop() if open_ else (None, 0)
+            if begin is not None:
+                while found and found[-1][0] > begin:
+                    found.pop()
+                content = text[inside : match.start()][:_LONGEST]
+                found.append((begin, match.end(), content))
+        elif match[0].endswith("{") and match[0] != "\\{":
+            is_box = match[0] != "{"
+            open_.append((match.start() if is_box else None, match.end()))
+    return found
+
+
+def _line(text: str) -> str:
+    """The first line, up to the end of its first sentence."""
+    line = next((s for s in text.splitlines() if s.strip()), "")
+    line = line.strip()[:_LONGEST]
+    return re.split(r"\.\s+(?=[A-Z])", line)[0].strip("* ")

@@ -1,0 +1,170 @@
+"""Numbers of an evaluation with n samples a problem, and of two compared.
+
+Uncertainty is over problems: an interval resamples problems with all of
+their samples (a cluster bootstrap, so that samples of one problem never pass
+for independent), and seeds too where runs of several are given.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import comb
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+
+from topd_jax.experiments.report import interval
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Unbiased estimate that one of k samples is right.
+
+    ``1 - C(n - c, k) / C(n, k)`` (Chen et al., arXiv:2107.03374, eq. 1).
+
+    Args:
+      samples: n, how many were drawn.
+      right: c, how many of them are right.
+      k: 1..n.
+
+    Returns:
+      0..1.
+
+    Raises:
+      ValueError: for a k outside 1..n.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(
+            f"k={k} must lie in 1..{samples}, the samples a problem; draw "
+            "more: eval.samples"
+        )
+    return 1.0 - comb(samples - right, k) / comb(samples, k)
+
+
+def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
+    """Whether the most frequent answer is right (Wang et al., 2203.11171).
+
+    Right answers count as one whatever their spelling, wrong ones as their
+    spelling has it. Samples without an answer do not vote. Among equally
+    frequent answers one is taken by lot: the probability is returned.
+
+    Args:
+      answers: of each sample; "" for none.
+      right: of each sample.
+
+    Returns:
+      0..1; 0 where no sample has an answer.
+    """
+    votes = Counter(
+        (True, "") if ok else (False, answer)
+        for answer, ok in zip(answers, right, strict=True)
+        if ok or answer
+    )
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    return float(votes[True, ""] == most) / sum(
+        v == most for v in votes.values()
+    )
+
+
+def summarise(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is reported of one benchmark.
+
+    Args:
+      problems: one a problem, with "right" (n bools), "answers" (n texts),
+        "lengths" (n, tokens) and "cut" (n bools).
+
+    Returns:
+      JSON-able: "problems" and "samples"; "pass@k" for k = 1, 2, 4, .. n and
+      "maj@n", each with "value" and its 95 % "interval" over problems; "runs",
+      the accuracy of each of the n passes over the problems; "length_mean",
+      tokens; "cut_off", the share that reached the limit; "no_answer".
+    """
+    n = len(problems[0]["right"])
+    right = np.array([p["right"] for p in problems], dtype=float)
+    ks = [k for k in (1 << i for i in range(n.bit_length())) if k <= n]
+    if n not in ks:
+        ks.append(n)
+    numbers = {
+        f"pass@{k}": [pass_at_k(n, sum(p["right"]), k) for p in problems]
+        for k in ks
+    }
+    numbers[f"maj@{n}"] = [majority(p["answers"], p["right"]) for p in problems]
+    return {
+        "problems": len(problems),
+        "samples": n,
+        **{
+            name: {
+                "value": float(np.mean(values)),
+                "interval": interval(np.array([values])),
+            }
+            for name, values in numbers.items()
+        },
+        "runs": right.mean(axis=0).tolist(),
+        "length_mean": _mean(problems, "lengths"),
+        "cut_off": _mean(problems, "cut"),
+        "no_answer": float(
+            np.mean([[not a for a in p["answers"]] for p in problems])
+        ),
+    }
+
+
+def _mean(problems: Sequence[dict[str, Any]], name: str) -> float:
+    return float(np.mean([p[name] for p in problems]))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact McNemar test (McNemar, 1947; binomial form).
+
+    Args:
+      only_a: problems that only the first run solves.
+      only_b: problems that only the second run solves.
+
+    Returns:
+      p, the probability of a difference at least as large if both were
+      equally likely.
+    """
+    total = only_a + only_b
+    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), total, 0.5)))
+
+
+def compare(
+    a: Sequence[Sequence[dict[str, Any]]],
+    b: Sequence[Sequence[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Two methods on the same problems, problem by problem.
+
+    Args:
+      a: the first method's runs, one a seed, of problems as in
+        :func:`summarise`.
+      b: the second's, as many seeds, of the same problems in the same order.
+
+    Returns:
+      JSON-able: "pass@1" of each and the "difference" b - a with its paired
+      bootstrap "interval" over problems (and seeds where several); McNemar's
+      exact p of majority answers, with "only_a" and "only_b", how often just
+      one of them is right (an undecided vote counts as wrong).
+    """
+    rates_a, rates_b = (
+        np.array([[np.mean(p["right"]) for p in run] for run in runs])
+        for runs in (a, b)
+    )
+    votes_a, votes_b = (
+        np.array(
+            [[majority(p["answers"], p["right"]) == 1 for p in r] for r in runs]
+        )
+        for runs in (a, b)
+    )
+    only_a = int((votes_a & ~votes_b).sum())
+    only_b = int((votes_b & ~votes_a).sum())
+    return {
+        "problems": rates_a.shape[1],
+        "seeds": rates_a.shape[0],
+        "a": float(rates_a.mean()),
+        "b": float(rates_b.mean()),
+        "difference": float((rates_b - rates_a).mean()),
+        "interval": interval(rates_b - rates_a),
+        "only_a": only_a,
+        "only_b": only_b,
+        "mcnemar_p": mcnemar(only_a, only_b),
+    }

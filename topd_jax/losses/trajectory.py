@@ -1,0 +1,231 @@
+"""Teaching the student the teacher's near future, at the points that diverge.
+
+arXiv:2606.00305, §3: at a divergent point t the transport plan ``g`` between
+the student's window and the teacher's window ``T_t`` gives targets,
+
+    target_{t+i} = sum_j g_ij onehot(T_t[j]),
+    L_traj = sum_i KL(target_{t+i} || p_S(. | c_{t+i})).
+
+Ours, where the paper is silent or wrong: rows of a plan sum to 1/K, so they
+are normalised; the mean is taken over i; and the context c, of which the paper
+says two things, is a choice.
+
+* ``"student"`` (§3): c_{t+i} = y_{<t+i}, the rollout's own contexts.
+  :func:`student_context_logprobs` -> :func:`trajectory_targets` ->
+  :func:`trajectory_loss`. Taken literally, it can reinforce the very error it
+  is to repair: where the student writes the teacher's later token too early,
+  transport aligns the two and the target is the error. ``anchor_first`` makes
+  the first target the teacher's first token; there both contexts are y_{<t}.
+* ``"teacher"`` (§5.2): c_{t+i} = y_{<t} + T_t[:i] and the target is T_t[i].
+  Any loss per token along the teacher's window -> :func:`window_mean`.
+
+Both give one number a candidate, f32[..., M]; the mean over the divergent ones
+of the global batch is the caller's: ``weighted_mean(loss, mask=divergent)``.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax.losses.chunks import chunk_tokens, chunked_loss, per_token
+from topd_jax.losses.divergences import LOG_FLOOR
+from topd_jax.losses.near_future import slice_windows
+from topd_jax.types import (
+    Candidates,
+    Head,
+    Windows,
+    head_cap,
+    head_rows,
+    soft_cap,
+)
+
+
+def trajectory_targets(
+    plan: jax.Array,
+    teacher_windows: Windows,
+    student_windows: Windows | None = None,
+    *,
+    anchor_first: bool = True,
+) -> jax.Array:
+    """Targets along the student's window, as weights of the teacher's tokens.
+
+    ``target_i = sum_j g_ij / (sum_j g_ij) onehot(T[j])`` (arXiv:2606.00305,
+    §3; the normalisation is ours). Entry [i, j] is the probability that row i
+    puts on the token ``T[j]``; a token that occurs twice in the window has the
+    sum of both. No V-sized target exists.
+
+    Args:
+      plan: f32[..., K, J] transport plan, student by teacher tokens.
+      teacher_windows: tokens and mask [..., J].
+      student_windows: mask [..., K]: rows to keep. Unless given, those that
+        carry mass in the plan.
+      anchor_first: row 0 is all on ``T[0]`` (ours), the repair of the literal
+        target, which may be the student's own error.
+
+    Returns:
+      f32[..., K, J], stopped; rows sum to 1, or to 0 where the student has no
+      token or the teacher no window.
+    """
+    plan = jax.lax.stop_gradient(plan)
+    plan = jnp.where(teacher_windows.mask[..., None, :], plan, 0.0)
+    mass = plan.sum(axis=-1, keepdims=True)
+    exists = mass > 0
+    if student_windows is not None:
+        exists &= student_windows.mask[..., None]
+    targets = jnp.where(exists, plan / jnp.where(mass > 0, mass, 1.0), 0.0)
+    if not anchor_first:
+        return targets
+    first_row = jnp.arange(plan.shape[-2])[:, None] == 0
+    first_token = jnp.arange(plan.shape[-1]) == 0
+    anchored = exists & teacher_windows.mask[..., None, :] & first_token
+    return jnp.where(first_row, anchored.astype(targets.dtype), targets)
+
+
+def trajectory_loss(
+    targets: jax.Array,
+    logp: jax.Array,
+    teacher_windows: Windows,
+    *,
+    log_floor: float = LOG_FLOOR,
+) -> jax.Array:
+    """KL of the targets to the student, mean over the window.
+
+    ``mean_i KL(target_i || p_S(. | c_i))`` (arXiv:2606.00305, §3; the mean,
+    for the paper's sum, is ours). A true KL, 0 where the student is the
+    target: the mass of a token that occurs twice is merged before its
+    logarithm is taken. Only K log-probabilities a row are needed.
+
+    Args:
+      targets: f32[..., K, J] of :func:`trajectory_targets`.
+      logp: f32[..., K, J] log p_S(T[j] | c_i).
+      teacher_windows: tokens [..., J].
+      log_floor: stands for smaller log-probabilities (ours).
+
+    Returns:
+      f32[...] one value a window; 0 where no row has a target.
+    """
+    tokens = teacher_windows.tokens
+    same = tokens[..., :, None] == tokens[..., None, :]
+    # sum_v q_v log q_v = sum_j g_j log q(T[j]): the merged mass belongs under
+    # the logarithm only.
+    merged = jnp.einsum(
+        "...ij,...jl->...il",
+        targets,
+        same.astype(targets.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    used = targets > 0
+    logp = jnp.where(logp <= log_floor, log_floor, logp)
+    gap = jnp.log(jnp.where(used, merged, 1.0)) - logp
+    values = jnp.sum(jnp.where(used, targets * gap, 0.0), axis=-1)
+    return window_mean(values, jnp.any(used, axis=-1))
+
+
+def window_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the tokens of each window; 0 for an empty one (ours).
+
+    With context "teacher" this is the whole trajectory loss: ``values[i]`` is
+    the loss at c_i = y_{<t} + T[:i], by default ``-log p_S(T[i] | c_i)``, and
+    ``mask`` the teacher window's (arXiv:2606.00305, §5.2).
+
+    Args:
+      values: f32[..., K] one value a token; ignored outside the mask.
+      mask: bool[..., K].
+
+    Returns:
+      f32[...].
+    """
+    total = jnp.where(mask, values, 0.0).sum(axis=-1)
+    return total / jnp.maximum(mask.sum(axis=-1), 1)
+
+
+def student_context_logprobs(
+    student_hidden: jax.Array,
+    student_head: Head,
+    candidates: Candidates,
+    teacher_windows: Windows,
+    log_normalizer: jax.Array | None = None,
+    *,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """log p_S(T[j] | y_{<t+i}): the teacher's tokens in the rollout's contexts.
+
+    ``<h_{t+i}, W[T[j]]> - log sum_v exp <h_{t+i}, W[v]>``: K inner products a
+    position, and the log-normaliser once a rollout position, shared by all
+    windows. No [..., M, K, V] array. Differentiable in states and head.
+
+    Args:
+      student_hidden: [..., T, D] in completion coordinates: entry t predicts
+        y_t.
+      student_head: [V, D].
+      candidates: [..., M].
+      teacher_windows: tokens [..., M, K].
+      log_normalizer: f32[..., T]; unless given,
+        :func:`fused_log_normalizer`.
+      vocab_size: ids that exist, the first of the head's rows; all unless
+        given.
+      chunk_size: of :func:`fused_log_normalizer`.
+
+    Returns:
+      f32[..., M, K, K]: row i is the rollout's position t + i, column j the
+      token T[j]. Rows past the rollout's end mean nothing, but are finite.
+    """
+    if log_normalizer is None:
+        log_normalizer = fused_log_normalizer(
+            student_hidden,
+            student_head,
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+        )
+    length = teacher_windows.tokens.shape[-1]
+    starts = candidates.positions
+    states = slice_windows(student_hidden, starts, length)
+    rows = head_rows(student_head)[teacher_windows.tokens]
+    rows = rows.astype(states.dtype)
+    logits = jnp.einsum(
+        "...id,...jd->...ij", states, rows, preferred_element_type=jnp.float32
+    )
+    logits = soft_cap(logits, head_cap(student_head))
+    return logits - slice_windows(log_normalizer, starts, length)[..., None]
+
+
+def fused_log_normalizer(
+    hidden: jax.Array,
+    head: Head,
+    *,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """log sum_v exp <h_t, W[v]>, at most a chunk of logits at a time.
+
+    Each chunk's logits are computed again in the backward pass; the head's
+    gradient is summed over chunks in float32, and over devices once.
+
+    Args:
+      hidden: [..., T, D].
+      head: [V, D].
+      vocab_size: ids that exist, the first of the head's rows; all unless
+        given.
+      chunk_size: tokens a chunk, about, counted over all rows; chosen by
+        the shapes unless given.
+
+    Returns:
+      f32[..., T].
+
+    Raises:
+      ValueError: for a chunk size below 1.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"chunk_size={chunk_size} must be at least 1; None chooses it"
+        )
+    rows = head_rows(head)[:vocab_size]
+    chunk_size = chunk_size or chunk_tokens(rows.shape[0])
+    chunked = chunked_loss(_log_normalizer, head, chunk_size)
+    return per_token(chunked, hidden, rows, None, None)
+
+
+def _log_normalizer(
+    logits: jax.Array, constants: None, rows: None
+) -> jax.Array:
+    return jax.nn.logsumexp(logits, axis=-1)

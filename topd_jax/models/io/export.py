@@ -1,0 +1,244 @@
+"""Writes a decoder as a Hugging Face directory that transformers loads.
+
+Everything is written beside the destination and renamed at the end, so a full
+disk or a kill leaves what was there before.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.hub_config import config_json
+from topd_jax.models.io.huggingface import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+    read_json,
+)
+from topd_jax.models.io.weights import disassemble, file_tensors
+from topd_jax.models.lora import merge_lora
+from topd_jax.models.quantization import require_floats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GENERATION = "generation_config.json"
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# transformers says "no limit" with int(1e30).
+_NO_LIMIT = 10**9
+
+
+def save_model(
+    model: Decoder,
+    directory: str | os.PathLike,
+    *,
+    model_type: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    source: str | os.PathLike | None = None,
+    extra: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> Path:
+    """Writes config.json, safetensors and the tokenizer's files.
+
+    In a program of several processes every process must call this; the first
+    one writes.
+
+    Args:
+      model: what to write; adapters are merged.
+      directory: destination; must be new or empty, unless ``overwrite``.
+      model_type: a family; None takes that of ``source``, or else the first
+        that fits.
+      tokenizer: saved with the model; its special ids go into the config.
+      source: directory of the model this one descends from; its tokenizer's
+        files and generation_config.json are copied, its special ids and
+        length limit kept. ``tokenizer`` goes before it.
+      extra: config fields that do not change the logits, over all others.
+      dtype: of the written tensors; None writes them as they are kept.
+      max_shard_bytes: above this the weights are split, with an index.
+      overwrite: replace a directory that holds an earlier model.
+
+    Returns:
+      The directory.
+
+    Raises:
+      ValueError: for a family or field that does not fit, a quantised model,
+        or a destination that is not free.
+      OSError: where the disk is full or refuses; nothing has changed then.
+    """
+    require_floats(model, "export")
+    model = merge_lora(model)
+    target = Path(directory).resolve()
+    check_free(target, overwrite)
+    inherited = _inherited(tokenizer, source)
+    like = None
+    if source is not None:
+        like = read_json(Path(source) / "config.json").get("model_type")
+    fields = config_json(
+        model.config, model_type, inherited | (extra or {}), like
+    )
+    dtype = dtype or model.config.param_dtype
+    fields |= {"dtype": dtype, "torch_dtype": dtype}
+    if jax.process_index() != 0:
+        for _ in disassemble(model, "hub"):  # the others' part in gathering
+            pass
+        return target
+    with staged(target, _tensor_bytes(model, dtype)) as staging:
+        _write_tensors(model, staging, dtype, max_shard_bytes)
+        write_json(staging / "config.json", fields)
+        _write_tokenizer(staging, tokenizer, source, fields)
+    return target
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuses a directory whose contents would be lost.
+
+    Args:
+      target: where something is to be written.
+      overwrite: whether a model that is there may go.
+
+    Raises:
+      ValueError: where the directory is not empty, and may not go or holds
+        something else than a model.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{target} exists and is not empty; choose another directory, or "
+            "pass overwrite=True to replace a model that it holds"
+        )
+    if not (target / "config.json").exists():
+        raise ValueError(
+            f"{target} holds no model (no config.json) and will not be "
+            "replaced; choose another directory"
+        )
+
+
+def _inherited(
+    tokenizer: "PreTrainedTokenizerBase | None",
+    source: str | os.PathLike | None,
+) -> dict[str, Any]:
+    fields = {}
+    if source is not None:
+        config = read_json(Path(source) / "config.json")
+        names = (*_SPECIAL_IDS, "max_position_embeddings")
+        fields = {n: config[n] for n in names if config.get(n) is not None}
+    if tokenizer is not None:
+        ids = {name: getattr(tokenizer, name) for name in _SPECIAL_IDS}
+        fields |= {n: int(i) for n, i in ids.items() if i is not None}
+        if tokenizer.model_max_length < _NO_LIMIT:
+            limit = int(tokenizer.model_max_length)
+            fields["max_position_embeddings"] = limit
+    return fields
+
+
+def _tensor_bytes(model: Decoder, dtype: str) -> int:
+    count = sum(array.size for array in model.arrays.values())
+    return count * jnp.dtype(dtype).itemsize
+
+
+def _write_tensors(
+    model: Decoder, directory: Path, dtype: str, max_shard_bytes: int
+) -> None:
+    size = jnp.dtype(dtype).itemsize
+    plan: list[list[str]] = [[]]
+    filled = 0
+    for name, (_, _, shape) in file_tensors(model.config, "hub").items():
+        needed = int(np.prod(shape)) * size
+        if plan[-1] and filled + needed > max_shard_bytes:
+            plan.append([])
+            filled = 0
+        plan[-1].append(name)
+        filled += needed
+    files = [SINGLE_FILE]
+    if len(plan) > 1:
+        files = [
+            f"model-{i + 1:05}-of-{len(plan):05}.safetensors"
+            for i in range(len(plan))
+        ]
+    tensors = disassemble(model, "hub")
+    for names, file in zip(plan, files, strict=True):
+        shard = {
+            name: array.astype(jnp.dtype(dtype), copy=False)
+            for name, array in itertools.islice(tensors, len(names))
+        }
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    if len(plan) > 1:
+        owner = {n: f for ns, f in zip(plan, files, strict=True) for n in ns}
+        total = {"total_size": _tensor_bytes(model, dtype)}
+        index = {"metadata": total, "weight_map": owner}
+        write_json(directory / INDEX_FILE, index)
+
+
+def _write_tokenizer(
+    staging: Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    source: str | os.PathLike | None,
+    fields: Mapping[str, Any],
+) -> None:
+    copied = []
+    if source is not None:
+        names = (_GENERATION,) if tokenizer else (*TOKENIZER_FILES, _GENERATION)
+        copied = [n for n in names if (Path(source) / n).exists()]
+        for name in copied:
+            shutil.copy(Path(source) / name, staging / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(staging))
+    if _GENERATION not in copied:
+        ids = {n: fields[n] for n in _SPECIAL_IDS if n in fields}
+        write_json(staging / _GENERATION, ids)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file as ``transformers`` does: indented, a line end behind."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged(target: Path, needed: int) -> Iterator[Path]:
+    """A directory beside ``target`` that takes its place if all goes well."""
+    parent = target.parent
+    staging = parent / f".{target.name}.partial"
+    previous = parent / f".{target.name}.previous"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free"
+            )
+        staging.mkdir()
+        yield staging
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            target.rename(previous)
+        staging.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"could not write {target} ({error}); nothing there was changed: "
+            "free some space or choose another directory",
+        ) from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

@@ -1,0 +1,362 @@
+"""The model families, as data: how each spells its config and its weights.
+
+A family is one row of :data:`FAMILIES`; a parameter is one row of
+:data:`WEIGHTS`. What each row composes:
+
+=============  ==============================================================
+model_type     beside pre-norms, rotary positions, grouped heads, gated SiLU
+=============  ==============================================================
+llama          Llama 2 and 3.x, SmolLM2: biases; linear, llama3, yarn scaling
+mistral        sliding window in every layer, or null
+qwen2          Qwen2, Qwen2.5: biases of q, k and v; sliding window
+qwen3          norm of each head's q and k; biases; sliding window
+qwen3_moe      the same with experts, in all layers or in some
+smollm3        SmolLM3: layers without rotation; biases; sliding window
+olmo2          norms after and not before; norm of q and k over all heads
+gemma2         norms before and after, scaling by 1 + w; scaled embedding;
+               tanh-GELU; soft-capped scores and logits; every second layer
+               slides
+gemma3_text    the same without soft-capped scores; norm of q and k; five of
+               six layers slide, with a rotary base of their own
+=============  ==============================================================
+
+Reading a config (:mod:`topd_jax.models.io.hub_config`) is strict.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from topd_jax.models.config import DecoderConfig
+
+# Looks a field up in a config, or in its family's defaults.
+Get = Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One ``model_type``.
+
+    Attributes:
+      model_type: as ``config.json`` (and ``general.architecture``) spells it.
+      architecture: the class that transformers loads it with.
+      options: fields of :class:`DecoderConfig` that the family fixes.
+      defaults: field of ``config.json`` -> value where the file is silent.
+      reads: fields beside the common ones -> fields of the decoder that they
+        set, with the name given.
+      slides: (get, layer) -> whether a layer slides; None: none ever does.
+      switched: windows count only where ``use_sliding_window`` is true.
+      layer_types: the file may say which layers slide.
+      activation: the field that names it.
+      local_rope: sliding layers have a rotary base of their own.
+      no_rope: the file may say which layers are not turned.
+      heads_divide_width: transformers refuses other configs.
+      gguf: its ``general.architecture`` in GGUF files; "": not read from them.
+      gguf_permuted: llama.cpp reorders the rows of q and k in its files.
+    """
+
+    model_type: str
+    architecture: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )
+    slides: Callable[[Get, int], bool] | None = None
+    switched: bool = False
+    layer_types: bool = False
+    activation: str = "hidden_act"
+    local_rope: bool = False
+    no_rope: bool = False
+    heads_divide_width: bool = False
+    gguf: str = ""
+    gguf_permuted: bool = False
+
+
+_ALL_BIASES = {"attention_bias": ("attention_bias", "output_bias")}
+_MLP_BIAS = {"mlp_bias": ("mlp_bias",)}
+_QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = dict(
+    options={
+        "post_norms": True,
+        "centred_norms": True,
+        "scaled_embedding": True,
+    },
+    activation="hidden_activation",
+    layer_types=True,
+    heads_divide_width=True,
+)
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+_GEMMA_READS = _ALL_BIASES | {
+    "query_pre_attn_scalar": ("query_scalar",),
+    "final_logit_softcapping": ("final_softcap",),
+}
+_EXPERTS = {
+    "num_experts": ("experts",),
+    "num_experts_per_tok": ("experts_per_token",),
+    "moe_intermediate_size": ("expert_width",),
+    "norm_topk_prob": ("renormalise",),
+}
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "llama", "LlamaForCausalLM",
+            defaults={"max_position_embeddings": 2048},
+            reads=_ALL_BIASES | _MLP_BIAS,
+            heads_divide_width=True, gguf="llama", gguf_permuted=True,
+        ),
+        Family(
+            "mistral", "MistralForCausalLM",
+            defaults={
+                "num_key_value_heads": 8,
+                "sliding_window": 4096,
+                "max_position_embeddings": 4096 * 32,
+            },
+            slides=lambda get, layer: True,
+        ),
+        Family(
+            "qwen2", "Qwen2ForCausalLM",
+            options={"attention_bias": True},
+            defaults={"num_key_value_heads": 32} | _QWEN_WINDOW,
+            slides=lambda get, layer: layer >= get("max_window_layers"),
+            switched=True, layer_types=True, gguf="qwen2",
+        ),
+        Family(
+            "qwen3", "Qwen3ForCausalLM",
+            options={"qk_norm": True},
+            defaults={"num_key_value_heads": 32, "head_dim": 128}
+            | _QWEN_WINDOW,
+            reads=_ALL_BIASES,
+            slides=lambda get, layer: layer >= get("max_window_layers"),
+            switched=True, layer_types=True, gguf="qwen3",
+        ),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM",
+            options={"qk_norm": True},
+            defaults={
+                "num_key_value_heads": 4,
+                "sliding_window": 4096,
+                "decoder_sparse_step": 1,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+            },
+            reads=_ALL_BIASES | _EXPERTS,
+            slides=lambda get, layer: True,
+            switched=True, gguf="qwen3moe",
+        ),
+        Family(
+            "smollm3", "SmolLM3ForCausalLM",
+            defaults={
+                "num_key_value_heads": 4,
+                "tie_word_embeddings": True,
+                "rope_theta": 2_000_000.0,
+                "no_rope_layer_interval": 4,
+                "sliding_window": None,
+            },
+            reads=_ALL_BIASES | _MLP_BIAS,
+            slides=lambda get, layer: not get("no_rope_layers")[layer],
+            switched=True, layer_types=True, no_rope=True,
+        ),
+        Family(
+            "olmo2", "Olmo2ForCausalLM",
+            options={
+                "pre_norms": False, "post_norms": True, "wide_qk_norm": True
+            },
+            defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+            reads=_ALL_BIASES,
+        ),
+        Family(
+            "gemma2", "Gemma2ForCausalLM",
+            **_GEMMA,
+            defaults=_GEMMA_DEFAULTS
+            | {
+                "final_logit_softcapping": 30.0,
+                "attn_logit_softcapping": 50.0,
+                "max_position_embeddings": 8192,
+            },
+            reads=_GEMMA_READS
+            | {"attn_logit_softcapping": ("attention_softcap",)},
+            slides=lambda get, layer: layer % 2 == 0,
+        ),
+        Family(
+            "gemma3_text", "Gemma3ForCausalLM",
+            **(_GEMMA | {"options": _GEMMA["options"] | {"qk_norm": True}}),
+            defaults=_GEMMA_DEFAULTS
+            | {
+                "sliding_window_pattern": 6,
+                "rope_theta": 1_000_000.0,
+                "rope_local_base_freq": 10_000.0,
+                "max_position_embeddings": 131_072,
+            },
+            reads=_GEMMA_READS,
+            slides=lambda get, layer: (
+                (layer + 1) % get("sliding_window_pattern") != 0
+            ),
+            local_rope=True,
+        ),
+    )
+}  # fmt: skip
+
+
+class Weight(NamedTuple):
+    """How files spell one parameter.
+
+    Attributes:
+      hub: name in safetensors files, ``{}`` for the layer, then the expert.
+      gguf: name in GGUF files; those stack experts in one tensor, which the
+        reader shows as one an expert.
+      inputs: leading dimensions (after the layer's and the expert's) that a
+        linear map reads; files hold it as [out, in]. 0: files hold it flat.
+      expert: the first dimension after the layer's counts experts.
+    """
+
+    hub: str
+    gguf: str
+    inputs: int
+    expert: bool = False
+
+
+_LAYER, _BLOCK = "model.layers.{}.", "blk.{}."
+
+WEIGHTS: dict[str, Weight] = {
+    "embedding": Weight("model.embed_tokens.weight", "token_embd.weight", 0),
+    "final_norm": Weight("model.norm.weight", "output_norm.weight", 0),
+    "output": Weight("lm_head.weight", "output.weight", 0),
+} | {
+    name: Weight(_LAYER + hub, _BLOCK + gguf, inputs, ".experts." in hub)
+    for name, hub, gguf, inputs in (
+        ("attention_norm", "input_layernorm.weight", "attn_norm.weight", 0),
+        (
+            "attention_post_norm", "post_attention_layernorm.weight",
+            "post_attention_norm.weight", 0,
+        ),
+        ("q", "self_attn.q_proj.weight", "attn_q.weight", 1),
+        ("k", "self_attn.k_proj.weight", "attn_k.weight", 1),
+        ("v", "self_attn.v_proj.weight", "attn_v.weight", 1),
+        ("o", "self_attn.o_proj.weight", "attn_output.weight", 2),
+        ("q_bias", "self_attn.q_proj.bias", "attn_q.bias", 0),
+        ("k_bias", "self_attn.k_proj.bias", "attn_k.bias", 0),
+        ("v_bias", "self_attn.v_proj.bias", "attn_v.bias", 0),
+        ("o_bias", "self_attn.o_proj.bias", "attn_output.bias", 0),
+        ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", 0),
+        ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", 0),
+        ("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight", 0),
+        (
+            "mlp_post_norm", "post_feedforward_layernorm.weight",
+            "post_ffw_norm.weight", 0,
+        ),
+        ("gate", "mlp.gate_proj.weight", "ffn_gate.weight", 1),
+        ("up", "mlp.up_proj.weight", "ffn_up.weight", 1),
+        ("down", "mlp.down_proj.weight", "ffn_down.weight", 1),
+        ("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias", 0),
+        ("up_bias", "mlp.up_proj.bias", "ffn_up.bias", 0),
+        ("down_bias", "mlp.down_proj.bias", "ffn_down.bias", 0),
+        ("router", "mlp.gate.weight", "ffn_gate_inp.weight", 1),
+        (
+            "expert_gate", "mlp.experts.{}.gate_proj.weight",
+            "ffn_gate_exps.{}.weight", 1,
+        ),
+        (
+            "expert_up", "mlp.experts.{}.up_proj.weight",
+            "ffn_up_exps.{}.weight", 1,
+        ),
+        (
+            "expert_down", "mlp.experts.{}.down_proj.weight",
+            "ffn_down_exps.{}.weight", 1,
+        ),
+    )
+}  # fmt: skip
+
+# With norms on both sides the hub calls the feed-forward's first one so.
+_MLP_NORM_BETWEEN = Weight(
+    _LAYER + "pre_feedforward_layernorm.weight", _BLOCK + "ffn_norm.weight", 0
+)
+
+
+def weight(config: DecoderConfig, name: str) -> Weight:
+    """How files of this decoder spell a parameter.
+
+    Args:
+      config: the decoder's shape.
+      name: of the parameter.
+
+    Returns:
+      The row of :data:`WEIGHTS`, or what replaces it.
+    """
+    if name == "mlp_norm" and config.post_norms:
+        return _MLP_NORM_BETWEEN
+    return WEIGHTS[name]
+
+
+def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
+    """The family of a ``model_type``.
+
+    Args:
+      model_type: as the file spells it.
+      where: the file, for the error.
+      gguf: whether the file is a GGUF file.
+
+    Returns:
+      The row of :data:`FAMILIES`.
+
+    Raises:
+      ValueError: listing the supported families.
+    """
+    known = {
+        row.gguf if gguf else row.model_type: row
+        for row in FAMILIES.values()
+        if row.gguf or not gguf
+    }
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ValueError(
+            f"{where}: model_type={model_type!r} is not supported; supported: "
+            f"{', '.join(sorted(known))}"
+        )
+    return known[model_type]
+
+
+def file_dims(name: str, ndim: int) -> tuple[tuple[int, ...], ...]:
+    """Which dimensions of a parameter each one of its tensor runs through.
+
+    Args:
+      name: of the parameter.
+      ndim: of one layer, the stacking dimensions left out.
+
+    Returns:
+      The outputs, then the inputs of linear maps; all of them, flat, for
+      biases and norms over heads; else one each.
+    """
+    inputs, dims = WEIGHTS[name].inputs, tuple(range(ndim))
+    if inputs:
+        return dims[inputs:], dims[:inputs]
+    if name in ("embedding", "output"):
+        return dims[:1], dims[1:]
+    return (dims,)
+
+
+def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that files give one layer (and expert) of a parameter.
+
+    Args:
+      name: of the parameter.
+      shape: of one layer, the stacking dimensions left out.
+
+    Returns:
+      (out, in) for linear maps, flat for biases and norms over heads, else
+      ``shape``.
+    """
+    return tuple(
+        math.prod(shape[d] for d in dims)
+        for dims in file_dims(name, len(shape))
+    )

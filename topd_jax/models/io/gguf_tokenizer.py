@@ -1,0 +1,154 @@
+"""The tokenizer that a GGUF file describes, without torch.
+
+transformers reads a GGUF tokenizer only with torch installed, and drops the
+file's ``tokenizer.ggml.pre``; here the byte-level BPE tokenizer is built from
+the metadata with ``tokenizers``, split as the named pre-tokenizer splits
+(``smollm``: digits one by one, then GPT-2's pattern).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
+
+from topd_jax.models.io.gguf import GGUFFile, open_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CONTROL, _USER_DEFINED = 3, 4
+
+# Patterns of llama.cpp's llama-vocab.cpp, written with \p classes.
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+_IDS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+
+
+def gguf_tokenizer(
+    file: GGUFFile | str | os.PathLike,
+) -> "PreTrainedTokenizerFast":
+    """Builds the tokenizer of a GGUF file.
+
+    Args:
+      file: from :func:`~topd_jax.models.io.gguf.open_gguf`, or a path.
+
+    Returns:
+      The tokenizer, with special tokens, chat template and length limit; it
+      pads on the left.
+
+    Raises:
+      ValueError: for a tokenizer that is not byte-level BPE, or a
+        pre-tokenizer that is not known.
+    """
+    if not isinstance(file, GGUFFile):
+        file = open_gguf(file)
+    metadata = file.metadata
+    where = str(file.path)
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ValueError(
+            f"{where}: tokenizer.ggml.model={kind!r} is not supported, only "
+            "'gpt2' (byte-level BPE); load the tokenizer from the model's "
+            "Hugging Face directory"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = {
+        name: tokens[metadata[key]]
+        for name, key in _IDS.items()
+        if key in metadata
+    }
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
+    architecture = metadata.get("general.architecture")
+    limit = metadata.get(f"{architecture}.context_length")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_backend(metadata, where),
+        **special,
+        **({} if limit is None else {"model_max_length": limit}),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", False),
+        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = metadata["tokenizer.ggml.merges"]
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    # A model may have more rows than its tokenizer ids; the converter names
+    # each of these so, and the tokenizer of the directory has none of them.
+    named = [(t, i) for i, t in enumerate(tokens) if t != f"[PAD{i}]"]
+    vocabulary = dict(named)
+    if len(vocabulary) != len(named):
+        raise ValueError(
+            f"{where}: {len(named) - len(vocabulary)} of {len(tokens)} tokens "
+            "are spelt twice"
+        )
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    backend.pre_tokenizer = _pre_tokenizer(pre, where)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    typed = list(zip(tokens, kinds, strict=False))
+    backend.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in typed
+            if kind == _CONTROL
+        ]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(token, special=False, normalized=False)
+            for token, kind in typed
+            if kind == _USER_DEFINED
+        ]
+    )
+    return backend
+
+
+def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("default", "gpt-2"):
+        return gpt2
+    if name == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, gpt2])
+    patterns = {"qwen2": _QWEN2, "llama-bpe": _LLAMA3}
+    if name not in patterns:
+        raise ValueError(
+            f"{where}: tokenizer.ggml.pre={name!r} is not supported; "
+            "supported: default, gpt-2, smollm, "
+            f"{', '.join(patterns)}; load the tokenizer from the model's "
+            "Hugging Face directory"
+        )
+    split = pre_tokenizers.Split(Regex(patterns[name]), behavior="isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, plain])

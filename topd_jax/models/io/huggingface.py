@@ -1,0 +1,280 @@
+"""Models in Hugging Face directories: config.json and safetensors, no torch.
+
+:func:`load_model` and :func:`save_model` are inverses; what is saved loads in
+``transformers`` with the same weights. transformers itself is used for
+tokenizers only.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.families import WEIGHTS
+from topd_jax.models.io.hub_config import decoder_config
+from topd_jax.models.io.hub_experts import split_experts
+from topd_jax.models.io.streaming import Finish, Read
+from topd_jax.models.io.weights import TensorInfo, assemble, check_tensors
+from topd_jax.parallel.sharding import Rules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Compared at once, where a file holds a tied head as well.
+_HEAD_ROWS = 1024
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def resolve(source: str | os.PathLike) -> Path:
+    """Finds a model's directory, on this disk or on the hub.
+
+    Args:
+      source: a directory, or a hub name such as ``Qwen/Qwen3-0.6B``, whose
+        files are then downloaded into the hub's own cache.
+
+    Returns:
+      A local directory.
+
+    Raises:
+      ValueError: where it is neither, or the hub cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{path} is a file; give the directory that holds config.json, or "
+            "a file that ends in .gguf"
+        )
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise ValueError(
+            f"no model at {path}: there is no such directory, and it is not a "
+            "hub name (owner/name); check the path"
+        )
+    import huggingface_hub  # slow to import, and needed here only
+
+    patterns = ["*.json", "*.safetensors", *TOKENIZER_FILES]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source), allow_patterns=patterns
+            )
+        )
+    except Exception as error:  # the client raises a dozen unrelated types
+        raise ValueError(
+            f"no model {source!r}: there is no such directory here, and the "
+            f"hub did not give it ({type(error).__name__}); check the name "
+            "and the network, or download it elsewhere and give its directory"
+        ) from error
+
+
+def load_model(
+    directory: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: str = "none",
+    unroll: int = 1,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    ignore: Sequence[str] = (),
+    label: str | None = None,
+    finish: Finish | None = None,
+) -> Decoder:
+    """Loads a decoder from config.json and safetensors.
+
+    A tied model's file may hold ``lm_head.weight`` as well if it equals the
+    embedding; where it does not, the config is wrong and loading refuses.
+
+    Args:
+      directory: holds ``config.json`` and ``model.safetensors``, or
+        ``model.safetensors.index.json`` and its shards.
+      dtype: compute dtype, "float32" or "bfloat16".
+      param_dtype: dtype in which parameters are kept.
+      remat: see :class:`~topd_jax.models.config.DecoderConfig`.
+      unroll: see the same.
+      mesh: where to spread the parameters; None is one device.
+      rules: logical axis -> mesh axis; None takes the default rules.
+      ignore: unknown config fields to pass over.
+      label: the model's name, for the progress bar; None is the directory's.
+      finish: see :func:`~topd_jax.models.io.weights.assemble`.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: for a missing or broken file, config fields that are not
+        supported, or tensors that do not fit, all of them by name.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"no model at {directory}: no such directory")
+    path = directory / "config.json"
+    config = decoder_config(
+        read_json(path),
+        where=str(path),
+        ignore=ignore,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        unroll=unroll,
+    )
+    with _open_tensors(directory) as (found, read):
+        # Old files hold inv_freq, which follows from rope_theta.
+        found = {
+            name: info
+            for name, info in found.items()
+            if not name.endswith("rotary_emb.inv_freq")
+        }
+        if config.tied:
+            _drop_tied_head(found, read, directory)
+        found, read = split_experts(found, read)
+        check_tensors(config, "hub", found, str(directory))
+        return assemble(
+            config, "hub", read, mesh=mesh, rules=rules, finish=finish,
+            label=label or directory.resolve().name,
+        )  # fmt: skip
+
+
+def load_tokenizer(
+    directory: str | os.PathLike,
+) -> "PreTrainedTokenizerBase | None":
+    """Loads the tokenizer beside a model.
+
+    Args:
+      directory: of the model.
+
+    Returns:
+      The tokenizer; None where the directory holds none.
+
+    Raises:
+      ValueError: where its files cannot be read.
+    """
+    directory = Path(directory)
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # transformers raises many unrelated types
+        raise ValueError(
+            f"the tokenizer in {directory} cannot be read: {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The object.
+
+    Raises:
+      ValueError: where the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}; is this a model?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {value!r:.40}")
+    return value
+
+
+def _drop_tied_head(
+    found: dict[str, TensorInfo],
+    read: Read,
+    directory: Path,
+) -> None:
+    head, embedding = WEIGHTS["output"].hub, WEIGHTS["embedding"].hub
+    if head not in found or embedding not in found:
+        return
+    shape = found[head].shape
+    pieces = (
+        (slice(i, min(i + _HEAD_ROWS, shape[0])),)
+        for i in range(0, shape[0], _HEAD_ROWS)
+    )
+    if shape != found[embedding].shape or not all(
+        np.array_equal(read(head, rows), read(embedding, rows))
+        for rows in pieces
+    ):
+        raise ValueError(
+            f"{directory}: {head} differs from {embedding}, yet config.json "
+            'says "tie_word_embeddings": true; set it to false to load both'
+        )
+    del found[head]
+
+
+@contextlib.contextmanager
+def _open_tensors(
+    directory: Path,
+) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
+    """All tensors of a directory: what they are, and how to read a part."""
+    found, owner = {}, {}
+    with contextlib.ExitStack() as stack:
+        for path in _weight_files(directory):
+            try:
+                handle = stack.enter_context(safe_open(path, "np"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} cannot be read ({error}); was its download cut "
+                    "short?"
+                ) from error
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                part = handle.get_slice(name)
+                kind = part.get_dtype()
+                found[name] = TensorInfo(
+                    tuple(part.get_shape()), _DTYPES.get(kind, kind)
+                )
+                owner[name] = handle
+        yield found, lambda name, index: owner[name].get_slice(name)[index]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / SINGLE_FILE).exists():
+        return [directory / SINGLE_FILE]
+    index = directory / INDEX_FILE
+    if not index.exists():
+        others = sorted(p.name for p in directory.glob("*.bin"))
+        hint = f"; convert {', '.join(others)} to safetensors" if others else ""
+        raise ValueError(
+            f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}"
+        )
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, Mapping) or not names:
+        raise ValueError(f'{index} has no "weight_map"; is it cut short?')
+    shards = sorted(set(names.values()))
+    absent = [name for name in shards if not (directory / name).exists()]
+    if absent:
+        raise ValueError(
+            f"{directory} lacks {len(absent)} of its {len(shards)} shards: "
+            f"{', '.join(absent)}; download them"
+        )
+    return [directory / name for name in shards]

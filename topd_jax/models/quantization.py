@@ -1,0 +1,254 @@
+"""A frozen model in fewer bits: int8 or int4 weights, floats one layer a time.
+
+Weight-only: the large matrices of the layers are kept as integers with scales,
+``w ≈ q * s``, and become floats inside the scan over layers, one layer after
+the other; nothing is kept twice. Norms, biases, routers, embedding and output
+head stay floats. Symmetric round-to-nearest with the largest magnitude as
+range, by the qwix library; no calibration data.
+
+* int8: one f32 scale an output feature (vector-wise, Dettmers et al.,
+  arXiv:2208.07339, §2.1).
+* int4: a bf16 scale for every 32 inputs of an output feature, since four bits
+  hold one outlier and little else (Dettmers & Zettlemoyer, arXiv:2212.09720,
+  §2); 4.5 bits a weight, as in llama.cpp's Q4_0.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax.parallel.sharding import coarser
+
+if TYPE_CHECKING:
+    from qwix import QArray
+
+    from topd_jax.models.decoder import Decoder
+
+KINDS = ("int8", "int4")
+# Inputs that share a scale where nothing else is said; 0: all of them.
+DEFAULT_TILE = {"int8": 0, "int4": 32}
+_SCALE_DTYPE = {"int8": jnp.float32, "int4": jnp.bfloat16}
+# The dimensions, from the last, that the product sums over.
+_SUMMED = {
+    "q": (-3,),
+    "k": (-3,),
+    "v": (-3,),
+    "o": (-3, -2),
+    "gate": (-2,),
+    "up": (-2,),
+    "down": (-2,),
+    "expert_gate": (-2,),
+    "expert_up": (-2,),
+    "expert_down": (-2,),
+}
+
+
+def check_quantized(section: str, kind: str, tile: int) -> None:
+    """Refuses settings that mean nothing.
+
+    Args:
+      section: of the config, for the error.
+      kind: "", "int8" or "int4".
+      tile: inputs that share a scale; 0 takes the kind's default.
+
+    Raises:
+      ValueError: naming value and choices.
+    """
+    if kind not in ("", *KINDS):
+        raise ValueError(
+            f"{section}.quantize={kind!r} must be {', '.join(KINDS)} or ''"
+        )
+    if tile < 0 or (tile and not kind):
+        raise ValueError(
+            f"{section}.quantize_tile={tile} must be at least 0, and 0 (the "
+            f"default) where {section}.quantize is ''"
+        )
+
+
+def quantizer(
+    kind: str, tile: int = 0
+) -> "Callable[[str, jax.Array], jax.Array | QArray] | None":
+    """What a loader does to each parameter as soon as it is placed.
+
+    Args:
+      kind: "int8", "int4", or "" for nothing.
+      tile: inputs that share a scale; 0 takes the kind's default. Where it
+        does not divide a dimension its largest divisor below does.
+
+    Returns:
+      (parameter, array) -> what the decoder holds instead; None for "".
+    """
+    check_quantized("teacher", kind, tile)
+    if not kind:
+        return None
+    return functools.partial(_quantize, kind=kind, tile=tile)
+
+
+def quantize(model: "Decoder", kind: str, tile: int = 0) -> "Decoder":
+    """The same decoder with its layers' matrices as integers.
+
+    Args:
+      model: any decoder of float parameters.
+      kind: "int8" or "int4".
+      tile: see :func:`quantizer`.
+
+    Returns:
+      A decoder whose matrices are ``qwix.QArray``, spread as they were. It
+      reads and writes as any other, but is not to be trained.
+
+    Raises:
+      ValueError: for another kind, or a model that is quantised already.
+    """
+    finish = quantizer(kind, tile)
+    if finish is None:
+        raise ValueError(f"kind={kind!r} must be {' or '.join(KINDS)}")
+    require_floats(model, "quantise")
+    arrays = {name: finish(name, x) for name, x in model.arrays.items()}
+    return model.__class__(model.config, arrays)
+
+
+def dequantize(model: "Decoder") -> "Decoder":
+    """The float decoder that a quantised one computes as.
+
+    Args:
+      model: any decoder.
+
+    Returns:
+      Its parameters in ``param_dtype``, whole.
+    """
+    dtype = model.config.param_dtype
+    arrays = {name: as_floats(x, dtype) for name, x in model.arrays.items()}
+    return model.__class__(model.config, arrays)
+
+
+def as_floats(p: "jax.Array | QArray", dtype: Any) -> jax.Array:
+    """A parameter in the dtype it is computed with.
+
+    Args:
+      p: floats, or integers with scales.
+      dtype: of the result; the product is rounded to it once.
+
+    Returns:
+      Floats of the same shape.
+    """
+    if not is_quantized(p):
+        return p.astype(dtype)
+    import qwix
+
+    return qwix.dequantize(p.astype(jnp.float32)).astype(dtype)
+
+
+def is_quantized(p: "jax.Array | QArray") -> bool:
+    """Whether a parameter is integers with scales."""
+    # By its fields: qwix takes seconds to import, and most runs need none.
+    return hasattr(p, "qvalue")
+
+
+def require_floats(model: "Decoder", what: str) -> None:
+    """Refuses a quantised model.
+
+    Args:
+      model: any decoder.
+      what: could not be done with it, a verb.
+
+    Raises:
+      ValueError: with the way out.
+    """
+    if any(is_quantized(x) for x in model.arrays.values()):
+        raise ValueError(
+            f"cannot {what} a quantised model; load it without quantize, or "
+            "call dequantize first"
+        )
+
+
+def bytes_a_number(name: str, kind: str) -> float | None:
+    """What a number of a parameter takes once it is quantised.
+
+    Args:
+      name: of the parameter.
+      kind: "int8", "int4", or "" for nothing.
+
+    Returns:
+      Bytes, the scales of the default tile included; None where it stays
+      floats.
+    """
+    if not kind or name not in _SUMMED:
+        return None
+    tile = DEFAULT_TILE[kind]
+    scale = jnp.dtype(_SCALE_DTYPE[kind]).itemsize / tile if tile else 0
+    return jnp.iinfo(kind).bits / 8 + scale
+
+
+def parameter_bytes(model: "Decoder") -> int:
+    """Bytes of a model's parameters, two int4 a byte.
+
+    So XLA counts them, and so a TPU holds them; the CPU's buffers hold one
+    int4 a byte (``array.on_device_size_in_bytes()``).
+    """
+
+    def bits(x: jax.Array) -> int:
+        integer = jnp.issubdtype(x.dtype, jnp.integer)
+        return (jnp.iinfo if integer else jnp.finfo)(x.dtype).bits
+
+    leaves = jax.tree.leaves(model.arrays)
+    return sum(x.size * bits(x) // 8 for x in leaves)
+
+
+def _quantize(
+    name: str, array: jax.Array, *, kind: str, tile: int
+) -> "jax.Array | QArray":
+    if name not in _SUMMED:
+        return array
+    *whole, last = (array.ndim + axis for axis in _SUMMED[name])
+    wanted = tile or DEFAULT_TILE[kind]
+    # Heads, where the product sums over them too, then have their own scales.
+    shared = () if wanted else (*whole, last)
+    tiled = {}
+    if wanted:
+        tiled = {last: _largest_divisor(array.shape[last], wanted)}
+    channels = (i for i in range(array.ndim) if i not in (*shared, *tiled))
+    traced = isinstance(array, jax.core.Tracer)
+    return _integers(
+        array,
+        kind=kind,
+        channels=tuple(channels),
+        tiled=tuple(tiled.items()),
+        sharding=None if traced else array.sharding,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("kind", "channels", "tiled", "sharding")
+)
+def _integers(
+    array: jax.Array,
+    *,
+    kind: str,
+    channels: tuple[int, ...],
+    tiled: tuple[tuple[int, int], ...],
+    sharding: jax.sharding.Sharding | None,
+) -> "QArray":
+    import qwix
+
+    small = qwix.quantize(
+        array.astype(jnp.float32),  # else it would divide in bf16
+        jnp.dtype(kind),
+        channelwise_axes=channels,
+        tiled_axes=dict(tiled),
+        scale_dtype=_SCALE_DTYPE[kind],
+    )
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return small
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(
+            x, coarser(sharding, x.shape)
+        ),
+        small,
+    )
+
+
+def _largest_divisor(size: int, most: int) -> int:
+    return max(n for n in range(1, min(size, most) + 1) if size % n == 0)
