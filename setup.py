@@ -8,19 +8,20 @@ HERE = pathlib.Path(__file__).parent
 
 setup(
     name="topd_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Trajectory-aware on-policy distillation in JAX",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     # topd_jax/configs is a link to configs, so a plain checkout has it too.
     packages=find_packages(include=["topd_jax", "topd_jax.*"]),
-    package_data={"topd_jax": ["experiments/templates/*"]},
+    package_data={"topd_jax": ["py.typed", "experiments/templates/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
         "optax>=0.2.5",
+        "chex>=0.1.88",
         "orbax-checkpoint>=0.11",
         "transformers>=5.0",
         "tokenizers",
@@ -35,6 +36,7 @@ setup(
         "qwix>=0.1.8",
         "math-verify>=0.8",
         "matplotlib>=3.8",
+        "plotly>=6.0",
         "absl-py",
         "numpy",
         "jinja2",

@@ -9,7 +9,7 @@ silent. Where it contradicts itself this file takes
   180 of the 218 slots;
 * targets from the plan at the rollout's own contexts (section 3), not the
   teacher's continuation as the target (section 5.2): that is
-  --config.objective.context=teacher;
+  context='teacher';
 * a global batch of 4 as 4 trajectories, the 4 rollouts of one prompt.
 
 The prompts: --config.data.path=FILE, a JSONL file with "question" and
@@ -20,12 +20,13 @@ The prompts: --config.data.path=FILE, a JSONL file with "question" and
 from ml_collections import ConfigDict
 
 from topd_jax.configs import default
+from topd_jax.objectives.loading import spell
 
 PROMPTS = 10_000  # App. B
 
 
 def get_config() -> ConfigDict:
-    """The paper's pair, data, objective and optimiser, on four devices."""
+    """The paper's pair, data, objective and optimizer, on four devices."""
     config = default.get_config()
     # A prompt a step does not divide over rows: all is spread by tensor axis.
     # 4 is the number of the teacher's kv heads (ours).
@@ -54,23 +55,24 @@ def get_config() -> ConfigDict:
     config.rollout.top_p = 1.0  # App. B
     config.rollout.top_k = 0  # App. B names none
 
-    config.objective.stage = "on_policy"  # App. B, stage 2
-    config.objective.variant = "topd"  # section 3
-    config.objective.context = "student"  # section 3
-    config.objective.divergence = "reverse_kl"  # App. B: nothing else
-    config.objective.temperature = 1.0  # section 3
-    config.objective.log_floor = -100.0  # nats; ours
-    config.objective.score = "teacher_loss"  # label of figure 6; ours
-    config.objective.candidates = 218  # section 2.1
-    config.objective.fraction = 0.0225  # section 2.1: 218 / 9688
-    config.objective.window = 50  # sections 2.1 and 3
-    config.objective.branch_temperature = 0.0  # greedy; ours
-    config.objective.epsilon = 0.05  # ours
-    config.objective.position_weight = 0.5  # ours
-    config.objective.percentile = 30.0  # ours
-    config.objective.threshold = None  # ours
-    config.objective.guidance_weight = 0.1  # ours
-    config.objective.anchor_first = True  # repair of section 3; ours
+    config.train.stage = "on_policy"  # App. B, stage 2
+    config.objective = spell(
+        "topd",  # section 3
+        context="student",  # section 3
+        token_loss="reverse_kl",  # App. B: nothing else
+        temperature=1.0,  # section 3
+        log_floor=-100.0,  # nats; ours
+        ranking="teacher_loss",  # label of figure 6; ours
+        candidates=218,  # section 2.1
+        fraction=0.0225,  # section 2.1: 218 / 9688
+        window=50,  # sections 2.1 and 3
+        branch_temperature=0.0,  # greedy; ours
+        epsilon=0.05,  # ours
+        position_weight=0.5,  # ours
+        percentile=30.0,  # ours
+        guidance_weight=0.1,  # ours
+        anchor_first=True,  # repair of section 3; ours
+    )
 
     config.optimizer.learning_rate = 2e-6  # App. B
     config.optimizer.warmup_fraction = 0.05  # App. B

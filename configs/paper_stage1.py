@@ -23,8 +23,8 @@ PROMPTS = 20_000  # App. B
 def get_config() -> ConfigDict:
     """What differs from the second stage (arXiv:2606.00305, App. B)."""
     config = paper.get_config()
-    config.objective.stage = "offline"
-    config.objective.kd_ratio = 0.5  # App. B: forward KL and cross-entropy
+    config.train.stage = "offline"
+    config.offline.kd_ratio = 0.5  # App. B: forward KL and cross-entropy
 
     config.offline.temperature = 0.6  # App. B
     config.offline.top_p = 0.95  # App. B

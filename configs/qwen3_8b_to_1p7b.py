@@ -9,6 +9,7 @@ names one.
 from ml_collections import ConfigDict
 
 from topd_jax.configs import default
+from topd_jax.objectives.loading import spell
 
 
 def get_config() -> ConfigDict:
@@ -33,10 +34,13 @@ def get_config() -> ConfigDict:
     config.rollout.max_new_tokens = 1024
     config.rollout.sharding = "tensor"  # decoding 16 times shorter (ours)
 
-    config.objective.candidates = 24  # paper, 2.1: 0.0225 of the tokens
-    config.objective.fraction = 0.0225  # paper, section 2.1
-    config.objective.window = 50  # paper, sections 2.1 and 3
-    config.objective.branch_sharding = "rows"  # no parameter is gathered (ours)
+    config.objective = spell(
+        "topd",
+        candidates=24,  # paper, 2.1: 0.0225 of the tokens
+        fraction=0.0225,  # paper, section 2.1
+        window=50,  # paper, sections 2.1 and 3
+    )
+    config.rollout.branch_sharding = "rows"  # no parameter is gathered (ours)
 
     config.optimizer.learning_rate = 2e-6  # paper, App. B
     config.optimizer.accumulate = 4

@@ -27,8 +27,7 @@ def get_config() -> ConfigDict:
     config.data.held_out = 16
     config.rollout.max_new_tokens = 64
 
-    config.objective.candidates = 4
-    config.objective.window = 12
+    config.objective = "topd(candidates=4, window=12)"
 
     config.optimizer.learning_rate = 1e-4
     config.train.steps = 40

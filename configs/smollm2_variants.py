@@ -14,8 +14,9 @@ def get_config() -> ConfigDict:
     config = smollm2_gsm8k.get_config()
     config.data.held_out = 48
     config.eval.final_problems = 48
-    config.sweep.variants = ("opd", "topd:teacher")
+    config.sweep.variants = (
+        "opd", "topd(candidates=4, window=12)",
+    )  # fmt: skip
     config.sweep.seeds = (0, 1)
-    config.sweep.record = "notebooks/results/smollm2.jsonl"
     config.log.tensorboard = False
     return config

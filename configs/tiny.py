@@ -14,5 +14,10 @@ def get_config() -> ConfigDict:
     # Chosen on the validation split, seed 0: of 3e-4 and 1e-3 for OPD, of
     # 0.1, 0.3 and 1.0 for TOPD in the teacher's context.
     config.optimizer.learning_rate = 1e-3
-    config.objective.guidance_weight = 0.3
+    config.objective = "topd(guidance_weight=0.3)"
+    config.sweep.variants = (
+        "opd",
+        "topd(guidance_weight=0.3)",
+        "topd(context='student', guidance_weight=0.3)",
+    )
     return config

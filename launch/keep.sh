@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sourced by tpu.sh: trains until it is done, whatever becomes of the slice.
+# Sourced by tpu.sh: train until it is done, whatever happens to the slice.
 #
-# Nothing is remembered but how often it failed. What there is to do next is
-# read off the cloud and the workers every time, so that a keeper which is
-# started again, here or on another machine, goes on where the last one was.
+# The keeper remembers only how often the training failed. It decides from what
+# the cloud and the workers report, so that one that is started again, on this
+# machine or another, continues where the last one ended.
 # shellcheck disable=SC2154
 
 # say WORD...: a line of the keeper's log.
@@ -11,7 +11,12 @@ say() {
     echo "$(date +%FT%T) $*"
 }
 
-# attempt WORD...: a command that may fail; what it said is in $errors.
+give_up() {
+    say "gave up: $*"
+    exit 1
+}
+
+# attempt WORD...: a command that may fail; its stderr is kept in $errors.
 attempt() {
     local code=0
     ("$@") 2>"$errors" || code=$?
@@ -23,8 +28,8 @@ errors_say() {
     grep -qiE "$1" "$errors"
 }
 
-# state_of KIND FIELD: its state, GONE where there is none, UNCLEAR where
-# nobody answers.
+# state_of KIND FIELD: the cloud's word; GONE where there is no such thing,
+# UNCLEAR where the cloud does not answer.
 state_of() {
     local state
     if state="$(attempt tpus "$1" describe "$name" --format="value($2)" \
@@ -37,112 +42,89 @@ state_of() {
     fi
 }
 
-# One word for what has to be done about the slice, and the cloud's own.
+# Prints the state of the slice, as one of the words that keep_on knows, and in
+# the cloud's word.
 slice() {
-    local state
+    local state gone=gone
     if [[ -n "$queued" ]]; then
         state="$(state_of queued-resources state.state)"
         case "$state" in
             GONE) echo "gone $state" && return ;;
             FAILED | SUSPENDED) echo "lost $state" && return ;;
-            ACTIVE) ;;
+            ACTIVE) gone=lost ;; # a request without its slice
             *) echo "wait $state" && return ;;
         esac
     fi
     state="$(state_of tpu-vm state)"
     case "$state" in
         READY) echo "ready $state" ;;
-        GONE) if [[ -n "$queued" ]]; then
-            echo "lost $state"
-        else
-            echo "gone $state"
-        fi ;;
+        GONE) echo "$gone $state" ;;
         PREEMPTED | TERMINATED) echo "lost $state" ;;
         STOPPED) echo "stopped $state" ;;
         *) echo "wait $state" ;;
     esac
 }
 
-# What the workers say of their training, each a line.
-training() {
-    local said
-    said="$(attempt on_worker all "wanted=$(quote "$(train_command)")
-$look_here")" || return
-    sed -n 's/^topd-state: //p' <<<"$said"
-}
-
-# Counts a failure; gives up after too many.
+# failed WORD...: counts a failure; gives up after too many.
 failed() {
     failures=$((failures + 1))
     if ((failures > restarts)); then
-        say "gave up: $*; that was failure $failures, and --restarts is" \
-            "$restarts"
-        exit 1
+        give_up "$*; this was failure $failures, and --restarts is $restarts"
     fi
     say "failure $failures of at most $restarts: $*"
     sleep "$every"
 }
 
-make_slice() {
+create_slice() {
     say "creating $name"
     if attempt create; then
         return
-    fi
-    if errors_say 'ALREADY_EXISTS'; then
+    elif errors_say 'ALREADY_EXISTS'; then
         sleep "$every"
     elif errors_say 'quota'; then
-        failed "the quota is used up: delete slices, or ask for more"
+        failed "the quota is used up: delete slices, or request more"
     elif errors_say 'capacity|RESOURCE_EXHAUSTED|UNAVAILABLE'; then
-        say "no capacity; asking again in $every s"
+        say "no capacity; retrying in $every s"
         sleep "$every"
     elif errors_say 'PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED'; then
-        say "gave up: asking again would not help"
-        exit 1
+        give_up "the cloud refuses the request, and would refuse it again"
     else
         failed "create"
     fi
 }
 
-drop_slice() {
-    say "the slice is $1: deleting it, to begin again from the checkpoint"
-    attempt delete_slice || sleep "$every"
-}
-
-# What the training's state asks for: the lines of all workers.
+# act STATES: what the workers' states, one a line, call for.
 act() {
-    local states="$1"
-    if grep -q '^other' <<<"$states"; then
-        say "gave up: another training runs there; tpu.sh stop ends it"
-        exit 1
-    elif grep -q '^absent' <<<"$states"; then
+    if grep -q '^other' <<<"$1"; then
+        give_up "another training runs on the slice; tpu.sh stop ends it"
+    elif grep -q '^absent' <<<"$1"; then
         say "installing"
         attempt install || failed "install"
-    elif ! grep -qv '^running' <<<"$states"; then
+    elif ! grep -qv '^running' <<<"$1"; then
         sleep "$every"
-    elif ! grep -qv '^ended 0$' <<<"$states"; then
+    elif ! grep -qv '^ended 0$' <<<"$1"; then
         finish
-    elif grep -q '^ended 2$' <<<"$states"; then
+    elif grep -q '^ended 2$' <<<"$1"; then
         attempt logs >&2 || true
-        say "gave up: topd says that what it was told is wrong (exit code 2)"
-        exit 1
-    elif [[ "$states" != "$last_seen" ]] && grep -q '^running' <<<"$states"
-    then
-        sleep "$every" # the others have noticed, and end
+        give_up "topd refused its arguments or its config (exit code 2)"
+    elif [[ "$1" != "$last_states" ]] && grep -q '^running' <<<"$1"; then
+        sleep "$every" # the others notice, and end by themselves
     else
-        restart "$states"
+        restart "$1"
     fi
 }
 
 restart() {
-    if grep -qE '^ended' <<<"$1"; then
-        if grep -E '^ended' <<<"$1" | grep -qvE '^ended (0|143)$'; then
+    if grep -q '^ended' <<<"$1"; then
+        # Neither done nor stopped by SIGTERM, as at a preemption.
+        if grep '^ended' <<<"$1" | grep -qvE ' (0|143)$'; then
             attempt logs >&2 || true
             failed "the training ended"
         fi
-        attempt stop_training || {
+        if ! attempt stop_training; then
             sleep "$every"
-            return 0
-        }
+            return
+        fi
     fi
     say "starting the training"
     attempt run || failed "run"
@@ -150,20 +132,18 @@ restart() {
 
 finish() {
     say "the training is done"
-    if [[ -n "$delete_when_done" ]]; then
-        attempt delete_slice || {
-            say "gave up: $name could not be deleted, and costs money"
-            exit 1
-        }
+    if [[ -n "$delete_when_done" ]] && ! attempt delete_slice; then
+        give_up "$name could not be deleted, and costs money"
     fi
     exit 0
 }
 
-# The keeper itself, until it leaves.
+# The keeper itself, until it exits; the code is left to those who follow.
 keep_on() {
-    failures=0 last_seen="" follow=""
+    failures=0 last_states="" follow=""
     local verdict states last=""
-    trap 'rm -f "$errors"' EXIT
+    trap 'echo $? >"$record.exit"; rm -f "$errors"' EXIT
+    trap 'exit 143' TERM
     while true; do
         verdict="$(slice)"
         if [[ "$verdict" != "$last" ]]; then
@@ -171,32 +151,35 @@ keep_on() {
             last="$verdict"
         fi
         case "${verdict% *}" in
-            gone) make_slice ;;
-            lost) drop_slice "${verdict#* }" ;;
+            gone) create_slice ;;
+            lost)
+                say "deleting the slice, to resume on another one"
+                attempt delete_slice || sleep "$every"
+                ;;
             wait) sleep "$every" ;;
             stopped)
-                say "gave up: $name is stopped; start it (gcloud compute tpus" \
+                give_up "$name is stopped; start it (gcloud compute tpus" \
                     "tpu-vm start), or tpu.sh delete"
-                exit 1
                 ;;
             ready)
-                if ! states="$(training)"; then
+                if ! states="$(attempt report)"; then
                     say "the workers do not answer"
                     sleep "$every"
                     continue
                 fi
-                if [[ "$states" != "$last_seen" ]]; then
+                states="$(sed -n 's/^topd-state: //p' <<<"$states")"
+                if [[ "$states" != "$last_states" ]]; then
                     say "the training: $(paste -sd, - <<<"$states")"
                 fi
                 act "$states"
-                last_seen="$states"
+                last_states="$states"
                 ;;
         esac
     done
 }
 
-# Its process, or nothing. (ps: a number may be another program's by now; -ww:
-# its whole command, however narrow the terminal.)
+# Prints the process of the keeper, or nothing. ps, because the number may be
+# another program's by now; -ww, because a narrow terminal cuts commands off.
 keeper() {
     local pid
     pid="$(cat "$record.pid" 2>/dev/null)" || return 0
@@ -210,51 +193,44 @@ end_keeper() {
     pid="$(keeper)"
     if [[ -n "$pid" && -z "$dry_run" ]]; then
         kill -TERM -- "-$pid"
-        echo "tpu.sh: the keeper (process $pid) is ended"
+        echo "tpu.sh: stopped the keeper (process $pid)"
     fi
 }
 
 keep() {
     if [[ -n "$dry_run" ]]; then
-        follow=""
         create
-        tpus tpu-vm describe "$name" --format="value(state)"
         install
         run
-        on_worker all "wanted=$(quote "$(train_command)")
-$look_here"
-        delete
+        report
         return
     fi
     check_commit
-    mkdir -p "$top/runs/launch"
+    mkdir -p "$TOPD_TOP/runs/launch"
     if [[ -n "$foreground" ]]; then
         keep_on
     fi
-    local pid begin code
+    local pid begin
     pid="$(keeper)"
     touch "$record.log"
     begin="$(wc -l <"$record.log")"
     if [[ -z "$pid" ]]; then
         rm -f "$record.exit"
-        set -m # a process group of its own: the terminal's end is not its
-        # shellcheck disable=SC2016
-        nohup bash -c '"$@"; echo $? >"$0.exit"' "$record" \
-            bash "$top/launch/tpu.sh" keep "${given[@]}" --foreground \
+        set -m # a process group of its own, which outlives the terminal
+        nohup bash "$launch/tpu.sh" keep "${given[@]}" --foreground \
             >>"$record.log" 2>&1 </dev/null &
         pid=$!
         set +m
         echo "$pid" >"$record.pid"
     fi
     echo "tpu.sh: process $pid keeps $name; its log is $record.log;" \
-        "closing the terminal ends nothing, tpu.sh stop does"
+        "it outlives this terminal, tpu.sh stop ends it"
     if [[ -z "$follow" ]]; then
         return
     fi
     tail -n "+$((begin + 1))" -f "$record.log" &
     while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
-    sleep 0.2
+    sleep 0.2 # for the last lines
     kill $!
-    code="$(cat "$record.exit" 2>/dev/null)" || die "the keeper was ended"
-    exit "$code"
+    exit "$(cat "$record.exit" || echo 1)"
 }

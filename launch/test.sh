@@ -1,43 +1,32 @@
 #!/usr/bin/env bash
-# Runs ruff and the tests.
+# Run ruff and the tests.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash launch/test.sh [--setup-only] [ARGUMENT ...]
 
-Sets topd_jax up with its test extra (needs Python 3.11 or newer, nothing else),
-then runs ruff over the checkout and
+Install topd_jax with its test extra (needs Python 3.11 or newer, nothing else),
+then run ruff on the checkout and
     pytest ARGUMENT ...
-which is, with no argument, every test that is neither slow nor a benchmark. Two
-processes share the files; -n 0 leaves all to one, as -m benchmark wants it.
-All but benchmarks compile quickly rather than well (tests/conftest.py).
+Without arguments these are all tests that are neither slow nor benchmarks.
+Two processes share the test files; benchmarks need one (-m benchmark -n 0).
 
   --setup-only   only make the virtual environment and install
-  --help         this text
-  ARGUMENT       handed to pytest, for instance -m slow, or tests/test_losses.py
+  --help         print this text
+  ARGUMENT       passed to pytest, for instance -m slow or tests/test_launch.py
 
 Environment: TOPD_VENV, TOPD_PYTHON (see launch/local.sh --help);
-JAX_PLATFORMS (default: cpu, so that a machine with a TPU or GPU tests the same
-thing).
+JAX_PLATFORMS (default: cpu, so that every machine tests the same).
 TEXT
 }
 
-if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
-    usage
-    exit 0
-fi
-
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-topd_setup test
+topd_arguments test "$@"
 
-if [[ "${1:-}" == --setup-only ]]; then
-    echo "topd_jax is ready in $TOPD_ENV"
-    exit 0
-fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# In front of what is given, which may say otherwise.
+# The user's own options come last and win.
 export PYTEST_ADDOPTS="--numprocesses=2 --dist=loadfile ${PYTEST_ADDOPTS:-}"
 failed=0
 "$TOPD_ENV/bin/python" -m ruff check . || failed=$?

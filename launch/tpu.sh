@@ -1,52 +1,53 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, from this machine, through gcloud.
+# Train on a Cloud TPU slice, from this machine, through gcloud.
 #
-# On every worker: ~/topd_jax/src (the checkout), ~/topd_jax/venv,
-# ~/topd_jax/runs, ~/topd_jax/train.log and train.pid.
+# Every worker has in ~/topd_jax: src (the checkout), venv, runs, train.log, and
+# of the last start train.command and train.pid.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
 
-  create    make the TPU slice NAME                   (needs --type)
-  install   copy the checkout to every worker, install it there
+  create    create the TPU slice NAME                 (needs --type)
+  install   copy the checkout to every worker and install it
   run       start topd train on every worker, detached (needs --config)
   logs      follow the log of one worker
-  stop      end the training on every worker
-  delete    delete the slice, and with it its disks
+  stop      stop the training on every worker, and the keeper
+  delete    delete the slice with its disks, and stop the keeper
   all       create, install, run, logs
-  keep      all of it until the training is done: waits for the slice, asks
-            again where there is no capacity, and after a preemption or a
-            failure begins anew from the last checkpoint. Runs in the
-            background, survives the terminal, and goes on when started again
+  keep      do all of it until the training is done: wait for the slice, retry
+            where there is no capacity, resume from the last checkpoint after a
+            preemption or a failure. Runs in the background and survives the
+            terminal; rerun the command to follow it again
 
   --name NAME        the slice
   --zone ZONE        for instance us-west4-a
-  --project PROJECT  default: gcloud's own
+  --project PROJECT  default: the one that gcloud is configured with
   --type TYPE        accelerator type, for instance v5litepod-8, v6e-16, v4-32
-  --version VERSION  runtime; default: by the type
-  --spot, --reserved spot capacity, or out of a reservation
-  --queued           ask for the slice by a queued resource of the same name,
-                     and delete that (create returns before the slice exists;
-                     keep waits for it)
-  --branch REF       the commit to install (default: HEAD); what is not
-                     committed is not copied
+  --version VERSION  runtime version; the default depends on the type
+  --spot, --reserved use spot capacity, or a reservation
+  --queued           request the slice through a queued resource of the same
+                     name, and delete that (create returns before the slice
+                     exists; keep waits for it)
+  --branch REF       the commit to install (default: HEAD); uncommitted changes
+                     are not copied
   --config FILE      the config, a path in the checkout
-  --workdir DIR      default runs/NAME. A relative path is in ~/topd_jax of
-                     each worker; with several workers give a directory that
-                     all of them see (Filestore, or a bucket under gcsfuse)
-  --worker N         whose log (default 0)
-  --no-follow        print the end of the log and return; of keep: return
-  --prepare COMMAND  run on every worker before each start of the training, to
-                     mount the disk of --workdir; must bear being repeated
-  --every SECONDS    how often keep looks (default 60)
-  --restarts N       failures after which keep gives up (default 10); those
-                     of a preemption or for want of capacity do not count
-  --delete-when-done of keep: delete the slice in the end
-  --foreground       of keep: in this process
+  --workdir DIR      default runs/NAME. A relative path starts at ~/topd_jax on
+                     each worker; several workers need a directory that all of
+                     them share (Filestore, or a bucket mounted by gcsfuse)
+  --worker N         whose log to show (default 0)
+  --no-follow        of logs: print the end of the log and return; of keep:
+                     return while the keeper runs
+  --prepare COMMAND  run this on every worker before each start, to mount the
+                     disk of --workdir; it must tolerate repetition
+  --every SECONDS    how often keep polls (default 60)
+  --restarts N       keep gives up after N failures (default 10); preemptions
+                     and missing capacity do not count
+  --delete-when-done of keep: delete the slice when the training is done
+  --foreground       of keep: stay in the foreground
   --dry-run          print every command, run none
-  -- ARG ...         handed to topd train, for instance --config.train.steps=9
+  -- ARG ...         passed to topd train, for instance --config.train.steps=9
 
 Exit codes: 2 for wrong usage, else that of the command that failed.
 Example:
@@ -59,14 +60,40 @@ Example:
 TEXT
 }
 
-top="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-# shellcheck source=launch/common.sh
-source "$top/launch/common.sh"
+launch="$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=launch/setup.sh
+source "$launch/setup.sh"
 # shellcheck source=launch/keep.sh
-source "$top/launch/keep.sh"
+source "$launch/keep.sh"
 name="" zone="" project="" type="" version="" branch=HEAD config="" workdir=""
 worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
 prepare="" every=60 restarts=10 delete_when_done="" foreground=""
+
+# Prints its arguments as one line that a shell parses into the same words.
+quote() {
+    local word separator="" one="'" escaped="'\\''"
+    for word in "$@"; do
+        if [[ -z "$word" || "$word" == *[!A-Za-z0-9_./:=@%+,-]* ]]; then
+            word="'${word//$one/$escaped}'"
+        fi
+        printf '%s%s' "$separator" "$word"
+        separator=" "
+    done
+}
+
+# Runs a command; with --dry-run prints it.
+execute() {
+    if [[ -n "$dry_run" ]]; then
+        quote "$@"
+        echo
+        return
+    fi
+    "$@" || {
+        local code=$?
+        echo "tpu.sh: exit code $code from: $(quote "${@:1:6}") ..." >&2
+        exit "$code"
+    }
+}
 
 # tpus VERB ...: one gcloud call about the slice.
 tpus() {
@@ -74,9 +101,10 @@ tpus() {
         ${project:+"--project=$project"}
 }
 
-# on_worker WORKER SCRIPT: SCRIPT is read by the worker's login shell.
+# on_worker WORKER SCRIPT: the worker's login shell runs SCRIPT in ~/topd_jax.
 on_worker() {
-    tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
+    tpus tpu-vm ssh "$name" --worker="$1" --command="$worker_prelude
+$2"
 }
 
 parse() {
@@ -85,26 +113,34 @@ parse() {
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
         fi
         case "$1" in
-            --spot | --reserved) capacity+=("$1") && shift && continue ;;
-            --queued) queued=yes && shift && continue ;;
-            --dry-run) dry_run=yes && shift && continue ;;
-            --no-follow) follow="" && shift && continue ;;
-            --delete-when-done) delete_when_done=yes && shift && continue ;;
-            --foreground) foreground=yes && shift && continue ;;
+            --spot | --reserved) capacity+=("$1") ;;
+            --queued) queued=yes ;;
+            --dry-run) dry_run=yes ;;
+            --no-follow) follow="" ;;
+            --delete-when-done) delete_when_done=yes ;;
+            --foreground) foreground=yes ;;
             --help | -h) usage && exit 0 ;;
             --) arguments=("${@:2}") && break ;;
             --name | --zone | --project | --type | --version | --branch | \
                 --config | --workdir | --worker | --prepare | --every | \
-                --restarts) ;;
-            *) die "unknown argument $1: see --help; what is meant for topd" \
-                "goes after --" ;;
+                --restarts)
+                if (($# < 2)) || [[ "$2" == --* || -z "$2" ]]; then
+                    die "$1 needs a value, for instance $1=..."
+                fi
+                printf -v "${1#--}" '%s' "$2"
+                shift
+                ;;
+            *) die "unknown argument $1: see --help; arguments of topd go" \
+                "after --" ;;
         esac
-        if (($# < 2)) || [[ "$2" == --* || -z "$2" ]]; then
-            die "$1 needs a value, for instance $1=..."
-        fi
-        printf -v "${1#--}" '%s' "$2"
-        shift 2
+        shift
     done
+}
+
+# required FLAG EXAMPLE: refuses $command where FLAG was not given.
+required() {
+    local variable="${1#--}"
+    [[ -n "${!variable}" ]] || die "$command needs $1, for instance $1 $2"
 }
 
 check() {
@@ -124,30 +160,30 @@ check() {
     elif ((${#arguments[@]})); then
         die "$command takes no arguments after --; run, all and keep do"
     fi
+    if [[ "$workdir" == *://* ]]; then
+        die "--workdir=$workdir must be a directory on the workers: mount the" \
+            "bucket there (gcsfuse) and give its mount point"
+    fi
     if [[ "$command" == keep && "$workdir" != /* ]]; then
         die "--workdir=$workdir is lost with the slice: keep needs the" \
             "absolute path of a disk that outlives it, mounted by --prepare"
     fi
-    if [[ ! "$restarts" =~ ^[0-9]+$ ||
-        ! "$every" =~ ^[0-9]+([.][0-9]+)?$ ]]; then
-        die "--restarts=$restarts and --every=$every must be numbers, 0 or more"
-    fi
+    local flag
+    for flag in restarts worker every; do
+        if [[ ! "${!flag}" =~ ^[0-9]+([.][0-9]+)?$ ]] ||
+            [[ "$flag" != every && "${!flag}" == *.* ]]; then
+            die "--$flag=${!flag} must be a number, 0 or more"
+        fi
+    done
     if ((${#capacity[@]} > 1)); then
         die "--spot and --reserved exclude each other: give one"
     fi
-    if [[ "$workdir" == *://* ]]; then
-        die "--workdir=$workdir must be a directory on the workers: mount the" \
-            "bucket there (gcsfuse) and give the place where it is mounted"
-    fi
     if [[ "$command" == all && -n "$queued" ]]; then
-        die "all cannot wait for a queued resource: keep can"
-    fi
-    if [[ ! "$worker" =~ ^[0-9]+$ ]]; then
-        die "--worker=$worker must be a worker's number, 0 or more"
+        die "all cannot wait for a queued resource: use keep"
     fi
     if [[ -z "$dry_run" ]] && ! command -v gcloud >/dev/null; then
         die "gcloud is not on PATH: install the Google Cloud CLI and log in" \
-            "(gcloud auth login), or look with --dry-run"
+            "(gcloud auth login), or try --dry-run"
     fi
 }
 
@@ -177,80 +213,68 @@ create() {
     fi
 }
 
-# Worker scripts. They are the worker's to expand, hence the single quotes.
+# Worker scripts. The worker expands them, hence the single quotes.
 # shellcheck disable=SC2016
-readonly refuse_if_running='set -eu;
-mkdir -p "$HOME/topd_jax"; cd "$HOME/topd_jax";
-pid=$(cat train.pid 2>/dev/null || echo none);
-if grep -qs topd "/proc/$pid/cmdline"; then
-echo "$(hostname): training runs (process $pid): see logs, or stop it" >&2
-exit 2; fi'
-# The old checkout goes, so that no module of it is left behind.
-# shellcheck disable=SC2016
-readonly install_here='rm -rf src installed;
-tar -xzf "$HOME/topd_jax.tar.gz"; cd src;
-TOPD_VENV="$HOME/topd_jax/venv" TOPD_FETCH_PYTHON=1 bash launch/setup.sh tpu;
-touch ../installed'
-# shellcheck disable=SC2016
-readonly need_install='if [ ! -x venv/bin/topd ]; then
-echo "$(hostname): topd_jax is not here: tpu.sh install" >&2; exit 2; fi;'
-# A session of its own, and nothing open to the terminal: ssh returns, and the
-# training outlives it. The wrapper writes how it ended; its own trap lets topd
-# end first.
-# shellcheck disable=SC2016
-readonly run_here='start() { setsid nohup bash -c '\''trap : TERM; "$@";
+readonly worker_prelude='set -eu; mkdir -p "$HOME/topd_jax"; cd "$HOME/topd_jax"
+fail() { echo "$(hostname): $1" >&2; exit 2; }
+running() { pid=$(cat train.pid 2>/dev/null || echo none)
+grep -qs topd "/proc/$pid/cmdline"; }' \
+    refuse_if_running='if running; then
+fail "training runs (process $pid): follow it with logs, or stop it"; fi' \
+    install_on_worker='# Remove the old checkout with modules that are no more.
+rm -rf src installed; tar -xzf "$HOME/topd_jax.tar.gz"; cd src
+TOPD_VENV="$HOME/topd_jax/venv" TOPD_FETCH_PYTHON=1 bash launch/setup.sh tpu
+touch ../installed' \
+    start_on_worker='# A session without a terminal: training outlives ssh. The
+# wrapper logs the exit code; its trap lets topd exit first.
+start() { setsid nohup bash -c '\''trap : TERM; "$@";
 echo "topd: exit code $?"'\'' topd "$@" >>../train.log 2>&1 </dev/null &
-echo $! >../train.pid; };'
-# shellcheck disable=SC2016
-readonly stop_here='pid=$(cat "$HOME/topd_jax/train.pid" || echo none);
-if ! grep -qs topd "/proc/$pid/cmdline"; then
-echo "$(hostname): nothing runs"; exit 0; fi;
-kill -TERM -- "-$pid";
-for _ in $(seq 120); do kill -0 -- "-$pid" 2>/dev/null || exit 0; sleep 1; done;
-echo "$(hostname): process $pid is still there after 120 s" >&2; exit 1'
-
-# What the keeper asks: absent, fresh, running, ended CODE, or other, where
-# another command line runs. Expects the wanted one in $wanted.
-# shellcheck disable=SC2016
-readonly look_here='cd "$HOME/topd_jax" 2>/dev/null || mkdir "$HOME/topd_jax";
-state() { echo "topd-state: $*"; exit 0; };
-[ -x venv/bin/topd ] && [ -e src/setup.py ] && [ -e installed ] || state absent;
-same=; [ "$(cat train.command 2>/dev/null)" = "$wanted" ] && same=yes;
-pid=$(cat train.pid 2>/dev/null || echo none);
-if grep -qs topd "/proc/$pid/cmdline"; then
-[ -n "$same" ] && state running; state other; fi;
-[ -n "$same" ] || state fresh;
-state ended "$(tail -n 1 train.log | sed -n "s/^topd: exit code //p")"'
+echo $! >../train.pid; }' \
+    stop_on_worker='if ! running; then
+echo "$(hostname): no training runs"; exit 0; fi; kill -TERM -- "-$pid"
+for _ in $(seq 600); do
+kill -0 -- "-$pid" 2>/dev/null || exit 0; sleep 0.2; done
+echo "$(hostname): process $pid still runs 120 s after SIGTERM" >&2; exit 1' \
+    report_on_worker='# For keep: absent, fresh, running, ended CODE, or other,
+# where another command line than $wanted runs.
+report() { echo "topd-state: $*"; exit 0; }
+[ -e installed ] || report absent
+same=; [ "$(cat train.command 2>/dev/null)" = "$wanted" ] && same=yes
+if running; then [ -n "$same" ] && report running; report other; fi
+[ -n "$same" ] || report fresh
+report ended "$(tail -n 1 train.log | sed -n "s/^topd: exit code //p")"'
 
 check_commit() {
-    git -C "$top" rev-parse --verify --quiet "$branch^{commit}" >/dev/null ||
-        die "--branch=$branch is no commit of $top: git branch lists them"
-    if [[ -n "$(git -C "$top" status --porcelain)" ]]; then
-        echo "tpu.sh: note: the checkout has changes that are not committed;" \
-            "$branch goes to the workers without them" >&2
+    git -C "$TOPD_TOP" rev-parse --verify --quiet "$branch^{commit}" \
+        >/dev/null || die "--branch=$branch is no commit of $TOPD_TOP: see" \
+        "git branch"
+    if [[ -n "$(git -C "$TOPD_TOP" status --porcelain)" ]]; then
+        echo "tpu.sh: note: the checkout has uncommitted changes; the workers" \
+            "get $branch without them" >&2
     fi
 }
 
 install() {
-    local archive="$top/runs/launch/$name.tar.gz"
+    local archive="$TOPD_TOP/runs/launch/$name.tar.gz"
     if [[ -z "$dry_run" ]]; then
         check_commit
     fi
-    execute mkdir -p "$top/runs/launch"
-    execute git -C "$top" archive --format=tar.gz --prefix=src/ \
+    execute mkdir -p "$TOPD_TOP/runs/launch"
+    execute git -C "$TOPD_TOP" archive --format=tar.gz --prefix=src/ \
         --output="$archive" "$branch"
     tpus tpu-vm scp "$archive" "$name:topd_jax.tar.gz" --worker=all
-    on_worker all "$refuse_if_running; $install_here"
+    on_worker all "$refuse_if_running
+$install_on_worker"
 }
 
 # The training's command line, for the worker's shell in the checkout.
 train_command() {
-    local place="\"\$HOME\"/topd_jax/" directory="${workdir:-runs/$name}"
+    local home="\"\$HOME\"/topd_jax/" directory="${workdir:-runs/$name}"
     if [[ "$directory" == /* ]]; then
-        place=""
+        home=""
     fi
     printf '%s' "../venv/bin/topd train --distributed" \
-        " --config $(quote "$config") --workdir $place$(quote "$directory")"
+        " --config $(quote "$config") --workdir $home$(quote "$directory")"
     if ((${#arguments[@]})); then
         printf ' %s' "$(quote "${arguments[@]}")"
     fi
@@ -259,23 +283,30 @@ train_command() {
 run() {
     local train file
     train="$(train_command)"
-    file="$(quote "${config%%:*}")" # what follows a colon is its argument
-    on_worker all "$refuse_if_running; $need_install
-[ -f src/$file ] || { echo \"\$(hostname): no config\" $file >&2; exit 2; }
+    file="$(quote "${config%%:*}")" # after a colon comes the config's argument
+    on_worker all "$refuse_if_running
+[ -e installed ] || fail 'topd_jax is not installed: run tpu.sh install'
+[ -f src/$file ] || fail 'no config '$file
 # shellcheck disable=SC2016
 printf '%s' $(quote "$train") >train.command
 ${prepare:+($prepare)
-}cd src; $run_here
+}cd src
+$start_on_worker
 start $train"
 }
 
+# What the workers say of the training, for keep.
+report() {
+    on_worker all "wanted=$(quote "$(train_command)")
+$report_on_worker"
+}
+
 logs() {
-    # shellcheck disable=SC2016
-    on_worker "$worker" "tail -n 50 ${follow:+-F }"'"$HOME/topd_jax/train.log"'
+    on_worker "$worker" "tail -n 50 ${follow:+-F }train.log"
 }
 
 stop_training() {
-    on_worker all "$stop_here"
+    on_worker all "$stop_on_worker"
 }
 
 stop() {
@@ -304,17 +335,12 @@ all() {
 }
 
 command="${1:-}"
-if [[ -z "$command" ]]; then
-    usage >&2
-    exit 2
-fi
-if [[ "$command" == --help || "$command" == -h ]]; then
-    usage
-    exit 0
-fi
-shift
-given=("$@")
-parse "$@"
+case "$command" in
+    "") usage >&2 && exit 2 ;;
+    --help | -h) usage && exit 0 ;;
+esac
+given=("${@:2}")
+parse ${given[@]+"${given[@]}"}
 check
-record="$top/runs/launch/$name" errors="$top/runs/launch/$name.errors.$$"
+record="$TOPD_TOP/runs/launch/$name" errors="$TOPD_TOP/runs/launch/$name.err.$$"
 "$command"

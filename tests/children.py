@@ -51,5 +51,13 @@ def simulated(devices: int | str) -> str:
 
 
 def on_eight_devices(*arguments: object) -> str:
-    """:func:`run_script` on eight simulated devices."""
-    return run_script(*arguments, XLA_FLAGS=simulated(8))
+    """:func:`run_script` on eight simulated devices, compiled anew.
+
+    On CPU a program of several devices that is read from the compilation
+    cache can wait for itself: its collectives have no order there.
+    """
+    return run_script(
+        *arguments,
+        XLA_FLAGS=simulated(8),
+        JAX_ENABLE_COMPILATION_CACHE="false",
+    )

@@ -112,14 +112,49 @@ def small_arguments(world_cache: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(
-    small_arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+    world_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The work directory of a small run that nothing disturbed."""
-    from topd_jax.cli import main
+    """The work directory of a small run that nothing disturbed; read only."""
+    from small_run import settings_with
+
+    from topd_jax.training.loop import train
 
     workdir = tmp_path_factory.mktemp("trained")
-    main.run(["train", *small_arguments, f"--workdir={workdir}"])
+    train(settings_with(world_cache), workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[tuple[str, str]]:
+    """Problems of the tiny world with solutions as its student writes them."""
+    from topd_jax.data.toy_world import problems
+
+    sample = problems.problems("train", 400, seed=0)
+    return problems.world_pairs(
+        sample, problems.STUDENT_STYLE, problems.STUDENT_HABIT, seed=1
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer(pairs: list[tuple[str, str]]):
+    """The tokenizer of the tiny world."""
+    from topd_jax.data.toy_world.models import train_tokenizer
+
+    return train_tokenizer(pairs)
+
+
+@pytest.fixture(scope="session")
+def written(
+    world_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """Solutions of 64 prompts in 4 shards: work directory, and summary."""
+    from small_run import settings_with
+
+    from topd_jax.training.generation import generate
+
+    workdir = tmp_path_factory.mktemp("written")
+    settings = settings_with(world_cache, offline__shard_size=16)
+    return workdir, generate(settings, workdir)
 
 
 @pytest.fixture

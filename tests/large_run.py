@@ -12,5 +12,5 @@ def get_config() -> ConfigDict:
     config.world.student_width = 256
     config.data.batch_size = 512
     config.rollout.max_new_tokens = 1024
-    config.objective.variant = "opd"
+    config.objective = "opd"
     return config

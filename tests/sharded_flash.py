@@ -7,8 +7,7 @@ know nothing of the others; the step is that of blocks on one device.
 import functools
 
 import jax
-from sharded_shapes import CONFIG, run
-from sharded_step import assert_same
+from sharded_step import MIXTURE, assert_same, one_device, run_mixture
 
 from topd_jax.models.attention import core, flash
 from topd_jax.parallel import sharding
@@ -20,8 +19,7 @@ LONG = dict(prompt=20, completion=131)
 
 def main() -> None:
     assert jax.device_count() == 8
-    one = sharding.make_mesh(devices=jax.devices()[:1])
-    expected = run(one, CONFIG, **LONG)
+    expected = run_mixture(one_device(), **LONG)
     calls, by_platform = [], jax.lax.platform_dependent
 
     def on_tpu(*arrays, tpu, default):
@@ -35,8 +33,8 @@ def main() -> None:
     for shape in MESHES:
         calls.clear()
         mesh = sharding.make_mesh(*shape)
-        config = CONFIG.replace(attention="flash")
-        assert_same(expected, run(mesh, config, **LONG))
+        config = MIXTURE.replace(attention="flash")
+        assert_same(expected, run_mixture(mesh, config, **LONG))
         data, fsdp, tensor, expert, sequence = shape
         read = {s[:3] for s in calls}
         rows = 8 // (data * fsdp * expert)

@@ -3,7 +3,7 @@
     python sharded_programs.py DIRECTORY dense|experts|columns RULES [TOPOLOGY]
 
 DIRECTORY gets the models' config.json, RULES is ``rollout.sharding``, and
-``objective.branch_sharding`` where that knows them; without
+``rollout.branch_sharding`` where that knows them; without
 a topology the programs are compiled for eight simulated devices. Whole stacks
 of parameters, all logits [B, T, V] and the cache may never come together on a
 device: no collective that moves arrays may make one of their size, nor of a
@@ -22,14 +22,11 @@ import jax
 
 from topd_jax.configs import default
 from topd_jax.models.parameters import parameter_table
+from topd_jax.objectives.loading import spell
 from topd_jax.parallel import sharding
 from topd_jax.planning import hlo
-from topd_jax.planning.command import without_a_tpu
-from topd_jax.planning.programs import (
-    calls,
-    decoder_configs,
-    topology_devices,
-)
+from topd_jax.planning.chips import topology_devices, without_tpu
+from topd_jax.planning.programs import abstract_models, calls
 from topd_jax.sampling import branch_columns
 from topd_jax.training.config import Settings, settings_from
 
@@ -80,24 +77,28 @@ def settings_of(folder: pathlib.Path, kind: str, rules: str) -> Settings:
     config.rollout.max_new_tokens = NEW
     config.rollout.sharding = rules
     if rules != "tensor":
-        config.objective.branch_sharding = rules
+        config.rollout.branch_sharding = rules
     config.rollout.top_p = 0.9  # the filter sorts logits
-    config.objective.candidates, config.objective.window = 3, 4
-    config.objective.chunk_size = 64
+    config.objective = spell("topd", candidates=3, window=4)
+    config.train.chunk_size = 64
     return settings_from(config)
 
 
-def wholes(settings: Settings, moved: str) -> Iterator[tuple[str, int, int]]:
+def wholes(
+    settings: Settings, mesh: jax.sharding.Mesh, moved: str
+) -> Iterator[tuple[str, int, int]]:
     """(what may not come together, its elements, parts it is spread in).
 
     Args:
       settings: of the run.
+      mesh: of its devices.
       moved: whose parameters the rules move once, as a whole; "" nobody's.
     """
     fsdp, tensor = settings.mesh.fsdp, settings.mesh.tensor
     expert, sequence = settings.mesh.expert, settings.mesh.sequence
-    student, ((_, teacher),) = decoder_configs(settings)
-    for name, config in (("student", student), ("teacher", teacher)):
+    models = abstract_models(settings, mesh)
+    shapes = [m.config for m in (models.student, models.teachers[0].model)]
+    for name, config in zip(("student", "teacher"), shapes, strict=True):
         for part, row in parameter_table(config).items():
             # Norms are whole everywhere.
             if row.axes[0] == "layers" and row.scale and name != moved:
@@ -113,15 +114,19 @@ def wholes(settings: Settings, moved: str) -> Iterator[tuple[str, int, int]]:
 
 
 def gathered(
-    program: hlo.Program, settings: Settings, rules: str, name: str
+    program: hlo.Program,
+    settings: Settings,
+    mesh: jax.sharding.Mesh,
+    rules: str,
+    name: str,
 ) -> list[str]:
     """What a program brings together and may not."""
-    moved = {"annotate": "teacher"}.get(name, "student")
-    if rules == "train" or name not in ("rollout", "evaluate", "annotate"):
+    moved = {"score": "teacher"}.get(name, "student")
+    if rules == "train" or name not in ("rollout", "evaluate", "score"):
         moved = ""
     sizes = {
         whole // part: what
-        for what, whole, ways in wholes(settings, moved)
+        for what, whole, ways in wholes(settings, mesh, moved)
         for part in range(1, ways)
         if ways % part == 0
     }
@@ -139,7 +144,7 @@ def main(folder: str, kind: str, rules: str, topology: str = "") -> None:
     settings = settings_of(pathlib.Path(folder), kind, rules)
     devices = None
     if topology:
-        without_a_tpu()
+        without_tpu()
         devices = topology_devices(topology)
     mesh = sharding.make_mesh(
         **dataclasses.asdict(settings.mesh), devices=devices
@@ -147,9 +152,9 @@ def main(folder: str, kind: str, rules: str, topology: str = "") -> None:
     with jax.set_mesh(mesh):
         run = calls(settings, mesh)
         names = {"train": tuple(run), "tensor": ("rollout",)}
-        for name in names.get(rules, ("rollout", "annotate")):
+        for name in names.get(rules, ("rollout", "score")):
             text = run[name].fn.lower(*run[name].args).compile().as_text()
-            found = gathered(hlo.parse(text), settings, rules, name)
+            found = gathered(hlo.parse(text), settings, mesh, rules, name)
             assert not found, f"{name} gathers {found}"
             print(f"{name} gathers no whole", flush=True)
 

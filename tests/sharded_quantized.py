@@ -1,7 +1,5 @@
 """Run in a process of its own: a quantised model on 8 devices equals one."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from topd_jax.types import positions_of
 
 # data, fsdp, tensor, expert
 MESHES = {"int8": (1, 4, 2, 1), "int4": (1, 2, 2, 2)}
-MIXED = dataclasses.replace(CONFIG, dense=(False, True, False))
 
 
 def states(model, mesh):
@@ -36,24 +33,24 @@ def main() -> None:
     assert jax.device_count() == 8
     one = sharding.make_mesh(devices=jax.devices()[:1])
     for kind, shape in MESHES.items():
-        whole = quantize(make(MIXED), kind, tile=4 if kind == "int4" else 0)
+        whole = quantize(make(CONFIG), kind, tile=4 if kind == "int4" else 0)
         want = states(whole, one)
         mesh = sharding.make_mesh(*shape)
         shards = sharding.tree_shardings(whole, mesh, whole.logical_axes)
         # Quantised and then spread, or spread and then quantised.
         moved = jax.device_put(whole, shards)
-        floats = make(MIXED)
+        floats = make(CONFIG)
         shards = sharding.tree_shardings(floats, mesh, floats.logical_axes)
         floats = jax.device_put(floats, shards)
         finish = quantizer(kind, tile=4 if kind == "int4" else 0)
         arrays = {n: finish(n, x) for n, x in floats.arrays.items()}
-        made = floats.__class__(MIXED, arrays)
+        made = floats.__class__(CONFIG, arrays)
         for x, y in zip(
             jax.tree.leaves(moved), jax.tree.leaves(made), strict=True
         ):
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-        held = made.arrays["up"].qvalue
-        ways = shape[1] * shape[2]
+        held = made.arrays["expert_up"].qvalue
+        ways = int(np.prod(shape))
         assert held.addressable_shards[0].data.size * ways == held.size
         assert fingerprint(made) == fingerprint(whole)
         np.testing.assert_allclose(states(made, mesh), want, atol=2e-5)

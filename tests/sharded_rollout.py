@@ -6,15 +6,16 @@ import jax
 import numpy as np
 
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.decoder import causal_mask, init_decoder
+from topd_jax.models.decoder import init_decoder
+from topd_jax.models.passes import trajectory_cache
+from topd_jax.parallel.rules import DECODING
 from topd_jax.parallel.sharding import (
-    DECODING,
     batch_shardings,
     make_mesh,
     tree_shardings,
 )
 from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.types import Candidates, Prompts, completion_states
+from topd_jax.types import Candidates, Prompts
 
 CONFIG = DecoderConfig(
     vocab_size=64, layers=2, width=32, heads=4, kv_heads=2, head_dim=8,
@@ -31,23 +32,19 @@ def prompts() -> Prompts:
 
 
 def look_ahead(model, out, positions, sharding, temperature):
-    columns = out.sequence.shape[1]
     extra = branch_columns(positions.shape[1], 5)
-    cache = model.init_cache(out.tokens.shape[0], columns + extra)
-    mask = causal_mask(out.sequence_mask)
-    mask = jax.numpy.pad(mask, ((0, 0), (0, 0), (0, extra)))
-    hidden, cache = model(out.sequence, out.positions, mask, cache)
-    hidden = completion_states(hidden, out.prompt.shape[1])
+    columns = out.sequence.shape[1] + extra
+    hidden, cache = trajectory_cache(model, out, columns)
     candidates = Candidates(positions, positions < out.mask.sum(1)[:, None])
     return branch(
         model, cache, hidden, out, candidates, length=5, sharding=sharding,
         temperature=temperature, key=jax.random.key(2), return_hidden=True,
-        **IDS,
+        vocab_size=CONFIG.vocab_size, **IDS,
     )  # fmt: skip
 
 
 def everything(model, batch, sharding="train"):
-    result = []
+    outputs = []
     for temperature in (0.0, 1.0):
         out = rollout(
             model, batch, jax.random.key(1), max_new_tokens=9,
@@ -57,8 +54,8 @@ def everything(model, batch, sharding="train"):
         read = jax.jit(look_ahead, static_argnums=(3, 4))
         ahead = "train" if sharding == "tensor" else sharding
         found = read(model, out, positions, ahead, temperature)
-        result.append((out, *found))
-    return result
+        outputs.append((out, *found))
+    return outputs
 
 
 def on_mesh(model, shape, sharding, results):

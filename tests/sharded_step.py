@@ -1,29 +1,48 @@
-"""The real step on 8 simulated devices against one; run by test_sharded."""
+"""The step on 8 simulated devices against one device; run by test_sharded.
+
+python sharded_step.py meshes|objectives|columns
+"""
 
 import dataclasses
-import functools
+import itertools
+import math
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import EOS, PAD, make_model, make_trajectories
+from conftest import EOS, PAD, VOCAB, make_model, make_trajectories
+from jax.sharding import AxisType, Mesh
 
-from topd_jax.models import Lora, add_lora, merge_lora, parameter_table
-from topd_jax.models.config import LORA_TARGETS
+from topd_jax.models import Lora, add_lora, init_decoder, merge_lora
+from topd_jax.models.config import LORA_TARGETS, DecoderConfig
 from topd_jax.models.lora import join, split
-from topd_jax.objectives.objective import Objective
+from topd_jax.models.parameters import parameter_table
+from topd_jax.objectives import presets
+from topd_jax.objectives.objective import NearFuture
 from topd_jax.parallel import sharding
-from topd_jax.training.step import annotate, init_state, update
-from topd_jax.training.teachers import Teachers
+from topd_jax.parallel.rules import using
+from topd_jax.training.score import score
+from topd_jax.training.step import init_state, train_step
+from topd_jax.types import Scored, Teacher
 
-# Eight devices in every shape that the models' sizes allow.
-MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
-# Where the teacher's parameters are while it looks ahead.
-AHEAD = {
-    (2, 4, 1): ("rows",), (2, 2, 2): ("gathered",),
-    (1, 4, 2): ("rows", "gathered"),
-}  # fmt: skip
+# A mixture has parameters for every axis.
+MIXTURE = DecoderConfig(
+    vocab_size=VOCAB, layers=2, width=16, heads=8, kv_heads=8, head_dim=4,
+    mlp_width=16, experts=8, experts_per_token=2, expert_width=16,
+)  # fmt: skip
+# Rules of a mesh whose axes are named otherwise.
+OTHER_RULES = {"batch": "rows", "embed": "rows"} | dict.fromkeys(
+    ("vocab", "heads", "kv_heads", "mlp", "activation_heads",
+     "activation_kv_heads", "activation_mlp"), "columns",
+)  # fmt: skip
+AUTO = AxisType.Auto
+AHEAD = NearFuture(candidates=3, window=4)
+TOPD = {
+    context: presets.topd(near_future=AHEAD, context=context)
+    for context in ("student", "teacher")
+}
 
 
 def place(model, mesh):
@@ -31,93 +50,50 @@ def place(model, mesh):
     return jax.device_put(model, shards)
 
 
-def run(mesh, objective, accumulate, lora=None):
-    student, teacher = make_model(0), make_model(1, layers=3, width=24)
+def run(
+    mesh, objective, models=None, rows=None, accumulate=1, **scoring
+) -> tuple:
+    """(updated student, metrics, distances, teacher windows), on the host."""
+    student, *teachers = models or (
+        make_model(0), make_model(1, layers=3, width=24)
+    )  # fmt: skip
+    rows = make_trajectories(rows=16) if rows is None else rows
+    rows = jax.device_put(rows, sharding.batch_shardings(rows, mesh))
     optimizer = optax.sgd(1.0)
-    trajectories = make_trajectories(rows=16)
-    trajectories = jax.device_put(
-        trajectories, sharding.batch_shardings(trajectories, mesh)
+    # Of three prompts the second teacher has two.
+    teachers = tuple(
+        Teacher(place(model, mesh), "ab"[i], i + 1)
+        for i, model in enumerate(teachers)
     )
+
+    @jax.jit
+    def step(student, teachers, rows):
+        scored = score(
+            student, teachers, rows, jax.random.key(0), objective=objective,
+            eos_ids=(EOS,), pad_id=PAD, **scoring,
+        )  # fmt: skip
+        frozen = split(student)[1]
+        state, metrics = train_step(
+            init_state(student, optimizer), rows, scored, frozen,
+            objective=objective, optimizer=optimizer, accumulate=accumulate,
+        )  # fmt: skip
+        ahead = [(s.distance, s.teacher_windows) for s in scored]
+        return merge_lora(join(state.student, frozen)), metrics, ahead
+
     with jax.set_mesh(mesh):
-        student, teacher = place(student, mesh), place(teacher, mesh)
-        if lora is not None:
-            student = add_lora(student, lora, factors(student, lora), mesh=mesh)
-        read = jax.jit(
-            functools.partial(
-                annotate, objective=objective, eos_ids=(EOS,), pad_id=PAD
-            )
-        )
-        notes = read(student, teacher, trajectories, jax.random.key(0))
-        learn = jax.jit(
-            functools.partial(
-                update,
-                objective=objective,
-                optimizer=optimizer,
-                accumulate=accumulate,
-            )
-        )
-        state, metrics = learn(
-            init_state(student, optimizer),
-            teacher.head,
-            trajectories,
-            notes,
-            split(student)[1],
-        )
-        if mesh.devices.size > 1:
-            spread = {
-                x.sharding.is_fully_replicated
-                for x in jax.tree.leaves(state.student)
-            }
-            assert mesh.shape["fsdp"] * mesh.shape["tensor"] == 1 or (
-                False in spread
-            ), "no parameter is spread"
-    merged = merge_lora(join(state.student, split(student)[1]))
-    windows = notes.teacher_windows and notes.teacher_windows.tokens
-    return jax.device_get(
-        (state.student, merged, metrics, notes.distance, windows)
-    )
+        out = step(place(student, mesh), teachers, rows)
+    whole = {x.sharding.is_fully_replicated for x in jax.tree.leaves(out[0])}
+    axes = {"fsdp", "tensor", "columns"}
+    if any(size > 1 and name in axes for name, size in mesh.shape.items()):
+        assert False in whole, "no parameter is spread"
+    return jax.device_get(out)
 
 
-def factors(model, lora):
-    """Adapters whose B is not zero, so that A has a gradient."""
-    table = parameter_table(dataclasses.replace(model.config, lora=lora))
-    rng = np.random.default_rng(0)
-    return {
-        n: rng.normal(0, 0.2, table[n].shape) for n in table if "_lora_" in n
-    }
-
-
-def run_several(mesh):
-    """Two teachers of another width each, with 8 of 24 rows and with 16."""
-    optimizer, objective = optax.sgd(1.0), Objective(variant="opd")
-    models = {"a": make_model(1, layers=1, width=24), "b": make_model(2)}
-    trajectories = make_trajectories(rows=24)
-    trajectories = jax.device_put(
-        trajectories, sharding.batch_shardings(trajectories, mesh)
-    )
-    with jax.set_mesh(mesh):
-        student = place(make_model(0), mesh)
-        teachers = Teachers({n: place(m, mesh) for n, m in models.items()},
-                            (1, 2))  # fmt: skip
-
-        @jax.jit
-        def step(state, teachers, trajectories):
-            def read(model, rows, key):
-                return annotate(
-                    student, model, rows, key, objective=objective,
-                    eos_ids=(EOS,), pad_id=PAD,
-                )  # fmt: skip
-
-            notes = teachers.each(read, trajectories, jax.random.key(0))
-            return update(
-                state, teachers.head, trajectories, notes,
-                objective=objective, optimizer=optimizer,
-            )  # fmt: skip
-
-        state, metrics = step(
-            init_state(student, optimizer), teachers, trajectories
-        )
-    return jax.device_get((state.student, metrics))
+def run_mixture(mesh, config=MIXTURE, **shape):
+    make = jax.jit(init_decoder, static_argnums=0)
+    models = [make(config, jax.random.key(i)) for i in (0, 1)]
+    rows = make_trajectories(rows=8, **shape)
+    return run(mesh, TOPD["teacher"], models, rows)
 
 
 def assert_same(expected, found):
@@ -127,40 +103,118 @@ def assert_same(expected, found):
         np.testing.assert_allclose(jnp.asarray(x), y, rtol=2e-4, atol=2e-5)
 
 
-def look_ahead(one):
-    """The same windows and step, wherever the teacher's parameters are."""
-    objective = Objective(
-        candidates=3, window=4, branch_loss="reverse_kl", branch_temperature=1.0
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def meshes():
+    """All eight devices on one axis, and every three axes by two."""
+    shapes = [tuple(8 if i == j else 1 for i in range(5)) for j in range(5)]
+    shapes += [s for s in itertools.product((1, 2), repeat=5) if sum(s) == 8]
+    expected = run_mixture(one_device())
+    for shape in shapes:
+        assert_same(expected, run_mixture(sharding.make_mesh(*shape)))
+        print(f"same on {shape}", flush=True)
+
+
+def adapted(model):
+    """With adapters whose B is not zero, so that A has a gradient."""
+    lora = Lora(4, 8.0, LORA_TARGETS)
+    table = parameter_table(dataclasses.replace(model.config, lora=lora))
+    rng = np.random.default_rng(0)
+    factors = {
+        n: rng.normal(0, 0.2, table[n].shape) for n in table if "_lora_" in n
+    }
+    return add_lora(model, lora, factors)
+
+
+def objectives():
+    sampled = presets.topd(
+        near_future=dataclasses.replace(AHEAD, branch_temperature=1.0),
+        branch_loss="reverse_kl",
     )
-    expected = run(one, objective, 1)
-    for shape, names in AHEAD.items():
-        for name in names:
-            other = dataclasses.replace(objective, branch_sharding=name)
-            found = run(sharding.make_mesh(*shape), other, 1)
-            np.testing.assert_array_equal(expected[-1], found[-1])
-            assert_same(expected, found)
-            print(f"same on {shape}, {name}", flush=True)
+    two = make_model(0), make_model(1, layers=1, width=24), make_model(2)
+    mixed = 2, 2, 2
+    for name, shape, objective, models, options in (
+        ("student context", mixed, TOPD["student"], None, dict(accumulate=2)),
+        ("rows", (2, 4, 1), sampled, None, dict(branch_sharding="rows")),
+        ("gathered", mixed, sampled, None, dict(branch_sharding="gathered")),
+        ("rows, few heads", (1, 4, 2), sampled, None,
+         dict(branch_sharding="rows")),
+        ("two teachers", mixed, presets.opd(), two, {}),
+        ("adapters", mixed, presets.opd(),
+         (adapted(make_model(0)), make_model(2)), dict(accumulate=2)),
+    ):  # fmt: skip
+        rows = make_trajectories(rows=24 if models is two else 16)
+        expected = run(one_device(), objective, models, rows)
+        mesh = sharding.make_mesh(*shape)
+        found = run(mesh, objective, models, rows, **options)
+        assert_same(expected, found)
+        print(f"same on {shape}: {name}", flush=True)
+    expected = run(one_device(), sampled)
+    with using(OTHER_RULES):
+        devices = np.array(jax.devices()).reshape(4, 2)
+        mesh = Mesh(devices, ("rows", "columns"), axis_types=(AUTO, AUTO))
+        assert_same(expected, run(mesh, sampled, branch_sharding="rows"))
+    print("same on a mesh with other axes", flush=True)
 
 
-def main() -> None:
-    assert jax.device_count() == 8
-    one = sharding.make_mesh(devices=jax.devices()[:1])
-    assert_same(run_several(one), run_several(sharding.make_mesh(2, 2, 2)))
-    print("same on (2, 2, 2), several teachers", flush=True)
-    # sharded_shapes.py has the teacher's context on every mesh.
-    for context, shapes in (("teacher", ()), ("student", MESHES)):
-        objective = Objective(candidates=3, window=4, context=context)
-        expected = run(one, objective, 1)
-        for shape, slices in (*((s, 1) for s in shapes), ((2, 2, 2), 2)):
-            mesh = sharding.make_mesh(*shape)
-            assert_same(expected, run(mesh, objective, slices))
-            print(f"same on {shape}, {context}, {slices}", flush=True)
-    look_ahead(one)
-    objective, lora = Objective(variant="opd"), Lora(4, 8.0, LORA_TARGETS)
-    mesh = sharding.make_mesh(2, 2, 2)
-    assert_same(run(one, objective, 1, lora), run(mesh, objective, 2, lora))
-    print("same on (2, 2, 2), adapters", flush=True)
+def columns():
+    """Attention in blocks of queries, as where sequences are long."""
+    from topd_jax.models.attention import core
+
+    core._LONG_SCORES = core._BLOCK_SCORES = 1
+    for shape, context, accumulate in (
+        ((1, 2, 2, 1, 2), "student", 2),
+        ((2, 1, 1, 1, 4), "teacher", 2),
+    ):
+        expected = run(one_device(), TOPD[context])
+        mesh = sharding.make_mesh(*shape)
+        assert_same(expected, run(mesh, TOPD[context], accumulate=accumulate))
+        print(f"same on {shape}, {context}, {accumulate}", flush=True)
+    each_computes_its_part(parts=8, length=2048)
+
+
+def each_computes_its_part(parts, length):
+    """Scores, feed-forward columns and logits of a step: an eighth each."""
+    from topd_jax.parallel.layouts import loss_layout
+    from topd_jax.planning import hlo
+
+    student, optimizer, mesh = (
+        make_model(0), optax.sgd(1.0), sharding.make_mesh(sequence=parts)
+    )  # fmt: skip
+    rows = make_trajectories(rows=1, prompt=16, completion=length - 16)
+    shape = rows.tokens.shape
+    scored = Scored(student.head, jnp.zeros((*shape, 16)), jnp.zeros(shape))
+
+    @jax.jit
+    def learn(state, rows, scored):
+        return train_step(
+            state, rows, (scored,), objective=presets.opd(),
+            optimizer=optimizer, layout=loss_layout(chunk_size=256),
+        )  # fmt: skip
+
+    with jax.set_mesh(mesh):
+        state = init_state(place(student, mesh), optimizer)
+        compiled = learn.lower(state, rows, scored).compile()
+    computed = {
+        array.shape
+        for computation in hlo.parse(compiled.as_text()).computations.values()
+        for instruction in computation.instructions.values()
+        for array in instruction.arrays
+        if instruction.op in ("exponential", "logistic", "dot")
+    }
+    part = -(-(length // parts) // 128) * 128
+    heads, hidden = student.config.heads, student.config.mlp_width
+    most = {length: heads * 128 // parts, VOCAB: part, hidden: part}
+    for last, others in most.items():
+        sizes = [math.prod(s[:-1]) for s in computed if s and s[-1] == last]
+        assert sizes and max(sizes) <= others, (last, computed)
+    print("nobody computes another's columns", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    assert jax.device_count() == 8
+    {"meshes": meshes, "objectives": objectives, "columns": columns}[
+        sys.argv[1]
+    ]()

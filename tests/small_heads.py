@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.testing import assert_allclose
 
-from topd_jax.losses import divergences, fused
+from topd_jax.losses import divergences, fused, log_probs
+from topd_jax.types import head_cap, head_rows, soft_cap
 
 B, T, V, D, E = 2, 7, 33, 8, 12
 SHAPE = (B, T)
 
-DENSE = {
+LOSSES = {
     "reverse_kl": divergences.reverse_kl,
     "forward_kl": divergences.forward_kl,
     "jsd": functools.partial(divergences.generalized_jsd, beta=0.25),
@@ -30,16 +32,12 @@ def weights_of(shape=SHAPE, seed=5):
 
 
 def logp(hidden, head, temperature=1.0):
-    logits = jnp.matmul(hidden, head.T, precision="highest")
-    return divergences.log_softmax(logits / temperature)
+    logits = jnp.matmul(hidden, head_rows(head).T, precision="highest")
+    return log_probs.log_softmax(soft_cap(logits, head_cap(head)) / temperature)
 
 
-def dense(name, arrays, temperature=1.0):
-    student, teacher = (
-        logp(*arrays[:2], temperature),
-        logp(*arrays[2:], temperature),
-    )
-    return DENSE[name](student, teacher)
+def dense(loss, arrays, temperature=1.0):
+    return loss(*(logp(*arrays[i : i + 2], temperature) for i in (0, 2)))
 
 
 def gradients(loss, arrays):
@@ -47,25 +45,37 @@ def gradients(loss, arrays):
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*arrays)
 
 
+def dense_gradients(loss, arrays, weights, temperature=1.0):
+    """What :func:`both_faces` must give."""
+
+    def total(*arrays):
+        per_token = dense(loss, arrays, temperature)
+        return jnp.sum(weights * per_token), per_token
+
+    return gradients(total, arrays)
+
+
+def both_faces(arrays, weights, token_loss=divergences.reverse_kl, **options):
+    """The weighted sum, token losses and gradients, each way."""
+
+    def recomputed(*arrays):
+        per_token = fused.fused_divergence(*arrays, token_loss, **options)
+        # Selected as the weighted sum does: 0 * NaN would be NaN.
+        counted = jnp.where(weights != 0, weights * per_token, 0)
+        return jnp.sum(counted), per_token
+
+    def in_forward(*arrays):
+        return fused.fused_weighted_sum(*arrays, weights, token_loss, **options)
+
+    return gradients(recomputed, arrays), gradients(in_forward, arrays)
+
+
 def assert_close(got, want, tolerance=2e-5):
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert g.shape == w.shape
         assert g.dtype == w.dtype
         w = np.asarray(w, np.float64)
-        scale = max(np.abs(w).max(), 1e-3)
-        np.testing.assert_allclose(
+        scale = max(np.abs(w).max(initial=0), 1e-3)
+        assert_allclose(
             np.asarray(g, np.float64), w, tolerance, tolerance * scale
         )
-
-
-def both_faces(arrays, weights, **options):
-    """The weighted sum, token losses and gradients, each way."""
-
-    def recomputed(*arrays):
-        per_token = fused.fused_divergence(*arrays, **options)
-        return jnp.sum(weights * per_token), per_token
-
-    def in_forward(*arrays):
-        return fused.fused_weighted_sum(*arrays, weights=weights, **options)
-
-    return gradients(recomputed, arrays), gradients(in_forward, arrays)

@@ -20,11 +20,6 @@ TEMPLATE = (
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-THINKING = TEMPLATE.replace(
-    "assistant\n{% endif %}",
-    "assistant\n{% if enable_thinking is defined and enable_thinking is false "
-    "%}<think></think>{% endif %}{% endif %}",
-)
 IDS = 259
 CONFIG = dataclasses.replace(
     LLAMA, vocab_size=IDS, layers=1, width=64, tied=False

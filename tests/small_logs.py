@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from topd_jax.experiments.run_page import RunRecords
+from topd_jax.experiments.run_records import RunRecords
 
 HOSTILE = "</script><!--<img src=x onerror=alert(1)>\u2028{{ 7 * 7 }}"
 
@@ -59,7 +59,7 @@ def records(name: str = "run", *, steps: int = 40, **changes) -> RunRecords:
             "name": name,
             "settings": {
                 "seed": 3,
-                "objective": {"variant": "topd", "window": 10},
+                "objective": "topd(window=20)",
                 "optimizer": {"learning_rate": 1e-3},
                 "train": {"steps": steps},
                 "world": {"cache": HOSTILE},

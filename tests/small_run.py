@@ -1,12 +1,24 @@
 """A whole run in seconds: the tiny world with barely trained models."""
 
+import dataclasses
+import os
+import signal
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from topd_jax.configs import tiny
+from topd_jax.objectives.loading import spell
 from topd_jax.training.config import Settings, settings_from
+from topd_jax.training.logging import read_jsonl
+
+# Options that make every look ahead small.
+SMALL = {"candidates": 2, "window": 4}
+OBJECTIVE = spell("topd", **SMALL, guidance_weight=0.3)
 
 
 def small_config() -> ConfigDict:
@@ -23,8 +35,7 @@ def small_config() -> ConfigDict:
     world.batch_size = 16
     config.data.batch_size = 8
     config.rollout.max_new_tokens = 16
-    config.objective.candidates = 2
-    config.objective.window = 4
+    config.objective = OBJECTIVE
     config.train.steps = 6
     config.train.preflight = False  # tests of its own; seconds a run
     config.log.statistics_every = 3
@@ -43,9 +54,54 @@ def settings_with(cache: Path | None = None, **changes: object) -> Settings:
     if cache is not None:
         config.world.cache = str(cache)
     for name, value in changes.items():
-        section, key = name.split("__")
-        config[section][key] = value
+        *sections, key = name.split("__")
+        place = config
+        for section in sections:
+            place = place[section]
+        place[key] = value
     return settings_from(config)
+
+
+def changed(settings: Settings, section: str, **fields: object) -> Settings:
+    """The settings with other values in one section."""
+    part = dataclasses.replace(getattr(settings, section), **fields)
+    return dataclasses.replace(settings, **{section: part})
+
+
+def without_times(path: Path) -> list[dict]:
+    """The lines of a log, but for what differs from run to run."""
+    times = ("seconds", "rate")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(times)}
+        for row in read_jsonl(path)
+    ]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Both runs ended with the same bits, and logged the same numbers."""
+    (one, last), (other, step) = map(saved_arrays, (a, b))
+    assert last == step
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+    for name in ("metrics", "evals", "completions", "problems"):
+        logged = without_times(a / f"{name}.jsonl")
+        assert logged == without_times(b / f"{name}.jsonl")
+        assert logged or name == "completions"
+
+
+def saved_arrays(workdir: Path) -> tuple[dict[str, np.ndarray], int]:
+    """All that the latest checkpoint holds by its path, and its step."""
+    step = max(
+        int(p.name)
+        for p in (workdir / "checkpoints").iterdir()
+        if p.name.isdigit()
+    )
+    state = (workdir / "checkpoints" / str(step) / "state").absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        leaves = jax.tree_util.tree_leaves_with_path(reader.restore(state))
+    names = jax.tree_util.keystr
+    return {names(path): np.asarray(leaf) for path, leaf in leaves}, step
 
 
 def get_config() -> ConfigDict:
@@ -53,23 +109,23 @@ def get_config() -> ConfigDict:
     return small_config()
 
 
-if __name__ == "__main__":  # a run of its own, to be killed
-    import os
-    import signal
-
+def main(workdir: str, cache: str, kill_at: str, where: str) -> None:
+    """A run that SIGKILL ends: before a save, or after a step."""
     from topd_jax.training import loop
 
-    workdir, kill_at, where = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     name = {"before_save": "save", "after_step": "_one_step"}[where]
     plain = getattr(loop.Run, name)
 
-    def deadly(self: loop.Run) -> object:
-        if where == "before_save" and self.step == kill_at:
+    def deadly(self: loop.Run, *arguments: int) -> object:
+        step = arguments[0] if arguments else self.step
+        value = plain(self, *arguments) if where == "after_step" else None
+        if step == int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
-        value = plain(self)
-        if where == "after_step" and self.step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return value
+        return value if where == "after_step" else plain(self)
 
     setattr(loop.Run, name, deadly)
-    loop.train(settings_from(small_config()), workdir)
+    loop.train(settings_with(Path(cache)), Path(workdir))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

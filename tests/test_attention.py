@@ -1,4 +1,4 @@
-"""What layers see: windows by position, soft-capped scores, the cache."""
+"""Masks, what each layer attends to, and the cache."""
 
 import dataclasses
 
@@ -6,15 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EOS, PAD, make_trajectories
+from conftest import PAD, make_trajectories
 from small_files import make
 
 from topd_jax.models import DecoderConfig, causal_mask, unembed
-from topd_jax.models.attention.core import Sight, attend, look, reach, visible
-from topd_jax.objectives.objective import Objective
+from topd_jax.models.attention.core import (
+    MaskSpec,
+    attend,
+    layer_mask,
+    layer_windows,
+    prepare_mask,
+)
+from topd_jax.models.attention.masks import (
+    BranchMask,
+    CachedMask,
+    branch_intervals,
+    causal_intervals,
+    packed_intervals,
+)
 from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.training.loss import batch_loss
-from topd_jax.training.step import annotate
 from topd_jax.types import Candidates, Prompts, completion_states, positions_of
 
 CONFIG = DecoderConfig(
@@ -40,23 +50,80 @@ CONFIGS = {
 }
 
 
-def seen(mask, positions, cache=None, window=3):
+def test_causal_intervals_are_the_causal_mask():
+    exists = jnp.array([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1]], bool)
+    intervals = causal_intervals(exists)
+    np.testing.assert_array_equal(intervals.dense(), causal_mask(exists))
+    wide = np.asarray(intervals.widen(7).dense())
+    np.testing.assert_array_equal(wide[..., :5], causal_mask(exists))
+    assert not wide[..., 5:].any()
+
+
+def test_packed_intervals_see_their_own_segment():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0, 0], [1, 2, 3, 3, 0, 0, 0]])
+    got = np.asarray(packed_intervals(segments).dense())
+    for row, col, other in np.ndindex(2, 7, 7):
+        same = segments[row, col] == segments[row, other]
+        assert got[row, col, other] == (same and other <= col)
+
+
+def test_branches_see_their_prefix_and_themselves():
+    exists = jnp.array([[0, 1, 1, 1]], bool)
+    start = jnp.array([[3, 2]])  # columns of the rollout
+    window = jnp.array([[[1, 1], [1, 0]]], bool)
+    np.testing.assert_array_equal(
+        branch_intervals(exists, start, window).dense()[0].astype(int),
+        [
+            [0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 1, 0, 0, 0, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0, 0, 0],
+            [0, 1, 1, 1, 0, 0, 0, 0],
+            [0, 1, 1, 0, 1, 0, 0, 0],  # replaces column 3
+            [0, 1, 1, 0, 1, 1, 0, 0],
+            [0, 1, 0, 0, 0, 0, 1, 0],  # replaces column 2
+            [0, 1, 0, 0, 0, 0, 1, 0],  # has ended
+        ],
+    )
+
+
+def test_the_mask_of_branches():
+    sees = BranchMask(
+        jnp.arange(9) < jnp.array([[9], [6]]), jnp.array([[1, 3], [2, 0]]), 3
+    )
+    np.testing.assert_array_equal(
+        sees.dense().astype(int),
+        [
+            [[1, 0, 0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 1, 0, 1]],
+            [[1, 1, 0, 1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0, 0]],
+        ],
+    )
+
+
+def test_the_mask_of_a_cache():
+    exists = jnp.array([[0, 1, 1, 1], [1, 1, 1, 1]], bool)
+    mask = CachedMask(exists, jnp.int32(3), usual=2).dense()
+    assert mask.astype(int).tolist() == [[[0, 1, 1, 0]], [[1, 1, 1, 0]]]
+
+
+def sliding_mask(mask, positions, cache=None, window=3):
     """The mask of a sliding layer, as 0 and 1."""
     config = dataclasses.replace(CONFIG, window=window)
-    sight, cache = look(config, positions, mask, cache)
-    assert reach(config).tolist()[::2] == [window, window]
-    return np.asarray(visible(sight, reach(config)[0]))[:, 0].astype(int), cache
+    spec, cache = prepare_mask(config, positions, mask, cache)
+    assert layer_windows(config).tolist()[::2] == [window, window]
+    return np.asarray(layer_mask(spec, layer_windows(config)[0]))[:, 0].astype(
+        int
+    ), cache
 
 
 def only(mask):
-    """Sight of a layer that does not slide."""
+    """MaskSpec of a layer that does not slide."""
     rows = jnp.zeros((mask.shape[0], mask.shape[2]), jnp.int32)
-    return Sight(jnp.asarray(mask), rows, None)
+    return MaskSpec(jnp.asarray(mask), rows, None)
 
 
 def test_window_over_left_padding():
     exists = jnp.array([[0, 0, 1, 1, 1, 1, 1]], bool)
-    got, _ = seen(causal_mask(exists), positions_of(exists))
+    got, _ = sliding_mask(causal_mask(exists), positions_of(exists))
     np.testing.assert_array_equal(
         got[0, 2:, 2:],
         [
@@ -79,7 +146,7 @@ def test_window_goes_by_position_in_a_cache():
     cache = make(CONFIG).init_cache(1, 8)
     exists = jnp.array([[1, 1, 1, 1]], bool)
     mask = jnp.pad(causal_mask(exists), ((0, 0), (0, 0), (0, 4)))
-    _, cache = seen(mask, positions_of(exists), cache)
+    _, cache = sliding_mask(mask, positions_of(exists), cache)
     for step, want in enumerate(
         (
             # a at position 2 sees 0, 1, itself; b at 4 sees 2, 3, itself
@@ -94,7 +161,7 @@ def test_window_goes_by_position_in_a_cache():
             own[0, 0, 4 + 2 * earlier] = own[0, 1, 5 + 2 * earlier] = True
         cache = cache.replace(length=jnp.int32(4 + 2 * step))
         positions = jnp.array([[2, 4]]) + step
-        got, cache = seen(jnp.asarray(own), positions, cache)
+        got, cache = sliding_mask(jnp.asarray(own), positions, cache)
         np.testing.assert_array_equal(got[0], want)
 
 
@@ -149,7 +216,7 @@ def test_rollout_equals_reading_it_again(name):
     tokens = jax.random.randint(jax.random.key(1), (3, 6), 3, 40)
     written = rollout(
         model, Prompts(tokens, mask), jax.random.key(0),
-        max_new_tokens=9, eos_ids=(), pad_id=PAD, buckets=(),
+        max_new_tokens=9, eos_ids=(), pad_id=PAD,
     )  # fmt: skip
     states = jax.jit(forward)(model, written.sequence, written.sequence_mask)
     logits = unembed(model.head, completion_states(states, 6))
@@ -180,6 +247,7 @@ def test_branches_equal_reading_their_text(name):
     windows, states = branch(
         model, cache, completion_states(hidden, 5), written, candidates,
         length=5, eos_ids=(), pad_id=PAD, return_hidden=True,
+        vocab_size=model.head.shape[0],
     )  # fmt: skip
     texts, masks = [], []
     for row, slot in np.ndindex(3, 3):
@@ -192,31 +260,6 @@ def test_branches_equal_reading_their_text(name):
         masks.append(np.concatenate([prefix, np.ones(4, bool)]))
     want = jax.jit(forward)(model, np.stack(texts), np.stack(masks))[:, 7:]
     np.testing.assert_allclose(states, want.reshape(states.shape), atol=1e-5)
-
-
-def test_student_and_teacher_agree_along_branches():
-    """One through extra columns, one through its cache: no loss is left."""
-    model = make(CONFIG)
-    written = make_trajectories(rows=4)
-    objective = Objective(
-        candidates=2, window=5, branch_loss="reverse_kl", percentile=0.0
-    )
-
-    @jax.jit
-    def step(model):
-        notes = annotate(
-            model, model, written, jax.random.key(0), objective=objective,
-            eos_ids=(EOS,), pad_id=PAD,
-        )  # fmt: skip
-        ones = jnp.ones(()), jnp.ones(())
-        return notes, batch_loss(
-            model, model.head, written, notes, ones, objective
-        )
-
-    notes, (loss, sums) = step(model)
-    assert notes.divergent.any()
-    np.testing.assert_allclose(sums["guidance"], 0, atol=1e-5)
-    np.testing.assert_allclose(loss, 0, atol=1e-4)
 
 
 def test_programs_do_not_grow_with_depth():

@@ -1,101 +1,56 @@
-"""Batches of prompts, of written solutions, and of truth labels."""
+"""Streams of prompts, and the corpora of the tiny world."""
 
 import json
 
+import grain
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from topd_jax.data import prompts, sources, tokenizers
-from topd_jax.data.toy_world import corpus, problems, truth
+from topd_jax.data import prompts, sources
+from topd_jax.data.toy_world import problems, truth
+from topd_jax.data.toy_world.pretraining import encode_pairs
 
-
-@pytest.fixture(scope="module")
-def pairs() -> dict[str, list[tuple[str, str]]]:
-    sample = problems.problems("train", 400, seed=0)
-    return {
-        "teacher": corpus.world_pairs(sample, problems.TEACHER_STYLE, seed=0),
-        "student": corpus.world_pairs(
-            sample, problems.STUDENT_STYLE, problems.STUDENT_HABIT, seed=1
-        ),
-    }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(pairs: dict) -> tokenizers.SentencePieceTokenizer:
-    return corpus.train_tokenizer(pairs["teacher"], pairs["student"])
-
-
-# --- truth, token by token ------------------------------
-
-
-def test_labels_of_a_batch(pairs: dict, tokenizer):
-    data = corpus.encode_pairs(pairs["student"], tokenizer)
-    batch = corpus.trajectory_batch(data, batch_size=64, seed=0, step=0)
-    rows = corpus.batch_rows(400, batch_size=64, seed=0, step=0)
-    sample = [pairs["student"][i] for i in rows]
-    labels = truth.label_batch(
-        [problem for problem, _ in sample],
-        batch.tokens,
-        batch.mask,
-        tokenizer,
-        window=10,
-    )
-    width = batch.mask.shape[1]
-    assert (labels.token[~batch.mask] == truth.AFTER).all()
-    for row, (problem, text) in enumerate(sample):
-        fork = labels.fork[row]
-        begun = labels.token[row] == truth.FORK
-        at = truth.fork_index(problem, [*text, None])
-        if at is None:
-            assert fork == width
-            assert not begun.any()
-            assert problems.is_correct(problem, text)
-            continue
-        assert np.flatnonzero(begun).tolist() == [fork]
-        # The token with the first wrong character.
-        said = len(tokenizer.decode(batch.tokens[row, :fork]))
-        assert (
-            said
-            <= at
-            < said + len(tokenizer.decode(batch.tokens[row, fork : fork + 1]))
-        )
-        near = np.flatnonzero(labels.window[row] == truth.FORK)
-        assert near.tolist() == list(range(max(0, fork - 9), fork + 1))
-        assert (labels.token[row, fork + 1 :] == truth.AFTER).all()
-    assert 10 < (labels.fork < width).sum() < 54
-
-
-def test_an_early_end_of_sequence_is_a_fork(tokenizer):
-    ids = [*tokenizer.encode("= 5"), *tokenizer.eos_ids, tokenizer.pad_id]
-    labels = truth.label_batch(
-        ["2+3?"],
-        np.array([ids]),
-        np.array([[True, True, True, False]]),
-        tokenizer,
-        window=2,
-    )
-    ok, fork, after = truth.OK, truth.FORK, truth.AFTER
-    assert labels.token.tolist() == [[ok, ok, fork, after]]
-    assert labels.window.tolist() == [[ok, fork, fork, after]]
-    assert labels.fork.tolist() == [2]
-
-
-# --- batches of prompts ------------------------------
+PROMPTS = {"code": 3, "math": 5}
 
 
 @pytest.fixture(scope="module")
 def encoded(tokenizer) -> prompts.EncodedPrompts:
     records = sources.read_world("train", 37, seed=0)
-    return prompts.encode_prompts(records, tokenizer, max_length=16)
+    return prompts.encode_prompts(records, tokenizer, max_length=20)
+
+
+def two_teachers(code: int = 7, math: int = 20) -> prompts.EncodedPrompts:
+    """Prompts of increasing lengths; the teachers alternate at first."""
+    names = ["code", "math"] * min(code, math)
+    names += ["code"] * (code - math) + ["math"] * (math - code)
+    return prompts.EncodedPrompts(
+        tuple({"teacher": n, "prompt": str(i)} for i, n in enumerate(names)),
+        tuple(np.full(1 + i % 9, i, np.int32) for i in range(len(names))),
+        pad_id=0, max_length=16, skipped=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["one teacher", "two teachers"])
+def stream(request, encoded):
+    """Make the stream of one process, with one teacher or with two."""
+    several = request.param == "two teachers"
+    data = two_teachers() if several else encoded
+
+    def make(seed: int = 1, batch_size: int = 8, **process: int):
+        return prompts.prompt_stream(
+            data, batch_size=batch_size, seed=seed,
+            teacher_prompts=PROMPTS if several else None, **process,
+        )  # fmt: skip
+
+    return make
 
 
 def take(stream, count: int) -> list[prompts.PromptBatch]:
     return [next(stream) for _ in range(count)]
 
 
-def assert_same(
-    left: list[prompts.PromptBatch], right: list[prompts.PromptBatch]
-) -> None:
+def assert_same(left: list, right: list) -> None:
     for a, b in zip(left, right, strict=True):
         np.testing.assert_array_equal(a.index, b.index)
         np.testing.assert_array_equal(a.prompts.tokens, b.prompts.tokens)
@@ -103,15 +58,16 @@ def assert_same(
 
 
 def test_prompts_are_padded_on_the_left(encoded, tokenizer):
-    (batch,) = take(prompts.prompt_stream(encoded, batch_size=8, seed=0), 1)
-    assert batch.prompts.tokens.shape == batch.prompts.mask.shape == (8, 16)
-    assert batch.prompts.tokens.dtype == np.int32
-    for row, index in enumerate(batch.index):
-        tokens, mask = batch.prompts.tokens[row], batch.prompts.mask[row]
-        ids = tokenizer.chat(encoded.records[index]["prompt"])
-        assert tokens[16 - len(ids) :].tolist() == ids
-        assert (tokens[: 16 - len(ids)] == tokenizer.pad_id).all()
-        assert mask.sum() == mask[16 - len(ids) :].sum() == len(ids)
+    for batch in take(prompts.prompt_stream(encoded, batch_size=4, seed=0), 9):
+        # Always the full width, so that a run compiles once.
+        assert batch.prompts.tokens.shape == batch.prompts.mask.shape == (4, 20)
+        assert batch.prompts.tokens.dtype == np.int32
+        for row, index in enumerate(batch.index):
+            tokens, mask = batch.prompts.tokens[row], batch.prompts.mask[row]
+            ids = tokenizer.chat(encoded.records[index]["prompt"])
+            assert tokens[mask].tolist() == ids
+            assert mask[-len(ids) :].all() and mask.sum() == len(ids)
+            assert (tokens[~mask] == tokenizer.pad_id).all()
 
 
 def test_epochs_hold_each_prompt_once_in_differing_orders(encoded):
@@ -123,207 +79,185 @@ def test_epochs_hold_each_prompt_once_in_differing_orders(encoded):
     assert other.index.tolist() != first.index.tolist()
 
 
-def test_a_resumed_stream_goes_on_identically(encoded):
-    def stream():
-        return prompts.prompt_stream(encoded, batch_size=8, seed=1)
+def test_every_batch_holds_the_same_number_of_each_teacher():
+    data = two_teachers()
+    stream = prompts.prompt_stream(
+        data, batch_size=8, seed=1, teacher_prompts=PROMPTS
+    )
+    seen = {"code": [], "math": []}
+    for batch in take(stream, 28):
+        names = [data.records[i]["teacher"] for i in batch.index]
+        assert names == ["code"] * 3 + ["math"] * 5
+        for name, i in zip(names, batch.index, strict=True):
+            seen[name].append(int(i))
+    # Each teacher's prompts once an epoch, in an order that changes.
+    for name, count in (("code", 7), ("math", 20)):
+        epochs = np.reshape(seen[name], (-1, count))
+        assert (np.sort(epochs) == np.sort(epochs[0])).all()
+        assert (epochs[0] != epochs[1]).any()
+    # Prompts of one teacher do not change the order of the other's.
+    options = dict(batch_size=8, seed=1, teacher_prompts=PROMPTS)
+    one = take(prompts.prompt_stream(data, **options), 6)
+    more = take(prompts.prompt_stream(two_teachers(7, 25), **options), 6)
+    both = list(zip(one, more, strict=True))
+    assert all((a.index[:3] == b.index[:3]).all() for a, b in both)
+    assert any((a.index != b.index).any() for a, b in both)
+    with pytest.raises(ValueError, match="no prompt of the teacher 'code'"):
+        prompts.prompt_stream(data.take([1, 3]), **options)
 
-    whole = take(stream(), 12)
-    started = stream()
+
+def test_a_stream_resumes_identically(stream, tmp_path):
+    whole, started, resumed = take(stream(), 12), stream(), stream()
     assert_same(take(started, 7), whole[:7])
-    state = json.loads(json.dumps(started.get_state()))
-    resumed = stream()
-    resumed.set_state(state)
+    resumed.set_state(json.loads(json.dumps(started.get_state())))
     assert_same(take(resumed, 5), whole[7:])
     assert_same(take(started, 5), whole[7:])
-
-
-def test_orbax_saves_the_stream(encoded, tmp_path):
-    import grain
-    import orbax.checkpoint as ocp
-
-    stream = prompts.prompt_stream(encoded, batch_size=8, seed=1)
-    take(stream, 3)
+    # As checkpoints save it.
+    saved, restored = stream(), stream()
+    take(saved, 3)
+    save, restore = (
+        grain.checkpoint.CheckpointSave, grain.checkpoint.CheckpointRestore,
+    )  # fmt: skip
     with ocp.CheckpointManager(tmp_path / "run") as manager:
-        manager.save(
-            3,
-            args=ocp.args.Composite(
-                data=grain.checkpoint.CheckpointSave(stream)
-            ),
-        )
+        manager.save(3, args=ocp.args.Composite(data=save(saved)))
         manager.wait_until_finished()
-        expected = take(stream, 2)
-        again = prompts.prompt_stream(encoded, batch_size=8, seed=1)
-        manager.restore(
-            3,
-            args=ocp.args.Composite(
-                data=grain.checkpoint.CheckpointRestore(again)
-            ),
-        )
-    assert_same(take(again, 2), expected)
+        manager.restore(3, args=ocp.args.Composite(data=restore(restored)))
+    assert_same(take(restored, 2), whole[3:5])
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_same_global_batch(encoded, count: int):
-    buckets = (10, 11, 12, 16)
-    whole = take(
-        prompts.prompt_stream(encoded, batch_size=8, seed=2, buckets=buckets),
-        6,
-    )
+def test_processes_share_the_same_global_batch(stream, count: int):
     parts = [
-        take(
-            prompts.prompt_stream(
-                encoded,
-                batch_size=8,
-                seed=2,
-                buckets=buckets,
-                process_index=index,
-                process_count=count,
-            ),
-            6,
-        )
+        take(stream(process_index=index, process_count=count), 6)
         for index in range(count)
     ]
-    for step, batch in enumerate(whole):
-        shares = [part[step] for part in parts]
-        assert {len(share.index) for share in shares} == {8 // count}
-        np.testing.assert_array_equal(
-            np.concatenate([share.index for share in shares]), batch.index
-        )
-        np.testing.assert_array_equal(
-            np.concatenate([share.prompts.tokens for share in shares]),
-            batch.prompts.tokens,
-        )
+    for step, batch in enumerate(take(stream(), 6)):
+        rows = [part[step] for part in parts]
+        assert {len(part.index) for part in rows} == {8 // count}
+        for read in (lambda b: b.index, lambda b: b.prompts.tokens):
+            np.testing.assert_array_equal(
+                np.concatenate([read(part) for part in rows]), read(batch)
+            )
 
 
-def test_widths_are_buckets(encoded):
-    assert prompts.default_buckets(16) == (16,)
-    assert prompts.default_buckets(100) == (16, 32, 64, 100)
-    assert prompts.default_buckets(128) == (16, 32, 64, 128)
-    stream = prompts.prompt_stream(
-        encoded, batch_size=1, seed=0, buckets=(9, 16)
-    )
-    lengths = [len(ids) for ids in encoded.ids]
-    for batch in take(stream, 37):
-        width = 9 if lengths[batch.index[0]] <= 9 else 16
-        assert batch.prompts.tokens.shape == (1, width)
-    with pytest.raises(ValueError, match="largest bucket"):
-        prompts.prompt_stream(encoded, batch_size=1, seed=0, buckets=(5,))
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(encoded):
+def test_a_batch_that_processes_cannot_share_is_refused(stream):
     with pytest.raises(ValueError, match=r"batch_size=10 .*\(4\); try 8"):
-        prompts.prompt_stream(encoded, batch_size=10, seed=0, process_count=4)
+        stream(batch_size=10, process_count=4)
     with pytest.raises(ValueError, match=r"batch_size=0"):
-        prompts.prompt_stream(encoded, batch_size=0, seed=0)
+        stream(batch_size=0)
     with pytest.raises(ValueError, match=r"process_index=4 .* 0\.\.3"):
-        prompts.prompt_stream(
-            encoded, batch_size=8, seed=0, process_index=4, process_count=4
-        )
+        stream(process_index=4, process_count=4)
 
 
-def test_a_prompt_that_is_too_long_is_named_or_skipped(tokenizer, tmp_path):
-    path = tmp_path / "q.jsonl"
-    path.write_text(
-        '{"question": "1+1?"}\n'
-        '{"question": "1+1+1+1+1+1?"}\n'
-        '{"question": "2+2?"}\n'
-    )
-    records = sources.read_jsonl(path)
+def test_a_prompt_that_is_too_long_is_named_or_skipped(tokenizer):
+    records = [
+        sources.Record(prompt=p, answer="", index=i, source=f"q line {i + 1}")
+        for i, p in enumerate(["1+1?", "1+1+1+1+1+1?", "2+2?"])
+    ]
+
+    def encode(max_length: int, on_long_prompt: str):
+        return prompts.encode_prompts(
+            records, tokenizer, max_length=max_length,
+            on_long_prompt=on_long_prompt,
+        )  # fmt: skip
+
     with pytest.raises(ValueError) as caught:
-        prompts.encode_prompts(records, tokenizer, max_length=6)
+        encode(6, "error")
     for part in ("prompt 1", "line 2", "13 tokens", "is 6", "on_long_prompt"):
         assert part in str(caught.value)
-    kept = prompts.encode_prompts(
-        records, tokenizer, max_length=6, on_long_prompt="skip"
-    )
-    assert kept.skipped == 1
-    assert [r["prompt"] for r in kept.records] == ["1+1?", "2+2?"]
+    kept = encode(6, "skip")
+    assert (kept.skipped, len(kept.records)) == (1, 2)
+    assert kept.fingerprint() == encode(13, "error").take([0, 2]).fingerprint()
+    assert kept.fingerprint() != kept.take([1, 0]).fingerprint()
     with pytest.raises(ValueError, match="no prompt is left: 3 of 3"):
-        prompts.encode_prompts(
-            records, tokenizer, max_length=2, on_long_prompt="skip"
-        )
+        encode(2, "skip")
     with pytest.raises(ValueError, match="on_long_prompt='trim'"):
-        prompts.encode_prompts(
-            records, tokenizer, max_length=6, on_long_prompt="trim"
-        )
-
-
-def test_fingerprints_of_prompts_tell_them_apart(encoded, tokenizer):
-    def fingerprint(count: int, seed: int) -> str:
-        records = sources.read_world("train", count, seed)
-        return prompts.encode_prompts(
-            records, tokenizer, max_length=16
-        ).fingerprint()
-
-    assert fingerprint(37, 0) == encoded.fingerprint()
-    assert fingerprint(36, 0) != encoded.fingerprint()
-    assert fingerprint(37, 1) != encoded.fingerprint()
+        encode(6, "trim")
 
 
 def test_ordered_batches_hold_each_prompt_once(encoded):
     batches = list(prompts.ordered_batches(encoded, batch_size=16))
-    assert [len(b.index) for b in batches] == [16, 16, 16]
     index = np.concatenate([b.index for b in batches])
     assert index.tolist() == [*range(37), *[-1] * 11]
+    assert {b.prompts.tokens.shape for b in batches} == {(16, 20)}
+    last = batches[-1].prompts.tokens
+    assert (last[5:] == last[4]).all()
 
 
 # --- corpora ------------------------------
 
 
-def test_supervised_batches_learn_completions_alone(pairs: dict, tokenizer):
-    data = corpus.encode_pairs(pairs["teacher"], tokenizer)
-    tokens, mask = corpus.supervised_batch(data, batch_size=16, seed=0, step=3)
-    rows = corpus.batch_rows(400, batch_size=16, seed=0, step=3)
-    assert tokens.shape == mask.shape == (16, data.tokens.shape[1])
-    assert tokens.dtype == np.int32
-    for row, index in enumerate(rows):
-        problem, text = pairs["teacher"][index]
-        learnt = tokens[row, mask[row]].tolist()
-        assert learnt == [*tokenizer.encode(text), 2]
-        begin = int(mask[row].argmax())
-        assert tokens[row, :begin].tolist() == tokenizer.chat(problem)
-        end = begin + len(learnt)
-        assert (tokens[row, end:] == tokenizer.pad_id).all()
+def test_batches_learn_completions_alone(pairs, tokenizer):
+    data = encode_pairs(pairs, tokenizer)
+    # Each row once an epoch.
+    rows = [data.batch(s, batch_size=100, seed=0) for s in range(8)]
+    texts = []
+    for tokens, mask in rows:
+        assert tokens.shape == mask.shape == (100, data.tokens.shape[1])
+        assert tokens.dtype == np.int32
+        for ids, targets in zip(tokens, mask, strict=True):
+            begin, end = np.flatnonzero(targets)[[0, -1]]
+            assert targets[begin : end + 1].all()
+            assert ids[end] == tokenizer.eos_ids[0]
+            assert (ids[end + 1 :] == tokenizer.pad_id).all()
+            assert ids[0] == tokenizer.bos_id
+            prompt = tokenizer.decode(ids[1:begin])
+            texts.append((prompt, tokenizer.decode(ids[begin:end])))
+    assert sorted(texts[:400]) == sorted(texts[400:]) == sorted(pairs)
+    assert texts[:400] != texts[400:]
+    again = data.batch(3, batch_size=100, seed=0)
+    np.testing.assert_array_equal(again[0], rows[3][0])
+    assert (data.batch(3, batch_size=100, seed=1)[0] != again[0]).any()
+    with pytest.raises(ValueError, match=r"batch_size=401 .* 1\.\.400"):
+        data.batch(0, batch_size=401, seed=0)
+    groups = data.by_length(3)
+    assert [len(g.tokens) for g in groups] == [133] * 3
+    longest = [g.length.max() for g in groups]
+    assert [g.tokens.shape[1] for g in groups] == longest == sorted(longest)
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    def rows(seed: int, step: int) -> list[int]:
-        return corpus.batch_rows(
-            10, batch_size=5, seed=seed, step=step
-        ).tolist()
-
-    assert rows(0, 1) == rows(0, 1)
-    assert sorted(rows(0, 0) + rows(0, 1)) == list(range(10))
-    assert sorted(rows(0, 2) + rows(0, 3)) == list(range(10))
-    assert rows(0, 0) != rows(0, 2)
-    assert rows(0, 0) != rows(1, 0)
-    with pytest.raises(ValueError, match=r"batch_size=11 .* 1\.\.10"):
-        corpus.batch_rows(10, batch_size=11, seed=0, step=0)
+# --- truth, token by token ------------------------------
 
 
-def test_trajectories_hold_the_same_pairs(pairs: dict, tokenizer):
-    data = corpus.encode_pairs(pairs["teacher"], tokenizer)
-    batch = corpus.trajectory_batch(data, batch_size=16, seed=0, step=3)
-    tokens, mask = corpus.supervised_batch(data, batch_size=16, seed=0, step=3)
-    for row in range(16):
-        prompt = batch.prompt[row, batch.prompt_mask[row]]
-        completion = batch.tokens[row, batch.mask[row]]
-        begin = int(mask[row].argmax())
-        np.testing.assert_array_equal(prompt, tokens[row, :begin])
-        np.testing.assert_array_equal(completion, tokens[row, mask[row]])
-        assert batch.prompt_mask[row, -1]
-        assert batch.mask[row, 0]
-        assert (np.diff(batch.prompt_mask[row].astype(int)) >= 0).all()
-        assert (np.diff(batch.mask[row].astype(int)) <= 0).all()
-    assert (batch.tokens[~batch.mask] == tokenizer.pad_id).all()
-    assert (batch.prompt[~batch.prompt_mask] == tokenizer.pad_id).all()
-    assert batch.logp.shape == batch.mask.shape
-    assert not batch.truncated.any()
+def test_labels_of_a_batch(pairs, tokenizer):
+    data = encode_pairs(pairs[:64], tokenizer)
+    width = int((data.length - data.prompt_length).max()) + 2
+    tokens, mask = np.zeros((64, width), np.int32), np.zeros((64, width), bool)
+    for row, (begin, end) in enumerate(
+        zip(data.prompt_length, data.length, strict=True)
+    ):
+        tokens[row, : end - begin] = data.tokens[row, begin:end]
+        mask[row, : end - begin] = True
+    labels = truth.label_batch(
+        [problem for problem, _ in pairs[:64]], tokens, mask, tokenizer,
+        window=10,
+    )  # fmt: skip
+    assert (labels.token[~mask] == truth.AFTER).all()
+    for row, (problem, text) in enumerate(pairs[:64]):
+        fork = labels.fork[row]
+        forks = np.flatnonzero(labels.token[row] == truth.FORK)
+        at = truth.fork_index(problem, [*text, None])
+        if at is None:
+            assert fork == width and not len(forks)
+            assert problems.is_correct(problem, text)
+            continue
+        assert forks.tolist() == [fork]
+        # The token with the first wrong character.
+        before = len(tokenizer.decode(tokens[row, :fork]))
+        assert before <= at < len(tokenizer.decode(tokens[row, : fork + 1]))
+        near = np.flatnonzero(labels.window[row] == truth.FORK)
+        assert near.tolist() == list(range(max(0, fork - 9), fork + 1))
+        assert (labels.token[row, fork + 1 :] == truth.AFTER).all()
+    assert 10 < (labels.fork < width).sum() < 54
 
 
-def test_bad_corpora_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="at least one"):
-        corpus.encode_pairs([], tokenizer)
-    long = [("1+1?", "= 2#2."), ("1+1?", "= 2; answer 2.")]
-    with pytest.raises(ValueError, match=r"pair 1 has \d+ .*limit is 11"):
-        corpus.encode_pairs(long, tokenizer, max_length=11)
+def test_an_early_end_of_sequence_is_a_fork(tokenizer):
+    ids = [*tokenizer.encode("= 5"), *tokenizer.eos_ids, tokenizer.pad_id]
+    mask = np.array([[True, True, True, False]])
+    labels = truth.label_batch(
+        ["2+3?"], np.array([ids]), mask, tokenizer, window=2
+    )
+    ok, fork, after = truth.OK, truth.FORK, truth.AFTER
+    assert labels.token.tolist() == [[ok, ok, fork, after]]
+    assert labels.window.tolist() == [[ok, fork, fork, after]]
+    assert labels.fork.tolist() == [2]

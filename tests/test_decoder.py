@@ -1,12 +1,12 @@
 """The decoder: structure, padding, cache, and that every number counts."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_files import make
 
 from topd_jax.models import (
     Decoder,
@@ -14,7 +14,6 @@ from topd_jax.models import (
     RopeScaling,
     cast,
     causal_mask,
-    init_decoder,
     parameter_table,
     unembed,
 )
@@ -35,21 +34,6 @@ QWEN = dataclasses.replace(BASE, qk_norm=True, tied=False, head_dim=6)
 WIDE_VOCAB = dataclasses.replace(BASE, vocab_size=600)  # gather, not one-hot
 
 CONFIGS = {"llama": BASE, "qwen": QWEN, "vocab": WIDE_VOCAB}
-
-
-@functools.cache
-def make(config):
-    """A random decoder whose norms are not one."""
-    # NumPy, because compiling a dozen random draws takes seconds.
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for name, row in parameter_table(config).items():
-        if row.scale is None:
-            draw = rng.uniform(0.5, 1.5, row.shape)
-        else:
-            draw = rng.normal(0, row.scale, row.shape)
-        arrays[name] = jnp.asarray(draw, config.param_dtype)
-    return Decoder(config, arrays)
 
 
 def tokens_for(config, rows=2, length=9, seed=3):
@@ -148,18 +132,6 @@ def test_cache_equals_no_cache(config):
     np.testing.assert_allclose(jnp.concatenate(out, 1), want, atol=1e-5)
 
 
-def test_left_padding_changes_nothing():
-    model = make(QWEN)
-    tokens = tokens_for(QWEN)
-    want = logits_of(model, tokens, full(tokens))
-    padding = jnp.full((2, 5), 7)
-    padded = jnp.concatenate([padding, tokens], 1)
-    mask = jnp.concatenate([jnp.zeros((2, 5), bool), full(tokens)], 1)
-    got = logits_of(model, padded, mask)
-    np.testing.assert_allclose(got[:, 5:], want, atol=1e-5)
-    assert np.isfinite(got).all()
-
-
 def test_gradients_are_finite_when_all_is_masked():
     model = make(QWEN)
     tokens = tokens_for(QWEN)
@@ -206,7 +178,7 @@ CHANGES = {
     "mlp_bias": True,
     "pre_norms": False,
     "post_norms": True,
-    "centred_norms": True,
+    "centered_norms": True,
     "activation": "gelu_tanh",
     "scaled_embedding": True,
     "query_scalar": 3.0,
@@ -234,19 +206,6 @@ def test_every_config_number_changes_the_logits(field):
     assert np.abs(got - want).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "field",
-    ["vocab_size", "layers", "width", "heads", "kv_heads", "head_dim"]
-    + ["mlp_width", "qk_norm", "tied"],
-)
-def test_every_shape_field_is_checked(field):
-    old = getattr(BASE, field)
-    value = not old if isinstance(old, bool) else old * 2
-    config = dataclasses.replace(BASE, **{field: value})
-    with pytest.raises(ValueError, match="do not fit the config"):
-        Decoder(config, make(BASE).arrays)
-
-
 def test_wrong_arrays_are_named():
     arrays = make(BASE).arrays
     arrays["spare"] = arrays.pop("gate")
@@ -255,32 +214,6 @@ def test_wrong_arrays_are_named():
         Decoder(BASE, arrays)
     assert "extra ['spare']" in str(error.value)
     assert "up (1, 16, 24), not (3, 16, 24)" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "match"),
-    [
-        ("heads", 5, "heads=5 must be divisible by kv_heads=2"),
-        ("head_dim", 7, "head_dim=7 must be even"),
-        ("dtype", "float16", "dtype='float16' must be"),
-        ("param_dtype", "f32", "param_dtype='f32' must be"),
-        ("remat", "some", "remat='some' must be"),
-    ],
-)
-def test_bad_config_is_refused(field, value, match):
-    with pytest.raises(ValueError, match=match):
-        dataclasses.replace(BASE, **{field: value})
-
-
-def test_one_hot_and_gather_lookup_agree(monkeypatch):
-    model = make(BASE)
-    tokens = tokens_for(BASE)
-    want = logits_of(model, tokens, full(tokens))
-    monkeypatch.setattr("topd_jax.models.layers._ONE_HOT_VOCAB", 0)
-    hidden, _ = model(
-        tokens, positions_of(full(tokens)), causal_mask(full(tokens))
-    )
-    np.testing.assert_allclose(unembed(model.head, hidden), want, atol=1e-5)
 
 
 def test_cast_keeps_and_computes_in_the_new_dtype():
@@ -300,13 +233,11 @@ def test_cast_keeps_and_computes_in_the_new_dtype():
     assert 1e-4 < np.abs(got - want).max() < 0.2
 
 
-def test_a_model_is_a_pytree_of_its_arrays():
-    model = make(QWEN)
-    assert set(model.arrays) == set(parameter_table(QWEN))
-    assert len(jax.tree.leaves(model)) == len(model.arrays)
-    doubled = jax.jit(lambda m: jax.tree.map(lambda x: 2 * x, m))(model)
-    np.testing.assert_array_equal(doubled.head, 2 * model.head)
-    shapes = jax.eval_shape(
-        lambda key: init_decoder(QWEN, key), jax.random.key(0)
-    )
-    assert jax.tree.structure(shapes) == jax.tree.structure(model)
+@pytest.mark.parametrize(
+    ("tokens", "positions", "mask"),
+    [((4,), (4,), (4, 4)), ((1, 4), (1, 4), (1, 4)), ((1, 4), (4,), (1, 4, 4))],
+)
+def test_inputs_of_another_rank_are_refused(tokens, positions, mask):
+    ids = jnp.zeros(tokens, jnp.int32), jnp.zeros(positions, jnp.int32)
+    with pytest.raises(ValueError, match=r"reads tokens \[B, S\] .*not {'tok"):
+        make(BASE)(*ids, jnp.zeros(mask, bool))

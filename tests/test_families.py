@@ -4,10 +4,14 @@ Needs torch (the ``parity`` extra). The models are tiny and random; see
 ``tiny_families.py``.
 """
 
+import copy
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny_families import MODELS, VOCAB, build, torch, transformers
 
 from topd_jax.models import causal_mask, load, save_model, unembed
@@ -39,121 +43,41 @@ def reference_logits(model, tokens, mask):
     ).logits
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """name -> (theirs, ours, directory), made once."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            directory = tmp_path_factory.mktemp(name)
-            theirs = build(name)
-            theirs.save_pretrained(directory)
-            made[name] = theirs, load(directory)[0], directory
-        return made[name]
-
-    return make
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_agree_on_padded_batches(name, models):
-    theirs, ours, _ = models(name)
+def test_everything_agrees(name, tmp_path):
+    """Logits and gradients of padded rows, greedy tokens, exported files."""
+    theirs = build(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = load(tmp_path / "theirs")
     tokens, mask = batch()
-    with torch.no_grad():
-        want = reference_logits(theirs, tokens, mask).numpy()
+    theirs.zero_grad()
+    logits = reference_logits(theirs, tokens, mask)
+    want = logits.detach().numpy()
     got = np.asarray(logits_of(ours, tokens, jnp.asarray(mask)))
     assert np.isfinite(got).all()
     assert want[mask].std() > 0.3
     np.testing.assert_allclose(got[mask], want[mask], atol=1e-4)
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_agree(name, models, tmp_path):
-    theirs, ours, _ = models(name)
-    tokens, mask = batch()
-    theirs.zero_grad()
-    want = reference_logits(theirs, tokens, mask)
     rng = np.random.default_rng(1)
     weight = rng.normal(size=want.shape).astype(np.float32) * mask[..., None]
-    (torch.log_softmax(want, -1) * torch.tensor(weight)).sum().backward()
+    (torch.log_softmax(logits, -1) * torch.tensor(weight)).sum().backward()
 
     def loss(model):
         logp = jax.nn.log_softmax(logits_of(model, tokens, jnp.asarray(mask)))
         return jnp.sum(logp * weight)
 
     save_model(jax.grad(loss)(ours), tmp_path / "gradients")
-    from safetensors.numpy import load_file
-
     got = load_file(tmp_path / "gradients" / "model.safetensors")
     for key, value in theirs.named_parameters():
         slope = value.grad.numpy()
-        if key.endswith("experts.gate_up_proj"):
-            stem = key.removesuffix("gate_up_proj")
-            parts = [
-                np.concatenate(
-                    [got.pop(f"{stem}{e}.{p}_proj.weight") for p in
-                     ("gate", "up")]
-                )
-                for e in range(len(slope))
-            ]  # fmt: skip
-            found = np.stack(parts)
-        elif key.endswith("experts.down_proj"):
-            found = np.stack(
-                [
-                    got.pop(key.replace("down", f"{e}.down") + ".weight")
-                    for e in range(len(slope))
-                ]
-            )
-        else:
-            found = got.pop(key)
+        found = tensor_of(got, key, len(slope))
         error = np.abs(found - slope).max()
-        # A bias of keys that are not turned has no gradient but rounding.
+        # A bias of keys that are not rotated has no gradient but rounding.
         assert error <= 1e-3 * np.abs(slope).max() + 1e-4, key
     assert not got
+    assert_same_greedy(theirs, ours)
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_agree_through_the_cache(name, models):
-    """Our rollout, prompts padded on the left, 64 tokens."""
-    theirs, ours, _ = models(name)
-    tokens, mask = batch(3, 9, (0, 2, 5))
-    with torch.no_grad():
-        result = theirs.generate(
-            torch.tensor(tokens),
-            attention_mask=torch.tensor(mask).long(),
-            max_new_tokens=64,
-            min_new_tokens=64,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    top = torch.stack(result.logits, 1).topk(2).values
-    gaps = (top[..., 0] - top[..., 1]).numpy()
-    want = result.sequences[:, 9:].numpy()
-    got = rollout(
-        ours,
-        Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)),
-        jax.random.key(0),
-        max_new_tokens=64,
-        eos_ids=(),
-        pad_id=0,
-        temperature=0.0,
-    ).tokens
-    steps = 0
-    for row in range(3):
-        ties = np.flatnonzero(gaps[row] < 1e-4)
-        end = ties[0] if len(ties) else 64
-        np.testing.assert_array_equal(got[row, :end], want[row, :end])
-        steps += end
-    assert steps > 64
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_export_is_bit_equal_and_loads(name, models, tmp_path):
-    theirs, ours, directory = models(name)
-    out = save_model(ours, tmp_path / "ours", source=directory)
+    out = save_model(ours, tmp_path / "ours", source=tmp_path / "theirs")
     back, info = transformers.AutoModelForCausalLM.from_pretrained(
         out, output_loading_info=True, attn_implementation="eager"
     )
@@ -163,16 +87,57 @@ def test_export_is_bit_equal_and_loads(name, models, tmp_path):
     for key, value in theirs.named_parameters():
         assert torch.equal(value, got.pop(key)), key
     assert not got
-    tokens, mask = batch()
+    assert load(out)[0].config == ours.config
+
+
+def tensor_of(tensors, key, experts):
+    """A tensor of transformers, which stacks the experts that files split."""
+    if ".experts." not in key:
+        return tensors.pop(key)
+    stem = key.removesuffix("gate_up_proj").removesuffix("down_proj")
+    maps = ("gate", "up") if key.endswith("gate_up_proj") else ("down",)
+    return np.stack(
+        [
+            np.concatenate(
+                [tensors.pop(f"{stem}{e}.{m}_proj.weight") for m in maps]
+            )
+            for e in range(experts)
+        ]
+    )
+
+
+def assert_same_greedy(theirs, ours):
+    """64 tokens through the cache, prompts padded on the left."""
+    tokens, mask = batch(3, 9, (0, 2, 5))
     with torch.no_grad():
-        want = reference_logits(theirs, tokens, mask)
-        assert torch.equal(reference_logits(back, tokens, mask), want)
-    again, _ = load(out)
-    assert again.config == ours.config
+        result = theirs.generate(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask).long(),
+            max_new_tokens=64, min_new_tokens=64, do_sample=False,
+            eos_token_id=None, pad_token_id=0, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    top = torch.stack(result.logits, 1).topk(2).values
+    gaps = (top[..., 0] - top[..., 1]).numpy()
+    want = result.sequences[:, 9:].numpy()
+    prompts = Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
+    got = rollout(
+        ours, prompts, jax.random.key(0), max_new_tokens=64, eos_ids=(),
+        pad_id=0, temperature=0.0,
+    ).tokens  # fmt: skip
+    steps = 0
+    for row in range(3):
+        ties = np.flatnonzero(gaps[row] < 1e-4)
+        end = ties[0] if len(ties) else 64
+        np.testing.assert_array_equal(got[row, :end], want[row, :end])
+        steps += end
+    assert steps > 64
 
 
-def test_stacked_experts_are_read_as_well(models, tmp_path):
-    theirs, ours, _ = models("moe-mixed")
+def test_stacked_experts_are_read_as_well(tmp_path):
+    theirs = build("moe-window")
+    theirs.save_pretrained(tmp_path / "split")
+    ours, _ = load(tmp_path / "split")
     from safetensors.torch import save_file
 
     theirs.config.save_pretrained(tmp_path)
@@ -182,3 +147,105 @@ def test_stacked_experts_are_read_as_well(models, tmp_path):
     read, _ = load(tmp_path)
     for name, array in ours.arrays.items():
         np.testing.assert_array_equal(array, read.arrays[name], err_msg=name)
+
+
+def test_a_bfloat16_file_agrees(tmp_path):
+    model = build("qwen3-window").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    # Read anew: .to(bfloat16) has rounded the rotary frequencies as well.
+    theirs = type(model).from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    ours, _ = load(tmp_path)
+    tokens, mask = batch()
+    with torch.no_grad():
+        want = reference_logits(theirs, tokens, mask).numpy()
+    got = np.asarray(logits_of(ours, tokens, jnp.asarray(mask)))
+    np.testing.assert_allclose(got[mask], want[mask], atol=1e-4)
+
+
+# Each number of a config.json is changed, beside the same weights. Where the
+# reference's logits then differ ours must be its new ones; where it takes the
+# change without a difference so must we, or refuse.
+
+# Taken by the reference without effect on logits, refused here by name.
+CAUTION = {
+    "attention_dropout",
+    "attn_logit_softcapping",
+    "use_sliding_window",
+    "layer_types",
+    "tie_word_embeddings",  # where the file holds another head
+    "use_bidirectional_attention",  # Gemma 3 without a cache
+}
+
+
+def change(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    # An epsilon must grow by much before it shows.
+    return value * (500 if value < 1e-2 else 1.5) or 0.1
+
+
+def fields_of(node, path=()):
+    """(path, value) of every number in a parsed file."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from fields_of(value, (*path, key))
+        elif isinstance(value, int | float):
+            yield (*path, key), value
+
+
+def put(node, path, value):
+    node = copy.deepcopy(node)
+    inner = node
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return node
+
+
+def reference(directory, tokens, mask):
+    """The reference's logits; None where it does not take the config."""
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, output_loading_info=True, attn_implementation="eager"
+        )
+        if any(info.values()):
+            return None
+        with torch.no_grad():
+            return reference_logits(model.eval(), tokens, mask).numpy()
+    except Exception:  # of many types, from validators and from shapes
+        return None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_number_counts_as_in_the_reference(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    tokens, mask = batch(2, 17, (0, 4))
+    start = reference(tmp_path, tokens, mask)
+    moved, refused = set(), set()
+    for where, value in fields_of(fields):
+        label = ".".join(where)
+        path.write_text(json.dumps(put(fields, where, change(value))))
+        want = reference(tmp_path, tokens, mask)
+        try:
+            ours, _ = load(tmp_path)
+        except ValueError:
+            refused |= {where[-1]} if want is not None else set()
+            continue
+        if want is None:
+            continue
+        got = np.asarray(logits_of(ours, tokens, jnp.asarray(mask)))
+        np.testing.assert_allclose(
+            got[mask], want[mask], atol=1e-4, err_msg=label
+        )
+        if np.abs(want - start)[mask].max() > 1e-3:
+            moved.add(label)
+    assert "rms_norm_eps" in moved
+    assert refused <= CAUTION
+    print(name, "moved:", sorted(moved), "refused:", sorted(refused))
+    jax.clear_caches()

@@ -1,268 +1,229 @@
-"""The attention kernels, interpreted, against dense attention."""
+"""Attention by the kernels, interpreted, and by blocks, against dense masks."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from children import LIBTPU, on_eight_devices, run_script
-from conftest import EOS, PAD, VOCAB, make_trajectories
+from conftest import VOCAB, make_model, make_trajectories
+from dense_attention import dense_attention
+from small_step import assert_trees_close, scores, step
 
-from topd_jax.cli.doctor import kernels as doctor
-from topd_jax.models import DecoderConfig, init_decoder
-from topd_jax.models.attention.core import (
-    core,
-    flash,
-    flash_blocks,
-    flash_decode,
-)
+from topd_jax.models import Decoder, DecoderConfig, init_decoder
+from topd_jax.models.attention import branches, core, flash, flash_blocks
+from topd_jax.models.attention.core import MaskSpec
 from topd_jax.models.attention.masks import (
-    branch_spans,
-    causal_spans,
-    packed_spans,
+    BranchMask,
+    branch_intervals,
+    causal_intervals,
+    packed_intervals,
 )
-from topd_jax.objectives.objective import Objective
-from topd_jax.training.step import annotate, init_state, update
 
-B, G, R, D = 2, 2, 2, 64
+G, R, D = 2, 2, 64
+EVERYTHING = 2**31 - 1
 
 
-def rollout_spans(length=200):
+def rollout_intervals(length=200):
     """Left-padded rows."""
-    exists = jnp.arange(length) >= jnp.array([[0], [37]])
-    return causal_spans(exists)
+    return causal_intervals(jnp.arange(length) >= jnp.array([[0], [37]]))
 
 
-def with_branches():
-    """Three branches of five tokens behind 300 columns; one has ended."""
+def branched_intervals():
+    """Three branches of five tokens behind 300 keys; one has ended."""
     exists = jnp.arange(300) >= jnp.array([[3], [0]])
     start = jnp.array([[20, 170, 290], [5, 6, 299]])
     window = jnp.arange(5) < jnp.array([[5, 2, 5], [0, 5, 1]])[..., None]
-    return branch_spans(exists, start, window)
+    return branch_intervals(exists, start, window)
 
 
-def packed():
-    segments = jnp.array([[0] * 130 + [1] * 5 + [2] * 265, [0] * 1 + [1] * 399])
-    return packed_spans(segments)
-
-
-def read_behind():
-    """A reading whose cache has room for more columns."""
-    return rollout_spans().widen(450)
+def packed_rows():
+    return packed_intervals(
+        jnp.array([[0] * 130 + [1] * 5 + [2] * 265, [0] * 1 + [1] * 399])
+    )
 
 
 CASES = {
-    "rollout": rollout_spans,
-    "branches": with_branches,
-    "packed": packed,
-    "wider": read_behind,
+    "rollout": rollout_intervals,
+    "branches": branched_intervals,
+    "packed": packed_rows,
+    "wider": lambda: rollout_intervals().widen(450),  # room in a cache
 }
 
 
-def seen_of(spans, reach=None):
-    columns = jnp.arange(spans.exists.shape[1], dtype=jnp.int32)
-    rows = jnp.arange(spans.prefix.shape[1], dtype=jnp.int32)
-    slides = reach is not None
-    return flash.Seen(
-        spans.exists, spans.prefix, spans.first, spans.last,
-        jnp.broadcast_to(rows, spans.prefix.shape) if slides else None,
-        jnp.broadcast_to(columns, spans.exists.shape) if slides else None,
-        jnp.int32(reach if slides else 2**31 - 1),
+def kernel_mask(mask, window=None):
+    keys = jnp.arange(mask.exists.shape[1], dtype=jnp.int32)
+    queries = jnp.arange(mask.prefix.shape[1], dtype=jnp.int32)
+    slides = window is not None
+    return flash.KernelMask(
+        mask.exists, mask.prefix, mask.first, mask.last,
+        jnp.broadcast_to(queries, mask.prefix.shape) if slides else None,
+        jnp.broadcast_to(keys, mask.exists.shape) if slides else None,
+        jnp.int32(window if slides else EVERYTHING),
     )  # fmt: skip
 
 
-def inputs(spans, dtype="float32", heads=(G, R, D), seed=0):
-    (groups, shared, size), (rows, length) = heads, spans.prefix.shape
-    columns = spans.exists.shape[1]
-    rng = np.random.default_rng(seed)
-    shapes = (
-        (rows, length, groups * shared, size), (rows, columns, groups, size),
-        (rows, columns, groups, size), (rows, length, groups * shared, size),
-    )  # fmt: skip
+def inputs(mask, dtype="float32", heads=(G, R, D)):
+    """Query, key, value and the cotangent of the output."""
+    (groups, shared, size), (rows, length) = heads, mask.prefix.shape
+    of_query = (rows, length, groups * shared, size)
+    of_key = (rows, mask.exists.shape[1], groups, size)
+    rng = np.random.default_rng(0)
+    shapes = (of_query, of_key, of_key, of_query)
     return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
 
 
-def dense(query, key, value, spans, scale, cap=None, reach=None):
-    """All scores at once, in float32."""
+def dense(query, key, value, mask, scale, cap=None, window=None):
+    """All scores at once, in float32; zero where a query has no keys."""
+    allowed = mask.dense()
+    if window is not None:
+        at = jnp.arange(allowed.shape[-1])
+        allowed &= jnp.arange(allowed.shape[-2])[:, None] - at < window
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    shared = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
-    scores = jnp.einsum("bshd,blhd->bhsl", query, key) * scale
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    mask = spans.dense()[:, None]
-    if reach is not None:
-        at = jnp.arange(mask.shape[-1])
-        mask &= jnp.arange(mask.shape[-2])[:, None] - at < reach
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    weights = jnp.where(mask, weights, 0.0)  # of rows that see nothing too
-    return jnp.einsum("bhsl,blhd->bshd", weights, value)
+    out = dense_attention(query, key, value, allowed, scale, cap)
+    return jnp.where(allowed.any(-1)[..., None, None], out, 0.0)
 
 
-def both(spans, dtype="float32", heads=(G, R, D), cap=None, reach=None):
-    """(kernel's, dense) output and gradients."""
-    query, key, value, slope = inputs(spans, dtype, heads)
+def kernel_and_dense(
+    mask, dtype="float32", heads=(G, R, D), cap=None, window=None
+):
+    """Output and gradients of each."""
+    query, key, value, cotangent = inputs(mask, dtype, heads)
     options = flash.Options(heads[-1] ** -0.5, cap, interpret=True)
-    seen = seen_of(spans, reach)
+    intervals = kernel_mask(mask, window)
 
     @jax.jit
-    def kernel(query, key, value, slope):
-        out, normaliser = flash.forward(query, key, value, seen, options)
+    def kernel(query, key, value, cotangent):
+        out, normalizer = flash.forward(query, key, value, intervals, options)
         return out, flash.backward(
-            query, key, value, seen, out, normaliser, slope, options
+            query, key, value, intervals, out, normalizer, cotangent, options
         )
 
     @jax.jit
-    def plain(query, key, value, slope):
-        def read(*x):
-            return dense(*x, spans, options.scale, cap, reach)
+    def plain(query, key, value, cotangent):
+        out, back = jax.vjp(
+            lambda *x: dense(*x, mask, options.scale, cap, window),
+            query, key, value,
+        )  # fmt: skip
+        return out, back(cotangent.astype(jnp.float32))
 
-        out, back = jax.vjp(read, query, key, value)
-        return out, back(slope.astype(jnp.float32))
-
-    return kernel(query, key, value, slope), plain(query, key, value, slope)
+    arrays = query, key, value, cotangent
+    return kernel(*arrays), plain(*arrays)
 
 
-def assert_close(found, wanted, tolerance=2e-5):
-    pairs = zip(*map(jax.tree.leaves, (found, wanted)), strict=True)
-    for x, y in pairs:
-        assert np.isfinite(x).all()
-        np.testing.assert_allclose(
-            x.astype(jnp.float32), y, rtol=tolerance, atol=tolerance
-        )
+def assert_close(got, want, tolerance=2e-5):
+    got = jax.tree.map(lambda x: x.astype(jnp.float32), got)
+    assert_trees_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """128 columns and 128 rows a block, so that there are several."""
+    """128 keys and 128 rows a block, so that there are several."""
     monkeypatch.setattr(flash_blocks, "_ROWS", 128)
     monkeypatch.setattr(flash_blocks, "_SCORES", 128 * 128 * R)
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "options"),
     [
-        "rollout",
-        "branches",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("packed", "wider")),
+        ("rollout", dict(window=40)),
+        ("branches", {}),
+        ("rollout", dict(heads=(3, 1, 64), window=150, cap=2.0)),
+        ("branches", dict(heads=(1, 3, 128), cap=0.7)),
+        pytest.param("packed", {}, marks=pytest.mark.slow),
+        pytest.param("wider", {}, marks=pytest.mark.slow),
     ],
 )
-def test_it_is_attention_over_spans(name, small_blocks):
-    assert_close(*both(CASES[name]()))
+def test_kernels_are_attention_over_intervals(name, options, small_blocks):
+    assert_close(*kernel_and_dense(CASES[name](), **options))
 
 
-def test_blocks_may_be_as_large_as_the_rows():
-    assert_close(*both(with_branches()))
+def test_blocks_as_large_as_the_rows_in_bfloat16():
+    """Rounded as often as the inputs."""
+    got, want = kernel_and_dense(branched_intervals(), "bfloat16")
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(got))
+    assert_close(got, want, 0.04)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(reach=40),
-        dict(cap=0.7),
-        dict(heads=(1, 3, 128)),
-        dict(heads=(3, 1, 64), reach=150, cap=2.0),
-    ],
-)
-def test_sliding_capped_and_grouped(options):
-    spans = CASES["branches" if "reach" not in options else "rollout"]()
-    assert_close(*both(spans, **options))
-
-
-def test_bfloat16_is_rounded_as_often_as_its_inputs():
-    found, wanted = both(with_branches(), "bfloat16")
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found))
-    assert_close(found, wanted, 0.04)
-
-
-def test_who_sees_nothing_is_zero_and_gives_no_gradient():
-    spans = rollout_spans()  # 37 columns of padding
-    (out, (on_query, on_key, on_value)), _ = both(spans)
-    for x in (out, on_query, on_key, on_value):
-        assert (x[1, :37] == 0).all()
+def test_a_query_without_keys_is_zero_and_gives_no_gradient():
+    (out, gradients), _ = kernel_and_dense(rollout_intervals())
+    for x in (out, *gradients):
+        assert (x[1, :37] == 0).all()  # 37 keys of padding
     assert (out[1, 37:] != 0).any(-1).all()
 
 
 @pytest.mark.parametrize("name", ["rollout", "branches", "packed"])
-def test_a_block_that_nobody_needs_is_never_read(name, small_blocks):
-    spans = CASES[name]()
-    query, key, value, _ = inputs(spans)
+def test_a_block_that_no_query_needs_is_never_read(name, small_blocks):
+    intervals = CASES[name]()
+    query, key, value, _ = inputs(intervals)
     sizes = flash_blocks.sizes_of(query, key)
-    assert sizes.columns == 128 and sizes.query_blocks > 1
-    mask = np.asarray(spans.dense())
-    for row in range(B):
-        # What the last queries of a block see, and what no query of it does.
-        seen = mask[row, : sizes.queries].any(0)
-        unseen = np.flatnonzero(~seen)
-        unseen = unseen[unseen // 128 > np.flatnonzero(seen).max() // 128]
-        assert unseen.size
-        poisoned = key.at[row, unseen].set(jnp.nan)
+    assert sizes.keys == 128 and sizes.query_blocks > 1
+    mask = np.asarray(intervals.dense())
+    for row in range(2):
+        needed = mask[row, : sizes.queries].any(0)
+        unneeded = np.flatnonzero(~needed)
+        last = np.flatnonzero(needed).max() // 128
+        unneeded = unneeded[unneeded // 128 > last]
+        assert unneeded.size
+        poisoned = key.at[row, unneeded].set(jnp.nan)
         out, _ = flash.forward(
-            query, poisoned, value, seen_of(spans),
+            query, poisoned, value, kernel_mask(intervals),
             flash.Options(D**-0.5, interpret=True),
         )  # fmt: skip
         assert np.isfinite(out[row, : sizes.queries]).all()
 
 
-def pairs_read(spans, shared=1):
-    """Pairs of blocks that are multiplied, of all."""
-    rows, length = spans.prefix.shape
-    columns = spans.exists.shape[1]
-    query = jax.ShapeDtypeStruct((rows, length, shared, 128), jnp.float32)
-    key = jax.ShapeDtypeStruct((rows, columns, 1, 128), jnp.float32)
+def pairs_multiplied(mask):
+    """Pairs of blocks of one row, by queries and by keys; and all pairs."""
+    length, keys = mask.prefix.shape[1], mask.exists.shape[1]
+    query, key = jnp.zeros((1, length, 1, 128)), jnp.zeros((1, keys, 1, 128))
     sizes = flash_blocks.sizes_of(query, key)
-    _, tables = flash_blocks.arranged(
-        sizes, *(jnp.zeros(x.shape) for x in (query, key, key)), seen_of(spans)
+    _, tables = flash_blocks.arranged(sizes, query, key, key, kernel_mask(mask))
+
+    def pairs(find, outer, inner):
+        blocks, needed = jax.vmap(
+            lambda i: jax.vmap(lambda s: find(tables, 0, i, s))(
+                jnp.arange(inner)
+            )
+        )(jnp.arange(outer))
+        steps = zip(np.asarray(blocks), np.asarray(needed), strict=True)
+        return [(i, int(b)) for i, (bs, ns) in enumerate(steps) for b in bs[ns]]
+
+    by_query = pairs(
+        flash_blocks.key_block, sizes.query_blocks, sizes.key_blocks
     )
-    read = 0
-    for row in range(rows):
-        for block in range(sizes.query_blocks):
-            steps = jnp.arange(sizes.column_blocks)
-            found, needed = jax.vmap(
-                lambda s, row=row, block=block: flash_blocks.column_block(
-                    tables, row, block, s
-                )
-            )(steps)
-            kept = np.asarray(found)[np.asarray(needed)]
-            assert len(set(kept.tolist())) == len(kept)
-            read += len(kept)
-        # The other way round they are the same pairs.
-        other = 0
-        for block in range(sizes.column_blocks):
-            _, needed = jax.vmap(
-                lambda s, row=row, block=block: flash_blocks.query_block(
-                    tables, row, block, s
-                )
-            )(jnp.arange(sizes.query_blocks))
-            other += int(needed.sum())
-        read -= other * (rows > 1)
-    if rows > 1:
-        assert read == 0
-        return None
-    return read / (sizes.query_blocks * sizes.column_blocks)
+    by_key = pairs(
+        flash_blocks.query_block, sizes.key_blocks, sizes.query_blocks
+    )
+    assert len(set(by_query)) == len(by_query)
+    assert {(q, k) for k, q in by_key} == set(by_query)
+    return len(by_query) / (sizes.query_blocks * sizes.key_blocks)
 
 
 def test_a_rollout_costs_half_and_a_branch_its_prefix():
-    length = 8192
-    exists = jnp.ones((1, length), bool)
-    assert pairs_read(causal_spans(exists)) < 0.55
-    assert pairs_read(packed_spans(jnp.arange(length)[None] // 1024)) < 0.15
-    start = jnp.full((1, 32), 64)  # early forks: what is dear is the square
-    spans = branch_spans(exists, start, jnp.ones((1, 32, 32), bool))
-    whole = spans.exists.shape[1] ** 2
-    least = float(spans.dense().sum()) / whole
-    assert pairs_read(spans) < least + 0.1
-    assert pairs_read(CASES["branches"]()) is None
+    exists = jnp.ones((1, 8192), bool)
+    assert pairs_multiplied(causal_intervals(exists)) < 0.55
+    segments = jnp.arange(8192)[None] // 1024
+    assert pairs_multiplied(packed_intervals(segments)) < 0.15
+    start = jnp.full((1, 32), 64)  # early forks: the square is what costs
+    mask = branch_intervals(exists, start, jnp.ones((1, 32, 32), bool))
+    least = float(mask.dense().mean())
+    assert pairs_multiplied(mask) < least + 0.1
 
 
-# In a decoder, and on a mesh: the kernels interpreted in the place of blocks.
+# In a decoder: the kernels interpreted in the place of blocks.
+
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, layers=2, width=32, heads=4, kv_heads=2, head_dim=16,
+    mlp_width=32, remat="full", window=60, sliding=(True, False),
+)  # fmt: skip
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Has a CPU take the kernels where a TPU would; counts their calls."""
+    """Have a CPU take the kernels where a TPU would; list their calls."""
     calls = []
 
     def on_tpu(*arrays, tpu, default):
@@ -272,124 +233,196 @@ def kernels(monkeypatch):
     monkeypatch.setattr(flash.jax.lax, "platform_dependent", on_tpu)
     options = functools.partial(flash.Options, interpret=True)
     monkeypatch.setattr(core.flash, "Options", options)
-    return calls
+    jax.clear_caches()
+    yield calls
+    jax.clear_caches()
 
 
-CONFIG = DecoderConfig(
-    vocab_size=VOCAB, layers=2, width=32, heads=4, kv_heads=2, head_dim=16,
-    mlp_width=32, remat="full", window=60, sliding=(True, False),
-)  # fmt: skip
-
-
-def steps(config, context="teacher"):
-    """Gradient of a TOPD step, whose rows are longer than 128 columns."""
+def scored_step(config, context="teacher"):
+    """A TOPD step whose rows are of 128 keys or more."""
     make = jax.jit(init_decoder, static_argnums=0)
     student, teacher = (make(config, jax.random.key(i)) for i in (0, 1))
-    rows = make_trajectories(rows=4, prompt=20, completion=130)
-    objective = Objective(candidates=3, window=4, context=context)
-    notes = annotate(
-        student, teacher, rows, jax.random.key(0), objective=objective,
-        eos_ids=(EOS,), pad_id=PAD,
-    )  # fmt: skip
-    state, metrics = update(
-        init_state(student, optax.sgd(1.0)), teacher.head, rows, notes,
-        objective=objective, optimizer=optax.sgd(1.0),
-    )  # fmt: skip
-    return state.student, metrics, notes.teacher_windows, notes.teacher_hidden
+    rows = make_trajectories(rows=2, prompt=20, completion=108)
+    text = f"topd(context={context!r}, candidates=3, window=4)"
+    (notes,) = scores(student, teacher, rows, text)
+    state, metrics = step(student, teacher, rows, text)
+    loss = jnp.where(rows.mask, notes.teacher_token_loss, 0.0)
+    return state.student, metrics, notes.teacher_windows, loss
 
 
 @pytest.mark.parametrize(
     "context", ["teacher", pytest.param("student", marks=pytest.mark.slow)]
 )
 def test_a_step_by_the_kernels_is_that_by_blocks(context, kernels):
-    wanted = steps(CONFIG, context)
+    want = scored_step(CONFIG, context)
     assert not kernels
-    found = steps(CONFIG.replace(attention="flash"), context)
+    got = scored_step(CONFIG.replace(attention="flash"), context)
     assert {"forward", "backward"} == set(kernels)
-    mask = jnp.arange(130) < 4  # rows exist at least so far
-    for x, y in zip(
-        jax.tree.leaves(found[:3]), jax.tree.leaves(wanted[:3]), strict=True
-    ):
-        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
-    np.testing.assert_allclose(
-        found[3][:, mask], wanted[3][:, mask], rtol=2e-4, atol=2e-5
-    )
+    assert_trees_close(got, want, rtol=2e-4, atol=2e-5)
 
 
 def test_elsewhere_flash_is_blocks():
-    wanted = jax.tree.leaves(steps(CONFIG))
-    found = jax.tree.leaves(steps(CONFIG.replace(attention="flash")))
-    for x, y in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+    got = scored_step(CONFIG.replace(attention="flash"))
+    assert_trees_close(got, scored_step(CONFIG), rtol=1e-6, atol=1e-6)
 
 
-class Told:
-    """A model of which the doctor reads the config."""
+# A block of queries at a time.
 
-    config = CONFIG.replace(
-        attention="flash", dtype="bfloat16", attention_softcap=5.0
+LENGTH = 300  # two blocks of 128 and a part
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    monkeypatch.setattr(core, "_LONG_SCORES", 1)
+    monkeypatch.setattr(core, "_BLOCK_SCORES", 1)
+
+
+def value_and_gradients(dtype, keys=LENGTH, softcap=None):
+    config = DecoderConfig(
+        vocab_size=40, layers=1, width=16, heads=4, kv_heads=2, head_dim=8,
+        mlp_width=24, attention_softcap=softcap,
+    )  # fmt: skip
+    exists = jnp.arange(LENGTH) >= jnp.array([[0], [20]])  # padding
+    mask = causal_intervals(exists).widen(keys)
+    *arrays, _ = inputs(mask, heads=(2, 2, 8))
+    arrays = [x.astype("bfloat16").astype(dtype) for x in arrays]
+    allowed = mask.dense()
+    spec = MaskSpec(allowed[:, None], jnp.zeros((2, LENGTH), jnp.int32), None)
+
+    def loss(*arrays):
+        out = core.attend(*arrays, spec, 0, config).astype(jnp.float32)
+        out = jnp.where(allowed.any(-1)[..., None, None], out, 0.0)
+        return jnp.sum(jnp.sin(out) * jnp.arange(8)), out
+
+    return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("softcap", "keys"), [(None, LENGTH), (2.0, LENGTH + 50)]
+)
+def test_blocks_have_value_and_gradients_of_the_whole(request, softcap, keys):
+    want = value_and_gradients("float32", keys, softcap)
+    request.getfixturevalue("in_blocks")
+    got = value_and_gradients("float32", keys, softcap)
+    assert_trees_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_of_keys_are_summed_in_float32(request):
+    want = value_and_gradients("float32")[1]
+    request.getfixturevalue("in_blocks")
+    for x, y in zip(value_and_gradients("bfloat16")[1], want, strict=True):
+        assert x.dtype == jnp.bfloat16
+        error = np.abs(x.astype(np.float32) - y).max()
+        assert error < 0.03 * np.abs(y).max()
+
+
+def test_a_decoder_reads_blocks_of_intervals_as_a_mask(request):
+    """Value and gradient, with gaps, branches and a sliding layer."""
+    model = make_model(0)
+    config = model.config.replace(window=40, sliding=(True, False))
+    model, intervals = Decoder(config, model.arrays), branched_intervals()
+    shape = intervals.exists.shape
+    tokens = jax.random.randint(jax.random.key(1), shape, 3, 20)
+    positions = jnp.cumsum(intervals.exists, axis=1, dtype=jnp.int32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(model, mask):
+        hidden, _ = model(tokens, positions, mask)
+        real = intervals.exists[..., None]
+        return jnp.sum(jnp.sin(hidden) * real * jnp.arange(hidden.shape[-1]))
+
+    want = loss(model, intervals.dense())
+    request.getfixturevalue("in_blocks")
+    for x, y in zip(
+        *map(jax.tree.leaves, (loss(model, intervals), want)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+
+
+def test_no_array_of_a_step_is_a_mask_or_scores_of_all_keys(in_blocks):
+    """Scoring with branches behind, and an update, of 611 tokens."""
+    rows = make_trajectories(rows=1, prompt=11, completion=600)
+    lowered = step.lower(
+        make_model(0), make_model(1), rows,
+        "topd(context='teacher', candidates=2, window=4)",
+    )  # fmt: skip
+    shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", lowered.compile().as_text())
+    sizes = {np.prod([int(n) for n in s.split(",")]) for s in shapes}
+    assert 611 * VOCAB <= max(sizes) < 611**2
+
+
+# Branches side by side, against one dense mask.
+
+ROWS, COUNT, STEPS, READ = 2, 5, 4, 300
+KEYS = READ + COUNT * STEPS
+
+
+def branch_problem(written=3, dtype="float32", window=None):
+    """(arrays, dense mask, KernelMask); row 1 is padded, and branch 0 of it
+    attends to nothing before itself."""
+    key = np.arange(KEYS)
+    exists = (key >= np.array([[0], [37]])) & (key < READ + COUNT * written)
+    prefix = np.array([[1, 9, 128, 200, 300], [37, 38, 150, 260, 299]])
+    positions = np.repeat(np.where(key < READ, key, 0)[None], ROWS, 0)
+    along = prefix[:, None] + np.arange(written)[:, None]
+    positions[:, READ : READ + COUNT * written] = along.reshape(ROWS, -1)
+    newest = prefix + written - 1
+    slides = window is not None
+    mask = BranchMask(jnp.asarray(exists), jnp.asarray(prefix), READ)
+    intervals = branches.kernel_mask(
+        mask,
+        jnp.asarray(newest) if slides else None,
+        jnp.asarray(positions) if slides else None,
+        jnp.int32(window if slides else EVERYTHING),
     )
+    allowed = mask.dense()
+    if slides:
+        allowed &= newest[..., None] - positions[:, None] < window
+    rng = np.random.default_rng(0)
+    shapes = [(ROWS, COUNT, G * R, D)] + [(ROWS, KEYS, G, D)] * 2
+    arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+    return arrays, allowed, intervals
 
 
-def break_scores(monkeypatch):
-    plain = flash.kernels._scores
-
-    def broken(*args):
-        scores, mask = plain(*args)
-        return scores * 1.2, mask
-
-    monkeypatch.setattr(flash.kernels, "_scores", broken)
-    jax.clear_caches()
-
-
-def test_doctor_compares_the_kernels_with_plain_attention(monkeypatch):
-    models = {"student": Told, "teacher a": object()}
-    assert doctor.kernels(models) == []  # no TPU: blocks are taken
-    (fine,) = doctor.kernels(models, interpret=True)
-    assert fine.level == "ok" and "2 heads of 16 a key, bfloat16" in fine.text
-    break_scores(monkeypatch)
-    (found,) = doctor.kernels({"teacher a": Told}, interpret=True)
-    assert found.level == "error" and "the limit is 0.03" in found.text
-    assert found.way_out == "set config.teachers.a.attention=blocks"
-
-
-def test_doctor_compares_the_kernel_that_decodes_too(monkeypatch):
-    plain = flash_decode._block
-
-    def late(sizes, table, step):
-        block, needed = plain(sizes, table, step)
-        return block, needed & (step > 0)
-
-    monkeypatch.setattr(flash_decode, "_block", late)
-    monkeypatch.setattr(flash_decode, "_FEW_BYTES", 0)
-    monkeypatch.setattr(doctor, "_farthest", lambda *_: 0.0)
-    jax.clear_caches()
-    (found,) = doctor.kernels({"student": Told}, interpret=True)
-    assert found.level == "error"
-
-
-def test_a_window_that_is_not_kept_is_found(monkeypatch):
-    plain = flash.kernels._scores
-
-    def blind(sizes, options, tables, refs, column):
-        kept = {k: x for k, x in refs.items() if k != "place"}
-        return plain(sizes, options, tables, kept, column)
-
-    monkeypatch.setattr(flash.kernels, "_scores", blind)
-    jax.clear_caches()
-    (found,) = doctor.kernels({"student": Told}, interpret=True)
-    assert found.level == "error"
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize(
+    ("problem", "cap", "tolerance"),
+    [
+        ({"written": STEPS}, 3.0, 2e-5),
+        ({"window": 40}, None, 2e-5),
+        ({"dtype": "bfloat16"}, None, 0.02),
+    ],
+    ids=str,
+)
+def test_branches_equal_one_dense_mask(
+    kernel, problem, cap, tolerance, monkeypatch
+):
+    if kernel:  # of several blocks of keys
+        monkeypatch.setattr(flash_blocks, "_SCORES", 128 * 128 * R)
+    else:  # some branches at a time
+        monkeypatch.setattr(branches, "_SCORES", 2 * READ)
+    arrays, mask, intervals = branch_problem(**problem)
+    options = flash.Options(D**-0.5, cap, interpret=kernel)
+    out = branches.attend(
+        *arrays, intervals, options=options, read=READ, kernel=kernel
+    )
+    assert out.dtype == arrays[0].dtype
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), dense_attention(*arrays, mask, D**-0.5, cap),
+        rtol=tolerance, atol=tolerance,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_eight_devices_read_by_kernels_what_one_reads_by_blocks():
-    said = on_eight_devices("sharded_flash.py")
-    assert said.count("same on") == 3
+    printed = on_eight_devices("sharded_flash.py")
+    assert printed.count("same on") == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
 def test_a_tpu_compiles_them(topology):
     pytest.importorskip("libtpu", reason="pip install libtpu")
-    said = run_script("tpu_flash.py", topology, **LIBTPU)
-    assert said.count("3 kernels") == 2
+    printed = run_script("tpu_kernels.py", "flash", topology, **LIBTPU)
+    assert printed.count("3 kernels") == 2

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from children import LIBTPU, on_eight_devices, run_script
+from dense_attention import dense_attention
 
 from topd_jax.models import Decoder, DecoderConfig, init_decoder
 from topd_jax.models.attention import core, flash, flash_decode
-from topd_jax.models.attention.masks import Written
+from topd_jax.models.attention.masks import CachedMask
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
 
@@ -31,21 +32,6 @@ def inputs(dtype="float32", length=L, shape=(B, G, R, D)):
     cache = (N, rows, length, groups, size)
     shapes = (rows, 1, groups * shared, size), cache, cache
     return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
-
-
-def dense(query, keys, values, mask, scale, cap=None):
-    """All scores at once, in float32."""
-    query, key, value = (
-        x.astype(jnp.float32) for x in (query, keys[LAYER], values[LAYER])
-    )
-    shared = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
-    scores = jnp.einsum("bshd,blhd->bhsl", query, key) * scale
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    mask = mask[:, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    return jnp.einsum("bhsl,blhd->bshd", jnp.where(mask, weights, 0.0), value)
 
 
 def masks(written, length, rows, window=None):
@@ -70,10 +56,13 @@ def check(
     read = jax.jit(
         functools.partial(flash_decode.read, options=options, usual=length)
     )
-    columns = flash_decode.sizes_of(query, cache[0]).columns
+    columns = flash_decode.sizes_of(query, cache[0]).keys
     for count in written:
         mask, first, last = masks(count, length, shape[0], window)
-        wanted = dense(query, *cache, mask, options.scale, cap)
+        wanted = dense_attention(
+            *map(jnp.asarray, (query, cache[0][LAYER], cache[1][LAYER])),
+            mask[:, None], options.scale, cap,
+        )  # fmt: skip
         poisoned = [np.full_like(x, np.nan) for x in cache]
         begin = int(first.min()) // columns * columns
         for x, y in zip(poisoned, cache, strict=True):
@@ -94,16 +83,9 @@ def test_it_is_attention_over_what_is_written(small_blocks):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(cap=0.7),
-        *(
-            pytest.param(options, marks=pytest.mark.slow)
-            for options in (
-                dict(length=100),
-                dict(shape=(1, 1, 8, 128)),
-                dict(shape=(6, 4, 1, 32), window=150),
-                dict(window=20, cap=2.0),
-            )
-        ),
+        dict(length=100),
+        dict(shape=(1, 1, 8, 128)),
+        dict(shape=(6, 4, 1, 32), window=20, cap=2.0),
     ],
 )
 def test_blocks_of_several_rows_and_heads(options):
@@ -124,71 +106,6 @@ def test_a_row_that_sees_nothing_is_zero():
         first, last, options=flash.Options(0.1, interpret=True), usual=300,
     )  # fmt: skip
     assert (found[2] == 0).all() and (found[1] != 0).any()
-
-
-@pytest.mark.parametrize(
-    ("rows", "groups", "length", "dtype"),
-    [
-        (4, 2, 33792, "bfloat16"),
-        (4, 2, 9024, "bfloat16"),
-        (32, 1, 384, "bfloat16"),
-        (7, 8, 5000, "float32"),
-        (1, 16, 100, "bfloat16"),
-        (256, 8, 1280, "bfloat16"),
-    ],
-)
-def test_blocks_divide_and_are_neither_small_nor_large(
-    rows, groups, length, dtype
-):
-    query = jax.ShapeDtypeStruct((rows, 1, groups * 4, 128), dtype)
-    keys = jax.ShapeDtypeStruct((2, rows, length, groups, 128), dtype)
-    sizes = flash_decode.sizes_of(query, keys)
-    assert rows % sizes.rows == 0 and groups % sizes.groups == 0
-    assert rows == 1 or sizes.rows <= rows // 2  # for two cores
-    assert sizes.columns == length or sizes.columns % 128 == 0
-    assert sizes.columns <= max(length / 16, 1024)
-    item = jnp.dtype(dtype).itemsize
-    assert sizes.shared == 32 // item
-    read = sizes.rows * sizes.groups * sizes.columns * 128 * item
-    assert read <= 2**20
-    most = max(rows // 2, 1) * groups * length * 128 * item
-    assert read >= min(2**18, most)
-
-
-def test_blocks_that_nobody_needs_are_not_fetched():
-    sizes = flash_decode.Sizes(1, 1, 8, 64, 128, 1000)
-    for first, last, wanted in (
-        (0, 127, [0]), (0, 128, [0, 1]), (300, 700, [2, 3, 4, 5]),
-        (0, 999, [*range(8)]),
-    ):  # fmt: skip
-        table = jnp.array([7, first, last])
-        steps = [flash_decode._block(sizes, table, step) for step in range(8)]
-        assert [int(at) for at, needed in steps if needed] == wanted
-        # What stays the same is not fetched again.
-        assert {int(at) for at, _ in steps} == set(wanted)
-
-
-def test_a_plan_is_told_of_the_columns_that_are_usual():
-    query, keys, values = inputs("bfloat16", 4096, (2, 2, 4, 128))
-    columns = flash_decode.sizes_of(query, keys).columns
-
-    def said(usual):
-        jaxpr = jax.make_jaxpr(
-            functools.partial(
-                flash_decode.read, options=flash.Options(1.0), usual=usual
-            )
-        )(
-            query, keys, values, 0, jnp.ones((2, 1, 4096), jnp.int32),
-            jnp.zeros(2, jnp.int32), 5,
-        )  # fmt: skip
-        (call,) = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
-        return call.params["cost_estimate"]
-
-    for usual, read in ((1000, 1000 + columns // 2), (4000, 4096)):
-        # Keys and values of four (row, head) pairs, and little else.
-        bytes_read = 2 * 4 * read * 128 * 2
-        assert bytes_read <= said(usual).bytes_accessed < 1.05 * bytes_read
-        assert said(usual).flops == 4 * 16 * read * 128
 
 
 # In a decoder's rollout: the kernel interpreted in the place of XLA's.
@@ -239,12 +156,10 @@ def assert_same(found, wanted):
     "options",
     [
         dict(),
-        *(
-            pytest.param(options, marks=pytest.mark.slow)
-            for options in (
-                dict(unroll=2, window=20, sliding=(True, False)),
-                dict(window=20, sliding=(False, True)),
-            )
+        dict(window=20, sliding=(False, True)),
+        pytest.param(
+            dict(unroll=2, window=20, sliding=(True, False)),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -260,18 +175,9 @@ def test_a_rollout_by_the_kernel_has_the_same_tokens(options, kernel):
     assert set(kernel) == {(140, (usual + 20) // 2 if options else usual)}
 
 
-@pytest.mark.slow
-def test_a_cache_that_grows_has_the_middle_of_each_loop(kernel):
-    wanted = written_by(CONFIG, 150, buckets=())
-    found = written_by(CONFIG.replace(attention="flash"), 150, buckets=())
-    assert_same(found, wanted)
-    # Of 9 + 75 columns while the first half is written, then of 9 + 150.
-    assert set(kernel) == {(84, 9 + 37), (159, 9 + 112)}
-
-
 def test_elsewhere_it_is_plain_attention():
     exists = jnp.arange(8) >= jnp.array([[0], [3]])
-    mask = Written(exists, jnp.int32(6), usual=6)
+    mask = CachedMask(exists, jnp.int32(6), usual=6)
     places = jnp.array([[5], [2]])
 
     arrays = init_decoder(CONFIG, jax.random.key(0)).arrays
@@ -292,12 +198,6 @@ def test_elsewhere_it_is_plain_attention():
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_a_mask_of_what_is_written():
-    exists = jnp.array([[0, 1, 1, 1], [1, 1, 1, 1]], bool)
-    mask = Written(exists, jnp.int32(3), usual=2).dense()
-    assert mask.astype(int).tolist() == [[[0, 1, 1, 0]], [[1, 1, 1, 0]]]
-
-
 @pytest.mark.slow
 def test_eight_devices_write_by_the_kernel_what_one_writes_without():
     said = on_eight_devices("sharded_decode.py")
@@ -308,5 +208,5 @@ def test_eight_devices_write_by_the_kernel_what_one_writes_without():
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
 def test_a_tpu_compiles_it(topology):
     pytest.importorskip("libtpu", reason="pip install libtpu")
-    said = run_script("tpu_decode.py", topology, **LIBTPU)
+    said = run_script("tpu_kernels.py", "decode", topology, **LIBTPU)
     assert said.count("reads the cache in place") == 4

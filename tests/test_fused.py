@@ -1,15 +1,17 @@
-"""Chunked losses equal dense ones, in value, gradient and type."""
+"""Chunked losses equal dense ones in value and gradient, and stay small."""
 
 import functools
 import math
-import pathlib
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import on_eight_devices
+from numpy.testing import assert_allclose, assert_array_equal
 from small_heads import (
-    DENSE,
+    LOSSES,
     SHAPE,
     D,
     T,
@@ -17,119 +19,77 @@ from small_heads import (
     assert_close,
     both_faces,
     dense,
+    dense_gradients,
     gradients,
     heads,
     logp,
     weights_of,
 )
 
-from topd_jax.losses import divergences, fused
+from topd_jax.losses import chunks, divergences, fused, log_probs, token_losses
+from topd_jax.types import CappedHead, Layout, soft_cap
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "divergences.npz"
 # All at once; columns of one, which divide T = 7; columns of two, which do not.
-CHUNKS = [None, 2, 5]
+CHUNKS = [Layout(size) for size in (None, 2, 5)]
+PAIRS = Layout(4)
+reverse_kl = divergences.reverse_kl
 
 
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize("name", DENSE)
-def test_equals_dense(name, chunk_size):
-    arrays, weights = heads(), weights_of()
-
-    def loss(*arrays):
-        per_token = dense(name, arrays)
-        return jnp.sum(weights * per_token), per_token
-
-    want = gradients(loss, arrays)
-    for got in both_faces(
-        arrays, weights, divergence=name, beta=0.25, chunk_size=chunk_size
-    ):
-        assert_close(got, want)
+def capped(student_hidden, student_head, teacher_hidden, teacher_head):
+    """Both heads bound their logits, each at its own cap."""
+    heads = CappedHead(student_head, 2.0), CappedHead(teacher_head, 3.0)
+    return student_hidden, heads[0], teacher_hidden, heads[1]
 
 
-@pytest.mark.parametrize("shape", [(9,), (1, 1), (2, 3, 5), (2, 0)])
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_any_leading_dimensions_and_temperature(shape, temperature):
-    arrays, weights = heads(shape), weights_of(shape)
-
-    def loss(*arrays):
-        per_token = dense("jsd", arrays, temperature)
-        return jnp.sum(weights * per_token), per_token
-
-    want = gradients(loss, arrays)
-    for got in both_faces(
-        arrays,
-        weights,
-        divergence="jsd",
-        beta=0.25,
-        temperature=temperature,
-        chunk_size=4,
-    ):
-        if math.prod(shape):
-            assert_close(got, want)
-        else:
-            assert got[0][0] == 0
-            np.testing.assert_array_equal(got[1][1], 0)
+# Draws of a stochastic loss, and the tokens that it names.
+ROWS = {"tokens": jnp.full(SHAPE, 3), "uniforms": weights_of() / 2}
+chances = functools.partial(token_losses.trust_region_loss, top_k=4)
+CASES = {
+    **{f"{name} {x.chunk_size}": (loss, {"layout": x})
+       for name, loss in LOSSES.items() for x in CHUNKS},
+    "chances": (chances, {"layout": CHUNKS[2], "rows": ROWS}),
+    "sharp": (LOSSES["jsd"], {"temperature": 0.5, "shape": (9,)}),
+    "one token": (LOSSES["jsd"], {"temperature": 2.0, "shape": (1, 1)}),
+    "flat": (LOSSES["jsd"], {"temperature": 2.0, "shape": (2, 3, 5)}),
+    "no token": (LOSSES["jsd"], {"shape": (2, 0)}),
+    "capped": (LOSSES["jsd"], {"temperature": 0.7, "bound": capped}),
+    "capped kl": (reverse_kl, {"layout": CHUNKS[0], "bound": capped}),
+    "float64": (reverse_kl, {"dtype": jnp.float64}),
+}  # fmt: skip
 
 
-CASES = [(beta, t) for beta in (0, 0.5, 1) for t in (1, 2)]
+@pytest.mark.parametrize("case", CASES)
+def test_equals_dense(case):
+    loss, options = CASES[case]
+    options = {"layout": PAIRS} | options
+    shape, dtype = options.pop("shape", SHAPE), options.pop("dtype", "float32")
+    with jax.enable_x64(dtype == jnp.float64):
+        bound = options.pop("bound", lambda *arrays: arrays)
+        arrays = bound(*heads(shape, dtype=dtype))
+        weights = weights_of(shape).astype(dtype)
+        want = dense_gradients(
+            functools.partial(loss, **options.get("rows", {})),
+            arrays, weights, options.get("temperature", 1.0),
+        )  # fmt: skip
+        for got in both_faces(arrays, weights, loss, **options):
+            assert_close(got, want, 1e-12 if dtype == jnp.float64 else 2e-5)
 
 
-@pytest.mark.parametrize(("beta", "temperature"), CASES)
-def test_golden(beta, temperature):
-    with np.load(GOLDEN) as file:
-        golden = dict(file)
-    key = f"beta{beta:g}_T{temperature}_f32"
-    names = ["hidden_student", "w_student", "hidden_teacher", "w_teacher"]
-    mask = golden["mask"]
-
-    arrays = [jnp.asarray(golden[n], jnp.float32) for n in names]
-    weights = jnp.asarray(mask / mask.sum(), jnp.float32)
-    for (value, _), grads in both_faces(
-        arrays,
-        weights,
-        divergence="jsd",
-        beta=beta,
-        temperature=temperature,
-        chunk_size=6,
-    ):
-        np.testing.assert_allclose(value, golden[f"chunked_loss_{key}"], 1e-5)
-        for got, name in zip(grads, ["hidden", "w"], strict=True):
-            want = golden[f"chunked_grad_{name}_{key}"]
-            np.testing.assert_allclose(
-                got, want, 1e-5, 1e-5 * np.abs(want).max()
-            )
-    entropies = fused.fused_map(
-        lambda student, _: divergences.entropy(student),
-        *arrays,
-        temperature=temperature,
-        chunk_size=6,
-    )
-    np.testing.assert_allclose(
-        entropies[mask].sum(), golden[f"chunked_entropy_sum_{key}"], 1e-5
-    )
-
-
-def test_float64():
-    with jax.enable_x64(True):
-        arrays = heads(dtype=jnp.float64)
-        weights = weights_of().astype(jnp.float64)
-
-        def loss(*arrays):
-            per_token = dense("reverse_kl", arrays)
-            return jnp.sum(weights * per_token), per_token
-
-        want = gradients(loss, arrays)
-        for got in both_faces(arrays, weights, chunk_size=6):
-            assert_close(got, want, 1e-12)
+def test_a_cap_by_hand():
+    # 2 tanh(1 / 2), 2 tanh(-100 / 2)
+    got = soft_cap(jnp.array([0.0, 1.0, -100.0]), 2.0)
+    assert_allclose(got, [0, 0.92423431, -2], rtol=1e-6)
+    head = CappedHead(jnp.ones((3, 2)), 2.0)[:1]
+    assert (head.shape, head.ndim, head.cap) == ((1, 2), 2, 2.0)
 
 
 def test_jit_vmap_and_traced_temperature():
     arrays, weights = heads(), weights_of()
-    fn = functools.partial(fused.fused_divergence, chunk_size=2)
+    fn = functools.partial(fused.fused_divergence, layout=Layout(2))
     eager = fn(*arrays)
-    np.testing.assert_allclose(jax.jit(fn)(*arrays), eager, 1e-5)
+    assert_allclose(jax.jit(fn)(*arrays), eager, 1e-5)
     mapped = jax.vmap(fn, (0, None, 0, None))(*arrays)
-    np.testing.assert_allclose(mapped, eager, 1e-5)
+    assert_allclose(mapped, eager, 1e-5)
 
     def total(student_hidden, teacher_hidden, weights):
         return fused.fused_weighted_sum(
@@ -138,69 +98,66 @@ def test_jit_vmap_and_traced_temperature():
 
     whole = jax.grad(total)(arrays[0], arrays[2], weights)
     rows = jax.vmap(jax.grad(total))(arrays[0], arrays[2], weights)
-    np.testing.assert_allclose(rows, whole, 1e-5, 1e-6)
-
-    traces = []
-
-    @jax.jit
-    def at(temperature):
-        traces.append(None)
-        return fused.fused_divergence(*arrays, temperature=temperature)
-
+    assert_allclose(rows, whole, 1e-5, 1e-6)
+    at = jax.jit(lambda t: fused.fused_divergence(*arrays, temperature=t))
     for temperature in (1.0, 1.7):
-        np.testing.assert_allclose(
-            at(temperature), dense("reverse_kl", arrays, temperature), 1e-4
-        )
-    assert len(traces) == 1
+        want = dense(reverse_kl, arrays, temperature)
+        assert_allclose(at(temperature), want, 1e-4)
+    assert at._cache_size() == 1
 
 
-def test_teacher_and_weights_are_data():
-    arrays, weights = heads(), weights_of()
-    grads = jax.grad(
-        lambda *a: fused.fused_weighted_sum(*a)[0], (0, 1, 2, 3, 4)
-    )(*arrays, weights)
-    others = jax.grad(
-        lambda *a: jnp.sum(fused.fused_divergence(*a)), (0, 1, 2, 3)
-    )(*arrays)
-    mapped = jax.grad(
-        lambda *a: jnp.sum(fused.fused_map(divergences.reverse_kl, *a)),
-        (0, 1, 2, 3),
-    )(*arrays)
-    assert_close(mapped, others)
-    for student in (*grads[:2], *others[:2]):
-        assert np.abs(student).max() > 0.01
-    for teacher in (*grads[2:], *others[2:], *mapped[2:]):
-        np.testing.assert_array_equal(teacher, 0)
-
-
-def test_token_losses_are_stopped_and_the_sum_scales():
+def test_teacher_and_weights_are_data_and_the_sum_scales():
     arrays, weights = heads(), weights_of()
 
-    def loss(scale, *arrays):
-        total, each = fused.fused_weighted_sum(*arrays, weights)
-        return scale * total + jnp.sum(each)
+    def summed(scale, *arrays):
+        total, each = fused.fused_weighted_sum(*arrays)
+        return scale * total + jnp.sum(each)  # the losses are stopped
 
     once, thrice, never = (
-        jax.grad(loss, (1, 2))(scale, *arrays) for scale in (1.0, 3.0, 0.0)
+        jax.grad(summed, (1, 2, 3, 4, 5))(scale, *arrays, weights)
+        for scale in (1.0, 3.0, 0.0)
     )
     assert_close(thrice, jax.tree.map(lambda g: 3 * g, once))
-    for grad in never:
-        np.testing.assert_array_equal(grad, 0)
+    divergence, mapped = (
+        jax.grad(lambda *a, fn=fn: jnp.sum(fn(*a)), (0, 1, 2, 3))(*arrays)
+        for fn in (
+            fused.fused_divergence,
+            functools.partial(fused.fused_map, reverse_kl),
+        )
+    )
+    assert_close(mapped, divergence)
+    for student in (*once[:2], *divergence[:2]):
+        assert np.abs(student).max() > 0.01
+    for data in (*once[2:], *divergence[2:], *mapped[2:], *never):
+        assert_array_equal(data, 0)
 
 
-def test_nothing_counts():
-    arrays = heads()
-    (total, _), grads = jax.value_and_grad(
-        lambda *a: fused.fused_weighted_sum(*a, jnp.zeros(SHAPE)),
-        (0, 1),
-        has_aux=True,
-    )(*arrays)
-    assert total == 0
-    for grad in grads:
-        np.testing.assert_array_equal(grad, 0)
+@pytest.mark.parametrize("bad", ["loss", "student_hidden", "teacher_hidden"])
+def test_a_token_of_weight_zero_counts_for_nothing(bad):
+    """0 * NaN is NaN: what does not count is selected away, not multiplied."""
+    arrays, weights = list(heads()), weights_of().at[1, 3].set(0)
+    want = dense_gradients(reverse_kl, arrays, weights)
+    rows = {"uniforms": jnp.zeros(SHAPE)}
+    if bad == "loss":
+        rows["uniforms"] = rows["uniforms"].at[1, 3].set(jnp.nan)
+    else:
+        i = 2 * (bad == "teacher_hidden")
+        arrays[i] = arrays[i].at[1, 3].set(jnp.nan)
+
+    def loss(student, teacher, uniforms):
+        return reverse_kl(student, teacher) * (1 + uniforms)
+
+    for layout in CHUNKS[1:]:
+        for got in both_faces(arrays, weights, loss, rows=rows, layout=layout):
+            (total, each), grads = got
+            assert jnp.isnan(each[1, 3])
+            assert_close((total, grads), (want[0][0], want[1]))
+    for result in both_faces(arrays, jnp.zeros(SHAPE), loss, rows=rows):
+        for leaf in (result[0][0], *result[1]):
+            assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", LOSSES)
 def test_finite_for_impossible_tokens(name):
     # Finite heads whose logits overflow to -inf, or underflow in exp.
     arrays = list(heads())
@@ -209,141 +166,214 @@ def test_finite_for_impossible_tokens(name):
         far = arrays[head].at[head].set(-1e6)
         arrays[head] = far.at[head + 5].set(-3e38)
     assert np.all(jnp.isneginf(arrays[0] @ arrays[1][6]))
-    for result in both_faces(
-        arrays, weights_of(), divergence=name, chunk_size=4
-    ):
-        for leaf in jax.tree.leaves(result):
-            assert np.all(np.isfinite(leaf))
+    results = both_faces(arrays, weights_of(), LOSSES[name], layout=PAIRS)
+    for leaf in jax.tree.leaves(results):
+        assert np.all(np.isfinite(leaf))
 
 
-# Vocabularies that differ by padding.
+def test_a_padded_vocabulary_is_cut_and_renormalized():
+    arrays, weights, shared = heads(vocab=(V + 5, V + 2)), weights_of(), V - 1
 
-
-def test_padded_vocabulary_is_cut_and_renormalised():
-    arrays, weights = heads(vocab=(V + 5, V + 2)), weights_of()
-    shared = V - 1
-
-    def loss(hidden, head, teacher_hidden, teacher_head):
-        cut = (hidden, head[:shared], teacher_hidden, teacher_head[:shared])
-        per_token = dense("reverse_kl", cut)
+    def cut(hidden, head, teacher_hidden, teacher_head):
+        arrays = hidden, head[:shared], teacher_hidden, teacher_head[:shared]
+        per_token = dense(reverse_kl, arrays)
         return jnp.sum(weights * per_token), per_token
 
-    want = gradients(loss, arrays)
-    np.testing.assert_array_equal(want[1][1][shared:], 0)
-    for got in both_faces(arrays, weights, vocab_size=shared, chunk_size=4):
+    want = gradients(cut, arrays)
+    assert_array_equal(want[1][1][shared:], 0)
+    for got in both_faces(arrays, weights, vocab_size=shared, layout=PAIRS):
         assert_close(got, want)
     # Without a number, the smaller head decides.
     smaller = (arrays[0], arrays[1][: V + 2], *arrays[2:])
-    np.testing.assert_allclose(
-        fused.fused_divergence(*arrays), dense("reverse_kl", smaller), 1e-4
+    assert_allclose(
+        fused.fused_divergence(*arrays), dense(reverse_kl, smaller), 1e-4
     )
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4])
-def test_dropped_mass(chunk_size):
-    hidden, head, _, _ = heads()
-    p = np.exp(np.asarray(logp(hidden, head, 2.0)))
-    np.testing.assert_allclose(
-        fused.dropped_mass(
-            hidden, head, 20, temperature=2.0, chunk_size=chunk_size
-        ),
-        p[..., 20:].sum(-1),
-        rtol=1e-5,
-    )
-    np.testing.assert_array_equal(fused.dropped_mass(hidden, head, V), 0)
-    # Zero rows beside strongly negative logits take nearly everything.
-    padded = jnp.concatenate([jnp.full((10, D), -1.0), jnp.zeros((5, D))])
-    assert np.all(fused.dropped_mass(jnp.abs(hidden), padded, 10) > 0.5)
-
-
-# Statistics and token log-probabilities.
-
-
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_map(chunk_size):
-    arrays = heads(vocab=(V, V + 3))
-    tokens = np.random.default_rng(3).integers(0, V, SHAPE)
+@pytest.mark.parametrize("bound", [lambda *a: a, capped], ids=["", "capped"])
+@pytest.mark.parametrize("layout", CHUNKS)
+def test_statistics(layout, bound):
+    arrays = bound(*heads(vocab=(V, V + 3)))
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, V - 3, SHAPE))
     vectors = weights_of((*SHAPE, 3))
 
-    def fn(student, teacher, tokens, vectors):
+    def compare(student, teacher, tokens, vectors):
         return {
-            "entropy": divergences.entropy(student),
-            "token": divergences.token_logprobs(teacher, tokens),
-            "vector": vectors
-            * divergences.reverse_kl(student, teacher)[:, None],
+            "entropy": log_probs.entropy(student),
+            "token": log_probs.token_logprobs(teacher, tokens),
+            "vector": vectors * reverse_kl(student, teacher)[..., None],
         }
 
-    got = jax.jit(lambda *a: fused.fused_map(fn, *a, chunk_size=chunk_size))(
-        *arrays, tokens, vectors
-    )
-    student, teacher = logp(*arrays[:2]), logp(arrays[2], arrays[3][:V])
-    want = {
-        "entropy": divergences.entropy(student),
-        "token": divergences.token_logprobs(teacher, tokens),
-        "vector": vectors * divergences.reverse_kl(student, teacher)[..., None],
-    }
-    assert_close(got, want)
+    def mapped(hidden, head):
+        out = fused.fused_map(
+            compare, hidden, head, *arrays[2:], tokens, vectors, layout=layout
+        )
+        return jnp.sum(out["vector"] ** 2), out
 
-    def total(fn, *heads):
-        return jnp.sum(fn(*heads) ** 2)
+    def whole(hidden, head):
+        teacher = logp(arrays[2], arrays[3][:V])
+        out = compare(logp(hidden, head), teacher, tokens, vectors)
+        return jnp.sum(out["vector"] ** 2), out
 
-    grads = jax.grad(
-        lambda *a: total(
-            functools.partial(
-                fused.fused_map, divergences.reverse_kl, chunk_size=chunk_size
-            ),
-            *a,
-            *arrays[2:],
-        ),
-        (0, 1),
-    )(*arrays[:2])
-    want = jax.grad(
-        lambda *a: total(
-            lambda *h: dense("reverse_kl", h), *a, arrays[2], arrays[3][:V]
-        ),
-        (0, 1),
-    )(*arrays[:2])
-    assert_close(grads, want)
+    assert_close(gradients(mapped, arrays[:2]), gradients(whole, arrays[:2]))
+    options = dict(temperature=1.5, vocab_size=V - 3, layout=layout)
+
+    def chunked(hidden, head):
+        out = fused.fused_token_logprobs(hidden, head, tokens, **options)
+        return jnp.sum(vectors[..., 0] * out), out
+
+    def picked(hidden, head):
+        out = logp(hidden, head[: V - 3], 1.5)
+        out = jnp.take_along_axis(out, tokens[..., None], -1)[..., 0]
+        return jnp.sum(vectors[..., 0] * out), out
+
+    assert_close(gradients(chunked, arrays[:2]), gradients(picked, arrays[:2]))
 
 
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_token_logprobs(chunk_size):
-    hidden, head, _, _ = heads()
-    tokens = np.random.default_rng(3).integers(0, V - 3, SHAPE)
+@pytest.mark.parametrize("layout", CHUNKS)
+def test_dropped_mass_and_normalizer(layout):
+    hidden, head = heads()[:2]
+    mass = functools.partial(fused.dropped_mass, layout=layout)
+    for bound in (head, CappedHead(head, 2.0)):
+        want = np.exp(logp(hidden, bound, 2.0))[..., 20:].sum(-1)
+        got = mass(hidden, bound, 20, temperature=2.0)
+        assert_allclose(got, want, rtol=1e-5)
+    assert_array_equal(mass(hidden, head, V), 0)
+    # Zero rows beside strongly negative logits take nearly everything.
+    padded = jnp.concatenate([jnp.full((10, D), -1.0), jnp.zeros((5, D))])
+    assert np.all(mass(jnp.abs(hidden), padded, 10) > 0.5)
     weights = weights_of()
 
     def chunked(hidden, head):
-        per_token = fused.fused_token_logprobs(
-            hidden,
-            head,
-            tokens,
-            temperature=1.5,
-            vocab_size=V - 3,
-            chunk_size=chunk_size,
+        out = fused.fused_log_normalizer(
+            hidden, head, vocab_size=V - 1, layout=layout
         )
-        return jnp.sum(weights * per_token), per_token
+        return jnp.sum(weights * out), out
 
     def whole(hidden, head):
-        lp = logp(hidden, head[: V - 3], 1.5)
-        per_token = jnp.take_along_axis(lp, tokens[..., None], -1)[..., 0]
-        return jnp.sum(weights * per_token), per_token
+        out = jax.nn.logsumexp(hidden @ head[: V - 1].T, axis=-1)
+        return jnp.sum(weights * out), out
 
-    assert_close(
-        gradients(chunked, (hidden, head)), gradients(whole, (hidden, head))
+    assert_close(gradients(chunked, (hidden, head)),
+                 gradients(whole, (hidden, head)))  # fmt: skip
+
+
+def test_bfloat16_accumulates_in_float32():
+    # 512 tokens, each adding a little to the same entries of the head's
+    # gradient: a bfloat16 sum would lose what is below 1/256 of it.
+    rng = np.random.default_rng(0)
+    state, head, teacher_head = rng.normal(size=(3, V, D))
+    states = [np.tile(state[i], (512, 1)) for i in range(2)]
+    arrays = [
+        jnp.asarray(x, jnp.bfloat16)
+        for x in (states[0], head, states[1], teacher_head)
+    ]
+    weights, single = jnp.ones(512), Layout(1)
+    wide = [x.astype(jnp.float32) for x in arrays]
+    want = dense_gradients(reverse_kl, wide, weights)
+
+    def mapped(*arrays):
+        out = fused.fused_map(reverse_kl, *arrays, layout=single)
+        return jnp.sum(weights * out), out
+
+    for (value, per_token), grads in (
+        *both_faces(arrays, weights, layout=single),
+        gradients(mapped, arrays),
+    ):
+        assert value.dtype == per_token.dtype == jnp.float32
+        assert_allclose(value, want[0][0], 1e-5)
+        for got, exact in zip(grads, want[1], strict=True):
+            assert got.dtype == jnp.bfloat16
+            error = np.abs(np.asarray(got, np.float32) - exact).max()
+            assert error < 0.01 * np.abs(exact).max()
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for sub in jex.jaxprs_in_params(eqn.params):
+            yield from equations(sub)
+
+
+def traced(fn, *args):
+    return list(equations(jax.make_jaxpr(fn)(*args).jaxpr))
+
+
+def largest(fn, *args):
+    return max(
+        math.prod(v.aval.shape) for e in traced(fn, *args) for v in e.outvars
     )
 
 
-def test_custom_divergence():
-    arrays = heads()
-    fn = functools.partial(divergences.top_k_reverse_kl, k=4)
-    np.testing.assert_allclose(
-        fused.fused_divergence(*arrays, divergence=fn, chunk_size=4),
-        fn(logp(*arrays[:2]), logp(*arrays[2:])),
-        rtol=1e-4,
-    )
+def products(fn, *args):
+    return sum(e.primitive.name == "dot_general" for e in traced(fn, *args))
 
 
-# Bad input.
+def test_no_array_of_all_logits_and_no_product_twice():
+    shape, vocab, layout = (2, 64), 512, Layout(8)
+    arrays, weights = heads(shape, (vocab, vocab)), weights_of(shape)
+    logits = math.prod(shape) * vocab
+    whole = jax.grad(lambda *a: jnp.sum(dense(reverse_kl, a)), (0, 1))
+    assert largest(whole, *arrays) == logits
+
+    def token_logprobs(hidden, head, *_, **options):
+        tokens = jnp.zeros(shape, int)
+        return fused.fused_token_logprobs(hidden, head, tokens, **options)
+
+    # Products of the value alone; with gradients two more for each model that
+    # is trained, and those that are recomputed.
+    for count, with_gradient, face in (
+        (2, 6, fused.fused_divergence),
+        (2, 4, lambda *a, **o: fused.fused_weighted_sum(*a, weights, **o)[0]),
+        (2, 6, functools.partial(fused.fused_map, reverse_kl)),
+        (1, 4, lambda h, w, *_, **o: fused.fused_log_normalizer(h, w, **o)),
+        (1, 4, token_logprobs),
+    ):
+        face = functools.partial(face, layout=layout)
+        grad = jax.grad(lambda *a, face=face: jnp.sum(face(*a)), (0, 1))
+        assert products(face, *arrays) == count
+        assert products(grad, *arrays) == with_gradient
+        assert largest(grad, *arrays) <= logits / 8
+        memory = jax.jit(grad).lower(*arrays).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 4 * logits
+
+
+def test_chunk_size_from_the_shapes():
+    here, half = Layout(), Layout(ways={"vocab": 2, "tokens": 4})
+    for vocab in (1, 100, 4096, 32768, 151_936, 10**7):
+        tokens = chunks.chunk_tokens(vocab, here)
+        assert 256 <= tokens <= 4096
+        assert tokens in (256, 4096) or tokens * vocab * 4 <= 2**25
+    assert chunks.chunk_tokens(32768, here) == 256
+    # Per device: half the vocabulary, a quarter of the rows.
+    assert chunks.chunk_tokens(32768, half) == 2 * 4 * 256
+    # Small problems run in one chunk, without a scan.
+    names = {e.primitive.name for e in traced(fused.fused_divergence, *heads())}
+    assert "scan" not in names
+
+
+def test_eight_devices_of_any_mesh_equal_one():
+    said = on_eight_devices("sharded_chunks.py", "meshes")
+    assert said.count("equal one device") == 3
+
+
+def test_a_forward_derivative_is_refused():
+    hidden, *rest = heads()
+
+    def total(x):
+        return fused.fused_weighted_sum(x, *rest, weights_of())[0]
+
+    refused = pytest.raises(TypeError, match="reverse-mode derivative only")
+    with refused:
+        jax.jvp(
+            lambda x: fused.fused_divergence(x, *rest), (hidden,), (hidden,)
+        )
+    with refused:
+        jax.jacfwd(total)(hidden)
+    # Forward over reverse works, and other errors are kept.
+    jax.jvp(jax.grad(total), (hidden,), (hidden,))
+    with pytest.raises(TypeError, match="unexpected"):
+        fused.fused_divergence(hidden, *rest, rows={"wings": hidden})
 
 
 def test_errors_name_value_bound_and_way_out():
@@ -351,9 +381,7 @@ def test_errors_name_value_bound_and_way_out():
     hidden, head = arrays[:2]
     run, sum_of = fused.fused_divergence, fused.fused_weighted_sum
     for call, text in [
-        (lambda: run(*arrays, divergence="kl"), "reverse_kl, forward_kl, jsd"),
-        (lambda: run(*arrays, divergence="jsd", beta=2), "beta=2"),
-        (lambda: run(*arrays, chunk_size=0), "chunk_size=0"),
+        (lambda: Layout(0), "chunk_size=0"),
         (lambda: run(*arrays, temperature=0.0), "temperature=0.0"),
         (lambda: run(*arrays, vocab_size=V + 1), f"1..{V}"),
         (lambda: run(hidden, head.T, *arrays[2:]), "head.T"),

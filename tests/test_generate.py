@@ -10,46 +10,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import small_config
+from small_run import settings_with
 
-from topd_jax.cli import main
 from topd_jax.data import solutions as solution_data
 from topd_jax.data import sources
 from topd_jax.data.toy_world import problems
-from topd_jax.training.config import Settings, settings_from
+from topd_jax.training.config import Settings
 from topd_jax.training.generation import generate
-from topd_jax.training.setup import load_pair
+from topd_jax.training.setup import load_setup
 
 # Dies while the third shard lies there without its name.
 CHILD = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])
-from small_run import small_config
+from small_run import settings_with
 from topd_jax.training import generation
 from topd_jax.data import solutions
-from topd_jax.training.config import settings_from
 
 plain = solutions._into_place
 
-def deadly(fresh, path):
+def deadly(partial, path):
     if "00002-of" in path.name:
         os.kill(os.getpid(), signal.SIGKILL)
-    plain(fresh, path)
+    plain(partial, path)
 
 solutions._into_place = deadly
-config = small_config()
-config.world.cache = sys.argv[2]
-config.offline.shard_size = 16
-generation.generate(settings_from(config), pathlib.Path(sys.argv[3]))
+settings = settings_with(sys.argv[2], offline__shard_size=16)
+generation.generate(settings, pathlib.Path(sys.argv[3]))
 """
-
-
-def settings_for(cache: Path, **offline: object) -> Settings:
-    config = small_config()
-    config.world.cache = str(cache)
-    config.offline.shard_size = 16
-    config.offline.update(offline)
-    return settings_from(config)
 
 
 def changed(settings: Settings, section: str, **fields: object) -> Settings:
@@ -63,42 +51,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def equal(a, b) -> bool:
-    return a.keys() == b.keys() and all(
-        np.array_equal(a[name], b[name]) for name in a
-    )
-
-
 @pytest.fixture(scope="module")
 def settings(world_cache):
-    return settings_for(world_cache)
+    return settings_with(world_cache, offline__shard_size=16)
 
 
 @pytest.fixture(scope="module")
-def written(settings, tmp_path_factory):
-    """A set that nothing disturbed: 64 prompts, 4 shards of 16."""
-    workdir = tmp_path_factory.mktemp("written")
-    return workdir, generate(settings, workdir)
-
-
-@pytest.fixture(scope="module")
-def found(written):
+def solutions(written):
     return solution_data.read_solutions(str(written[0]))
 
 
-def test_every_prompt_has_its_solution(written, found, settings):
+def test_every_prompt_has_its_solution(written, solutions, settings):
     workdir, told = written
-    pair = load_pair(settings, workdir)
-    ends = pair.tokenizer.eos_ids
-    assert [s["index"] for s in found] == list(range(64))
+    setup = load_setup(settings, workdir)
+    ends = setup.tokenizer.eos_ids
+    assert [s["index"] for s in solutions] == list(range(64))
     for solution, record, ids in zip(
-        found, pair.encoded.records, pair.encoded.ids, strict=True
+        solutions, setup.encoded.records, setup.encoded.ids, strict=True
     ):
         tokens = solution["completion_tokens"]
         assert solution["prompt"] == record["prompt"]
         assert solution["answer"] == record["answer"]
         np.testing.assert_array_equal(solution["prompt_tokens"], ids)
-        text = pair.tokenizer.decode(tokens.tolist())
+        text = setup.tokenizer.decode(tokens.tolist())
         assert solution["completion"] == text
         assert solution["correct"] == problems.is_correct(
             record["prompt"], text
@@ -108,9 +83,9 @@ def test_every_prompt_has_its_solution(written, found, settings):
         assert solution["truncated"] <= (len(tokens) == 16)
         assert solution["logp_mean"] < 0
     assert told["solutions"] == 64
-    assert told["tokens"] == sum(len(s["completion_tokens"]) for s in found)
+    assert told["tokens"] == sum(len(s["completion_tokens"]) for s in solutions)
     assert told["tokens_now"] == told["tokens"]
-    assert told["truncated"] == np.mean([s["truncated"] for s in found])
+    assert told["truncated"] == np.mean([s["truncated"] for s in solutions])
     assert 0 < told["truncated"] < 1
     assert told["rate_tokens"] > 0
 
@@ -126,7 +101,7 @@ def test_a_killed_job_ends_with_the_same_bytes(written, settings, tmp_path):
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    with pytest.raises(ValueError, match="has 2 of 4 shards; the same topd"):
+    with pytest.raises(ValueError, match="has 2 of 4 shards; rerun topd"):
         solution_data.read_solutions(str(tmp_path))
     told = generate(settings, tmp_path)
     assert 0 < told["tokens_now"] < told["tokens"]
@@ -137,69 +112,37 @@ def test_a_killed_job_ends_with_the_same_bytes(written, settings, tmp_path):
     assert generate(settings, tmp_path)["tokens_now"] == 0
 
 
-def test_tfds_and_grain_read_the_set(written, found):
+def test_tfds_and_grain_read_the_set(written, solutions):
     import grain
-    import tensorflow_datasets as tfds
 
     folder = written[0] / "solutions"
-    source = tfds.builder_from_directory(folder).as_data_source(split="train")
-    assert len(source) == 64
-    assert source[37]["completion"].decode() == found[37]["completion"]
-    np.testing.assert_array_equal(
-        source[37]["completion_tokens"], found[37]["completion_tokens"]
-    )
     paths = sorted(str(p) for p in folder.glob("*.array_record-*"))
     raw = grain.sources.ArrayRecordDataSource(paths)
     assert len(raw) == 64
-    assert found[37]["completion"].encode() in raw[37]
-    records = sources.read_tfds(
-        str(folder), prompt_field="prompt", answer_field="answer"
-    )
-    assert [r["prompt"] for r in records] == [s["prompt"] for s in found]
-    assert [r["answer"] for r in records] == [s["answer"] for s in found]
-
-
-def test_jsonl_holds_the_same(written, found, world_cache, tmp_path, capsys):
-    config = Path(__file__).parent / "small_run.py"
-    main.run([
-        "generate", f"--config={config}", f"--workdir={tmp_path}", "--count=20",
-        f"--config.world.cache={world_cache}", "--config.offline.format=jsonl",
-        "--config.offline.shard_size=16",
-    ])  # fmt: skip
-    told = json.loads(capsys.readouterr().out)
-    names = {p.name for p in Path(told["path"]).iterdir()}
-    assert names == {
-        "set.json",
-        "solutions-train-00000-of-00002.jsonl",
-        "solutions-train-00001-of-00002.jsonl",
-    }
-    got = solution_data.read_solutions(told["path"])
-    assert len(got) == told["solutions"] == 20
-    # The last batch is filled up; what fills it is not written.
-    assert all(equal(a, b) for a, b in zip(got, found[:20], strict=True))
-    first = sources.read_jsonl(
-        Path(told["path"]) / "solutions-train-00000-of-00002.jsonl",
-        prompt_field="prompt",
-    )
-    assert [r["prompt"] for r in first] == [s["prompt"] for s in found[:16]]
-
-
-def test_several_solutions_of_a_prompt(settings, tmp_path):
-    settings = changed(settings, "data", samples=2)
-    generate(settings, tmp_path, 12)
-    got = solution_data.read_solutions(str(tmp_path))
-    assert [(s["index"], s["sample"]) for s in got] == [
-        (i, n) for i in range(12) for n in range(2)
+    assert solutions[37]["completion"].encode() in raw[37]
+    fields = sources.Fields(prompt="prompt", answer="completion")
+    records = sources.read_tfds(str(folder), fields)
+    assert [(r["prompt"], r["answer"]) for r in records] == [
+        (s["prompt"], s["completion"]) for s in solutions
     ]
-    pairs = zip(got[::2], got[1::2], strict=True)
-    assert all(a["prompt"] == b["prompt"] for a, b in pairs)
-    pairs = zip(got[::2], got[1::2], strict=True)
-    assert any(a["completion"] != b["completion"] for a, b in pairs)
 
 
-def test_prompts_without_answers_are_not_graded(
-    settings, tmp_path, world_cache
-):
+def test_jsonl_holds_the_same(solutions, settings, tmp_path):
+    settings = changed(settings, "offline", format="jsonl")
+    folder = Path(generate(settings, tmp_path, 20)["path"])
+    files = [f"solutions-train-0000{i}-of-00002.jsonl" for i in range(2)]
+    assert {p.name for p in folder.iterdir()} == {"set.json", *files}
+    got = solution_data.read_solutions(str(folder))
+    # The last batch is filled up; what fills it is not written.
+    for a, b in zip(got, solutions[:20], strict=True):
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+    fields = sources.Fields(prompt="prompt")
+    first = sources.read_jsonl(folder / files[0], fields)
+    assert [r["prompt"] for r in first] == [s["prompt"] for s in solutions[:16]]
+
+
+def test_several_solutions_of_prompts_without_answers(settings, tmp_path):
     lines = [
         {"question": "1+2?", "answer": "3"},
         {"question": "4+5?"},
@@ -208,59 +151,53 @@ def test_prompts_without_answers_are_not_graded(
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
     settings = changed(
-        settings, "data", source="jsonl", path=str(path), held_out=1
+        settings, "data", source="jsonl", path=str(path), held_out=1, samples=2
     )
     told = generate(settings, tmp_path)
     got = solution_data.read_solutions(str(tmp_path))
-    assert [s["correct"] is None for s in got] == [True] + [False] * 7
+    assert [(s["index"], s["sample"]) for s in got] == [
+        (i, n) for i in range(8) for n in range(2)
+    ]
+    pairs = list(zip(got[::2], got[1::2], strict=True))
+    assert all(a["prompt"] == b["prompt"] for a, b in pairs)
+    assert any(a["completion"] != b["completion"] for a, b in pairs)
+    ungraded = [s["correct"] is None for s in got]
+    assert ungraded == [True] * 2 + [False] * 14
     assert told["exact_match"] is not None
-    with pytest.raises(ValueError, match="1 of 8 solutions .* no reference"):
+    with pytest.raises(ValueError, match="2 of 16 solutions .* no reference"):
         solution_data.read_solutions(str(tmp_path), "correct")
 
 
-def test_what_is_kept_is_chosen_when_it_is_read(written, found):
+def test_what_to_keep_is_chosen_when_it_is_read(written, solutions, tmp_path):
     path = str(written[0])
     kept = solution_data.read_solutions(path, "complete")
     assert 0 < len(kept) < 64
     assert [s["index"] for s in kept] == [
-        s["index"] for s in found if not s["truncated"]
+        s["index"] for s in solutions if not s["truncated"]
     ]
-    right = [s["index"] for s in found if s["correct"]]
-    if right:
-        kept = solution_data.read_solutions(path, "correct")
-        assert [s["index"] for s in kept] == right
-    else:
-        with pytest.raises(ValueError, match="leaves none of the 64"):
-            solution_data.read_solutions(path, "correct")
+    about = {"format": "jsonl", "shards": 1, "tokenizer": ""}
+    files = solution_data.open_set(tmp_path / "solutions", about)
+    graded = [s | {"correct": i == 2} for i, s in enumerate(solutions[:4])]
+    files.write(0, graded)
+    (kept,) = solution_data.read_solutions(str(tmp_path), "correct")
+    assert kept["index"] == 2
+    files.write(0, graded[:2])
+    with pytest.raises(ValueError, match="leaves none of the 2"):
+        solution_data.read_solutions(str(tmp_path), "correct")
 
 
-def test_a_set_of_other_settings_is_refused(written, settings):
+def test_another_set_is_refused(written, settings, tmp_path):
+    path = str(written[0])
     for other, message in (
-        (
-            changed(settings, "offline", temperature=0.7),
-            ": 0.6 there, 0.7",
-        ),
+        (changed(settings, "offline", temperature=0.7), ": 0.6 there, 0.7"),
         (dataclasses.replace(settings, seed=5), "seed: 0 there, 5 here"),
         (changed(settings, "rollout", max_new_tokens=8), "max_new_tokens: 16"),
-        (changed(settings, "offline", format="jsonl"), "format: 'array_reco"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(other, written[0])
     with pytest.raises(ValueError, match="prompts: 64 there, 20 here"):
         generate(settings, written[0], 20)
-
-
-def test_what_is_not_a_set_is_named(written, tmp_path):
     with pytest.raises(ValueError, match="no solutions .no set.json.*generate"):
         solution_data.find_set(str(tmp_path))
     with pytest.raises(ValueError, match="another tokenizer .*ffff here"):
-        solution_data.read_solutions(str(written[0]), tokenizer="ffff")
-
-
-def test_generate_is_one_process(capsys, small_arguments, tmp_path):
-    with pytest.raises(SystemExit):
-        main.run([
-            "generate", *small_arguments, f"--workdir={tmp_path}",
-            "--coordinator=localhost:1", "--processes=2", "--process=0",
-        ])  # fmt: skip
-    assert "topd generate runs as one process" in capsys.readouterr().err
+        solution_data.read_solutions(path, tokenizer="ffff")

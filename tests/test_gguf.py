@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import gguf
 import jax.numpy as jnp
@@ -13,15 +14,19 @@ from small_files import LLAMA, QWEN, QWEN2, assert_same, make, write_gguf
 from topd_jax.data.tokenizers import HuggingFaceTokenizer
 from topd_jax.models import load, save_model
 from topd_jax.models.config import RopeScaling
-from topd_jax.models.io.gguf import load_gguf, open_gguf, packaged_gguf
+from topd_jax.models.io.gguf import (
+    _expand,
+    gguf_config,
+    gguf_decoder,
+    open_gguf,
+    packaged_gguf,
+)
 from topd_jax.models.io.gguf_tokenizer import gguf_tokenizer
+from topd_jax.models.io.weights import Placement
 
 
-def test_gguf_with_biases_is_qwen2(tmp_path):
-    model = make(QWEN2)
-    path = write_gguf(tmp_path / "m.gguf", model)
-    assert open_gguf(path).metadata["general.architecture"] == "qwen2"
-    assert_same(load_gguf(path), model)
+def read(file):
+    return gguf_decoder(file, gguf_config(file), Placement())
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen3"])
@@ -50,13 +55,48 @@ def test_gguf_quantisations_are_expanded(tmp_path):
         "embedding": kinds.Q5_0,
     }
     model = make(LLAMA)
-    back = load_gguf(write_gguf(tmp_path / "m.gguf", model, chosen))
+    back = load(write_gguf(tmp_path / "m.gguf", model, chosen))[0]
     worst = {"q": 0.02, "gate": 0.2, "up": 1e-3, "down": 1e-2, "embedding": 0.1}
     for name, array in model.arrays.items():
         scale = float(jnp.abs(array).max())
         error = float(jnp.abs(array - back.arrays[name]).max())
         assert error <= worst.get(name, 0.0) * scale, name
         assert (error > 0) == (name in chosen), name
+
+
+def test_gguf_with_biases_is_qwen2(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", make(QWEN2))
+    assert_same(load(path)[0], make(QWEN2))
+
+
+KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "index", [np.s_[1:3, 30:70], np.s_[0:4, 255:257], np.s_[0:4, 0:512]]
+)
+def test_a_part_is_expanded_from_its_blocks_alone(kind, index, monkeypatch):
+    kind = gguf.GGMLQuantizationType[kind]
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 120, (4, 512 // numbers * size), np.uint8)
+    floats = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+    tensor = types.SimpleNamespace(
+        tensor_type=kind, data=data if floats is None else data.view(floats)
+    )
+    whole, expanded = gguf.dequantize(tensor.data, kind), []
+    real = gguf.dequantize
+
+    def counted(data, kind):
+        expanded.append(real(data, kind))
+        return expanded[-1]
+
+    monkeypatch.setattr(gguf, "dequantize", counted)
+    np.testing.assert_array_equal(_expand(tensor, index), whole[index])
+    want = whole[index]
+    most = want.size + len(want) * 2 * numbers
+    assert sum(x.size for x in expanded) < most
 
 
 def test_gguf_faults_are_named(tmp_path):
@@ -73,31 +113,31 @@ def test_gguf_faults_are_named(tmp_path):
     odd = {"llama.expert_count": 8, "llama.rope.scaling.type": "yarn"}
     path = write_gguf(tmp_path / "odd.gguf", model, metadata=odd)
     with pytest.raises(ValueError, match=r"llama.expert_count=8") as error:
-        load_gguf(path)
+        load(path)[0]
     assert "llama.rope.scaling.type='yarn'" in str(error.value)
     file = open_gguf(tmp_path / "m.gguf")
     tensors = dict(file.tensors)
     tensors["extra.weight"] = tensors.pop("blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"blk.1.ffn_up.weight") as error:
-        load_gguf(dataclasses.replace(file, tensors=tensors))
+        read(dataclasses.replace(file, tensors=tensors))
     assert "not expected (1): extra.weight" in str(error.value)
     metadata = dict(file.metadata) | {"general.architecture": "gemma2"}
     # Its directories are read; its GGUF files spell norms otherwise.
     with pytest.raises(ValueError, match="'gemma2' is not supported"):
-        load_gguf(dataclasses.replace(file, metadata=metadata))
+        read(dataclasses.replace(file, metadata=metadata))
 
 
 def test_experts_are_stacked(tmp_path):
     config = dataclasses.replace(
-        QWEN, experts=4, experts_per_token=2, expert_width=24, renormalise=True
+        QWEN, experts=4, experts_per_token=2, expert_width=24, renormalize=True
     )
     model = make(config)
     path = write_gguf(tmp_path / "m.gguf", model)
     shape = open_gguf(path).tensors["blk.1.ffn_up_exps.weight"].shape
     assert [*map(int, shape)] == [32, 24, 4]
-    assert_same(load_gguf(path), model)
+    assert_same(load(path)[0], model)
     quantised = {"expert_up": gguf.GGMLQuantizationType.Q8_0}
-    back = load_gguf(write_gguf(path, model, quantised))
+    back = load(write_gguf(path, model, quantised))[0]
     error = np.abs(back.arrays["expert_up"] - model.arrays["expert_up"])
     assert 0 < error.max() < 0.01
 
@@ -122,14 +162,14 @@ def test_the_stretching_of_llama_3_is_read_from_its_divisors(tmp_path):
     freqs = llama3_freqs(8.0, 64, config.rope_theta)
     assert ((freqs > 1) & (freqs < 8)).any(), "some lie between"
     name, path = "rope_freqs.weight", tmp_path / "m.gguf"
-    back = load_gguf(write_gguf(path, make(config), extra={name: freqs}))
+    back = load(write_gguf(path, make(config), extra={name: freqs}))[0]
     assert back.config.rope_scaling == RopeScaling(
         "llama3", 8.0, original_length=8192.0
     )
     odd = freqs * np.linspace(1, 1.1, 32, dtype=np.float32)
     write_gguf(path, make(config), extra={name: odd})
     with pytest.raises(ValueError, match="does not follow the rule of Llama"):
-        load_gguf(path)
+        load(path)[0]
 
 
 TEXTS = (
@@ -199,25 +239,22 @@ def test_gguf_tokenizer(tmp_path):
     chat = [{"role": "user", "content": "ab"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "ab"
 
+    begins = {
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    metadata = dict(file.metadata) | begins
+    tokenizer = gguf_tokenizer(dataclasses.replace(file, metadata=metadata))
+    assert tokenizer("ab").input_ids == [1, 39]
+
     for key, value, match in (
         ("tokenizer.ggml.model", "llama", "only 'gpt2'"),
         ("tokenizer.ggml.pre", "tekken", "pre='tekken' is not supported"),
-        ("tokenizer.ggml.tokens", ["a", "a"], "spelt twice"),
+        ("tokenizer.ggml.tokens", ["a", "a"], "spelled twice"),
     ):
         metadata = dict(file.metadata) | {key: value}
         with pytest.raises(ValueError, match=match):
             gguf_tokenizer(dataclasses.replace(file, metadata=metadata))
-
-
-def test_gguf_tokenizer_adds_bos_where_told(tmp_path):
-    file = open_gguf(write_gguf(tmp_path / "m.gguf", make(LLAMA)))
-    told = {
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.bos_token_id": 1,
-    }
-    metadata = dict(file.metadata) | told
-    tokenizer = gguf_tokenizer(dataclasses.replace(file, metadata=metadata))
-    assert tokenizer("ab").input_ids == [1, 39]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Grading: right and wrong answers, and answers that will not be graded."""
+"""Grading: answers right and wrong, and answers that will not be graded."""
 
 import os
 import signal
@@ -7,123 +7,166 @@ import time
 
 import pytest
 
+from topd_jax.data.settings import DataSettings
 from topd_jax.evaluation import grading
 from topd_jax.evaluation.grading import grade_answers, reference_answer
 
 # As GSM8K writes its answers.
 GSM8K = "She sold 48/2 = <<48/2=24>>24 clips, 48+24 = 72 in all.\n#### 72"
-ENDLESS = "so it is $9^{9^{9^{9^{9}}}}$"
+
+# Reference, completion, whether it is right. The references are of the kinds
+# that published benchmarks hold. Not here, because math-verify decides
+# otherwise: 2516 for 2516_8 (it takes any base), 3 < x <= 4 for (3, 4].
+TABLE = [
+    ("5.4 \\text{ cents}", "\\boxed{5.4}", True),
+    ("864 \\mbox{ inches}^2", "\\boxed{864\\text{ square inches}}", True),
+    ("90^\\circ", "\\boxed{90}", True),
+    ("90", "\\boxed{90^\\circ}", True),
+    ("90^\\circ", "The answer is 90 degrees.", True),
+    ("\\frac{270}7\\text{ degrees}", "\\boxed{\\frac{270}{7}}", True),
+    ("62.5%", "\\boxed{62.5}", True),
+    ("$8 \\%$", "\\boxed{8}", True),
+    ("$8 \\%$", "\\boxed{9\\%}", False),
+    ("\\text{Evelyn}", "\\boxed{Evelyn}", True),
+    ("\\text{Evelyn}", "\\boxed{\\text{Navin}}", False),
+    ("\\text{Evelyn}", "The answer is Evelyn.", True),
+    ("\\text{(C)}", "\\boxed{C}", True),
+    ("\\text{(C)}", "\\boxed{D}", False),
+    ("1,-2", "\\boxed{-2,1}", True),
+    ("$69$,$84$", "\\boxed{69} and \\boxed{84}", True),
+    ("$69$,$84$", "\\boxed{69}", False),
+    ("1,3,5", "The answer is 1, 3, 5.", True),
+    ("(2,4)", "\\boxed{(4,2)}", False),
+    ("(2,4)", "\\boxed{4}", False),
+    ("4", "The answer is (2,4)", False),
+    ("(3,4]", "\\boxed{(3,4)}", False),
+    ("x \\in [-2,7]", "\\boxed{[-2,7]}", True),
+    ("(0,9) \\cup (9,36)", "\\boxed{(0,9)\\cup(9,36)}", True),
+    ("(0,9) \\cup (9,36)", "\\boxed{(0,36)}", False),
+    ("\\frac{1}{2}", "\\boxed{1/2}", True),
+    ("\\frac{1}{2}", "#### 0.5", True),
+    ("0.5", "\\boxed{\\frac12}", True),
+    ("\\frac43", "\\boxed{1.33}", False),
+    ("\\frac43", "\\boxed{1\\frac{1}{3}}", True),
+    ("1\\frac{4}{5}", "\\boxed{1.8}", True),
+    ("137 \\frac{1}{2}", "\\boxed{137.5}", True),
+    ("10,\\!080", "\\boxed{10,080}", True),
+    ("10,\\!080", "\\boxed{10}", False),
+    ("58,500", "The answer is 58,500 dollars.", True),
+    ("70000", "\\boxed{\\$70,000}", True),
+    ("\\$32,\\!348", "\\boxed{32348}", True),
+    ("\\$18.90", "\\boxed{18.9}", True),
+    ("18", "She makes $18 a day. The answer is $18.", True),
+    ("18", "#### $18", True),
+    ("4.5e33", "\\boxed{4.5 \\times 10^{33}}", True),
+    ("4.5e33", "\\boxed{4.5 \\times 10^{32}}", False),
+    ("1e-5", "\\boxed{10^{-5}}", True),
+    (".0000672", "\\boxed{6.72 \\times 10^{-5}}", True),
+    ("np.arcsin(10/13)", "\\boxed{\\arcsin(10/13)}", True),
+    ("-1./3", "\\boxed{-\\frac{1}{3}}", True),
+    ("\\frac{sqrt{7} + 1}{2}", "\\boxed{\\frac{1+\\sqrt{7}}{2}}", True),
+    ("x=5", "\\boxed{5}", True),
+    ("5", "\\boxed{x=5}", True),
+    ("y = 2x + 3", "\\boxed{y=3+2x}", True),
+    ("y = 2x + 3", "\\boxed{y=3-2x}", False),
+    ("2516_8", "\\boxed{2516_{8}}", True),
+    ("\\begin{pmatrix} -2 \\\\ -14 \\\\ -7 \\end{pmatrix}",
+     "\\boxed{\\begin{pmatrix}-2\\\\-14\\\\-7\\end{pmatrix}}", True),
+    ("\\begin{pmatrix} -2 \\\\ -14 \\\\ -7 \\end{pmatrix}",
+     "\\boxed{\\begin{pmatrix}-2\\\\14\\\\-7\\end{pmatrix}}", False),
+    ("\\{1\\pm\\sqrt{5},-2\\}", "\\boxed{-2, 1+\\sqrt5, 1-\\sqrt5}", True),
+    ("$\\frac{1}{2 n+2}$", "\\boxed{\\frac{1}{2(n+1)}}", True),
+    ("p - q", "\\boxed{q-p}", False),
+    ("(a+5)(b+2)", "\\boxed{ab+2a+5b+10}", True),
+    ("6 - 5i", "\\boxed{6+5i}", False),
+    ("\\frac{\\pi}{2}", "\\boxed{90^\\circ}", False),
+    ("\\sqrt{51}", "\\boxed{7.14}", False),
+    ("11\\sqrt2", "The answer is $11\\sqrt{3}$.", False),
+    ("72", "The answer is 72. I hope that this helps.", True),
+    ("72", "**Answer:** 72", True),
+    ("72", "The answer is 71, not 72.", False),
+    ("72", "The final answer is \\boxed{72}. (72 = 6 * 12)", True),
+    ("72", "first \\boxed{72}, then no: \\boxed{71}", False),
+    ("72", "\\boxed{7", False),
+    ("-3", "\\boxed{3}", False),
+    ("$(-\\infty, 0) \\cup\\{1\\}$.",
+     "\\boxed{(-\\infty,0)\\cup\\{1\\}}", True),
+    ("x_{0} \\cos (\\omega t)+$ $\\dot{x}_{0} \\sin (\\omega t) / \\omega",
+     "\\boxed{x_{0}\\cos (\\omega t)+\\dot{x}_{0} \\sin (\\omega t) / \\omega}",
+     True),
+    ("$221,$8$", "\\boxed{221, 8}", True),
+    ("10,11,12,13,14,-2,-1,0,1,2", "\\boxed{-2,-1,0,1,2,10,11,12,13,14}", True),
+    ("$k \\geqslant 2$", "\\boxed{k \\ge 2}", True),
+    ("$k \\geqslant 2$", "\\boxed{k \\le 2}", False),
+    ("$f(x)=2 x$", "\\boxed{2x}", True),
+    ("$f(x)=2 x$", "\\boxed{f(x)=3x}", False),
+    ("100", "\\boxed{1{,}00}", False),
+    (GSM8K, "Natalia sold 72 clips.", True),
+    (GSM8K, "Not 71 but 72", True),
+    (GSM8K, "72 minus 1 is \\boxed{71}", False),
+    (GSM8K, "", False),
+    (GSM8K, "\x00\n\ud800 \\boxed{72}", True),
+    ("#### 1,000", "It is $1000$", True),
+    ("#### 0.5", "It is $\\frac{1}{2}$", True),
+]  # fmt: skip
+# Each of these costs memory or time without end where nothing stops it.
+HOSTILE = [
+    "\\boxed{" + "(" * 20_000 + "}",
+    "\\boxed{" * 20_000,
+    "\\boxed{10000000!!!}",
+    "the answer is " + "answer is " * 20_000,
+]
 
 
-def record(answer, index=0):
-    return {"prompt": "?", "answer": answer, "index": index, "source": "here"}
+def record(answer, prompt="?"):
+    return {"prompt": prompt, "answer": answer, "index": 0, "source": "here"}
 
 
-def test_the_reference_is_what_follows_the_mark():
-    assert reference_answer(GSM8K) == "72"
-    assert reference_answer(" 1,234 ") == "1,234"
-    assert reference_answer("#### 5 #### 6\n") == "6"
-
-
-@pytest.fixture(scope="module")
-def grades():
-    """All plain answers, graded by one worker."""
-    cases = {
-        "in words": (GSM8K, "Natalia sold 72 clips.", True),
-        "boxed": (GSM8K, "48 + 24 = \\boxed{72}", True),
-        "in dollars": (GSM8K, "The answer is $72$.", True),
-        "the last counts": (GSM8K, "Not 71 but 72", True),
-        "wrong": (GSM8K, "The answer is 71.", False),
-        "wrong after right": (GSM8K, "72 minus 1 is \\boxed{71}", False),
-        "no number": (GSM8K, "I cannot say.", False),
-        "nothing": (GSM8K, "", False),
-        "thousands": ("#### 1,000", "It is $1000$", True),
-        "a fraction": ("#### 0.5", "It is $\\frac{1}{2}$", True),
-        "negative": ("#### -3", "It is $3$", False),
-        "answer alone": ("18", "\\boxed{18}", True),
-        "control characters": (GSM8K, "\x00\n\ud800 \\boxed{72}", True),
-    }
-    records = [record(reference) for reference, _, _ in cases.values()]
-    texts = [text for _, text, _ in cases.values()]
-    found = grade_answers(records, texts)
-    return {
-        name: (grade, case[2])
-        for (name, case), grade in zip(cases.items(), found, strict=True)
-    }
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["in words", "boxed", "in dollars", "the last counts", "wrong",
-     "wrong after right", "no number", "nothing", "thousands", "a fraction",
-     "negative", "answer alone", "control characters"],
-)  # fmt: skip
-def test_plain_answers(grades, name):
-    grade, expected = grades[name]
-    assert grade is expected
-
-
-def test_an_endless_answer_costs_its_deadline_and_no_more(monkeypatch):
-    waits = []
-    plain = grading._Worker.ask
-
-    def timed(self, *args):
-        started = time.perf_counter()
-        grade = plain(self, *args)
-        waits.append(time.perf_counter() - started)
-        return grade
-
-    monkeypatch.setattr(grading._Worker, "ask", timed)
+def test_the_table_is_graded_as_it_says():
+    """And every reference is its own answer, in each usual place."""
+    references = sorted({r for r, _, _ in TABLE if r != GSM8K})
+    places = ("so $\\boxed{%s}$.", "The answer is %s.", "1 = 1\n#### %s")
+    rows = TABLE + [(r, p % r, True) for p in places for r in references]
     grades = grade_answers(
-        [record("#### 72")] * 3,
-        ["$72$", ENDLESS, "$72$"],
-        deadline=8.0,
+        [record(r) for r, _, _ in rows], [t for _, t, _ in rows]
     )
-    assert grades == [True, False, True]
-    assert waits[1] < 12
+    assert [
+        row for g, row in zip(grades, rows, strict=True) if g != row[2]
+    ] == []
 
 
-def test_a_worker_that_dies_costs_one_answer(monkeypatch):
-    plain = grading._Worker.ask
-    killed = []
+def test_hostile_answers_are_wrong_and_the_next_one_is_graded(monkeypatch):
+    """Each costs its deadline, or its worker, and no more."""
+    waits, plain = [], grading._Worker.ask
 
     def ask(self, reference, text, deadline):
         if text == "die":
             os.kill(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            killed.append(self._process.pid)
-        return plain(self, reference, text, deadline)
+        started = time.perf_counter()
+        grade = plain(self, reference, text, deadline)
+        waits.append(time.perf_counter() - started)
+        return grade
 
     monkeypatch.setattr(grading._Worker, "ask", ask)
-    grades = grade_answers(
-        [record("#### 2")] * 3, ["$2$", "die", "$2$"], deadline=60.0
-    )
-    assert grades == [True, False, True]
-    assert len(killed) == 1
+    texts = [t for bad in (*HOSTILE, "die") for t in (bad, "$72$")]
+    grades = grade_answers([record("72")] * len(texts), texts, deadline=3.0)
+    assert grades == [False, True] * (len(texts) // 2)
+    assert max(waits) < 5
 
 
-def test_no_worker_is_left_behind(monkeypatch):
-    started = []
-    plain = grading._Worker.__init__
+def test_a_worker_is_small_and_stopped(monkeypatch):
+    started, plain = [], grading._Worker.__init__
 
     def init(self):
         plain(self)
-        started.append(self._process)
+        with open(f"/proc/{self._process.pid}/maps") as maps:
+            started.append((self._process, maps.read()))
 
     monkeypatch.setattr(grading._Worker, "__init__", init)
     grade_answers([record("1")], ["1"])
-    assert len(started) == 1
-    assert started[0].returncode is not None
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc")
-def test_a_worker_brings_no_jax_along():
-    worker = grading._Worker()
-    try:
-        with open(f"/proc/{worker._process.pid}/maps") as maps:
-            libraries = maps.read()
-    finally:
-        worker.stop()
+    ((process, libraries),) = started
+    assert process.returncode is not None
     assert "python" in libraries and "jaxlib" not in libraries
 
 
@@ -140,3 +183,22 @@ def test_a_worker_that_does_not_start_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ChildProcessError, match="math-verify"):
         grade_answers([record("1")], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [(GSM8K, "72"), (" 1,234 ", "1,234"), ("#### 5 #### 6\n", "6")],
+)
+def test_the_reference_is_what_follows_the_mark(text, reference):
+    assert reference_answer(text) == reference
+
+
+def test_the_source_of_the_prompts_chooses_the_grader():
+    world = grading.make_grader(DataSettings(source="world"))
+    texts = ["= 7#7.", "= 9#9.", "7"]
+    grades = world.grade([record("", "1+2*3?")] * 3, texts)
+    assert grades == [True, False, False]
+    assert [world.final_answer(t) for t in texts] == ["7", "9", ""]
+    other = grading.make_grader(DataSettings(source="jsonl"))
+    assert other.grade([record("")], ["7"]) is None
+    assert other.final_answer("so \\boxed{7}") == "7"

@@ -1,40 +1,38 @@
-"""local.sh, test.sh, setup.sh and .ci/run, with stand-ins (launch_desk.py)."""
+"""local.sh, test.sh, setup.sh, .ci/run and what launch/README.md shows."""
 
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import stat
 import subprocess
 
 import pytest
-from launch_desk import TOP, Desk, find_shellcheck
+import yaml
+from launch_desk import TOP, Desk, desk, find_shellcheck
 
-SCRIPTS = [*sorted((TOP / "launch").glob("*.sh")), TOP / ".ci" / "run"]
-
-
-@pytest.fixture
-def desk(tmp_path: pathlib.Path) -> Desk:
-    return Desk(tmp_path)
+__all__ = ["desk"]
+README = (TOP / "launch" / "README.md").read_text()
+SNIPPETS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
 
-# Style
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_pass_shellcheck(script: pathlib.Path) -> None:
+def test_scripts_pass_shellcheck() -> None:
+    scripts = [*sorted((TOP / "launch").glob("*.sh")), TOP / ".ci" / "run"]
     result = subprocess.run(
-        [find_shellcheck(), "-x", str(script)],
+        [find_shellcheck(), "-x", *scripts],
         cwd=TOP,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stdout
-    assert script.stat().st_mode & stat.S_IXUSR, f"chmod +x {script}"
-    long = [line for line in script.read_text().splitlines() if len(line) > 80]
-    assert not long
+    for script in scripts:
+        assert script.stat().st_mode & stat.S_IXUSR, f"chmod +x {script}"
+        lines = script.read_text().splitlines()
+        assert not [line for line in lines if len(line) > 80]
 
 
-@pytest.mark.parametrize("script", ["local", "test", "tpu", "gke"])
+@pytest.mark.parametrize("script", ["local", "test", "tpu"])
 def test_help_sets_nothing_up(desk: Desk, script: str) -> None:
     result = desk.run(f"launch/{script}.sh", "--help")
     assert result.returncode == 0
@@ -42,22 +40,27 @@ def test_help_sets_nothing_up(desk: Desk, script: str) -> None:
     assert not desk.calls_file.exists()
 
 
-# Set-up
+# Installation
 
 
-def test_local_sets_up_once_and_passes_arguments_on(desk: Desk) -> None:
+def test_local_installs_once_and_passes_arguments_on(desk: Desk) -> None:
+    failed = desk.run("launch/local.sh", FAIL="pip install")
+    assert failed.returncode == 7
+    assert "pip failed (exit code 7)" in failed.stderr
+    assert not desk.calls("topd")
+
+    # The same command retries; the environment is there already.
     result = desk.run("launch/local.sh", "--config.train.steps=3", "a b", "")
     assert result.returncode == 0, result.stderr
-    calls = desk.calls("-m", "topd", "python3.11")
-    made = [c for c in calls if c[1:3] == ["-m", "venv"]]
-    assert made == [["python3.11", "-m", "venv", str(desk.top / ".venv")]]
-    assert ["-e", "."] in [c[-2:] for c in calls]
+    calls = desk.calls("-m", "topd")
+    assert [c[-1] for c in calls if c[3:4] == ["install"]] == ["."]
     assert calls[-1] == [
         *["topd", "sweep", "--config", "configs/tiny.py"],
         *["--workdir", "runs/tiny", "--config.train.steps=3", "a b", ""],
     ]
 
-    assert desk.run("launch/local.sh").returncode == 0
+    again = desk.run("launch/local.sh", FAIL="topd sweep")
+    assert again.returncode == 7
     assert not desk.installs()
 
     (desk.top / "setup.py").write_text("# with one more requirement\n")
@@ -67,80 +70,69 @@ def test_local_sets_up_once_and_passes_arguments_on(desk: Desk) -> None:
     assert not [c for c in calls if c[0] == "topd"]
 
 
-def test_exit_code_of_topd_is_that_of_local(desk: Desk) -> None:
-    assert desk.run("launch/local.sh", FAIL="topd sweep").returncode == 7
-
-
-def test_an_installation_with_an_extra_is_one_without(desk: Desk) -> None:
-    desk.run("launch/test.sh", "--setup-only")
-    assert desk.installs() == [".[test]"]
-    desk.run("launch/local.sh", "--setup-only")
-    assert desk.installs() == []
-
-
-def test_a_failed_installation_is_tried_again(desk: Desk) -> None:
-    result = desk.run("launch/local.sh", FAIL="pip install")
-    assert result.returncode == 7
-    assert "pip failed (exit 7)" in result.stderr
-    assert not desk.calls("topd")
-    assert desk.run("launch/local.sh").returncode == 0
-    assert desk.installs() == ["."]
-
-
-def test_topd_venv_is_used_and_starts_at_the_caller(
+def test_topd_venv_starts_at_the_caller_and_an_extra_includes_the_core(
     desk: Desk, tmp_path: pathlib.Path
 ) -> None:
-    result = desk.run("launch/local.sh", TOPD_VENV="my env")
-    assert result.returncode == 0, result.stderr
+    for script, installs in (("test", [".[test]"]), ("local", [])):
+        result = desk.run(
+            f"launch/{script}.sh", "--setup-only", TOPD_VENV="my env"
+        )
+        assert result.returncode == 0, result.stderr
+        assert desk.installs() == installs
     assert (tmp_path / "my env" / "bin" / "topd").exists()
     assert not (desk.top / ".venv").exists()
 
 
-@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("this_checkout", [True, False])
 def test_active_environment_is_used_if_it_holds_this_checkout(
-    desk: Desk, tmp_path: pathlib.Path, ours: bool
+    desk: Desk, tmp_path: pathlib.Path, this_checkout: bool
 ) -> None:
-    holder = desk.top if ours else tmp_path / "other"
-    (holder / "topd_jax").mkdir(parents=True)
-    (holder / "topd_jax" / "__init__.py").touch()
+    checkout = desk.top if this_checkout else tmp_path / "other"
+    for place in (desk.top, checkout):
+        (place / "topd_jax").mkdir(parents=True, exist_ok=True)
+        (place / "topd_jax" / "__init__.py").touch()
     active = tmp_path / "active"
     (active / "bin").mkdir(parents=True)
     (active / "pyvenv.cfg").touch()
     shutil.copy(desk.bin / "python", active / "bin" / "python")
     result = desk.run(
-        "launch/local.sh", VIRTUAL_ENV=str(active), PYTHONPATH=str(holder)
+        *("launch/local.sh", "--setup-only"),
+        VIRTUAL_ENV=str(active),
+        PYTHONPATH=str(checkout),
     )
     assert result.returncode == 0, result.stderr
-    assert (active / "bin" / "topd").exists() == ours
-    assert (desk.top / ".venv").exists() != ours
+    assert (active / "bin" / "topd").exists() == this_checkout
+    assert (desk.top / ".venv").exists() != this_checkout
 
 
+@pytest.mark.parametrize(
+    ("env", "messages"),
+    [
+        ({"OLD": "1"}, ["needs Python 3.11 or newer", "TOPD_PYTHON"]),
+        (
+            {"FAIL": "ensurepip, venv"},
+            ["python3.11 has no venv module", "apt install python3.11-venv"],
+        ),
+        ({"TOPD_VENV": "mine"}, ["is no virtual environment: set TOPD_VENV"]),
+    ],
+)
 def test_set_up_errors_tell_the_way_out(
-    desk: Desk, tmp_path: pathlib.Path
+    desk: Desk, tmp_path: pathlib.Path, env: dict, messages: list[str]
 ) -> None:
-    old = desk.run("launch/local.sh", OLD="1")
-    assert old.returncode == 2
-    assert "needs Python 3.11 or newer" in old.stderr
-    assert "TOPD_PYTHON" in old.stderr
-
-    bare = desk.run("launch/test.sh", FAIL="ensurepip, venv")
-    assert bare.returncode == 2
-    assert "python3.11 has no venv module" in bare.stderr
-    assert "apt install python3.11-venv" in bare.stderr
-
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").touch()
-    taken = desk.run("launch/local.sh", TOPD_VENV="mine")
-    assert taken.returncode == 2
-    assert "is no virtual environment: set TOPD_VENV" in taken.stderr
+    result = desk.run("launch/local.sh", **env)
+    assert result.returncode == 2
+    for message in messages:
+        assert message in result.stderr
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter"]
 
 
-def test_a_python_is_fetched_only_where_allowed(desk: Desk) -> None:
-    allowed = desk.run(
+def test_a_python_is_fetched_where_allowed(desk: Desk) -> None:
+    result = desk.run(
         *("launch/setup.sh", "tpu"), TOPD_FETCH_PYTHON="1", FAIL="ensurepip,"
     )
-    assert allowed.returncode == 0, allowed.stderr
+    assert result.returncode == 0, result.stderr
     calls = desk.calls("-m", "python3")
     venv = [c for c in calls if c[:4] == ["python3", "-m", "uv", "venv"]]
     assert venv[0][-3:] == ["--python", "3.11", str(desk.top / ".venv")]
@@ -161,9 +153,7 @@ def test_test_runs_ruff_and_pytest(desk: Desk, fail: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "fail", ["", "ruff", "torch", "pytest -m slow", "apt-get"]
-)
+@pytest.mark.parametrize("fail", ["", "torch", "pytest -m slow", "apt-get"])
 def test_ci_runs_everything_and_fails_if_anything_does(
     desk: Desk, fail: str
 ) -> None:
@@ -181,3 +171,81 @@ def test_ci_runs_everything_and_fails_if_anything_does(
     tests = [c[3:5] for c in calls if c[2] == "pytest"]
     assert tests == [[], ["-m", "slow"]]
     assert (desk.top / ".venv" / "bin" / "topd").exists()
+
+
+# launch/README.md
+
+
+def test_commands_of_the_readme_run(desk: Desk) -> None:
+    desk.commit()
+    snippet = desk.top / "snippet.sh"
+    for text in SNIPPETS:
+        # The disk that --prepare mounts is there.
+        text = text.replace("mountpoint -q /mnt/d", "true")
+        snippet.write_text(f"set -eu\ncd {shlex.quote(str(desk.top))}\n{text}")
+        result = desk.run("snippet.sh")
+        assert result.returncode == 0, text + result.stderr
+    calls = desk.calls("topd", "gcloud", "docker", "kubectl", "xpk")
+    assert {c[0] for c in calls} == {
+        *["topd", "gcloud", "docker", "kubectl", "xpk"]
+    }
+    several = [c for c in calls if c[-2:-1] == ["--process"]]
+    assert sorted(c[-1] for c in several) == ["0", "1"]
+    assert several[0][:-1] == several[1][:-1]
+    assert several[0][-4:-2] == ["--processes", "2"]
+    (xpk,) = [c for c in calls if c[0] == "xpk"]
+    inner = shlex.split(xpk[-1].partition("&&")[2])
+    assert inner[:3] == ["topd", "train", "--distributed"]
+
+
+def test_manifest_is_a_jobset_that_restarts_after_a_preemption(
+    desk: Desk,
+) -> None:
+    (text,) = [s for s in SNIPPETS if "kubectl create" in s]
+    desk.commit()
+    script = f"set -euo pipefail\ncd {shlex.quote(str(desk.top))}\n{text}"
+    (desk.top / "gke.sh").write_text(script)
+    assert desk.run("gke.sh").returncode == 0
+    manifest = yaml.safe_load((desk.worker / "stdin").read_text())
+    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert manifest["kind"] == "JobSet"
+    assert manifest["metadata"]["name"] == "t1"
+    (jobs,) = manifest["spec"]["replicatedJobs"]
+    job = jobs["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+
+    # A pod on every host of the slice, and a place that all of them share.
+    assert jobs["replicas"] == 1
+    assert job["completionMode"] == "Indexed"
+    assert job["parallelism"] == job["completions"] == 4
+    chips = int(container["resources"]["limits"]["google.com/tpu"])
+    assert job["parallelism"] * chips == 4 * 4
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    }
+    assert container["command"] == ["topd", "train", "--distributed"]
+    assert container["args"] == ["--config=tiny", "--workdir=/runs/t1"]
+    (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
+    assert mount == {"name": volume["name"], "mountPath": "/runs"}
+    assert volume["persistentVolumeClaim"] == {"claimName": "runs"}
+    image = (TOP / "launch" / "Dockerfile").read_text().splitlines()
+    assert f"WORKDIR {container['workingDir']}" in image
+    assert "RUN pip install --no-cache-dir -e '.[tpu]'" in image
+
+    policy = manifest["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 0
+    assert policy["restartStrategy"] == "BlockingRecreate"
+    (rule,) = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert job["backoffLimit"] == 0
+    # Kubernetes allows a podFailurePolicy only with this.
+    assert pod["restartPolicy"] == "Never"
+    disrupted, signalled = job["podFailurePolicy"]["rules"]
+    assert disrupted["action"] == signalled["action"] == "FailJob"
+    (condition,) = disrupted["onPodConditions"]
+    assert condition == {"type": "DisruptionTarget", "status": "True"}
+    assert signalled["onExitCodes"]["values"] == [143]
+    assert signalled["onExitCodes"]["containerName"] == container["name"]

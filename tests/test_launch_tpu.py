@@ -1,25 +1,22 @@
-"""tpu.sh: its dry run, and its runs against a stand-in gcloud that records."""
+"""tpu.sh, but for keep: its dry run, and its runs against a stand-in gcloud."""
 
 import pathlib
 import shlex
 import shutil
 import subprocess
-import time
 
 import pytest
-from launch_desk import Desk, find_shellcheck
+from launch_desk import Desk, desk, find_shellcheck, wait_for
 
+__all__ = ["desk"]
+TPU = "launch/tpu.sh"
 WHERE = ["--name", "t1", "--zone", "us-west4-a"]
-
-
-@pytest.fixture
-def desk(tmp_path: pathlib.Path) -> Desk:
-    return Desk(tmp_path)
+CONFIG = ["--config", "configs/tiny.py"]
 
 
 def dry_run(desk: Desk, *args: str) -> list[list[str]]:
     """The commands that a dry run prints, as words; none was called."""
-    result = desk.run("launch/tpu.sh", *args, "--dry-run")
+    result = desk.run(TPU, *args, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert not desk.calls_file.exists()
     assert not (desk.top / "runs").exists()
@@ -40,18 +37,23 @@ def worker_scripts(commands: list[list[str]]) -> list[str]:
     ]
 
 
-def test_worker_scripts_pass_shellcheck(desk: Desk) -> None:
-    for command in ("install", "run", "logs", "stop"):
-        config = ["--config", "configs/tiny.py"] * (command == "run")
-        calls = dry_run(desk, command, *WHERE, *config)
-        for script in worker_scripts(calls):
-            result = subprocess.run(
-                [find_shellcheck(), "--shell=bash", "-"],
-                input=script + "\n",
-                capture_output=True,
-                text=True,
-            )
-            assert result.returncode == 0, result.stdout
+def test_worker_scripts_pass_shellcheck(
+    desk: Desk, tmp_path: pathlib.Path
+) -> None:
+    keep = [*WHERE, *CONFIG, "--type=v4-8", "--workdir=/mnt/d"]
+    calls = dry_run(desk, "keep", *keep, "--prepare", "mount /mnt/d")
+    calls += dry_run(desk, "logs", *WHERE) + dry_run(desk, "stop", *WHERE)
+    files = []
+    for index, script in enumerate(worker_scripts(calls)):
+        files.append(tmp_path / f"{index}.sh")
+        files[-1].write_text(script + "\n")
+    assert len(files) == 5
+    result = subprocess.run(  # SC2329: not every script calls every function
+        [find_shellcheck(), "--shell=bash", "--exclude=SC2329", *files],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(
@@ -74,13 +76,6 @@ def test_worker_scripts_pass_shellcheck(desk: Desk) -> None:
             "--reserved --zone=us-west4-a",
         ),
         (
-            ["logs", "--worker", "3"],
-            "tpu-vm ssh t1 --worker=3 "
-            "'--command=tail -n 50 -F \"$HOME/topd_jax/train.log\"' "
-            "--zone=us-west4-a",
-        ),
-        (["delete"], "tpu-vm delete t1 --quiet --zone=us-west4-a"),
-        (
             ["delete", "--queued"],
             "queued-resources delete t1 --force --quiet --zone=us-west4-a",
         ),
@@ -95,70 +90,53 @@ def test_dry_run_prints_the_command(
 
 def test_dry_run_of_all_prints_every_command_in_order(desk: Desk) -> None:
     commands = dry_run(
-        *(desk, "all", *WHERE, "--type", "v5p-8", "--branch", "main"),
-        *("--config", "configs/tiny.py", "--project", "p"),
+        *(desk, "all", *WHERE, *CONFIG, "--type", "v5p-8"),
+        *("--branch", "main", "--project", "p", "--worker", "3"),
     )
-    archive = f"{desk.top}/runs/launch/t1.tar.gz"
-    assert [c[:5] for c in commands] == [
-        ["gcloud", "compute", "tpus", "tpu-vm", "create"],
-        ["mkdir", "-p", f"{desk.top}/runs/launch"],
-        ["git", "-C", str(desk.top), "archive", "--format=tar.gz"],
-        ["gcloud", "compute", "tpus", "tpu-vm", "scp"],
-        ["gcloud", "compute", "tpus", "tpu-vm", "ssh"],
-        ["gcloud", "compute", "tpus", "tpu-vm", "ssh"],
-        ["gcloud", "compute", "tpus", "tpu-vm", "ssh"],
+    verbs = ["create", "-p", "--format=tar.gz", "scp", "ssh", "ssh", "ssh"]
+    assert [c[1] if c[0] == "mkdir" else c[4] for c in commands] == verbs
+    assert commands[2][-1] == "main"
+    assert [c[6] for c in commands[4:]] == [
+        *["--worker=all", "--worker=all", "--worker=3"]
     ]
-    assert commands[2][5:] == ["--prefix=src/", f"--output={archive}", "main"]
-    assert commands[3][5:7] == [archive, "t1:topd_jax.tar.gz"]
-    workers = [c[6] for c in commands[4:]]
-    assert workers == ["--worker=all", "--worker=all", "--worker=0"]
     clouds = [c for c in commands if c[0] == "gcloud"]
     assert all(c[-2:] == ["--zone=us-west4-a", "--project=p"] for c in clouds)
-    assert "bash launch/setup.sh tpu" in worker_scripts(commands)[0]
-
-
-def wait_for(condition, what: str) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{what} did not happen within 10 s")
+    assert worker_scripts(commands)[-1].endswith("tail -n 50 -F train.log")
 
 
 def test_create_install_run_log_stop_delete(desk: Desk) -> None:
     desk.commit()
     (desk.top / "configs" / "new.py").touch()
-    tpu = "launch/tpu.sh"
     home = desk.worker / "topd_jax"
-    created = desk.run(tpu, "create", *WHERE, "--type", "v5litepod-16")
+    created = desk.run(TPU, "create", *WHERE, "--type", "v5litepod-16")
     assert created.returncode == 0, created.stderr
 
-    early = desk.run(tpu, "run", *WHERE, "--config", "configs/tiny.py")
+    early = desk.run(TPU, "run", *WHERE, *CONFIG)
     assert early.returncode == 2
-    assert "topd_jax is not here: tpu.sh install" in early.stderr
+    assert "topd_jax is not installed: run tpu.sh install" in early.stderr
 
     (home / "src").mkdir()
     (home / "src" / "left_over.py").touch()
-    installed = desk.run(tpu, "install", *WHERE)
+    installed = desk.run(TPU, "install", *WHERE)
     assert installed.returncode == 0, installed.stderr
-    assert "changes that are not committed" in installed.stderr
+    assert "the checkout has uncommitted changes" in installed.stderr
     assert not (home / "src" / "left_over.py").exists()
     assert not (home / "src" / "configs" / "new.py").exists()
     assert desk.installs() == [".[tpu]"]
 
-    lost = desk.run(tpu, "run", *WHERE, "--config", "configs/new.py")
+    lost = desk.run(TPU, "run", *WHERE, "--config", "configs/new.py")
     assert lost.returncode == 2
     assert "no config configs/new.py" in lost.stderr
 
     values = ["--config.name=it's $HOME", "a  b", "", "--spot"]
     started = desk.run(
-        *(tpu, "run", *WHERE, "--config", "configs/tiny.py:small"),
+        *(TPU, "run", *WHERE, "--config", "configs/tiny.py:small"),
         *("--", *values),
-        SLEEP="60",
+        PLAYS="60:0",
     )
     assert started.returncode == 0, started.stderr
     log = home / "train.log"
-    wait_for(lambda: "topd speaks" in log.read_text(), "the start")
+    wait_for(lambda: "topd speaks" in log.read_text())
     # It returned while the training goes on.
     process = (home / "train.pid").read_text().strip()
     assert pathlib.Path("/proc", process).exists()
@@ -167,20 +145,19 @@ def test_create_install_run_log_stop_delete(desk: Desk) -> None:
     assert call[3:5] == ["--config", "configs/tiny.py:small"]
     assert call[5:] == ["--workdir", f"{home}/runs/t1", *values]
 
-    twice = desk.run(tpu, "run", *WHERE, "--config", "configs/tiny.py")
-    assert twice.returncode == 2
-    assert "see logs, or stop it" in twice.stderr
-    assert desk.run(tpu, "install", *WHERE).returncode == 2
+    for command in (["run", *CONFIG], ["install"]):
+        twice = desk.run(TPU, *command, *WHERE)
+        assert twice.returncode == 2
+        assert "follow it with logs, or stop it" in twice.stderr
     assert (home / "src").exists()
 
-    stopped = desk.run(tpu, "stop", *WHERE)
+    stopped = desk.run(TPU, "stop", *WHERE)
     assert stopped.returncode == 0, stopped.stderr
-    logged = desk.run(tpu, "logs", *WHERE, "--no-follow")
-    assert logged.stdout.startswith("topd speaks\n")
-    assert logged.stdout.endswith("\ntopd: exit code 143\n")
-    assert "nothing runs" in desk.run(tpu, "stop", *WHERE).stdout
+    logged = desk.run(TPU, "logs", *WHERE, "--no-follow")
+    assert logged.stdout == "topd speaks\ntopd: exit code 143\n"
+    assert "no training runs" in desk.run(TPU, "stop", *WHERE).stdout
     desk.calls()
-    assert desk.run(tpu, "delete", *WHERE).returncode == 0
+    assert desk.run(TPU, "delete", *WHERE).returncode == 0
     assert [c[4:6] for c in desk.calls("gcloud")] == [["delete", "t1"]]
 
 
@@ -188,44 +165,35 @@ def test_create_install_run_log_stop_delete(desk: Desk) -> None:
     ("workdir", "expected"),
     [
         ("/mnt/my disk", "/mnt/my disk"),
-        ("runs/$x", "{home}/topd_jax/runs/$x"),
+        ("runs/$x", "/home/me/topd_jax/runs/$x"),
     ],
 )
 def test_workdir_of_the_worker(desk: Desk, workdir: str, expected: str) -> None:
-    config = ["--config", "configs/tiny.py", "--workdir", workdir]
-    (script,) = worker_scripts(dry_run(desk, "run", *WHERE, *config))
-    last = script.splitlines()[-1]
+    calls = dry_run(desk, "run", *WHERE, *CONFIG, "--workdir", workdir)
+    last = worker_scripts(calls)[0].splitlines()[-1]
     shown = subprocess.run(
         ["bash", "-c", f"start() {{ printf '%s\\n' \"$@\"; }}; {last}"],
         env={"HOME": "/home/me"},
         capture_output=True,
         text=True,
     )
-    assert shown.stdout.splitlines()[-1] == expected.format(home="/home/me")
+    assert shown.stdout.splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize(
-    ("fail", "calls"),
-    [("create", 1), ("scp", 2), ("setup.sh", 3), ("topd train", 4)],
+    ("fail", "calls"), [("create", 1), ("scp", 2), ("setup.sh", 3)]
 )
 def test_all_stops_at_the_first_failure_with_its_code(
     desk: Desk, fail: str, calls: int
 ) -> None:
     desk.commit()
-    result = desk.run(
-        *("launch/tpu.sh", "all", *WHERE, "--type", "v4-8"),
-        *("--config", "configs/tiny.py"),
-        FAIL=fail,
-    )
+    result = desk.run(TPU, "all", *WHERE, *CONFIG, "--type=v4-8", FAIL=fail)
     assert result.returncode == 7
     assert "tpu.sh: exit code 7 from: gcloud compute tpus" in result.stderr
     assert len(desk.calls("gcloud")) == calls
 
 
-@pytest.mark.parametrize("command", ["logs", "stop", "delete"])
-def test_exit_code_of_gcloud_is_that_of_tpu(desk: Desk, command: str) -> None:
-    result = desk.run("launch/tpu.sh", command, *WHERE, FAIL="gcloud")
-    assert result.returncode == 7
+KEEP = ["keep", *WHERE, *CONFIG, "--type=v4-8"]
 
 
 @pytest.mark.parametrize(
@@ -234,33 +202,33 @@ def test_exit_code_of_gcloud_is_that_of_tpu(desk: Desk, command: str) -> None:
         ([], "usage: bash launch/tpu.sh COMMAND"),
         (["fly"], "unknown command fly: one of create, install"),
         (["create"], "create needs --name, for instance --name my-tpu"),
-        (["logs", "--name", "a"], "logs needs --zone, for instance --zone us"),
-        (["create", *WHERE], "create needs --type, for instance --type v5l"),
         (["run", *WHERE], "run needs --config, for instance --config conf"),
         (["create", *WHERE, "--type=x9-1"], "--type=x9-1 has no known runtime"),
-        (["create", *WHERE, "--type"], "--type needs a value"),
         (["run", *WHERE, "--config", "--spot"], "--config needs a value"),
         (["run", *WHERE, "--steps=3"], "unknown argument --steps: see --help"),
-        (["logs", *WHERE, "--worker=all"], "--worker=all must be a worker's"),
+        (["logs", *WHERE, "--worker=all"], "--worker=all must be a number, 0"),
         (["delete", *WHERE, "--", "x"], "delete takes no arguments after --"),
         (
             ["create", *WHERE, "--type=v4-8", "--spot", "--reserved"],
             "--spot and --reserved exclude each other",
         ),
         (
-            ["run", *WHERE, "--config=c.py", "--workdir=gs://bucket/t1"],
+            ["run", *WHERE, *CONFIG, "--workdir=gs://bucket/t1"],
             "--workdir=gs://bucket/t1 must be a directory on the workers",
         ),
         (
-            ["all", *WHERE, "--type=v4-8", "--config=c.py", "--queued"],
-            "all cannot wait for a queued resource",
+            ["all", *WHERE, *CONFIG, "--type=v4-8", "--queued"],
+            "all cannot wait for a queued resource: use keep",
         ),
+        ([*KEEP, "--workdir=runs/t1"], "--workdir=runs/t1 is lost with the"),
+        ([*KEEP, "--workdir=/d", "--every=soon"], "--every=soon must be a"),
+        ([*KEEP, "--workdir=/d", "--restarts=1.5"], "--restarts=1.5 must be"),
     ],
 )
 def test_wrong_usage_is_told_with_the_way_out(
     desk: Desk, args: list[str], message: str
 ) -> None:
-    result = desk.run("launch/tpu.sh", *args)
+    result = desk.run(TPU, *args)
     assert result.returncode == 2
     assert message in result.stderr
     assert not desk.calls_file.exists()
@@ -270,14 +238,14 @@ def test_unknown_branch_and_missing_gcloud(
     desk: Desk, tmp_path: pathlib.Path
 ) -> None:
     desk.commit()
-    branch = desk.run("launch/tpu.sh", "install", *WHERE, "--branch", "nope")
+    branch = desk.run(TPU, "install", *WHERE, "--branch", "nope")
     assert branch.returncode == 2
     assert "--branch=nope is no commit" in branch.stderr
 
     few = tmp_path / "few"
     few.mkdir()
-    for tool in ("bash", "dirname"):
+    for tool in ("bash", "dirname", "basename"):
         (few / tool).symlink_to(shutil.which(tool))
-    missing = desk.run("launch/tpu.sh", "delete", *WHERE, PATH=str(few))
+    missing = desk.run(TPU, "delete", *WHERE, PATH=str(few))
     assert missing.returncode == 2
     assert "gcloud is not on PATH: install the Google" in missing.stderr

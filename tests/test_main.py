@@ -1,55 +1,106 @@
 """The command line as a user types it: what works, and what is refused."""
 
+import errno
+import inspect
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
-from children import simulated
 
-from topd_jax.cli import main
-from topd_jax.training.config import settings_from
+from topd_jax.cli import commands, main
+from topd_jax.cli.config_file import config_path, load_settings
 
-TESTS = Path(__file__).parent
+# Help.
+
+
+def test_help_imports_nothing_heavy():
+    """A child: this process has imported JAX."""
+    code = (
+        "import sys; from topd_jax.cli.main import run\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: run(line.split())\n"
+        "    except SystemExit as left: print('exit', left.code)\n"
+        "print('heavy', {'jax', 'absl', 'numpy'} & set(sys.modules))"
+    )
+    lines = ["--help", "train --help", "sample -h", "train --steps=3"]
+    said = subprocess.run(
+        [sys.executable, "-c", code, *lines],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "heavy set()" in said.stdout
+    assert said.stdout.count("exit 0") == 2 and "exit 2" in said.stdout
+    assert said.stderr.startswith("topd: the following arguments are required")
+    usage = said.stdout.partition("usage: topd train")[0]
+    assert all(f"\n  {name} " in usage for name in commands.COMMANDS)
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_of_a_command_has_its_own_flags_and_an_example(name, capsys):
+    command = commands.COMMANDS[name]
+    with pytest.raises(SystemExit) as exit_:
+        main.run([name, "--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for other in commands.COMMANDS.values():
+        for flag, _ in other.flags:
+            mine = flag in [f for f, _ in command.flags]
+            assert (f"\n  {flag} " in text or f"\n  {flag}\n" in text) == mine
+    (example,) = [
+        line for line in text.splitlines() if line.startswith(f"  topd {name} ")
+    ]
+    words = shlex.split(example)[2:]
+    values, _ = commands.parse(name, words)
+    names = {"config": "settings"}
+    parameters = inspect.signature(command.load()).parameters
+    assert {names.get(n, n) for n in values} == set(parameters)
 
 
 # What is typed wrong, before anything runs.
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "-h"]])
-def test_help_is_shown(topd, arguments):
-    text = topd(*arguments)
-    for name in ("train", "eval", "sample", "export", "sweep", "--workdir"):
-        assert name in text
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("line", "message"),
     [
-        (["trian"], "no command 'trian'; one of train, eval, compare, inspect"),
-        (["train"], "--config is missing; try --config tiny"),
-        (["train", "--config"], "--config is missing"),
-        (["train", "--config="], "--config is missing"),
-        (["train", "--config", "tiny"], "--workdir is missing; try"),
-        (["train", "--config", "tinny", "--workdir", "x"],
+        ("trian", "no command 'trian'; one of doctor, train, generate, eval"),
+        ("train", "arguments are required: --config, --workdir; topd train -"),
+        ("train --config", "--config: expected one argument"),
+        ("train --config tinny --workdir x",
          "--config tinny does not exist; give a path, or one of default, "),
-        (["train", "--config", "runs/tiny.py", "--workdir", "x"],
+        ("train --config runs/tiny.py --workdir x",
          "--config runs/tiny.py does not exist"),
-        (["train", "--config", "tiny", "--workdir", "x", "stray"],
-         "unexpected arguments: stray"),
-        (["train", "--config", "tiny", "--workdir", "x", "--steps=3"],
-         "Unknown command line flag 'steps'; topd --help lists the flags"),
-        (["eval", "--config", "tiny", "--workdir", "x", "--which=newest"],
-         "--which=newest: value should be one of <latest|best|start>"),
-        (["sample", "--config", "tiny", "--workdir", "x",
-          "--temperature=hot"], "--temperature=hot: could not convert"),
-        (["export", "--config", "tiny", "--workdir", "x"],
-         "--output is missing: a directory to export to"),
+        ("train --config tiny --workdir x stray", "arguments: stray"),
+        ("train --config tiny --workdir x --count=3",
+         "topd train has no flag --count; topd train --help lists its flags"),
+        ("settings zzz", "no setting has 'zzz' in its name; topd settings"),
+        ("report --workdir x --config.seed=3", "report has no flag --config."),
+        ("report --workdir x y", "unexpected arguments: y"),
+        ("train --config tiny --workdir gs://bucket/run",
+         "gs://bucket/run must be a directory; mount the bucket"),
+        ("eval --config tiny --workdir x --which=newest",
+         "--which: invalid choice: 'newest' (choose from 'latest', 'best'"),
+        ("sample --config tiny --workdir x --temperature=hot",
+         "--temperature: 'hot' must be a number"),
+        ("probe --config tiny --workdir x --count=0",
+         "--count: '0' must be a whole number, at least 1"),
+        ("export --config tiny --workdir x", "required: --output"),
     ],
 )  # fmt: skip
-def test_a_line_that_says_too_little_or_too_much(refused, arguments, message):
-    assert message in refused(*arguments)
+def test_a_line_that_says_too_little_or_too_much(refused, line, message):
+    assert message in refused(*line.split())
+
+
+@pytest.mark.parametrize("text", ["help", "-3+4?", "--help me", "6*3?"])
+def test_a_prompt_may_be_any_text(text):
+    line = ["--config=tiny", "--workdir=x", f"--prompt={text}"]
+    assert commands.parse("sample", line)[0]["prompt"] == [text]
+    if not text.startswith("-"):
+        line[2:] = ["--prompt", text]
+        assert commands.parse("sample", line)[0]["prompt"] == [text]
 
 
 @pytest.mark.parametrize(
@@ -57,25 +108,29 @@ def test_a_line_that_says_too_little_or_too_much(refused, arguments, message):
     [
         ("--config.optimizer.learning_rte=1",
          "unknown config key config.optimizer.learning_rte; the nearest is "
-         "config.optimizer.learning_rate (all: accumulate, beta1,"),
-        ("-config.optimizer.learning_rte=1",
-         "the nearest is config.optimizer.learning_rate"),
+         "config.optimizer.learning_rate; topd settings optimizer. prints all"),
         ("--noconfig.log.tensorbord",
-         "the nearest is config.log.tensorboard"),
-        ("--config.optimiser.clip=1", "the nearest is config.optimizer "),
+         "the nearest is config.log.tensorboard; topd settings log. prints"),
+        ("-config.optimiser.clip=1", "is config.optimizer; topd settings pri"),
         ("--config.train.steps.n=1", "config.train.steps has no keys; it is 6"),
-        ("--config.train.steps=many", "--config.train.steps=many: invalid"),
-        ("--config.train.steps=2.5", "--config.train.steps=2.5: invalid"),
-        ("--config.train=3", "--config.train=3: "),
-        ("--config.log.tensorboard=maybe", "--config.log.tensorboard=maybe"),
-        ("--config.optimizer.clip=low", "--config.optimizer.clip=low: could"),
-        ("--config.optimizer.clip=nan", "config.optimizer.clip=nan must be"),
-        ("--config.sweep.seeds=0,b", "seeds='b' must be of type int, not str"),
-        ("--config.train.steps=0", "train.steps=0 must be at least 1"),
-        ("--config.objective.variant=tpod",
-         "objective.variant='tpod' must be one of opd, "),
-        ("--config.objective.window=17",
+        ("--config.train.steps=many",
+         "steps=many must be of type int; topd settings train.steps explains"),
+        ("--config.train.steps=2.5", "steps=2.5 must be of type int"),
+        ("--config.train.steps=True", "steps=True must be of type int, not bo"),
+        ("--config.train.steps", "--config.train.steps needs a value: "),
+        ("--config.train=3",
+         "config.train is a section; set one of its keys: config.train."),
+        ("--config.log.tensorboard=maybe", "=maybe must be of type bool"),
+        ("--config.data.thinking=maybe", "=maybe must be of type bool"),
+        ("--config.optimizer.clip=low", "clip=low must be of type float"),
+        ("--config.optimizer.clip=nan", "clip=nan must be a finite number"),
+        ("--config.sweep.seeds=0,b",
+         "seeds='b' must be of type int, not str; topd settings sweep.seeds "),
+        ("--config.train.steps=-1", "train.steps=-1 must be at least 1"),
+        ("--config.objective=topd(window=17)",
          "window=17 must not exceed rollout.max_new_tokens=16"),
+        ("--config.objective.window=3", "config.objective has no keys; it is"),
+        ("stray", "unexpected arguments: stray"),
     ],
 )  # fmt: skip
 def test_an_override_that_means_nothing(refused, command, override, message):
@@ -90,8 +145,7 @@ def test_an_override_that_means_nothing(refused, command, override, message):
          "config.optimizer.learning_rate"),
         ("c.train.stops += 1", "AttributeError: 'stops' Did you mean \"step"),
         ("c.train.steps = 'many'", "TypeError: Could not override field"),
-        ("del c.train", "config.train is missing"),
-        ("c.steps", "AttributeError"),
+        ("c.train = 3", "TypeError: Could not override"),
         ("import nothing_of_this_name", "ModuleNotFoundError: No module named"),
         ("return 3", "must define get_config() that returns a ConfigDict"),
         ("c c", "SyntaxError: invalid syntax (mine.py, line 5)"),
@@ -107,84 +161,99 @@ def test_a_config_file_that_is_wrong(refused, tmp_path, body, message):
     line = refused("train", "--config", path, "--workdir", tmp_path / "run")
     assert message in line
     assert not (tmp_path / "run").exists()
-
-
-def test_a_file_without_get_config(refused, tmp_path):
-    (tmp_path / "mine.py").write_text("x = 1\n")
-    line = refused("train", "--config", tmp_path / "mine.py", "--workdir", "x")
+    path.write_text("x = 1\n")
+    line = refused("train", "--config", path, "--workdir", "x")
     assert "must define get_config()" in line
 
 
 def test_shipped_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "configs/tiny.py", "tiny.py"):
-        assert Path(main.config_path(name)).name == "tiny.py"
+        assert Path(config_path(name)).name == "tiny.py"
     (tmp_path / "tiny").write_text("")
-    assert main.config_path("tiny") == "tiny"  # a file goes before
+    assert config_path("tiny") == "tiny"  # a file goes before
 
 
-def test_overrides_reach_the_settings(small_arguments):
+def test_overrides_reach_the_settings():
     def settings(*more):
-        parsed = main._parse([*more, *small_arguments, "--workdir", "x"])
-        return settings_from(parsed.config)
+        line = [*more, "--config=tiny", "--workdir=x"]
+        values, overrides = commands.parse("train", line)
+        return load_settings(values["config"], overrides)
 
-    found = settings(  # before --config, too
+    changed = settings(
         "--config.train.steps", "9",
-        "--config.objective.fraction=0.5",
+        "--config.optimizer.clip=2",
         "--noconfig.log.tensorboard",
         "--config.student.keep_layers=0,2,5",
-        "--config.sweep.variants=opd,topd:teacher",
+        "--config.sweep.variants=opd,topd(window=2, candidates=3);seed=1",
         "--config.sweep.seeds=3",
+        "--config.mesh.data", "-1",
         "--config.data.path=a=b, c",
     )  # fmt: skip
-    assert found.train.steps == 9
-    assert found.objective.fraction == 0.5
-    assert found.log.tensorboard is False
-    assert found.student.keep_layers == (0, 2, 5)
-    assert found.sweep.variants == ("opd", "topd:teacher")
-    assert found.sweep.seeds == (3,)
-    assert found.data.path == "a=b, c"
-    found = settings("--config.sweep.variants=")  # start and teacher only
-    assert found.sweep.variants == ()
-    found = settings("--config.sweep.seeds=(1,2)", "--config.seed=7")
-    assert found.sweep.seeds == (1, 2)
-    assert found.seed == 7
-
-
-def test_a_mistake_of_ours_keeps_its_traceback(command, monkeypatch):
-    def broken(*_):
-        raise KeyError("ours")
-
-    monkeypatch.setattr("topd_jax.cli.commands.train", broken)
-    with pytest.raises(KeyError, match="ours"):
-        main.run(command("train"))
-
-
-def in_a_child(*arguments, devices=1):
-    env = dict(os.environ, XLA_FLAGS=simulated(devices))
-    return subprocess.run(
-        [sys.executable, "-m", "topd_jax.cli.main", *map(str, arguments)],
-        env=env, capture_output=True, text=True, timeout=600, check=False,
+    assert changed.train.steps == 9
+    assert changed.optimizer.clip == 2.0
+    assert changed.log.tensorboard is False
+    assert changed.student.keep_layers == (0, 2, 5)
+    assert changed.sweep.variants == (
+        "opd", "topd(window=2, candidates=3);seed=1"
     )  # fmt: skip
+    assert changed.sweep.seeds == (3,)
+    assert changed.mesh.data == -1
+    assert changed.data.path == "a=b, c"
+    changed = settings("--config.sweep.seeds=(1,2)", "--config.seed=7")
+    assert changed.sweep.seeds == (1, 2) and changed.seed == 7
+    # start and teacher only
+    assert settings("--config.sweep.variants=").sweep.variants == ()
 
 
-def test_a_batch_that_the_mesh_does_not_divide(command, tmp_path):
-    done = in_a_child(
-        *command(
-            "train", "--config.mesh.fsdp=8", "--config.data.batch_size=12"
-        ),
-        devices=8,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == (
-        "topd: data.batch_size=12 must be divisible by the mesh's data x fsdp "
-        "x expert (8); try 16\n"
+# Errors: a refusal is one line, a mistake of the program a traceback.
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (lambda **_: jax.vmap(jnp.add)(jnp.ones(3), jnp.ones(4)), ValueError),
+        # JAX hides its own frames: the last one left is this package's call.
+        (jax.vmap(lambda a, b: a), ValueError),
+        (lambda **_: int("three"), ValueError),
+        (lambda **_: {}["three"], KeyError),
+        (lambda **_: os.kill(2**22, 0), OSError),
+    ],
+)
+def test_a_mistake_of_the_program_keeps_its_traceback(
+    monkeypatch, function, kind
+):
+    values = {"a": jnp.ones(3), "b": jnp.ones(4)}
+    monkeypatch.setattr(main, "parse", lambda *_: (values, []))
+    monkeypatch.setattr(commands.Command, "load", lambda _: function)
+    with pytest.raises(kind):
+        main.run(["report", "--workdir=x"])
+
+
+def test_a_full_disk_is_one_line(refused, monkeypatch):
+    def full(**_):
+        raise RuntimeError("a library's") from OSError(
+            errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file"
+        )
+
+    monkeypatch.setattr(commands.Command, "load", lambda _: full)
+    assert refused("report", "--workdir=x") == (
+        "topd: a library's; make room and rerun the command: it resumes from "
+        "the last checkpoint"
     )
-    assert not (tmp_path / "run").exists()
 
 
-# What does not fit together; the whole list is in test_pair.py.
+def test_a_refusal_is_one_line_or_a_traceback_on_request(
+    refused, monkeypatch, tmp_path
+):
+    line = refused("report", "--workdir", tmp_path / "none")
+    assert line.startswith(f"topd: no directory at {tmp_path / 'none'}")
+    monkeypatch.setenv("TOPD_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no directory at"):
+        main.run(["report", f"--workdir={tmp_path / 'none'}"])
+
+
+# What does not fit together; the whole list is in test_setup.py.
 
 
 @pytest.mark.parametrize(
@@ -205,47 +274,42 @@ def test_what_does_not_fit_is_one_line(
     assert message in refused(*command("train", *overrides))
 
 
-def test_a_bad_line_of_a_file_is_named(refused, command, tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text('{"question": "a", "answer": "#### 1"}\n{"question": \n')
-    line = refused(
-        *command("train", "--config.data.source=jsonl"),
-        f"--config.data.path={path}",
-    )
-    assert f"{path} line 2 is not JSON" in line
-    assert "repair or remove the line" in line
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", ["eval", "sample", "export"])
 @pytest.mark.parametrize(
-    ("which", "folder"), [("latest", "checkpoints"), ("best", "best")]
-)
+    ("name", "which", "folder"),
+    [("eval", "latest", "checkpoints"), ("sample", "best", "best"),
+     ("export", "latest", "checkpoints")],
+)  # fmt: skip
 def test_without_a_checkpoint_nothing_is_made(
     refused, small_arguments, tmp_path, name, which, folder
 ):
     run = tmp_path / "run"
     (run / folder / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    output = [f"--output={tmp_path / 'out'}"] if name == "export" else []
     line = refused(
-        name, *small_arguments, f"--workdir={run}", f"--which={which}",
-        f"--output={tmp_path / 'out'}",
-    )  # fmt: skip
+        name, *small_arguments, f"--workdir={run}", f"--which={which}", *output
+    )
     assert f"no checkpoint in {run / folder}; train first, or say" in line
     assert not (tmp_path / "out").exists()
     assert not (run / "world").exists()
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "sample"])
+def test_settings_are_explained(topd):
+    (line,) = topd("settings", "train.chunk_size").splitlines()
+    assert line.startswith("config.train.chunk_size = None (least 1): tokens ")
+    everything = topd("settings")
+    assert "\nconfig.optimizer: AdamW" in everything and line in everything
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
 def test_a_checkpoint_of_another_config(
     refused, trained, small_arguments, name
 ):
     line = refused(
         name, *small_arguments, f"--workdir={trained}",
-        "--config.optimizer.learning_rate=0.5",
-        "--config.objective.window=3",
+        "--config.optimizer.beta2=0.5", "--config.objective=opd",
     )  # fmt: skip
-    assert "optimizer.learning_rate: 0.001 there, 0.5 here" in line
-    assert "objective.window: 4 there, 3 here" in line
+    assert "optimizer.beta2: 0.98 there, 0.5 here" in line
+    assert "objective" in line
     assert "use another --workdir" in line
 
 

@@ -1,14 +1,22 @@
 """Statistics of student against teacher, beside plain NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import VOCAB, make_model, make_trajectories
+from conftest import VOCAB, make_model
+from scipy.stats import binomtest
 
-from topd_jax.evaluation.metrics import distinct_ngrams, statistics
+from topd_jax.evaluation.evaluator import compare
+from topd_jax.evaluation.metrics import (
+    distinct_ngrams,
+    merge,
+    read_metrics,
+    wilson,
+)
 from topd_jax.models import init_decoder
 from topd_jax.models.decoder import causal_mask
 
@@ -61,60 +69,41 @@ def dense(student, teacher, rows, k, floor=-100.0):
     return {n: (v[mask].sum(), mask.sum()) for n, v in per_token.items()}
 
 
-def assert_close(found, expected):
-    assert set(found) == set(expected)
+look = functools.partial(jax.jit, static_argnames="top_k")(compare)
+
+
+def assert_close(metrics, expected):
+    assert set(metrics) == set(expected)
     for name, (total, count) in expected.items():
         np.testing.assert_allclose(
-            found[name][0], total, rtol=2e-4, atol=2e-3, err_msg=name
+            metrics[name][0], total, rtol=2e-4, atol=2e-3, err_msg=name
         )
-        assert found[name][1] == count, name
+        assert metrics[name][1] == count, name
 
 
 @pytest.mark.parametrize("top_k", [1, 4, VOCAB + 9])
 def test_statistics_are_those_of_plain_numpy(
     student, teacher, trajectories, top_k
 ):
-    found = jax.jit(statistics, static_argnames="top_k")(
-        student, teacher, trajectories, top_k=top_k
-    )
-    assert_close(found, dense(student, teacher, trajectories, top_k))
+    metrics = look(student, teacher, trajectories, top_k=top_k)
+    assert_close(metrics, dense(student, teacher, trajectories, top_k))
 
 
-def test_the_floor_bounds_the_teacher(student, teacher, trajectories):
-    found = statistics(student, teacher, trajectories, top_k=4, log_floor=-3.0)
-    expected = dense(student, teacher, trajectories, 4, floor=-3.0)
-    other = dense(student, teacher, trajectories, 4)
-    assert expected["teacher_nll"][0] < other["teacher_nll"][0] - 1
-    for name in ("reverse_kl", "reverse_kl_k1", "teacher_nll"):
-        np.testing.assert_allclose(found[name][0], expected[name][0], rtol=1e-3)
-
-
-def test_what_is_masked_does_not_count(student, teacher):
-    rows = make_trajectories()
-    lengths = rows.mask.sum(1)
-    garbage = jnp.where(rows.mask, rows.tokens, 17)
-    again = statistics(student, teacher, rows.replace(tokens=garbage))
-    half = rows.replace(mask=rows.mask.at[4:].set(False))
-    first = jax.tree.map(lambda x: x[:4], rows)
-    for name, (total, count) in statistics(student, teacher, rows).items():
-        np.testing.assert_allclose(again[name][0], total, rtol=1e-5)
-        assert count == lengths.sum()
-    found, alone = (statistics(student, teacher, r) for r in (half, first))
-    for name, (total, count) in alone.items():
-        np.testing.assert_allclose(found[name][0], total, rtol=1e-4, atol=1e-4)
-        assert found[name][1] == count == lengths[:4].sum()
-
-
-def test_nothing_generated_counts_as_nothing(student, teacher, trajectories):
+def test_masked_tokens_do_not_count(student, teacher, trajectories):
+    half = trajectories.mask.at[4:].set(False)
+    garbage = jnp.where(half, trajectories.tokens, 17)
+    rows = trajectories.replace(mask=half, tokens=garbage)
+    first = jax.tree.map(lambda x: x[:4], trajectories)
+    metrics = look(student, teacher, rows, top_k=4)
+    assert_close(metrics, dense(student, teacher, first, 4))
     empty = trajectories.replace(mask=jnp.zeros_like(trajectories.mask))
-    for total, count in statistics(student, teacher, empty).values():
-        assert total == 0
-        assert count == 0
+    for total, count in look(student, teacher, empty, top_k=4).values():
+        assert total == count == 0
 
 
 def test_a_student_that_is_the_teacher(teacher, trajectories):
-    found = statistics(teacher, teacher, trajectories, top_k=5)
-    mean = {n: float(total / count) for n, (total, count) in found.items()}
+    metrics = look(teacher, teacher, trajectories, top_k=5)
+    mean = {n: float(total / count) for n, (total, count) in metrics.items()}
     for name in ("reverse_kl", "forward_kl", "reverse_kl_k1", "reverse_kl_k3"):
         assert abs(mean[name]) < 1e-5, name
     assert mean["top_k_overlap"] == 1
@@ -127,12 +116,11 @@ def test_a_padded_teacher_is_cut_and_the_dropped_mass_is_told(
 ):
     config = dataclasses.replace(make_model(1).config, vocab_size=VOCAB + 6)
     padded = init_decoder(config, jax.random.key(3))
-    found = statistics(student, padded, trajectories, top_k=4)
     expected = dense(student, padded, trajectories, 4)
-    assert_close(found, expected)
+    assert_close(look(student, padded, trajectories, top_k=4), expected)
     total, count = expected["dropped_mass"]
     assert 0.02 < total / count < 0.5
-    assert "dropped_mass" not in statistics(padded, student, trajectories)
+    assert "dropped_mass" not in look(padded, student, trajectories, top_k=4)
 
 
 @pytest.mark.parametrize(
@@ -147,3 +135,30 @@ def test_a_padded_teacher_is_cut_and_the_dropped_mass_is_told(
 )
 def test_distinct_ngrams_by_hand(rows, n, share):
     assert distinct_ngrams(rows, n) == share
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        # Newcombe, "Two-sided confidence intervals for the single
+        # proportion", 1998, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_by_the_book(correct, total, low, high):
+    interval = wilson(correct, total)
+    assert interval == pytest.approx((low, high), abs=6e-5)
+    mirrored = wilson(total - correct, total)
+    assert mirrored == pytest.approx((1 - interval[1], 1 - interval[0]))
+    peer = binomtest(correct, total).proportion_ci(method="wilson")
+    assert interval == pytest.approx((peer.low, peer.high), abs=1e-6)
+
+
+def test_sums_are_added_and_divided_once():
+    parts = [{"a": (1.0, 2.0)}, {"a": (5.0, 1.0), "b": (jnp.nan, 1.0)}]
+    total = merge([*parts, {"c": (0.0, 0.0)}])
+    assert total["a"] == (6.0, 3.0)
+    assert read_metrics(total) == {"a": 2.0, "b": None, "c": None}

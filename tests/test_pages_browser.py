@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-from small_logs import answer, metrics, records
+from small_logs import records
 
-from topd_jax.experiments.run_page import RunRecords
 from topd_jax.experiments.run_page import write_page as run_page_of
+from topd_jax.experiments.run_records import RunRecords
 from topd_jax.experiments.token_map import write_page
 
 pytest.importorskip("selenium", reason="selenium is not installed")
@@ -17,7 +17,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -169,16 +169,21 @@ def assert_shows(driver: WebDriver, row: int, slot: int) -> None:
         for p in detail.find_elements(By.CSS_SELECTOR, ".sides p")
     ]
     assert sides == ["".join(want["student"]), "".join(want["teacher"])]
-    names = [d.text for d in detail.find_elements(By.TAG_NAME, "dt")]
-    values = [d.text for d in detail.find_elements(By.TAG_NAME, "dd")]
-    facts = dict(zip(names, values, strict=True))
-    assert facts["loss"] == f"{ROWS[row]['loss'][want['at']]:.3f} nats"
-    assert facts["distance"] == f"{want['distance']:.3f}"
     kind = "divergent" if want["divergent"] else "false alarm"
-    assert facts["class"] == kind
+    facts = detail.find_element(By.TAG_NAME, "p").text
+    assert facts.startswith(
+        f"token {want['at']}, loss {ROWS[row]['loss'][want['at']]:.3f} nats"
+    )
+    assert f"{kind}, distance {want['distance']:.3f}" in facts
     cells = detail.find_elements(By.TAG_NAME, "td")
     assert len(cells) == len(want["student"]) * len(want["teacher"])
     assert want["teacher"][0] in cells[0].get_attribute("title")
+
+
+def tip_of(driver: WebDriver, token) -> str:
+    return driver.execute_script(
+        "return getComputedStyle(arguments[0], '::after').content", token
+    )
 
 
 def test_a_click_shows_that_candidate_and_another_click_hides_it(trajectories):
@@ -199,35 +204,36 @@ def test_the_keyboard_does_what_a_click_does(trajectories):
     keys.send_keys(Keys.TAB * 3).send_keys(Keys.ENTER).perform()
     assert_shows(trajectories, 0, 0)  # past the search and the filter
     keys.send_keys(Keys.TAB).perform()
-    assert "distance 0.125" in text_of(trajectories, "#tip")
+    (token,) = all_of(trajectories, ":focus")
+    assert "distance 0.125" in tip_of(trajectories, token)
     keys.send_keys(Keys.SPACE).perform()
     assert_shows(trajectories, 0, 1)
 
 
 def test_hovering_tells_a_tokens_loss(trajectories):
     token = all_of(trajectories, "article .t")[2]
+    assert tip_of(trajectories, token) == "none"
     ActionChains(trajectories).move_to_element(token).perform()
-    tip = text_of(trajectories, "#tip")
+    tip = tip_of(trajectories, token)
     assert "token 2, loss 0.500 nats" in tip and "after the fork" in tip
 
 
 def test_search_and_filters_leave_what_was_asked_for(trajectories):
     def shown():
-        return [a.text.split("\n")[0] for a in all_of(trajectories, "article")]
+        return [a.text[:4] for a in all_of(trajectories, "article")]
 
-    search = trajectories.find_element(By.ID, "search")
+    search = trajectories.find_element(By.CSS_SELECTOR, "[type=search]")
     choose = Select(trajectories.find_element(By.ID, "filter"))
-    assert len(shown()) == 3
-    search.send_keys("10")
-    assert [s[:4] for s in shown()] == ["3+7?", "1+9?"]
-    assert text_of(trajectories, "#count") == "2 of 3"
+    search.send_keys("right")
+    assert shown() == ["3+7?", "1+9?"]
+    assert text_of(trajectories, "output") == "2 of 3"
     choose.select_by_value("alarm")
-    assert [s[:4] for s in shown()] == ["3+7?"]
+    assert shown() == ["3+7?"]
     search.clear()
     search.send_keys(Keys.SPACE, Keys.BACKSPACE)
-    assert len(shown()) == 2
-    for value, count in (("wrong", 1), ("right", 2), ("divergent", 1),
-                         ("fork", 1), ("missed", 0), ("cut", 0)):  # fmt: skip
+    for value, count in (("all", 3), ("alarm", 2), ("wrong", 1), ("right", 2),
+                         ("divergent", 1), ("fork", 1), ("missed", 0),
+                         ("cut", 0)):  # fmt: skip
         choose.select_by_value(value)
         assert len(shown()) == count, value
 
@@ -262,133 +268,100 @@ def figure(driver: WebDriver, title: str):
     return found
 
 
-def test_a_click_shows_every_answer_to_that_problem(run_page):
+def test_answers_of_a_problem_stand_side_by_side(run_page):
     page = run_page(records())
-    articles = all_of(page, "#problems article")
-    assert [a.find_element(By.CSS_SELECTOR, ".problem").text
-            for a in articles][:2] == ["learned", "lost"]  # fmt: skip
-
-    def answers(article):
-        return [
-            (a.find_element(By.TAG_NAME, "small").text,
-             a.find_element(By.TAG_NAME, "b").text,
-             a.find_element(By.CSS_SELECTOR, ".completion").text)
-            for a in article.find_elements(By.CSS_SELECTOR, ".answer")
-        ]  # fmt: skip
-
-    few = answers(articles[0])
-    assert len(few) == 6
-    assert few[0] == ("step 0", "✗ wrong", "learned at 0")
-    assert few[-1] == ("step 40", "✓ right", "learned at 40")
-    button = articles[0].find_element(By.CSS_SELECTOR, "button.more")
-    assert button.text == "Show all 11"
-    button.click()
-    assert [a[0] for a in answers(articles[0])] == [
-        f"step {s}" for s in range(0, 41, 4)
-    ]
-    assert len(answers(articles[1])) == 6  # of the others nothing is opened
-    button.click()
-    assert answers(articles[0]) == few
+    (learned, *_) = all_of(page, "#problems article")
+    answers = learned.find_elements(By.CSS_SELECTOR, ".answer")
+    assert len(answers) == 11
+    assert answers[0].text == "step 0 ✗ wrong cut off\nlearned at 0"
+    shown = [e.text[:9] for e in all_of(page, "#problems .problem")]
+    assert shown == ["learned", "lost", "</script>", "2+8?"]
     # Nothing of a completion became a part of the page.
     assert not page.find_elements(By.CSS_SELECTOR, "main img")
-
-
-def test_problems_are_chosen_by_their_course(run_page):
-    page = run_page(records())
-    choose = Select(page.find_element(By.ID, "course"))
-    for value, names in (
-        ("learned", ["learned"]), ("lost", ["lost"]),
-        ("wrong", ["lost", "</script>"]), ("never", ["</script>"]),
-        ("all", ["learned", "lost", "</script>", "2+8?"]),
-    ):  # fmt: skip
-        choose.select_by_value(value)
-        shown = [e.text[:9] for e in all_of(page, "#problems .problem")]
-        assert shown == names, value
-        assert text_of(page, "#counted") == f"{len(names)} of 4"
 
 
 def test_curves_tell_their_values_and_hide_on_a_click(run_page):
     page = run_page(records())
     chart = figure(page, "Right answers")
-    svg = chart.find_element(By.TAG_NAME, "svg")
-    width = svg.size["width"]
+    area = chart.find_element(By.CSS_SELECTOR, ".nsewdrag")
     ActionChains(page).move_to_element_with_offset(
-        svg, int(width * 0.47), 0
+        area, area.size["width"] // 2 - 20, 0
     ).perform()
-    tip = text_of(page, "#tip")
+    WebDriverWait(page, 5).until(
+        lambda _: chart.find_elements(By.CSS_SELECTOR, ".hoverlayer .legend")
+    )
+    tip = chart.find_element(By.CSS_SELECTOR, ".hoverlayer").text
     assert tip.startswith("step 40")
-    assert "test: 0.800 (0.700 to 0.900)" in tip
-    assert "validation: 0.700" in tip
-    drawn = "g circle.validation"
-    assert len(chart.find_elements(By.CSS_SELECTOR, drawn)) == 11
-    legend = chart.find_elements(By.CSS_SELECTOR, "figcaption button")
-    assert [b.text.split()[-1] for b in legend] == ["validation", "test"]
-    legend[0].click()
-    assert legend[0].get_attribute("aria-pressed") == "false"
-    assert not chart.find_elements(By.CSS_SELECTOR, drawn)
-    legend[0].click()
-    assert len(chart.find_elements(By.CSS_SELECTOR, drawn)) == 11
-
-
-def test_the_keyboard_reads_a_curve(run_page):
-    page = run_page(records())
-    svg = figure(page, "Loss").find_element(By.TAG_NAME, "svg")
-    page.execute_script("arguments[0].focus()", svg)
-    keys = ActionChains(page)
-    keys.send_keys(Keys.HOME).send_keys(Keys.ARROW_RIGHT).perform()
-    assert text_of(page, "#tip") == "step 2\ntraining: 1"
-    keys.send_keys(Keys.END).perform()
-    assert text_of(page, "#tip") == "step 40\ntraining: 0.050"
-    keys.send_keys(Keys.ESCAPE).perform()
-    assert not all_of(page, "#tip")
+    assert "validation : 0.7 (0.600 to 0.800)" in tip
+    assert "test : 0.8 (0.700 to 0.900)" in tip
+    points = "path.point"
+    assert len(chart.find_elements(By.CSS_SELECTOR, points)) == 12
+    chart.find_element(By.CSS_SELECTOR, ".legendtoggle").click()
+    WebDriverWait(page, 5).until(
+        lambda _: len(chart.find_elements(By.CSS_SELECTOR, points)) == 1
+    )
 
 
 def test_smoothing_and_a_log_scale_redraw_the_curves(run_page):
     page = run_page(records())
     chart = figure(page, "Loss")
 
-    def line():
-        return chart.find_element(
-            By.CSS_SELECTOR, "path.training:not(.raw)"
-        ).get_attribute("d")
+    def lines():
+        return [
+            line.get_attribute("d")
+            for line in chart.find_elements(By.CSS_SELECTOR, "path.js-line")
+        ]
 
-    plain = line()
+    plain = lines()
     Select(page.find_element(By.ID, "smooth")).select_by_value("10")
-    smooth = line()
+    raw, smooth = lines()
+    assert [raw] == plain != [smooth]
     page.find_element(By.ID, "log").click()
-    assert len({plain, smooth, line()}) == 3
-    ticks = [t.text for t in chart.find_elements(By.TAG_NAME, "text")]
-    assert {"0.1", "1"} <= set(ticks)
+    assert smooth not in lines()
+    ticks = chart.find_elements(By.CSS_SELECTOR, ".ytick")
+    assert {"0.1", "1"} <= {t.text for t in ticks}
 
 
-def test_training_completions_by_step_and_by_search(run_page):
+def test_charts_below_the_fold_fill_their_card(run_page):
     page = run_page(records())
-    assert text_of(page, "#at") == "step 40"
+    all_of(page, "summary")[0].click()
+    drawn = figure(page, "skipped").find_element(By.TAG_NAME, "svg")
+    WebDriverWait(page, 5).until(lambda _: 250 < drawn.size["width"] < 400)
+
+
+def test_texts_and_settings_by_choice_and_by_search(run_page):
+    page = run_page(records())
     (shown,) = all_of(page, "#written article")
     assert "= 40 </script>" in shown.text and "cut off" in shown.text
-    page.find_element(By.ID, "step").send_keys(Keys.HOME)
+    Select(page.find_element(By.ID, "step")).select_by_value("10")
     (shown,) = all_of(page, "#written article")
     assert "= 10 </script>" in shown.text and "cut off" not in shown.text
-    page.find_element(By.ID, "find").send_keys("= 2")
-    assert text_of(page, "#found") == "1 of 4, of all steps"
-    settings = page.find_element(By.ID, "which")
-    settings.send_keys("learning")
-    rows = [r.text for r in all_of(page, "#changed tbody tr")]
-    assert rows == ["optimizer.learning_rate 0.001 0.0003"]
+    form = page.find_element(By.CSS_SELECTOR, "[data-list=written]")
+    form.find_element(By.CSS_SELECTOR, "[type=search]").send_keys("= 2")
+    assert form.find_element(By.TAG_NAME, "output").text == "1 of 4"
+    form = page.find_element(By.CSS_SELECTOR, "[data-list=values]")
+    assert len(all_of(page, "#values tbody tr")) == 5  # not the defaults
+    form.find_element(By.CSS_SELECTOR, "[type=search]").send_keys("window")
+    (row,) = all_of(page, "#values tbody tr")
+    assert row.text == "objective topd(window=20) topd"
 
 
-def test_runs_without_answers_or_anything_else(run_page):
-    bare = [answer(0, "one", None), answer(4, "one", None)]
-    page = run_page(records(problems=bare, metrics=metrics(1)))
-    assert len(all_of(page, "#problems .answer")) == 2
-    assert not all_of(page, "#choosing")
+def test_a_run_that_logged_nothing(run_page):
     page = run_page(RunRecords("nothing"))
-    assert "Nothing is logged yet." in text_of(page, "#charts")
-    assert text_of(page, "#counted") == "None yet."
+    assert "Nothing is logged yet." in text_of(page, "#Curves")
+    assert "None yet." in text_of(page, "#Evaluations")
     assert_fits_and_turns_dark(page)
 
 
 def test_two_runs_on_a_phone_in_the_dark(run_page):
     page = run_page(records("a" * 60), records("b", steps=20))
     assert len(all_of(page, "#problems .answer b")) > 20
+    inks = {}
+    for scheme in ("light", "dark"):
+        show(page, width=360, scheme=scheme)
+        inks[scheme] = page.execute_script(
+            "return getComputedStyle("
+            "document.querySelector('.xtick text')).fill"
+        )
+    assert _brightness(inks["light"]) < 120 < 150 < _brightness(inks["dark"])
     assert_fits_and_turns_dark(page)

@@ -15,7 +15,7 @@ from topd_jax.models.io.peft import CONFIG_FILE, TENSOR_FILE
 from topd_jax.models.lora import split
 from topd_jax.models.parameters import parameter_table
 
-LORA = Lora(3, 6.0, LORA_TARGETS, rank_stabilised=True)
+LORA = Lora(3, 6.0, LORA_TARGETS, rank_stabilized=True)
 
 
 def adapted(config=LLAMA, lora=LORA):

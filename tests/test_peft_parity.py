@@ -71,9 +71,9 @@ def test_adapters_go_both_ways(family, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
 
     read = load_adapter(base, tmp_path / "theirs")
-    np.testing.assert_allclose(ours(read), want, atol=1e-4)
+    np.testing.assert_allclose(ours(read), want, atol=2e-4)
     assert abs(ours(base) - want).max() > 1e-2
-    np.testing.assert_allclose(ours(merge_lora(read)), want, atol=1e-4)
+    np.testing.assert_allclose(ours(merge_lora(read)), want, atol=2e-4)
 
     save_adapter(read, tmp_path / "ours", base=str(tmp_path / "base"))
     back = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours")

@@ -2,21 +2,20 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
-from conftest import make_trajectories
+from conftest import EOS, make_trajectories
 from matplotlib import image
 
 from topd_jax.cli import main
+from topd_jax.experiments import plots
 from topd_jax.experiments.probe import (
     GROUPS,
     PAPER,
-    figures,
+    ranked,
     report,
-    scores_for,
-    table,
 )
+from topd_jax.objectives.objective import NearFuture, Objective
 
 
 def group(loss, distance):
@@ -54,22 +53,16 @@ def test_what_does_not_exist_is_none():
     alike = {**FOUND, "high": group([1.0, 1.0, 1.0], [0.1, 0.2, 0.3])}
     assert report(alike)["spearman"] is None
     json.dumps(report(alike), allow_nan=False)
-    assert "–" in table(found)
-
-
-def test_the_table_has_the_papers_numbers_beside():
-    text = table(report(FOUND))
-    (line,) = [s for s in text.splitlines() if "low loss" in s]
-    assert line.split()[-2:] == ["0.200", "0.315"]
-    assert all(f"{v:.3f}" in text for v in PAPER["median"].values())
 
 
 def test_positions_are_ranked_three_ways():
     written = make_trajectories(rows=6)
-    key = jax.random.key(0)
-    loss = np.random.default_rng(0).random(written.tokens.shape, np.float32)
+    tokens, mask = written.tokens, written.mask
+    loss = np.random.default_rng(0).random(tokens.shape, np.float32)
+    ahead = Objective(near_future=NearFuture(window=4))
     high, lot, low = (
-        np.asarray(score(loss, written, key)) for score in scores_for(4)
+        np.asarray(objective.near_future.ranking(loss, tokens, mask))
+        for objective in ranked(ahead, (EOS,), seed=0)
     )
     kept = np.isfinite(high)
     for score in (lot, low):
@@ -78,28 +71,28 @@ def test_positions_are_ranked_three_ways():
     np.testing.assert_array_equal(low[kept], -loss[kept])
     assert abs(np.corrcoef(lot[kept], loss[kept])[0, 1]) < 0.5
     # A row that ended has all its positions, one that was cut off lacks 3.
-    lengths = np.asarray(written.mask).sum(1)
-    cut = np.asarray(written.truncated)
+    lengths, cut = np.asarray(mask).sum(1), np.asarray(written.truncated)
     assert cut.any() and not cut.all()
-    usable = (kept & np.asarray(written.mask)).sum(1)
+    usable = (kept & np.asarray(mask)).sum(1)
     np.testing.assert_array_equal(usable, lengths - 3 * cut)
+    # Another batch is ranked by other draws.
+    (_, other, _) = ranked(ahead, (EOS,), seed=0)
+    other = other.near_future.ranking(loss, tokens + 1, mask)
+    assert (np.asarray(other) != lot).any()
 
 
-def test_the_figures_are_pictures(tmp_path):
-    for found in (FOUND, NOTHING):
-        paths = figures(found, tmp_path)
-        assert list(paths) == ["figure2", "figure4", "figure6"]
-        for path in paths.values():
-            assert image.imread(path).std() > 0.01
+@pytest.mark.parametrize("groups", [FOUND, NOTHING])
+def test_the_figure_is_a_picture(groups, tmp_path):
+    path = plots.probe(groups, tmp_path / "probe.png")
+    assert image.imread(path).std() > 0.01
 
 
 def test_probe_from_the_command_line(trained, small_arguments, capsys):
     capsys.readouterr()
     main.run(["probe", *small_arguments, f"--workdir={trained}",
               "--which=start", "--count=8"])  # fmt: skip
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found["paper"] == PAPER and "paper" in err
+    found = json.loads(capsys.readouterr().out)
+    assert found["paper"] == PAPER
     assert found["loss"]["high"] > found["loss"]["random"]
     assert found["loss"]["random"] > found["loss"]["low"]
     written = json.loads((trained / "probe-start" / "probe.json").read_text())

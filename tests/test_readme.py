@@ -1,61 +1,105 @@
-"""The README's snippet runs as it is written."""
+"""What the READMEs show runs as it stands there."""
 
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
-import jax
-from conftest import EOS, PAD
+import numpy as np
+import pytest
+import small_hub
 
-import topd_jax as topd
-from topd_jax.models import causal_mask, unembed
-from topd_jax.types import completion_states
+from topd_jax.cli import config_file, main
+from topd_jax.cli.commands import COMMANDS, parse
 
-README = Path(__file__).parents[1] / "README.md"
-
-
-def read(model, trajectories, columns=0):
-    """States in completion coordinates, and the cache."""
-    rows, length = trajectories.sequence.shape
-    cache = model.init_cache(rows, length + columns)
-    mask = jax.numpy.pad(
-        causal_mask(trajectories.sequence_mask),
-        ((0, 0), (0, 0), (0, columns)),
-    )
-    hidden, cache = model(
-        trajectories.sequence, trajectories.positions, mask, cache
-    )
-    return completion_states(hidden, trajectories.prompt.shape[1]), cache
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = Path(__file__).parent / "small_run.py"
 
 
-def test_the_snippet_composes_a_loss(student, teacher, trajectories):
-    (snippet,) = re.findall(
-        r"```python\n(import topd_jax.*?)```", README.read_text(), re.S
-    )
-    states, _ = read(student, trajectories)
-    teacher_hidden, cache = read(
-        teacher, trajectories, topd.branch_columns(8, 16)
-    )
-    student_logp = topd.log_softmax(unembed(student.head, states))
-    teacher_logp = topd.log_softmax(unembed(teacher.head, teacher_hidden))
-    names = dict(
-        trajectories=trajectories,
-        mask=trajectories.mask,
-        teacher=teacher,
-        cache=cache,
-        teacher_hidden=teacher_hidden,
-        embedding=student.embedding[...],
-        student_logp=student_logp,
-        teacher_logp=teacher_logp,
-        teacher_nll=-jax.numpy.take_along_axis(
-            teacher_logp, trajectories.tokens[..., None], -1
-        )[..., 0],
-        eos=(EOS,),
-        pad=PAD,
-    )
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Command lines of all shell blocks, their comments left out."""
+    found = []
+    for block in blocks(text, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                found.append(words)
+    return found
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 200
+
+
+def test_the_first_snippet_trains(capsys):
+    (snippet,) = blocks(README, "python")
+    names: dict = {}
     exec(snippet, names)
-    plain = topd.weighted_mean(
-        topd.reverse_kl(student_logp, teacher_logp), mask=trajectories.mask
-    )
-    # Weights are 1, and 2 near divergent states.
-    assert plain < names["loss"] <= 2 * plain
-    assert names["divergent"].any()
+    lines = capsys.readouterr().out.split("\n")[:3]
+    losses = [float(line.split()[1]) for line in lines]
+    assert np.isfinite(losses).all() and losses[2] < losses[0]
+    assert names["state"].step == 3
+
+
+def run_topd(words: list[str], cache: Path, monkeypatch) -> None:
+    """Run a command as it is written, on small models.
+
+    A shipped config stands for the small run, whose world is trained once.
+    """
+    monkeypatch.setattr(config_file, "config_path", lambda name: str(SMALL))
+    more = []
+    if "--config" in words:
+        more = [f"--config.world.cache={cache}"]
+    if any(w.startswith("--config.data.path") for w in words):
+        more += [
+            "--config.data.source=jsonl", "--config.data.held_out=3",
+            "--config.data.max_prompt_length=120",
+            "--config.rollout.max_new_tokens=20",
+        ]  # fmt: skip
+    main.run([*words[1:], *more])
+
+
+def test_the_commands_run(world_cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("TEACHER", "STUDENT"):
+        small_hub.hub_directory(tmp_path / name)
+    small_hub.questions(tmp_path / "questions.jsonl")
+    ran = set()
+    for words in commands(README):
+        if words[:2] == ["topd", "plan"]:  # compiles for minutes
+            parse("plan", words[2:])
+        elif words[0] == "topd":
+            run_topd(words, world_cache, monkeypatch)
+            assert capsys.readouterr().out.strip()
+        elif words[:2] == ["bash", "launch/tpu.sh"]:
+            done = subprocess.run(
+                words, cwd=ROOT, capture_output=True, text=True, check=True,
+                env=os.environ | {"PATH": os.environ["PATH"]},
+            )  # fmt: skip
+            assert "gcloud" in done.stdout
+        else:  # installs, or runs the tests
+            assert words[:2] in (["pip", "install"], ["bash", "launch/test.sh"])
+        ran.add(words[1])
+    assert {"train", "sample", "report", "plan", "launch/tpu.sh"} <= ran
+    assert (tmp_path / "runs/tiny/report.html").exists()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("README.md")), ids=str)
+def test_commands_of_every_readme_exist(path):
+    if ".venv" in path.parts:
+        pytest.skip("not of the project")
+    for words in commands(path.read_text()):
+        if words[0] == "topd" and words[1] not in ("COMMAND", "..."):
+            assert words[1] in COMMANDS, words
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target

@@ -1,26 +1,20 @@
 """Rollouts: what is written, when they stop, what repeats and what differs."""
 
-import dataclasses
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from children import on_eight_devices
+from conftest import VOCAB, make_model
 from flax import struct
 
-from topd_jax.models.config import DecoderConfig
-from topd_jax.models.decoder import causal_mask, init_decoder, unembed
-from topd_jax.sampling import rollout
-from topd_jax.types import Prompts, completion_states
+from topd_jax.models import init_decoder, unembed
+from topd_jax.models.passes import trajectory_states
+from topd_jax.sampling import checked, rollout, rollouts
+from topd_jax.types import Prompts
 
-rollout_module = sys.modules[rollout.__module__]
-
-CONFIG = DecoderConfig(
-    vocab_size=41, layers=2, width=16, heads=4, kv_heads=2, head_dim=8,
-    mlp_width=24,
-)  # fmt: skip
+KEY = jax.random.key(1)
+IDS = dict(eos_ids=(7, 9), pad_id=0)
 
 
 @struct.dataclass
@@ -60,11 +54,6 @@ class Tape(list):
     __eq__ = object.__eq__
 
 
-@pytest.fixture(scope="module")
-def model():
-    return jax.jit(init_decoder, static_argnums=0)(CONFIG, jax.random.key(0))
-
-
 def chain(size: int, **arrows: int) -> jax.Array:
     """Logits of a certain bigram: ``t3=5`` puts 5 after 3; else stays."""
     after = np.arange(size)
@@ -73,78 +62,52 @@ def chain(size: int, **arrows: int) -> jax.Array:
     return jnp.where(jnp.arange(size) == after[:, None], 0.0, -200.0)
 
 
-def some_prompts(lengths=(3, 5, 1, 4), width=5, seed=1) -> Prompts:
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(2, CONFIG.vocab_size, (len(lengths), width))
+def some_prompts(lengths=(3, 5, 1, 4), width=5) -> Prompts:
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(2, VOCAB, (len(lengths), width))
     mask = np.arange(width) >= width - np.array(lengths)[:, None]
     return Prompts(
         jnp.asarray(np.where(mask, tokens, 0), jnp.int32), jnp.asarray(mask)
     )
 
 
-def one(*tokens: int) -> Prompts:
-    return Prompts(jnp.array([tokens]), jnp.ones((1, len(tokens)), bool))
-
-
-@jax.jit
-def read(model, out):
-    """Raw logits that a full forward pass gives each completion token."""
-    mask = causal_mask(out.sequence_mask)
-    hidden, _ = model(out.sequence, out.positions, mask)
-    hidden = completion_states(hidden, out.prompt.shape[1])
-    return unembed(model.head, hidden)
+def prompt_of(*rows: list[int]) -> Prompts:
+    return Prompts(jnp.array(rows), jnp.ones((len(rows), len(rows[0])), bool))
 
 
 def test_end_is_counted_and_nothing_after_it():
     bigram = Bigram(chain(9, t1=2, t2=3, t3=4, t4=5, t5=1, t6=7, t7=8))
-    prompts = Prompts(
-        jnp.array([[0, 1], [1, 2], [3, 6]]), jnp.ones((3, 2), bool)
-    )
+    prompts = prompt_of([0, 1], [1, 2], [3, 6], [3, 5])
     out = rollout(
-        bigram, prompts, jax.random.key(0), max_new_tokens=4, eos_ids=(4, 8),
-        pad_id=0, buckets=(),
-    )  # fmt: skip
-    np.testing.assert_array_equal(
-        out.tokens, [[2, 3, 4, 0], [3, 4, 0, 0], [7, 8, 0, 0]]
+        bigram, prompts, KEY, max_new_tokens=4, eos_ids=(4, 8), pad_id=0
     )
+    np.testing.assert_array_equal(out.prompt, prompts.tokens)
     np.testing.assert_array_equal(
-        out.mask, [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
+        out.tokens, [[2, 3, 4, 0], [3, 4, 0, 0], [7, 8, 0, 0], [1, 2, 3, 4]]
     )
-    np.testing.assert_array_equal(out.truncated, [False] * 3)
-    np.testing.assert_array_equal(out.logp, np.zeros((3, 4)))
+    np.testing.assert_array_equal(out.mask.sum(1), [3, 2, 2, 4])
+    np.testing.assert_array_equal(out.truncated, [False] * 4)
+    np.testing.assert_array_equal(out.logp, np.zeros((4, 4)))
 
 
 def test_pad_may_be_the_end_and_no_end_never_stops():
     bigram = Bigram(chain(4, t1=2, t2=3, t3=1))
-    run = dict(max_new_tokens=5, pad_id=3, buckets=())
-    out = rollout(bigram, one(3, 1), jax.random.key(0), eos_ids=[3], **run)
+    run = dict(max_new_tokens=5, pad_id=3)
+    out = rollout(bigram, prompt_of([3, 1]), KEY, eos_ids=[3], **run)
     np.testing.assert_array_equal(out.tokens, [[2, 3, 3, 3, 3]])
     np.testing.assert_array_equal(out.mask, [[1, 1, 0, 0, 0]])
-    out = rollout(bigram, one(3, 1), jax.random.key(0), eos_ids=(), **run)
+    out = rollout(bigram, prompt_of([3, 1]), KEY, eos_ids=(), **run)
     np.testing.assert_array_equal(out.tokens, [[2, 3, 1, 2, 3]])
     assert out.mask.all()
     assert out.truncated.all()
 
 
-def test_truncated_only_without_an_end():
-    bigram = Bigram(chain(5, t1=2, t2=3, t3=4))
-    run = dict(eos_ids=(3,), pad_id=0, buckets=())
-    out = rollout(bigram, one(1), jax.random.key(0), max_new_tokens=1, **run)
-    assert out.truncated[0]
-    assert out.mask.all()
-    # The end as the last token that fits is an end.
-    out = rollout(bigram, one(1), jax.random.key(0), max_new_tokens=2, **run)
-    assert not out.truncated[0]
-    assert out.mask.all()
-
-
 def test_stops_when_every_row_has_ended():
     calls = Tape()
     bigram = Bigram(chain(9, t1=2, t2=3, t3=4), calls)
-    prompts = Prompts(jnp.array([[1], [2]]), jnp.ones((2, 1), bool))
     out = rollout(
-        bigram, prompts, jax.random.key(0), max_new_tokens=500, eos_ids=(4,),
-        pad_id=0, buckets=(), samples=2,
+        bigram, prompt_of([1], [2]), KEY, max_new_tokens=500, eos_ids=(4,),
+        pad_id=0, samples=2,
     )  # fmt: skip
     jax.block_until_ready(out)
     jax.effects_barrier()
@@ -152,19 +115,22 @@ def test_stops_when_every_row_has_ended():
     assert list(calls) == [(2, 1), (4, 1), (4, 1)]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logp_is_the_models_own(model, temperature):
-    prompts = some_prompts()
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_tokens_and_logp_are_those_of_a_full_forward(student, temperature):
     out = rollout(
-        model, prompts, jax.random.key(4), max_new_tokens=12, eos_ids=(7, 9),
-        pad_id=0, temperature=temperature,
+        student, some_prompts(), KEY, max_new_tokens=12,
+        temperature=temperature, **IDS,
     )  # fmt: skip
-    assert out.prompt.shape == (4, 8)
-    np.testing.assert_array_equal(out.prompt[:, 3:], prompts.tokens)
-    assert not out.prompt_mask[:, :3].any()
-    logits = read(model, out) / temperature
+    hidden = jax.jit(trajectory_states)(student, out)
+    logits = unembed(student.head, hidden)
+    if temperature == 0:
+        np.testing.assert_array_equal(
+            out.tokens, jnp.where(out.mask, logits.argmax(-1), 0)
+        )
+        assert not out.logp.any()
+        return
     logp = jnp.take_along_axis(
-        jax.nn.log_softmax(logits), out.tokens[..., None], -1
+        jax.nn.log_softmax(logits / temperature), out.tokens[..., None], -1
     )[..., 0]
     np.testing.assert_allclose(
         out.logp, jnp.where(out.mask, logp, 0), atol=1e-4
@@ -175,125 +141,70 @@ def test_logp_is_the_models_own(model, temperature):
 def test_transitions_follow_the_tempered_softmax():
     table = jax.random.normal(jax.random.key(0), (6, 6)) * 2
     out = rollout(
-        Bigram(table), one(1), jax.random.key(0), max_new_tokens=20,
-        eos_ids=(), pad_id=0, samples=2000, temperature=0.7,
+        Bigram(table), prompt_of([1]), KEY, max_new_tokens=20, eos_ids=(),
+        pad_id=0, samples=2000, temperature=0.7, vocab_size=5,
     )  # fmt: skip
-    p = np.asarray(jax.nn.softmax(table / 0.7))
-    before = np.asarray(out.sequence[:, out.prompt.shape[1] - 1 : -1])
-    pairs = np.zeros((6, 6))
+    p = np.asarray(jax.nn.softmax(table[:, :5] / 0.7))
+    before = np.asarray(out.sequence[:, :-1])
+    pairs = np.zeros((6, 5))  # the last id is hidden: nobody draws it
     np.add.at(pairs, (before, np.asarray(out.tokens)), 1)
-    seen = pairs.sum(1, keepdims=True)
-    deviation = np.sqrt(p * (1 - p) / seen)
-    assert (np.abs(pairs / seen - p) < 5 * deviation + 1e-4).all()
+    total = pairs[:5].sum(1, keepdims=True)
+    deviation = np.sqrt(p[:5] * (1 - p[:5]) / total)
+    assert (np.abs(pairs[:5] / total - p[:5]) < 5 * deviation + 1e-4).all()
 
 
-def test_greedy_follows_the_argmax_of_a_full_forward(model):
-    out = rollout(
-        model, some_prompts(), jax.random.key(4), max_new_tokens=9,
-        eos_ids=(), pad_id=0, temperature=0.0,
-    )  # fmt: skip
-    best = read(model, out).argmax(-1)
-    np.testing.assert_array_equal(out.tokens, best)
-
-
-def test_padding_and_rows_do_not_change_a_rollout(model):
-    run = dict(max_new_tokens=6, eos_ids=(7,), pad_id=0)
-    wide = rollout(model, some_prompts(), jax.random.key(1), **run)
-    for row, size in [(0, 3), (2, 1)]:
-        prompts = some_prompts()
-        cut = Prompts(
-            prompts.tokens[: row + 1, -size:], prompts.mask[: row + 1, -size:]
-        )
-        out = rollout(model, cut, jax.random.key(1), buckets=(), **run)
-        np.testing.assert_array_equal(out.tokens[row], wide.tokens[row])
-        np.testing.assert_allclose(out.logp[row], wide.logp[row], atol=1e-5)
-
-
-def test_fewer_steps_are_a_prefix(model):
-    run = dict(eos_ids=(7,), pad_id=0)
-    key = jax.random.key(1)
-    long = rollout(model, some_prompts(), key, max_new_tokens=9, **run)
-    short = rollout(model, some_prompts(), key, max_new_tokens=4, **run)
-    np.testing.assert_array_equal(long.tokens[:, :4], short.tokens)
-
-
-def test_samples_are_consecutive_rows_with_noise_of_their_own(model):
-    run = dict(max_new_tokens=8, eos_ids=(), pad_id=0)
-    key = jax.random.key(2)
+def test_noise_depends_on_key_row_and_step_alone(student):
+    run = dict(max_new_tokens=9, eos_ids=(), pad_id=0)
     prompts = some_prompts()
-    out = rollout(model, prompts, key, samples=3, **run)
+    full = rollout(student, prompts, KEY, **run)
+    wide = rollout(student, prompts, KEY, **run, buckets=(4, 16, 8))
+    assert wide.prompt.shape == (4, 8)
+    assert not wide.prompt_mask[:, :3].any()
+    fewer = jax.tree.map(lambda x: x[:2], prompts)
+    short = rollout(student, fewer, KEY, **run | {"max_new_tokens": 4})
+    for out, rows, steps in ((wide, 4, 9), (short, 2, 4)):
+        np.testing.assert_array_equal(out.tokens, full.tokens[:rows, :steps])
+        np.testing.assert_allclose(
+            out.logp, full.logp[:rows, :steps], atol=1e-5
+        )
+    other = rollout(student, prompts, jax.random.key(2), **run)
+    assert (np.asarray(other.tokens) != np.asarray(full.tokens)).mean() > 0.5
+
+
+def test_samples_are_consecutive_rows_with_noise_of_their_own(student):
+    run = dict(max_new_tokens=9, eos_ids=(), pad_id=0)
+    prompts = some_prompts()
+    out = rollout(student, prompts, KEY, samples=3, **run)
     repeated = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), prompts)
-    same = rollout(model, repeated, key, **run)
-    np.testing.assert_array_equal(out.prompt, same.prompt)
-    np.testing.assert_array_equal(out.tokens, same.tokens)
+    same = rollout(student, repeated, KEY, **run)
+    np.testing.assert_array_equal(out.sequence, same.sequence)
     np.testing.assert_allclose(out.logp, same.logp, atol=1e-5)
     assert len(np.unique(np.asarray(out.tokens), axis=0)) == 12
 
 
-def test_keys_repeat_and_differ(model):
-    run = dict(max_new_tokens=8, eos_ids=(), pad_id=0)
-    a, b, c = (
-        np.asarray(
-            rollout(model, some_prompts(), jax.random.key(k), **run).tokens
-        )
-        for k in (1, 1, 2)
-    )
-    np.testing.assert_array_equal(a, b)
-    assert (a != c).mean() > 0.5
-    # Steps differ too: from one state, not one token for ever.
-    flat = Bigram(jnp.zeros((50, 50)))
-    out = rollout(flat, one(1), jax.random.key(0), max_new_tokens=40,
-                  eos_ids=(), pad_id=0)  # fmt: skip
-    assert len(np.unique(out.tokens)) > 15
-
-
-def test_vocab_size_hides_padded_ids():
-    flat = Bigram(jnp.zeros((64, 64)).at[:, 60:].set(5.0))
-    run = dict(max_new_tokens=99, eos_ids=(), pad_id=0, vocab_size=60)
-    for temperature in (0.0, 1.0):
-        out = rollout(
-            flat, one(1), jax.random.key(0), temperature=temperature, **run
-        )
-        assert (out.tokens < 60).all()
-
-
-def test_settings_do_not_recompile(model):
-    compiled = rollout_module._rollout._cache_size
-    run = dict(max_new_tokens=3, eos_ids=(7,), pad_id=0)
-    key = jax.random.key
-    rollout(model, some_prompts(), key(0), temperature=1.0, **run)
+def test_settings_do_not_recompile(student):
+    compiled = rollouts._rollout._cache_size
+    run = dict(max_new_tokens=3, **IDS)
+    rollout(student, some_prompts(), KEY, temperature=1.0, **run)
     before = compiled()
     for temperature in (0.3, 0.0, 2, jnp.float32(0.9)):
-        rollout(model, some_prompts(), key(1), temperature=temperature, **run)
-    for lengths, width in (((2, 1, 1, 2), 2), ((7, 8, 1, 1), 8)):
-        rollout(model, some_prompts(lengths, width), key(2), **run)
+        rollout(student, some_prompts(), KEY, temperature=temperature, **run)
+    narrow = some_prompts((2, 1, 1, 2), 2)
+    rollout(student, narrow, KEY, buckets=(5,), **run)
     assert compiled() == before
-    rollout(model, some_prompts(), key(0), top_p=0.5, **run)
-    assert compiled() == before + 1
-    rollout(model, some_prompts(), key(0), top_p=0.9, **run)
-    assert compiled() == before + 1
+    for top_p in (0.5, 0.9):
+        rollout(student, some_prompts(), KEY, top_p=top_p, **run)
+        assert compiled() == before + 1
 
 
-def test_inside_another_jit(model):
-    run = dict(max_new_tokens=5, eos_ids=(7,), pad_id=0)
-
-    @jax.jit
-    def outer(model, prompts, key, temperature):
-        return rollout(model, prompts, key, temperature=temperature, **run)
-
-    args = (model, some_prompts(), jax.random.key(0))
-    inside = outer(*args, 0.8)
-    alone = rollout(*args, temperature=0.8, **run)
-    np.testing.assert_array_equal(inside.tokens, alone.tokens)
-    np.testing.assert_allclose(inside.logp, alone.logp, atol=1e-5)
-
-
-def test_bfloat16_and_scanned_layers_roll_out():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16", unroll=2)
-    out = rollout(
-        init_decoder(config, jax.random.key(0)), some_prompts(),
-        jax.random.key(0), max_new_tokens=5, eos_ids=(), pad_id=0,
-    )  # fmt: skip
+def test_bfloat16_and_scanned_layers_inside_another_jit():
+    config = make_model(0).config.replace(dtype="bfloat16", unroll=1)
+    model = init_decoder(config, KEY)
+    run = dict(max_new_tokens=5, eos_ids=(), pad_id=0)
+    outer = jax.jit(lambda *args: rollout(*args, **run))
+    out = outer(model, some_prompts(), KEY)
+    alone = rollout(model, some_prompts(), KEY, **run)
+    np.testing.assert_array_equal(out.tokens, alone.tokens)
     assert out.logp.dtype == jnp.float32
     assert np.isfinite(out.logp).all()
 
@@ -304,23 +215,66 @@ def test_bfloat16_and_scanned_layers_roll_out():
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
         (dict(samples=0), "samples=0"),
         (dict(eos_ids=7), "sequence: \\(7,\\)"),
-        (dict(eos_ids=(3, 41)), "eos_ids: 41 must lie in 0..40"),
+        (dict(eos_ids=(3, 40)), "eos_ids: 40 must lie in 0..39"),
         (dict(pad_id=-1), "pad_id: -1"),
-        (dict(top_k=42), "top_k=42.*41"),
-        (dict(buckets=(4,)), "5 tokens exceed"),
+        (dict(top_k=41), "top_k=41.*40"),
+        (dict(buckets=(4,)), "5 columns exceed"),
         (dict(sharding="columns"), "'columns' must be one of train, gathered"),
     ],
 )
-def test_rollout_refuses_settings(model, setting, words):
-    run = dict(max_new_tokens=3, eos_ids=(7,), pad_id=0) | setting
+def test_rollout_refuses_settings(student, setting, words):
+    run = dict(max_new_tokens=3, **IDS) | setting
     with pytest.raises(ValueError, match=words):
-        rollout(model, some_prompts(), jax.random.key(0), **run)
-    bad = Prompts(jnp.zeros((2, 3), jnp.int32), jnp.ones((3,), bool))
-    with pytest.raises(ValueError, match="one shape"):
-        rollout(
-            model, bad, jax.random.key(0), max_new_tokens=1, eos_ids=(),
-            pad_id=0,
-        )  # fmt: skip
+        rollout(student, some_prompts(), KEY, **run)
+
+
+def test_rollout_refuses_prompts_of_another_kind(student):
+    run = dict(max_new_tokens=3, **IDS)
+    tokens, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+    for bad, words in (
+        (Prompts(tokens, mask[0]), "one shape"),
+        (Prompts(tokens, tokens), "prompts.mask has dtype int32.*mask != 0"),
+        (Prompts(tokens * 1.0, mask), "prompts.tokens has dtype float32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rollout(student, bad, KEY, **run)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "words"),
+    [
+        ([4, 5, 0], [1, 1, 0], "row 1 .* is not padded on the left"),
+        ([0, 0, 0], [0, 0, 0], "row 1 .* has no token"),
+        ([4, 40, 5], [1, 1, 1], "the id 40 and ids must lie in 0..39"),
+        ([0, -1, 5], [0, 1, 1], "the id -1"),
+    ],
+)
+def test_checked_refuses_values_of_prompts(student, tokens, mask, words):
+    run = dict(max_new_tokens=3, **IDS)
+    bad = Prompts(
+        jnp.array([[4, 5, 6], tokens]), jnp.array([[1, 1, 1], mask], bool)
+    )
+    with pytest.raises(ValueError, match=words):
+        checked(rollout)(student, bad, KEY, **run)
+
+
+def test_checks_are_not_compiled_unless_asked_for(student):
+    run = dict(max_new_tokens=3, **IDS)
+    out = checked(rollout)(student, some_prompts(), KEY, **run)
+    same = rollout(student, some_prompts(), KEY, **run)
+    np.testing.assert_array_equal(out.tokens, same.tokens)
+
+    def operations():
+        program = jax.jit(lambda *args: rollout(*args, **run))
+        lowered = program.lower(student, some_prompts(), KEY)
+        cost = lowered.compile().cost_analysis()
+        return cost["flops"], cost["bytes accessed"]
+
+    plain = operations()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "check_prompt_values", lambda *args: None)
+        jax.clear_caches()
+        assert operations() == plain
 
 
 @pytest.mark.slow

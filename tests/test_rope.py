@@ -5,7 +5,6 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from topd_jax.models import DecoderConfig, RopeScaling
 from topd_jax.models.rope import frequencies, rope_rows, rope_table
@@ -76,10 +75,3 @@ def test_each_layer_is_turned_in_its_own_way():
     # What no layer uses is not computed.
     assert rope_table(jnp.array([[3]]), CONFIG)[0].shape[0] == 1
     np.testing.assert_array_equal(rope_rows(CONFIG), [0] * 4)
-
-
-@pytest.mark.parametrize("theta", [1e4, 5e5])
-def test_stretching_by_one_changes_nothing(theta):
-    for kind in ("linear", "llama3", "yarn"):
-        got = frequencies(theta, 16, RopeScaling(kind, 1.0, 64.0))
-        np.testing.assert_allclose(got, frequencies(theta, 16), rtol=1e-12)

@@ -1,49 +1,22 @@
-"""Batches in which every teacher has its own number of prompts."""
+"""Several teachers: their shares of a batch, and settings of them."""
 
 import json
 import re
+import types
 
-import numpy as np
 import pytest
 
-from topd_jax.cli import main
 from topd_jax.configs import default
-from topd_jax.data import prompts
-from topd_jax.data.routing import require_even_rows, shares_of
-from topd_jax.training.checkpointing import require_same_run
+from topd_jax.data.routing import (
+    check_rows,
+    check_teacher_rows,
+    shares_of,
+    teacher_prompts,
+)
+from topd_jax.data.settings import DataSettings
 from topd_jax.training.config import settings_from
 
-SHARES = {"code": 3, "math": 5}
-
-
-def encoded(code=7, math=20):
-    """Prompts of increasing lengths; the teachers alternate at first."""
-    names = ["code", "math"] * min(code, math)
-    names += ["code"] * (code - math) + ["math"] * (math - code)
-    return prompts.EncodedPrompts(
-        tuple({"teacher": n, "prompt": str(i)} for i, n in enumerate(names)),
-        tuple(np.full(1 + i % 9, i, np.int32) for i in range(len(names))),
-        pad_id=0,
-        max_length=16,
-        skipped=0,
-    )
-
-
-def stream(data, seed=1, **options):
-    return prompts.prompt_stream(
-        data, batch_size=8, seed=seed, shares=SHARES, buckets=(4, 8, 16),
-        **options,
-    )  # fmt: skip
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def assert_same(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a.index, b.index)
-        np.testing.assert_array_equal(a.prompts.tokens, b.prompts.tokens)
+PROMPTS = {"code": 3, "math": 5}
 
 
 @pytest.mark.parametrize(
@@ -60,70 +33,35 @@ def assert_same(ours, theirs):
 )
 def test_shares_by_largest_remainder(counts, size, expected):
     names = [f"t{i}" for i in range(len(counts))]
-    found = shares_of(dict(zip(names, counts, strict=True)), size)
-    assert tuple(found.values()) == expected
-    assert list(found) == names
+    shares = shares_of(dict(zip(names, counts, strict=True)), size)
+    assert list(shares.items()) == list(zip(names, expected, strict=True))
 
 
-def test_every_batch_holds_the_same_number_of_each():
-    data = encoded()
-    seen = {"code": [], "math": []}
-    for batch in take(stream(data), 28):
-        names = [data.records[i]["teacher"] for i in batch.index]
-        assert names == ["code"] * 3 + ["math"] * 5
-        for name, i in zip(names, batch.index, strict=True):
-            seen[name].append(int(i))
-    # Each teacher's prompts once an epoch, in an order that changes.
-    for name, count in (("code", 7), ("math", 20)):
-        epochs = np.reshape(seen[name], (-1, count))
-        assert (np.sort(epochs) == np.sort(epochs[0])).all()
-        assert (epochs[0] != epochs[1]).any()
+def mesh_of(data=1, fsdp=1):
+    shape = {"data": data, "fsdp": fsdp, "expert": 1}
+    return types.SimpleNamespace(shape=shape)
 
 
-def test_an_order_is_of_its_teacher_alone():
-    one = take(stream(encoded(7, 20)), 6)
-    more = take(stream(encoded(7, 25)), 6)
-    for a, b in zip(one, more, strict=True):
-        np.testing.assert_array_equal(a.index[:3], b.index[:3])
-    other = take(stream(encoded(7, 20), seed=2), 6)
-    for different in (more, other):
-        both = zip(one, different, strict=True)
-        assert any((a.index != b.index).any() for a, b in both)
+def records(*names):
+    return [{"prompt": "?", "teacher": name} for name in names]
 
 
-def test_a_resumed_stream_goes_on_identically():
-    data = encoded()
-    whole = take(stream(data), 12)
-    started = stream(data)
-    assert_same(take(started, 7), whole[:7])
-    resumed = stream(data)
-    resumed.set_state(json.loads(json.dumps(started.get_state())))
-    assert_same(take(resumed, 5), whole[7:])
+def test_prompts_of_each_teacher():
+    train = records("math", "code", "math", "math")
 
+    def prompts(names=("code", "math"), train=train, **data):
+        return teacher_prompts(
+            DataSettings(batch_size=8, samples=2, **data), names, train, train,
+            mesh=mesh_of(data=2), accumulate=2,
+        )  # fmt: skip
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_the_same_global_batch(count):
-    data = encoded()
-    whole = take(stream(data), 6)
-    parts = [
-        take(stream(data, process_index=i, process_count=count), 6)
-        for i in range(count)
-    ]
-    for step, batch in enumerate(whole):
-        shares = [part[step] for part in parts]
-        np.testing.assert_array_equal(
-            np.concatenate([s.index for s in shares]), batch.index
-        )
-        np.testing.assert_array_equal(
-            np.concatenate([s.prompts.tokens for s in shares]),
-            batch.prompts.tokens,
-        )
-
-
-def test_a_teacher_without_prompts_is_named():
-    data = encoded().take([1, 3])
-    with pytest.raises(ValueError, match="no prompt of the teacher 'code'"):
-        stream(data)
+    assert prompts(()) == {}
+    assert prompts() == {"code": 2, "math": 6}
+    assert prompts(teacher_prompts=(4, 4)) == {"code": 4, "math": 4}
+    with pytest.raises(ValueError, match="no training record .* 'code'"):
+        prompts(train=records("math"))
+    with pytest.raises(ValueError, match="3 of the 8 prompts .* 6 rows"):
+        prompts(teacher_prompts=(3, 5))
 
 
 @pytest.mark.parametrize(
@@ -141,10 +79,17 @@ def test_a_teacher_without_prompts_is_named():
 )  # fmt: skip
 def test_rows_that_cannot_be_shared(samples, ways, accumulate, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        require_even_rows(
-            SHARES, samples=samples, ways=ways, accumulate=accumulate
+        check_teacher_rows(
+            PROMPTS, samples=samples, ways=ways, accumulate=accumulate
         )
-    require_even_rows(SHARES, samples=4, ways=2, accumulate=2)
+    check_teacher_rows(PROMPTS, samples=4, ways=2, accumulate=2)
+
+
+def test_a_batch_divides_over_the_mesh():
+    mesh = mesh_of(data=2, fsdp=3)
+    check_rows(12, mesh, "data.batch_size")
+    with pytest.raises(ValueError, match=r"eval\.batch_size=8 .*\(6\); try 12"):
+        check_rows(8, mesh, "eval.batch_size")
 
 
 def config_with(**data):
@@ -161,27 +106,9 @@ def test_teachers_come_in_the_order_of_their_names():
     assert list(settings.teachers) == ["code", "math"]
     assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()
     assert settings_from(settings.to_dict()) == settings
-
-
-def test_a_teachers_settings_make_another_run():
-    settings = settings_from(config_with())
     config = config_with()
     config.teachers.math.dtype = "bfloat16"
-    other = settings_from(config)
-    assert other.fingerprint() != settings.fingerprint()
-    found = {"settings": settings.to_dict(), "teacher": {}}
-    # A setting that is younger than the checkpoint.
-    del found["settings"]["teachers"]["math"]["unroll"]
-    require_same_run(found, settings, {}, "here")
-    with pytest.raises(
-        ValueError, match="teachers.math.dtype: 'float32' there, 'bfloat16'"
-    ):
-        require_same_run(found, other, {}, "here")
-    del config.teachers.math
-    with pytest.raises(
-        ValueError, match="teachers.math.source: 'world' there, None here"
-    ):
-        require_same_run(found, settings_from(config), {}, "here")
+    assert settings_from(config).fingerprint() != settings.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +120,6 @@ def test_a_teachers_settings_make_another_run():
         ({"teacher_prompts": (3, 4)}, "teacher_prompts=(3, 4) must be 2 "
          "numbers above 0 (for code, math) whose sum is data.batch_size=32"),
         ({"teacher_prompts": (32, 0)}, "teacher_prompts=(32, 0) must be"),
-        ({"teacher_prompts": (32,)}, "teacher_prompts=(32,) must be"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(data, message):
@@ -201,23 +127,14 @@ def test_what_does_not_go_together_is_refused(data, message):
         settings_from(config_with(**data))
 
 
-def test_keys_and_names_of_teachers_are_checked(tmp_path, capsys):
-    config = config_with()
-    config.teachers.math = {"sorce": "x"}
-    with pytest.raises(
-        ValueError, match=r"config\.teachers\.math\.sorce; the nearest is "
-        r"config\.teachers\.math\.source",
+def test_keys_and_names_of_teachers_are_checked():
+    for teachers, message in (
+        ({"math": {"sorce": "x"}}, "config.teachers.math.sorce; the nearest "
+         "is config.teachers.math.source"),
+        ({"a/b": {"source": "x"}}, "the name 'a/b' must be of letters"),
+        ({"math": 3}, "config.teachers.math=3 must be a"),
     ):  # fmt: skip
-        settings_from(config)
-    config.teachers = {"a/b": {"source": "x"}, "c": {}}
-    with pytest.raises(ValueError, match="the name 'a/b' must be of letters"):
-        settings_from(config)
-    config.teachers = {"math": 3}
-    with pytest.raises(ValueError, match=r"config\.teachers\.math=3 must be a"):
-        settings_from(config)
-    with pytest.raises(SystemExit):
-        main.run(
-            ["train", "--config=tiny", f"--workdir={tmp_path}",
-             "--config.teachers.math.source=x"]
-        )  # fmt: skip
-    assert "config.teachers is empty" in capsys.readouterr().err
+        config = config_with()
+        config.teachers = teachers
+        with pytest.raises(ValueError, match=re.escape(message)):
+            settings_from(config)

@@ -10,13 +10,13 @@ import pytest
 from small_files import LLAMA, QWEN, assert_same, make, save_run
 
 from topd_jax.cli import main
-from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.cli.config_file import load_settings
+from topd_jax.data.tokenizers import SentencePieceTokenizer, wrap_tokenizer
 from topd_jax.models import DecoderConfig, RopeScaling, load
 from topd_jax.models.decoder import causal_mask, unembed
 from topd_jax.models.io.runs import is_run
-from topd_jax.training.config import settings_from
 from topd_jax.training.logging import read_jsonl
-from topd_jax.training.setup import load_pair
+from topd_jax.training.setup import load_setup
 
 KEY = jax.random.key(0)
 
@@ -127,6 +127,7 @@ def test_a_distilled_student_starts_and_teaches_the_next_run(
     trained, small_arguments, tmp_path
 ):
     found, tokenizer = load(trained)
+    tokenizer = wrap_tokenizer(tokenizer)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert (trained / "tokenizer" / "chat_template.jinja").exists()
     config = [
@@ -141,12 +142,13 @@ def test_a_distilled_student_starts_and_teaches_the_next_run(
     main.run(["train", *config, f"--workdir={workdir}"])
     assert not (workdir / "world").exists(), "nothing is made from scratch"
     assert [r["step"] for r in read_jsonl(workdir / "metrics.jsonl")] == [1, 2]
-    values = main._parse([*config, f"--workdir={workdir}"], "train")
-    pair = load_pair(settings_from(values.config), workdir)
+    name, *overrides = config
+    settings = load_settings(name.removeprefix("--config="), overrides)
+    setup = load_setup(settings, workdir)
     tokens = jax.random.randint(KEY, (2, 9), 4, found.config.vocab_size)
     np.testing.assert_array_equal(
-        logits(pair.student, tokens), logits(found, tokens)
+        logits(setup.student, tokens), logits(found, tokens)
     )
-    assert pair.tokenizer.vocabulary() == tokenizer.vocabulary()
+    assert setup.tokenizer.vocabulary() == tokenizer.vocabulary()
     after, _ = load(workdir)
     assert (logits(after, tokens) != logits(found, tokens)).any()

@@ -49,8 +49,7 @@ def test_two_steps_of_topd(tmp_path):
     config.data.held_out = 1
     config.data.max_prompt_length = 64
     config.rollout.max_new_tokens = 12
-    config.objective.window = 4
-    config.objective.candidates = 2
+    config.objective = "topd(window=4, candidates=2)"
     config.train.steps = 2
     config.eval.every = 0
     config.eval.batch_size = config.eval.final_problems = 1

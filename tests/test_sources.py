@@ -1,5 +1,6 @@
 """Where prompts come from."""
 
+import json
 import pathlib
 import sys
 import types
@@ -7,7 +8,10 @@ import types
 import pytest
 
 from topd_jax.data import sources
+from topd_jax.data.settings import DataSettings, WorldSettings
 from topd_jax.data.toy_world import problems
+
+TEACHERS = sources.Fields(teacher="by", teachers=("code", "math"))
 
 
 def write_lines(path: pathlib.Path, *lines: str) -> pathlib.Path:
@@ -28,34 +32,33 @@ def test_jsonl_keeps_questions_and_answers(tmp_path):
     assert [r["answer"] for r in records] == ["#### 2", "7", ""]
     assert [r["index"] for r in records] == [0, 1, 2]
     assert records[1]["source"].endswith("q.jsonl line 3")
-    other = write_lines(tmp_path / "p.jsonl", '{"problem": "a", "key": "b"}')
-    (record,) = sources.read_jsonl(
-        other, prompt_field="problem", answer_field="key"
+    other = write_lines(
+        tmp_path / "p.jsonl", '{"problem": "a", "key": "b", "by": "math"}'
     )
-    assert (record["prompt"], record["answer"]) == ("a", "b")
+    fields = sources.Fields("problem", "key", "by", ("code", "math"))
+    (record,) = sources.read_jsonl(other, fields)
+    assert list(record.values())[:2] == ["a", "b"]
+    assert record["teacher"] == "math"
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "a"', r"q.jsonl line 2 is not JSON"),
-        ("[1, 2]", r"q.jsonl line 2 is JSON but not an object"),
-        ('{"problem": "a"}', r'line 2 has no text .*"question".*problem'),
-        ('{"question": 3}', r"line 2 has no text"),
-        ('{"question": ""}', r"line 2 has no text"),
+        (b'{"question": "a"', r"q.jsonl line 2 is not JSON"),
+        (b'{"question": "\xff\xfe"}', "line 2 is not JSON"),
+        (b"[1, 2]", r"q.jsonl line 2 is JSON but not an object"),
+        (b'{"problem": "a"}', r'line 2 has no text .*"question".*problem'),
+        (b'{"question": 3}', r"line 2 has no text"),
+        (b'{"question": ""}', r"line 2 has no text"),
+        (b'{"question": "a"}', r'line 2 has no field "by".* code, math'),
+        (b'{"question": "a", "by": "mat"}', r"line 2.* the nearest is 'math'"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line: str, message: str):
-    path = write_lines(tmp_path / "q.jsonl", '{"question": "a"}', line)
-    with pytest.raises(ValueError, match=message):
-        sources.read_jsonl(path)
-
-
-def test_bytes_that_are_not_text_are_named(tmp_path):
+def test_a_bad_line_is_named(tmp_path, line: bytes, message: str):
     path = tmp_path / "q.jsonl"
-    path.write_bytes(b'{"question": "\xff\xfe"}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        sources.read_jsonl(path)
+    path.write_bytes(b'{"question": "a", "by": "code"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        sources.read_jsonl(path, TEACHERS)
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
@@ -68,11 +71,35 @@ def test_missing_and_empty_files_are_named(tmp_path):
         sources.read_jsonl(empty)
 
 
-def test_world_records_carry_their_answers():
-    records = sources.read_world("test", 20, seed=0)
-    assert [r["prompt"] for r in records] == problems.problems("test", 20, 0)
-    for record in records:
-        assert problems.answer(record["prompt"]) == record["answer"]
+def test_prompts_of_a_run(tmp_path):
+    path = write_lines(
+        tmp_path / "q.jsonl",
+        *(json.dumps({"question": f"{i}+1?"}) for i in range(5)),
+    )
+
+    def read(**data):
+        parts = sources.read_records(
+            DataSettings(**data), WorldSettings(prompts=9), problems=4,
+            final_problems=3,
+        )  # fmt: skip
+        return [[r["prompt"] for r in part] for part in parts]
+
+    assert read() == [
+        problems.problems("train", 9, 0),
+        problems.problems("validation", 4, 0),
+        problems.problems("test", 3, 0),
+    ]
+    (record, *_) = sources.read_world("test", 3, seed=0)
+    assert record["answer"] == problems.answer(record["prompt"])
+    file = {"source": "jsonl", "path": str(path)}
+    first, rest = ["0+1?", "1+1?"], ["2+1?", "3+1?", "4+1?"]
+    assert read(**file, held_out=2) == [rest, first, first]
+    apart = read(**file, eval_path=str(path))
+    assert apart == [first + rest] * 3
+    with pytest.raises(ValueError, match="held_out=5 must be below the 5 "):
+        read(**file, held_out=5)
+    with pytest.raises(ValueError, match="data.path is empty"):
+        read(source="tfds")
 
 
 def test_hub_needs_its_package_and_reads_rows(monkeypatch):
@@ -83,16 +110,22 @@ def test_hub_needs_its_package_and_reads_rows(monkeypatch):
 
     def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
         asked.append((name, config, split))
+        if split != "test":
+            raise OSError("no network")
         return [{"question": "a", "answer": "b"}]
 
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    (record,) = sources.read_hub("owner/questions:main", split="test")
+    (record,) = sources.read_source(
+        "hub", "owner/questions:main", "test", sources.Fields()
+    )
     assert asked == [("owner/questions", "main", "test")]
     assert (record["prompt"], record["answer"]) == ("a", "b")
+    with pytest.raises(ValueError, match="cannot read .* hub: no network"):
+        sources.read_hub("owner/questions")
 
 
-def test_tfds_reads_array_record(tmp_path, monkeypatch):
+def test_tfds_reads_array_record(tmp_path):
     import tensorflow_datasets as tfds
 
     class ToyQuestions(tfds.core.GeneratorBasedBuilder):
@@ -102,12 +135,10 @@ def test_tfds_reads_array_record(tmp_path, monkeypatch):
 
         def _info(self):
             text = tfds.features.Text()
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(
-                    {"question": text, "answer": text}
-                ),
+            features = tfds.features.FeaturesDict(
+                {"question": text, "answer": text}
             )
+            return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}

@@ -1,27 +1,28 @@
 """Hugging Face directories in and out, meshes, students, fingerprints."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from children import simulated
+from children import on_eight_devices
 from safetensors.numpy import load_file, save_file
 from small_files import LLAMA, QWEN, assert_same, edit_config, make
 
+from topd_jax import models
 from topd_jax.models import (
     Decoder,
     drop_layers,
     fingerprint,
+    init_decoder,
     load,
     save_model,
 )
-from topd_jax.models.io.huggingface import load_model, resolve
+from topd_jax.models.io.huggingface import resolve
+from topd_jax.models.io.loading import shape_of
 
 
 @pytest.fixture
@@ -29,8 +30,7 @@ def saved(tmp_path):
     return save_model(make(LLAMA), tmp_path / "model")
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen3"])
-@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(("config", "shards"), [(LLAMA, 1), (QWEN, 4)])
 def test_round_trip(config, shards, tmp_path):
     model = make(config)
     size = sum(x.nbytes for x in model.arrays.values())
@@ -59,13 +59,15 @@ def test_linear_maps_are_written_out_by_in(saved):
     assert tensors["model.embed_tokens.weight"].shape == (50, 32)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [(np.float16, "bfloat16"), (ml_dtypes.bfloat16, "float32")],
+)
 def test_half_precision_files(dtype, param_dtype, saved):
     path = saved / "model.safetensors"
     tensors = {n: x.astype(dtype) for n, x in load_file(path).items()}
     save_file(tensors, path)
-    model = load_model(saved, param_dtype=param_dtype, dtype="bfloat16")
+    model = load(saved, param_dtype=param_dtype, dtype="bfloat16")[0]
     assert model.config.dtype == "bfloat16"
     name = "model.layers.1.mlp.up_proj.weight"
     want = tensors[name].astype(np.float32).T.astype(jnp.dtype(param_dtype))
@@ -86,7 +88,7 @@ def test_all_faulty_tensors_are_named_at_once(saved):
     tensors["model.layers.2.mlp.gate_proj.weight"] = np.ones((64, 32), np.int8)
     save_file(tensors, path)
     with pytest.raises(ValueError, match="do not fit its config") as error:
-        load_model(saved)
+        load(saved)[0]
     message = str(error.value)
     for part in (
         "missing (2): ",
@@ -107,20 +109,20 @@ def test_tied_head_is_tolerated_only_if_it_is_the_embedding(saved):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4)
     save_file(tensors, path)
-    assert_same(load_model(saved), make(LLAMA))
+    assert_same(load(saved)[0], make(LLAMA))
     tensors["lm_head.weight"][3, 4] += 1
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"lm_head.weight differs from"):
-        load_model(saved)
+        load(saved)[0]
     edit_config(saved, tie_word_embeddings=False)
-    model = load_model(saved)
+    model = load(saved)[0]
     np.testing.assert_array_equal(model.head, tensors["lm_head.weight"])
 
 
 def test_untied_without_head_is_refused(saved):
     edit_config(saved, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"missing \(1\): lm_head.weight"):
-        load_model(saved)
+        load(saved)[0]
 
 
 def test_missing_and_broken_files(saved, tmp_path):
@@ -141,6 +143,27 @@ def test_missing_and_broken_files(saved, tmp_path):
     (saved / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load(saved)
+
+
+def test_experts_in_one_tensor_are_read_as_well(tmp_path):
+    """As transformers 5 holds them; every version reads what we write."""
+    config = dataclasses.replace(
+        QWEN, experts=3, experts_per_token=2, expert_width=24
+    )
+    out = save_model(make(config), tmp_path / "m")
+    tensors = load_file(out / "model.safetensors")
+    for layer in range(config.layers):
+        stem = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            np.stack(
+                [tensors.pop(f"{stem}{e}.{m}_proj.weight") for e in range(3)]
+            )
+            for m in ("gate", "up", "down")
+        )
+        tensors[f"{stem}gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        tensors[f"{stem}down_proj"] = down
+    save_file(tensors, out / "model.safetensors")
+    assert_same(load(out)[0], make(config))
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -184,10 +207,10 @@ def test_drop_layers_keeps_the_rest_and_owns_its_arrays():
     assert np.isfinite(model.head).all()
 
 
-@pytest.mark.parametrize("keep", [[], [2, 0], [0, 0], [3], [-1, 0]])
-def test_drop_layers_refuses(keep):
-    with pytest.raises(ValueError, match="must be ascending layer indices"):
-        drop_layers(make(LLAMA), keep)
+def test_drop_layers_refuses():
+    for keep in ([], [2, 0], [0, 0], [3], [-1, 0]):
+        with pytest.raises(ValueError, match="ascending layer indices"):
+            drop_layers(make(LLAMA), keep)
 
 
 def test_fingerprint_sees_every_bit_and_every_place():
@@ -218,7 +241,8 @@ _CHILD = """
 import sys
 import jax
 from topd_jax.models import drop_layers, fingerprint, load
-from topd_jax.parallel.sharding import RULES, make_mesh
+from topd_jax.parallel.rules import RULES
+from topd_jax.parallel.sharding import make_mesh
 
 assert jax.device_count() == 8
 one, _ = load(sys.argv[1])
@@ -247,18 +271,40 @@ print("ok")
 
 
 def test_load_on_eight_devices(saved):
-    root = str(Path(__file__).parent.parent)
-    paths = [root, os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(saved)],
-        env=os.environ
-        | {
-            "XLA_FLAGS": simulated(8),
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "ok", done.stderr
+    assert on_eight_devices("-c", _CHILD, saved).strip() == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [  # as the model cards say
+        ("Qwen/Qwen3-1.7B", 1.72e9),
+        ("Qwen/Qwen3-4B-Instruct-2507", 4.02e9),
+        ("Qwen/Qwen3-8B", 8.19e9),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.53e9),
+    ],
+)
+def test_published_shapes_have_the_published_parameters(name, total):
+    config = shape_of(name, dtype="bfloat16")
+    shapes = jax.eval_shape(lambda: init_decoder(config, jax.random.key(0)))
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert count == pytest.approx(total, rel=2e-3)
+    assert config.dtype == "bfloat16"
+
+
+def test_a_shape_needs_no_weights(saved, tmp_path):
+    (saved / "model.safetensors").unlink()
+    got = shape_of(str(saved), remat="full")
+    assert got == dataclasses.replace(LLAMA, remat="full")
+    with pytest.raises(ValueError, match="config.json.*Qwen3-8B"):
+        shape_of(str(tmp_path))
+    with pytest.raises(ValueError, match="no shape for"):
+        shape_of("nobody/has-this-model")
+
+
+def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(models.__file__).parent / "README.md").read_text()
+    held = {}
+    exec(text.split("```python\n")[1].split("```")[0], held)
+    assert held["logits"].shape == (1, 3, 64)
+    assert held["again"].arrays["q"].dtype == jnp.bfloat16

@@ -12,83 +12,65 @@ from topd_jax.data.toy_world import problems, truth
 
 PROBLEM = "6*3+19-4?"
 SOLUTION = "= 18+19-4; so get 37-4, then do 37-4: 33; answer 33."
+PLAIN = problems.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
 
 
-def characters(text: str, ended: bool = True) -> list[str | None]:
-    return [*text, None] if ended else list(text)
+def fork_of(problem: str, text: str, ended: bool = True) -> int | None:
+    return truth.fork_index(problem, [*text, *[None] * ended])
 
 
-def test_value_follows_precedence():
-    for problem, value in [
-        ("6*3+19-4?", 33),
-        ("2+3*4?", 14),
-        ("9-4-3?", 2),
-        ("2*3*4-5?", 19),
+def test_arithmetic_by_hand():
+    for problem, value in (
+        ("6*3+19-4?", 33), ("2+3*4?", 14), ("9-4-3?", 2), ("2*3*4-5?", 19),
         ("7?", 7),
-    ]:
-        assert problems.evaluate(problems.parse(problem)) == value
+    ):  # fmt: skip
         assert problems.answer(problem) == str(value)
-
-
-@pytest.mark.parametrize("text", ["", "3++4?", "3+x?", "3+4=?", "-3+4?"])
-def test_text_that_is_no_problem_is_refused(text: str):
-    with pytest.raises(ValueError, match="numbers joined by"):
-        problems.parse(text)
-
-
-def test_sum_without_carry():
-    for a, b, wrong in [
-        (18, 9, 17),
-        (95, 17, 102),
-        (8, 9, 17),
-        (12, 25, 37),
-        (199, 1, 190),
-        (99, 99, 188),
-    ]:
+    for a, b, wrong in (
+        (18, 9, 17), (95, 17, 102), (8, 9, 17), (12, 25, 37), (199, 1, 190),
+    ):  # fmt: skip
         assert problems.add_without_carry(a, b) == wrong
+    for text in ("", "3++4?", "3+x?", "3+4=?", "-3+4?"):
+        with pytest.raises(ValueError, match="numbers joined by"):
+            problems.parse(text)
 
 
 def test_problems_keep_their_bounds_in_either_order():
-    rng = random.Random(0)
-    for _ in range(500):
+    rng = np.random.default_rng(0)  # serves as well as Python's
+    for _ in range(300):
         problem = problems.sample_problem(rng)
         for order in (problems.first_by_precedence, problems.first_from_left):
             expression = problems.parse(problem)
             assert len(expression) == 7
             while len(expression) > 1:
                 i = order(expression)
-                a, operator, b = expression[i - 1 : i + 2]
-                value = problems.compute(a, operator, b)
+                value = problems.compute(*expression[i - 1 : i + 2])
                 assert 0 <= value <= problems.LARGEST_VALUE
-                if operator == "*" and order is problems.first_by_precedence:
-                    assert value <= 99
                 expression = problems.reduce_at(expression, i, value)
 
 
 def test_problems_have_carries_and_precedence_to_get_wrong():
     sample = problems.problems("train", 1000, seed=0)
-    rng = random.Random(0)
     style = problems.STUDENT_STYLE
 
-    def right(habit: problems.Habit) -> float:
-        texts = [problems.solution(p, rng, style, habit) for p in sample]
-        return np.mean(
-            [
-                problems.is_correct(p, t)
-                for p, t in zip(sample, texts, strict=True)
-            ]
+    def right(*habit: float) -> float:
+        pairs = problems.world_pairs(
+            sample, style, problems.Habit(*habit), seed=0
         )
+        assert pairs == problems.world_pairs(
+            sample, style, problems.Habit(*habit), seed=0
+        )
+        return np.mean([problems.is_correct(p, t) for p, t in pairs])
 
-    assert right(problems.Habit(0.0, 0.0)) == 1.0
-    assert 0.3 < right(problems.Habit(1.0, 0.0)) < 0.6
-    assert 0.5 < right(problems.Habit(0.0, 1.0)) < 0.8
-    assert 0.4 < right(problems.STUDENT_HABIT) < 0.6
+    assert right(0.0, 0.0) == 1.0
+    assert 0.3 < right(1.0, 0.0) < 0.6
+    assert 0.5 < right(0.0, 1.0) < 0.8
+    assert 0.4 < right() < 0.6
 
 
 def test_splits_are_disjoint_large_enough_and_repeatable():
-    splits = {s: problems.problems(s, 1500, seed=0) for s in problems.SPLITS}
-    for split, sample in splits.items():
-        assert len(set(sample)) == 1500
+    for split in problems.SPLITS:
+        sample = problems.problems(split, 600, seed=0)
+        assert len(set(sample)) == 600
         assert {problems.split_of(p) for p in sample} == {split}
         assert problems.problems(split, 100, seed=0) == sample[:100]
     assert problems.problems("train", 9, 1) != problems.problems("train", 9, 0)
@@ -96,94 +78,53 @@ def test_splits_are_disjoint_large_enough_and_repeatable():
         problems.problems("valid", 1, seed=0)
 
 
-def test_solutions_are_repeatable_and_correct():
-    for style in (problems.TEACHER_STYLE, problems.STUDENT_STYLE):
-        for problem in problems.problems("train", 200, seed=0):
-            text = problems.solution(problem, random.Random(1), style)
-            assert text == problems.solution(problem, random.Random(1), style)
-            assert problems.is_correct(problem, text)
-
-
-def test_a_numpy_generator_serves_as_the_source_of_numbers():
-    rng = np.random.default_rng(0)
-    problem = problems.sample_problem(rng)
-    text = problems.solution(problem, rng, problems.STUDENT_STYLE)
-    assert problems.is_correct(problem, text)
-
-
 def test_surface_forms_have_the_frequencies_of_the_style():
     rng = random.Random(0)
     style = problems.STUDENT_STYLE
     text = "".join(problems.solution(PROBLEM, rng, style) for _ in range(1000))
-    steps = 3000
-    for form, probability in zip(
-        ("= ", "; so ", ", then "), style.connective, strict=True
-    ):
-        assert text.count(form) / steps == pytest.approx(probability, abs=0.04)
-    assert text.count("get ") / steps == pytest.approx(
-        style.phrasing[1], abs=0.04
-    )
-    assert text.count("do ") / steps == pytest.approx(
-        style.phrasing[2], abs=0.04
-    )
-    assert text.count("answer ") / 1000 == pytest.approx(
-        style.ending[1], abs=0.05
-    )
-
-
-def test_signs_of_multiplication_have_the_frequency_of_the_style():
-    rng = random.Random(0)
-    texts = [
-        problems.solution(
-            "3+4+2*5?",
-            rng,
-            problems.Style((1, 0, 0), (1, 0, 0), (0.25, 0.75), (1, 0, 0)),
-            problems.Habit(1.0, 0.0),
+    opened = dict(zip(problems.CONNECTIVES, style.connective, strict=True))
+    worded = {"get ": style.phrasing[1], "do ": style.phrasing[2]}
+    for form, probability in (opened | worded).items():
+        assert text.count(form) / 3000 == pytest.approx(probability, abs=0.04)
+    announced = text.count("answer ") / 1000
+    assert announced == pytest.approx(style.ending[1], abs=0.05)
+    style = problems.Style((1, 0, 0), (1, 0, 0), (0.25, 0.75), (1, 0, 0))
+    habit = problems.Habit(1.0, 0.0)
+    signs = collections.Counter(
+        "".join(
+            problems.solution("3+4+2*5?", rng, style, habit)
+            for _ in range(1000)
         )
-        for _ in range(1000)
-    ]
-    signs = collections.Counter("".join(texts))
+    )
     # Two expressions of the three still hold the product.
     assert signs["*"] + signs["x"] == 2000
     assert signs["x"] / 2000 == pytest.approx(0.75, abs=0.04)
 
 
 def test_the_habit_in_full():
-    plain = problems.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
-    rng = random.Random(0)
-
-    def write(problem: str, left_to_right: float, drop_carry: float) -> str:
-        habit = problems.Habit(left_to_right, drop_carry)
-        return problems.solution(problem, rng, plain, habit)
-
-    assert write("2+3*4?", 1.0, 0.0) == "= 5*4= 20#20."
-    assert write("2+3*4?", 0.0, 1.0) == "= 2+12= 14#14."
-    assert write("18+9-4?", 0.0, 1.0) == "= 17-4= 13#13."
-    # Without its carry this sum would lead below zero.
-    assert write("18+9-20?", 0.0, 1.0) == "= 27-20= 7#7."
+    for problem, habit, text in (
+        ("2+3*4?", (1.0, 0.0), "= 5*4= 20#20."),
+        ("2+3*4?", (0.0, 1.0), "= 2+12= 14#14."),
+        ("18+9-4?", (0.0, 1.0), "= 17-4= 13#13."),
+        # Without its carry this sum would lead below zero.
+        ("18+9-20?", (0.0, 1.0), "= 27-20= 7#7."),
+    ):
+        rng, habit = random.Random(0), problems.Habit(*habit)
+        assert problems.solution(problem, rng, PLAIN, habit) == text
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (SOLUTION, "33"),
-        ("= 33#33.", "33"),
-        ("= 33, done 33.", "33"),
-        ("= 33, done 33. ", "33"),
-        ("= 33#33", None),
-        ("= 33", None),
-        ("#12.= 33", None),
-        ("", None),
+        (SOLUTION, "33"), ("= 33#33.", "33"), ("= 33, done 33.", "33"),
+        ("= 33, done 33. ", "33"), ("= 33#33", None), ("= 33", None),
+        ("#12.= 33", None), ("", None), ("= 33#3.", "3"),
+        ("= 33#133.", "133"),
     ],
-)
+)  # fmt: skip
 def test_final_answer(text: str, answer: str | None):
     assert problems.final_answer(text) == answer
     assert problems.is_correct(PROBLEM, text) == (answer == "33")
-
-
-def test_wrong_answers_are_wrong():
-    assert not problems.is_correct(PROBLEM, "= 33#3.")
-    assert not problems.is_correct(PROBLEM, "= 33#133.")
 
 
 def test_styles_and_habits_are_checked():
@@ -203,9 +144,7 @@ def test_styles_and_habits_are_checked():
     [
         (PROBLEM, SOLUTION, None),
         # Several reductions in one step, in any order that holds.
-        (PROBLEM, "= 33#33.", None),
         ("8*2+3*4?", "= 8x2+12= 28#28.", None),
-        ("5+4+3?", "= 5+7= 12#12.", None),
         ("5+4+3?", "; so do 4+3: 5+7= 12#12.", None),
         # The pair that is named must be the pair that is worked out.
         ("8*2+3*4?", "= do 8*2: 16+3x4= 28#28.", None),
@@ -213,38 +152,28 @@ def test_styles_and_habits_are_checked():
         ("8*2+3*4?", "= do 8*2: 8*2+12", len("= do 8*2: ")),
         # Order of operations: fork where the wrong sum begins to show.
         ("2+3*4?", "= 5*4= 20#20.", len("= ")),
-        ("2+3*4?", "= 2+12= 14#14.", None),
-        ("2+3*4?", "= do 2+3: 5*4", len("= do ")),
-        ("9-4-3?", "= 9-1= 8#8.", len("= ")),
         ("19-4-3?", "= 19-1= 18#18.", len("= 1")),
         # Carry dropped. 18+5 is right too, so the fork is the 7 of 17.
         ("18+9-4?", "= 17-4= 13#13.", len("= 1")),
-        ("18+9+4?", "= 17+4= 21#21.", len("= 1")),
         ("38+9-24?", "= 37-24", len("= ")),
-        ("18+9-4?", "= 28-4", len("= 2")),
         # Wrong results, wrong final answer, nothing done, too early an end.
         (PROBLEM, "= 18+19-4= 38-4", len("= 18+19-4= 3")),
         ("2+3?", "= 5#6.", len("= 5#")),
         ("2+3?", "= 2+3", len("= ")),
         ("2+3?", "#5.", 0),
         ("2+3?", "= 5#5. ", len("= 5#5.")),
-        ("2+3?", "= 5; thus 5", len("= 5; ")),
         ("2+3?", "", 0),
-        ("2+3?", "= 5", len("= 5")),
         ("2+3?", "= 5#5", len("= 5#5")),
     ],
 )
 def test_fork_by_hand(problem: str, text: str, fork: int | None):
-    assert truth.fork_index(problem, characters(text)) == fork
+    assert fork_of(problem, text) == fork
 
 
 def test_being_cut_off_is_no_fork_and_ending_early_is():
     for length in range(len(SOLUTION)):
-        text = SOLUTION[:length]
-        assert truth.fork_index(PROBLEM, characters(text, False)) is None
-        assert truth.fork_index(PROBLEM, characters(text)) == length
-        assert truth.is_completable(PROBLEM, text)
-    assert not truth.is_completable(PROBLEM, "= 19")
+        assert fork_of(PROBLEM, SOLUTION[:length], ended=False) is None
+        assert fork_of(PROBLEM, SOLUTION[:length]) == length
 
 
 def test_a_fork_belongs_to_the_token_that_holds_it():
@@ -253,24 +182,12 @@ def test_a_fork_belongs_to_the_token_that_holds_it():
     labels = truth.token_labels(PROBLEM, pieces)
     ok, fork, after = truth.OK, truth.FORK, truth.AFTER
     assert labels.tolist() == [ok, ok, ok, ok, fork, after, after]
-    assert truth.window_labels(labels, 3).tolist() == [
-        *(ok, ok, fork, fork, fork, after, after)
-    ]
-    assert truth.window_labels(labels, 1).tolist() == labels.tolist()
-    assert truth.window_labels(labels, 99).tolist() == [
-        *(fork, fork, fork, fork, fork, after, after)
-    ]
-
-
-def test_reductions_leave_the_value_and_take_neighbours():
-    afters = {after for _, after in truth.reductions(problems.parse("9-4-3?"))}
-    assert afters == {(5, "-", 3)}
-    assert truth.reachable(problems.parse("2+3*4+1?")) == {
-        (2, "+", 12, "+", 1),
-        (14, "+", 1),
-        (2, "+", 13),
-        (15,),
-    }
+    for window, expected in (
+        (1, labels.tolist()),
+        (3, [ok, ok, fork, fork, fork, after, after]),
+        (99, [fork, fork, fork, fork, fork, after, after]),
+    ):
+        assert truth.window_labels(labels, window).tolist() == expected
 
 
 # An independent account of what is correct: every solution of a small
@@ -345,47 +262,27 @@ def test_forks_are_those_of_the_written_out_language(problem: str):
         letter = rng.choice("0123456789+-*x=,;:. abdegnorstw#")
         texts += [text, text[:at] + letter + text[at + 1 :], text[:at]]
     forks = [expected(t) for t in texts]
-    assert [truth.fork_index(problem, characters(t)) for t in texts] == forks
+    assert [fork_of(problem, t) for t in texts] == forks
     assert len({f for f in forks if f is not None}) > 5
 
 
-def test_correct_solutions_have_no_fork_and_wrong_ones_do():
-    rng = random.Random(0)
-    for problem in problems.problems("validation", 150, seed=0):
-        for style in (problems.TEACHER_STYLE, problems.STUDENT_STYLE):
-            text = problems.solution(problem, rng, style)
-            assert truth.fork_index(problem, characters(text)) is None
-        text = problems.solution(
-            problem, rng, problems.STUDENT_STYLE, problems.STUDENT_HABIT
-        )
-        fork = truth.fork_index(problem, characters(text))
-        if fork is None:
-            assert problems.is_correct(problem, text)
-            continue
-        checker = truth.PrefixChecker(problem).read(text[:fork])
-        assert checker.completable
-        assert not checker.read(text[fork]).completable
-        repaired = text[:fork] + checker.completion()
-        assert problems.is_correct(problem, repaired)
-        assert truth.fork_index(problem, characters(repaired)) is None
-
-
-def test_wrong_steps_fork_within_their_own_step():
-    rng = random.Random(1)
-    plain = problems.Style((1, 0, 0), (1, 0, 0), (1, 0), (1, 0, 0))
-    seen = 0
-    for problem in problems.problems("train", 200, seed=0):
-        text = problems.solution(problem, rng, plain, problems.Habit(0.8, 0.8))
-        value = eval(problem[:-1])
-        begin = 0
-        for step in text.split("#")[0].split("= ")[1:]:
-            begin += len("= ")
-            if eval(step) != value:
-                fork = truth.fork_index(problem, characters(text))
-                assert begin <= fork <= begin + len(step)
-                seen += 1
-                break
-            begin += len(step)
-        else:
-            assert truth.fork_index(problem, characters(text)) is None
-    assert seen > 80
+def test_wrong_solutions_have_a_fork_that_can_be_repaired():
+    sample = problems.problems("validation", 150, seed=0)
+    for style in (problems.TEACHER_STYLE, problems.STUDENT_STYLE):
+        for problem, text in problems.world_pairs(sample, style, seed=0):
+            assert fork_of(problem, text) is None
+    wrong = 0
+    for problem, text in problems.world_pairs(
+        sample, problems.STUDENT_STYLE, problems.STUDENT_HABIT, seed=0
+    ):
+        fork = fork_of(problem, text)
+        assert (fork is None) == problems.is_correct(problem, text)
+        if fork is not None:
+            wrong += 1
+            checker = truth.PrefixChecker(problem).read(text[:fork])
+            assert checker.completable
+            assert not checker.read(text[fork]).completable
+            repaired = text[:fork] + checker.completion()
+            assert problems.is_correct(problem, repaired)
+            assert fork_of(problem, repaired) is None
+    assert wrong > 40

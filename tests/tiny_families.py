@@ -115,16 +115,9 @@ MODELS = {
         "layer_types": ["full_attention", *["sliding_attention"] * 2],
     }),
     "moe": ("Qwen3Moe", EXPERTS | BIASES | {"norm_topk_prob": True}),
-    "moe-mixed": (
+    "moe-window": (
         "Qwen3Moe",
-        EXPERTS
-        | {
-            "num_hidden_layers": 4,
-            "decoder_sparse_step": 2,
-            "mlp_only_layers": [3],
-            "use_sliding_window": True,
-            "sliding_window": 6,
-        },
+        EXPERTS | {"use_sliding_window": True, "sliding_window": 6},
     ),
 }  # fmt: skip
 

@@ -1,113 +1,86 @@
 """Trajectory-aware on-policy distillation in JAX: the public names.
 
-Pure functions over arrays, to be composed; see the README for ten lines that
-do. Models, data, the train loop and the command line are imported from their
-own modules.
+    import topd_jax as topd
+
+Pure functions over arrays, to be composed, and what trains with them. Names
+are imported from their rooms at first use.
 """
 
-from topd_jax.losses.divergences import (
-    cross_entropy,
-    entropy,
-    forward_kl,
-    generalized_jsd,
-    log_softmax,
-    reverse_kl,
-    sampled_kl,
-    token_logprobs,
-    top_k_reverse_kl,
-    weighted_mean,
-)
-from topd_jax.losses.fused import (
-    dropped_mass,
-    fused_divergence,
-    fused_map,
-    fused_token_logprobs,
-    fused_weighted_sum,
-)
-from topd_jax.losses.near_future import (
-    divergence_mask,
-    false_alarm_mask,
-    future_loss,
-    matched_control_mask,
-    median_cap_weights,
-    n_step_weights,
-    scatter_to_tokens,
-    select_candidates,
-    student_windows,
-)
-from topd_jax.losses.optimal_transport import (
-    cosine_cost,
-    transport,
-    uniform_marginals,
-    window_distance,
-)
-from topd_jax.losses.trajectory import (
-    student_context_logprobs,
-    trajectory_loss,
-    trajectory_targets,
-    window_mean,
-)
-from topd_jax.models.protocol import LanguageModel, from_function
-from topd_jax.objectives.objective import VARIANTS, Objective
-from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.training.step import TrainState, annotate, init_state, update
-from topd_jax.types import (
-    Annotations,
-    Candidates,
-    Prompts,
-    Trajectories,
-    Windows,
-    completion_states,
-)
+import importlib
+from typing import Any
 
-__all__ = [
-    "VARIANTS",
-    "Annotations",
-    "Candidates",
-    "LanguageModel",
-    "Objective",
-    "Prompts",
-    "TrainState",
-    "Trajectories",
-    "Windows",
-    "annotate",
-    "branch",
-    "branch_columns",
-    "completion_states",
-    "cosine_cost",
-    "cross_entropy",
-    "divergence_mask",
-    "dropped_mass",
-    "entropy",
-    "false_alarm_mask",
-    "forward_kl",
-    "from_function",
-    "fused_divergence",
-    "fused_map",
-    "fused_token_logprobs",
-    "fused_weighted_sum",
-    "future_loss",
-    "generalized_jsd",
-    "init_state",
-    "log_softmax",
-    "matched_control_mask",
-    "median_cap_weights",
-    "n_step_weights",
-    "reverse_kl",
-    "rollout",
-    "sampled_kl",
-    "scatter_to_tokens",
-    "select_candidates",
-    "student_context_logprobs",
-    "student_windows",
-    "token_logprobs",
-    "top_k_reverse_kl",
-    "trajectory_loss",
-    "trajectory_targets",
-    "transport",
-    "uniform_marginals",
-    "update",
-    "weighted_mean",
-    "window_distance",
-    "window_mean",
-]
+_ROOMS = {
+    "types": (
+        "Candidates CappedHead Head Layout Prompts Scored Teacher Trajectories "
+        "Windows completion_states"
+    ),
+    "losses.log_probs": "cross_entropy entropy log_softmax token_logprobs",
+    "losses.divergences": (
+        "forward_kl generalized_jsd on_logits reverse_kl top_k_reverse_kl "
+        "weighted_mean"
+    ),
+    "losses.estimators": "k1 k2 k3",
+    "losses.fused": (
+        "dropped_mass fused_divergence fused_log_normalizer "
+        "fused_map fused_token_logprobs fused_weighted_sum"
+    ),
+    "losses.near_future": (
+        "divergence_mask false_alarm_mask future_loss matched_control_mask "
+        "select_candidates student_windows"
+    ),
+    "losses.optimal_transport": (
+        "cosine_cost transport uniform_marginals window_distance"
+    ),
+    "losses.token_losses": (
+        "TokenLoss entropy_aware_kl top_k_coverage top_k_forward_kl "
+        "trust_region_loss"
+    ),
+    "losses.token_weights": (
+        "agreement_threshold agreement_weights fire_weights "
+        "median_cap_weights n_step_weights prefix_weights renormalized "
+        "scatter_to_tokens teachability_weights tip_weights"
+    ),
+    "losses.trajectory": (
+        "student_context_logprobs trajectory_loss trajectory_targets "
+        "window_mean"
+    ),
+    "objectives.objective": (
+        "Detection FutureLoss Guidance NearFuture Objective Transport"
+    ),
+    "objectives.pieces": "describe row_wise",
+    "objectives.guidance": (
+        "BranchDivergence PlanTargets branch_cross_entropy"
+    ),
+    "objectives.presets": (
+        "PRESETS agreement entropy_aware fire n_step opd prefix suppress "
+        "suppress_control teachability tip topd topd_suppress trust_region"
+    ),
+    "objectives.loading": "make_objective",
+    "models.protocol": "LanguageModel from_function",
+    "models.passes": "branch_states trajectory_cache trajectory_states",
+    "models": "load",
+    "parallel.layouts": "loss_layout",
+    "parallel.sharding": "make_mesh",
+    "sampling": "branch branch_columns checked rollout",
+    "training.score": "score",
+    "training.step": "TrainState init_state train_step",
+    "training.loop": "train",
+}
+_EXPORTS = {
+    name: f"topd_jax.{room}"
+    for room, names in _ROOMS.items()
+    for name in names.split()
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'topd_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

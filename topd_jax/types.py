@@ -1,21 +1,66 @@
-"""The arrays that travel between the phases of a training step.
+"""The arrays that travel between the stages of a training step.
 
 Letters used in every shape of this project: ``B`` rows, ``P`` prompt columns
 (padded on the left), ``T`` completion columns (padded on the right), ``L = P +
 T``, ``M`` candidate slots a row, ``K`` tokens of a window, ``V`` vocabulary,
 ``D`` width of the hidden states.
 
-Everything that is said of a generated token is said in *completion
-coordinates*: entry ``t`` of a ``[B, T]`` array is about the completion's token
-``y_t``. The model predicts ``y_t`` from the column before it;
-:func:`completion_states` makes that shift, and nothing else does.
+Everything about a generated token is in *completion coordinates*: entry ``t``
+of a ``[B, T]`` array is about the completion's token ``y_t``. The model
+predicts ``y_t`` from the position before it; :func:`completion_states` makes
+that shift, and nothing else does.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+
+def _unconstrained(x: jax.Array, *axes: str | None) -> jax.Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a fused loss is cut into chunks and spread over a mesh.
+
+    The losses know no mesh. Whoever has one passes its layout in, made by
+    :func:`topd_jax.parallel.layouts.loss_layout` for any axis names.
+
+    Attributes:
+      chunk_size: tokens whose logits exist at a time; None chooses from the
+        shapes.
+      ways: devices that each logical axis is spread over; 1 where it names
+        none. Axes: "batch" (rows), "sequence" (tokens of a row), "tokens"
+        (both), "vocab" (rows of the head).
+      constrain: (x, *axes) -> x with its sharding pinned; an axis is "tokens",
+        "vocab", "embed" or None.
+    """
+
+    chunk_size: int | None = None
+    ways: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    constrain: Callable[..., jax.Array] = _unconstrained
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(
+                f"chunk_size={self.chunk_size} must be at least 1; None "
+                "chooses it from the shapes"
+            )
+
+    def __hash__(self) -> int:
+        return hash((self.chunk_size, self.constrain))
+
+    def ways_of(self, axis: str) -> int:
+        """Return how many devices a logical axis is spread over."""
+        return self.ways.get(axis, 1)
+
+
+ONE_DEVICE = Layout()
 
 
 @struct.dataclass
@@ -53,17 +98,17 @@ Head = jax.Array | CappedHead
 
 
 def head_rows(head: Head) -> jax.Array:
-    """The rows [V, D] of a head."""
+    """Return the rows [V, D] of a head."""
     return head.rows if isinstance(head, CappedHead) else head
 
 
 def head_cap(head: Head) -> float | None:
-    """The bound of a head's logits; None where there is none."""
+    """Return the bound of a head's logits, or None."""
     return head.cap if isinstance(head, CappedHead) else None
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap): bounded by cap, slope 1 at 0.
+    """Bound logits: cap * tanh(x / cap), slope 1 at 0 (arXiv:2408.00118, §2).
 
     Args:
       x: f32[...].
@@ -155,33 +200,36 @@ class Windows:
 
 
 @struct.dataclass
-class Annotations:
-    """What the frozen teacher says of a batch of trajectories.
+class Scored:
+    """What one frozen teacher says about its rows of a batch.
 
     Every array is data: no gradient flows through it. The near-future fields
-    are None when the objective does not look ahead.
+    are None where the objective does not look ahead.
 
     Attributes:
+      teacher_head: [V, D_teacher] the teacher's output head.
       teacher_hidden: [B, T, D_teacher] the teacher's final hidden states, in
         completion coordinates and its own compute dtype.
-      teacher_token_loss: f32[B, T] -log p_T(y_t), 0 outside the mask.
+      teacher_token_loss: f32[B, T] -log p_T(y_t), nats, 0 outside the mask.
       candidates: the positions that were looked at.
       student_windows: the rollout itself, from each candidate on.
       teacher_windows: the teacher's own continuation of each prefix.
-      distance: f32[B, M] transport distance of the two windows, 0..2; of the
-        detector "future_loss" the mean loss of the student's, nats a token.
-      plan: f32[B, M, K, K] transport plan, student tokens by teacher tokens.
+      distance: f32[B, M] how far the two futures are apart, as the detector
+        measures it: transport distance 0..2, or nats a token.
+      plan: f32[B, M, K, K] transport plan, student tokens by teacher tokens;
+        None for a detector without one.
       divergent: bool[B, M] candidates whose futures part.
       false_alarm: bool[B, M] candidates whose futures do not.
-      capped: bool[B, M] candidates whose loss is capped at the row's median:
-        the false alarms, or in the control as many divergent ones.
+      selected: bool[B, M] candidates that a token weight acts on.
       teacher_window_hidden: [B, M, K, D_teacher] the states that predict the
-        teacher's windows; kept only where a loss along them needs the
-        teacher's whole distribution.
-      weights: f32[B, T] what a sibling method makes of each token.
-      lots: f32[B, T] uniform draws, for a loss that takes chances.
+        teacher's windows; kept only where the guidance asks for them.
+      weights: f32[B, T] product of the token weights that need the whole
+        batch.
+      uniforms: f32[B, T] uniform draws in 0..1, for a stochastic token loss.
+      teacher: the teacher's name; "" for the only one. Static.
     """
 
+    teacher_head: Head
     teacher_hidden: jax.Array
     teacher_token_loss: jax.Array
     candidates: Candidates | None = None
@@ -191,14 +239,31 @@ class Annotations:
     plan: jax.Array | None = None
     divergent: jax.Array | None = None
     false_alarm: jax.Array | None = None
-    capped: jax.Array | None = None
+    selected: jax.Array | None = None
     teacher_window_hidden: jax.Array | None = None
     weights: jax.Array | None = None
-    lots: jax.Array | None = None
+    uniforms: jax.Array | None = None
+    teacher: str = struct.field(pytree_node=False, default="")
+
+
+@struct.dataclass
+class Teacher:
+    """A frozen teacher, and how many prompts of each batch are its own.
+
+    Attributes:
+      model: any :class:`~topd_jax.models.protocol.LanguageModel`.
+      name: "" for the only one; static.
+      prompts: consecutive prompts of every batch that belong to it; static.
+        The only teacher reads every row, whatever the number.
+    """
+
+    model: Any
+    name: str = struct.field(pytree_node=False, default="")
+    prompts: int = struct.field(pytree_node=False, default=1)
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
-    """Rotary positions of the columns that exist.
+    """Return the rotary positions of the columns that exist.
 
     Args:
       mask: bool[..., L] which columns exist.
@@ -207,19 +272,30 @@ def positions_of(mask: jax.Array) -> jax.Array:
       i32[..., L]: 0 for the first existing column, counting only existing
       ones; padding repeats its left neighbour's position (0 on the left).
     """
-    count = jnp.cumsum(mask.astype(jnp.int32), axis=-1)
+    count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
     return jnp.maximum(count - 1, 0)
 
 
 def completion_states(hidden: jax.Array, prompt_length: int) -> jax.Array:
-    """The states that predict each completion token: the one shift there is.
+    """Return the states that predict each completion token.
+
+    The only place that shifts tokens against states.
 
     Args:
       hidden: [B, P + T, D] states of prompt and completion.
-      prompt_length: P, the number of prompt columns.
+      prompt_length: P, the number of prompt columns, 1..P + T - 1.
 
     Returns:
       [B, T, D]: entry t is the state of column P + t - 1, which predicts
       token y_t.
+
+    Raises:
+      ValueError: for a prompt length out of bounds.
     """
+    if not 1 <= prompt_length < hidden.shape[1]:
+        raise ValueError(
+            f"prompt_length={prompt_length} must lie in "
+            f"1..{hidden.shape[1] - 1}, the columns of hidden"
+            f"{list(hidden.shape)} before the last completion token"
+        )
     return hidden[:, prompt_length - 1 : -1]

@@ -114,8 +114,8 @@ def test_branch(count: int, length: int) -> None:
         )
         return branch(
             model, cache, completion_states(hidden, PROMPT), written,
-            candidates, length=length, **ids,
-        ).tokens  # fmt: skip
+            candidates, length=length, vocab_size=model.head.shape[0], **ids,
+        )[0].tokens  # fmt: skip
 
     took = seconds(lambda: look_ahead(model, written))
     say(work="branch", rows=32, count=count, length=length, **took)

@@ -27,27 +27,24 @@ def build(way, divergence):
     import jax.numpy as jnp
 
     from topd_jax.losses import divergences, fused
+    from topd_jax.losses.log_probs import log_softmax
+    from topd_jax.objectives.loading import PIECES
 
-    count = ROWS * TOKENS
-    options = {"divergence": divergence, "beta": 0.5}
+    count, token_loss = ROWS * TOKENS, PIECES["token_loss"][divergence]
 
     def dense(*arrays):
         student, teacher = (
-            divergences.log_softmax(jnp.einsum("btd,vd->btv", *pair))
+            log_softmax(jnp.einsum("btd,vd->btv", *pair))
             for pair in (arrays[:2], arrays[2:])
         )
-        if divergence == "jsd":
-            each = divergences.generalized_jsd(student, teacher, 0.5)
-        else:
-            each = fused.DIVERGENCES[divergence](student, teacher)
-        return divergences.weighted_mean(each)
+        return divergences.weighted_mean(token_loss(student, teacher))
 
     def weighted_sum(*arrays):
         weights = jnp.full((ROWS, TOKENS), 1 / count)
-        return fused.fused_weighted_sum(*arrays, weights, **options)[0]
+        return fused.fused_weighted_sum(*arrays, weights, token_loss)[0]
 
     def recomputed(*arrays):
-        return jnp.mean(fused.fused_divergence(*arrays, **options))
+        return jnp.mean(fused.fused_divergence(*arrays, token_loss))
 
     loss = {
         "dense": dense,

@@ -15,14 +15,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from topd_jax import (
-    Objective,
-    Prompts,
-    annotate,
-    init_state,
-    rollout,
-    update,
-)
+import topd_jax as topd
 from topd_jax.models import (
     DecoderConfig,
     Lora,
@@ -54,7 +47,7 @@ def students():
 
 def prompts(rows):
     shape = rows, PROMPT
-    return Prompts(jnp.ones(shape, jnp.int32), jnp.ones(shape, bool))
+    return topd.Prompts(jnp.ones(shape, jnp.int32), jnp.ones(shape, bool))
 
 
 def size(tree):
@@ -63,20 +56,26 @@ def size(tree):
 
 def test_memory_of_an_update():
     teacher, optimizer = model(1, 6, 384, 6, 1152), optax.adamw(1e-5)
-    goal, out = Objective(variant="opd"), {}
-    learn = functools.partial(update, objective=goal, optimizer=optimizer)
+    objective, out = topd.opd(), {}
+    learn = functools.partial(
+        topd.train_step, objective=objective, optimizer=optimizer
+    )
     # Few tokens: the temporaries are then gradients, and not activations.
-    write = functools.partial(rollout, max_new_tokens=16, eos_ids=(), pad_id=0)
+    write = functools.partial(
+        topd.rollout, max_new_tokens=16, eos_ids=(), pad_id=0
+    )
     for name, student in students().items():
         told = jax.eval_shape(write, student, prompts(1), jax.random.key(0))
-        notes = jax.eval_shape(
-            functools.partial(annotate, objective=goal, eos_ids=(), pad_id=0),
-            student, teacher, told, jax.random.key(0),
+        scored = jax.eval_shape(
+            functools.partial(
+                topd.score, objective=objective, eos_ids=(), pad_id=0
+            ),
+            student, (topd.Teacher(teacher),), told, jax.random.key(0),
         )  # fmt: skip
-        state, frozen = init_state(student, optimizer), split(student)[1]
+        state, frozen = topd.init_state(student, optimizer), split(student)[1]
         compiled = (
             jax.jit(learn, donate_argnums=0)
-            .lower(state, teacher.head, told, notes, frozen)
+            .lower(state, told, scored, frozen)
             .compile()
         )
         memory = compiled.memory_analysis()
@@ -98,7 +97,11 @@ def test_memory_of_an_update():
 def test_rollouts_merged_and_apart():
     student = students()["lora"]
     write = functools.partial(
-        rollout, prompts=prompts(16), max_new_tokens=64, eos_ids=(), pad_id=0
+        topd.rollout,
+        prompts=prompts(16),
+        max_new_tokens=64,
+        eos_ids=(),
+        pad_id=0,
     )
     runs = {
         "whole": (write, students()["whole"]),

@@ -1,389 +1,343 @@
-"""What each command of ``topd`` does; settings in, JSON-able results out."""
+"""The commands of ``topd``: what each is for, its flags, its function.
 
-import json
+A table and an argument parser, nothing else: ``topd COMMAND --help`` imports
+neither JAX nor the command.
+"""
+
+import argparse
+import dataclasses
+import importlib
 import pathlib
-import sys
-from typing import Any
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-import jax
-import jax.numpy as jnp
-
-from topd_jax.cli.doctor.examine import examine
-from topd_jax.cli.doctor.findings import Finding
-from topd_jax.data import prompts as prompt_data
-from topd_jax.data.tokenizers import SentencePieceTokenizer
-from topd_jax.evaluation import benchmarking
-from topd_jax.experiments import sweep as sweeping
-from topd_jax.models import save_model
-from topd_jax.models.io.peft import save_adapter
-from topd_jax.sampling import rollout
-from topd_jax.training import generation
-from topd_jax.training import loop as training
-from topd_jax.training.adapters import require_adapter
-from topd_jax.training.config import Settings
-from topd_jax.training.restore import load_student, require_checkpoint
-from topd_jax.training.setup import load_pair
-from topd_jax.training.teachers import shared_rows
+# A name with two dashes, and what argparse is told of it. The name is a
+# parameter of the command's function.
+Flag = tuple[str, dict[str, Any]]
 
 
-def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains; the same command again resumes.
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command.
 
-    Args:
-      settings: of the run.
-      workdir: of the run.
-
-    Returns:
-      The final evaluation.
+    Attributes:
+      summary: what it does, one line.
+      function: "module:function" below topd_jax; it takes every flag by name,
+        and in the place of --config the ``settings``.
+      flags: all that it takes.
+      example: what a user may type after "topd COMMAND".
+      details: more to know, after the flags; "" for nothing.
     """
-    return training.train(settings, workdir)
+
+    summary: str
+    function: str
+    flags: tuple[Flag, ...]
+    example: str
+    details: str = ""
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function that does it."""
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(f"topd_jax.{module}"), name)
 
 
-def generate(
-    settings: Settings, workdir: pathlib.Path, count: int | None
-) -> dict[str, Any]:
-    """Lets the teacher write; the same command again resumes.
-
-    Args:
-      settings: of the teacher, the prompts and how it writes.
-      workdir: where ``solutions`` is written.
-      count: prompts, from the first on; None takes them all.
-
-    Returns:
-      The set's path, what it holds, and tokens a second.
-    """
-    return generation.generate(settings, workdir, count)
-
-
-def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
-    """Runs every variant on every seed, then writes the report.
-
-    Args:
-      settings: of the runs; ``settings.sweep`` names them.
-      workdir: of the sweep.
-
-    Returns:
-      Where the report's files are.
-    """
-    return sweeping.sweep(settings, workdir)
-
-
-def doctor(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
-    """Looks whether a run's parts fit, and changes nothing.
-
-    Args:
-      settings: of the run.
-      workdir: of the run; the tiny world's models are made there.
-
-    Returns:
-      The findings.
-    """
-    return examine(settings, workdir)
-
-
-def evaluate(
-    settings: Settings, workdir: pathlib.Path, which: str
-) -> dict[str, Any]:
-    """Evaluates a trained student on test problems or benchmarks.
-
-    Args:
-      settings: of the run; ``settings.eval`` names samples and benchmarks.
-      workdir: of the run; ``eval-WHICH.json``, with a record of every
-        problem, is written there.
-      which: "latest", "best" or "start".
-
-    Returns:
-      The evaluation without the records.
-    """
-    require_checkpoint(workdir, which)
-    pair = load_pair(settings, workdir)
-    with jax.set_mesh(pair.mesh):
-        student, step = load_student(settings, workdir, pair, which)
-        found = benchmarking.evaluate_all(settings, pair, student, step)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / f"eval-{which}.json").write_text(json.dumps(found, indent=1))
-    return benchmarking.summaries(found)
-
-
-def compare(a: list[str], b: list[str], which: str) -> dict[str, Any]:
-    """Compares evaluated runs on the same problems.
-
-    Args:
-      a: work directories of one method, one a seed.
-      b: of the other, as many.
-      which: "latest", "best" or "start".
-
-    Returns:
-      Benchmark -> difference, interval and test.
-    """
-    return benchmarking.compare_runs(
-        [pathlib.Path(d) for d in a], [pathlib.Path(d) for d in b], which
-    )
-
-
-def report(
-    workdir: str, others: list[str], output: str | None
-) -> dict[str, Any]:
-    """Writes a page of a run, or of several laid over each other.
-
-    Args:
-      workdir: of the run.
-      others: of further runs.
-      output: the HTML file; None is ``report.html`` in ``workdir``.
-
-    Returns:
-      "page", its path, and how far each of the "runs" is.
-    """
-    # Here, not above: only this command needs a template engine.
-    from topd_jax.experiments import run_page
-
-    return run_page.report(
-        [pathlib.Path(d) for d in (workdir, *others)],
-        output and pathlib.Path(output),
-    )
-
-
-def inspect(
-    settings: Settings, workdir: pathlib.Path, which: str, count: int
-) -> dict[str, Any]:
-    """Writes a page that shows what the detector sees in trajectories.
-
-    Args:
-      settings: of the run.
-      workdir: of the run; ``inspect-WHICH.html`` is written there.
-      which: "latest", "best" or "start".
-      count: test prompts that the student completes for it.
-
-    Returns:
-      "page", its path, "step" and the numbers of "trajectories" and
-      "candidates".
-    """
-    # Here, not above: only this command needs a template engine.
-    from topd_jax.experiments import token_map
-    from topd_jax.experiments.observe import observe
-
-    require_checkpoint(workdir, which)
-    pair = load_pair(settings, workdir)
-    with jax.set_mesh(pair.mesh):
-        student, step = load_student(settings, workdir, pair, which)
-        rows = [
-            row
-            for seen in observe(settings, pair, student, count)
-            for row in token_map.trajectories_of(
-                seen,
-                pair,
-                window=settings.objective.window,
-                is_world=settings.data.source == "world",
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be a whole number, at least {least}"
             )
-        ]
-    facts = {
-        "student": f"{which}, step {step}",
-        "variant": settings.objective.variant,
-        "window": f"{settings.objective.window} tokens",
-        "run": workdir.name,
-    }
-    page = workdir / f"inspect-{which}.html"
-    token_map.write_page(
-        rows, {"title": "Trajectories under the detector", "facts": facts}, page
-    )
-    return {
-        "page": str(page),
-        "step": step,
-        "trajectories": len(rows),
-        "candidates": sum(len(r["candidates"]) for r in rows),
-    }
+        return int(text)
+
+    return number
 
 
-def probe(
-    settings: Settings, workdir: pathlib.Path, which: str, count: int
-) -> dict[str, Any]:
-    """Measures whether high loss means that the futures part (§2.1).
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a number"
+        ) from error
 
-    Args:
-      settings: of the run; ``objective.candidates`` positions a row and group.
-      workdir: of the run; ``probe-WHICH`` with the JSON and figures is
-        written there.
-      which: "latest", "best" or "start".
-      count: test prompts that the student completes for it.
 
-    Returns:
-      The numbers, those of the paper and the figures' paths.
-    """
-    # Here, not above: scipy's statistics and matplotlib take seconds.
-    from topd_jax.experiments import probe as probing
-    from topd_jax.experiments.observe import observe
-
-    require_checkpoint(workdir, which)
-    pair = load_pair(settings, workdir)
-    window = settings.objective.window
-    with jax.set_mesh(pair.mesh):
-        student, step = load_student(settings, workdir, pair, which)
-        found = probing.collect(
-            observe(settings, pair, student, count, probing.scores_for(window))
+def _directory(text: str) -> pathlib.Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be a directory; mount the bucket (gcsfuse) and give "
+            "the place where it is mounted"
         )
-    folder = workdir / f"probe-{which}"
-    numbers = probing.report(found)
-    result = {
-        "machine": sweeping.machine(),
-        "seed": settings.seed,
-        "step": step,
-        "prompts": count,
-        "window": window,
-        **numbers,
-        "paper": probing.PAPER,
-        "figures": probing.figures(found, folder),
-    }
-    positions = {
-        group: {name: v.tolist() for name, v in values.items()}
-        for group, values in found.items()
-    }
-    (folder / "probe.json").write_text(
-        json.dumps(result | {"positions": positions}, indent=1)
-    )
-    print(probing.table(numbers), file=sys.stderr, flush=True)
-    return result
+    return pathlib.Path(text).absolute()
 
 
-def quantize(
-    settings: Settings, workdir: pathlib.Path, which: str, count: int
-) -> dict[str, Any]:
-    """Measures what a teacher in fewer bits costs.
+def _flag(name: str, **options: Any) -> Flag:
+    return f"--{name}", options
+
+
+CONFIG = _flag(
+    "config", metavar="FILE", required=True,
+    help="config file, or the name of a shipped one; --config.SECTION.KEY="
+    "VALUE changes a setting",
+)  # fmt: skip
+WORKDIR = _flag(
+    "workdir", metavar="DIR", type=_directory, required=True,
+    help="directory of the run",
+)  # fmt: skip
+WHICH = _flag(
+    "which", choices=("latest", "best", "start"), default="latest",
+    help="checkpoint of the student (latest)",
+)  # fmt: skip
+COUNT = _flag(
+    "count", metavar="N", type=_at_least(1), default=32,
+    help="test prompts that the student completes for it (32)",
+)  # fmt: skip
+RUN = (CONFIG, WORKDIR)
+STUDENT = (*RUN, WHICH)
+_EXAMPLE = "--config tiny --workdir runs/tiny"
+_AGAIN = _flag(
+    "b", metavar="DIR", type=_directory, action="append", default=[],
+    help="another run beside it; again for more",
+)  # fmt: skip
+
+COMMANDS = {
+    "doctor": Command(
+        "check that the parts of a run fit together",
+        "cli.doctor.examine:doctor",
+        (
+            CONFIG,
+            _flag(
+                "workdir", metavar="DIR", type=_directory, default=None,
+                help="directory of the run: with it the models of the tiny "
+                "world are trained there, and checked",
+            ),
+            _flag("json", action="store_true", help="print JSON"),
+        ),
+        "--config tiny",
+        "Exit code 2 where something does not fit.",
+    ),
+    "train": Command(
+        "train a student; rerun the command to resume",
+        "cli.train:train",
+        (
+            *RUN,
+            _flag(
+                "distributed", action="store_true",
+                help="one of several processes that JAX finds by itself "
+                "(Cloud TPU, SLURM)",
+            ),
+            _flag(
+                "coordinator", metavar="HOST:PORT",
+                help="of the first of several processes",
+            ),
+            _flag(
+                "processes", metavar="N", type=_at_least(1),
+                help="how many processes run this command",
+            ),
+            _flag(
+                "process", metavar="I", type=_at_least(0),
+                help="which of them this one is, from 0",
+            ),
+        ),
+        f"{_EXAMPLE} --config.train.steps=100",
+        "Several processes run the same command. SIGTERM to any of them makes "
+        "all save after the current step and stop.",
+    ),
+    "generate": Command(
+        "let the teacher write solutions for stage 1",
+        "training.generation:generate",
+        (
+            *RUN,
+            _flag(
+                "count", metavar="N", type=_at_least(1),
+                help="training prompts to write on, from the first (all)",
+            ),
+        ),
+        "--config tiny --workdir runs/solutions --count 2000",
+        "config.offline.path names the solutions for topd train. Rerun the "
+        "command to resume.",
+    ),
+    "eval": Command(
+        "evaluate a student on test problems or benchmarks",
+        "cli.evaluate:evaluate", STUDENT, _EXAMPLE,
+        "config.eval.benchmarks and config.eval.samples say on what, and how "
+        "often a problem is answered.",
+    ),
+    "compare": Command(
+        "compare evaluated runs on the same problems, paired",
+        "evaluation.benchmarking:compare_runs",
+        (
+            _flag(
+                "a", metavar="DIR", type=_directory, action="append",
+                required=True, help="an evaluated run; again for more seeds",
+            ),
+            _flag(
+                "b", metavar="DIR", type=_directory, action="append",
+                required=True, help="the run to compare with it",
+            ),
+            WHICH,
+        ),
+        "--a runs/opd --b runs/topd",
+    ),
+    "report": Command(
+        "write an HTML page of a run, finished or not",
+        "cli.report:report",
+        (
+            WORKDIR, _AGAIN,
+            _flag(
+                "output", metavar="FILE", type=pathlib.Path,
+                help="where to write it (DIR/report.html)",
+            ),
+        ),
+        "--workdir runs/one --b runs/two",
+    ),
+    "inspect": Command(
+        "write an HTML page of trajectories and what the detector sees",
+        "cli.inspection:inspect", (*STUDENT, COUNT), _EXAMPLE,
+    ),
+    "probe": Command(
+        "measure whether high loss means that futures part",
+        "experiments.probe:probe", (*STUDENT, COUNT),
+        f"{_EXAMPLE} --which start --count 200",
+    ),
+    "correct": Command(
+        "measure whether updates on one window mend its divergence",
+        "experiments.local_correction:correct",
+        (
+            *STUDENT, COUNT,
+            _flag(
+                "updates", metavar="N", type=_at_least(0), default=5,
+                help="of each correction (5)",
+            ),
+            _flag(
+                "learning_rate", metavar="RATE", type=_number,
+                help="of the corrections (config.optimizer.learning_rate)",
+            ),
+        ),
+        f"{_EXAMPLE} --which start --count 400",
+    ),
+    "sample": Command(
+        "complete prompts with a student",
+        "cli.sample:sample",
+        (
+            *STUDENT,
+            _flag(
+                "prompt", metavar="TEXT", action="append",
+                help="text to complete, again for more (three test prompts)",
+            ),
+            _flag(
+                "temperature", metavar="T", type=_number,
+                help="of the sampler, 0 is greedy (config.rollout.temperature)",
+            ),
+        ),
+        f"{_EXAMPLE} --prompt '6*3+19-4?'",
+    ),
+    "export": Command(
+        "write a student to a Hugging Face directory",
+        "cli.export:export",
+        (
+            *STUDENT,
+            _flag(
+                "output", metavar="DIR", type=pathlib.Path, required=True,
+                help="a new or empty directory",
+            ),
+            _flag(
+                "adapter", action="store_true",
+                help="of a LoRA student the adapters alone, for PEFT",
+            ),
+        ),
+        f"{_EXAMPLE} --output student",
+    ),
+    "settings": Command(
+        "print every setting with its default, bounds and meaning",
+        "cli.settings:explain",
+        (
+            (
+                "name",
+                dict(
+                    nargs="?", default="",
+                    help="part of a name: only settings that have it",
+                ),
+            ),
+        ),
+        "learning_rate",
+    ),
+    "sweep": Command(
+        "train every objective on every seed of config.sweep, then report",
+        "experiments.sweep:sweep", RUN, _EXAMPLE,
+    ),
+    "plan": Command(
+        "compute memory and time on a TPU topology, without the TPU",
+        "planning.command:plan",
+        (
+            CONFIG,
+            _flag(
+                "topology", metavar="KIND:SHAPE", required=True,
+                help="TPU kind and shape, as v5e:2x4",
+            ),
+            _flag("output", metavar="FILE", help="also write JSON"),
+        ),
+        "--config qwen3_8b_to_1p7b --topology v5e:2x4",
+        "Needs libtpu.",
+    ),
+}  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print, as the ValueError of this tool."""
+        raise ValueError(f"{message}; {self.prog} --help has an example")
+
+
+def usage() -> str:
+    """Return what ``topd --help`` prints."""
+    lines = [f"  {n:9} {c.summary}" for n, c in COMMANDS.items()]
+    return "\n".join([
+        "usage: topd COMMAND --config FILE --workdir DIR "
+        "[--config.SECTION.KEY=VALUE ...]",
+        "", *lines, "",
+        "topd COMMAND --help lists the flags of a command, with an example.",
+        "FILE is a path, or the name of a shipped config: tiny, paper, ...",
+        "TOPD_TRACEBACK=1 shows where an error comes from.",
+    ])  # fmt: skip
+
+
+def parse(name: str, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Read the flags of a command.
 
     Args:
-      settings: of the run; ``teacher.quantize_tile`` of both kinds. The
-        teacher itself is loaded as floats.
-      workdir: of the run; ``quantize-WHICH.json`` is written there.
-      which: "latest", "best" or "start".
-      count: test prompts that the student completes for it.
+      name: of the command.
+      arguments: after it.
 
     Returns:
-      "machine", "source", "seed", "step", "count" and the "rows" of
-      :func:`~topd_jax.experiments.quantization.measure`.
-    """
-    from topd_jax.experiments import quantization
-
-    require_checkpoint(workdir, which)
-    pair = load_pair(settings, workdir)
-    with jax.set_mesh(pair.mesh):
-        student, step = load_student(settings, workdir, pair, which)
-        rows = quantization.measure(settings, pair, student, count)
-    result = {
-        "machine": sweeping.machine(),
-        "source": settings.teacher.source,
-        "seed": settings.seed,
-        "step": step,
-        "count": count,
-        "rows": rows,
-    }
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / f"quantize-{which}.json").write_text(json.dumps(result))
-    print(quantization.table(rows), file=sys.stderr, flush=True)
-    return result
-
-
-def sample(
-    settings: Settings,
-    workdir: pathlib.Path,
-    which: str,
-    texts: list[str],
-    temperature: float | None,
-) -> list[dict[str, str]]:
-    """Lets a trained student complete some prompts.
-
-    Args:
-      settings: of the run.
-      workdir: of the run.
-      which: "latest", "best" or "start".
-      texts: prompts, before any chat template; none takes three test ones.
-      temperature: of the sampler; None takes ``rollout.temperature``.
-
-    Returns:
-      One dictionary a prompt, with "prompt" and "completion".
-    """
-    require_checkpoint(workdir, which)
-    pair = load_pair(settings, workdir)
-    texts = texts or [r["prompt"] for r in pair.test.records[:3]]
-    records = [
-        {"prompt": t, "answer": "", "index": i, "source": "--prompt"}
-        for i, t in enumerate(texts)
-    ]
-    tokenizer, options = pair.tokenizer, settings.rollout
-    encoded = prompt_data.encode_prompts(
-        records, tokenizer, max_length=settings.data.max_prompt_length
-    )
-    (batch,) = prompt_data.ordered_batches(encoded, batch_size=len(texts))
-    if temperature is None:
-        temperature = options.temperature
-    student, _ = load_student(settings, workdir, pair, which)
-    written = rollout(
-        student,
-        jax.tree.map(jnp.asarray, batch.prompts),
-        jax.random.key(settings.seed),
-        max_new_tokens=options.max_new_tokens,
-        temperature=temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        vocab_size=shared_rows(student, pair.teacher),
-    )
-    tokens, mask = jax.device_get((written.tokens, written.mask))
-    return [
-        {
-            "prompt": text,
-            "completion": tokenizer.decode(tokens[i][mask[i]].tolist()),
-        }
-        for i, text in enumerate(texts)
-    ]
-
-
-def export(
-    settings: Settings,
-    workdir: pathlib.Path,
-    which: str,
-    output: pathlib.Path,
-    adapter: bool = False,
-) -> dict[str, Any]:
-    """Writes a trained student to a Hugging Face directory.
-
-    Adapters are merged, unless they are what is asked for.
-
-    Args:
-      settings: of the run.
-      workdir: of the run.
-      which: "latest", "best" or "start".
-      output: an empty or new directory.
-      adapter: write a LoRA student's adapters alone, as PEFT loads them.
-
-    Returns:
-      "output" and the "step" of the student.
+      (parameter -> value, the overrides of the config as they were typed).
 
     Raises:
-      ValueError: where ``output`` is not free, there is no checkpoint, or no
-        adapter to write.
+      ValueError: for a flag that the command does not have, one that it must
+        have, or a value out of bounds.
+      SystemExit: after printing the help that was asked for.
     """
-    if output.exists() and not (output.is_dir() and not [*output.iterdir()]):
-        raise ValueError(
-            f"--output {output} exists and is not empty; choose another "
-            "directory, or empty it"
-        )
-    require_checkpoint(workdir, which)
-    if adapter:
-        require_adapter(settings.student)
-    pair = load_pair(settings, workdir)
-    student, step = load_student(settings, workdir, pair, which)
-    if adapter:
-        save_adapter(student, output, base=pair.student_source)
-        return {"output": str(output), "step": step}
-    tokenizer = pair.tokenizer
-    # All ends that the run knew, so that generation stops where it did here.
-    ends = list(tokenizer.eos_ids)
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else ends,
-        "pad_token_id": tokenizer.pad_id,
-    }
-    save_model(student, output, tokenizer=pair.hub_tokenizer, extra=ids)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        tokenizer.save_pretrained(output)
-    return {"output": str(output), "step": step}
+    command = COMMANDS[name]
+    parser = _Parser(
+        prog=f"topd {name}",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog=f"{textwrap.fill(command.details, 79)}\n\nexample:\n"
+        f"  topd {name} {command.example}".lstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for flag, options in command.flags:
+        parser.add_argument(flag, **options)
+    values, rest = parser.parse_known_args(arguments)
+    has_config = CONFIG in command.flags
+    for argument in rest:
+        match = re.match(r"--?(no)?(config\.)?[a-zA-Z]", argument)
+        if match and not (match[2] and has_config):
+            raise ValueError(
+                f"topd {name} has no flag {argument.partition('=')[0]}; topd "
+                f"{name} --help lists its flags"
+            )
+    if rest and not has_config:
+        raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+    return vars(values), rest

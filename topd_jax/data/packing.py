@@ -1,9 +1,8 @@
-"""Several written solutions in one row: less padding, the same loss.
+"""Rows for supervised training: one written solution each, or several.
 
-Stage 1 of arXiv:2606.00305 (App. B) packs to 16384 tokens; how is ours. A
-batch is a fixed number of *solutions*, whatever its layout: packing decides
-only how many rows they take, and so the packed and the unpacked run take the
-same steps.
+Stage 1 of arXiv:2606.00305 (App. B) packs rows of 16384 tokens; it does not
+say how. A batch is a fixed number of *solutions*: packing decides only how
+many rows they take, so a packed and an unpacked run take the same steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +10,15 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import struct
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.solutions import Solution
-from topd_jax.models.attention.masks import Spans, packed_spans
-from topd_jax.sampling.prompts import bucket
+from topd_jax.models.attention.masks import IntervalMask, packed_intervals
+from topd_jax.types import Trajectories
 
 # (prompt ids, completion ids, whether the completion does not end)
 Pair = tuple[np.ndarray, np.ndarray, bool]
@@ -26,21 +26,21 @@ Pair = tuple[np.ndarray, np.ndarray, bool]
 
 @struct.dataclass
 class PackedRows:
-    """Written prompts with their completions, several to a row.
+    """Prompts with their completions, one or more to a row.
 
-    One pair after the other; each is a segment that attends to itself alone
-    and whose positions begin at 0, so that a row is read as its segments are
-    read apart. What is said of a token is said in completion coordinates with
-    P = 1: the column of a row that nothing predicts is its first.
+    Each pair is a segment that attends to itself alone and whose positions
+    begin at 0, so every segment is read as if it were alone. Completion
+    coordinates have P = 1 here: only the first column of a row is predicted
+    by nothing.
 
     Attributes:
-      sequence: i32[B, L] token ids, padded on the right.
-      segments: i32[B, L] which pair of its row a column is of, from 1; 0 is
-        padding.
+      sequence: i32[B, L] token ids and padding.
+      segments: i32[B, L] number of the pair of each column, from 1 in every
+        row; 0 is padding.
       positions: i32[B, L] rotary positions, 0 at the first of each segment.
-      targets: bool[B, L] tokens to be learnt: completions, up to and
+      targets: bool[B, L] the targets of the loss: completions, up to and
         including the first end-of-sequence token.
-      truncated: i32[B] pairs of each row that do not end.
+      truncated: i32[B] pairs of each row without an end.
     """
 
     sequence: jax.Array
@@ -51,35 +51,59 @@ class PackedRows:
 
     @property
     def tokens(self) -> jax.Array:
-        """i32[B, L - 1]: the tokens that some column predicts."""
+        """i32[B, L - 1]: the tokens that a column predicts."""
         return self.sequence[:, 1:]
 
     @property
     def mask(self) -> jax.Array:
-        """bool[B, L - 1]: which of :attr:`tokens` are to be learnt."""
+        """bool[B, L - 1]: which of :attr:`tokens` are targets."""
         return self.targets[:, 1:]
 
     @property
-    def spans(self) -> Spans:
+    def attention_mask(self) -> IntervalMask:
         """Columns of the same segment that are not later.
 
         Padding sees padding, and nothing else sees it.
         """
-        return packed_spans(self.segments)
+        return packed_intervals(self.segments)
+
+
+def rows_of(trajectories: Trajectories) -> PackedRows:
+    """Turn a rollout into rows of one segment each.
+
+    The columns stay where they are, padding on the left included.
+
+    Args:
+      trajectories: B rows of P + T columns.
+
+    Returns:
+      PackedRows with L = P + T.
+    """
+    mask = trajectories.mask
+    prompt = jnp.zeros_like(trajectories.prompt_mask)
+    return PackedRows(
+        sequence=trajectories.sequence,
+        segments=trajectories.sequence_mask.astype(jnp.int32),
+        positions=trajectories.positions,
+        targets=jnp.concatenate([prompt, mask], axis=-1),
+        truncated=trajectories.truncated.astype(jnp.int32),
+    )
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: at most 11/9 of the fewest rows (Johnson, 1973).
+    """Assign solutions to rows by first-fit decreasing.
+
+    Takes at most 11/9 of the fewest rows, asymptotically (Johnson, 1973).
 
     Args:
       lengths: tokens of each solution, at most ``capacity``.
       capacity: tokens of a row.
 
     Returns:
-      The solutions of each row, by index; a function of the arguments alone.
+      The solutions of each row, by index; the same for the same arguments.
 
     Raises:
-      ValueError: for a solution that no row holds.
+      ValueError: for a solution longer than a row.
     """
     longest = max(lengths, default=0)
     if longest > capacity:
@@ -89,7 +113,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         )
     rows: list[list[int]] = []
     room: list[int] = []
-    # Stable: solutions of one length keep their order.
+    # The sort is stable: solutions of equal length keep their order.
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fits = (r for r, left in enumerate(room) if lengths[index] <= left)
         row = next(fits, len(rows))
@@ -102,14 +126,15 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def row_count(needed: int, unit: int) -> int:
-    """Rows of a batch that needs some, so that few counts occur.
+    """Round up the number of rows of a batch, so that few numbers occur.
 
-    Every count is one compilation: multiples of ``unit`` up to 16, then of 2,
-    4, 8 ... units, never an eighth more than is needed in whole units.
+    Every number is one compilation: multiples of ``unit`` up to 16 units,
+    then of 2, 4, 8 ... units, at most an eighth more than the whole units
+    needed.
 
     Args:
       needed: rows that hold something.
-      unit: what a number of rows must be divisible by.
+      unit: that the number must be divisible by.
 
     Returns:
       At least ``needed``.
@@ -128,13 +153,13 @@ def pack(
     shape: tuple[int, int],
     pad_id: int,
 ) -> PackedRows:
-    """Lays solutions out in rows.
+    """Lay solutions out in rows, padded on the right.
 
     Args:
       pairs: the solutions.
-      rows: which of them stand in each row, as :func:`first_fit` gives it.
+      rows: the solutions of each row, by index, as :func:`first_fit` returns.
       shape: (B, L); rows beyond ``len(rows)`` are padding.
-      pad_id: the id that fills rows.
+      pad_id: the id of the padding.
 
     Returns:
       Rows of NumPy arrays.
@@ -158,12 +183,12 @@ def pack(
 
 
 class SolutionStream:
-    """Batches of written solutions for ever, shuffled anew each epoch.
+    """Iterate over batches of written solutions, each epoch shuffled anew.
 
-    The order is a function of the seed alone, the state is one number and the
-    solutions' fingerprint, and every process takes its own rows of the same
-    global batch: neither a resume nor another number of processes changes
-    what a step sees.
+    The stream never ends. Its order is a function of the seed alone, its state
+    is one number and the solutions' fingerprint, and every process takes its
+    own rows of the same global batch: neither a resume nor another number of
+    processes changes what a step sees.
     """
 
     def __init__(
@@ -179,20 +204,21 @@ class SolutionStream:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Cuts what is too long, and begins at the first batch.
+        """Truncate solutions that are too long; start at the first batch.
 
         Args:
-          solutions: what was kept of a set.
+          solutions: those that were kept of a set.
           eos_ids: the ids that end a completion.
-          pad_id: the id that fills rows.
+          pad_id: the id of the padding.
           batch_size: solutions of the global batch.
-          length: columns of a packed row; what is longer is cut off there. 0
-            gives every solution a row, as wide as the batch's longest asks.
-          unit: what the number of rows must be divisible by.
-          seed: of the order; nothing else enters it.
-          process_index: which of the processes this is.
-          process_count: how many share each batch; ``unit`` is divisible by
-            it.
+          length: columns of a packed row; longer solutions are truncated. 0
+            gives every solution a row, as wide as the longest of all, rounded
+            up to a multiple of 8.
+          unit: that the number of rows must be divisible by.
+          seed: of the order; nothing else changes it.
+          process_index: of this process.
+          process_count: processes that share each batch; ``unit`` is
+            divisible by it.
 
         Raises:
           ValueError: for fewer solutions than a batch, a solution whose
@@ -219,11 +245,14 @@ class SolutionStream:
         )
         if cut:
             logging.warning(
-                "%d of %d solutions are cut off at offline.pack_length=%d",
+                "%d of %d solutions are truncated to offline.pack_length=%d",
                 cut, len(solutions), length,
             )  # fmt: skip
         self._fingerprint = solution_data.fingerprint(solutions)
-        self._length, self._unit, self._pad_id = length, unit, pad_id
+        self._packed, self._unit, self._pad_id = length > 0, unit, pad_id
+        longest = max(len(p) + len(c) for p, c, _ in self._pairs)
+        # The same for every batch and process: one program serves all.
+        self._width = length or -(-longest // 8) * 8
         self._process = process_index, process_count
         self._batches = iter(
             grain.MapDataset.range(len(solutions))
@@ -243,17 +272,17 @@ class SolutionStream:
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        """The position, JSON-able."""
+        """Return the position, JSON-able."""
         return {
             "solutions": self._fingerprint,
             "batches": self._batches.get_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a position.
+        """Continue from a position.
 
         Raises:
-          ValueError: where it is a position in other solutions.
+          ValueError: for a position in other solutions.
         """
         if state.get("solutions") != self._fingerprint:
             raise ValueError(
@@ -266,26 +295,25 @@ class SolutionStream:
 
     def _rows(self, index: np.ndarray) -> PackedRows:
         pairs = [self._pairs[i] for i in index]
-        lengths = [len(p) + len(c) for p, c, _ in pairs]
-        # The shape is the global batch's: all processes run one program.
-        if self._length:
-            rows = first_fit(lengths, self._length)
-            shape = row_count(len(rows), self._unit), self._length
+        if self._packed:
+            lengths = [len(p) + len(c) for p, c, _ in pairs]
+            rows = first_fit(lengths, self._width)
+            count = row_count(len(rows), self._unit)
         else:
             rows = [[i] for i in range(len(pairs))]
-            shape = len(rows), bucket(max(lengths))
-        own, count = self._process
-        share = shape[0] // count
+            count = len(rows)
+        process_index, process_count = self._process
+        count //= process_count
         return pack(
             pairs,
-            rows[own * share : (own + 1) * share],
-            shape=(share, shape[1]),
+            rows[process_index * count : (process_index + 1) * count],
+            shape=(count, self._width),
             pad_id=self._pad_id,
         )
 
 
 def _pair(solution: Solution, eos_ids: Sequence[int], length: int) -> Pair:
-    """The tokens of a solution: the first end counts, and fits the row."""
+    """Return a solution's tokens up to the first end, fitted to a row."""
     prompt, completion = (
         solution["prompt_tokens"],
         solution["completion_tokens"],

@@ -1,10 +1,10 @@
-"""Prompts as batches (ours).
+"""Batches of prompts.
 
-Records (:mod:`topd_jax.data.sources`) are tokenised once; a stream gives
-batches for ever. The stream's order is a function of the seed alone, its
-state is one number, and every process of a pod takes its own rows of the same
-global batch: neither a resume nor another number of processes changes what a
-step sees.
+Records (:mod:`topd_jax.data.sources`) are tokenized once, and every batch is
+``data.max_prompt_length`` columns wide, so that a run compiles once. A stream
+never ends: its order is a function of the seed alone, its state is one number,
+and every process takes its own rows of the same global batch. Neither a resume
+nor another number of processes changes what a step sees.
 """
 
 import dataclasses
@@ -18,19 +18,18 @@ from absl import logging
 from topd_jax.data.routing import places_of
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer
-from topd_jax.sampling.prompts import bucket
 from topd_jax.types import Prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompts:
-    """Tokenised records.
+    """Tokenized records.
 
     Attributes:
       records: those that were kept.
       ids: of each record, i32[its length], the chat template applied.
       pad_id: the id that fills batches.
-      max_length: the limit that all of them respect.
+      max_length: of a prompt, in tokens; the width of every batch.
       skipped: how many records were left out because they were too long.
     """
 
@@ -41,14 +40,14 @@ class EncodedPrompts:
     skipped: int
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with any prompt or its place."""
+        """Return 16 hex digits that change with any prompt or its place."""
         digest = hashlib.sha256()
         for ids in self.ids:
             digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
         return digest.hexdigest()[:16]
 
     def take(self, places: Sequence[int]) -> "EncodedPrompts":
-        """Some of the prompts, in the order of ``places``."""
+        """Return some of the prompts, in the order of ``places``."""
         return dataclasses.replace(
             self,
             records=tuple(self.records[i] for i in places),
@@ -58,7 +57,7 @@ class EncodedPrompts:
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """Prompts with the records they are of.
+    """Prompts and where they come from.
 
     Attributes:
       prompts: NumPy i32[B, P] and bool[B, P], padded on the left.
@@ -77,14 +76,14 @@ def encode_prompts(
     max_length: int,
     on_long_prompt: str = "error",
 ) -> EncodedPrompts:
-    """Tokenises records, the chat template applied.
+    """Tokenize records, the chat template applied.
 
     Args:
       records: questions.
       tokenizer: of the student.
-      max_length: the longest prompt allowed, in tokens.
-      on_long_prompt: "error", or "skip", which leaves longer ones out and
-        counts them.
+      max_length: of a prompt, in tokens, at least 1.
+      on_long_prompt: what a longer one is: "error", or "skip", which leaves
+        it out and counts it.
 
     Raises:
       ValueError: for a prompt that is too long, with its source, length and
@@ -114,7 +113,7 @@ def encode_prompts(
         )
     if skipped:
         logging.warning(
-            "%d of %d prompts are longer than %d tokens and are left out",
+            "skipping %d of %d prompts, which are longer than %d tokens",
             skipped,
             len(records),
             max_length,
@@ -124,18 +123,15 @@ def encode_prompts(
     )
 
 
-def default_buckets(max_length: int) -> tuple[int, ...]:
-    """Widths 16, 32, 64, ... below ``max_length``, and itself."""
-    widths = []
-    while 16 << len(widths) < max_length:
-        widths.append(16 << len(widths))
-    return (*widths, max_length)
-
-
 def pad_prompts(
     ids: Sequence[np.ndarray], *, pad_id: int, width: int
 ) -> Prompts:
-    """Prompts as one batch, padded on the left to ``width`` columns.
+    """Pad prompts on the left to one batch.
+
+    Args:
+      ids: of each prompt, i32[its length].
+      pad_id: the id of the padding.
+      width: columns of the batch, at least the longest length.
 
     Returns:
       Prompts of NumPy arrays i32[B, width] and bool[B, width].
@@ -153,63 +149,79 @@ def prompt_stream(
     *,
     batch_size: int,
     seed: int,
-    shares: Mapping[str, int] | None = None,
-    buckets: Sequence[int] | None = None,
-    parts: int = 1,
+    teacher_prompts: Mapping[str, int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Batches for ever, shuffled anew each epoch by the seed.
+    """Return an endless iterator over batches, each epoch shuffled anew.
 
     The iterator is grain's: ``get_state()`` gives a small JSON-able dict and
-    ``set_state`` goes on from there with the identical batches; orbax saves
+    ``set_state`` continues from there with the identical batches; orbax saves
     it through ``grain.checkpoint``.
 
     Args:
       encoded: the prompts.
-      batch_size: rows of the global batch.
-      seed: of the order; nothing else enters it.
-      shares: teacher -> how many of the batch's rows hold its prompts, which
-        are shuffled apart from those of others, by seed and name; rows are in
-        the order of ``shares``. None where there is one teacher.
-      buckets: widths that a batch may have, so that a new length does not
-        recompile; None takes :func:`default_buckets`.
-      parts: consecutive slices of the batch, each of which the processes
-        share.
-      process_index: which of the processes this is.
-      process_count: how many share each batch, this one getting rows
-        ``[index * B / count, (index + 1) * B / count)``, of every slice.
+      batch_size: prompts of the global batch.
+      seed: of the order; nothing else changes it.
+      teacher_prompts: name of a teacher -> its prompts in every batch. Rows
+        are in this order, and each teacher's prompts are shuffled on their
+        own, by seed and name. None or {} where there is one teacher.
+      process_index: of this process.
+      process_count: processes that share each batch; this one gets rows
+        ``[index * B / count, (index + 1) * B / count)``.
 
     Returns:
       An iterator of :class:`PromptBatch` with ``batch_size / process_count``
       rows each.
 
     Raises:
-      ValueError: for a slice that the processes cannot share equally, a
-        prompt that no bucket holds, or a teacher without prompts.
+      ValueError: for a batch that the processes cannot share equally, or a
+        teacher without prompts.
     """
-    own = _own_rows(batch_size, process_index, process_count, parts)
-    widths = tuple(buckets or default_buckets(encoded.max_length))
-    bucket(max(map(len, encoded.ids)), widths)
+    rows = _rows_of(batch_size, process_index, process_count)
 
     def collate(index: np.ndarray) -> PromptBatch:
-        # The width is the global batch's: all processes run one program.
-        width = bucket(max(len(encoded.ids[i]) for i in index), widths)
-        mine = index[own]
-        prompts = pad_prompts(
-            [encoded.ids[i] for i in mine], pad_id=encoded.pad_id, width=width
-        )
-        return PromptBatch(prompts, mine.astype(np.int32))
+        return _batch(encoded, index[rows])
 
-    if shares is None:
-        index = _shuffled(range(len(encoded.ids)), seed, batch_size)
+    if teacher_prompts:
+        index = _routed(encoded, seed, teacher_prompts)
     else:
-        index = _routed(encoded, seed, shares)
+        index = _shuffled(range(len(encoded.ids)), seed, batch_size)
     return iter(
         index.map(collate).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         )
     )
+
+
+def ordered_batches(
+    encoded: EncodedPrompts, *, batch_size: int
+) -> Iterator[PromptBatch]:
+    """Yield every prompt once, in order: for evaluation.
+
+    The last batch is filled up with copies of the last prompt, index -1, so
+    that all have the same number of rows.
+
+    Args:
+      encoded: the prompts.
+      batch_size: rows of each batch.
+    """
+    count = len(encoded.ids)
+    for begin in range(0, count, batch_size):
+        index = np.arange(begin, begin + batch_size)
+        batch = _batch(encoded, np.minimum(index, count - 1))
+        yield dataclasses.replace(
+            batch, index=np.where(index < count, index, -1).astype(np.int32)
+        )
+
+
+def _batch(encoded: EncodedPrompts, index: np.ndarray) -> PromptBatch:
+    prompts = pad_prompts(
+        [encoded.ids[i] for i in index],
+        pad_id=encoded.pad_id,
+        width=encoded.max_length,
+    )
+    return PromptBatch(prompts, index.astype(np.int32))
 
 
 def _shuffled(
@@ -226,71 +238,39 @@ def _shuffled(
 
 
 def _routed(
-    encoded: EncodedPrompts, seed: int, shares: Mapping[str, int]
+    encoded: EncodedPrompts, seed: int, teacher_prompts: Mapping[str, int]
 ) -> grain.MapDataset:
-    """Batches in which every teacher has its own number of rows."""
+    """Return batches in which every teacher has its own number of rows."""
     places = places_of(encoded.records)
     parts = []
-    for name, rows in shares.items():
+    for name, rows in teacher_prompts.items():
         if name not in places:
             raise ValueError(
                 f"no prompt of the teacher {name!r} is left; raise "
                 "data.max_prompt_length, or take config.teachers."
                 f"{name} out"
             )
-        # Its own order: another teacher's prompts do not change it.
+        # A seed of its own: another teacher's prompts do not change it.
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        own = int.from_bytes(digest[:4], "big")
-        parts.append(_shuffled(places[name], own, rows))
-    # All of them are endless, and a zip wants one length.
+        teacher_seed = int.from_bytes(digest[:4], "big")
+        parts.append(_shuffled(places[name], teacher_seed, rows))
+    # All of them are endless, and a zip needs one length.
     steps = min(map(len, parts))
     parts = [part[:steps] for part in parts]
     return grain.experimental.ZipMapDataset(parts).map(np.concatenate)
 
 
-def _own_rows(
-    batch_size: int, process_index: int, process_count: int, parts: int
-) -> np.ndarray:
-    ways = process_count * parts
-    if batch_size < 1 or batch_size % ways:
-        near = max(1, round(batch_size / ways)) * ways
-        what = f"{parts} parts x " if parts > 1 else ""
+def _rows_of(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Return the rows of the global batch that belong to a process."""
+    if batch_size < 1 or batch_size % process_count:
+        near = max(1, round(batch_size / process_count)) * process_count
         raise ValueError(
-            f"batch_size={batch_size} must be divisible by {what}the number of "
-            f"processes ({ways}); try {near}"
+            f"batch_size={batch_size} must be divisible by the number of "
+            f"processes ({process_count}); try {near}"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(
             f"process_index={process_index} must be in 0..{process_count - 1}"
         )
-    rows = np.arange(batch_size).reshape(parts, process_count, -1)
-    return rows[:, process_index].reshape(-1)
-
-
-def ordered_batches(
-    encoded: EncodedPrompts,
-    *,
-    batch_size: int,
-    buckets: Sequence[int] | None = None,
-) -> Iterator[PromptBatch]:
-    """Every prompt once, in order: for evaluation.
-
-    The last batch is filled up with copies of the last prompt, index -1, so
-    that all have the same number of rows.
-
-    Args:
-      encoded: the prompts.
-      batch_size: rows of each batch.
-      buckets: widths a batch may have; None takes :func:`default_buckets`.
-    """
-    widths = tuple(buckets or default_buckets(encoded.max_length))
-    for begin in range(0, len(encoded.ids), batch_size):
-        ids = list(encoded.ids[begin : begin + batch_size])
-        fill = batch_size - len(ids)
-        index = [*range(begin, begin + len(ids)), *[-1] * fill]
-        ids += [ids[-1]] * fill
-        width = bucket(max(map(len, ids)), widths)
-        yield PromptBatch(
-            pad_prompts(ids, pad_id=encoded.pad_id, width=width),
-            np.array(index, np.int32),
-        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)

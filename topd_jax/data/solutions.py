@@ -1,10 +1,9 @@
-"""What a teacher wrote, on disk: shards that are whole or absent (ours).
+"""Solutions that a teacher wrote, on disk, in shards.
 
-``topd generate`` writes a directory: ``set.json`` says what is in it, and each
-shard appears in one rename, so that a job that is killed goes on with the
-shards that are missing. Format "array_record" is a TFDS data set
-(``tfds.builder_from_directory``, or any reader of ArrayRecord), "jsonl" one
-JSON object a line.
+``topd generate`` writes a directory. ``set.json`` describes it, and each shard
+appears in one rename: a job that was killed resumes with the missing shards.
+Format "array_record" is a TFDS dataset (``tfds.builder_from_directory``, or
+any reader of ArrayRecord), "jsonl" has one JSON object a line.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-# How a completion that nobody could grade is spelt where None has no place.
+# ``correct`` of an ungraded completion, in formats without None.
 _UNGRADED = -1
 
 
@@ -29,13 +28,13 @@ class Solution(TypedDict):
       sample: which of the prompt's solutions, from 0.
       prompt: the question's text, before any chat template.
       answer: the reference answer; "" if there is none.
-      completion: the text that was written.
+      completion: its text.
       prompt_tokens: i32[P] the chat template applied.
       completion_tokens: i32[T] up to and including the end of sequence.
       truncated: whether it reached the limit without an end.
-      logp_mean: mean log-probability with which its tokens were drawn,
-        temperature and top-p applied, nats.
-      correct: whether it gives the answer; None where nobody knows.
+      logp_mean: mean log-probability of its tokens under the sampler's
+        distribution (temperature and top-p applied), nats.
+      correct: whether it gives the answer; None where it is not known.
     """
 
     index: int
@@ -65,34 +64,34 @@ class SolutionFiles:
     shards: int
 
     def path(self, shard: int) -> pathlib.Path:
-        """Where a shard is, or will be; TFDS's own names for ArrayRecord."""
+        """Return the path of a shard, named as TFDS names ArrayRecord files."""
         part = f"{shard:05d}-of-{self.shards:05d}"
         if self.format == "jsonl":
             return self.folder / f"solutions-train-{part}.jsonl"
         return self.folder / f"solutions-train.array_record-{part}"
 
     def missing(self) -> list[int]:
-        """The shards that are still to be written."""
+        """Return the shards that are still to be written."""
         return [i for i in range(self.shards) if not self.path(i).exists()]
 
     def write(self, shard: int, solutions: Sequence[Solution]) -> None:
-        """Writes a shard; it exists whole or not at all."""
-        fresh = self.folder / f"{self.path(shard).name}.part"
+        """Write a shard; it exists whole or not at all."""
+        partial = self.folder / f"{self.path(shard).name}.part"
         if self.format == "jsonl":
             lines = (json.dumps(_plain(s)) + "\n" for s in solutions)
-            fresh.write_text("".join(lines), encoding="utf-8")
+            partial.write_text("".join(lines), encoding="utf-8")
         else:
-            _write_array_record(fresh, solutions)
-        _into_place(fresh, self.path(shard))
+            _write_array_record(partial, solutions)
+        _into_place(partial, self.path(shard))
 
     def read(self, shard: int) -> Iterator[Solution]:
-        """The solutions of a shard, in the order they were written."""
+        """Yield the solutions of a shard, in order."""
         if self.format == "jsonl":
             with self.path(shard).open(encoding="utf-8") as lines:
                 for line in lines:
                     yield _solution(json.loads(line))
             return
-        # Here, not above: it takes seconds to import.
+        # Imported here because it takes seconds.
         from array_record.python.array_record_module import ArrayRecordReader
 
         decode = _features().deserialize_example_np
@@ -102,7 +101,7 @@ class SolutionFiles:
         reader.close()
 
     def finish(self, lengths: Sequence[int]) -> None:
-        """Adds what TFDS needs, once all shards are there.
+        """Write the metadata of TFDS, once all shards exist.
 
         Args:
           lengths: solutions of each shard.
@@ -130,22 +129,22 @@ class SolutionFiles:
                 )
             ],
             description="Solutions that a teacher wrote; see set.json.",
-            check_data=False,  # with TensorFlow
+            check_data=False,  # the check needs TensorFlow
         )
 
 
 def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
-    """Begins a set, or goes on with the one that is there.
+    """Start a set, or resume the one in the directory.
 
     Args:
-      folder: of the set; made where it is missing.
+      folder: of the set; created where it is missing.
       about: JSON-able; what the set is made of, and "format" and "shards".
 
     Returns:
       Its files.
 
     Raises:
-      ValueError: where the directory has another set, naming what differs.
+      ValueError: where the directory has another set, naming the differences.
     """
     path = folder / "set.json"
     if path.exists():
@@ -157,26 +156,26 @@ def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
         ]
         if differing:
             raise ValueError(
-                f"{folder} has solutions that were written otherwise "
+                f"{folder} has solutions of other settings "
                 f"({'; '.join(differing)}); use another --workdir, or the "
-                "settings they were begun with"
+                "settings of that set"
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / "set.json.part"
-        fresh.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        _into_place(fresh, path)
+        partial = folder / "set.json.part"
+        partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        _into_place(partial, path)
     return SolutionFiles(folder, about["format"], about["shards"])
 
 
 def find_set(path: str) -> tuple[SolutionFiles, dict[str, Any]]:
-    """Finds a set that is complete.
+    """Find a complete set.
 
     Args:
       path: its directory, or the work directory of ``topd generate``.
 
     Returns:
-      (its files, what ``set.json`` says).
+      (its files, the contents of ``set.json``).
 
     Raises:
       ValueError: where there is none, or shards are missing.
@@ -195,8 +194,7 @@ def find_set(path: str) -> tuple[SolutionFiles, dict[str, Any]]:
     if missing:
         raise ValueError(
             f"offline.path={path} has {files.shards - len(missing)} of "
-            f"{files.shards} shards; the same topd generate again writes the "
-            "others"
+            f"{files.shards} shards; rerun topd generate to write the others"
         )
     return files, about
 
@@ -204,21 +202,20 @@ def find_set(path: str) -> tuple[SolutionFiles, dict[str, Any]]:
 def read_solutions(
     path: str, keep: str = "all", *, tokenizer: str | None = None
 ) -> list[Solution]:
-    """Reads a complete set.
+    """Read a complete set.
 
     Args:
       path: as :func:`find_set` takes it.
       keep: "all"; "complete", those that end; or "correct", those that give
         the right answer.
-      tokenizer: fingerprint of the one whose ids are expected; None does not
-        ask.
+      tokenizer: its expected fingerprint; None skips this check.
 
     Returns:
-      The solutions that are kept, in order.
+      The solutions to keep, in order.
 
     Raises:
       ValueError: where the set is not complete, has another tokenizer's ids,
-        correctness was asked for and is not known, or nothing is left.
+        "correct" is not known of some solution, or none is left.
     """
     files, about = find_set(path)
     if tokenizer not in (None, about["tokenizer"]):
@@ -227,30 +224,30 @@ def read_solutions(
             f"(fingerprint {about['tokenizer']} there, {tokenizer} here); "
             "generate with this run's teacher"
         )
-    found = [s for i in range(files.shards) for s in files.read(i)]
+    solutions = [s for i in range(files.shards) for s in files.read(i)]
     if keep == "correct":
-        unknown = sum(s["correct"] is None for s in found)
+        unknown = sum(s["correct"] is None for s in solutions)
         if unknown:
             raise ValueError(
-                f'offline.keep="correct", but {unknown} of {len(found)} '
+                f'offline.keep="correct", but {unknown} of {len(solutions)} '
                 f"solutions in {files.folder} have no reference answer; "
                 'choose "all" or "complete"'
             )
-        kept = [s for s in found if s["correct"]]
+        kept = [s for s in solutions if s["correct"]]
     elif keep == "complete":
-        kept = [s for s in found if not s["truncated"]]
+        kept = [s for s in solutions if not s["truncated"]]
     else:
-        kept = found
+        kept = solutions
     if not kept:
         raise ValueError(
-            f"offline.keep={keep!r} leaves none of the {len(found)} "
+            f"offline.keep={keep!r} leaves none of the {len(solutions)} "
             f'solutions in {files.folder}; choose "all"'
         )
     return kept
 
 
 def fingerprint(solutions: Sequence[Solution]) -> str:
-    """Sixteen hex digits that change with any token or its place."""
+    """Return sixteen hex digits that change with any token or its place."""
     digest = hashlib.sha256()
     for s in solutions:
         for ids in (s["prompt_tokens"], s["completion_tokens"]):
@@ -262,11 +259,11 @@ def _read_about(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / "set.json").read_text(encoding="utf-8"))
 
 
-def _into_place(fresh: pathlib.Path, path: pathlib.Path) -> None:
-    # On disk before it has its name: a power cut leaves no torn shard.
-    with fresh.open("rb") as file:
+def _into_place(partial: pathlib.Path, path: pathlib.Path) -> None:
+    # Synced before it is renamed: a power cut leaves no torn shard.
+    with partial.open("rb") as file:
         os.fsync(file.fileno())
-    fresh.replace(path)
+    partial.replace(path)
 
 
 def _plain(solution: Solution) -> dict[str, Any]:
@@ -299,7 +296,7 @@ def _solution(row: Mapping[str, Any]) -> Solution:
 
 
 def _features() -> Any:
-    """The set's features, as TFDS writes and reads them."""
+    """Return the features of a set, as TFDS writes and reads them."""
     import tensorflow_datasets as tfds
 
     features = tfds.features
@@ -315,7 +312,7 @@ def _features() -> Any:
             "completion_tokens": ids,
             "truncated": features.Scalar(np.bool_),
             "logp_mean": features.Scalar(np.float32),
-            # 1, 0, or -1 where nobody knows.
+            # 1, 0, or -1 where it is not known.
             "correct": features.Scalar(np.int64),
         }
     )
@@ -329,13 +326,13 @@ def _write_array_record(
 
     features = _features()
     serializer = ExampleSerializer(features.get_serialized_info())
-    # One record a group: readers pick records at random.
+    # One record a group, for random access.
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for solution in solutions:
         row = dict(solution)
         if row["correct"] is None:
             row["correct"] = _UNGRADED
         example = serializer.get_tf_example(features.encode_example(row))
-        # A proto's map has an order of its own in every process.
+        # The order of a proto's map differs between processes.
         writer.write(example.SerializeToString(deterministic=True))
     writer.close()

@@ -1,4 +1,4 @@
-"""Where prompts come from: JSONL, TFDS, the hub, the tiny world (ours).
+"""Read prompts from JSONL files, TFDS, the hub or the tiny world.
 
 Every source gives a list of :class:`Record`; :mod:`topd_jax.data.prompts`
 makes batches of them.
@@ -12,7 +12,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from topd_jax.data.settings import DataSettings, WorldSettings
 from topd_jax.data.toy_world import problems
+
+# Seed of the tiny world's held-out problems: the same in every run.
+_HELD_OUT_SEED = 0
 
 
 class Record(TypedDict):
@@ -22,7 +26,7 @@ class Record(TypedDict):
       prompt: the question's text, before any chat template.
       answer: the reference answer as the source has it; "" if it has none.
       index: place in its source, from 0.
-      source: where it came from, for messages: "train.jsonl line 7".
+      source: where it came from, for errors: "train.jsonl line 7".
       teacher: the name of its teacher, where there are several.
     """
 
@@ -34,42 +38,116 @@ class Record(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fields:
-    """Where a row has what a record is made of."""
+class Fields:
+    """Keys of a row that make a record.
 
-    prompt: str
-    answer: str
-    teacher: str
-    teachers: Sequence[str]
+    Attributes:
+      prompt: key of the question.
+      answer: key of the answer, kept where it exists.
+      teacher: key of the name of the record's teacher; "" for none.
+      teachers: the names that it may have.
+    """
+
+    prompt: str = "question"
+    answer: str = "answer"
+    teacher: str = ""
+    teachers: Sequence[str] = ()
+
+
+def read_records(
+    data: DataSettings,
+    world: WorldSettings,
+    *,
+    problems: int,
+    final_problems: int,
+    split: str = "validation",
+    teachers: Sequence[str] = (),
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """Read training, validation and test prompts.
+
+    Args:
+      data: where they come from.
+      world: of the tiny world.
+      problems: validation problems of the tiny world.
+      final_problems: test problems of the tiny world.
+      split: of the tiny world's validation problems.
+      teachers: names of several teachers; () for the only one.
+
+    Returns:
+      (training, validation, test) prompts; without ``data.eval_path`` the
+      last two are the first ``data.held_out`` records.
+
+    Raises:
+      ValueError: for what cannot be read, or too few records.
+    """
+    if data.source == "world":
+        return (
+            read_world("train", world.prompts, world.seed),
+            read_world(split, problems, _HELD_OUT_SEED),
+            read_world("test", final_problems, _HELD_OUT_SEED),
+        )
+    if not data.path:
+        raise ValueError(
+            f"data.path is empty; data.source={data.source!r} needs it: "
+            "--config.data.path=FILE"
+        )
+    fields = Fields(
+        data.prompt_field, data.answer_field, data.teacher_field, teachers
+    )
+    train = read_source(data.source, data.path, data.split, fields)
+    if data.eval_path:
+        held_out = read_source(
+            data.source, data.eval_path, data.eval_split, fields
+        )
+        return train, held_out, held_out
+    count = data.held_out
+    if count >= len(train):
+        raise ValueError(
+            f"data.held_out={count} must be below the {len(train)} "
+            f"prompts of {data.path}; lower it, or give data.eval_path"
+        )
+    return train[count:], train[:count], train[:count]
+
+
+def read_source(
+    source: str, path: str, split: str, fields: Fields
+) -> list[Record]:
+    """Read the records of one source.
+
+    Args:
+      source: "jsonl", "tfds" or "hub".
+      path: of the file, or name of the dataset.
+      split: of the dataset; a file has none.
+      fields: keys of its rows.
+
+    Raises:
+      ValueError: where it cannot be read.
+    """
+    if source == "tfds":
+        return read_tfds(path, fields, split=split)
+    if source == "hub":
+        return read_hub(path, fields, split=split)
+    return read_jsonl(path, fields)
 
 
 def read_jsonl(
-    path: str | os.PathLike,
-    *,
-    prompt_field: str = "question",
-    answer_field: str = "answer",
-    teacher_field: str = "",
-    teachers: Sequence[str] = (),
+    path: str | os.PathLike, fields: Fields = Fields()
 ) -> list[Record]:
-    """Reads a file with one JSON object a line; blank lines do not count.
+    """Read a file with one JSON object a line, skipping blank lines.
 
     Args:
       path: the file.
-      prompt_field: key of the question.
-      answer_field: key of the answer, kept if it is there.
-      teacher_field: key of the name of the record's teacher; "" for none.
-      teachers: the names that it may have.
+      fields: keys of its objects.
 
     Raises:
       ValueError: if the file is missing or empty, or, with file and line, if
         a line is not a JSON object or lacks the question or its teacher.
     """
-    fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(
             f"no file at {path}; give data.path the path of a JSONL file, "
-            f'one {{"{prompt_field}": ..., "{answer_field}": ...}} a line'
+            f'one {{"{fields.prompt}": ..., "{fields.answer}": ...}} a line'
         )
     records: list[Record] = []
     with path.open("rb") as lines:
@@ -92,31 +170,25 @@ def read_jsonl(
 
 def read_tfds(
     name: str,
+    fields: Fields = Fields(),
     *,
     split: str = "train",
-    prompt_field: str = "question",
-    answer_field: str = "answer",
-    teacher_field: str = "",
-    teachers: Sequence[str] = (),
     data_dir: str | None = None,
 ) -> list[Record]:
-    """Reads a TensorFlow dataset (ArrayRecord; TensorFlow is not needed).
+    """Read a TensorFlow dataset (ArrayRecord; TensorFlow is not needed).
 
     Args:
-      name: e.g. ``gsm8k`` or ``gsm8k:1.0.0``, downloaded when it is not in
-        ``data_dir``; or a directory that holds a prepared data set.
+      name: e.g. ``gsm8k`` or ``gsm8k:1.0.0``, downloaded where it is not in
+        ``data_dir``; or a directory that holds a prepared dataset.
+      fields: keys of its rows.
       split: of the dataset.
-      prompt_field: key of the question.
-      answer_field: key of the answer, kept if it is there.
-      teacher_field: key of the name of the record's teacher; "" for none.
-      teachers: the names that it may have.
       data_dir: where datasets are kept; None is TFDS's default.
 
     Raises:
       ValueError: if there is no such dataset or split, or a record lacks the
         question.
     """
-    # Here, not above: it takes seconds to import.
+    # Imported here because it takes seconds.
     import tensorflow_datasets as tfds
 
     try:
@@ -138,7 +210,6 @@ def read_tfds(
             "check the name, or export the questions to JSONL and set "
             "data.path"
         ) from error
-    fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     where = f"{name} {split} record"
     return [
         _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
@@ -147,22 +218,16 @@ def read_tfds(
 
 def read_hub(
     name: str,
+    fields: Fields = Fields(),
     *,
     split: str = "train",
-    prompt_field: str = "question",
-    answer_field: str = "answer",
-    teacher_field: str = "",
-    teachers: Sequence[str] = (),
 ) -> list[Record]:
-    """Reads a dataset of the Hugging Face hub; needs ``datasets``.
+    """Read a dataset of the Hugging Face hub; needs ``datasets``.
 
     Args:
       name: ``owner/dataset``, or ``owner/dataset:config``.
+      fields: keys of its rows.
       split: of the dataset.
-      prompt_field: key of the question.
-      answer_field: key of the answer, kept if it is there.
-      teacher_field: key of the name of the record's teacher; "" for none.
-      teachers: the names that it may have.
 
     Raises:
       ValueError: if ``datasets`` is not installed, or the dataset cannot be
@@ -185,7 +250,6 @@ def read_hub(
             f"{_first_line(error)}; check the name and the network, or "
             "export the questions to JSONL and set data.path"
         ) from error
-    fields = _Fields(prompt_field, answer_field, teacher_field, teachers)
     where = f"{name} {split} record"
     return [
         _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
@@ -193,7 +257,7 @@ def read_hub(
 
 
 def read_world(split: str, count: int, seed: int) -> list[Record]:
-    """Distinct problems of the tiny world, with their answers."""
+    """Return distinct problems of the tiny world, with their answers."""
     return [
         Record(
             prompt=problem,
@@ -206,7 +270,7 @@ def read_world(split: str, count: int, seed: int) -> list[Record]:
 
 
 def _record(
-    row: Mapping[str, Any], index: int, source: str, fields: _Fields
+    row: Mapping[str, Any], index: int, source: str, fields: Fields
 ) -> Record:
     if not isinstance(row, Mapping):
         raise ValueError(
@@ -229,7 +293,7 @@ def _record(
     return record
 
 
-def _teacher(row: Mapping[str, Any], source: str, fields: _Fields) -> str:
+def _teacher(row: Mapping[str, Any], source: str, fields: Fields) -> str:
     name = _text(row.get(fields.teacher))
     if name in fields.teachers:
         return name

@@ -1,12 +1,11 @@
-"""Tokenizers behind one small protocol, and the checks they must pass (ours).
+"""Tokenizers behind one small protocol.
 
-Two implementations: :class:`SentencePieceTokenizer`, trained on the tiny
-world's own text, and :class:`HuggingFaceTokenizer` around any ``transformers``
-tokenizer, read from a directory, a hub name, or handed in ready-made.
+Two implementations: :class:`SentencePieceTokenizer`, trained on the text of
+the tiny world, and :class:`HuggingFaceTokenizer` around any ``transformers``
+tokenizer.
 """
 
 import io
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,15 +17,15 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class Tokenizer(Protocol):
-    """What this project asks of a tokenizer.
+    """What the project needs of a tokenizer.
 
     Attributes:
       vocab_size: one more than the largest id.
-      pad_id: id that fills batches; may equal an end-of-sequence id, so
-        never look for it: masks say what exists.
+      pad_id: id of padding; may equal an end-of-sequence id, so never search
+        for it: use masks.
       bos_id: id that a text begins with, or None.
-      eos_ids: every id that ends a completion; the first is the one to
-        append to training text.
+      eos_ids: every id that ends a completion; the first is appended to
+        training text.
     """
 
     vocab_size: int
@@ -35,32 +34,32 @@ class Tokenizer(Protocol):
     eos_ids: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, no special ids added."""
+        """Return the ids of a text, without special ids."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ids left out."""
+        """Return the text of ids, without special ids."""
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text each token contributes; joined, they are ``decode``."""
+        """Return the text of each token; joined, they are ``decode``."""
 
     def chat(self, question: str | Messages) -> list[int]:
-        """The prompt that asks a question (or goes on with a dialogue)."""
+        """Return the prompt of a question, or of a dialogue to continue."""
 
     def vocabulary(self) -> list[str]:
-        """The name of every id, "" where an id has none."""
+        """Return the name of every id, "" where it has none."""
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model with explicit pad, bos, eos and unk ids 0..3."""
 
     FILE = "tokenizer.model"
-    # What :meth:`chat` does, for those who read a directory.
+    # What :meth:`chat` does, for readers of a saved directory.
     _TEMPLATE = (
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
 
     def __init__(self, model: bytes) -> None:
-        """Wraps a serialised model; see :meth:`train` and :meth:`load`."""
+        """Wrap a serialized model; see :meth:`train` and :meth:`load`."""
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor(
             model_proto=model
@@ -74,20 +73,20 @@ class SentencePieceTokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int = 64
     ) -> "SentencePieceTokenizer":
-        """Trains on texts, deterministically.
+        """Train on texts, deterministically.
 
-        Byte-pair merges within words; digits stay single and the space goes
-        with the word before it, so that a number never shares a token with a
-        phrase. Text comes back from ids exactly as it went in.
+        Merges byte pairs within words. Digits stay single, and a space goes
+        with the word before it, so a number never shares a token with a
+        phrase. Decoding gives back every text exactly.
 
         Args:
-          texts: the corpus; prompts and completions as texts of their own,
-            or a token could straddle the two.
+          texts: the corpus; prompts and completions as separate texts, or a
+            token could span both.
           vocab_size: ids, the four special ones included.
 
         Raises:
-          ValueError: if the corpus is too small for ``vocab_size`` (or the
-            other way round), with the trainer's own bound.
+          ValueError: for a ``vocab_size`` that does not suit the corpus, with
+            the trainer's bound.
         """
         model = io.BytesIO()
         try:
@@ -118,41 +117,37 @@ class SentencePieceTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SentencePieceTokenizer":
-        """Reads a model file; a missing one is a ValueError."""
+        """Read a model file; a missing one is a ValueError."""
         path = pathlib.Path(path)
         if not path.is_file():
             raise ValueError(
                 f"no tokenizer at {path}; give the path of a SentencePiece "
-                "model, or delete the cached world so that it is made again"
+                "model, or delete the cached world to train it again"
             )
         return cls(path.read_bytes())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the model file; :meth:`load` reads it back."""
+        """Write the model file; :meth:`load` reads it."""
         pathlib.Path(path).write_bytes(self.model)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes the model file and the chat template into a directory."""
+        """Write the model file and the chat template into a directory."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.save(directory / self.FILE)
         (directory / "chat_template.jinja").write_text(self._TEMPLATE)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, no special ids added."""
+        """Return the ids of a text, without special ids."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts: much faster than one by one."""
-        return self._processor.encode(list(texts))
-
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ids left out."""
+        """Return the text of ids, without special ids."""
         return "".join(self.pieces(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text each token contributes; special ids contribute none."""
-        # Not the processor's decode: it strips spaces at the edges.
+        """Return the text of each token; special ids have none."""
+        # The processor's decode strips spaces at the edges.
         return [self._text(int(i)) for i in ids]
 
     def _text(self, i: int) -> str:
@@ -163,18 +158,18 @@ class SentencePieceTokenizer:
         return self._processor.id_to_piece(i).replace("▁", " ")
 
     def chat(self, question: str | Messages) -> list[int]:
-        """bos, then the question (or the messages' contents, joined)."""
+        """Return bos and the question, or the joined messages."""
         if not isinstance(question, str):
             question = "".join(m["content"] for m in question)
         return [self.bos_id, *self.encode(question)]
 
     def vocabulary(self) -> list[str]:
-        """The name of every id."""
+        """Return the name of every id."""
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
 
 class HuggingFaceTokenizer:
-    """Any ``transformers`` tokenizer, with its chat template.
+    """A ``transformers`` tokenizer with its chat template.
 
     Code that comes with a tokenizer is never run (``trust_remote_code``).
     """
@@ -187,7 +182,7 @@ class HuggingFaceTokenizer:
         chat_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wraps a ready ``PreTrainedTokenizerBase``.
+        """Wrap a ``PreTrainedTokenizerBase``.
 
         Args:
           tokenizer: the object, e.g. a ``PreTrainedTokenizerFast``.
@@ -197,7 +192,7 @@ class HuggingFaceTokenizer:
             ``{"enable_thinking": False}``.
 
         Raises:
-          ValueError: if nothing says which id ends a completion.
+          ValueError: if no id is known to end a completion.
         """
         self._tokenizer = tokenizer
         self._template = chat_template
@@ -213,45 +208,12 @@ class HuggingFaceTokenizer:
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
         self.bos_id: int | None = tokenizer.bos_token_id
 
-    @classmethod
-    def load(
-        cls, source: str | os.PathLike, **options: Any
-    ) -> "HuggingFaceTokenizer":
-        """Reads a tokenizer from a directory or, by name, from the hub.
-
-        ``generation_config.json``, where there is one beside it, adds its
-        end-of-sequence ids.
-
-        Args:
-          source: directory, or a name ``owner/model``.
-          **options: of the constructor.
-
-        Raises:
-          ValueError: if there is no tokenizer there.
-        """
-        # Here, not above: transformers takes a second to import.
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no tokenizer at {source!s}: give a directory that holds "
-                "tokenizer.json, or the name of a model on the hub "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        found = _generation_eos_ids(pathlib.Path(source))
-        options["eos_ids"] = (*options.get("eos_ids", ()), *found)
-        return cls(tokenizer, **options)
-
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, no special ids added."""
+        """Return the ids of a text, without special ids."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ids left out."""
+        """Return the text of ids, without special ids."""
         return self._tokenizer.decode(
             [int(i) for i in ids],
             skip_special_tokens=True,
@@ -259,26 +221,26 @@ class HuggingFaceTokenizer:
         )
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text each token contributes; joined, they are ``decode``.
+        """Return the text of each token; joined, they are ``decode``.
 
-        A token that ends inside a character contributes nothing: the one
-        that completes the character has it all.
+        A token that ends inside a character has none: the token that completes
+        the character has all of it.
         """
-        pieces, begin, seen = [], 0, ""
+        pieces, begin, before = [], 0, ""
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[begin:end])
             if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
                 pieces.append("")
                 continue
-            pieces.append(text[len(seen) :])
-            # Decoding goes on from the previous token, not from the start,
-            # and not from this one: the first of a text may lose its space.
+            pieces.append(text[len(before) :])
+            # Decode from the previous token on: from the start takes quadratic
+            # time, and the first token of a text may lose its space.
             begin = end - 1 if pieces[-1] else begin
-            seen = self.decode(ids[begin:end])
+            before = self.decode(ids[begin:end])
         return pieces
 
     def chat(self, question: str | Messages) -> list[int]:
-        """The chat template's prompt for a question or a dialogue.
+        """Return the chat template's prompt for a question or a dialogue.
 
         Raises:
           ValueError: if there is no chat template.
@@ -288,12 +250,12 @@ class HuggingFaceTokenizer:
     def render(
         self, question: str | Messages, *, ask: bool = True, **options: Any
     ) -> list[int]:
-        """What the chat template makes of a question or a dialogue.
+        """Apply the chat template to a question or a dialogue.
 
         Args:
           question: the user's, or all messages.
           ask: open the assistant's turn.
-          **options: for the template, over those of the constructor.
+          **options: of the template; they replace the constructor's.
 
         Raises:
           ValueError: if there is no chat template.
@@ -316,30 +278,34 @@ class HuggingFaceTokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that stand for no text: ends, turns, padding."""
+        """Ids without text: ends, turns, padding."""
         added = self._tokenizer.added_tokens_decoder
         special = [i for i, token in added.items() if token.special]
         return frozenset([*special, *self._tokenizer.all_special_ids])
 
     @property
     def begins_texts(self) -> bool:
-        """Whether a text, no template around it, begins with bos."""
+        """Whether a text without a template begins with bos."""
         ids = self._tokenizer("a")["input_ids"]
         return self.bos_id is not None and ids[:1] == [self.bos_id]
 
     def vocabulary(self) -> list[str]:
-        """The name of every id, "" where an id has none."""
+        """Return the name of every id, "" where it has none."""
         names = [""] * self.vocab_size
         for name, i in self._tokenizer.get_vocab().items():
             names[i] = name
         return names
 
 
-def _generation_eos_ids(directory: pathlib.Path) -> tuple[int, ...]:
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return ()
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+def wrap_tokenizer(
+    tokenizer: Any, **options: Any
+) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    """Wrap the tokenizer that :func:`topd_jax.models.load` returns.
+
+    Args:
+      tokenizer: of transformers or of sentencepiece.
+      **options: of :class:`HuggingFaceTokenizer`, for one of transformers.
+    """
+    if isinstance(tokenizer, sentencepiece.SentencePieceProcessor):
+        return SentencePieceTokenizer(tokenizer.serialized_model_proto())
+    return HuggingFaceTokenizer(tokenizer, **options)

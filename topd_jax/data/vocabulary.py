@@ -1,4 +1,4 @@
-"""Whether vocabularies agree: two tokenizers, or a tokenizer and a model."""
+"""Check that vocabularies agree: of two tokenizers, or with a model."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from topd_jax.data.tokenizers import Tokenizer
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Sixteen hex digits that change with any id's name."""
+    """Return sixteen hex digits that change with any id's name."""
     names = json.dumps(tokenizer.vocabulary()).encode()
     return hashlib.sha256(names).hexdigest()[:16]
 
@@ -18,12 +18,12 @@ def require_same_vocabulary(
     *,
     names: tuple[str, str] = ("student", "teacher"),
 ) -> None:
-    """Refuses a teacher and a student whose ids mean different things.
+    """Refuse a teacher and a student whose ids mean different things.
 
     Args:
-      student_tokenizer: of the one.
-      teacher_tokenizer: of the other.
-      names: what to call them in the error.
+      student_tokenizer: of the student.
+      teacher_tokenizer: of the teacher.
+      names: of both, for the error.
 
     Raises:
       ValueError: naming the first differing ids and what each side calls
@@ -55,9 +55,13 @@ def require_same_vocabulary(
 
 
 def check_model(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Refuses a tokenizer with ids that the model does not have.
+    """Refuse a tokenizer with ids that the model does not have.
 
     A larger model is fine: vocabularies are often padded.
+
+    Args:
+      tokenizer: of the model.
+      model_vocab_size: rows of the model's head.
 
     Raises:
       ValueError: with both sizes.

@@ -1,23 +1,22 @@
-"""Where a solution states its answer, and the answer in one spelling (ours).
+"""Find the answer in a solution's text, and normalize its spelling.
 
-Text only, nothing is evaluated here: :mod:`topd_jax.evaluation.grading`
-decides what is
-equal. Two spellings that :func:`normal` makes the same are the same answer;
-of two that it keeps apart nothing is said.
+This module handles text only: :mod:`topd_jax.evaluation.grading` decides what
+is equal. Two answers with the same :func:`normal` are equal; two with
+different ones may be.
 """
 
 import re
 
-# A box that opens; an escaped sign, which counts for nothing; a brace.
+# A box that opens; an escaped character, which is skipped; a brace.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]")
-# Characters; what is longer is no answer.
+# Characters of the longest answer.
 _LONGEST = 2000
-# Boxes with no more than this between them are parts of one answer.
+# Text between boxes that are parts of one answer.
 _JOIN = re.compile(r"[\s,;$.]*(?:and|or)?[\s$]*")
 _STATED = re.compile(r"answers?\W{0,4}\s*(?:is|are|:|=)[\s:*]*([^\n]+)", re.I)
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:/\d+)?(?:e[+-]?\d+)?", re.I)
 _WORDS = r"(?:text|mbox|mathrm|textbf|mathbf|operatorname)"
-# What is only spelling, in the order in which it is undone.
+# Spellings and their replacements, in the order in which they are applied.
 _SPELLINGS = tuple(
     (re.compile(pattern), plain)
     for pattern, plain in (
@@ -46,16 +45,16 @@ _SPELLINGS = tuple(
 
 
 def stated_answer(text: str) -> tuple[str, str]:
-    """Where a solution says its answer.
+    """Return the answer that a solution states, and how it states it.
 
     Args:
       text: the solution.
 
     Returns:
-      (how, answer): "boxed" and what the last \\boxed holds (several side by
-      side are joined by commas), "marked" and what follows the last "####"
-      or "the answer is"; "number" and the last number where neither is there;
-      "" and "" where there is none.
+      (how, answer): "boxed" and the content of the last \\boxed (adjacent
+      ones are joined by commas); else "marked" and the text after the last
+      "####" or "the answer is"; else "number" and the last number; else ""
+      and "".
     """
     boxes = list(_boxes(text))
     if boxes:
@@ -67,21 +66,21 @@ def stated_answer(text: str) -> tuple[str, str]:
         return "boxed", ", ".join(p[2] for p in parts)
     if "####" in text:
         return "marked", _line(text.rsplit("####", 1)[1])
-    found = _STATED.findall(text)
-    if found:
-        return "marked", _line(found[-1])
+    stated = _STATED.findall(text)
+    if stated:
+        return "marked", _line(stated[-1])
     numbers = _NUMBER.findall(text)
     return ("number", numbers[-1][:_LONGEST]) if numbers else ("", "")
 
 
 def plain_latex(answer: str) -> str:
-    """An answer without dollar signs, in one spelling of LaTeX.
+    """Remove dollar signs from an answer and normalize its LaTeX.
 
     Args:
-      answer: as the reference or the solution has it.
+      answer: of the reference or the solution.
 
     Returns:
-      LaTeX, its meaning unchanged.
+      LaTeX of the same meaning.
     """
     answer = answer.replace("\\$", "").replace("$", "").strip()
     answer = answer.strip("*").rstrip(". ").strip()
@@ -91,10 +90,10 @@ def plain_latex(answer: str) -> str:
 
 
 def normal(answer: str) -> str:
-    """A key that is the same for spellings of one answer.
+    """Return a key that is the same for spellings of one answer.
 
     Args:
-      answer: as the reference or the solution has it.
+      answer: of the reference or the solution.
 
     Returns:
       The key: no spaces, no text commands, words in lower case; "" for none.
@@ -111,27 +110,27 @@ def normal(answer: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """(begin, end, content) of each outermost box that is closed.
+    """Return (begin, end, content) of each outermost box that is closed.
 
-    One pass, in linear time: whatever a model writes is read here.
+    Takes linear time, whatever a model wrote.
     """
-    found, open_ = [], []
+    boxes, open_ = [], []
     for match in _BRACES.finditer(text):
         if match[0] == "}":
             begin, inside = open_.pop() if open_ else (None, 0)
             if begin is not None:
-                while found and found[-1][0] > begin:
-                    found.pop()
+                while boxes and boxes[-1][0] > begin:
+                    boxes.pop()
                 content = text[inside : match.start()][:_LONGEST]
-                found.append((begin, match.end(), content))
+                boxes.append((begin, match.end(), content))
         elif match[0].endswith("{") and match[0] != "\\{":
             is_box = match[0] != "{"
             open_.append((match.start() if is_box else None, match.end()))
-    return found
+    return boxes
 
 
 def _line(text: str) -> str:
-    """The first line, up to the end of its first sentence."""
+    """Return the first line, up to the end of its first sentence."""
     line = next((s for s in text.splitlines() if s.strip()), "")
     line = line.strip()[:_LONGEST]
     return re.split(r"\.\s+(?=[A-Z])", line)[0].strip("* ")

@@ -1,36 +1,91 @@
 """``topd eval``: n completions a problem, graded, with their records.
 
-The same sampler and, on the test problems, the same first completion a
-problem as the evaluation at the end of a run; every further sample is one
+The sampler and, on the test problems, the first completion of each problem
+are those of the evaluation at the end of a run; every further sample is one
 more pass over the problems.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from topd_jax.data.benchmarks import benchmark_name, read_benchmark
 from topd_jax.data.prompts import EncodedPrompts, encode_prompts
 from topd_jax.data.routing import places_of
+from topd_jax.data.settings import DataSettings
+from topd_jax.data.sources import Fields, Record, read_source
+from topd_jax.data.teachers import by_name
+from topd_jax.data.tokenizers import Tokenizer
 from topd_jax.evaluation import comparisons
 from topd_jax.evaluation.evaluator import Evaluator
-from topd_jax.training.config import Settings
-from topd_jax.training.setup import Pair
-from topd_jax.training.teachers import by_name
+from topd_jax.evaluation.grading import Grader, make_grader, math_grader
+from topd_jax.evaluation.settings import EvalSettings
+from topd_jax.models.protocol import LanguageModel
 
 # The problems of data.source, where no benchmark is named.
-OWN = "test"
+TEST = "test"
+# Keys of the problem in published benchmarks, in the order they are tried.
+_PROBLEM_KEYS = ("problem", "question")
 
 
-def read_all(settings: Settings, pair: Pair) -> dict[str, EncodedPrompts]:
-    """The problems that ``topd eval`` takes, before anything is generated.
+def benchmark_name(where: str) -> str:
+    """Return a short name: "math500" of "data/math500.jsonl".
 
     Args:
-      settings: whose ``eval.benchmarks`` names them; none takes the run's own
-        test problems, ``eval.final_problems`` of them.
-      pair: of the run.
+      where: as :func:`read_benchmark` takes it.
+    """
+    kind, _, name = where.rpartition(":")
+    return name if kind in ("tfds", "hub") else pathlib.Path(where).stem
+
+
+def read_benchmark(where: str, *, split: str = "test") -> list[Record]:
+    """Read a benchmark.
+
+    Args:
+      where: path of a JSONL file with "problem" or "question", and "answer",
+        in every line; or "tfds:NAME" or "hub:OWNER/NAME".
+      split: of the dataset; a file has none.
+
+    Returns:
+      Its problems, in order, every one with a reference answer.
+
+    Raises:
+      ValueError: where it cannot be read, or a record lacks the problem or
+        the answer.
+    """
+    kind, _, name = where.partition(":")
+    source, path = (kind, name) if kind in ("tfds", "hub") else ("jsonl", where)
+    first_error = None
+    for key in _PROBLEM_KEYS:
+        try:
+            records = read_source(source, path, split, Fields(key))
+        except ValueError as error:
+            first_error = first_error or error
+            continue
+        for record in records:
+            if not record["answer"]:
+                raise ValueError(
+                    f'{record["source"]} has nothing in the field "answer"; '
+                    "an evaluation needs every reference answer"
+                )
+        return records
+    raise ValueError(
+        f"eval.benchmarks: {first_error}; a benchmark is a JSONL file whose "
+        'lines have "problem" or "question" and "answer", or tfds:NAME or '
+        "hub:NAME"
+    ) from first_error
+
+
+def read_benchmarks(
+    places: Sequence[str], data: DataSettings, tokenizer: Tokenizer
+) -> dict[str, EncodedPrompts]:
+    """Read all benchmarks, before anything is generated.
+
+    Args:
+      places: of each, as :func:`read_benchmark` takes it.
+      data: their split, and what to do about long prompts.
+      tokenizer: of the student.
 
     Returns:
       name -> problems, in order.
@@ -38,66 +93,92 @@ def read_all(settings: Settings, pair: Pair) -> dict[str, EncodedPrompts]:
     Raises:
       ValueError: for a benchmark that cannot be read, or two of one name.
     """
-    if not settings.eval.benchmarks:
-        return {OWN: _first(pair.test, settings.eval.final_problems)}
-    found: dict[str, EncodedPrompts] = {}
-    for where in settings.eval.benchmarks:
+    benchmarks: dict[str, EncodedPrompts] = {}
+    for where in places:
         name = benchmark_name(where)
-        if name in found or name == OWN:
+        if name in benchmarks or name == TEST:
             raise ValueError(
                 f"eval.benchmarks: {where} is a second benchmark of the name "
                 f"{name!r}; give the file another name"
             )
-        found[name] = encode_prompts(
-            read_benchmark(where, split=settings.data.eval_split),
-            pair.tokenizer,
-            max_length=settings.data.max_prompt_length,
-            on_long_prompt=settings.data.on_long_prompt,
+        benchmarks[name] = encode_prompts(
+            read_benchmark(where, split=data.eval_split),
+            tokenizer,
+            max_length=data.max_prompt_length,
+            on_long_prompt=data.on_long_prompt,
         )
-    return found
+    return benchmarks
+
+
+def evaluate_all(
+    evaluator: Evaluator, student: LanguageModel, data: DataSettings, step: int
+) -> dict[str, Any]:
+    """Evaluate a student on the benchmarks, or on its own test problems.
+
+    Args:
+      evaluator: of the run; its options name the benchmarks. None takes the
+        run's test problems, ``eval.final_problems`` of them.
+      student: the model.
+      data: of the run; says how its own problems are graded. Benchmarks are
+        mathematics.
+      step: of the student, for the record.
+
+    Returns:
+      JSON-able: "step", "temperature", "max_new_tokens" and "benchmarks",
+      name -> :func:`run_benchmark`.
+    """
+    options: EvalSettings = evaluator.options
+    if options.benchmarks:
+        grader = math_grader()
+        asked = read_benchmarks(options.benchmarks, data, evaluator.tokenizer)
+    else:
+        grader, count = make_grader(data), options.final_problems
+        places = range(len(evaluator.test.ids))[:count]
+        asked = {TEST: evaluator.test.take(places)}
+    return {
+        "step": step,
+        "temperature": options.temperature,
+        "max_new_tokens": evaluator.max_new_tokens,
+        "benchmarks": {
+            name: run_benchmark(evaluator, student, encoded, grader)
+            for name, encoded in asked.items()
+        },
+    }
 
 
 def run_benchmark(
     evaluator: Evaluator,
-    student: Any,
-    pair: Pair,
+    student: LanguageModel,
     encoded: EncodedPrompts,
-    *,
-    samples: int,
-    temperature: float,
-    grade: Callable,
-    final_answer: Callable[[str], str],
+    grader: Grader,
 ) -> dict[str, Any]:
-    """Generates, grades and sums up one benchmark.
+    """Generate, grade and summarize one benchmark.
 
     Args:
-      evaluator: of the run.
+      evaluator: of the run; its options say how many completions a problem,
+        and their temperature.
       student: the model.
-      pair: of the run.
       encoded: the problems.
-      samples: completions a problem.
-      temperature: of the sampler; 0 is greedy.
-      grade: (records, completions) -> bools, or None without answers.
-      final_answer: completion -> its answer, for votes.
+      grader: of the completions.
 
     Returns:
-      JSON-able: "summary" as :func:`topd_jax.evaluation.comparisons.summarise`
-      gives
-      it, with "skipped" (problems too long to be asked, not counted) and the
-      statistics of student against teacher, and with several teachers all of
-      it as "name/teacher" of the problems of each; "records", one a problem.
-      Without reference answers there are statistics only, and no records.
+      JSON-able: "summary" as
+      :func:`~topd_jax.evaluation.comparisons.summarize` gives it, with
+      "skipped" (problems too long to be asked, not counted) and the statistics
+      of student against teacher, and with several teachers all of it as
+      "name/teacher" of the problems of each; "records", one a problem. Without
+      reference answers there are statistics only, and no records.
     """
-    count = len(encoded.records)
+    count, samples = len(encoded.records), evaluator.options.samples
     # Pass after pass: the first is the evaluation of one sample.
     repeated = dataclasses.replace(
         encoded, records=encoded.records * samples, ids=encoded.ids * samples
     )
     rows, statistics = evaluator.complete(
-        student, repeated, count * samples, temperature
+        student, repeated, count * samples, evaluator.options.temperature
     )
-    texts = [pair.tokenizer.decode(r) for r in rows]
-    grades = grade(repeated.records, texts)
+    texts = [evaluator.tokenizer.decode(r) for r in rows]
+    grades = grader.grade(repeated.records, texts)
     if grades is None:
         summary = {"problems": count, "samples": samples}
         summary |= {"skipped": encoded.skipped, **statistics}
@@ -108,79 +189,36 @@ def run_benchmark(
             "problem": record["prompt"],
             "reference": record["answer"],
             "right": [bool(g) for g in grades[i::count]],
-            "answers": [final_answer(t) for t in texts[i::count]],
+            "answers": [grader.final_answer(t) for t in texts[i::count]],
             "lengths": [len(r) for r in rows[i::count]],
             "cut": [evaluator.is_cut(r) for r in rows[i::count]],
             "completions": texts[i::count],
         }
         for i, record in enumerate(encoded.records)
     ]
-    own = {
-        name: comparisons.summarise([records[i] for i in places])
+    by_teacher = {
+        name: comparisons.summarize([records[i] for i in places])
         for name, places in places_of(encoded.records).items()
         if name
     }
-    summary = comparisons.summarise(records) | {
+    summary = comparisons.summarize(records) | {
         "skipped": encoded.skipped,
         **statistics,
-        **by_name(own),
+        **by_name(by_teacher),
     }
     return {"summary": summary, "records": records}
 
 
-def evaluate_all(
-    settings: Settings, pair: Pair, student: Any, step: int
-) -> dict[str, Any]:
-    """Evaluates a student on everything that the settings name.
+def summaries(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation without the records of its problems.
 
     Args:
-      settings: of the evaluation.
-      pair: of the run.
-      student: the model.
-      step: of the student, for the record.
-
-    Returns:
-      JSON-able: "step", "temperature", "max_new_tokens" and "benchmarks",
-      name -> :func:`run_benchmark`.
+      evaluation: of :func:`evaluate_all`.
     """
-    named = read_all(settings, pair)
-    evaluator = Evaluator(settings, pair)
-    found = {}
-    for name, encoded in named.items():
-        grade, answer = pair.grade, pair.final_answer
-        if name != OWN:  # benchmarks are mathematics, whatever the run is
-            from topd_jax.evaluation.grading import final_answer, grade_answers
-
-            grade, answer = grade_answers, final_answer
-        found[name] = run_benchmark(
-            evaluator,
-            student,
-            pair,
-            encoded,
-            samples=settings.eval.samples,
-            temperature=settings.eval.temperature,
-            grade=grade,
-            final_answer=answer,
-        )
-    return {
-        "step": step,
-        "temperature": settings.eval.temperature,
-        "max_new_tokens": settings.rollout.max_new_tokens,
-        "seed": settings.seed,
-        "benchmarks": found,
-    }
-
-
-def summaries(result: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation without the records of its problems.
-
-    Args:
-      result: of :func:`evaluate_all`.
-    """
-    return result | {
+    return evaluation | {
         "benchmarks": {
-            name: found["summary"]
-            for name, found in result["benchmarks"].items()
+            name: benchmark["summary"]
+            for name, benchmark in evaluation["benchmarks"].items()
         }
     }
 
@@ -188,7 +226,7 @@ def summaries(result: dict[str, Any]) -> dict[str, Any]:
 def compare_runs(
     a: list[pathlib.Path], b: list[pathlib.Path], which: str
 ) -> dict[str, Any]:
-    """Compares what ``topd eval`` wrote in two runs' directories.
+    """Compare what ``topd eval`` wrote in two runs' directories.
 
     Args:
       a: work directories of the first method, one a seed.
@@ -197,8 +235,7 @@ def compare_runs(
 
     Returns:
       name -> :func:`topd_jax.evaluation.comparisons.compare`, of every
-      benchmark
-      that all of them have.
+      benchmark that all of them have.
 
     Raises:
       ValueError: for a missing file, unequal numbers of runs, or runs that
@@ -225,11 +262,10 @@ def compare_runs(
                 f"the runs have not answered the same problems of {name}; "
                 "evaluate both with the same data and eval settings"
             )
-    records = [{n: r[n]["records"] for n in names} for r in runs]
     return {
         name: comparisons.compare(
-            [r[name] for r in records[: len(a)]],
-            [r[name] for r in records[len(a) :]],
+            [r[name]["records"] for r in runs[: len(a)]],
+            [r[name]["records"] for r in runs[len(a) :]],
         )
         for name in names
     }
@@ -244,7 +280,3 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not what topd eval writes ({error!r}); run it again"
         ) from error
-
-
-def _first(encoded: EncodedPrompts, count: int) -> EncodedPrompts:
-    return encoded.take(range(min(count, len(encoded.records))))

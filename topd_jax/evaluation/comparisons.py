@@ -1,8 +1,8 @@
-"""Numbers of an evaluation with n samples a problem, and of two compared.
+"""Statistics of evaluations with n samples a problem, and of comparisons.
 
 Uncertainty is over problems: an interval resamples problems with all of
-their samples (a cluster bootstrap, so that samples of one problem never pass
-for independent), and seeds too where runs of several are given.
+their samples (a cluster bootstrap, so that samples of one problem do not
+count as independent), and seeds too where runs of several are given.
 """
 
 from collections import Counter
@@ -11,13 +11,81 @@ from math import comb
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
-from topd_jax.experiments.report import interval
+_RESAMPLES = 4000
+
+
+def unpack_grades(evaluation: dict[str, Any]) -> np.ndarray:
+    """Return which problems of an evaluation's record were right.
+
+    Args:
+      evaluation: with "problems", N, and "grades", N bits as hexadecimal text.
+
+    Returns:
+      bool[N], in the order of the problems.
+    """
+    count = evaluation["problems"]
+    bits = f"{int(evaluation['grades'], 16):0{count}b}"
+    return np.array([bit == "1" for bit in bits])
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a mean over seeds and problems.
+
+    Args:
+      values: float[S, N], one row a seed: grades, or differences of two runs.
+
+    Returns:
+      (low, high): 2.5th and 97.5th percentile of the mean when seeds, then
+      problems, are resampled with replacement.
+    """
+    rng = np.random.default_rng(0)
+    seeds, problems = values.shape
+    drawn = rng.integers(seeds, size=(_RESAMPLES, seeds))
+    # Sum over the drawn seeds first: all seeds share the drawn problems.
+    counts = np.stack([(drawn == s).sum(1) for s in range(seeds)], axis=1)
+    of_problems = counts @ values / seeds
+    drawn = rng.integers(problems, size=(_RESAMPLES, problems))
+    means = np.take_along_axis(of_problems, drawn, axis=1).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def normal_p(value: float, interval: tuple[float, float]) -> float:
+    """Return the two-sided p of a value against 0.
+
+    Args:
+      value: an estimate.
+      interval: its 95 % interval, taken as that of a normal distribution.
+
+    Returns:
+      0..1.
+    """
+    low, high = interval
+    error = max((high - low) / (2 * norm.ppf(0.975)), 1e-12)
+    return 2 * float(norm.sf(abs(value) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p values for their number by Holm's step-down method (1979).
+
+    Args:
+      p_values: N of them, 0..1.
+
+    Returns:
+      N adjusted values, in the same order.
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    scaled = p[order] * np.arange(p.size, 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(scaled, 1.0))
+    return adjusted.tolist()
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Unbiased estimate that one of k samples is right.
+    """Estimate, without bias, that one of k samples is right.
 
     ``1 - C(n - c, k) / C(n, k)`` (Chen et al., arXiv:2107.03374, eq. 1).
 
@@ -41,7 +109,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
-    """Whether the most frequent answer is right (Wang et al., 2203.11171).
+    """Return whether the majority answer is right (Wang et al., 2203.11171).
 
     Right answers count as one whatever their spelling, wrong ones as their
     spelling has it. Samples without an answer do not vote. Among equally
@@ -67,8 +135,8 @@ def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
     )
 
 
-def summarise(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is reported of one benchmark.
+def summarize(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the numbers of one benchmark.
 
     Args:
       problems: one a problem, with "right" (n bools), "answers" (n texts),
@@ -96,7 +164,7 @@ def summarise(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **{
             name: {
                 "value": float(np.mean(values)),
-                "interval": interval(np.array([values])),
+                "interval": bootstrap_interval(np.array([values])),
             }
             for name, values in numbers.items()
         },
@@ -114,7 +182,7 @@ def _mean(problems: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact McNemar test (McNemar, 1947; binomial form).
+    """Return p of the two-sided exact McNemar test (1947, binomial form).
 
     Args:
       only_a: problems that only the first run solves.
@@ -132,11 +200,11 @@ def compare(
     a: Sequence[Sequence[dict[str, Any]]],
     b: Sequence[Sequence[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Two methods on the same problems, problem by problem.
+    """Compare two methods on the same problems, problem by problem.
 
     Args:
       a: the first method's runs, one a seed, of problems as in
-        :func:`summarise`.
+        :func:`summarize`.
       b: the second's, as many seeds, of the same problems in the same order.
 
     Returns:
@@ -163,7 +231,7 @@ def compare(
         "a": float(rates_a.mean()),
         "b": float(rates_b.mean()),
         "difference": float((rates_b - rates_a).mean()),
-        "interval": interval(rates_b - rates_a),
+        "interval": bootstrap_interval(rates_b - rates_a),
         "only_a": only_a,
         "only_b": only_b,
         "mcnemar_p": mcnemar(only_a, only_b),

@@ -6,132 +6,198 @@ can be graded, and the student against the teacher on those same completions
 n-grams), so that a collapse shows even where accuracy is at chance.
 """
 
+import dataclasses
+import functools
 import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data.routing import places_of
-from topd_jax.evaluation.metrics import distinct_ngrams, statistics
+from topd_jax.data.teachers import by_name
+from topd_jax.data.tokenizers import Tokenizer
+from topd_jax.evaluation.metrics import (
+    accuracy,
+    distinct_ngrams,
+    merge,
+    read_metrics,
+    statistics,
+)
+from topd_jax.evaluation.settings import EvalSettings
 from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.models.lora import merge_lora
-from topd_jax.parallel import apart
+from topd_jax.models.passes import trajectory_states
+from topd_jax.models.protocol import LanguageModel
+from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.hosts import on_host
-from topd_jax.parallel.transfers import within_reach
-from topd_jax.sampling import rollout
-from topd_jax.training.config import Settings
-from topd_jax.training.logging import merge, read_metrics
-from topd_jax.training.setup import Pair
-from topd_jax.training.teachers import Teachers, by_name, shared_rows, total
-from topd_jax.types import Trajectories
+from topd_jax.parallel.layouts import loss_layout
+from topd_jax.sampling import Stream, rollout, stream_key
+from topd_jax.sampling.settings import RolloutSettings
+from topd_jax.types import ONE_DEVICE, Layout, Prompts, Teacher, Trajectories
 
-# Apart from every training step's key, which are folded from 1 up.
-_EVAL_STREAM = 2**31 - 1
+Grader = Callable[[Sequence[Any], Sequence[str]], list[bool] | None]
 
 
+def write(
+    model: LanguageModel,
+    prompts: Prompts,
+    key: jax.Array,
+    temperature: jax.Array | None = None,
+    *,
+    options: RolloutSettings,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    samples: int = 1,
+) -> Trajectories:
+    """Let a model write completions; jit it with its options bound.
+
+    Args:
+      model: adapters are merged and parameters cast to compute dtype first.
+      prompts: B prompts.
+      key: PRNG key.
+      temperature: of the sampler; None takes ``options.temperature``.
+      options: length, sampling and sharding.
+      vocab_size: ids from here on are never drawn.
+      eos_ids: end-of-sequence ids.
+      pad_id: id put where no token is.
+      samples: completions a prompt.
+
+    Returns:
+      B * samples rows.
+    """
+    sampled = temperature is None
+    return rollout(
+        in_compute_dtype(merge_lora(model)),
+        prompts,
+        key,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature if sampled else temperature,
+        top_p=options.top_p if sampled else 1.0,
+        top_k=options.top_k if sampled else 0,
+        samples=samples,
+        vocab_size=vocab_size,
+        sharding=options.sharding,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+    )
+
+
+def compare(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    trajectories: Trajectories,
+    *,
+    top_k: int,
+    layout: Layout = ONE_DEVICE,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Compute :func:`~topd_jax.evaluation.metrics.statistics` of trajectories.
+
+    Args:
+      student: the model.
+      teacher: the frozen model.
+      trajectories: that both read.
+      top_k: size of the top sets.
+      layout: of the fused pass.
+
+    Returns:
+      name -> (sum, count).
+    """
+    return statistics(
+        trajectory_states(student, trajectories),
+        student.head,
+        trajectory_states(teacher, trajectories),
+        teacher.head,
+        trajectories.tokens,
+        trajectories.mask,
+        layout=layout,
+        top_k=top_k,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a student on the same held-out problems each time."""
+    """Evaluates a student on the same held-out problems each time.
 
-    def __init__(self, settings: Settings, pair: Pair) -> None:
-        """Prepares the jitted sampler.
+    Attributes:
+      options: how many problems, how they are sampled.
+      teachers: frozen models.
+      tokenizer: of all models.
+      mesh: of devices.
+      validation: held-out prompts for the interval.
+      test: held-out prompts for the end.
+      grade: (records, completions) -> which are right, or None where answers
+        are not known.
+      key: PRNG key of the run.
+      writer: (student, prompts, key, temperature) -> trajectories, jitted.
+      comparer: (student, teacher, trajectories) -> metrics, jitted.
+      max_new_tokens: limit of a completion.
+    """
 
-        Args:
-          settings: of the run.
-          pair: models, tokenizer and held-out problems.
-        """
-        self._settings, self._pair = settings, pair
-        self._statistics = make_statistics(settings)
-        if pair.teacher_mesh is not None:
-            self._statistics = apart.make_statistics(settings, pair)
-        key = jax.random.key(settings.seed)
-        self._key = jax.random.fold_in(key, _EVAL_STREAM)
-        self._write = make_writer(
-            settings,
-            vocab_size=shared_rows(pair.student, pair.teacher),
-            eos_ids=pair.tokenizer.eos_ids,
-            pad_id=pair.tokenizer.pad_id,
-        )
+    options: EvalSettings
+    teachers: tuple[Teacher, ...]
+    tokenizer: Tokenizer
+    mesh: Mesh
+    validation: prompt_data.EncodedPrompts
+    test: prompt_data.EncodedPrompts
+    grade: Grader
+    key: jax.Array
+    writer: Callable[..., Trajectories]
+    comparer: Callable[..., dict]
+    max_new_tokens: int
 
-    def __call__(
+    def evaluate(
         self,
-        student: Any,
+        student: LanguageModel,
         step: int,
         *,
         final: bool = False,
         temperature: float | None = None,
-    ) -> dict[str, Any]:
-        """Evaluates.
+        keep: int = 0,
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Evaluate, and keep some of what was written.
 
         Args:
           student: the model.
           step: for the record.
           final: use the test problems, ``eval.final_problems`` of them.
           temperature: of the sampler; None takes ``eval.temperature``.
-
-        Returns:
-          JSON-able: step, final, problems, and every statistic; exact_match
-          with its Wilson 95 % interval (low, high) where answers are known.
-        """
-        row, _ = self.write_down(
-            student, step, final=final, temperature=temperature, keep=0
-        )
-        return row
-
-    def write_down(
-        self,
-        student: Any,
-        step: int,
-        *,
-        final: bool = False,
-        temperature: float | None = None,
-        keep: int,
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Evaluates, and keeps some of what was written.
-
-        Args:
-          student: as in :meth:`__call__`.
-          step: as there.
-          final: as there.
-          temperature: as there.
           keep: problems to keep, from the first on.
 
         Returns:
-          (what :meth:`__call__` returns; of each kept problem "step",
-          "final", "problem", "answer", "completion", "right" (None where
-          answers are not known) and "truncated", JSON-able).
+          (JSON-able: step, final, problems, and every statistic; exact_match
+          with its Wilson 95 % interval (low, high) where answers are known;
+          of each kept problem "step", "final", "problem", "answer",
+          "completion", "right" (None where answers are not known) and
+          "truncated").
         """
-        options, pair = self._settings.eval, self._pair
         if temperature is None:
-            temperature = options.temperature
-        count = options.final_problems if final else options.problems
-        encoded = pair.test if final else pair.validation
-        rows, statistics = self.complete(student, encoded, count, temperature)
+            temperature = self.options.temperature
+        count = self.options.final_problems if final else self.options.problems
+        encoded = self.test if final else self.validation
+        rows, numbers = self.complete(student, encoded, count, temperature)
         problems = encoded.records[: len(rows)]
-        texts = [pair.tokenizer.decode(r) for r in rows]
-        grades = pair.grade(problems, texts)
-        own = {}
-        if isinstance(pair.teacher, Teachers):
-            own = by_name(
-                {
-                    name: self._summary(
-                        [rows[i] for i in places],
-                        grades and [grades[i] for i in places],
-                    )
-                    for name, places in places_of(problems).items()
-                }
-            )
+        texts = [self.tokenizer.decode(r) for r in rows]
+        grades = self.grade(problems, texts)
+        by_teacher = {}
+        if len(self.teachers) > 1:
+            for name, places in places_of(problems).items():
+                by_teacher[name] = self._summary(
+                    [rows[i] for i in places],
+                    grades and [grades[i] for i in places],
+                )
         row = {
             "step": step,
             "final": final,
             "temperature": float(temperature),
-            **statistics,
+            **numbers,
             **self._summary(rows, grades),
-            **own,
+            **by_name(by_teacher),
         }
         return row, [
             {
@@ -155,23 +221,27 @@ class Evaluator:
             "length_mean": float(lengths.mean()),
             "truncated": float(np.mean([self.is_cut(r) for r in rows])),
             "distinct_3": distinct_ngrams(rows, 3),
-            **_accuracy(grades),
+            **accuracy(grades),
         }
 
     def complete(
         self,
-        student: Any,
+        student: LanguageModel,
         encoded: prompt_data.EncodedPrompts,
         count: int,
         temperature: float,
+        *,
+        writers: Mapping[str, LanguageModel] | None = None,
     ) -> tuple[list[list[int]], dict[str, float | None]]:
-        """Lets the student complete prompts, one completion each.
+        """Let the student complete prompts, one completion each.
 
         Args:
-          student: the model; or several, of whom each completes its own.
+          student: the model.
           encoded: the prompts.
           count: how many of them, from the first on.
           temperature: of the sampler; 0 is greedy.
+          writers: name of a teacher -> the model that writes its prompts in
+            the student's place; for an evaluation of the teachers.
 
         Returns:
           (token ids of each completion, the end included; statistics of the
@@ -179,140 +249,104 @@ class Evaluator:
           several teachers these are against each prompt's own, and of every
           teacher's prompts as "name/teacher"; prompts without one have none.
         """
-        size = self._settings.eval.batch_size
-        parts, rows, number = [], {}, itertools.count()
-        groups = self._pair.by_teacher(encoded, count)
-        for name, teacher, prompts, places in groups:
-            several = isinstance(student, Teachers)
-            model = student.models[name] if several else student
+        size, rows, parts = self.options.batch_size, {}, []
+        number = itertools.count()
+        for name, teacher, prompts, places in self._groups(encoded, count):
+            model = student if writers is None else writers[name]
             batches = prompt_data.ordered_batches(prompts, batch_size=size)
             last = -(-len(places) // size)
             for batch in itertools.islice(batches, last):
-                written = self._write(
+                written = self.writer(
                     model,
-                    self._pair.spread(batch.prompts),
-                    jax.random.fold_in(self._key, next(number)),
+                    spread_rows(batch.prompts, self.mesh),
+                    jax.random.fold_in(self.key, next(number)),
                     jnp.float32(temperature),
                 )
                 real = (batch.index >= 0) & (batch.index < len(places))
                 written = written.replace(mask=written.mask & real[:, None])
                 if teacher is not None:
-                    found = self._statistics(model, teacher, written)
-                    parts += [found] + (
-                        [by_name({name: found})] if name else []
-                    )
+                    found = self.comparer(model, teacher, written)
+                    parts += [found, by_name({name: found})]
                 done = _completions(written, int(real.sum()))
                 at = [places[j] for j in batch.index[real]]
                 rows |= zip(at, done, strict=True)
-        statistics = read_metrics(merge(within_reach(parts)))
-        return [rows[i] for i in sorted(rows)], statistics
+        numbers = read_metrics(merge(parts))
+        return [rows[i] for i in sorted(rows)], numbers
+
+    def _groups(
+        self, encoded: prompt_data.EncodedPrompts, count: int
+    ) -> Iterator[tuple[str, Any, prompt_data.EncodedPrompts, list[int]]]:
+        """Yield (teacher's name, its model or None, prompts, their places)."""
+        if len(self.teachers) == 1:
+            places = list(range(min(count, len(encoded.records))))
+            yield "", self.teachers[0].model, encoded, places
+            return
+        models = {t.name: t.model for t in self.teachers}
+        for name, places in places_of(encoded.records[:count]).items():
+            yield name, models.get(name), encoded.take(places), places
 
     def is_cut(self, tokens: list[int]) -> bool:
-        """Whether a completion reached the limit without an end."""
-        limit = self._settings.rollout.max_new_tokens
-        ends = self._pair.tokenizer.eos_ids
-        return len(tokens) == limit and tokens[-1] not in ends
+        """Return whether a completion reached the limit without an end."""
+        ends = self.tokenizer.eos_ids
+        return len(tokens) == self.max_new_tokens and tokens[-1] not in ends
 
 
-def make_writer(
-    settings: Settings,
+def make_evaluator(
+    options: EvalSettings,
+    rollout_options: RolloutSettings,
+    teachers: Sequence[Teacher],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    validation: prompt_data.EncodedPrompts,
+    test: prompt_data.EncodedPrompts,
+    grade: Grader,
     *,
     vocab_size: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-) -> Callable[..., Trajectories]:
-    """The jitted sampler of a run's evaluations.
+    seed: int,
+    top_k: int,
+) -> Evaluator:
+    """Make an evaluator with its jitted functions.
 
     Args:
-      settings: of the run.
+      options: how many problems, how they are sampled.
+      rollout_options: length and sharding of completions.
+      teachers: frozen models.
+      tokenizer: of all models.
+      mesh: of devices.
+      validation: held-out prompts for the interval.
+      test: held-out prompts for the end.
+      grade: of completions.
       vocab_size: ids from here on are never drawn.
-      eos_ids: end-of-sequence ids.
-      pad_id: id put where nothing is.
+      seed: of the run.
+      top_k: size of the top sets in the statistics.
 
     Returns:
-      (student, prompts, key, temperature) -> trajectories.
+      The evaluator.
     """
-
-    def write(
-        student: Any, prompts: Any, key: jax.Array, temperature: jax.Array
-    ) -> Trajectories:
-        return rollout(
-            in_compute_dtype(merge_lora(student)),
-            prompts,
-            key,
-            max_new_tokens=settings.rollout.max_new_tokens,
-            temperature=temperature,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            vocab_size=vocab_size,
-            sharding=settings.rollout.sharding,
-        )
-
-    return jax.jit(write)
-
-
-def make_statistics(settings: Settings) -> Callable[..., dict]:
-    """The jitted :func:`topd_jax.evaluation.metrics.statistics` of a run.
-
-    Args:
-      settings: of the run.
-
-    Returns:
-      (student, teacher, trajectories) -> name -> (sum, count); of several
-      teachers, also "name/teacher".
-    """
-    options = dict(
-        top_k=settings.log.top_k, log_floor=settings.objective.log_floor
+    writer = functools.partial(
+        write,
+        options=rollout_options,
+        vocab_size=vocab_size,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
     )
-
-    def of(student: Any, teacher: Any, trajectories: Trajectories) -> dict:
-        if not isinstance(teacher, Teachers):
-            return statistics(student, teacher, trajectories, **options)
-        parts = {
-            name: statistics(student, teacher.models[name], rows, **options)
-            for name, rows in teacher.split(trajectories).items()
-        }
-        return total(parts.values()) | by_name(parts)
-
-    return jax.jit(of)
-
-
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927).
-
-    Args:
-      correct: successes.
-      total: trials, above 0.
-
-    Returns:
-      (low, high), 0..1.
-    """
-    z = 1.959964
-    share = correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(
-        share * (1 - share) / total + z * z / (4 * total * total)
+    return Evaluator(
+        options=options,
+        teachers=tuple(teachers),
+        tokenizer=tokenizer,
+        mesh=mesh,
+        validation=validation,
+        test=test,
+        grade=grade,
+        key=stream_key(jax.random.key(seed), Stream.EVALUATE),
+        writer=jax.jit(writer),
+        comparer=jax.jit(
+            functools.partial(compare, top_k=top_k, layout=loss_layout(mesh))
+        ),
+        max_new_tokens=rollout_options.max_new_tokens,
     )
-    scale = 1 + z * z / total
-    return (centre - spread) / scale, (centre + spread) / scale
 
 
 def _completions(written: Trajectories, count: int) -> list[list[int]]:
     tokens, mask = on_host((written.tokens, written.mask))
     return [tokens[i][mask[i]].tolist() for i in range(count)]
-
-
-def _accuracy(grades: list[bool] | None) -> dict[str, Any]:
-    if grades is None:
-        return {"exact_match": None}
-    correct = sum(grades)
-    bits = "".join("1" if g else "0" for g in grades)
-    low, high = wilson(correct, len(grades))
-    return {
-        "exact_match": correct / len(grades),
-        "correct": correct,
-        "exact_match_low": low,
-        "exact_match_high": high,
-        # One bit a problem, in order: paired comparisons need them.
-        "grades": f"{int(bits, 2):0{-(-len(bits) // 4)}x}",
-    }

@@ -1,15 +1,17 @@
-"""Grading of mathematical answers with math-verify, in a process of its own.
+"""Grade completions: the tiny world's, and mathematics with math-verify.
 
-A hostile or endless answer costs its deadline and the worker, never the run.
-An answer is right if its spelling is the reference's
-(:func:`topd_jax.evaluation.answers.normal`) or math-verify proves the two
-equal.
+Mathematics is graded in worker processes: a hostile or endless answer costs
+its deadline and the worker, never the run. An answer is right if its spelling
+is the reference's (:func:`topd_jax.evaluation.answers.normal`) or math-verify
+proves the two equal.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
+import pathlib
 import re
 import resource
 import select
@@ -19,7 +21,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from topd_jax.data.settings import DataSettings
 from topd_jax.data.sources import Record
+from topd_jax.data.toy_world import problems
 from topd_jax.evaluation.answers import normal, plain_latex, stated_answer
 
 DEADLINE = 10.0  # seconds an answer
@@ -27,23 +31,60 @@ _START = 120.0  # seconds a fresh worker may need for its imports
 # Fewer answers than this are not worth another process.
 _SHARE = 32
 _MEMORY = 4 << 30  # bytes that a worker may ask for
-# How a worker begins: without the package's own __init__, which brings JAX
-# along, seconds and most of the memory of each of them.
+# How a worker begins. It imports no JAX, which would be seconds and most of
+# the memory of each of them.
+_CHECKOUT = pathlib.Path(__file__).parents[2]
 _BEGIN = """
-import sys, types
-package = sys.modules["topd_jax"] = types.ModuleType("topd_jax")
-package.__path__ = [sys.argv[1]]
+import sys
+sys.path.insert(0, sys.argv[1])
 from topd_jax.evaluation import grading
 grading._serve()
 """
-# Where nothing states the answer it stands near the end, if at all.
+# An answer that nothing announces is near the end, if anywhere.
 _TAIL = 2000  # characters
 # An answer of words and one number, "18 eggs a day": read as prose.
 _PROSE = re.compile(r"[^\\^_{}()\[\],=;]*")
 
 
+@dataclasses.dataclass(frozen=True)
+class Grader:
+    """How completions are graded.
+
+    Attributes:
+      grade: (records, completions) -> which are right, or None where answers
+        are not known.
+      final_answer: completion -> the answer it gives, for votes; "" for none.
+    """
+
+    grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
+    final_answer: Callable[[str], str]
+
+
+def make_grader(data: DataSettings) -> Grader:
+    """Return the grader of a run's prompts.
+
+    Args:
+      data: whose ``source`` says what they are.
+    """
+    if data.source != "world":
+        return math_grader()
+
+    def grade(records: Sequence[Record], texts: Sequence[str]) -> list[bool]:
+        return [
+            problems.is_correct(record["prompt"], text)
+            for record, text in zip(records, texts, strict=True)
+        ]
+
+    return Grader(grade, lambda text: problems.final_answer(text) or "")
+
+
+def math_grader() -> Grader:
+    """Return the grader of mathematical answers."""
+    return Grader(grade_answers, final_answer)
+
+
 def reference_answer(text: str) -> str:
-    """The final answer of a reference solution.
+    """Return the final answer of a reference solution.
 
     Args:
       text: "... #### 72" as GSM8K writes it, or the answer alone.
@@ -55,7 +96,7 @@ def reference_answer(text: str) -> str:
 
 
 def final_answer(text: str) -> str:
-    """The answer that a completion gives, in one spelling, for votes.
+    """Return the answer that a completion gives, in one spelling.
 
     Args:
       text: the completion.
@@ -72,20 +113,20 @@ def grade_answers(
     *,
     deadline: float = DEADLINE,
 ) -> list[bool] | None:
-    """Which completions end with the right answer.
+    """Grade completions against reference answers.
 
-    Several processes grade, one for every core where there is work for it.
+    One worker process per core, where there are enough answers.
 
     Args:
       records: questions with their reference answers.
       texts: one completion a record.
-      deadline: seconds an answer; what takes longer is wrong.
+      deadline: seconds an answer; one that takes longer is wrong.
 
     Returns:
       bool a record; None where some record has no reference answer.
 
     Raises:
-      ChildProcessError: where the grading process does not start at all.
+      ChildProcessError: where the grading process does not start.
     """
     if not all(r["answer"] for r in records):
         return None
@@ -98,24 +139,24 @@ def grade_answers(
     workers = min(os.cpu_count() or 1, -(-len(pairs) // _SHARE))
     grades = [False] * len(pairs)
     with ThreadPoolExecutor(workers) as pool:
-        shares = [slice(i, None, workers) for i in range(workers)]
-        graded = pool.map(lambda s: _grade_share(pairs[s], deadline), shares)
-        for share, found in zip(shares, graded, strict=True):
-            grades[share] = found
+        parts = [slice(i, None, workers) for i in range(workers)]
+        graded = pool.map(lambda s: _grade_part(pairs[s], deadline), parts)
+        for part, grades_of_part in zip(parts, graded, strict=True):
+            grades[part] = grades_of_part
     return grades
 
 
-def _grade_share(
+def _grade_part(
     pairs: Sequence[tuple[str, str]], deadline: float
 ) -> list[bool]:
-    """Grades (reference, completion) pairs, one worker after the other."""
+    """Grade (reference, completion) pairs in one worker at a time."""
     worker = None
     grades = []
     try:
         for reference, text in pairs:
             worker = worker or _Worker()
             grade = worker.ask(reference, text, deadline)
-            if grade is None:  # it hangs or died: the next one gets a new one
+            if grade is None:  # it hangs or died: start another one
                 worker.stop()
                 worker = None
             grades.append(bool(grade))
@@ -128,13 +169,13 @@ def _grade_share(
 class _Worker:
     """A process that grades one answer at a time, a JSON line each way.
 
-    A program of its own, not a fork (JAX's threads may deadlock in one) nor
-    a spawn (which runs the caller's main module again).
+    A separate program: a fork may deadlock with JAX's threads, and a spawn
+    runs the caller's main module again.
     """
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _BEGIN, os.path.dirname(__file__)],
+            [sys.executable, "-c", _BEGIN, str(_CHECKOUT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -146,7 +187,7 @@ class _Worker:
             )
 
     def ask(self, reference: str, text: str, deadline: float) -> bool | None:
-        """The grade; None where none came in time."""
+        """Return the grade; None where none came in time."""
         line = json.dumps([reference, text]) + "\n"
         try:
             self._process.stdin.write(line.encode())
@@ -156,7 +197,7 @@ class _Worker:
         return self._answer(deadline)
 
     def _answer(self, seconds: float) -> bool | None:
-        # The worker writes whole short lines, so what is readable is a line.
+        # The worker writes short lines whole: what is readable is a line.
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)
         line = self._process.stdout.readline() if ready else b""
         return json.loads(line) if line else None
@@ -164,27 +205,27 @@ class _Worker:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
-        with contextlib.suppress(OSError):  # what a dead worker did not read
+        with contextlib.suppress(OSError):  # a dead worker leaves input unread
             self._process.stdin.close()
         self._process.stdout.close()
 
 
 def _serve() -> None:
-    """The worker: reads [reference, completion], writes true or false."""
-    # What the libraries print must not pass for an answer.
+    """Serve as the worker: read [reference, completion], write a grade."""
+    # Libraries that print must not write among the grades.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import math_verify
 
     logging.disable(logging.CRITICAL)
-    # An answer that would fill the machine's memory fails in here instead.
+    # An answer that would fill the machine's memory fails here instead.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("true", file=answers, flush=True)
     for line in sys.stdin:
         reference, text = json.loads(line)
         try:
             grade = _is_right(reference, text, math_verify)
-        except Exception:  # whatever an answer provokes, it is not right
+        except Exception:  # an answer that raises anything is wrong
             grade = False
         print(json.dumps(grade), file=answers, flush=True)
 
@@ -196,7 +237,7 @@ def _is_right(reference: str, text: str, math_verify: Any) -> bool:
     if how in ("boxed", "marked") and normal(answer) in same:
         return True
 
-    # The deadline is the parent's: no alarms in here.
+    # The parent has the deadline: no alarms here.
     def read(text: str) -> list:
         return math_verify.parse(text, parsing_timeout=None)
 

@@ -6,65 +6,63 @@ by. All as (sum, count) over generated tokens, never a [B, T, V] tensor.
 """
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from topd_jax.data.packing import PackedRows
-from topd_jax.losses import divergences, fused
+from topd_jax.losses import divergences, estimators, fused, log_probs
 from topd_jax.parallel.collectives import top_k as top_k_of
-from topd_jax.training.score import read
-from topd_jax.training.sft import packed_states
-from topd_jax.types import Trajectories
+from topd_jax.types import Head, Layout
 
 
 def statistics(
-    student: Any,
-    teacher: Any,
-    trajectories: Trajectories | PackedRows,
+    student_hidden: jax.Array,
+    student_head: Head,
+    teacher_hidden: jax.Array,
+    teacher_head: Head,
+    tokens: jax.Array,
+    mask: jax.Array,
     *,
+    layout: Layout,
     top_k: int = 16,
-    log_floor: float = -100.0,
-    teacher_states: jax.Array | None = None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Runs both models over trajectories and compares them token by token.
+    """Compare both models token by token.
 
     Args:
-      student: the model.
-      teacher: the frozen model.
-      trajectories: any tokens; the student's own for an on-policy view.
+      student_hidden: [B, T, D] in the tokens' coordinates.
+      student_head: [V, D].
+      teacher_hidden: [B, T, D_teacher].
+      teacher_head: [V, D_teacher].
+      tokens: i32[B, T] any tokens; the student's own for an on-policy view.
+      mask: bool[B, T] which of them count.
+      layout: of the fused pass.
       top_k: size of the student's and teacher's top sets.
-      log_floor: floor of the teacher's log-probabilities in the KLs, nats.
-      teacher_states: [B, T, D_teacher] what the teacher has read already; of
-        it only the head is needed then. None: it reads here.
 
     Returns:
-      name -> (sum, count) over generated tokens: reverse_kl, forward_kl,
-      reverse_kl_k1 and reverse_kl_k3 (estimates from the sampled tokens,
-      Schulman, "Approximating KL divergence", 2020), student_entropy,
-      teacher_entropy, student_nll, teacher_nll (of the tokens), in nats;
-      top_k_mass (teacher's mass on the student's top k), top_k_overlap
-      (shared part of the two top sets), 0..1; dropped_mass, what the
-      teacher's full softmax puts beyond the shared vocabulary, 0..1.
+      name -> (sum, count) over the tokens: reverse_kl, forward_kl,
+      reverse_kl_k1 and reverse_kl_k3 (estimates from the sampled tokens),
+      student_entropy, teacher_entropy, student_nll, teacher_nll (of the
+      tokens), in nats; top_k_mass (teacher's mass on the student's top k),
+      top_k_overlap (shared part of the two top sets), 0..1; dropped_mass,
+      what the teacher's full softmax puts beyond the shared vocabulary, 0..1.
     """
-    if teacher_states is None:
-        teacher_states = _states(teacher, trajectories)
-    states = (_states(student, trajectories), teacher_states)
-    mask = trajectories.mask
-    vocab = min(student.head.shape[0], teacher.head.shape[0])
-
+    vocab = min(student_head.shape[0], teacher_head.shape[0])
     per_token = fused.fused_map(
-        functools.partial(_compare, top_k=top_k, log_floor=log_floor),
-        states[0],
-        student.head,
-        states[1],
-        teacher.head,
-        trajectories.tokens,
+        functools.partial(_compare, top_k=top_k),
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        tokens,
+        layout=layout,
     )
-    if teacher.head.shape[0] > vocab:
+    if teacher_head.shape[0] > vocab:
         per_token["dropped_mass"] = fused.dropped_mass(
-            states[1], teacher.head, vocab
+            teacher_hidden, teacher_head, vocab, layout=layout
         )
     count = jnp.sum(mask, dtype=jnp.float32)
     return {
@@ -79,37 +77,33 @@ def _compare(
     tokens: jax.Array,
     *,
     top_k: int,
-    log_floor: float,
 ) -> dict[str, jax.Array]:
-    """What is said of each token, from both distributions, f32[..., V]."""
-    ours = divergences.token_logprobs(student_logp, tokens)
-    theirs = divergences.token_logprobs(teacher_logp, tokens)
-    floored = jnp.maximum(theirs, log_floor)
+    """Compare both distributions f32[..., V] of each token."""
+    student = log_probs.token_logprobs(student_logp, tokens)
+    teacher = jnp.maximum(
+        log_probs.token_logprobs(teacher_logp, tokens), log_probs.LOG_FLOOR
+    )
     k = min(top_k, student_logp.shape[-1])
-    _, our_ids = top_k_of(student_logp, k)
-    _, their_ids = top_k_of(teacher_logp, k)
-    on_ours = jnp.take_along_axis(teacher_logp, our_ids, axis=-1)
-    shared = our_ids[..., :, None] == their_ids[..., None, :]
+    _, student_ids = top_k_of(student_logp, k)
+    _, teacher_ids = top_k_of(teacher_logp, k)
+    mass = jnp.exp(jnp.take_along_axis(teacher_logp, student_ids, axis=-1))
+    shared = student_ids[..., :, None] == teacher_ids[..., None, :]
     return {
-        "reverse_kl": divergences.reverse_kl(
-            student_logp, teacher_logp, log_floor=log_floor
-        ),
-        "forward_kl": divergences.forward_kl(
-            student_logp, teacher_logp, log_floor=log_floor
-        ),
-        "reverse_kl_k1": divergences.sampled_kl(ours, floored, "k1"),
-        "reverse_kl_k3": divergences.sampled_kl(ours, floored, "k3"),
-        "student_entropy": divergences.entropy(student_logp),
-        "teacher_entropy": divergences.entropy(teacher_logp),
-        "student_nll": -ours,
-        "teacher_nll": -floored,
-        "top_k_mass": jnp.sum(jnp.exp(on_ours), axis=-1),
+        "reverse_kl": divergences.reverse_kl(student_logp, teacher_logp),
+        "forward_kl": divergences.forward_kl(student_logp, teacher_logp),
+        "reverse_kl_k1": estimators.k1(student, teacher),
+        "reverse_kl_k3": estimators.k3(student, teacher),
+        "student_entropy": log_probs.entropy(student_logp),
+        "teacher_entropy": log_probs.entropy(teacher_logp),
+        "student_nll": -student,
+        "teacher_nll": -teacher,
+        "top_k_mass": jnp.sum(mass, axis=-1),
         "top_k_overlap": jnp.sum(shared, axis=(-2, -1)) / k,
     }
 
 
 def distinct_ngrams(rows: list[list[int]], n: int = 3) -> float:
-    """Share of n-grams that are distinct (Li et al., 1510.03055).
+    """Compute the share of n-grams that are distinct (arXiv:1510.03055).
 
     Args:
       rows: token ids of each completion.
@@ -123,7 +117,81 @@ def distinct_ngrams(rows: list[list[int]], n: int = 3) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _states(model: Any, trajectories: Trajectories | PackedRows) -> jax.Array:
-    if isinstance(trajectories, PackedRows):
-        return packed_states(model, trajectories)
-    return read(model, trajectories)
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """Compute the 95 % interval of a proportion (Wilson, 1927).
+
+    Args:
+      correct: successes.
+      total: trials, above 0.
+
+    Returns:
+      (low, high), 0..1.
+    """
+    z = 1.959964
+    share = correct / total
+    center = share + z * z / (2 * total)
+    spread = z * math.sqrt(
+        share * (1 - share) / total + z * z / (4 * total * total)
+    )
+    scale = 1 + z * z / total
+    return (center - spread) / scale, (center + spread) / scale
+
+
+def read_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Wait for metrics and divide each sum by its count.
+
+    Args:
+      metrics: name -> (sum, count), scalars on any device.
+
+    Returns:
+      name -> number; None where nothing was counted or it is not finite
+      (JSON has no NaN).
+    """
+    out = {}
+    for name, (total, count) in jax.device_get(dict(metrics)).items():
+        value = float(np.float32(total) / np.float32(count)) if count else None
+        finite = value is not None and math.isfinite(value)
+        out[name] = value if finite else None
+    return out
+
+
+def merge(parts: list[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Add up (sum, count) metrics of several batches, on the host.
+
+    Args:
+      parts: name -> (sum, count), one mapping a batch.
+
+    Returns:
+      name -> (sum, count) over all of them, float64.
+    """
+    out: dict[str, tuple[float, float]] = {}
+    for part in jax.device_get([dict(p) for p in parts]):
+        for name, (total, count) in part.items():
+            before = out.get(name, (0.0, 0.0))
+            out[name] = (before[0] + float(total), before[1] + float(count))
+    return out
+
+
+def accuracy(grades: list[bool] | None) -> dict[str, Any]:
+    """Summarize grades: the share that is right, with its 95 % interval.
+
+    Args:
+      grades: which answers are right; None where they are not known.
+
+    Returns:
+      exact_match, and where it is known correct, exact_match_low and _high,
+      and grades, one bit a problem in hexadecimal.
+    """
+    if grades is None:
+        return {"exact_match": None}
+    correct = sum(grades)
+    bits = "".join("1" if g else "0" for g in grades)
+    low, high = wilson(correct, len(grades))
+    return {
+        "exact_match": correct / len(grades),
+        "correct": correct,
+        "exact_match_low": low,
+        "exact_match_high": high,
+        # One bit a problem, in order: paired comparisons need them.
+        "grades": f"{int(bits, 2):0{-(-len(bits) // 4)}x}",
+    }

@@ -1,103 +1,108 @@
-"""How well the detector tells forks from surface form, where it is known.
+"""Detectors of forks against the truth of the tiny world.
 
-Ours: the paper could not know. Candidates of a student's rollouts in the tiny
-world are held against the truth labels of
-:mod:`topd_jax.data.toy_world.truth`, once as
-tokens (is this token the fork?) and once as windows (does the fork lie in the
-K tokens that the detector looks at?). Tokens after a fork are left out.
+The paper could not measure this: in the tiny world it is known for every
+token whether the student disagrees with the teacher in surface form alone or
+forks off the reasoning (:mod:`topd_jax.data.toy_world.truth`). Candidates of
+the student's rollouts are compared with the truth as tokens (is this token
+the fork?) and as windows (does the fork lie in the K tokens that the detector
+looks at?). Tokens after a fork are left out.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from topd_jax.data.toy_world import truth
-from topd_jax.types import Annotations, Trajectories
+from topd_jax.experiments.observe import looking_ahead, observe
+from topd_jax.losses.near_future import future_loss
+from topd_jax.training.config import Settings
+from topd_jax.training.setup import Setup
+from topd_jax.types import Scored, Trajectories
+
+# Test problems that detectors are measured on.
+_PROBLEMS = 1000
+_DETECTORS = ("distance", "loss", "future_loss")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """Candidates whose truth is known; one entry each, [N].
+class LabeledCandidates(NamedTuple):
+    """Candidates whose truth is known, N of them.
 
     Attributes:
-      distance: f32, transport distance of the two windows, 0..2.
-      loss: f32, -log p_T(y_t), nats.
-      divergent: bool, what the detector says.
-      fork: bool, the candidate is the fork.
-      window_fork: bool, the fork lies in the candidate's window.
-      scores: name -> f32, what other detectors say; higher is more of a fork.
+      distance: f32[N], transport distance of the two windows, 0..2.
+      loss: f32[N], -log p_T(y_t), nats.
+      future_loss: f32[N], its mean over the window, nats a token.
+      divergent: bool[N], what the objective's detector decided.
+      fork: bool[N], the candidate is the fork.
+      window_fork: bool[N], the fork lies in the candidate's window.
     """
 
     distance: np.ndarray
     loss: np.ndarray
+    future_loss: np.ndarray
     divergent: np.ndarray
     fork: np.ndarray
     window_fork: np.ndarray
-    scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def judge(
+def label_candidates(
     problems: list[str],
     trajectories: Trajectories,
-    notes: Annotations,
+    scored: Scored,
     tokenizer: Any,
     *,
     window: int,
-    scores: Mapping[str, np.ndarray] | None = None,
-) -> Judged:
-    """Holds the candidates of some rollouts against the truth.
+) -> LabeledCandidates:
+    """Label the candidates of some rollouts with the truth.
 
     Args:
       problems: B problems of the tiny world.
       trajectories: the student's rollouts, B rows.
-      notes: their annotations, with candidates.
-      tokenizer: that wrote the tokens.
+      scored: what the teacher says of them, with candidates.
+      tokenizer: of the rollouts' tokens.
       window: K.
-      scores: name -> f32[B, M] of other detectors, to be kept beside.
 
     Returns:
-      The candidates that are not after a fork.
+      The candidates that do not come after a fork.
     """
+    trajectories, scored = jax.device_get((trajectories, scored))
     labels = truth.label_batch(
         problems,
-        np.asarray(trajectories.tokens),
-        np.asarray(trajectories.mask),
+        trajectories.tokens,
+        trajectories.mask,
         tokenizer,
         window=window,
     )
-    positions = np.asarray(notes.candidates.positions)
+    candidates = scored.candidates
 
-    def at(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(np.asarray(values), positions, axis=1)
+    def at_candidates(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, candidates.positions, axis=1)
 
-    known = np.asarray(notes.candidates.mask) & (
-        at(labels.token) != truth.AFTER
+    token_labels = at_candidates(labels.token)
+    values = LabeledCandidates(
+        distance=scored.distance,
+        loss=at_candidates(scored.teacher_token_loss),
+        future_loss=future_loss(
+            scored.teacher_token_loss,
+            trajectories.mask,
+            candidates,
+            length=window,
+        ),
+        divergent=scored.divergent,
+        fork=token_labels == truth.FORK,
+        window_fork=at_candidates(labels.window) == truth.FORK,
     )
-    return Judged(
-        distance=np.asarray(notes.distance)[known],
-        loss=at(notes.teacher_token_loss)[known],
-        divergent=np.asarray(notes.divergent)[known],
-        fork=(at(labels.token) == truth.FORK)[known],
-        window_fork=(at(labels.window) == truth.FORK)[known],
-        scores={n: np.asarray(x)[known] for n, x in (scores or {}).items()},
-    )
-
-
-def concatenate(parts: list[Judged]) -> Judged:
-    """All candidates of several batches."""
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    known = candidates.mask & (token_labels != truth.AFTER)
+    return jax.tree.map(lambda x: np.asarray(x)[known], values)
 
 
 def auc(score: np.ndarray, positive: np.ndarray) -> float | None:
-    """Area under the receiver operating characteristic.
+    """Return the area under the receiver operating characteristic.
 
     The probability that a positive scores above a negative, ties half
-    (Hanley & McNeil, 1982).
+    (Hanley & McNeil, 1982): the Mann-Whitney U of the positives over the
+    number of pairs.
 
     Args:
       score: f32[N].
@@ -106,65 +111,79 @@ def auc(score: np.ndarray, positive: np.ndarray) -> float | None:
     Returns:
       0..1; None where one of the classes is empty.
     """
-    ones = int(positive.sum())
-    zeros = positive.size - ones
-    if not ones or not zeros:
+    if positive.all() or not positive.any():
         return None
-    ranks = rankdata(score)
-    return float(
-        (ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros)
-    )
+    score = score.astype(float)  # ranks add up beyond float32
+    above, below = score[positive], score[~positive]
+    u = mannwhitneyu(above, below, method="asymptotic").statistic
+    return float(u / (above.size * below.size))
 
 
-def report(judged: Judged) -> dict[str, Any]:
-    """Precision, recall and AUC of the detector, of loss alone, of others.
+def report(candidates: LabeledCandidates) -> dict[str, Any]:
+    """Return AUC, precision and recall of each detector.
 
-    The others flag as many candidates as the detector does, those of their
-    highest score, so that all are compared at one rate.
+    The losses flag as many candidates as the transport distance does, those
+    of the highest loss, so that all are compared at one rate.
 
     Args:
-      judged: candidates whose truth is known.
+      candidates: whose truth is known.
 
     Returns:
-      JSON-able: for "fork" and "window_fork" the share of positives, and for
-      "distance", "loss" and every other score the auc, precision and recall,
-      0..1 or None.
+      JSON-able: the number of "candidates" and of those "flagged"; for "fork"
+      and "window_fork" the "share" of positives, and for "distance", "loss"
+      and "future_loss" the "auc", "precision" and "recall", 0..1 or None.
     """
-    flagged = int(judged.divergent.sum())
-    scores = {"distance": judged.distance, "loss": judged.loss}
-    scores |= judged.scores
-    called = {name: _top(score, flagged) for name, score in scores.items()}
-    called["distance"] = judged.divergent
-    out: dict[str, Any] = {
-        "candidates": int(judged.fork.size),
+    flagged = int(candidates.divergent.sum())
+    numbers: dict[str, Any] = {
+        "candidates": candidates.fork.size,
         "flagged": flagged,
     }
-    for name in ("fork", "window_fork"):
-        positive = getattr(judged, name)
-        out[name] = {
-            "share": float(positive.mean()) if positive.size else None,
-        } | {
-            by: {
+    for target in ("fork", "window_fork"):
+        positive = getattr(candidates, target)
+        numbers[target] = {"share": _share(positive)}
+        for name in _DETECTORS:
+            score = getattr(candidates, name)
+            called = _highest(score, flagged)
+            if name == "distance":
+                called = candidates.divergent
+            numbers[target][name] = {
                 "auc": auc(score, positive),
-                **_precision_recall(called[by], positive),
+                "precision": _share(positive[called]),
+                "recall": _share(called[positive]),
             }
-            for by, score in scores.items()
-        }
-    return out
+    return numbers
 
 
-def _top(score: np.ndarray, count: int) -> np.ndarray:
-    """bool[N]: the ``count`` highest, the earlier one among equals."""
+def _highest(score: np.ndarray, count: int) -> np.ndarray:
+    """Return bool[N]: the ``count`` highest, the earlier one among equals."""
     chosen = np.zeros(score.size, bool)
     chosen[np.argsort(-score, kind="stable")[:count]] = True
     return chosen
 
 
-def _precision_recall(
-    flagged: np.ndarray, positive: np.ndarray
-) -> dict[str, float | None]:
-    hits = int((flagged & positive).sum())
-    return {
-        "precision": hits / int(flagged.sum()) if flagged.any() else None,
-        "recall": hits / int(positive.sum()) if positive.any() else None,
-    }
+def _share(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def measure_detectors(settings: Settings, setup: Setup) -> dict[str, Any]:
+    """Measure the detectors on the rollouts of a run's start.
+
+    Args:
+      settings: of a run in the tiny world.
+      setup: of the run; its student completes the test problems.
+
+    Returns:
+      JSON-able: the numbers of :func:`report`.
+    """
+    ahead = looking_ahead(settings)
+    batches = [
+        label_candidates(
+            [r["prompt"] for r in batch.records],
+            batch.trajectories,
+            batch.scored[0],
+            setup.tokenizer,
+            window=ahead.near_future.window,
+        )
+        for batch in observe(settings, setup, setup.student, _PROBLEMS, [ahead])
+    ]
+    return report(jax.tree.map(lambda *x: np.concatenate(x), *batches))

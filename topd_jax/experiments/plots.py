@@ -1,4 +1,4 @@
-"""Pictures of a sweep and of a local correction."""
+"""Pictures of sweeps, of the probe and of local corrections."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-# Okabe & Ito: told apart by every reader, and in print.
-COLOURS = (
+# Okabe & Ito: distinct for color-blind readers, and in print.
+COLORS = (
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -17,192 +17,149 @@ COLOURS = (
     "#56B4E9",
     "#000000",
 )
+# Group or method -> name -> f32[N].
+Groups = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple:
+    """Return (figure, its axes in one row) with a light grid."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
 
 
 def curves(
     rows: Sequence[dict[str, Any]],
-    titles: Mapping[str, str],
     folder: pathlib.Path,
 ) -> pathlib.Path:
-    """Accuracy and reverse KL against steps, one line a variant.
+    """Draw accuracy and reverse KL against steps, one line a variant.
+
+    A line is the mean over seeds, with a band from the lowest to the highest.
 
     Args:
-      rows: lines of a record; those with a "curve" are drawn (of many, those
-        with a title), the mean over seeds with a band from lowest to highest.
-      titles: name -> text of the legend.
+      rows: lines of a record; those with a "curve" are drawn, of many variants
+        the first ones.
       folder: where ``curves.png`` is written.
 
     Returns:
       The picture's path.
     """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    drawn = [r for r in rows if "curve" in r]
-    names = list(dict.fromkeys(r["name"] for r in drawn))
-    if len(names) > 2 * len(COLOURS):  # nobody could tell them apart
-        names = [n for n in names if n in titles]
-    looks = [(c, line) for line in ("-", "--") for c in COLOURS]
-    for (colour, line), name in zip(looks, names, strict=False):
-        runs = [r["curve"] for r in drawn if r["name"] == name]
+    figure, axes = _figure(11, 4.2, columns=2)
+    trained = [r for r in rows if "curve" in r]
+    names = list(dict.fromkeys(r["name"] for r in trained))
+    # More curves than colors and line styles cannot be told apart.
+    styles = [(color, line) for line in ("-", "--") for color in COLORS]
+    for (color, line), name in zip(styles, names, strict=False):
+        runs = [r["curve"] for r in trained if r["name"] == name]
         steps = [p["step"] for p in runs[0]]
+        style = {"color": color, "linestyle": line, "marker": "."}
         for axis, key in zip(axes, ("exact_match", "reverse_kl"), strict=True):
-            values = np.array(
-                [[p[key] for p in run] for run in runs], dtype=float
-            )
-            axis.plot(
-                steps,
-                values.mean(0),
-                color=colour,
-                linestyle=line,
-                marker="o",
-                markersize=3,
-                label=titles.get(name, name),
-            )
-            if len(runs) > 1:
-                axis.fill_between(
-                    steps,
-                    values.min(0),
-                    values.max(0),
-                    color=colour,
-                    alpha=0.15,
-                    linewidth=0,
-                )
-    for axis, label in zip(
-        axes,
-        ("exact match, validation", "reverse KL (nats a token), validation"),
-        strict=True,
-    ):
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")  # it falls thirtyfold
+            values = np.array([[p[key] for p in r] for r in runs], dtype=float)
+            axis.plot(steps, values.mean(0), label=name, **style)
+            band = (values.min(0), values.max(0))
+            axis.fill_between(steps, *band, color=color, alpha=0.15)
+    axes[0].set(xlabel="step", ylabel="exact match, validation")
+    axes[1].set(xlabel="step", ylabel="reverse KL, validation (nats a token)")
+    axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return _save(figure, folder / "curves.png")
 
 
 def gains(
     variants: Sequence[Mapping[str, Any]], folder: pathlib.Path
 ) -> pathlib.Path:
-    """Gain over the baseline with its interval, one line a variant.
+    """Draw gains over the baseline with their intervals, the best on top.
 
     Args:
-      variants: those with "title", "gain" and "gain_interval" are drawn, best
-        first.
+      variants: those with "name", "gain", "gain_interval" and "p" are drawn.
       folder: where ``gains.png`` is written.
 
     Returns:
       The picture's path.
     """
-    drawn = sorted(
-        (v for v in variants if "gain" in v), key=lambda v: v["gain"]
-    )
-    figure = Figure(figsize=(8.6, 1.4 + 0.22 * len(drawn)),
-                    layout="constrained")  # fmt: skip
-    axis = figure.subplots()
-    for i, v in enumerate(drawn):
-        low, high = v["gain_interval"]
-        clear = COLOURS[1] if v["p"] < 0.05 else COLOURS[0]
-        axis.plot([low, high], [i, i], color=clear, linewidth=1.4)
-        axis.plot(v["gain"], i, "o", color=clear, markersize=4)
-    axis.axvline(0, color="#000000", linewidth=0.8)
-    axis.set_yticks(range(len(drawn)), [v["title"] for v in drawn], fontsize=8)
-    axis.set_ylim(-0.7, len(drawn) - 0.3)
+    compared = [v for v in variants if "gain" in v]
+    compared.sort(key=lambda v: v["gain"])
+    figure, (axis,) = _figure(8.6, 1.4 + 0.22 * len(compared))
+    for i, v in enumerate(compared):
+        color = COLORS[1] if v["p"] < 0.05 else COLORS[0]
+        axis.plot(v["gain_interval"], [i, i], color=color)
+        axis.plot(v["gain"], i, "o", color=color, markersize=4)
+    axis.axvline(0, color=COLORS[-1], linewidth=0.8)
+    names = [v["name"] for v in compared]
+    axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xlabel(
-        "gain over OPD in exact match, 95 % interval (orange: p < 0.05 after "
+        "gain over opd in exact match, 95 % interval (orange: p < 0.05 after "
         "Holm)"
     )
-    axis.grid(alpha=0.3)
-    path = folder / "gains.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return _save(figure, folder / "gains.png")
 
 
-def distances(
-    found: Sequence[dict[str, Any]], folder: pathlib.Path
-) -> pathlib.Path:
-    """How far apart the futures are, where the truth is known.
+def probe(groups: Groups, path: pathlib.Path) -> pathlib.Path:
+    """Redraw figures 2, 4 and 6 of the paper, side by side.
+
+    Left: distances by group with their medians, and the upper quartile of low
+    loss, below which high losses are false alarms. Right: loss and distance.
 
     Args:
-      found: "detector" entries of a record, one a seed.
-      folder: where ``distances.png`` is written.
+      groups: of :func:`topd_jax.experiments.probe.collect`.
+      path: of the PNG file.
 
     Returns:
-      The picture's path.
+      The path.
     """
-    edges = np.array(found[0]["histogram"]["edges"])
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axis = figure.subplots()
-    for key, label, colour in (
-        ("surface", "surface form only", COLOURS[5]),
-        ("fork", "a reasoning fork in the window", COLOURS[1]),
-    ):
-        counts = np.sum([f["histogram"][key] for f in found], axis=0)
-        axis.stairs(counts, edges, fill=True, alpha=0.55, color=colour,
-                    label=f"{label} ({counts.sum()})")  # fmt: skip
-    axis.set_xlabel("transport distance of the two futures")
-    axis.set_ylabel("candidates")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    path = folder / "distances.png"
-    figure.savefig(path, dpi=130)
-    return path
+    figure, (left, right) = _figure(12, 4.2, columns=2)
+    edges = np.linspace(0.0, 2.0, 61)
+    for color, (name, values) in zip(COLORS, groups.items(), strict=False):
+        distance = values["distance"]
+        style = {"color": color, "label": f"{name} ({distance.size})"}
+        right.scatter(values["loss"], distance, s=9, alpha=0.45, **style)
+        if distance.size:
+            counts, _ = np.histogram(distance, edges)
+            left.stairs(counts / distance.size, edges, **style)
+            left.axvline(np.median(distance), color=color, linestyle=":")
+    low = groups["low"]["distance"]
+    if low.size:
+        quartile = np.quantile(low, 0.75)
+        label = "upper quartile of low loss"
+        left.axvline(quartile, color=COLORS[-1], linestyle="--", label=label)
+        left.legend()
+    left.set(xlabel="transport distance of the two futures (dotted: median)")
+    left.set(ylabel="share of positions")
+    right.set(xlabel="teacher token loss, −log p(y), nats")
+    right.set(ylabel="transport distance of the two futures")
+    right.legend(title="chosen by loss")
+    return _save(figure, path)
 
 
-def corrections(
-    found: Mapping[str, Mapping[str, np.ndarray]],
-    numbers: Mapping[str, Mapping[str, Any]],
-    paper: Mapping[str, float],
-    folder: pathlib.Path,
-) -> pathlib.Path:
-    """Figure 5 of the paper redrawn: distances before and after correction.
+def corrections(measured: Groups, path: pathlib.Path) -> pathlib.Path:
+    """Redraw figure 5 of the paper: distances before and after correction.
 
-    A box holds half of the prefixes and has its median drawn; every prefix is
-    a dot.
+    A box holds half of the prefixes, with its median; a diamond is the mean.
 
     Args:
-      found: method -> {"distance": f32[N]}, in the order of drawing.
-      numbers: method -> {"mean", "interval"}.
-      paper: method -> the paper's mean, for some of them.
-      folder: where ``correction-figure5.png`` is written.
+      measured: method -> {"distance": f32[N]}, in the order of drawing.
+      path: of the PNG file.
 
     Returns:
-      The picture's path.
+      The path.
     """
-    names = list(found)
-    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = _figure(6.8, 4.2)
+    distances = [values["distance"] for values in measured.values()]
+    places = range(len(distances))
     boxes = axis.boxplot(
-        [found[n]["distance"] for n in names],
-        positions=range(len(names)),
-        widths=0.5,
-        showfliers=False,
-        patch_artist=True,
-        medianprops={"color": "#000000"},
-    )
-    rng = np.random.default_rng(0)
-    for i, name in enumerate(names):
-        colour = COLOURS[i]
-        boxes["boxes"][i].set(facecolor=colour, alpha=0.35)
-        values = found[name]["distance"]
-        axis.scatter(i + rng.uniform(-0.2, 0.2, values.size), values, s=5,
-                     color=colour, alpha=0.35, linewidths=0)  # fmt: skip
-        low, high = numbers[name]["interval"]
-        mean = numbers[name]["mean"]
-        axis.errorbar(i + 0.34, mean, [[mean - low], [high - mean]], fmt="D",
-                      color=colour, markersize=5, capsize=3,
-                      label=f"{name}: mean {mean:.3f}")  # fmt: skip
-        if name in paper:
-            axis.hlines(paper[name], i - 0.3, i + 0.3, color="#000000",
-                        linestyle=":", linewidth=1.4)  # fmt: skip
-    axis.plot([], [], ":", color="#000000", label="the paper's mean")
-    axis.set_xticks(range(len(names)), names)
-    axis.set_xlim(-0.6, len(names) - 0.3)
+        distances, positions=places, patch_artist=True, showmeans=True,
+        meanprops={"marker": "D"}, medianprops={"color": COLORS[-1]},
+    )  # fmt: skip
+    for box, color in zip(boxes["boxes"], COLORS, strict=False):
+        box.set(facecolor=color, alpha=0.35)
+    axis.set_xticks(places, list(measured))
     axis.set_ylabel("transport distance to the teacher's continuation")
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
-    axis.grid(alpha=0.3, axis="y")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "correction-figure5.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return _save(figure, path)

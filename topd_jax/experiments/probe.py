@@ -1,25 +1,33 @@
-"""Does a high loss mean that the futures part? (arXiv:2606.00305, §2.1)
+"""Does a high loss mean that the futures diverge? (arXiv:2606.00305, §2.1)
 
 Positions of a student's rollouts are chosen by high loss, at random and by
-low loss; from each, the teacher continues, and the transport distance of the
-two windows is measured. The loss is the teacher's, -log p_T(y_t).
+low loss. From each of them the teacher continues, and the transport distance
+of the two windows is measured. The loss is the teacher's, -log p_T(y_t).
 """
 
+import dataclasses
+import functools
+import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
-from topd_jax.experiments.observe import Observed
-from topd_jax.types import Trajectories
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from topd_jax.experiments import plots
+from topd_jax.experiments.observe import (
+    Observed,
+    looking_ahead,
+    observe,
+)
+from topd_jax.experiments.plots import Groups
+from topd_jax.experiments.records import machine
+from topd_jax.objectives.objective import Objective
+from topd_jax.training.config import Settings
+from topd_jax.training.restore import open_run
 
 GROUPS = ("high", "random", "low")
 # METHOD §5: what the paper measured at K = 50 (§2.1).
@@ -29,69 +37,140 @@ PAPER = {
     "spearman": 0.143,
     "false_alarm_fraction": 0.2923,
 }
-_COLOURS = {"high": "#D55E00", "random": "#999999", "low": "#0072B2"}
 
 
-def scores_for(window: int) -> tuple:
-    """How each of :data:`GROUPS` ranks positions, for ``observe``.
+def probe(
+    settings: Settings, workdir: pathlib.Path, which: str, count: int
+) -> dict[str, Any]:
+    """Measure the distance of futures after high, random and low losses.
 
     Args:
-      window: K. In rows that were cut off, positions with fewer than K tokens
-        after them are left out: their window is short by the limit alone.
+      settings: of the run; its objective's number of candidates is chosen in
+        each row, by each group's rule.
+      workdir: of the run; ``probe-WHICH`` with ``probe.json`` and the picture
+        is written there.
+      which: "latest", "best" or "start".
+      count: test prompts that the student completes.
 
     Returns:
-      One (token_loss f32[B, T], trajectories, key) -> f32[B, T] a group.
+      JSON-able: what was measured, the numbers of :func:`report`, those of
+      the "paper" and the "figure".
+
+    Raises:
+      ValueError: where there is no checkpoint.
     """
+    ahead = looking_ahead(settings)
+    with open_run(settings, workdir, which) as (setup, student, step):
+        objectives = ranked(ahead, setup.tokenizer.eos_ids, settings.seed)
+        groups = collect(observe(settings, setup, student, count, objectives))
+    folder = workdir / f"probe-{which}"
+    result = {
+        "machine": machine(),
+        "seed": settings.seed,
+        "step": step,
+        "prompts": count,
+        "window": ahead.near_future.window,
+        **report(groups),
+        "paper": PAPER,
+        "figure": str(plots.probe(groups, folder / "probe.png")),
+    }
+    positions = jax.tree.map(lambda x: x.tolist(), groups)
+    (folder / "probe.json").write_text(
+        json.dumps(result | {"positions": positions}, indent=1)
+    )
+    return result
 
-    def whole(score: jax.Array, written: Trajectories) -> jax.Array:
-        length = jnp.sum(written.mask, axis=1, keepdims=True)
-        behind = length - jnp.arange(score.shape[1])
-        short = written.truncated[:, None] & (behind < window)
-        return jnp.where(short, -jnp.inf, score)
 
-    def high(loss: jax.Array, written: Trajectories, key: jax.Array) -> Any:
-        return whole(loss, written)
+def ranked(
+    ahead: Objective, eos_ids: tuple[int, ...], seed: int
+) -> list[Objective]:
+    """Return an objective that chooses positions as each of :data:`GROUPS`.
 
-    def lot(loss: jax.Array, written: Trajectories, key: jax.Array) -> Any:
-        return whole(jax.random.uniform(key, loss.shape), written)
+    Args:
+      ahead: that looks ahead.
+      eos_ids: end-of-sequence ids.
+      seed: of the random positions.
+    """
+    return [
+        dataclasses.replace(
+            ahead,
+            near_future=dataclasses.replace(
+                ahead.near_future,
+                ranking=functools.partial(
+                    rank, group=group, window=ahead.near_future.window,
+                    eos_ids=eos_ids, seed=seed,
+                ),
+            ),
+        )
+        for group in GROUPS
+    ]  # fmt: skip
 
-    def low(loss: jax.Array, written: Trajectories, key: jax.Array) -> Any:
-        return whole(-loss, written)
 
-    return high, lot, low
+def rank(
+    teacher_token_loss: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    group: str,
+    window: int,
+    eos_ids: tuple[int, ...],
+    seed: int,
+) -> jax.Array:
+    """Rank positions by high loss, at random, or by low loss.
+
+    Args:
+      teacher_token_loss: f32[B, T].
+      tokens: i32[B, T].
+      mask: bool[B, T].
+      group: one of :data:`GROUPS`.
+      window: K. In truncated rows positions with fewer than K tokens after
+        them are left out: the limit alone cuts their window short.
+      eos_ids: end-of-sequence ids.
+      seed: of the random positions.
+
+    Returns:
+      f32[B, T], -inf where a position is left out.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), jnp.sum(tokens))
+    score = {
+        "high": teacher_token_loss,
+        "random": jax.random.uniform(key, mask.shape),
+        "low": -teacher_token_loss,
+    }[group]
+    truncated = mask[:, -1] & ~jnp.isin(tokens[:, -1], jnp.asarray(eos_ids))
+    lengths = jnp.sum(mask, axis=1, keepdims=True)
+    short = lengths - jnp.arange(mask.shape[1]) < window
+    return jnp.where(truncated[:, None] & short, -jnp.inf, score)
 
 
 def collect(batches: Iterable[Observed]) -> dict[str, dict[str, np.ndarray]]:
-    """Loss and distance of every position that was looked at.
+    """Collect loss and distance of every chosen position.
 
     Args:
-      batches: observed with the scores of :func:`scores_for`.
+      batches: observed with the objectives of :func:`ranked`.
 
     Returns:
       group -> {"loss": f32[N], nats; "distance": f32[N], 0..2}.
     """
-    parts: dict[str, dict[str, list]] = {
-        g: {"loss": [], "distance": []} for g in GROUPS
-    }
-    for seen in batches:
-        for group, notes in zip(GROUPS, seen.notes, strict=True):
-            used = notes.candidates.mask
-            loss = np.take_along_axis(
-                notes.teacher_token_loss, notes.candidates.positions, axis=1
+    parts: dict[str, list] = {g: [] for g in GROUPS}
+    for batch in batches:
+        for group, scored in zip(GROUPS, batch.scored, strict=True):
+            used, at = scored.candidates.mask, scored.candidates.positions
+            loss = np.take_along_axis(scored.teacher_token_loss, at, axis=1)
+            parts[group].append(
+                {"loss": loss[used], "distance": scored.distance[used]}
             )
-            parts[group]["loss"].append(loss[used])
-            parts[group]["distance"].append(notes.distance[used])
     return {
-        g: {name: np.concatenate(v) for name, v in p.items()}
-        for g, p in parts.items()
+        group: jax.tree.map(lambda *x: np.concatenate(x), *of_group)
+        for group, of_group in parts.items()
     }
 
 
-def report(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """The numbers of §2.1.
+def report(groups: Groups) -> dict[str, Any]:
+    """Return the numbers of §2.1.
 
     Args:
-      found: of :func:`collect`.
+      groups: of :func:`collect`.
 
     Returns:
       JSON-able: "count", "median", "quartiles" and "loss" (median) a group;
@@ -101,161 +180,26 @@ def report(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
       number that does not exist (no tokens, all alike) is None.
     """
 
-    def quantiles(values: np.ndarray, *at: float) -> Any:
-        if not values.size:
-            return None
-        some = [float(v) for v in np.quantile(values, at)]
-        return some[0] if len(some) == 1 else some
+    def quantiles(values: np.ndarray, at: Any) -> Any:
+        return np.quantile(values, at).tolist() if values.size else None
 
-    high, low = found["high"], found["low"]
-    threshold = quantiles(low["distance"], 0.75)
-    fraction = None
-    if threshold is not None and high["distance"].size:
-        fraction = float(np.mean(high["distance"] < threshold))
-    varied = high["loss"].size > 2 and all(np.ptp(v) > 0 for v in high.values())
-    pair = (high["loss"], high["distance"])
+    def by_group(name: str, at: Any) -> dict[str, Any]:
+        return {g: quantiles(groups[g][name], at) for g in GROUPS}
+
+    high = groups["high"]
+    loss, distance = high["loss"], high["distance"]
+    threshold = quantiles(groups["low"]["distance"], 0.75)
+    alarms = None
+    if threshold is not None and distance.size:
+        alarms = float(np.mean(distance < threshold))
+    varied = loss.size > 2 and np.ptp(loss) > 0 and np.ptp(distance) > 0
     return {
-        "count": {g: int(found[g]["distance"].size) for g in GROUPS},
-        "median": {g: quantiles(found[g]["distance"], 0.5) for g in GROUPS},
-        "quartiles": {
-            g: quantiles(found[g]["distance"], 0.25, 0.75) for g in GROUPS
-        },
-        "loss": {g: quantiles(found[g]["loss"], 0.5) for g in GROUPS},
-        "pearson": float(pearsonr(*pair)[0]) if varied else None,
-        "spearman": float(spearmanr(*pair)[0]) if varied else None,
-        "false_alarm_fraction": fraction,
+        "count": {g: groups[g]["distance"].size for g in GROUPS},
+        "median": by_group("distance", 0.5),
+        "quartiles": by_group("distance", [0.25, 0.75]),
+        "loss": by_group("loss", 0.5),
+        "pearson": float(pearsonr(loss, distance)[0]) if varied else None,
+        "spearman": float(spearmanr(loss, distance)[0]) if varied else None,
+        "false_alarm_fraction": alarms,
         "threshold": threshold,
     }
-
-
-def table(numbers: Mapping[str, Any]) -> str:
-    """The numbers beside the paper's, for a terminal.
-
-    Args:
-      numbers: of :func:`report`.
-    """
-    rows = [
-        (f"median distance, {g} loss" if g != "random" else
-         "median distance, at random", numbers["median"][g],
-         PAPER["median"][g])
-        for g in GROUPS
-    ]  # fmt: skip
-    rows += [
-        ("Pearson, loss and distance", numbers["pearson"], PAPER["pearson"]),
-        ("Spearman", numbers["spearman"], PAPER["spearman"]),
-        ("false alarms among high loss", numbers["false_alarm_fraction"],
-         PAPER["false_alarm_fraction"]),
-    ]  # fmt: skip
-    lines = [f"{'':30}{'here':>8}{'paper':>8}"]
-    for name, here, paper in rows:
-        shown = "–" if here is None else f"{here:.3f}"
-        lines.append(f"{name:30}{shown:>8}{paper:>8.3f}")
-    return "\n".join(lines)
-
-
-def figures(
-    found: Mapping[str, Mapping[str, np.ndarray]], folder: pathlib.Path
-) -> dict[str, str]:
-    """Figures 2, 4 and 6 of the paper, redrawn from these positions.
-
-    2: distributions of distance by group; 4: the high-loss tokens against the
-    low-loss quartile, with the false alarms; 6: loss against distance.
-
-    Args:
-      found: of :func:`collect`.
-      folder: where the PNG files are written.
-
-    Returns:
-      name -> path.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, draw in (
-        ("figure2", _draw_groups),
-        ("figure4", _draw_false_alarms),
-        ("figure6", _draw_loss),
-    ):
-        figure, axis = plt.subplots(figsize=(6.2, 4.0), layout="constrained")
-        draw(axis, found)
-        axis.grid(alpha=0.3)
-        path = folder / f"probe-{name}.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        paths[name] = str(path)
-    return paths
-
-
-def _edges(found: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
-    top = max(
-        (float(f["distance"].max()) for f in found.values()
-         if f["distance"].size), default=1.0,
-    )  # fmt: skip
-    return np.linspace(0.0, max(top, 0.1), 31)
-
-
-def _draw_groups(axis: Any, found: Mapping) -> None:
-    for group in GROUPS:
-        values = found[group]["distance"]
-        if not values.size:
-            continue
-        counts, edges = np.histogram(values, _edges(found))
-        axis.stairs(
-            counts / values.size,
-            edges,
-            color=_COLOURS[group],
-            linewidth=1.8,
-            label=f"{group} ({values.size})",
-        )
-        axis.axvline(
-            np.median(values),
-            color=_COLOURS[group],
-            linestyle=":",
-            linewidth=1.5,
-        )
-    axis.set_xlabel("transport distance of the two futures (dotted: median)")
-    axis.set_ylabel("share of positions")
-    axis.legend(title="chosen by loss")
-
-
-def _draw_false_alarms(axis: Any, found: Mapping) -> None:
-    high, low = found["high"]["distance"], found["low"]["distance"]
-    if high.size and low.size:
-        threshold = np.quantile(low, 0.75)
-        for below, label, colour in (
-            (True, "false alarms", _COLOURS["low"]),
-            (False, "futures part", _COLOURS["high"]),
-        ):
-            chosen = high[(high < threshold) == below]
-            axis.hist(
-                chosen,
-                _edges(found),
-                color=colour,
-                alpha=0.75,
-                label=f"{label} ({chosen.size / high.size:.0%})",
-            )
-        axis.axvline(
-            threshold,
-            color="black",
-            linestyle="--",
-            linewidth=1,
-            label="upper quartile of low loss",
-        )
-        axis.legend()
-    axis.set_xlabel("transport distance of high-loss tokens")
-    axis.set_ylabel("tokens")
-
-
-def _draw_loss(axis: Any, found: Mapping) -> None:
-    for group in GROUPS:
-        axis.scatter(
-            found[group]["loss"],
-            found[group]["distance"],
-            s=9,
-            alpha=0.45,
-            linewidths=0,
-            color=_COLOURS[group],
-            label=group,
-        )
-    axis.set_xlabel("teacher token loss, −log p(y), nats")
-    axis.set_ylabel("transport distance of the two futures")
-    axis.legend(title="chosen by loss")

@@ -1,16 +1,16 @@
-"""Curves and tables of the numbers that runs logged, for their page.
+"""Learning curves of runs, drawn by plotly in the reader's browser."""
 
-A *series* is one line of a chart: "name", "colour" (0..5), "kind" (training,
-validation or test), "steps", "values" and, where known, the ends "low" and
-"high" of 95 % intervals. Whatever is missing or not finite is None.
-"""
-
-import math
-import statistics
-from collections.abc import Sequence
+import html
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Metric -> title and unit of a chart of its own; the rest stands below.
+import plotly.io
+
+from topd_jax.experiments.pages import number, number_text, range_text
+from topd_jax.experiments.run_records import RunRecords
+from topd_jax.objectives.loading import parse
+
+# Metric -> title and unit; every other metric has a chart below the fold.
 _CHARTS = {
     "loss": ("Loss", "nats a token"),
     "exact_match": ("Right answers", "share, 95 % interval"),
@@ -23,311 +23,173 @@ _CHARTS = {
     "student_entropy": ("Entropy of the student", "nats a token"),
     "top_k_overlap": ("Overlap of the top k", "share"),
     "grad_norm": ("Norm of the gradient", "before clipping"),
+    "seconds_rollout": ("Rollout", "seconds, in timed steps"),
+    "seconds_score": ("Scoring", "seconds, in timed steps"),
+    "seconds_update": ("Update", "seconds, in timed steps"),
+    "rate_tokens": ("Speed", "tokens a second"),
 }
-# Charts of numbers that lie in 0..1, all of them shares.
-_SHARES = ("exact_match", "divergent", "truncated", "top_k_overlap")
-# One chart of several metrics, a line each.
-_PHASES = ("rollout", "annotate", "update", "statistics")
 _INTERVAL = {"exact_match": ("exact_match_low", "exact_match_high")}
-# No numbers of a curve: constants, or the ends of an interval.
+# Constants, and the ends of an interval.
 _NOT_DRAWN = {"step", "final", "temperature", "problems", "correct",
-              "exact_match_low", "exact_match_high", "rate_tokens"}  # fmt: skip
-_COLOURS = 6
-# Steps whose speed is one point.
-_TOGETHER = 10
-# Points a series; a screen shows no more.
-_POINTS = 600
-
-_EVALUATED = {
-    "exact_match": "right",
-    "problems": "problems",
-    "reverse_kl": "reverse KL",
-    "forward_kl": "forward KL",
-    "student_entropy": "entropy",
-    "length_mean": "length",
-    "truncated": "cut off",
-    "distinct_3": "distinct 3-grams",
-}
+              "exact_match_low", "exact_match_high"}  # fmt: skip
+# Each has a contrast of at least 3 on white and on a dark card.
+_COLORS = ("#2385c9", "#d4640f", "#11926a", "#c9579d", "#94801a", "#8468dd")
+_LOOKS = {
+    "training": {"mode": "lines"},
+    "validation": {"mode": "lines+markers", "line": {"dash": "dash"},
+                   "marker": {"size": 5}},
+    "test": {"mode": "markers",
+             "marker": {"size": 8, "symbol": "circle-open"}},
+}  # fmt: skip
+_NAME = 30  # letters of a legend
 
 
-def curves_of(runs: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
-    """Charts of everything that was logged more than never.
+def curves_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    """Chart every number that was logged.
+
+    The share of divergent candidates is left out where a percentile of the
+    distances fixes it.
 
     Args:
-      runs: :class:`~topd_jax.experiments.run_page.RunRecords`.
+      runs: one, or several to lay over each other.
 
     Returns:
-      (charts: "title", "unit", "more" (below the fold), "bounds" (of the axis,
-      or None) and "series"; how many logged steps a point of training is the
-      mean of, at most).
+      For each chart "title", "unit", "more" (whether it stands below the fold)
+      and "traces", plotly's: a line for each run, teacher and kind (training,
+      validation, test). Values that are missing or not finite are None.
     """
-    names = {}
-    for run in runs:
-        for row in (*run.metrics, *run.evals):
-            names |= {key.partition("/")[0]: None for key in row}
-    ordered = [n for n in _CHARTS if n in names]
-    ordered += [n for n in sorted(names) if n not in _CHARTS]
-    curves, blocks = [], [1]
-    for name in ordered:
-        if name in _NOT_DRAWN or name.startswith("seconds_"):
-            continue
-        series = _series_of(runs, name, blocks)
-        if series:
-            title, unit = _CHARTS.get(name, (name.replace("_", " "), ""))
-            curves.append(
-                {"title": title, "unit": unit, "more": name not in _CHARTS}
-                | {"bounds": [0, 1] if name in _SHARES else None}
-                | {"series": series}
-            )
-    for title, unit, series in (
-        *(
-            (title, "in timed steps", series)
-            for title, series in _phases_of(runs, blocks)
-        ),
-        ("Speed", f"tokens a second, over {_TOGETHER} steps", _rates(runs)),
-    ):
-        if series:
-            curves.append(
-                {"title": title, "unit": unit, "more": False}
-                | {"bounds": None, "series": series}
-            )
-    return curves, max(blocks)
+    names = {
+        key.partition("/")[0]
+        for run in runs
+        for row in (*run.metrics, *run.evals)
+        for key in row
+    } - _NOT_DRAWN
+    charts = []
+    for name in (*_CHARTS, *sorted(names - set(_CHARTS))):
+        title, unit = _CHARTS.get(name, (name.replace("_", " "), ""))
+        chart = {"title": title, "unit": unit, "more": name not in _CHARTS}
+        if traces := _traces(runs, name):
+            charts.append(chart | {"traces": traces})
+    return charts
 
 
-def _series_of(
-    runs: Sequence[Any], name: str, blocks: list[int]
-) -> list[dict[str, Any]]:
-    own = sorted(
-        {
-            key
-            for run in runs
-            for row in (*run.metrics, *run.evals)
-            for key in row
-            if key.partition("/")[0] == name
-        }
-    )
+def _traces(runs: Sequence[RunRecords], name: str) -> list[dict[str, Any]]:
     lines = []
-    for place, run in enumerate(runs):
-        for key in own:
+    for run in runs:
+        if name == "divergent" and _share_is_fixed(run):
+            continue
+        kinds = {
+            "training": run.metrics,
+            "validation": [r for r in run.evals if not r.get("final")],
+            "test": [r for r in run.evals if r.get("final")],
+        }
+        logged = {k for rows in kinds.values() for row in rows for k in row}
+        for key in sorted(k for k in logged if k.partition("/")[0] == name):
             teacher = key.partition("/")[2]
-            for kind, rows in _kinds(run):
-                line = _line(rows, key, kind, blocks)
-                if line:
-                    label = [run.name] if len(runs) > 1 else []
-                    label += [teacher] if teacher else []
-                    lines.append((place, teacher, kind, label, line))
-    teachers = sorted({teacher for _, teacher, *_ in lines})
-    kinds = ["training", "validation", "test"]
-    out = []
-    for place, teacher, kind, label, line in lines:
-        colour = kinds.index(kind)
-        if len(teachers) > 1:
-            colour = place * len(teachers) + teachers.index(teacher)
-        elif len(runs) > 1:
-            colour = place
-        out.append(
-            {"name": ", ".join([*label, kind]), "colour": colour % _COLOURS}
-            | {"kind": kind, **line}
-        )
-    return out
-
-
-def _kinds(run: Any) -> list[tuple[str, list]]:
-    return [
-        ("training", list(run.metrics)),
-        ("validation", [r for r in run.evals if not r.get("final")]),
-        ("test", [r for r in run.evals if r.get("final")]),
-    ]
-
-
-def _phases_of(
-    runs: Sequence[Any], blocks: list[int]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A chart of one run's phases, or a chart a phase of several runs."""
-    lines = {
-        (place, phase): line
-        for phase in _PHASES
-        for place, run in enumerate(runs)
-        if (line := _line(run.metrics, f"seconds_{phase}", "training", blocks))
-    }
-    charts: dict[str, list[dict[str, Any]]] = {}
-    for (place, phase), line in lines.items():
-        alone = len(runs) == 1
-        title = "Seconds of a phase" if alone else f"Seconds of {phase}"
-        charts.setdefault(title, []).append(
+            parts = [run.name if len(runs) > 1 else "", teacher]
+            label = ", ".join(filter(None, parts))
+            for kind, rows in kinds.items():
+                values = _values([r for r in rows if key in r], key)
+                if any(value is not None for value in values["y"]):
+                    lines.append((label, kind, values))
+    labels = list(dict.fromkeys(label for label, *_ in lines))
+    traces, named = [], set()
+    for label, kind, values in lines:
+        # A legend has an entry a label, which hides all of its kinds.
+        several = len(labels) > 1
+        name = label if several else kind
+        place = labels.index(label) if several else list(_LOOKS).index(kind)
+        full = f"{label}, {kind}" if label else kind
+        short = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+        look = _LOOKS["test" if len(values["x"]) == 1 else kind]
+        color = {"color": _COLORS[place % len(_COLORS)]}
+        traces.append(
             {
-                "name": phase if alone else runs[place].name,
-                "colour": _PHASES.index(phase) if alone else place % _COLOURS,
-                "kind": "training",
-                **line,
+                **values,
+                "name": html.escape(short, quote=False),
+                "meta": full,
+                "legendgroup": name,
+                "showlegend": len(lines) > 1 and name not in named,
+                "mode": look["mode"],
+                "line": color | {"width": 1.6} | look.get("line", {}),
+                "marker": color | look.get("marker", {}),
+                "hovertemplate": "%{y:.4~g}"
+                + ("%{text}" if "text" in values else "")
+                + f"<extra>{html.escape(full, quote=False)}</extra>",
             }
         )
-    return list(charts.items())
+        named.add(name)
+    return traces
 
 
-def _rates(runs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Tokens a second; a step by itself may bear its neighbour's time."""
-    out = []
-    for place, run in enumerate(runs):
-        rows = _timed(run)
-        size = max(_TOGETHER, -(-len(rows) // _POINTS))
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        if rows:
-            out.append(
-                {
-                    "name": run.name if len(runs) > 1 else "training",
-                    "colour": place % _COLOURS,
-                    "kind": "training",
-                    "steps": [part[-1]["step"] for part in parts],
-                    "values": [_rate(part) for part in parts],
-                }
-            )
-    return out
+def _share_is_fixed(run: RunRecords) -> bool:
+    """Whether a percentile, not a threshold, decides what is divergent."""
+    objective = run.settings.get("objective")
+    return isinstance(objective, str) and "threshold" not in parse(objective)[1]
 
 
-def _timed(run: Any) -> list[Any]:
-    """The steps whose seconds are known, without the first: it compiles."""
-    rows = sorted(run.metrics, key=lambda r: r["step"])[1:]
-    return [r for r in rows if _number(r.get("seconds"))]
-
-
-def _rate(rows: Sequence[Any]) -> float | None:
-    tokens = sum(_number(r.get("num_tokens")) or 0 for r in rows)
-    return _number(tokens / sum(r["seconds"] for r in rows))
-
-
-def _line(
-    rows: Sequence[Any], key: str, kind: str, blocks: list[int]
-) -> dict[str, Any] | None:
-    """Steps and values of a key, in order; None where it has no value."""
-    rows = sorted((r for r in rows if key in r), key=lambda r: r["step"])
-    values = [_number(r[key]) for r in rows]
-    if all(v is None for v in values):
-        return None
-    steps = [r["step"] for r in rows]
-    if kind == "training":
-        size = -(-len(rows) // _POINTS)
-        blocks.append(size)
-        cuts = range(0, len(rows), size)
-        return {
-            # The last step of each block: what is known by then.
-            "steps": [steps[min(i + size, len(rows)) - 1] for i in cuts],
-            "values": [_mean(values[i : i + size]) for i in cuts],
-        }
-    line = {"steps": steps, "values": values}
+def _values(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    rows = sorted(rows, key=lambda r: r["step"])
+    values = [number(r[key]) for r in rows]
+    trace: dict[str, Any] = {"x": [r["step"] for r in rows], "y": values}
     name, slash, teacher = key.partition("/")
-    for end, source in zip(("low", "high"), _INTERVAL.get(name, ()),
-                           strict=False):  # fmt: skip
-        line[end] = [_number(r.get(source + slash + teacher)) for r in rows]
-    return line
+    if name not in _INTERVAL:
+        return trace
+    low, high = (
+        [number(r.get(end + slash + teacher)) for r in rows]
+        for end in _INTERVAL[name]
+    )
+    bars = {
+        "array": list(map(_difference, high, values)),
+        "arrayminus": list(map(_difference, values, low)),
+        "thickness": 1,
+        "width": 0,
+    }
+    return trace | {"text": list(map(range_text, low, high)), "error_y": bars}
 
 
-def _number(value: Any) -> float | int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if not math.isfinite(value):
-        return None
-    # Six digits are more than a screen shows.
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+def _difference(more: float | None, less: float | None) -> float | None:
+    return None if more is None or less is None else more - less
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return _number(statistics.fmean(known)) if known else None
-
-
-def tables_of(runs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Evaluations on the way, those of ``topd eval``, and speed.
+def html_of(chart: Mapping[str, Any]) -> str:
+    """Return a chart as HTML that needs plotly's script on the page.
 
     Args:
-      runs: as in :func:`curves_of`.
-
-    Returns:
-      Tables with rows: "section" of the page, "label", "heads" and "rows" of
-      texts, numbers, None, and "value", "low" and "high" of an interval.
+      chart: of :func:`curves_of`.
     """
-    tables = [_evaluations(runs), _benchmarks(runs), _speed(runs)]
-    return [table for table in tables if table["rows"]]
-
-
-def _evaluations(runs: Sequence[Any]) -> dict[str, Any]:
-    known = {name for run in runs for row in run.evals for name in row}
-    names = [name for name in _EVALUATED if name in known]
-    rows = [
-        [
-            row["step"],
-            *([run.name] if len(runs) > 1 else []),
-            "test" if row.get("final") else "validation",
-            *(_cell(row, name) for name in names),
-        ]
-        for run in runs
-        for row in sorted(run.evals, key=lambda r: r["step"])
-    ]
-    heads = ["step", *(["run"] if len(runs) > 1 else []), "problems of"]
-    return {
-        "section": "evaluations",
-        "label": "Evaluations on the way",
-        "heads": heads + [_EVALUATED[name] for name in names],
-        "rows": rows,
-    }
-
-
-def _cell(row: Any, name: str) -> Any:
-    value = _number(row.get(name))
-    ends = [_number(row.get(end)) for end in _INTERVAL.get(name, ())]
-    if value is None or not ends or None in ends:
-        return value
-    return {"value": value, "low": ends[0], "high": ends[1]}
-
-
-def _benchmarks(runs: Sequence[Any]) -> dict[str, Any]:
-    """One row a benchmark and number with an interval."""
-    rows = []
-    for run in runs:
-        for which, found in run.benchmarks.items():
-            for name, entry in (found.get("benchmarks") or {}).items():
-                for number, value in (entry.get("summary") or {}).items():
-                    if not (isinstance(value, dict) and "interval" in value):
-                        continue
-                    low, high = map(_number, value["interval"])
-                    cell = {"value": _number(value["value"]), "low": low}
-                    rows.append(
-                        [
-                            name,
-                            *([run.name] if len(runs) > 1 else []),
-                            which, found.get("step"), number,
-                            cell | {"high": high},
-                        ]
-                    )  # fmt: skip
-    run = ["run"] if len(runs) > 1 else []
-    return {
-        "section": "evaluations",
-        "label": "topd eval",
-        "heads": ["benchmark", *run, "student", "step", "number", "value"],
-        "rows": rows,
+    layout = {
+        "height": 230,
+        "margin": {"l": 46, "r": 8, "t": 6, "b": 22},
+        "hovermode": "x unified",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"size": 11},
+        "legend": {"orientation": "h", "y": -0.14, "x": 0},
+        "xaxis": {"rangemode": "tozero", "zeroline": False, "nticks": 6,
+                  "showgrid": False, "spikethickness": 1,
+                  "unifiedhovertitle": {"text": "step %{x}"}},
+        "yaxis": {"zeroline": False, "tickformat": ".4~g"},
     }  # fmt: skip
+    if chart["unit"].startswith("share"):
+        layout["yaxis"] |= {"rangemode": "nonnegative",
+                            "autorangeoptions": {"clipmax": 1.02}}  # fmt: skip
+    return plotly.io.to_html(
+        {"data": chart["traces"], "layout": layout},
+        config={"displayModeBar": False, "responsive": True},
+        include_plotlyjs=False, full_html=False, validate=False,
+        default_height="230px",
+    )  # fmt: skip
 
 
-def _speed(runs: Sequence[Any]) -> dict[str, Any]:
-    rows = []
-    for run in runs:
-        timed = _timed(run)
-        name = [run.name] if len(runs) > 1 else []
-        for label, key in (
-            ("step, seconds", "seconds"),
-            *((f"{phase}, seconds", f"seconds_{phase}") for phase in _PHASES),
-        ):
-            known = [v for r in timed if (v := _number(r.get(key)))]
-            if known:
-                middle = _number(statistics.median(known))
-                rows.append([label, *name, len(known), _mean(known), middle])
-        if timed:
-            rate = _rate(timed)
-            rows.append(["tokens a second", *name, len(timed), rate, None])
-    return {
-        "section": "speed",
-        "label": "Without the first step, which compiles",
-        "heads": ["", *(["run"] if len(runs) > 1 else []), "steps", "mean",
-                  "median"],
-        "rows": rows,
-    }  # fmt: skip
+def summary_of(chart: Mapping[str, Any]) -> str:
+    """Tell a chart to those who cannot see it: both ends of every line.
+
+    Args:
+      chart: of :func:`curves_of`.
+    """
+    return f"{chart['title']}: " + "; ".join(
+        f"{t['meta']} {number_text(t['y'][0])} at step {t['x'][0]}, "
+        f"{number_text(t['y'][-1])} at step {t['x'][-1]}"
+        for t in chart["traces"]
+    )

@@ -1,270 +1,79 @@
 """One HTML page of what runs left in their work directories (``topd report``).
 
-Curves, evaluations, speed, answers to the same problems over time, and the
+Curves, evaluations, answers to the same problems over time, and the
 settings that differ. A run that still goes on, or lacks parts, has a page too.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from topd_jax.experiments import pages
-from topd_jax.experiments.run_curves import curves_of, tables_of
-from topd_jax.models.io.runs import SETTINGS
+from plotly.offline import get_plotlyjs
+
+from topd_jax.experiments import pages, run_curves
+from topd_jax.experiments.run_records import Row, RunRecords, read_run
+from topd_jax.settings import flat
 from topd_jax.training.config import defaults_of
-from topd_jax.training.logging import read_jsonl
-from topd_jax.training.sections import flat
 
-Row = Mapping[str, Any]
-_BENCHMARKED = ("latest", "best", "start")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRecords:
-    """What a run left behind; every part may be empty.
-
-    Attributes:
-      name: of its work directory.
-      settings: what ``Settings.to_dict`` gave.
-      metrics: lines of ``metrics.jsonl``.
-      evals: lines of ``evals.jsonl``.
-      completions: lines of ``completions.jsonl``.
-      problems: lines of ``problems.jsonl``.
-      benchmarks: "latest", "best" or "start" -> its ``eval-WHICH.json``.
-    """
-
-    name: str
-    settings: Row = dataclasses.field(default_factory=dict)
-    metrics: Sequence[Row] = ()
-    evals: Sequence[Row] = ()
-    completions: Sequence[Row] = ()
-    problems: Sequence[Row] = ()
-    benchmarks: Mapping[str, Row] = dataclasses.field(default_factory=dict)
-
-
-def read_run(workdir: pathlib.Path) -> RunRecords:
-    """Reads a work directory of ``topd train``, finished or not.
-
-    Args:
-      workdir: the directory.
-
-    Returns:
-      Its records; a last line that is only half written is passed over.
-
-    Raises:
-      ValueError: where there is no run, or a file is not what a run writes.
-    """
-    if not workdir.is_dir():
-        raise ValueError(
-            f"no directory at {workdir}; give the --workdir of topd train"
-        )
-    logs = {
-        name: _read_log(workdir / f"{name}.jsonl")
-        for name in ("metrics", "evals", "completions", "problems")
-    }
-    path = workdir / SETTINGS
-    if not path.is_file() and not any(logs.values()):
-        below = sorted(p.parent.name for p in workdir.glob(f"*/{SETTINGS}"))
-        raise ValueError(
-            f"{workdir} holds no run: neither {SETTINGS} nor metrics.jsonl; "
-            + (
-                f"there are runs below it: {', '.join(below)}"
-                if below
-                else "topd train writes them"
-            )
-        )
-    return RunRecords(
-        name=workdir.resolve().name,
-        settings=_read_json(path),
-        benchmarks={
-            which: found
-            for which in _BENCHMARKED
-            if (found := _read_json(workdir / f"eval-{which}.json"))
-        },
-        **logs,
-    )
-
-
-def _read_log(path: pathlib.Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(path, torn=True)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(
-                f"{path}: record {number} has no step; topd train writes one "
-                "on every line: remove the line"
-            )
-    return rows
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); remove it, or write it again"
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object; remove it")
-    return found
-
-
-def page_data(runs: Sequence[RunRecords]) -> dict[str, Any]:
-    """What the page's script reads.
-
-    Args:
-      runs: one, or several to lay over each other; names differ.
-
-    Returns:
-      JSON-able, without NaN: "runs", their names; "curves", "thinned" and
-      "tables" as in :mod:`topd_jax.experiments.run_curves`; "problems", each
-      with its answers; "completions" of training; "settings", each with the
-      value of every run, the default and whether it "differs".
-    """
-    curves, thinned = curves_of(runs)
-    return {
-        "runs": [run.name for run in runs],
-        "curves": curves,
-        "thinned": thinned,
-        "tables": tables_of(runs),
-        "problems": _problems_of(runs),
-        "completions": [
-            {
-                "run": place,
-                "step": row["step"],
-                "teacher": row.get("teacher", ""),
-                "prompt": str(row.get("prompt", "")),
-                "completion": str(row.get("completion", "")),
-                "truncated": bool(row.get("truncated")),
-            }
-            for place, run in enumerate(runs)
-            for row in sorted(run.completions, key=lambda r: r["step"])
-        ],
-        "settings": _settings_of(runs),
-    }
-
-
-def _problems_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
-    """Problems in the order in which they were asked, answers by step."""
-    found: dict[tuple, dict[str, Any]] = {}
-    for place, run in enumerate(runs):
-        for row in sorted(run.problems, key=lambda r: r["step"]):
-            problem = str(row.get("problem", ""))
-            final, answer = bool(row.get("final")), str(row.get("answer", ""))
-            entry = found.setdefault(
-                (final, problem, answer),
-                {"problem": problem, "answer": answer, "final": final}
-                | {"answers": []},
-            )
-            entry["answers"].append(
-                {
-                    "run": place,
-                    "step": row["step"],
-                    "completion": str(row.get("completion", "")),
-                    "right": row.get("right"),
-                    "truncated": bool(row.get("truncated")),
-                }
-            )
-    return sorted(found.values(), key=lambda entry: entry["final"])
-
-
-def _settings_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
-    own = [flat(run.settings) for run in runs]
-    defaults = {}
-    for run in runs:
-        defaults |= defaults_of(run.settings)
-    rows = []
-    for name in dict.fromkeys(key for values in own for key in values):
-        # A section's source and the seed have no default to keep.
-        default = defaults.get(name)
-        values = [mine.get(name) for mine in own]
-        known = name in defaults
-        rows.append(
-            {
-                "name": name,
-                "values": [
-                    _text(v) if name in mine else "–"
-                    for v, mine in zip(values, own, strict=True)
-                ],
-                "default": _text(default) if known else "–",
-                "differs": not known or any(v != default for v in values),
-            }
-        )
-    return rows
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value)
-
-
-def facts_of(runs: Sequence[RunRecords]) -> dict[str, str]:
-    """What stands at the top of the page.
-
-    Args:
-      runs: of the page.
-
-    Returns:
-      name -> text: the only run's variant, models and state, or the names of
-      several and their states.
-    """
-    if len(runs) > 1:
-        return {run.name: _state(run) for run in runs}
-    (run,) = runs
-    known = flat(run.settings)
-    facts = {"run": run.name}
-    for fact, setting in (
-        ("variant", "objective.variant"),
-        ("student", "student.source"),
-        ("teacher", "teacher.source"),
-        ("seed", "seed"),
-    ):
-        if setting in known:
-            facts[fact] = str(known[setting])
-    return facts | {"state": _state(run)}
-
-
-def _state(run: RunRecords) -> str:
-    at = max((r["step"] for r in (*run.metrics, *run.evals)), default=0)
-    steps = flat(run.settings).get("train.steps")
-    made = f"step {at}" + (f" of {steps}" if steps else "")
-    ends = [r for r in run.evals if r.get("final")]
-    if not ends:
-        return f"{made}, not finished"
-    right = ends[-1].get("exact_match")
-    if not isinstance(right, int | float):
-        return f"{made}, finished"
-    return f"{made}, finished with {100 * right:.1f} % right"
+_EVALUATED = {
+    "exact_match": "right",
+    "problems": "problems",
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "student_entropy": "entropy",
+    "length_mean": "length",
+    "truncated": "cut off",
+    "distinct_3": "distinct 3-grams",
+}
+# What rows of logs may lack.
+_TEXTS = {"prompt": "", "completion": "", "teacher": "", "right": None,
+          "truncated": False}  # fmt: skip
 
 
 def write_page(runs: Sequence[RunRecords], path: pathlib.Path) -> None:
-    """Writes the page.
+    """Write the page of runs.
 
     Args:
-      runs: one, or several to lay over each other.
+      runs: one, or several to lay over each other; their names differ.
       path: of the HTML file.
     """
-    names = ", ".join(run.name for run in runs)
     pages.write(
-        "run.html", page_data(runs), path,
-        title=f"{'Runs' if len(runs) > 1 else 'Run'} {names}",
+        "run.html", path,
+        title=f"{'Runs' if len(runs) > 1 else 'Run'} "
+        + ", ".join(run.name for run in runs),
         facts=facts_of(runs),
+        runs=[run.name for run in runs],
+        plotly=get_plotlyjs(),
+        charts=[
+            chart
+            | {"html": run_curves.html_of(chart),
+               "summary": run_curves.summary_of(chart)}
+            for chart in run_curves.curves_of(runs)
+        ],
+        tables=tables_of(runs),
+        problems=problems_of(runs),
+        completions=[
+            {"run": run.name, **_TEXTS, **row}
+            for run in runs
+            for row in sorted(run.completions, key=lambda r: r["step"])
+        ],
+        settings=settings_of(runs),
     )  # fmt: skip
 
 
 def report(
     workdirs: Iterable[pathlib.Path], output: pathlib.Path | None
 ) -> dict[str, Any]:
-    """Reads runs and writes their page.
+    """Read runs and write their page.
 
     Args:
       workdirs: of the runs, the first one's first.
       output: the HTML file; None is ``report.html`` in the first.
 
     Returns:
-      "page", its path; "runs" and "step", how far each of them is.
+      "page", its path; "runs", name -> how far it is.
 
     Raises:
       ValueError: where there is no run, or the same one twice.
@@ -288,3 +97,153 @@ def report(
         "page": str(page),
         "runs": {run.name: _state(run) for run in runs},
     }
+
+
+def facts_of(runs: Sequence[RunRecords]) -> dict[str, str]:
+    """Return what stands at the top of the page.
+
+    Args:
+      runs: of the page.
+
+    Returns:
+      name -> text: the only run's objective, models and state, or the names of
+      several and their states.
+    """
+    if len(runs) > 1:
+        return {run.name: _state(run) for run in runs}
+    (run,) = runs
+    settings = flat(run.settings)
+    facts = {"run": run.name}
+    for fact, setting in (
+        ("objective", "objective"),
+        ("student", "student.source"),
+        ("teacher", "teacher.source"),
+        ("seed", "seed"),
+    ):
+        if setting in settings:
+            facts[fact] = str(settings[setting])
+    return facts | {"state": _state(run)}
+
+
+def _state(run: RunRecords) -> str:
+    step = max((r["step"] for r in (*run.metrics, *run.evals)), default=0)
+    steps = flat(run.settings).get("train.steps")
+    progress = f"step {step}" + (f" of {steps}" if steps else "")
+    ends = [r for r in run.evals if r.get("final")]
+    if not ends:
+        return f"{progress}, not finished"
+    right = pages.number(ends[-1].get("exact_match"))
+    if right is None:
+        return f"{progress}, finished"
+    return f"{progress}, finished with {100 * right:.1f} % right"
+
+
+def tables_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    """Tabulate evaluations on the way and those of ``topd eval``.
+
+    Args:
+      runs: of the page.
+
+    Returns:
+      Tables with rows: "label", "heads" and "rows" of texts.
+    """
+    text, ends = pages.number_text, pages.range_text
+    logged = {name for run in runs for row in run.evals for name in row}
+    names = [name for name in _EVALUATED if name in logged]
+    on_the_way = [
+        [str(row["step"]), run.name,
+         "test" if row.get("final") else "validation",
+         *(_evaluated(row, name) for name in names)]
+        for run in runs
+        for row in sorted(run.evals, key=lambda r: r["step"])
+    ]  # fmt: skip
+    benchmarks = [
+        [name, run.name, which, text(scores.get("step")), score,
+         text(value["value"]) + ends(*value["interval"])]
+        for run in runs
+        for which, scores in run.benchmarks.items()
+        for name, entry in (scores.get("benchmarks") or {}).items()
+        for score, value in (entry.get("summary") or {}).items()
+        if isinstance(value, dict) and "interval" in value
+    ]  # fmt: skip
+    columns = [_EVALUATED[name] for name in names]
+    tables = [
+        {"label": "Evaluations on the way", "rows": on_the_way,
+         "heads": ["step", "run", "problems of", *columns]},
+        {"label": "topd eval", "rows": benchmarks,
+         "heads": ["benchmark", "run", "student", "step", "number", "value"]},
+    ]  # fmt: skip
+    if len(runs) == 1:  # its name is in the title
+        for table in tables:
+            del table["heads"][1]
+            for row in table["rows"]:
+                del row[1]
+    return [table for table in tables if table["rows"]]
+
+
+def _evaluated(row: Row, name: str) -> str:
+    text = pages.number_text(row.get(name))
+    ends = pages.range_text(row.get(f"{name}_low"), row.get(f"{name}_high"))
+    return text if pages.number(row.get(name)) is None else text + ends
+
+
+def problems_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    """Gather the answers to each problem that evaluations wrote down.
+
+    Args:
+      runs: of the page.
+
+    Returns:
+      Problems in the order in which they were asked, those of the test last:
+      "problem", "answer", "final", and "answers" (rows of the log with their
+      "run") by step and run.
+    """
+    problems: dict[tuple, dict[str, Any]] = {}
+    for run in runs:
+        for row in sorted(run.problems, key=lambda r: r["step"]):
+            key = {
+                "final": bool(row.get("final")),
+                "problem": str(row.get("problem", "")),
+                "answer": str(row.get("answer", "")),
+            }
+            entry = problems.setdefault(
+                tuple(key.values()), key | {"answers": []}
+            )
+            entry["answers"].append({"run": run.name, **_TEXTS, **row})
+    for entry in problems.values():
+        entry["answers"].sort(key=lambda row: row["step"])
+    return sorted(problems.values(), key=lambda entry: entry["final"])
+
+
+def settings_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    """Compare the settings of runs with the defaults.
+
+    Args:
+      runs: of the page.
+
+    Returns:
+      For each setting "name", "values" (a text a run), "default" and whether
+      it "differs", or has no default to keep.
+    """
+    settings = [flat(run.settings) for run in runs]
+    defaults: dict[str, object] = {}
+    for run in runs:
+        defaults |= defaults_of(run.settings)
+
+    def text(values: dict, name: str) -> str:
+        value = values.get(name)
+        if name not in values or (isinstance(value, str) and value):
+            return value or "–"
+        return json.dumps(value)
+
+    return [
+        {
+            "name": name,
+            "values": [text(values, name) for values in settings],
+            "default": text(defaults, name),
+            # One of an older version has no default to keep.
+            "differs": name not in defaults
+            or any(values.get(name) != defaults[name] for values in settings),
+        }
+        for name in dict.fromkeys(key for values in settings for key in values)
+    ]

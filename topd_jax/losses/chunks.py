@@ -1,12 +1,12 @@
-"""Chunks of tokens against an output head: logits that never exist at once.
+"""Chunks of tokens against an output head: the logits never exist at once.
 
 Two operations that :mod:`topd_jax.losses.fused` is made of.
-:func:`over_tokens` scans
-a function over chunks of tokens. :func:`per_token` and :func:`weighted_sum`
-apply a loss to the logits of each chunk and know its gradient: the chunk's
-gradient with respect to its logits is taken by ``jax.vjp``, multiplied into
-states and head at once, and forgotten (the scheme of Liger Kernel,
-arXiv:2410.10989, §3.2).
+:func:`over_tokens` scans a function over chunks of tokens. :func:`per_token`
+and :func:`weighted_sum` apply a loss to the logits of each chunk and know its
+gradient: ``jax.vjp`` gives the chunk's cotangent of its logits, which is
+multiplied into states and head at once and dropped (the scheme of Liger
+Kernel, arXiv:2410.10989, §3.2). Mesh-agnostic: a
+:class:`~topd_jax.types.Layout` says how large chunks are and where they lie.
 
 In their arguments, ``constants`` is what every chunk sees and ``rows`` what is
 cut along the tokens beside the states; neither is differentiated.
@@ -20,32 +20,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topd_jax.losses.divergences import accumulation_dtype
-from topd_jax.parallel.sharding import RULES, constrain, mesh_axes, mesh_in_use
-from topd_jax.types import Head, head_cap, head_rows, soft_cap
+from topd_jax.losses.log_probs import accumulation_dtype
+from topd_jax.losses.reverse_mode import reverse_mode_only
+from topd_jax.types import Head, Layout, head_cap, head_rows, soft_cap
 
 _BLOCK_BYTES = 32 * 2**20
 _FEWEST_TOKENS, _MOST_TOKENS = 256, 4096
 
 
 class ChunkedLoss(NamedTuple):
-    """A loss and its chunk: hashable, so that custom_vjp can hold it.
+    """Hold a loss and its layout, hashable for custom_vjp.
 
     Attributes:
       loss: (logits f32[R, V], constants, rows [R, ...]) -> f32[R].
-      chunk_size: R, about.
+      layout: chunks and mesh.
     """
 
     loss: Callable[[jax.Array, Any, Any], jax.Array]
-    chunk_size: int
+    layout: Layout
 
 
 def chunked_loss(
     loss: Callable[[jax.Array, Any, Any], jax.Array],
     head: Head,
-    chunk_size: int,
+    layout: Layout,
 ) -> ChunkedLoss:
-    """A loss of the logits of a head, for rows that know no bound.
+    """Make a loss of a head's logits for :func:`per_token`.
 
     :func:`per_token` and :func:`weighted_sum` differentiate plain rows; where
     the head bounds its logits the loss does so first.
@@ -53,14 +53,14 @@ def chunked_loss(
     Args:
       loss: see :class:`ChunkedLoss`.
       head: [V, D] that the logits are of.
-      chunk_size: tokens a chunk.
+      layout: chunks and mesh.
 
     Returns:
       What to call them with, beside ``head_rows(head)``.
     """
     if (cap := head_cap(head)) is not None:
         loss = functools.partial(_capped, loss, cap)
-    return ChunkedLoss(loss, chunk_size)
+    return ChunkedLoss(loss, layout)
 
 
 def _capped(
@@ -73,46 +73,42 @@ def _capped(
     return loss(soft_cap(logits, cap), constants, rows)
 
 
-def chunk_tokens(vocab: int) -> int:
-    """How many tokens a chunk should have (ours).
+def chunk_tokens(vocab: int, layout: Layout) -> int:
+    """Choose how many tokens a chunk has.
 
-    As many as make one float32 block of logits 32 MiB; but at least 256,
-    below which a head is read from memory more often than it is worked with,
-    and at most 4096. All of it per device of the mesh in use, if any: tokens
-    are spread over the devices that hold rows, logits also over those that
-    hold the vocabulary. Three to five such blocks live at a time.
+    As many as make one float32 block of logits 32 MiB, but 256 to 4096: with
+    fewer, reading the head dominates. All of it per device: tokens are spread
+    over the devices that hold rows, logits also over those that hold the
+    vocabulary. Three to five such blocks live at a time.
 
     Args:
       vocab: V, the ids that logits are computed for.
+      layout: whose ``chunk_size`` wins, where it has one.
 
     Returns:
       Tokens a chunk, over all devices.
     """
-    block = 4 * vocab / _ways("vocab")
+    if layout.chunk_size is not None:
+        return layout.chunk_size
+    block = 4 * vocab / layout.ways_of("vocab")
     tokens = min(max(int(_BLOCK_BYTES / block), _FEWEST_TOKENS), _MOST_TOKENS)
-    return tokens * _ways("tokens")
+    return tokens * layout.ways_of("tokens")
 
 
-def _ways(axis: str) -> int:
-    mesh = mesh_in_use()
-    if mesh is None:
-        return 1
-    return math.prod(mesh.shape[name] for name in mesh_axes(RULES[axis]))
-
-
-def gathered(head: Head) -> Head:
-    """A head that every device has the width of, for a loop over chunks.
+def gathered(head: Head, layout: Layout) -> Head:
+    """Gather the width of a head once, before a loop over chunks.
 
     Where the head is spread over its width the compiler would otherwise
     gather it at every chunk.
 
     Args:
       head: [V, D].
+      layout: chunks and mesh.
 
     Returns:
       The same numbers, still spread over the vocabulary.
     """
-    return jax.tree.map(lambda x: constrain(x, "vocab", None), head)
+    return jax.tree.map(lambda x: layout.constrain(x, "vocab", None), head)
 
 
 def over_tokens(
@@ -120,33 +116,34 @@ def over_tokens(
     carry: Any,
     arrays: Any,
     shape: tuple[int, ...],
-    chunk_size: int,
+    vocab: int,
+    layout: Layout,
 ) -> tuple[Any, Any]:
-    """Scans step(carry, chunk) -> (carry, outputs) over chunks of tokens.
+    """Scan step(carry, chunk) -> (carry, outputs) over chunks of tokens.
 
-    Only the token axis is cut, so that rows stay on the devices that hold
-    them, and a chunk takes tokens from all over it, so that each device that
-    holds a stretch of them has its share of every chunk; within a chunk both
-    are flattened to R, because a weight gradient of 3-D operands takes three
-    times as long on CPU. The last ones are padded with zeros, whose outputs
-    are dropped: what step adds to the carry for a zero row must be zero.
+    Only the token axis is cut: rows stay on the devices that hold them. A
+    chunk takes tokens from all over the axis, so that each device has its
+    share of every chunk. Within a chunk both are flattened to R. The last
+    chunk is padded with zeros, whose outputs are dropped: what step adds to
+    the carry for a zero row must be zero.
 
     Args:
       step: maps leaves [R, ...] to outputs [R, ...].
       carry: what step hands on.
       arrays: pytree of [*shape, ...].
       shape: leading dimensions and, last, the token axis.
-      chunk_size: R, about; one chunk runs without a scan.
+      vocab: V, which decides about R, the tokens of a chunk.
+      layout: chunks and mesh; one chunk runs without a scan.
 
     Returns:
       (carry, outputs as [*shape, ...]).
     """
     *lead, length = shape
     axis = len(lead)
-    columns = max(chunk_size // max(math.prod(lead), 1), 1)
+    columns = max(chunk_tokens(vocab, layout) // max(math.prod(lead), 1), 1)
     count = max(math.ceil(length / columns), 1)
     # Even chunks need the least padding; of each a device has an even share.
-    share = _ways("sequence")
+    share = layout.ways_of("sequence")
     columns = math.ceil(length / count / share) * share
 
     def split(x: jax.Array) -> jax.Array:
@@ -178,18 +175,20 @@ def over_tokens(
     return carry, jax.tree.map(join, outputs)
 
 
-def unembed_rows(hidden: jax.Array, head: Head) -> jax.Array:
-    """Logits of flattened tokens, adding up in float32.
+def unembed_rows(hidden: jax.Array, head: Head, layout: Layout) -> jax.Array:
+    """Compute the logits of flattened tokens, with float32 sums.
 
     Args:
       hidden: [R, D].
       head: [V, D]; a capped one bounds them.
+      layout: chunks and mesh.
 
     Returns:
       f32[R, V] (f64 for f64).
     """
     logits = _product(hidden, head_rows(head), 1, 1)
-    return constrain(soft_cap(logits, head_cap(head)), "tokens", "vocab")
+    logits = soft_cap(logits, head_cap(head))
+    return layout.constrain(logits, "tokens", "vocab")
 
 
 def _product(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
@@ -210,7 +209,7 @@ def per_token(
     constants: Any,
     rows: Any,
 ) -> jax.Array:
-    """The loss of every token; the backward pass computes each chunk again.
+    """Compute every token's loss; the backward pass recomputes each chunk.
 
     Args:
       chunked: loss and chunk.
@@ -234,7 +233,9 @@ def weighted_sum(
     constants: Any,
     rows: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """sum(weights * losses), its gradients computed in the forward pass.
+    """Compute sum(weights * losses) with its gradients in the forward pass.
+
+    A token of weight 0 counts for nothing, whatever its loss.
 
     Args:
       chunked: loss and chunk.
@@ -248,7 +249,12 @@ def weighted_sum(
       (f32[] sum, f32[..., T] losses, whose cotangent is ignored).
     """
     token_losses = _over_chunks(chunked, hidden, head, constants, rows)
-    return jnp.sum(weights * token_losses), token_losses
+    return _total(weights, token_losses), token_losses
+
+
+def _total(weights: jax.Array, token_losses: jax.Array) -> jax.Array:
+    # Selected before they are added: 0 * NaN would be NaN.
+    return jnp.sum(jnp.where(weights != 0, weights * token_losses, 0))
 
 
 def _over_chunks(
@@ -258,16 +264,17 @@ def _over_chunks(
     constants: Any,
     rows: Any,
 ) -> jax.Array:
-    head = gathered(head)
+    head = gathered(head, chunked.layout)
 
     def losses_of(_: None, chunk: tuple) -> tuple[None, jax.Array]:
         states, rest = chunk
-        logits = unembed_rows(states, head)
+        logits = unembed_rows(states, head, chunked.layout)
         return None, chunked.loss(logits, constants, rest)
 
     return over_tokens(
-        losses_of, None, (hidden, rows), hidden.shape[:-1], chunked.chunk_size
-    )[1]
+        losses_of, None, (hidden, rows), hidden.shape[:-1],
+        head.shape[0], chunked.layout,
+    )[1]  # fmt: skip
 
 
 def _with_gradients(
@@ -278,69 +285,75 @@ def _with_gradients(
     constants: Any,
     rows: Any,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Losses [..., T] and d(sum weights * losses)/d(hidden, head)."""
+    """Compute losses [..., T] and d(sum weights * losses)/d(hidden, head)."""
     narrow = jnp.promote_types(hidden.dtype, head.dtype)
     wide = accumulation_dtype(hidden, head)
-    parts = _parts(hidden.shape[0] if hidden.ndim > 2 else 1)
-    head = gathered(head)
+    layout = chunked.layout
+    parts = _parts(hidden.shape[0] if hidden.ndim > 2 else 1, layout)
+    head = gathered(head, layout)
 
     def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
         states, weight, rest = chunk
         token_losses, backward = jax.vjp(
             lambda logits: chunked.loss(logits, constants, rest),
-            unembed_rows(states, head),
+            unembed_rows(states, head, layout),
         )
-        (slope,) = backward(weight)
+        counts = (weight != 0)[:, None]
+        (cotangent,) = backward(weight)
         # The products run in the precision of the model, as a dense backward
         # pass would; their sums are float32.
-        slope = slope.astype(narrow)
-        on_states = _product(slope, head, 1, 0)
-        on_head = _by_parts(states, slope, parts)
+        cotangent = jnp.where(counts, cotangent, 0).astype(narrow)
+        on_states = _product(cotangent, head, 1, 0)
+        states = jnp.where(counts, states, 0)
+        on_head = _by_parts(states, cotangent, parts, layout)
         return total + on_head, (token_losses, on_states)
 
+    total = jnp.zeros((parts, *head.shape[::-1]), wide)
     total, (token_losses, on_hidden) = over_tokens(
         add,
-        constrain(
-            jnp.zeros((parts, *head.shape[::-1]), wide), "tokens", None, "vocab"
-        ),
+        layout.constrain(total, "tokens", None, "vocab"),
         (hidden, weights, rows),
         hidden.shape[:-1],
-        chunked.chunk_size,
+        head.shape[0],
+        layout,
     )
-    on_head = constrain(jnp.sum(total, axis=0), "embed", "vocab")
+    on_head = layout.constrain(jnp.sum(total, axis=0), "embed", "vocab")
     return token_losses, (on_hidden, on_head.T)
 
 
-def _parts(rows: int) -> int:
-    """How many devices have tokens of their own, and so a sum of their own."""
-    return 1 if rows % _ways("batch") else _ways("tokens")
+def _parts(rows: int, layout: Layout) -> int:
+    """Return how many devices have tokens, and so a sum, of their own."""
+    return 1 if rows % layout.ways_of("batch") else layout.ways_of("tokens")
 
 
-def _by_parts(states: jax.Array, slope: jax.Array, parts: int) -> jax.Array:
-    """The head's gradient of each part of the rows: [parts, D, V].
+def _by_parts(
+    states: jax.Array, cotangent: jax.Array, parts: int, layout: Layout
+) -> jax.Array:
+    """Compute the head's gradient of each part of the rows: [parts, D, V].
 
     Were the parts added up here, the devices would exchange an array as large
     as the head at every chunk; now they do once, after all of them.
 
     Args:
       states: [R, D].
-      slope: [R, V].
+      cotangent: [R, V] of the logits.
       parts: that R divides into.
+      layout: chunks and mesh.
     """
     if parts == 1:
         # [D, V], because this product reads both operands in rows.
-        return _product(states, slope, 0, 0)[None]
-    states, slope = (
-        constrain(x.reshape(parts, -1, x.shape[1]), "tokens", None, axis)
-        for x, axis in ((states, None), (slope, "vocab"))
+        return _product(states, cotangent, 0, 0)[None]
+    states, cotangent = (
+        layout.constrain(x.reshape(parts, -1, x.shape[1]), "tokens", None, axis)
+        for x, axis in ((states, None), (cotangent, "vocab"))
     )
     products = jax.lax.dot_general(
         states,
-        slope.astype(states.dtype),
+        cotangent.astype(states.dtype),
         (((1,), (1,)), ((0,), (0,))),
-        preferred_element_type=accumulation_dtype(states, slope),
+        preferred_element_type=accumulation_dtype(states, cotangent),
     )
-    return constrain(products, "tokens", None, "vocab")
+    return layout.constrain(products, "tokens", None, "vocab")
 
 
 def _per_token_forward(chunked: ChunkedLoss, *arguments: Any) -> tuple:
@@ -355,6 +368,7 @@ def _per_token_backward(
 
 
 per_token.defvjp(_per_token_forward, _per_token_backward)
+per_token = reverse_mode_only(per_token)
 
 
 def _weighted_sum_forward(
@@ -363,7 +377,7 @@ def _weighted_sum_forward(
     token_losses, gradients = _with_gradients(chunked, weights, *arguments)
     # Empty arrays carry the types that the gradients must be returned in.
     like = tuple(x[:0] for x in arguments[:2])
-    total = jnp.sum(weights * token_losses)
+    total = _total(weights, token_losses)
     return (total, token_losses), (gradients, like)
 
 
@@ -376,6 +390,7 @@ def _weighted_sum_backward(
 
 
 weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+weighted_sum = reverse_mode_only(weighted_sum)
 
 
 def _cast(gradients: Any, like: Any) -> tuple[jax.Array, ...]:

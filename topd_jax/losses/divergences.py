@@ -3,116 +3,36 @@
 Every piece returns one number a token, ``[...]``; :func:`weighted_mean` alone
 reduces. Direction and space are in the names: ``reverse_kl(student_logp,
 teacher_logp)`` is KL(student || teacher) of log-probabilities ``[..., V]``, the
-token loss of arXiv:2606.00305, §3; ``logits`` are raw.
+token loss of arXiv:2606.00305, §3; ``logits`` are raw, and
+:func:`on_logits` takes them with a temperature.
 
-Numbers (ours): sums run in float32 whatever the inputs, float64 where those
-are. An impossible token has log-probability :data:`LOWEST` rather than -inf,
-so that 0 * log 0 is 0 and no gradient is NaN. Where a distribution is divided
-by, its log-probabilities are floored at ``log_floor``: p_T = 0 < p_S is truly
-infinite and costs ``p_S * (log p_S - log_floor)`` here instead.
+Where a distribution is divided by, its log-probabilities are floored at
+``log_floor``: p_T = 0 < p_S is truly infinite and costs
+``p_S * (log p_S - log_floor)`` here instead. The paper has no floors.
 """
 
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from topd_jax.parallel.collectives import top_k
+from topd_jax.losses.log_probs import (
+    LOG_FLOOR,
+    LOWEST,
+    accumulation_dtype,
+    check_log_floor,
+    check_pair,
+    floored,
+    is_finite_number,
+    log_normalizer,
+    log_softmax,
+)
 
-# Stands for log 0. Far below any real log-probability, far above overflow.
-LOWEST = -1e30
-LOG_FLOOR = -100.0
-# exp of this is still finite in float32, and so are sums of it.
-_MAX_LOG_RATIO = 80.0
+# Blocks of the vocabulary in which the largest values are found first.
+_BLOCKS = 16
 
-Estimator = Literal["k1", "k2", "k3"]
-ESTIMATORS = ("k1", "k2", "k3")
-
-
-def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """float64 where any of the arrays is, float32 otherwise."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
-def _floored(x: jax.Array, floor: float = LOWEST) -> jax.Array:
-    # where, not maximum: the gradient of a maximum splits ties by division.
-    x = x.astype(accumulation_dtype(x))
-    return jnp.where(x <= floor, floor, x)  # NaN stays NaN
-
-
-def _normalizer(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # log sum exp in two parts, to be taken off one after the other: added up,
-    # a peak at LOWEST would swallow the logarithm.
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    total = jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True)
-    return peak, jnp.log(total)
-
-
-def _selected(values: jax.Array, tokens: jax.Array) -> jax.Array:
-    # One-hot, not gather: gather would materialise log-softmax, and its
-    # gradient is a scatter.
-    tokens = jnp.asarray(tokens)
-    ids = jax.lax.broadcasted_iota(tokens.dtype, values.shape, values.ndim - 1)
-    return jnp.sum(jnp.where(ids == tokens[..., None], values, 0), axis=-1)
-
-
-def log_softmax(logits: jax.Array) -> jax.Array:
-    """log p(v) = logits_v - log sum_u exp(logits_u), finite for -inf (ours).
-
-    Args:
-      logits: [..., V] raw scores of any float type.
-
-    Returns:
-      f32[..., V] (f64 for f64). A logit of -inf gives about ``LOWEST`` and no
-      gradient; a row that is -inf throughout is uniform.
-    """
-    logits = _floored(logits)
-    peak, log_total = _normalizer(logits)
-    return logits - peak - log_total
-
-
-def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log p(y) of one token a position, without a gather.
-
-    Args:
-      logits: [..., V] raw scores.
-      tokens: i32[...] token ids; any id may stand where a mask hides it.
-
-    Returns:
-      f32[...] (f64 for f64).
-    """
-    logits = _floored(logits)
-    peak, log_total = _normalizer(logits)
-    return _selected(logits, tokens) - peak[..., 0] - log_total[..., 0]
-
-
-def cross_entropy(
-    logp: jax.Array, tokens: jax.Array, *, log_floor: float = LOG_FLOOR
-) -> jax.Array:
-    """-log p(y), at most ``-log_floor``.
-
-    Args:
-      logp: [..., V] log-probabilities.
-      tokens: i32[...] token ids.
-      log_floor: stands for smaller log-probabilities.
-
-    Returns:
-      f32[...] (f64 for f64), 0..-log_floor.
-    """
-    return -_selected(_floored(logp, log_floor), tokens)
-
-
-def entropy(logp: jax.Array) -> jax.Array:
-    """H(p) = -sum_v p_v log p_v.
-
-    Args:
-      logp: [..., V] log-probabilities.
-
-    Returns:
-      f32[...] (f64 for f64), 0..log V.
-    """
-    logp = _floored(logp)
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+# (student_logp [..., V], teacher_logp [..., V]) -> [...]
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def reverse_kl(
@@ -120,22 +40,45 @@ def reverse_kl(
     teacher_logp: jax.Array,
     *,
     log_floor: float = LOG_FLOOR,
+    axis: int = -1,
+    where: jax.Array | None = None,
 ) -> jax.Array:
-    """KL(student || teacher) = sum_v p_S (log p_S - log p_T).
+    """Compute KL(student || teacher) = sum_v p_S (log p_S - log p_T).
 
-    The token loss l_t of arXiv:2606.00305, §3; beta 1 of the generalised JSD.
+    The token loss l_t of arXiv:2606.00305, §3; beta 1 of the generalized JSD.
 
     Args:
       student_logp: [..., V] log-probabilities.
       teacher_logp: [..., V] log-probabilities.
-      log_floor: stands for smaller log-probabilities of the teacher (ours).
+      log_floor: stands for smaller log-probabilities of the teacher, below 0.
+      axis: of the vocabulary.
+      where: bool, broadcast to the inputs: the ids that the sum runs over;
+        all unless given.
 
     Returns:
-      f32[...] (f64 for f64).
+      f32[...] (f64 for f64), nats.
+
+    Raises:
+      ValueError: for shapes that differ or a floor of 0 or more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.5]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.75]))
+      >>> round(float(reverse_kl(student, teacher)), 4)
+      0.1438
+
+    See also:
+      :func:`forward_kl`, :func:`generalized_jsd`, :func:`top_k_reverse_kl`;
+      without logits in memory :func:`topd_jax.losses.fused.fused_divergence`.
     """
-    student = _floored(student_logp)
-    teacher = _floored(teacher_logp, log_floor)
-    return jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
+    check_pair(student_logp, teacher_logp)
+    check_log_floor(log_floor)
+    student = floored(student_logp)
+    teacher = floored(teacher_logp, log_floor)
+    return jnp.sum(
+        jnp.exp(student) * (student - teacher), axis=axis, where=where
+    )
 
 
 def forward_kl(
@@ -143,33 +86,51 @@ def forward_kl(
     teacher_logp: jax.Array,
     *,
     log_floor: float = LOG_FLOOR,
+    axis: int = -1,
+    where: jax.Array | None = None,
 ) -> jax.Array:
-    """KL(teacher || student) = sum_v p_T (log p_T - log p_S).
+    """Compute KL(teacher || student) = sum_v p_T (log p_T - log p_S).
 
     The distillation term of the warm start, arXiv:2606.00305, App. B; beta 0
-    of the generalised JSD.
+    of the generalized JSD.
 
     Args:
       student_logp: [..., V] log-probabilities.
       teacher_logp: [..., V] log-probabilities.
-      log_floor: stands for smaller log-probabilities of the student (ours).
+      log_floor: stands for smaller log-probabilities of the student, below 0.
+      axis: of the vocabulary.
+      where: as in :func:`reverse_kl`.
 
     Returns:
-      f32[...] (f64 for f64).
+      f32[...] (f64 for f64), nats.
+
+    Raises:
+      ValueError: as :func:`reverse_kl`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.5]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.75]))
+      >>> round(float(forward_kl(student, teacher)), 4)
+      0.1308
     """
-    return reverse_kl(teacher_logp, student_logp, log_floor=log_floor)
+    return reverse_kl(
+        teacher_logp, student_logp, log_floor=log_floor, axis=axis, where=where
+    )
 
 
 def generalized_jsd(
     student_logp: jax.Array,
     teacher_logp: jax.Array,
-    beta: float,
+    beta: float = 0.5,
     *,
     log_floor: float = LOG_FLOOR,
+    axis: int = -1,
+    where: jax.Array | None = None,
 ) -> jax.Array:
-    """beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S.
+    """Compute beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1-beta) S.
 
-    The generalised Jensen-Shannon divergence of GKD, arXiv:2306.13649, §3.
+    The generalized Jensen-Shannon divergence of GKD, arXiv:2306.13649, §3.
     The formula tends to 0 at both ends; there beta = 0 means
     :func:`forward_kl` and beta = 1 :func:`reverse_kl`. No temperature factor.
 
@@ -178,19 +139,31 @@ def generalized_jsd(
       teacher_logp: [..., V] log-probabilities.
       beta: a Python number, 0..1.
       log_floor: as in the two KLs at the ends; M needs no floor.
+      axis: of the vocabulary.
+      where: as in :func:`reverse_kl`.
 
     Returns:
-      f32[...] (f64 for f64).
+      f32[...] (f64 for f64), nats.
 
     Raises:
-      ValueError: for a beta outside 0..1.
+      ValueError: for a beta outside 0..1, and as :func:`reverse_kl`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.5]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.75]))
+      >>> round(float(generalized_jsd(student, teacher, 0.5)), 4)
+      0.0338
     """
-    checked_beta(beta)
-    if beta == 0:
-        return forward_kl(student_logp, teacher_logp, log_floor=log_floor)
-    if beta == 1:
-        return reverse_kl(student_logp, teacher_logp, log_floor=log_floor)
-    student, teacher = _floored(student_logp), _floored(teacher_logp)
+    check_beta(beta)
+    if beta in (0, 1):
+        kl = forward_kl if beta == 0 else reverse_kl
+        return kl(
+            student_logp, teacher_logp,
+            log_floor=log_floor, axis=axis, where=where,
+        )  # fmt: skip
+    check_pair(student_logp, teacher_logp)
+    student, teacher = floored(student_logp), floored(teacher_logp)
     p_student = (1 - beta) * jnp.exp(student)
     p_teacher = beta * jnp.exp(teacher)
     mixture = p_student + p_teacher
@@ -199,17 +172,64 @@ def generalized_jsd(
     return jnp.sum(
         p_teacher * (teacher - log_mixture)
         + p_student * (student - log_mixture),
-        axis=-1,
+        axis=axis,
+        where=where,
     )
 
 
-def checked_beta(beta: float) -> float:
-    """Returns beta, or raises a ValueError where it is outside 0..1."""
-    if not 0 <= beta <= 1:
+def check_beta(beta: float) -> None:
+    """Raise ValueError for a mixture weight outside 0..1."""
+    if not (is_finite_number(beta) and 0 <= beta <= 1):
         raise ValueError(
-            f"beta={beta} must lie in 0..1; 0 is forward KL, 1 reverse KL"
+            f"beta={beta!r} must lie in 0..1; 0 is forward KL, 1 reverse KL"
         )
-    return beta
+
+
+def on_logits(
+    divergence: Divergence,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Compute a divergence of raw logits at a temperature.
+
+    ``divergence(log softmax(z_S / tau), log softmax(z_T / tau))``, without the
+    factor tau^2 of some implementations.
+
+    Args:
+      divergence: :func:`reverse_kl`, :func:`forward_kl`, or any function of
+        two arrays of log-probabilities.
+      student_logits: [..., V] raw scores.
+      teacher_logits: [..., V] raw scores.
+      temperature: tau, above 0.
+
+    Returns:
+      What ``divergence`` returns, f32[...].
+
+    Raises:
+      ValueError: for a temperature that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> logits = jnp.array([1.0, 2.0]), jnp.array([3.0, 1.0])
+      >>> round(float(on_logits(reverse_kl, *logits, temperature=2.0)), 4)
+      0.2729
+    """
+    check_temperature(temperature)
+    return divergence(
+        log_softmax(student_logits / temperature),
+        log_softmax(teacher_logits / temperature),
+    )
+
+
+def check_temperature(temperature: float | jax.Array) -> None:
+    """Raise ValueError for a Python number that is not positive and finite."""
+    if isinstance(temperature, int | float) and not 0 < temperature < 1e30:
+        raise ValueError(
+            f"temperature={temperature} must be positive and finite; 1 leaves "
+            "the logits as they are"
+        )
 
 
 def top_k_reverse_kl(
@@ -219,7 +239,7 @@ def top_k_reverse_kl(
     *,
     log_floor: float = LOG_FLOOR,
 ) -> jax.Array:
-    """Reverse KL over the student's k likeliest tokens and one tail bin (ours).
+    """Compute reverse KL over the student's top k tokens and one tail bin.
 
     Both distributions are coarsened to k tokens and "all others", so this is
     a KL of its own: never negative, at most :func:`reverse_kl`, and equal to
@@ -235,74 +255,58 @@ def top_k_reverse_kl(
       f32[...] (f64 for f64).
 
     Raises:
-      ValueError: for k below 1.
+      ValueError: for k below 1, or a floor of 0 or more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+      >>> round(float(top_k_reverse_kl(student, teacher, 1)), 4)
+      0.1438
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1; k=1 keeps the argmax")
-    student, teacher = _floored(student_logp), _floored(teacher_logp)
-    k = min(k, student.shape[-1])
-    kept = top_k(student, k)[0][..., -1:]
-    inside = student >= kept
+    check_pair(student_logp, teacher_logp)
+    check_log_floor(log_floor)
+    student, teacher = floored(student_logp), floored(teacher_logp)
+    inside = top_k_mask(student, k)
     head = jnp.where(
-        inside, jnp.exp(student) * (student - _floored(teacher, log_floor)), 0
+        inside, jnp.exp(student) * (student - floored(teacher, log_floor)), 0
     )
-    student_tail = sum(_normalizer(jnp.where(inside, LOWEST, student)))
-    teacher_tail = sum(_normalizer(jnp.where(inside, LOWEST, teacher)))
+    student_tail = sum(log_normalizer(jnp.where(inside, LOWEST, student)))
+    teacher_tail = sum(log_normalizer(jnp.where(inside, LOWEST, teacher)))
     tail = jnp.exp(student_tail) * (
-        student_tail - _floored(teacher_tail, log_floor)
+        student_tail - floored(teacher_tail, log_floor)
     )
     return jnp.sum(head, axis=-1) + tail[..., 0]
 
 
-def sampled_kl(
-    student_logp: jax.Array,
-    teacher_logp: jax.Array,
-    estimator: Estimator,
-    *,
-    direct_loss: bool = False,
-    log_floor: float = LOG_FLOOR,
-) -> jax.Array:
-    """Estimates KL(student || teacher) from tokens the student sampled.
+def top_k_mask(values: jax.Array, k: int) -> jax.Array:
+    """Mark the k largest values of the last axis, and those tied with the k-th.
 
-    With r = log p_T(y) - log p_S(y) (Schulman, "Approximating KL divergence",
-    2020): k1 = -r, unbiased, for metrics and as a policy-gradient reward, and
-    returned stopped; k2 = r^2 / 2, biased, whose direct gradient is that of
-    reverse KL in expectation; k3 = exp(r) - 1 - r, unbiased and never
-    negative, whose *direct* gradient is in expectation that of **forward**
-    KL, not of the reverse KL that it estimates.
+    The largest are found within blocks first, then among these: on a mesh the
+    values stay on the devices that hold them.
 
     Args:
-      student_logp: [...] log p_S of the sampled tokens.
-      teacher_logp: [...] log p_T of the same tokens.
-      estimator: "k1", "k2" or "k3".
-      direct_loss: the caller will differentiate the result as a loss.
-      log_floor: stands for smaller log-probabilities of either (ours); r in
-        k3's exponential is capped at 80, where float32 ends.
+      values: [..., V]; not differentiated.
+      k: at least 1; V and more marks everything.
 
     Returns:
-      f32[...] (f64 for f64).
+      bool[..., V].
 
     Raises:
-      ValueError: for an unknown estimator, and for k1 as a direct loss.
+      ValueError: for k below 1.
     """
-    if estimator not in ESTIMATORS:
+    if not isinstance(k, int) or k < 1:
         raise ValueError(
-            f"estimator={estimator!r} is unknown; choose one of "
-            f"{', '.join(ESTIMATORS)}"
+            f"k={k!r} must be a whole number, at least 1; k=1 keeps the argmax"
         )
-    if direct_loss and estimator == "k1":
-        raise ValueError(
-            "estimator='k1' cannot be a direct loss: its expected gradient is "
-            "zero, it would train on noise; use 'k2' (gradient of reverse "
-            "KL), 'k3' (of forward KL), or the exact reverse_kl"
-        )
-    student = _floored(student_logp, log_floor)
-    log_ratio = _floored(teacher_logp, log_floor) - student
-    if estimator == "k1":
-        return jax.lax.stop_gradient(-log_ratio)
-    if estimator == "k2":
-        return log_ratio**2 / 2
-    return jnp.expm1(jnp.minimum(log_ratio, _MAX_LOG_RATIO)) - log_ratio
+    values = jax.lax.stop_gradient(values)
+    vocab = values.shape[-1]
+    best = values
+    if vocab % _BLOCKS == 0 and k < vocab // _BLOCKS:
+        blocks = values.reshape(*values.shape[:-1], _BLOCKS, -1)
+        best = jax.lax.top_k(blocks, k)[0]
+        best = best.reshape(*values.shape[:-1], -1)
+    return values >= jax.lax.top_k(best, min(k, vocab))[0][..., -1:]
 
 
 def weighted_mean(
@@ -310,10 +314,10 @@ def weighted_mean(
     weights: jax.Array | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """sum(mask * weights * values) / sum(mask); 0 where nothing counts.
+    """Compute sum(mask * weights * values) / sum(mask); 0 where nothing counts.
 
     The weights stay out of the denominator: to count a token for less must
-    not make the others count for more (arXiv:2606.00305, §5.1; ours).
+    not make the others count for more (arXiv:2606.00305, §5.1).
 
     Args:
       values: [...] one value a token; NaN or inf outside the mask is ignored.
@@ -325,6 +329,14 @@ def weighted_mean(
 
     Raises:
       ValueError: for a mask that is not bool.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = jnp.array([1.0, 2.0, 9.0])
+      >>> weights = jnp.array([1.0, 0.5, 1.0])
+      >>> mask = jnp.array([True, True, False])
+      >>> float(weighted_mean(loss, weights, mask))
+      1.0
     """
     values = values.astype(accumulation_dtype(values))
     mask = jnp.asarray(True if mask is None else mask)

@@ -1,33 +1,30 @@
-"""Per-token divergences from hidden states and output heads.
+"""Per-token losses from hidden states and output heads.
 
 The logits of a batch, [B, T, V], are the largest array of a training step by
 far: 37 times the hidden states at width 4096 and vocabulary 152k. Here they
-exist for one chunk of tokens at a time (:mod:`topd_jax.losses.chunks`; size
-from the
-shapes, :func:`topd_jax.losses.chunks.chunk_tokens`). Two faces (ours):
+exist for one chunk of tokens at a time (:mod:`topd_jax.losses.chunks`). Two
+faces, which the paper does not have:
 
-* :func:`fused_divergence` returns the loss of every token and computes each
-  chunk again in the backward pass;
-* :func:`fused_weighted_sum` is told the weights beforehand, so it computes
-  the gradients with respect to student states and head in the forward pass,
-  and nothing is computed twice.
+* :func:`fused_divergence` returns the loss of every token and recomputes each
+  chunk in the backward pass;
+* :func:`fused_weighted_sum` knows the weights beforehand, so it computes the
+  gradients with respect to student states and head in the forward pass, and
+  computes nothing twice.
 
 Either way the head's gradient is summed over chunks in float32. The teacher
 is data: no gradient flows to its states and head, nor to weights. A head may
-bound its logits (:mod:`topd_jax.types`): each model's own bound applies before
-the temperature.
+bound its logits: each model's own bound applies before the temperature. Both
+have a reverse-mode derivative only: ``jax.jvp`` of them raises an error.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from topd_jax.losses import divergences
 from topd_jax.losses.chunks import (
-    chunk_tokens,
     chunked_loss,
     gathered,
     over_tokens,
@@ -35,16 +32,25 @@ from topd_jax.losses.chunks import (
     unembed_rows,
     weighted_sum,
 )
-from topd_jax.types import Head, head_cap, head_rows, soft_cap
+from topd_jax.losses.divergences import check_temperature, reverse_kl
+from topd_jax.losses.log_probs import (
+    accumulation_dtype,
+    check_vocab,
+    log_softmax,
+    shared_vocab,
+    token_logprobs,
+)
+from topd_jax.losses.token_losses import TokenLoss
+from topd_jax.types import (
+    ONE_DEVICE,
+    Head,
+    Layout,
+    head_cap,
+    head_rows,
+    soft_cap,
+)
 
-# (student_logp [R, V], teacher_logp [R, V]) -> [R]
-Divergence = Callable[[jax.Array, jax.Array], jax.Array]
-
-DIVERGENCES = {
-    "reverse_kl": divergences.reverse_kl,
-    "forward_kl": divergences.forward_kl,
-    "jsd": divergences.generalized_jsd,
-}
+NO_ROWS: Mapping[str, jax.Array] = {}
 
 
 def fused_divergence(
@@ -52,15 +58,14 @@ def fused_divergence(
     student_head: Head,
     teacher_hidden: jax.Array,
     teacher_head: Head,
+    token_loss: TokenLoss = reverse_kl,
     *,
-    divergence: str | Divergence = "reverse_kl",
-    beta: float = 0.5,
+    rows: Mapping[str, jax.Array] = NO_ROWS,
     temperature: float | jax.Array = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int | None = None,
-    log_floor: float = divergences.LOG_FLOOR,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
-    """The divergence of every token, recomputing chunks for the gradient.
+    """Compute the loss of every token, recomputing chunks for the gradient.
 
     arXiv:2606.00305, §3 (the token loss), without its [B, T, V] logits.
 
@@ -69,34 +74,35 @@ def fused_divergence(
       student_head: [V, D].
       teacher_hidden: [..., T, D_teacher].
       teacher_head: [V_teacher, D_teacher].
-      divergence: "reverse_kl", "forward_kl", "jsd", or any function
-        (student_logp [R, V], teacher_logp [R, V]) -> [R].
-      beta: of "jsd", 0..1; see
-      :func:`topd_jax.losses.divergences.generalized_jsd`.
-      temperature: divides both models' logits; no T^2 factor. May be traced.
+      token_loss: :func:`~topd_jax.losses.divergences.reverse_kl` or any other
+        :class:`TokenLoss`; options are bound by ``functools.partial``.
+      rows: name -> [..., T, ...], passed to ``token_loss`` by name; data.
+      temperature: divides both models' logits, above 0; no tau^2 factor. May
+        be traced.
       vocab_size: ids that both models share; the smaller head unless given.
-        Logits beyond are cut and both distributions renormalised; see
+        Logits beyond are cut and both distributions renormalized; see
         :func:`dropped_mass`.
-      chunk_size: tokens a chunk; chosen from the shapes unless given.
-      log_floor: see :mod:`topd_jax.losses.divergences`.
+      layout: size of the chunks, and where they lie on a mesh.
 
     Returns:
-      f32[..., T] (f64 for f64); differentiable with respect to the student.
+      f32[..., T] (f64 for f64); differentiable with respect to the student,
+      in reverse mode.
 
     Raises:
-      ValueError: for shapes, names or numbers that do not fit.
+      ValueError: for shapes or numbers that do not fit.
     """
     arrays = (student_hidden, student_head, teacher_hidden, teacher_head)
-    vocab = _shared_vocab(*arrays, vocab_size)
-    loss = functools.partial(
-        _divergence_loss, _divergence(divergence, beta, log_floor)
-    )
+    vocab = shared_vocab(*arrays, vocab_size)
     return per_token(
-        chunked_loss(loss, student_head, _chunk_size(chunk_size, vocab)),
+        chunked_loss(
+            functools.partial(_both_logprobs, token_loss, layout),
+            student_head,
+            layout,
+        ),
         student_hidden,
         head_rows(student_head)[:vocab],
-        (_temperature(temperature, *arrays), gathered(teacher_head[:vocab])),
-        teacher_hidden,
+        _constants(arrays, vocab, temperature, layout),
+        (teacher_hidden, dict(rows)),
     )
 
 
@@ -106,15 +112,14 @@ def fused_weighted_sum(
     teacher_hidden: jax.Array,
     teacher_head: Head,
     weights: jax.Array,
+    token_loss: TokenLoss = reverse_kl,
     *,
-    divergence: str | Divergence = "reverse_kl",
-    beta: float = 0.5,
+    rows: Mapping[str, jax.Array] = NO_ROWS,
     temperature: float | jax.Array = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int | None = None,
-    log_floor: float = divergences.LOG_FLOOR,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[jax.Array, jax.Array]:
-    """sum_t weights_t * divergence_t, with gradients made in the forward pass.
+    """Compute sum_t weights_t * loss_t and its gradients in one pass.
 
     The objective of a step once its weights are known: mask, median caps and
     n-step weights are constants of it. Divide by the global token count
@@ -125,38 +130,47 @@ def fused_weighted_sum(
       student_head: [V, D].
       teacher_hidden: [..., T, D_teacher].
       teacher_head: [V_teacher, D_teacher].
-      weights: f32[..., T], 0 where nothing counts; constants.
-      divergence: as in :func:`fused_divergence`, and so the rest.
-      beta: of "jsd".
+      weights: f32[..., T]; a token of weight 0 counts for nothing, whatever
+        its loss. Constants.
+      token_loss: as in :func:`fused_divergence`, like the rest.
+      rows: name -> [..., T, ...].
       temperature: divides both models' logits.
       vocab_size: ids that both models share.
-      chunk_size: tokens a chunk.
-      log_floor: see :mod:`topd_jax.losses.divergences`.
+      layout: size of the chunks, and where they lie on a mesh.
 
     Returns:
-      (f32[] the sum, f32[..., T] each token's divergence, unweighted and
-      stopped); f64 for f64.
+      (f32[] the sum, f32[..., T] each token's loss, unweighted and stopped);
+      f64 for f64.
 
     Raises:
-      ValueError: for shapes, names or numbers that do not fit.
+      ValueError: for shapes or numbers that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> states, head = jnp.ones((3, 1)), jnp.array([[0.0], [1.0]])
+      >>> weights = jnp.array([1.0, 1.0, 0.0])
+      >>> total, _ = fused_weighted_sum(states, head, states, -head, weights)
+      >>> round(float(total), 4)
+      0.9242
     """
     arrays = (student_hidden, student_head, teacher_hidden, teacher_head)
-    vocab = _shared_vocab(*arrays, vocab_size)
+    vocab = shared_vocab(*arrays, vocab_size)
     if weights.shape != student_hidden.shape[:-1]:
         raise ValueError(
             f"weights{list(weights.shape)} must have one entry a token, "
             f"{list(student_hidden.shape[:-1])}"
         )
-    loss = functools.partial(
-        _divergence_loss, _divergence(divergence, beta, log_floor)
-    )
     total, token_losses = weighted_sum(
-        chunked_loss(loss, student_head, _chunk_size(chunk_size, vocab)),
-        weights.astype(divergences.accumulation_dtype(*arrays)),
+        chunked_loss(
+            functools.partial(_both_logprobs, token_loss, layout),
+            student_head,
+            layout,
+        ),
+        weights.astype(accumulation_dtype(*arrays)),
         student_hidden,
         head_rows(student_head)[:vocab],
-        (_temperature(temperature, *arrays), gathered(teacher_head[:vocab])),
-        teacher_hidden,
+        _constants(arrays, vocab, temperature, layout),
+        (teacher_hidden, dict(rows)),
     )
     return total, jax.lax.stop_gradient(token_losses)
 
@@ -170,9 +184,9 @@ def fused_map(
     *args: Any,
     temperature: float | jax.Array = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Any:
-    """Any per-token statistics of both models, in one pass over the heads.
+    """Compute any per-token statistics of both models in one pass.
 
     For metrics above all. Differentiable (the student), recomputing.
 
@@ -186,7 +200,7 @@ def fused_map(
       *args: pytrees of [..., T, ...], cut into chunks with the states.
       temperature: divides both models' logits.
       vocab_size: ids that both models share, as in :func:`fused_divergence`.
-      chunk_size: tokens a chunk.
+      layout: size of the chunks, and where they lie on a mesh.
 
     Returns:
       What fn returns, each leaf [..., T, ...].
@@ -195,24 +209,21 @@ def fused_map(
       ValueError: for shapes or numbers that do not fit.
     """
     arrays = (student_hidden, student_head, teacher_hidden, teacher_head)
-    vocab = _shared_vocab(*arrays, vocab_size)
-    scale = _temperature(temperature, *arrays)
+    vocab = shared_vocab(*arrays, vocab_size)
+    scale, teacher_head = _constants(arrays, vocab, temperature, layout)
     # Chunks' gradients of the head add up in the type that a scan is given.
     narrow, cap = head_rows(student_head)[:vocab], head_cap(student_head)
-    wide = narrow.astype(
-        divergences.accumulation_dtype(student_hidden, student_head)
-    )
-    teacher_head = gathered(jax.lax.stop_gradient(teacher_head[:vocab]))
+    wide = narrow.astype(accumulation_dtype(student_hidden, student_head))
 
     def compare(_: None, chunk: tuple) -> tuple[None, Any]:
-        student, teacher, rows = chunk
-        logits = soft_cap(unembed_rows(student, wide.astype(narrow.dtype)), cap)
+        student, teacher, rest = chunk
+        logits = unembed_rows(student, wide.astype(narrow.dtype), layout)
+        logits = soft_cap(logits, cap)
+        teacher_logits = unembed_rows(teacher, teacher_head, layout)
         return None, fn(
-            divergences.log_softmax(logits / scale),
-            divergences.log_softmax(
-                unembed_rows(teacher, teacher_head) / scale
-            ),
-            *rows,
+            log_softmax(logits / scale),
+            log_softmax(teacher_logits / scale),
+            *rest,
         )
 
     _, outputs = over_tokens(
@@ -220,7 +231,8 @@ def fused_map(
         None,
         (student_hidden, jax.lax.stop_gradient(teacher_hidden), args),
         student_hidden.shape[:-1],
-        _chunk_size(chunk_size, vocab),
+        vocab,
+        layout,
     )
     return outputs
 
@@ -232,17 +244,17 @@ def fused_token_logprobs(
     *,
     temperature: float | jax.Array = 1.0,
     vocab_size: int | None = None,
-    chunk_size: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
-    """log p(y_t) of one model's tokens, recomputing chunks for the gradient.
+    """Compute log p(y_t) of one model's tokens, recomputing for the gradient.
 
     Args:
       hidden: [..., T, D] final states, in the tokens' own coordinates.
       head: [V, D].
-      tokens: i32[..., T].
-      temperature: divides the logits.
-      vocab_size: ids to normalise over; all of the head's unless given.
-      chunk_size: tokens a chunk.
+      tokens: i32[..., T], 0..vocab_size - 1; NaN outside.
+      temperature: divides the logits, above 0.
+      vocab_size: ids to normalize over; all of the head's unless given.
+      layout: size of the chunks, and where they lie on a mesh.
 
     Returns:
       f32[..., T] (f64 for f64); differentiable with respect to both.
@@ -250,19 +262,46 @@ def fused_token_logprobs(
     Raises:
       ValueError: for shapes or numbers that do not fit.
     """
-    vocab = _vocab(hidden, head, vocab_size)
+    vocab = check_vocab(hidden, head, vocab_size)
     if tokens.shape != hidden.shape[:-1]:
         raise ValueError(
             f"tokens{list(tokens.shape)} must have one entry a state, "
             f"{list(hidden.shape[:-1])}"
         )
     return per_token(
-        chunked_loss(_token_logprobs, head, _chunk_size(chunk_size, vocab)),
+        chunked_loss(_token_logprobs, head, layout),
         hidden,
         head_rows(head)[:vocab],
         _temperature(temperature, hidden, head),
         tokens,
     )
+
+
+def fused_log_normalizer(
+    hidden: jax.Array,
+    head: Head,
+    *,
+    vocab_size: int | None = None,
+    layout: Layout = ONE_DEVICE,
+) -> jax.Array:
+    """Compute log sum_v exp <h_t, W[v]>, a chunk of logits at a time.
+
+    Args:
+      hidden: [..., T, D].
+      head: [V, D].
+      vocab_size: ids that exist, the first of the head's rows; all unless
+        given.
+      layout: size of the chunks, and where they lie on a mesh.
+
+    Returns:
+      f32[..., T]; differentiable with respect to both.
+
+    Raises:
+      ValueError: for shapes or numbers that do not fit.
+    """
+    vocab = check_vocab(hidden, head, vocab_size)
+    chunked = chunked_loss(_log_normalizer, head, layout)
+    return per_token(chunked, hidden, head_rows(head)[:vocab], None, None)
 
 
 def dropped_mass(
@@ -271,19 +310,19 @@ def dropped_mass(
     vocab_size: int,
     *,
     temperature: float | jax.Array = 1.0,
-    chunk_size: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
-    """Probability that the full softmax puts beyond the shared ids.
+    """Compute the probability that the full softmax puts beyond shared ids.
 
-    A head padded from 151,936 to 152,064 rows may hold anything there (trl
-    issues 2215, 3028): large values mean that cutting changes the model.
+    A head padded from 151,936 to 152,064 rows may hold anything there: large
+    values mean that cutting changes the model.
 
     Args:
       hidden: [..., T, D] final states.
       head: [V, D].
       vocab_size: ids that are kept, at most V.
-      temperature: divides the logits.
-      chunk_size: tokens a chunk.
+      temperature: divides the logits, above 0.
+      layout: size of the chunks, and where they lie on a mesh.
 
     Returns:
       f32[..., T] (f64 for f64), 0..1.
@@ -291,12 +330,11 @@ def dropped_mass(
     Raises:
       ValueError: for shapes or numbers that do not fit.
     """
-    _vocab(hidden, head, vocab_size)
-
+    check_vocab(hidden, head, vocab_size)
     scale = _temperature(temperature, hidden, head)
 
     def beyond(_: None, states: jax.Array) -> tuple[None, jax.Array]:
-        logp = divergences.log_softmax(unembed_rows(states, head) / scale)
+        logp = log_softmax(unembed_rows(states, head, layout) / scale)
         return None, jnp.sum(jnp.exp(logp[:, vocab_size:]), axis=-1)
 
     _, mass = over_tokens(
@@ -304,100 +342,54 @@ def dropped_mass(
         None,
         hidden,
         hidden.shape[:-1],
-        _chunk_size(chunk_size, head.shape[0]),
+        head.shape[0],
+        layout,
     )
     return mass
 
 
-def _divergence_loss(
-    divergence: Divergence,
+def _both_logprobs(
+    token_loss: TokenLoss,
+    layout: Layout,
     logits: jax.Array,
-    constants: tuple[jax.Array, jax.Array],
-    teacher_hidden: jax.Array,
+    constants: tuple[jax.Array, Head],
+    rows: tuple[jax.Array, dict[str, jax.Array]],
 ) -> jax.Array:
     temperature, teacher_head = constants
-    teacher_logits = unembed_rows(teacher_hidden, teacher_head)
-    return divergence(
-        divergences.log_softmax(logits / temperature),
-        divergences.log_softmax(teacher_logits / temperature),
+    teacher_hidden, named = rows
+    teacher_logits = unembed_rows(teacher_hidden, teacher_head, layout)
+    return token_loss(
+        log_softmax(logits / temperature),
+        log_softmax(teacher_logits / temperature),
+        **named,
     )
 
 
 def _token_logprobs(
     logits: jax.Array, temperature: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    return divergences.token_logprobs(logits / temperature, tokens)
+    return token_logprobs(logits / temperature, tokens)
 
 
-def _divergence(
-    divergence: str | Divergence, beta: float, log_floor: float
-) -> Divergence:
-    if callable(divergence):
-        return divergence
-    if divergence not in DIVERGENCES:
-        raise ValueError(
-            f"divergence={divergence!r} is unknown; choose one of "
-            f"{', '.join(DIVERGENCES)}, or pass a function of two logp arrays"
-        )
-    options = {"log_floor": log_floor}
-    if divergence == "jsd":
-        options["beta"] = divergences.checked_beta(beta)
-    return functools.partial(DIVERGENCES[divergence], **options)
+def _log_normalizer(
+    logits: jax.Array, constants: None, rows: None
+) -> jax.Array:
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+def _constants(
+    arrays: tuple[jax.Array, Head, jax.Array, Head],
+    vocab: int,
+    temperature: float | jax.Array,
+    layout: Layout,
+) -> tuple[jax.Array, Head]:
+    """Return what every chunk sees: temperature and the teacher's head."""
+    teacher_head = jax.lax.stop_gradient(arrays[3][:vocab])
+    return _temperature(temperature, *arrays), gathered(teacher_head, layout)
 
 
 def _temperature(
     temperature: float | jax.Array, *arrays: jax.Array
 ) -> jax.Array:
-    if isinstance(temperature, int | float) and temperature <= 0:
-        raise ValueError(
-            f"temperature={temperature} must be positive; 1 leaves the logits "
-            "as they are"
-        )
-    return jnp.asarray(temperature, divergences.accumulation_dtype(*arrays))
-
-
-def _chunk_size(chunk_size: int | None, vocab: int) -> int:
-    if chunk_size is None:
-        return chunk_tokens(vocab)
-    if chunk_size < 1:
-        raise ValueError(
-            f"chunk_size={chunk_size} must be at least 1; None chooses it "
-            "from the shapes"
-        )
-    return chunk_size
-
-
-def _vocab(hidden: jax.Array, head: Head, vocab_size: int | None) -> int:
-    if hidden.ndim < 2 or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
-        raise ValueError(
-            f"hidden{list(hidden.shape)} must be [..., T, D] and "
-            f"head{list(head.shape)} [V, D] with the same D; a single state "
-            "is hidden[None], a head stored [D, V] is head.T"
-        )
-    vocab = head.shape[0] if vocab_size is None else vocab_size
-    if not 1 <= vocab <= head.shape[0]:
-        raise ValueError(
-            f"vocab_size={vocab} must lie in 1..{head.shape[0]}, the rows of "
-            "the head; None takes them all"
-        )
-    return vocab
-
-
-def _shared_vocab(
-    student_hidden: jax.Array,
-    student_head: Head,
-    teacher_hidden: jax.Array,
-    teacher_head: Head,
-    vocab_size: int | None,
-) -> int:
-    vocab = min(
-        _vocab(student_hidden, student_head, vocab_size),
-        _vocab(teacher_hidden, teacher_head, vocab_size),
-    )
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            f"student_hidden{list(student_hidden.shape)} and teacher_hidden"
-            f"{list(teacher_hidden.shape)} must agree on all but the width; "
-            "shift both to completion coordinates first"
-        )
-    return vocab
+    check_temperature(temperature)
+    return jnp.asarray(temperature, accumulation_dtype(*arrays))

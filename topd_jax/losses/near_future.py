@@ -5,20 +5,49 @@ about one token, not that it matters: about 30 % of such disagreements lead to
 the same future (§2.1). So the tokens of highest loss are only *candidates*;
 from each, K tokens of student and teacher are compared by transport. A
 candidate whose distance is high is *divergent*, the others are *false
-alarms*, and weights of the token loss follow from the two masks: false alarms
-are capped at the row's median (§5.1), or divergent states lend weight to the
-tokens after them (ours).
+alarms*. Weights of the token loss follow from the two masks
+(:mod:`topd_jax.losses.token_weights`). The paper has neither the percentile
+rule nor the detector without a branch.
 
 Every function here is pure and free of gradient: masks, indices and weights
 are data. All of them are written as comparisons, sorts and sums; scatters and
 element-wise gathers are slow on accelerators.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from topd_jax.types import Candidates, Trajectories, Windows
+
+
+def masked_quantile(
+    values: jax.Array, mask: jax.Array, quantile: float
+) -> jax.Array:
+    """Compute a quantile over the last axis of what exists, interpolated.
+
+    Args:
+      values: f32[..., N]; whatever stands outside the mask is ignored.
+      mask: bool[..., N].
+      quantile: 0..1; 0.5 is the median of ``numpy.median``.
+
+    Returns:
+      f32[...]; +inf where nothing exists.
+    """
+    count = mask.sum(axis=-1, keepdims=True)
+    ordered = jnp.sort(
+        jnp.where(mask, values.astype(jnp.float32), jnp.inf), axis=-1
+    )
+    last = jnp.maximum(count - 1, 0)
+    rank = quantile * last
+    low = jnp.floor(rank).astype(jnp.int32)
+    below = jnp.take_along_axis(ordered, low, axis=-1)
+    above = jnp.take_along_axis(ordered, jnp.minimum(low + 1, last), axis=-1)
+    # Neither inf - inf nor 0 * inf; between equal ends the result is exact.
+    part = rank - low
+    between = (part > 0) & (above > below)
+    return (below + jnp.where(between, part * (above - below), 0.0))[..., 0]
 
 
 def select_candidates(
@@ -28,12 +57,13 @@ def select_candidates(
     count: int,
     fraction: float | None = None,
 ) -> Candidates:
-    """The ``count`` tokens of highest loss of each row.
+    """Select the ``count`` tokens of highest loss of each row.
 
     arXiv:2606.00305, §3 (top m by loss). With ``fraction``, a row of N tokens
-    fills ``ceil(fraction * N)`` of its slots (ours: the paper's 218 of 9688 is
-    one row's, and rows differ in length). Among equal losses the earlier token
-    goes first. Never padding, and never a token whose loss is NaN or -inf.
+    fills ``ceil(fraction * N)`` of its slots, never more than ``count`` (the
+    paper's 218 of 9688 is one row's, and rows differ in length). Among equal
+    losses the earlier token goes first. Never padding, and never a token whose
+    loss is NaN or -inf.
 
     Args:
       token_loss: f32[..., T] score of each token, e.g. -log p_T(y_t).
@@ -46,7 +76,14 @@ def select_candidates(
 
     Raises:
       ValueError: for a count outside 1..T or a fraction outside (0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss, mask = jnp.array([1.0, 9.0, 2.0, 7.0]), jnp.ones(4, bool)
+      >>> select_candidates(loss, mask, count=2).positions.tolist()
+      [1, 3]
     """
+    _check_mask(mask)
     length = token_loss.shape[-1]
     if not 1 <= count <= length:
         raise ValueError(
@@ -68,6 +105,15 @@ def select_candidates(
     return Candidates(jnp.where(used, positions, 0), used)
 
 
+def _check_mask(*masks: jax.Array) -> None:
+    chex.assert_type(list(masks), bool)
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1; the paper's: 50")
+
+
 def _check_fraction(fraction: float | None) -> None:
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(
@@ -79,7 +125,7 @@ def _check_fraction(fraction: float | None) -> None:
 def slice_windows(
     values: jax.Array, positions: jax.Array, length: int
 ) -> jax.Array:
-    """``values[t : t + K]`` for each position t, zeros past the end.
+    """Slice ``values[t : t + K]`` for each position t, zeros past the end.
 
     Args:
       values: [..., T] or [..., T, D].
@@ -105,9 +151,9 @@ def slice_windows(
 def student_windows(
     trajectories: Trajectories, candidates: Candidates, *, length: int
 ) -> Windows:
-    """The rollout itself from each candidate on: ``y[t : t + K]``.
+    """Slice the rollout itself from each candidate on: ``y[t : t + K]``.
 
-    Ours: the rollout is already a sample of the student at that prefix, costs
+    The rollout is already a sample of the student at that prefix, costs
     nothing, and its contexts are in the training forward pass.
 
     Args:
@@ -122,8 +168,8 @@ def student_windows(
     Raises:
       ValueError: for a length below 1.
     """
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1; the paper's: 50")
+    _check_length(length)
+    _check_mask(trajectories.mask, candidates.mask)
     mask = slice_windows(trajectories.mask, candidates.positions, length)
     mask &= candidates.mask[..., None]
     tokens = slice_windows(trajectories.tokens, candidates.positions, length)
@@ -137,9 +183,9 @@ def future_loss(
     *,
     length: int,
 ) -> jax.Array:
-    """Mean token loss of the student's own window: a detector without a branch.
+    """Compute the mean token loss of the student's window: no branch needed.
 
-    ``mean_{i < K} l_{t + i}``. Ours: where the futures part, the teacher goes
+    ``mean_{i < K} l_{t + i}``. Where the futures part, the teacher goes
     on disagreeing with what the student writes; where only the surface
     differs, it agrees again. Nothing is decoded and nothing transported, so
     it costs next to nothing.
@@ -155,43 +201,22 @@ def future_loss(
 
     Raises:
       ValueError: for a length below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss, mask = jnp.array([1.0, 2.0, 3.0]), jnp.ones(3, bool)
+      >>> at = Candidates(jnp.array([1]), jnp.array([True]))
+      >>> future_loss(loss, mask, at, length=2).tolist()
+      [2.5]
     """
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1; the paper's: 50")
+    _check_length(length)
+    _check_mask(mask, candidates.mask)
     exists = slice_windows(mask, candidates.positions, length)
     exists &= candidates.mask[..., None]
     losses = slice_windows(token_loss, candidates.positions, length)
     total = jnp.sum(jnp.where(exists, losses, 0.0), axis=-1)
     count = jnp.sum(exists, axis=-1)
     return jax.lax.stop_gradient(total / jnp.maximum(count, 1))
-
-
-def masked_quantile(
-    values: jax.Array, mask: jax.Array, quantile: float
-) -> jax.Array:
-    """Quantile over the last axis of what exists, linearly interpolated.
-
-    Args:
-      values: f32[..., N]; whatever stands outside the mask is ignored.
-      mask: bool[..., N].
-      quantile: 0..1; 0.5 is the median of ``numpy.median``.
-
-    Returns:
-      f32[...]; +inf where nothing exists.
-    """
-    count = mask.sum(axis=-1, keepdims=True)
-    ordered = jnp.sort(
-        jnp.where(mask, values.astype(jnp.float32), jnp.inf), axis=-1
-    )
-    last = jnp.maximum(count - 1, 0)
-    rank = quantile * last
-    low = jnp.floor(rank).astype(jnp.int32)
-    below = jnp.take_along_axis(ordered, low, axis=-1)
-    above = jnp.take_along_axis(ordered, jnp.minimum(low + 1, last), axis=-1)
-    # Neither inf - inf nor 0 * inf; between equal ends the result is exact.
-    part = rank - low
-    between = (part > 0) & (above > below)
-    return (below + jnp.where(between, part * (above - below), 0.0))[..., 0]
 
 
 def divergence_mask(
@@ -201,9 +226,9 @@ def divergence_mask(
     percentile: float = 30.0,
     threshold: float | None = None,
 ) -> jax.Array:
-    """Candidates whose near future parts from the teacher's.
+    """Mark the candidates whose near future parts from the teacher's.
 
-    arXiv:2606.00305, §3, leaves the rule open. Ours: a distance strictly above
+    arXiv:2606.00305, §3, leaves the rule open. Here: a distance strictly above
     the percentile of *all* valid candidates of the batch, whatever its leading
     dimensions, or strictly above a fixed threshold (for instance the upper
     quartile of the distances of low-loss tokens, §2.1). The percentile ranks:
@@ -223,7 +248,15 @@ def divergence_mask(
 
     Raises:
       ValueError: for a percentile outside 0..100 or a negative threshold.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> at = Candidates(jnp.array([0, 3]), jnp.array([True, True]))
+      >>> distance = jnp.array([0.1, 0.9])
+      >>> divergence_mask(distance, at, threshold=0.5).tolist()
+      [False, True]
     """
+    _check_mask(candidates.mask)
     if threshold is None:
         if not 0 <= percentile <= 100:
             raise ValueError(
@@ -233,7 +266,7 @@ def divergence_mask(
         threshold = masked_quantile(
             distance.ravel(), candidates.mask.ravel(), percentile / 100
         )
-    elif isinstance(threshold, int | float) and threshold < 0:
+    elif isinstance(threshold, int | float) and not threshold >= 0:
         raise ValueError(
             f"threshold={threshold} must be at least 0: distances lie in 0..2"
         )
@@ -247,7 +280,7 @@ def false_alarm_mask(
     percentile: float = 30.0,
     threshold: float | None = None,
 ) -> jax.Array:
-    """Candidates of high loss whose near future is the teacher's all the same.
+    """Mark the candidates whose near future is the teacher's all the same.
 
     Every valid candidate that is not divergent (arXiv:2606.00305, §2.1, §5.1).
 
@@ -272,11 +305,11 @@ def false_alarm_mask(
 def matched_control_mask(
     key: jax.Array, divergent: jax.Array, false_alarm: jax.Array
 ) -> jax.Array:
-    """As many divergent candidates, at random, as there are false alarms.
+    """Choose as many divergent candidates as there are false alarms.
 
-    The control of arXiv:2606.00305, §5.1: capping these instead must hurt.
-    Numbers match over the whole batch, not row by row (ours). Where there are
-    fewer divergent candidates than false alarms, all of them are taken.
+    The control of arXiv:2606.00305, §5.1, at random: capping these instead
+    must hurt. Numbers match over the whole batch, not row by row. Where there
+    are fewer divergent candidates than false alarms, all of them are taken.
 
     Args:
       key: PRNG key.
@@ -286,108 +319,10 @@ def matched_control_mask(
     Returns:
       bool[..., M], a subset of ``divergent``.
     """
-    lot = jax.random.uniform(key, (divergent.size,))
-    lot = jnp.where(divergent.ravel(), lot, 2.0)
-    # Rank by position in the order, so that equal lots cannot both win.
-    rank = jnp.argsort(jnp.argsort(lot))
+    _check_mask(divergent, false_alarm)
+    uniforms = jax.random.uniform(key, (divergent.size,))
+    uniforms = jnp.where(divergent.ravel(), uniforms, 2.0)
+    # Rank by position in the order, so that equal draws cannot both win.
+    rank = jnp.argsort(jnp.argsort(uniforms))
     chosen = (rank < jnp.sum(false_alarm)).reshape(divergent.shape)
     return chosen & divergent
-
-
-def scatter_to_tokens(
-    candidates: Candidates, flags: jax.Array, length: int
-) -> jax.Array:
-    """Flags of candidates as flags of the tokens they stand at.
-
-    Args:
-      candidates: [..., M].
-      flags: bool[..., M].
-      length: T.
-
-    Returns:
-      bool[..., T].
-    """
-    # A comparison, not a scatter; XLA fuses it into the reduction.
-    at = candidates.positions[..., None] == jnp.arange(length)
-    return jnp.any(at & (flags & candidates.mask)[..., None], axis=-2)
-
-
-def median_cap_weights(
-    token_loss: jax.Array, mask: jax.Array, selected: jax.Array
-) -> jax.Array:
-    """Weights that cap selected tokens' loss at their row's median.
-
-    ``w_t = median / l_t`` where t is selected and ``l_t > median``, else 1
-    (arXiv:2606.00305, §5.1). A stopped weight (ours): ``min(l_t, median)``
-    would leave the capped token no gradient at all. Use it as
-    ``weighted_mean(token_loss, weights, mask)``, whose denominator does not
-    shrink with the weights.
-
-    Args:
-      token_loss: f32[..., T] the loss that is capped, not the score that
-        candidates were ranked by.
-      mask: bool[..., T] which tokens exist; the median is taken over them.
-      selected: bool[..., T] which may be capped, see
-        :func:`scatter_to_tokens`.
-
-    Returns:
-      f32[..., T], 0..1, stopped.
-    """
-    loss = jax.lax.stop_gradient(token_loss.astype(jnp.float32))
-    median = masked_quantile(loss, mask, 0.5)[..., None]
-    # KL of equal distributions may round to a little below 0.
-    median = jnp.maximum(median, 0.0)
-    capped = selected & mask & (loss > median)
-    return jnp.where(capped, median / jnp.where(capped, loss, 1.0), 1.0)
-
-
-def n_step_weights(
-    divergent: jax.Array,
-    candidates: Candidates,
-    mask: jax.Array,
-    *,
-    n: int,
-    discount: float = 1.0,
-    strength: float = 1.0,
-    cap: float = 1.0,
-) -> jax.Array:
-    """More weight for the n tokens from each divergent state on (ours).
-
-    Each divergent candidate at t adds ``discount**i`` to the bonus of token
-    ``t + i``, i < n; ``w = mask * (1 + strength * min(bonus, cap))``. Guidance
-    without a second context, by the token loss alone.
-
-    Args:
-      divergent: bool[..., M].
-      candidates: [..., M].
-      mask: bool[..., T] which tokens exist.
-      n: tokens a bonus reaches, at least 1.
-      discount: 0..1, of the bonus from one token to the next.
-      strength: at least 0.
-      cap: of the bonus where several overlap, at least 0.
-
-    Returns:
-      f32[..., T], 0 outside the mask, 1..1 + strength * cap inside.
-
-    Raises:
-      ValueError: for an argument out of bounds.
-    """
-    if n < 1:
-        raise ValueError(f"n={n} must be at least 1, the divergent token")
-    if not 0 <= discount <= 1:
-        raise ValueError(
-            f"discount={discount} must lie in 0..1; 1 weighs all n tokens alike"
-        )
-    if strength < 0 or cap < 0:
-        raise ValueError(
-            f"strength={strength} and cap={cap} must be at least 0; "
-            "0 switches the bonus off"
-        )
-    starts = candidates.positions[..., None]
-    step = jnp.arange(mask.shape[-1]) - starts
-    reached = (step >= 0) & (step < n)
-    reached &= (divergent & candidates.mask)[..., None]
-    # Over M x T, fused into the sum: no table to gather from, no scatter.
-    decay = jnp.power(jnp.float32(discount), jnp.clip(step, 0, n - 1))
-    bonus = jnp.sum(jnp.where(reached, decay, 0.0), axis=-2)
-    return mask * (1.0 + strength * jnp.minimum(bonus, cap))

@@ -7,7 +7,7 @@ it costs to carry one cloud onto the other (arXiv:2606.00305, §3),
     D = min_{g in Pi(a, b)} sum_ij g_ij C_ij,
 
 and the plan ``g`` says which teacher token answers which student token. The
-paper leaves open the embedding, the marginals and the solver. Ours: cosine
+paper leaves open the embedding, the marginals and the solver. Here: cosine
 cost, uniform marginals over the tokens that exist, entropic transport
 (Sinkhorn, log domain, float32), a small price for moving a token far from its
 place, which shapes the plan and is left out of the reported distance.
@@ -19,6 +19,7 @@ the plan held fixed.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -32,10 +33,10 @@ _BLOCK = 20
 
 
 def cosine_cost(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Cosine distance between every pair of vectors.
+    """Compute the cosine distance between every pair of vectors.
 
     ``C_ij = 1 - <x_i, y_j> / (|x_i| |y_j|)``; a zero vector has no direction
-    and is at distance 1 from everything. Ours: the paper names no cost.
+    and is at distance 1 from everything. The paper names no cost.
 
     Args:
       x: float[..., K, D] vectors.
@@ -43,20 +44,26 @@ def cosine_cost(x: jax.Array, y: jax.Array) -> jax.Array:
 
     Returns:
       f32[..., K, J], 0..2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, y = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0], [-1.0, 0.0]])
+      >>> cosine_cost(x, y).tolist()
+      [[1.0, 2.0]]
     """
     # The cost of near-equal vectors is a difference of near-equal numbers:
     # the fast low-precision matmul of accelerators would drown it.
     similarity = jnp.einsum(
         "...kd,...jd->...kj",
-        _normalise(x),
-        _normalise(y),
+        _normalize(x),
+        _normalize(y),
         precision=jax.lax.Precision.HIGHEST,
     )
     return jnp.clip(1.0 - similarity, 0.0, 2.0)
 
 
-def _normalise(x: jax.Array) -> jax.Array:
-    """Vectors of length one; zero stays zero, with zero gradient."""
+def _normalize(x: jax.Array) -> jax.Array:
+    """Scale vectors to length one; zero stays zero, with zero gradient."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     exists = square > 1e-30
@@ -65,14 +72,20 @@ def _normalise(x: jax.Array) -> jax.Array:
 
 
 def uniform_marginals(mask: jax.Array) -> jax.Array:
-    """Equal mass on each token that exists, 1 in all; 0 where there is none.
+    """Put equal mass on each token that exists, 1 in all.
 
     Args:
       mask: bool[..., K] which tokens exist.
 
     Returns:
       f32[..., K], each row summing to 1, or to 0 where the mask is empty.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> uniform_marginals(jnp.array([True, True, False])).tolist()
+      [0.5, 0.5, 0.0]
     """
+    chex.assert_type(mask, bool)
     weight = mask.astype(jnp.float32)
     return weight / jnp.maximum(weight.sum(axis=-1, keepdims=True), 1.0)
 
@@ -87,12 +100,12 @@ def transport(
     max_iterations: int = 200,
     threshold: float = 1e-3,
 ) -> tuple[jax.Array, jax.Array]:
-    """Entropic optimal transport: the distance and the plan.
+    """Solve entropic optimal transport: the distance and the plan.
 
     The plan minimises ``sum_ij g_ij (C_ij + position_weight |i - j| / K) -
     epsilon H(g)`` over plans with marginals ``a`` and ``b``; the distance is
     ``sum_ij g_ij C_ij``, without the position term and without the entropy
-    (arXiv:2606.00305, §3; the regularisation and the position term are ours).
+    (arXiv:2606.00305, §3, which has neither regularization nor position term).
     Rows of the plan sum to ``a`` exactly, columns to ``b`` within
     ``threshold``. Each problem stops by itself, so a distance does not depend
     on the rest of the batch.
@@ -101,9 +114,10 @@ def transport(
       cost: float[..., K, J] ground cost; what it says of padding is ignored.
       a: float[..., K] mass of the rows, 0 on padding, 1 in all.
       b: float[..., J] mass of the columns, 0 on padding, 1 in all.
-      epsilon: strength of the entropy, in units of the cost. Below 0.01 more
-        iterations are needed.
-      position_weight: price of moving a token by a whole window.
+      epsilon: strength of the entropy, in units of the cost, 0.005..10. Below
+        0.01 more iterations are needed.
+      position_weight: price of moving a token by a whole window, 0..10;
+        beyond, float32 loses the cost beside it.
       max_iterations: of Sinkhorn, rounded up to a multiple of 20. The default
         holds distances of 50-token windows within 0.003 of the converged
         ones, 0.0002 on average.
@@ -116,7 +130,14 @@ def transport(
 
     Raises:
       ValueError: shapes that do not fit, or an option out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cost, half = jnp.array([[0.0, 1.0], [1.0, 0.0]]), jnp.full(2, 0.5)
+      >>> round(float(transport(cost, half, half)[0]), 4)
+      0.0
     """
+    chex.assert_type([cost, a, b], float)
     _check(cost, a, b, epsilon, position_weight, max_iterations)
     cost, a, b = (jnp.asarray(v, jnp.float32) for v in (cost, a, b))
     exists = (a > 0)[..., :, None] & (b > 0)[..., None, :]
@@ -140,18 +161,25 @@ def window_distance(
     embedding: jax.Array,
     student_windows: Windows,
     teacher_windows: Windows,
-    **options: float,
+    *,
+    epsilon: float = 0.05,
+    position_weight: float = 0.5,
+    max_iterations: int = 200,
+    threshold: float = 1e-3,
 ) -> tuple[jax.Array, jax.Array]:
-    """Transport distance and plan between pairs of windows of tokens.
+    """Compute transport distance and plan between pairs of token windows.
 
-    Tokens are compared by their rows in one embedding table, the student's
-    input embeddings by default of the method (ours; any table will do).
+    Tokens are compared by their rows in one embedding table: the student's
+    input embeddings, or any other.
 
     Args:
       embedding: float[V, D] one vector per token id.
       student_windows: tokens and mask [..., M, K].
       teacher_windows: tokens and mask [..., M, J].
-      **options: of :func:`transport`.
+      epsilon: of :func:`transport`, like the rest.
+      position_weight: price of moving a token by a whole window.
+      max_iterations: of Sinkhorn.
+      threshold: error at which to stop.
 
     Returns:
       distance f32[..., M], 0..2; plan f32[..., M, K, J], student tokens by
@@ -164,7 +192,10 @@ def window_distance(
         cost,
         uniform_marginals(student_windows.mask),
         uniform_marginals(teacher_windows.mask),
-        **options,
+        epsilon=epsilon,
+        position_weight=position_weight,
+        max_iterations=max_iterations,
+        threshold=threshold,
     )
 
 
@@ -178,7 +209,7 @@ def _sinkhorn(
     blocks: int,
     threshold: float,
 ) -> jax.Array:
-    """The entropic plan f32[..., K, J], unmasked.
+    """Compute the entropic plan f32[..., K, J], unmasked.
 
     ott's own stopping rule, once batched, computes the error at every
     iteration (four times slower here): blocks of a fixed number of its
@@ -224,7 +255,7 @@ def _sinkhorn_block(
     *,
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A fixed number of iterations of one problem, from given potentials."""
+    """Run a fixed number of iterations of one problem from potentials."""
     # Here, not above: importing ott takes seconds, and most of the package
     # does without it.
     from ott.geometry import geometry
@@ -253,18 +284,21 @@ def _check(
     position_weight: float,
     max_iterations: int,
 ) -> None:
-    """Raises ValueError for arguments that make no transport problem."""
+    """Raise ValueError for arguments that make no transport problem."""
     if cost.shape[:-1] != a.shape or cost[..., 0, :].shape != b.shape:
         raise ValueError(
             f"cost {cost.shape} needs marginals of shape {cost.shape[:-1]} "
             f"and {cost.shape[:-2] + cost.shape[-1:]}; "
             f"got a {a.shape} and b {b.shape}"
         )
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon} must be above 0; try 0.05")
-    if position_weight < 0:
+    if not 0.005 <= epsilon <= 10:
         raise ValueError(
-            f"position_weight={position_weight} must be at least 0; "
+            f"epsilon={epsilon} must lie in 0.005..10, in units of the cost; "
+            "try 0.05"
+        )
+    if not 0 <= position_weight <= 10:
+        raise ValueError(
+            f"position_weight={position_weight} must lie in 0..10; "
             "0 switches the position term off"
         )
     if max_iterations < 1:

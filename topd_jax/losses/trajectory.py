@@ -6,9 +6,9 @@ the student's window and the teacher's window ``T_t`` gives targets,
     target_{t+i} = sum_j g_ij onehot(T_t[j]),
     L_traj = sum_i KL(target_{t+i} || p_S(. | c_{t+i})).
 
-Ours, where the paper is silent or wrong: rows of a plan sum to 1/K, so they
-are normalised; the mean is taken over i; and the context c, of which the paper
-says two things, is a choice.
+Where the paper is silent or inconsistent: rows of a plan sum to 1/K, so they
+are normalized; the mean is taken over i; and the context c, about which the
+paper says two things, is a choice.
 
 * ``"student"`` (§3): c_{t+i} = y_{<t+i}, the rollout's own contexts.
   :func:`student_context_logprobs` -> :func:`trajectory_targets` ->
@@ -23,15 +23,18 @@ Both give one number a candidate, f32[..., M]; the mean over the divergent ones
 of the global batch is the caller's: ``weighted_mean(loss, mask=divergent)``.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from topd_jax.losses.chunks import chunk_tokens, chunked_loss, per_token
-from topd_jax.losses.divergences import LOG_FLOOR
+from topd_jax.losses.fused import fused_log_normalizer
+from topd_jax.losses.log_probs import LOG_FLOOR, check_log_floor
 from topd_jax.losses.near_future import slice_windows
 from topd_jax.types import (
+    ONE_DEVICE,
     Candidates,
     Head,
+    Layout,
     Windows,
     head_cap,
     head_rows,
@@ -46,10 +49,10 @@ def trajectory_targets(
     *,
     anchor_first: bool = True,
 ) -> jax.Array:
-    """Targets along the student's window, as weights of the teacher's tokens.
+    """Compute targets along the student's window from the transport plan.
 
     ``target_i = sum_j g_ij / (sum_j g_ij) onehot(T[j])`` (arXiv:2606.00305,
-    §3; the normalisation is ours). Entry [i, j] is the probability that row i
+    §3, which does not normalize). Entry [i, j] is the probability that row i
     puts on the token ``T[j]``; a token that occurs twice in the window has the
     sum of both. No V-sized target exists.
 
@@ -58,13 +61,21 @@ def trajectory_targets(
       teacher_windows: tokens and mask [..., J].
       student_windows: mask [..., K]: rows to keep. Unless given, those that
         carry mass in the plan.
-      anchor_first: row 0 is all on ``T[0]`` (ours), the repair of the literal
-        target, which may be the student's own error.
+      anchor_first: row 0 is all on ``T[0]``. The literal target may be the
+        student's own error.
 
     Returns:
       f32[..., K, J], stopped; rows sum to 1, or to 0 where the student has no
       token or the teacher no window.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> plan = jnp.array([[0.5, 0.5], [0.0, 0.25]])
+      >>> teacher = Windows(jnp.array([5, 7]), jnp.array([True, True]))
+      >>> trajectory_targets(plan, teacher).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
     """
+    chex.assert_type([teacher_windows.mask], bool)
     plan = jax.lax.stop_gradient(plan)
     plan = jnp.where(teacher_windows.mask[..., None, :], plan, 0.0)
     mass = plan.sum(axis=-1, keepdims=True)
@@ -87,10 +98,10 @@ def trajectory_loss(
     *,
     log_floor: float = LOG_FLOOR,
 ) -> jax.Array:
-    """KL of the targets to the student, mean over the window.
+    """Compute the KL of the targets to the student, mean over the window.
 
     ``mean_i KL(target_i || p_S(. | c_i))`` (arXiv:2606.00305, §3; the mean,
-    for the paper's sum, is ours). A true KL, 0 where the student is the
+    where the paper has a sum). A true KL, 0 where the student is the
     target: the mass of a token that occurs twice is merged before its
     logarithm is taken. Only K log-probabilities a row are needed.
 
@@ -98,11 +109,20 @@ def trajectory_loss(
       targets: f32[..., K, J] of :func:`trajectory_targets`.
       logp: f32[..., K, J] log p_S(T[j] | c_i).
       teacher_windows: tokens [..., J].
-      log_floor: stands for smaller log-probabilities (ours).
+      log_floor: stands for smaller log-probabilities, below 0.
 
     Returns:
       f32[...] one value a window; 0 where no row has a target.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> targets = jnp.array([[1.0, 0.0]])
+      >>> logp = jnp.log(jnp.array([[0.25, 0.5]]))
+      >>> teacher = Windows(jnp.array([5, 7]), jnp.array([True, True]))
+      >>> round(float(trajectory_loss(targets, logp, teacher)), 4)
+      1.3863
     """
+    check_log_floor(log_floor)
     tokens = teacher_windows.tokens
     same = tokens[..., :, None] == tokens[..., None, :]
     # sum_v q_v log q_v = sum_j g_j log q(T[j]): the merged mass belongs under
@@ -121,7 +141,7 @@ def trajectory_loss(
 
 
 def window_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the tokens of each window; 0 for an empty one (ours).
+    """Compute the mean over the tokens of each window; 0 for an empty one.
 
     With context "teacher" this is the whole trajectory loss: ``values[i]`` is
     the loss at c_i = y_{<t} + T[:i], by default ``-log p_S(T[i] | c_i)``, and
@@ -133,7 +153,15 @@ def window_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
     Returns:
       f32[...].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mask = jnp.array([True, True, False])
+      >>> float(window_mean(jnp.array([1.0, 3.0, 9.0]), mask))
+      2.0
     """
+    chex.assert_type(mask, bool)
+    chex.assert_equal_shape([values, mask])
     total = jnp.where(mask, values, 0.0).sum(axis=-1)
     return total / jnp.maximum(mask.sum(axis=-1), 1)
 
@@ -146,9 +174,9 @@ def student_context_logprobs(
     log_normalizer: jax.Array | None = None,
     *,
     vocab_size: int | None = None,
-    chunk_size: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
-    """log p_S(T[j] | y_{<t+i}): the teacher's tokens in the rollout's contexts.
+    """Compute log p_S(T[j] | y_{<t+i}): teacher tokens in rollout contexts.
 
     ``<h_{t+i}, W[T[j]]> - log sum_v exp <h_{t+i}, W[v]>``: K inner products a
     position, and the log-normaliser once a rollout position, shared by all
@@ -161,10 +189,10 @@ def student_context_logprobs(
       candidates: [..., M].
       teacher_windows: tokens [..., M, K].
       log_normalizer: f32[..., T]; unless given,
-        :func:`fused_log_normalizer`.
+        :func:`~topd_jax.losses.fused.fused_log_normalizer`.
       vocab_size: ids that exist, the first of the head's rows; all unless
         given.
-      chunk_size: of :func:`fused_log_normalizer`.
+      layout: of :func:`~topd_jax.losses.fused.fused_log_normalizer`.
 
     Returns:
       f32[..., M, K, K]: row i is the rollout's position t + i, column j the
@@ -175,8 +203,9 @@ def student_context_logprobs(
             student_hidden,
             student_head,
             vocab_size=vocab_size,
-            chunk_size=chunk_size,
+            layout=layout,
         )
+    chex.assert_type(teacher_windows.tokens, int)
     length = teacher_windows.tokens.shape[-1]
     starts = candidates.positions
     states = slice_windows(student_hidden, starts, length)
@@ -187,45 +216,3 @@ def student_context_logprobs(
     )
     logits = soft_cap(logits, head_cap(student_head))
     return logits - slice_windows(log_normalizer, starts, length)[..., None]
-
-
-def fused_log_normalizer(
-    hidden: jax.Array,
-    head: Head,
-    *,
-    vocab_size: int | None = None,
-    chunk_size: int | None = None,
-) -> jax.Array:
-    """log sum_v exp <h_t, W[v]>, at most a chunk of logits at a time.
-
-    Each chunk's logits are computed again in the backward pass; the head's
-    gradient is summed over chunks in float32, and over devices once.
-
-    Args:
-      hidden: [..., T, D].
-      head: [V, D].
-      vocab_size: ids that exist, the first of the head's rows; all unless
-        given.
-      chunk_size: tokens a chunk, about, counted over all rows; chosen by
-        the shapes unless given.
-
-    Returns:
-      f32[..., T].
-
-    Raises:
-      ValueError: for a chunk size below 1.
-    """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(
-            f"chunk_size={chunk_size} must be at least 1; None chooses it"
-        )
-    rows = head_rows(head)[:vocab_size]
-    chunk_size = chunk_size or chunk_tokens(rows.shape[0])
-    chunked = chunked_loss(_log_normalizer, head, chunk_size)
-    return per_token(chunked, hidden, rows, None, None)
-
-
-def _log_normalizer(
-    logits: jax.Array, constants: None, rows: None
-) -> jax.Array:
-    return jax.nn.logsumexp(logits, axis=-1)

@@ -1,20 +1,24 @@
-"""Decoders: their shape, their arithmetic, their files."""
+"""Students and teachers: the decoder, its arithmetic, its files.
 
-from topd_jax.models.attention.core import Cache
+The paper trains existing models and says nothing of their code: this room is
+ours. See ``README.md`` here for the files in reading order.
+"""
+
+from topd_jax.models.attention.cache import Cache
 from topd_jax.models.config import DecoderConfig, Lora, RopeScaling
 from topd_jax.models.decoder import (
     Decoder,
     cast,
     causal_mask,
+    drop_layers,
     in_compute_dtype,
     init_decoder,
     unembed,
 )
-from topd_jax.models.io.description import Description, describe, end_ids
+from topd_jax.models.fingerprint import fingerprint
 from topd_jax.models.io.export import save_model
-from topd_jax.models.io.loading import load
+from topd_jax.models.io.loading import Description, describe, end_ids, load
 from topd_jax.models.io.peft import load_adapter, save_adapter
-from topd_jax.models.io.weights import drop_layers, fingerprint
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.parameters import parameter_table
 from topd_jax.models.protocol import LanguageModel, from_function

@@ -49,14 +49,14 @@ class Lora:
       rank: r, inner size of every adapter.
       alpha: the adapters' output is multiplied by alpha / r.
       targets: parameters that have one, of :data:`LORA_TARGETS`.
-      rank_stabilised: multiplied by alpha / sqrt(r) instead
+      rank_stabilized: multiplied by alpha / sqrt(r) instead
         (arXiv:2312.03732).
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -74,9 +74,9 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the adapters' output is multiplied by."""
+        """Return the factor of the adapters' output."""
         return self.alpha / (
-            self.rank**0.5 if self.rank_stabilised else self.rank
+            self.rank**0.5 if self.rank_stabilized else self.rank
         )
 
 
@@ -109,7 +109,7 @@ class DecoderConfig:
       mlp_bias: the feed-forward layer has biases.
       pre_norms: RMSNorm before attention and feed-forward.
       post_norms: RMSNorm after each of them, before the residual sum.
-      centred_norms: norms scale by 1 + w (Gemma).
+      centered_norms: norms scale by 1 + w (Gemma).
       activation: of the gate: "silu", "gelu" or "gelu_tanh".
       scaled_embedding: embeddings are multiplied by sqrt(width) (Gemma).
       query_scalar: scores are divided by its root; None is ``head_dim``.
@@ -119,13 +119,12 @@ class DecoderConfig:
       local_rope_theta: base in sliding layers, never stretched; None is the
         same as elsewhere (Gemma 3).
       no_rope: layers whose queries and keys are not turned (SmolLM3).
-      window: columns that a sliding layer attends to, its own included.
-      sliding: layers that see ``window`` columns only.
+      window: keys that a sliding layer attends to, the token's included.
+      sliding: layers that attend to ``window`` keys only.
       experts: E, feed-forward networks to choose from; 0 is one, dense.
       experts_per_token: how many of them read each token.
       expert_width: inner size of an expert.
-      renormalise: weights of the chosen experts sum to one.
-      dense: layers without experts in a model that has some.
+      renormalize: weights of the chosen experts sum to one.
       lora: adapters beside the linear maps; None: there are none.
       dtype: compute dtype of activations, "float32" or "bfloat16".
       param_dtype: dtype in which parameters are kept.
@@ -156,7 +155,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     pre_norms: bool = True
     post_norms: bool = False
-    centred_norms: bool = False
+    centered_norms: bool = False
     activation: str = "silu"
     scaled_embedding: bool = False
     query_scalar: float | None = None
@@ -170,8 +169,7 @@ class DecoderConfig:
     experts: int = 0
     experts_per_token: int = 0
     expert_width: int = 0
-    renormalise: bool = False
-    dense: tuple[bool, ...] = ()
+    renormalize: bool = False
     lora: Lora | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -225,25 +223,12 @@ class DecoderConfig:
             )
 
     @property
-    def expert_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that have experts."""
-        dense = self.dense or (False,) * self.layers
-        return tuple(i for i, d in enumerate(dense) if self.experts and not d)
-
-    @property
-    def dense_layers(self) -> tuple[int, ...]:
-        """Indices of the layers with one feed-forward network."""
-        chosen = set(self.expert_layers)
-        return tuple(i for i in range(self.layers) if i not in chosen)
-
-    @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Parameters that may have an adapter here: all but experts."""
-        # Dense layers of a mixture too: files name both gate_proj.
+        """Return the parameters that may have an adapter: all but experts."""
         return LORA_TARGETS[:4] if self.experts else LORA_TARGETS
 
     def keep_layers(self, keep: Sequence[int]) -> "DecoderConfig":
-        """The same decoder with only the layers of these indices."""
+        """Return the same decoder with only the layers of these indices."""
         kept = {
             name: tuple(getattr(self, name)[i] for i in keep)
             for name in _PER_LAYER
@@ -252,16 +237,16 @@ class DecoderConfig:
         return self.replace(layers=len(keep), **kept)
 
     def replace(self, **changes: Any) -> "DecoderConfig":
-        """The same config with some fields changed."""
+        """Return the same config with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them; see :meth:`from_dict`."""
+        """Return all fields, as JSON can hold them; see :meth:`from_dict`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
-        """What :meth:`to_dict` wrote, or an older version of it.
+        """Read what :meth:`to_dict` wrote, or an older version of it.
 
         Args:
           fields: by name; those that are not there are at their default.
@@ -286,7 +271,7 @@ class DecoderConfig:
         return cls(**values)
 
 
-_PER_LAYER = ("no_rope", "sliding", "dense")
+_PER_LAYER = ("no_rope", "sliding")
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),

@@ -3,7 +3,7 @@
 RMSNorm, rotary positions, grouped-query attention, a gated feed-forward layer
 or a mixture of them: families differ by the options of their config. One
 table, :func:`~topd_jax.models.parameters.parameter_table`, names each
-parameter with its shape, logical axes and initialiser; layers are stacked on a
+parameter with its shape, logical axes and initializer; layers are stacked on a
 leading axis and scanned, and what they differ in is scanned with them, so
 compile time does not grow with depth.
 
@@ -13,19 +13,28 @@ A model is a Flax nnx module used as a plain pytree of arrays: it goes through
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from topd_jax.models.attention.core import Cache, look
-from topd_jax.models.attention.masks import Branching, Mask, Spans, Written
+from topd_jax.models.attention.cache import Cache
+from topd_jax.models.attention.core import prepare_mask
+from topd_jax.models.attention.masks import (
+    BranchMask,
+    CachedMask,
+    IntervalMask,
+    Mask,
+)
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.layers import embed, layer, layer_options, rms_norm
-from topd_jax.models.parameters import parameter_table
-from topd_jax.models.quantization import is_quantized
+from topd_jax.models.parameters import (
+    is_quantized,
+    parameter_table,
+)
 from topd_jax.models.rope import rope_table
 from topd_jax.parallel.sharding import constrain
 from topd_jax.types import CappedHead, Head, head_cap, head_rows, soft_cap
@@ -51,12 +60,12 @@ class Decoder(nnx.Module):
     def __init__(
         self, config: DecoderConfig, arrays: dict[str, jax.Array]
     ) -> None:
-        """Holds the arrays that :func:`parameter_table` names.
+        """Hold the arrays that :func:`parameter_table` names.
 
         Args:
           config: the decoder's shape.
           arrays: name -> array, exactly the table's names and shapes; the
-            large matrices of a frozen model may be quantised
+            large matrices of a frozen model may be quantized
             (:mod:`topd_jax.models.quantization`).
 
         Raises:
@@ -73,7 +82,7 @@ class Decoder(nnx.Module):
 
     @property
     def head(self) -> Head:
-        """[V, D] output head; the embedding where they are tied.
+        """Return the output head [V, D]; the embedding where they are tied.
 
         Where the config bounds the logits the head says so itself; see
         :mod:`topd_jax.types`.
@@ -84,26 +93,26 @@ class Decoder(nnx.Module):
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
-        """Parameter name -> array: what the constructor was given."""
+        """Return parameter name -> array: what the constructor was given."""
         held = vars(self.layers) | vars(self)
         return {n: held[n][...] for n in parameter_table(self.config)}
 
     @property
     def logical_axes(self) -> dict[str, tuple[str, ...]]:
-        """Parameter name -> logical axes, for sharding."""
+        """Return parameter name -> logical axes, for sharding."""
         return {n: row.axes for n, row in parameter_table(self.config).items()}
 
-    def init_cache(self, batch: int, columns: int) -> Cache:
-        """An empty cache of ``columns`` columns in the compute dtype."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Make an empty cache of ``length`` tokens in the compute dtype."""
         c = self.config
-        shape = (c.layers, batch, columns, c.kv_heads, c.head_dim)
+        shape = (c.layers, batch, length, c.kv_heads, c.head_dim)
         zeros = constrain(
             jnp.zeros(shape, c.dtype),
             None, "batch", None, "activation_kv_heads", None,
         )  # fmt: skip
         positions = None
         if any(c.sliding):
-            positions = jnp.zeros((1, batch, columns), jnp.int32)
+            positions = jnp.zeros((1, batch, length), jnp.int32)
             positions = constrain(positions, None, "batch", None)
         return Cache(zeros, zeros, jnp.zeros((), jnp.int32), positions)
 
@@ -114,33 +123,37 @@ class Decoder(nnx.Module):
         mask: Mask,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Reads tokens and returns the states that predict the next ones.
+        """Read tokens and return the states that predict the next ones.
 
         Args:
           tokens: i32[B, S].
           positions: i32[B, S] rotary positions.
-          mask: bool[B, S, L] which columns each token attends to; L == S
-            without a cache, else all columns of the cache. As spans it is
-            never made whole where sequences are long, nor for branches.
-          cache: where to write the S new columns; None attends to the S
+          mask: bool[B, S, L] which keys each token attends to; L == S without
+            a cache, else its length. An
+            :class:`~topd_jax.models.attention.masks.IntervalMask` is never
+            expanded where sequences are long, nor is a mask of branches.
+          cache: to which the S tokens are appended; None attends to the S
             tokens alone.
 
         Returns:
           (hidden [B, S, D] after the final norm in compute dtype, the cache
           with ``length`` grown by S, or None).
+
+        Raises:
+          ValueError: where tokens, positions and mask do not belong together.
         """
+        _check_call(tokens, positions, mask)
         c = self.config
         hidden = embed(self.embedding[...], tokens, c)
-        scanned, stacks = split_stacks(self)
-        sight, cache = look(c, positions, mask, cache)
+        spec, cache = prepare_mask(c, positions, mask, cache)
         rope = rope_table(positions, c)
-        body = functools.partial(layer, c, rope=rope, sight=sight)
-        body = _rematerialised(body, c)
+        body = functools.partial(layer, c, rope=rope, spec=spec)
+        body = _rematerialized(body, c)
         options = jax.tree.map(jnp.asarray, layer_options(c))
         (hidden, cache), _ = jax.lax.scan(
-            lambda carry, x: (body(carry, *x, stacks=stacks), None),
+            lambda carry, x: (body(carry, *x), None),
             (hidden, cache),
-            (scanned, options),
+            (layer_arrays(self), options),
             unroll=min(c.unroll, c.layers),
         )
         if cache is not None:
@@ -148,31 +161,30 @@ class Decoder(nnx.Module):
         return rms_norm(hidden, self.final_norm[...], c), cache
 
 
-def split_stacks(
-    model: Decoder,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Layer parameters to scan, and those of which only some layers have one.
+def _check_call(tokens: jax.Array, positions: jax.Array, mask: Mask) -> None:
+    shapes = {"tokens": tokens.shape, "positions": positions.shape}
+    fits = tokens.ndim == 2 and positions.shape == tokens.shape
+    if hasattr(mask, "shape"):
+        shapes["mask"] = mask.shape
+        fits &= len(mask.shape) == 3 and mask.shape[:2] == tokens.shape
+    if not fits:
+        raise ValueError(
+            "a model reads tokens [B, S] at positions [B, S] with a mask "
+            f"[B, S, L], not {shapes}; a single row has B=1"
+        )
 
-    Args:
-      model: any decoder.
 
-    Returns:
-      (name -> [N, ...], name -> [fewer, ...]); the second is empty unless
-      some layers have experts and others have not.
-    """
-    arrays = {n: p[...] for n, p in vars(model.layers).items()
-              if isinstance(p, nnx.Variable)}  # fmt: skip
-    mixed = set()
-    if model.config.expert_layers and model.config.dense_layers:
-        mixed = {
-            n for n, x in arrays.items() if x.shape[0] < model.config.layers
-        }
-    scanned = {n: x for n, x in arrays.items() if n not in mixed}
-    return scanned, {n: arrays[n] for n in mixed}
+def layer_arrays(model: Decoder) -> dict[str, jax.Array]:
+    """Return the parameters to scan: name -> [N, ...]."""
+    return {
+        name: param[...]
+        for name, param in vars(model.layers).items()
+        if isinstance(param, nnx.Variable)
+    }
 
 
 def init_decoder(config: DecoderConfig, key: jax.Array) -> Decoder:
-    """A randomly initialised decoder.
+    """Initialize a decoder at random.
 
     Args:
       config: the decoder's shape.
@@ -195,7 +207,7 @@ def init_decoder(config: DecoderConfig, key: jax.Array) -> Decoder:
 
 
 def unembed(head: Head, hidden: jax.Array) -> jax.Array:
-    """Logits of hidden states.
+    """Compute the logits of hidden states.
 
     Args:
       head: [V, D] output head.
@@ -217,34 +229,33 @@ def unembed(head: Head, hidden: jax.Array) -> jax.Array:
 
 
 def causal_mask(mask: jax.Array) -> jax.Array:
-    """Which earlier columns each column attends to.
+    """Return which earlier tokens each token attends to.
 
     Args:
-      mask: bool[B, L] which columns exist.
+      mask: bool[B, L] which tokens exist.
 
     Returns:
-      bool[B, L, L]: row attends to column; existing columns not after it.
+      bool[B, L, L]: query, key; existing keys that are not after the query.
     """
-    length = mask.shape[-1]
-    order = jnp.arange(length)
+    order = jnp.arange(mask.shape[-1])
     return (order[:, None] >= order[None, :]) & mask[:, None, :]
 
 
-def mask_for(model: Any, spans: Spans | Branching | Written) -> Mask:
-    """What a model takes as its mask.
+def mask_for(model: Any, mask: IntervalMask | BranchMask | CachedMask) -> Mask:
+    """Return a mask in the form that a model takes.
 
     Args:
       model: any :class:`~topd_jax.models.protocol.LanguageModel`.
-      spans: what its tokens shall see, or what is written.
+      mask: which keys its tokens attend to.
 
     Returns:
       The same for a decoder; for another model bool[B, S, L].
     """
-    return spans if isinstance(model, Decoder) else spans.dense()
+    return mask if isinstance(model, Decoder) else mask.dense()
 
 
 def cast(model: Decoder, dtype: str) -> Decoder:
-    """The same model with its parameters kept, and computed, in ``dtype``.
+    """Keep, and compute with, a model's parameters in ``dtype``.
 
     Args:
       model: any decoder.
@@ -252,7 +263,7 @@ def cast(model: Decoder, dtype: str) -> Decoder:
 
     Returns:
       A new model; used to sample in bf16 from fp32 master weights without a
-      cast at every token. Quantised matrices stay as they are.
+      cast at every token. Quantized matrices stay as they are.
     """
     config = dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype)
     if config == model.config:
@@ -265,7 +276,7 @@ def cast(model: Decoder, dtype: str) -> Decoder:
 
 
 def in_compute_dtype(model: Any) -> Any:
-    """The model that a sampler should run.
+    """Return the model that a sampler should run.
 
     Args:
       model: any :class:`~topd_jax.models.protocol.LanguageModel`.
@@ -277,6 +288,45 @@ def in_compute_dtype(model: Any) -> Any:
     if not isinstance(model, Decoder):
         return model
     return cast(model, model.config.dtype)
+
+
+def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
+    """Keep only some layers of a network.
+
+    A student may so start from its teacher. Every array is a copy: the student
+    may be donated while the teacher lives on.
+
+    Args:
+      model: the network to cut.
+      keep: indices of the layers to keep, ascending.
+
+    Returns:
+      A decoder of ``len(keep)`` layers, spread over devices as ``model`` is.
+
+    Raises:
+      ValueError: where ``keep`` is empty, unsorted or out of range.
+    """
+    keep = [int(i) for i in keep]
+    layers = model.config.layers
+    ascending = keep == sorted(set(keep))
+    if not keep or not ascending or keep[0] < 0 or keep[-1] >= layers:
+        raise ValueError(
+            f"keep={keep} must be ascending layer indices, each once, "
+            f"0..{layers - 1}; for instance {list(range(0, layers, 2))}"
+        )
+    table = parameter_table(model.config)
+    arrays = {}
+    for name, array in model.arrays.items():
+        if table[name].axes[0] == "layers":
+            arrays[name] = _each(lambda x: x[np.asarray(keep)], array)
+        else:
+            arrays[name] = _each(jnp.copy, array)
+    return Decoder(model.config.keep_layers(keep), arrays)
+
+
+def _each(cut: Callable[[jax.Array], jax.Array], array: Any) -> Any:
+    """Cut an array, or both arrays of a quantized matrix, where they are."""
+    return jax.tree.map(lambda x: jax.device_put(cut(x), x.sharding), array)
 
 
 def _check(config: DecoderConfig, arrays: dict[str, jax.Array]) -> None:
@@ -295,7 +345,7 @@ def _check(config: DecoderConfig, arrays: dict[str, jax.Array]) -> None:
         )
 
 
-def _rematerialised(body: Callable, config: DecoderConfig) -> Callable:
+def _rematerialized(body: Callable, config: DecoderConfig) -> Callable:
     if config.remat == "none":
         return body
     policy = {

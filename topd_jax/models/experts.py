@@ -1,6 +1,6 @@
 """Mixture of experts: each token is read by the k experts its router likes.
 
-``y = sum_{e in top k} p_e * E_e(x)`` with ``p = softmax(x R)``, renormalised
+``y = sum_{e in top k} p_e * E_e(x)`` with ``p = softmax(x R)``, renormalized
 over the chosen ones where the config says so (Qwen3-MoE). Copies of tokens are
 sorted by expert and multiplied group by group
 (:mod:`topd_jax.models.grouped`: ``jax.lax.ragged_dot``, on TPU megablox), so
@@ -26,19 +26,19 @@ ACTIVATIONS = {
 def route(
     x: jax.Array, router: jax.Array, config: DecoderConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """The experts of each token, and their weights.
+    """Choose the experts of each token, and their weights.
 
     Args:
       x: [T, D].
       router: [D, E].
-      config: for ``experts_per_token`` and ``renormalise``.
+      config: for ``experts_per_token`` and ``renormalize``.
 
     Returns:
       (experts i32[T, k], weights [T, k] in x's dtype).
     """
     chances = jax.nn.softmax((x @ router).astype(jnp.float32), axis=-1)
     weights, chosen = jax.lax.top_k(chances, config.experts_per_token)
-    if config.renormalise:
+    if config.renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return chosen, weights.astype(x.dtype)
 
@@ -46,7 +46,7 @@ def route(
 def mix(
     x: jax.Array, w: dict[str, jax.Array], config: DecoderConfig
 ) -> jax.Array:
-    """The feed-forward layer of a mixture of experts.
+    """Compute the feed-forward layer of a mixture of experts.
 
     Over a mesh every device holds some experts, reads all tokens of its rows
     and adds what its own experts say; the sum over devices is the output.
@@ -79,19 +79,19 @@ def _read(
     *,
     activation: str,
 ) -> jax.Array:
-    """What experts first .. first + E - 1 add to the output [T, D].
+    """Compute what experts first .. first + E - 1 add to the output [T, D].
 
     Copies that belong to other experts are sorted behind all groups, where
     ``grouped_dot`` leaves zeros.
     """
     count, (tokens, copies) = gate.shape[0], chosen.shape
-    own = chosen.reshape(-1) - first
-    own = jnp.where((own >= 0) & (own < count), own, count)
-    order = jnp.argsort(own)  # stable: copies of one expert stay in order
-    sizes = jnp.bincount(own, length=count + 1)[:count].astype(jnp.int32)
+    expert = chosen.reshape(-1) - first
+    expert = jnp.where((expert >= 0) & (expert < count), expert, count)
+    order = jnp.argsort(expert)  # stable: copies of one expert stay in order
+    sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
     rows = x[order // copies]
     dot = functools.partial(grouped_dot, sizes=sizes)
     inner = ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up)
     out = dot(inner, down)[jnp.argsort(order)].reshape(tokens, copies, -1)
-    mine = (own < count).reshape(tokens, copies)
-    return jnp.sum(jnp.where(mine, weights, 0)[..., None] * out, axis=1)
+    here = (expert < count).reshape(tokens, copies)
+    return jnp.sum(jnp.where(here, weights, 0)[..., None] * out, axis=1)

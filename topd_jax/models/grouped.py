@@ -9,7 +9,7 @@ made when the program is lowered, so one trace serves both platforms.
 XLA itself expands ``ragged_dot`` for TPU into a product of every row with the
 matrices of all groups: compiled for v5e with 32 of Qwen3-30B-A3B's experts a
 device, a layer's forward pass costs 9.7e9 operations a device that way, and
-3.0e8 here (``tests/tpu_experts.py`` prints the latter).
+3.0e8 here (``tests/tpu_kernels.py``).
 """
 
 import functools
@@ -27,7 +27,7 @@ _LANES = 16  # rows of a tile must be a multiple of it (bf16)
 
 @jax.custom_vjp
 def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """``x[rows of group g] @ w[g]`` for every group g.
+    """Compute ``x[rows of group g] @ w[g]`` for every group g.
 
     Args:
       x: [R, I], rows sorted by group.
@@ -46,9 +46,9 @@ def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple:
     return grouped_dot(x, w, sizes), (x, w, sizes)
 
 
-def _backward(saved: tuple, slope: jax.Array) -> tuple:
+def _backward(saved: tuple, cotangent: jax.Array) -> tuple:
     dx, dw = jax.lax.platform_dependent(
-        *saved, slope, tpu=megablox_gradients, default=_ragged_gradients
+        *saved, cotangent, tpu=megablox_gradients, default=_ragged_gradients
     )
     return dx, dw, np.zeros(saved[2].shape, jax.dtypes.float0)
 
@@ -59,7 +59,7 @@ grouped_dot.defvjp(_forward, _backward)
 def megablox(
     x: jax.Array, w: jax.Array, sizes: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """:func:`grouped_dot` by the TPU kernel.
+    """Compute :func:`grouped_dot` by the TPU kernel.
 
     Args:
       x: [R, I].
@@ -83,45 +83,45 @@ def megablox_gradients(
     x: jax.Array,
     w: jax.Array,
     sizes: jax.Array,
-    slope: jax.Array,
+    cotangent: jax.Array,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of :func:`grouped_dot` by the TPU kernels.
+    """Compute the gradients of :func:`grouped_dot` by the TPU kernels.
 
     Args:
       x: [R, I].
       w: [G, I, O].
       sizes: i32[G].
-      slope: [R, O] gradient of the result.
+      cotangent: [R, O] gradient of the result.
       interpret: run the kernels without a TPU, slowly.
 
     Returns:
       (gradient of x, of w), in their dtypes.
     """
     rows, (x, all_sizes, tile) = x.shape[0], _padded(x, sizes)
-    slope, _, _ = _padded(slope, sizes)
+    cotangent, _, _ = _padded(cotangent, sizes)
     (inputs, outputs), (gmm, tgmm) = w.shape[1:], _kernels()
     dx = gmm(
-        slope, w, all_sizes, x.dtype, _tiling(tile, outputs, inputs),
+        cotangent, w, all_sizes, x.dtype, _tiling(tile, outputs, inputs),
         transpose_rhs=True, interpret=interpret,
     )[:rows]  # fmt: skip
     dw = tgmm(
-        x.T, slope, all_sizes, w.dtype, _tiling(tile, inputs, outputs),
+        x.T, cotangent, all_sizes, w.dtype, _tiling(tile, inputs, outputs),
         num_actual_groups=w.shape[0], interpret=interpret,
     )  # fmt: skip
     return dx, dw
 
 
 def _ragged_gradients(
-    x: jax.Array, w: jax.Array, sizes: jax.Array, slope: jax.Array
+    x: jax.Array, w: jax.Array, sizes: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-    return jax.vjp(dot, x, w)[1](slope)
+    return jax.vjp(dot, x, w)[1](cotangent)
 
 
 def _padded(x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-    """Rows to whole tiles, and one more group for those of none."""
+    """Pad rows to whole tiles, and add a group for those of none."""
     tile = min(_TILE[0], -(-x.shape[0] // _LANES) * _LANES)
     x = jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
     rest = x.shape[0] - jnp.sum(sizes)

@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topd_jax.models.attention.cache import Cache, write_cache
 from topd_jax.models.attention.core import (
-    Cache,
-    Sight,
+    MaskSpec,
     attend,
     attend_cached,
-    reach,
-    write_columns,
+    layer_windows,
 )
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.experts import ACTIVATIONS, mix
-from topd_jax.models.parameters import LORA_A, LORA_B, linear_inputs
-from topd_jax.models.quantization import as_floats
+from topd_jax.models.parameters import (
+    LORA_A,
+    LORA_B,
+    as_floats,
+    linear_inputs,
+)
 from topd_jax.models.rope import rope_rows, rotate
 from topd_jax.parallel.collectives import to_products, to_rows
 from topd_jax.parallel.sharding import constrain
@@ -31,12 +34,12 @@ _ONE_HOT_VOCAB = 512
 def rms_norm(
     x: jax.Array, scale: jax.Array, config: DecoderConfig
 ) -> jax.Array:
-    """x / rms(x) * scale, computed in float32 (Zhang & Sennrich, 2019).
+    """Compute x / rms(x) * scale in float32 (Zhang & Sennrich, 2019).
 
     Args:
       x: [..., D].
-      scale: [D]; 1 + scale is used where ``config.centred_norms``.
-      config: for ``norm_eps`` and ``centred_norms``.
+      scale: [D]; 1 + scale is used where ``config.centered_norms``.
+      config: for ``norm_eps`` and ``centered_norms``.
 
     Returns:
       [..., D] in x's dtype.
@@ -44,7 +47,7 @@ def rms_norm(
     wide = x.astype(jnp.float32)
     square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(square + config.norm_eps)
-    if config.centred_norms:  # rounded after scaling, as Gemma does
+    if config.centered_norms:  # rounded after scaling, as Gemma does
         return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
@@ -52,7 +55,7 @@ def rms_norm(
 def embed(
     table: jax.Array, tokens: jax.Array, config: DecoderConfig
 ) -> jax.Array:
-    """Rows of table [V, D] for tokens i32[B, S]: [B, S, D]."""
+    """Look up rows of table [V, D] for tokens i32[B, S]: [B, S, D]."""
     table = table.astype(config.dtype)
     tokens = to_products(tokens, "sequence")
     if config.vocab_size <= _ONE_HOT_VOCAB:
@@ -67,22 +70,15 @@ def embed(
 
 
 def layer_options(config: DecoderConfig) -> dict[str, np.ndarray]:
-    """What layers differ in beside their weights: i32[N] arrays to scan.
+    """Return what layers differ in beside weights: i32[N] arrays to scan.
 
-    "index": the layer; "rope": its row of the rotary table; "reach": how far
-    back it sees; "row": its row among the feed-forward stacks of its kind;
-    "expert": whether these are experts.
+    "index": the layer; "rope": its row of the rotary table; "window": keys that
+    it attends to.
     """
-    row = np.zeros(config.layers, np.int32)
-    for layers in (config.dense_layers, config.expert_layers):
-        row[list(layers)] = np.arange(len(layers))
-    index = np.arange(config.layers, dtype=np.int32)
     return {
-        "index": index,
+        "index": np.arange(config.layers, dtype=np.int32),
         "rope": rope_rows(config),
-        "reach": reach(config),
-        "row": row,
-        "expert": np.isin(index, config.expert_layers),
+        "window": layer_windows(config),
     }
 
 
@@ -93,10 +89,9 @@ def layer(
     options: dict[str, Any],
     *,
     rope: tuple[jax.Array, jax.Array],
-    sight: Sight,
-    stacks: dict[str, jax.Array],
+    spec: MaskSpec,
 ) -> tuple[jax.Array, Cache | None]:
-    """One layer: attention, then feed-forward, both residual.
+    """Compute one layer: attention, then feed-forward, both residual.
 
     Args:
       config: the decoder's shape.
@@ -105,9 +100,7 @@ def layer(
       options: this layer's entries of :func:`layer_options`; "index" is
         where the cache holds its columns.
       rope: from :func:`~topd_jax.models.rope.rope_table`.
-      sight: from :func:`~topd_jax.models.attention.core.look`.
-      stacks: feed-forward parameters of a model whose layers differ in kind,
-        whole; else empty.
+      spec: from :func:`~topd_jax.models.attention.core.prepare_mask`.
 
     Returns:
       (hidden, cache) for the next layer.
@@ -120,15 +113,12 @@ def layer(
 
     normed = norm(hidden, "attention_norm")
     normed = to_products(normed, "sequence", "activation_embed")
-    attended, cache = _attention(config, w, normed, cache, options, rope, sight)
+    attended, cache = _attention(config, w, normed, cache, options, rope, spec)
     attended = to_rows(attended, "sequence", "activation_embed")
     hidden = hidden + norm(attended, "attention_post_norm")
     normed = norm(hidden, "mlp_norm")
     normed = to_products(normed, "sequence", "activation_embed")
-    if stacks:
-        out = _either(config, stacks, normed, options)
-    else:
-        out = (mix if config.experts else _mlp)(normed, w, config)
+    out = (mix if config.experts else _mlp)(normed, w, config)
     out = to_rows(out, "sequence", "activation_embed")
     hidden = hidden + norm(out, "mlp_post_norm")
     return constrain(hidden, "batch", "sequence", "activation_embed"), cache
@@ -141,7 +131,7 @@ def _attention(
     cache: Cache | None,
     options: dict[str, Any],
     rope: tuple[jax.Array, jax.Array],
-    sight: Sight,
+    spec: MaskSpec,
 ) -> tuple[jax.Array, Cache | None]:
     # Told the rows of these alone, the compiler would gather the kernels.
     query, key, value = (
@@ -168,15 +158,15 @@ def _attention(
     query = constrain(query, "batch", "sequence", "activation_heads", None)
     if cache is not None:
         index = options["index"]
-        cache, key, value = write_columns(cache, key, value, index)
+        cache, key, value = write_cache(cache, key, value, index)
         out = attend_cached(
-            query, cache, index, sight, options["reach"], config
+            query, cache, index, spec, options["window"], config
         )
     if out is None:
         # Keys and values of all columns: of one layer, and of few heads.
         key = constrain(key, "batch", None, "activation_kv_heads", None)
         value = constrain(value, "batch", None, "activation_kv_heads", None)
-        out = attend(query, key, value, sight, options["reach"], config)
+        out = attend(query, key, value, spec, options["window"], config)
     # Rows first: a move of heads in their groups is none of one collective.
     out = to_rows(out, "sequence", "activation_heads", None)
     out = to_products(out, "sequence", "heads", None)
@@ -203,33 +193,10 @@ def _mlp(
     return out + w["down_bias"] if config.mlp_bias else out
 
 
-def _either(
-    config: DecoderConfig,
-    stacks: dict[str, jax.Array],
-    x: jax.Array,
-    options: dict[str, Any],
-) -> jax.Array:
-    """Experts or not, where layers differ: rows are taken from whole stacks."""
-
-    def rows(expert: bool) -> dict[str, jax.Array]:
-        return {
-            name: as_floats(p[options["row"]], config.dtype)
-            for name, p in stacks.items()
-            if (name == "router" or name.startswith("expert")) == expert
-        }
-
-    return jax.lax.cond(
-        options["expert"],
-        lambda x: mix(x, rows(True), config),
-        lambda x: _mlp(x, rows(False), config),
-        x,
-    )
-
-
 def _project(
     x: jax.Array, w: dict[str, jax.Array], name: str, config: DecoderConfig
 ) -> jax.Array:
-    """A layer's linear map: x W, or x W + scale * (x A) B with an adapter."""
+    """Compute x W, or x W + scale * (x A) B with an adapter."""
     inputs = linear_inputs(name)
     out = _linear(x, w[name], inputs)
     if config.lora is None or name not in config.lora.targets:
@@ -241,7 +208,7 @@ def _project(
 
 
 def _linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
-    """x [..., I...] @ kernel [I..., O...]: as one 2-D product.
+    """Compute x [..., I...] @ kernel [I..., O...] as one 2-D product.
 
     The weight gradient of a 3-D product is three times slower on CPU.
     """

@@ -6,7 +6,7 @@ sharded, scanned, sampled from and fingerprinted as one without.
 
 A training step takes a model apart into what is trained and what is not
 (:func:`split`), differentiates the one and passes the other by
-(:func:`join`). Where there are no adapters, or the model is not ours,
+(:func:`join`). Where there are no adapters, or the model is no decoder,
 everything is trained.
 """
 
@@ -23,10 +23,15 @@ from jax.sharding import Mesh
 
 from topd_jax.models.config import Lora
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.io.weights import fingerprint
-from topd_jax.models.parameters import LORA_A, LORA_B, parameter_table
-from topd_jax.models.quantization import is_quantized
-from topd_jax.parallel.sharding import RULES, Rules, named
+from topd_jax.models.fingerprint import fingerprint
+from topd_jax.models.parameters import (
+    LORA_A,
+    LORA_B,
+    is_quantized,
+    parameter_table,
+)
+from topd_jax.parallel.rules import RULES, Rules
+from topd_jax.parallel.sharding import named
 
 
 class Adapters(nnx.Module):
@@ -38,7 +43,7 @@ class Adapters(nnx.Module):
     """
 
     def __init__(self, lora: Lora, arrays: Mapping[str, jax.Array]) -> None:
-        """Holds the arrays of the adapters.
+        """Hold the arrays of the adapters.
 
         Args:
           lora: their shape.
@@ -50,12 +55,12 @@ class Adapters(nnx.Module):
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
-        """Parameter name -> array: what the constructor was given."""
+        """Return parameter name -> array: what the constructor was given."""
         return {n: vars(self)[n][...] for n in _names(self.lora)}
 
 
 def split(model: Any) -> tuple[Any, Any]:
-    """Takes a model apart into what is trained and what is not.
+    """Split a model into what is trained and what is not.
 
     Args:
       model: a decoder, or any other pytree.
@@ -68,13 +73,13 @@ def split(model: Any) -> tuple[Any, Any]:
         return model, None
     arrays = model.arrays
     names = _names(model.config.lora)
-    own = {n: arrays.pop(n) for n in names}
+    factors = {n: arrays.pop(n) for n in names}
     config = model.config.replace(lora=None)
-    return Adapters(model.config.lora, own), Decoder(config, arrays)
+    return Adapters(model.config.lora, factors), Decoder(config, arrays)
 
 
 def join(trained: Any, frozen: Any) -> Any:
-    """Puts together what :func:`split` took apart.
+    """Invert :func:`split`.
 
     Args:
       trained: the adapters, or a whole model.
@@ -97,7 +102,7 @@ def add_lora(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
 ) -> Decoder:
-    """Puts adapters beside a decoder's linear maps.
+    """Put adapters beside a decoder's linear maps.
 
     Args:
       model: a decoder without adapters; its arrays are not copied.
@@ -140,11 +145,11 @@ def add_lora(
 
 
 def merge_lora(model: Any, *, donate: bool = False) -> Any:
-    """The same function without adapters: W + scale * A B in W's place.
+    """Merge adapters: W + scale * A B in W's place.
 
     Computed in float32, kept in W's dtype. Inside a jitted rollout this is
     made once, before the loop over tokens, and costs the memory of the linear
-    maps that have an adapter once more while the rollout lasts. Quantised
+    maps that have an adapter once more while the rollout lasts. Quantized
     maps keep their adapters beside them: merged, they would be floats again.
 
     Args:
@@ -154,7 +159,7 @@ def merge_lora(model: Any, *, donate: bool = False) -> Any:
 
     Returns:
       A decoder without adapters; ``model`` itself where it has none, or is
-      quantised.
+      quantized.
     """
     adapters, base = split(model)
     if base is None or any(map(is_quantized, base.arrays.values())):
@@ -170,7 +175,7 @@ def merge_lora(model: Any, *, donate: bool = False) -> Any:
 
 
 def frozen_fingerprint(model: Any) -> str:
-    """A hash of what is not trained, and of the adapters' shape and scale.
+    """Hash what is not trained, and the adapters' shape and scale.
 
     Args:
       model: any model.

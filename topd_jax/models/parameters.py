@@ -1,9 +1,15 @@
-"""The parameters of a decoder, as one table of names, shapes and axes."""
+"""The parameters of a decoder: one table of names, shapes and axes."""
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from topd_jax.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from qwix import QArray
 
 # Suffixes of a linear map's adapter: x W + scale * (x A) B.
 LORA_A, LORA_B = "_lora_a", "_lora_b"
@@ -26,7 +32,7 @@ class Parameter(NamedTuple):
 
 
 def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
-    """Names, shapes, logical axes and initial scales of all parameters.
+    """Return name, shape, logical axes and initial scale of all parameters.
 
     Args:
       config: the decoder's shape.
@@ -38,29 +44,39 @@ def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
     vocab = Parameter((config.vocab_size, d), ("vocab", "embed"), d**-0.5)
     table = {"embedding": vocab}
     table |= _attention(config)
-    if config.dense_layers:
-        table |= _dense(config)
-    if config.expert_layers:
-        table |= _experts(config)
-    start = 0.0 if config.centred_norms else 1.0
+    table |= (_experts if config.experts else _dense)(config)
+    start = 0.0 if config.centered_norms else 1.0
     table["final_norm"] = Parameter((d,), (None,), None, start)
     if not config.tied:
         table["output"] = vocab
     return table | _adapters(config, table)
 
 
-def parameter_layers(config: DecoderConfig, name: str) -> tuple[int, ...]:
-    """Which layers the rows of a stacked parameter belong to, in order."""
-    name = name.removesuffix(LORA_A).removesuffix(LORA_B)
-    if name in ("router", "expert_gate", "expert_up", "expert_down"):
-        return config.expert_layers
-    if name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
-        return config.dense_layers
-    return tuple(range(config.layers))
+def as_floats(p: "jax.Array | QArray", dtype: Any) -> jax.Array:
+    """Convert a parameter to the dtype it is computed with.
+
+    Args:
+      p: floats, or integers with scales.
+      dtype: of the result; the product is rounded to it once.
+
+    Returns:
+      Floats of the same shape.
+    """
+    if not is_quantized(p):
+        return p.astype(dtype)
+    import qwix
+
+    return qwix.dequantize(p.astype(jnp.float32)).astype(dtype)
+
+
+def is_quantized(p: "jax.Array | QArray") -> bool:
+    """Tell whether a parameter is integers with scales."""
+    # By its fields: qwix takes seconds to import, and most runs need none.
+    return hasattr(p, "qvalue")
 
 
 def _attention(config: DecoderConfig) -> dict[str, Parameter]:
-    """Attention, and the norms of a layer."""
+    """Return the rows of attention and of a layer's norms."""
     n, d = config.layers, config.width
     h, kv, hd = config.heads, config.kv_heads, config.head_dim
     query = Parameter(
@@ -73,13 +89,13 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
     out = Parameter((n, h, hd, d), out_axes, (h * hd) ** -0.5)
     # Norm and bias vectors are small; spreading them would cost more than it
     # saves.
-    start = 0.0 if config.centred_norms else 1.0
+    start = 0.0 if config.centered_norms else 1.0
 
     def vector(*shape: int, start: float = start) -> Parameter:
         axes = ("layers", *(None,) * len(shape))
         return Parameter((n, *shape), axes, None, start)
 
-    # The order is that of the initialiser's keys: keep it.
+    # The order is that of the initializer's keys: keep it.
     table = {"attention_norm": vector(d)} if config.pre_norms else {}
     table |= {"q": query, "k": key, "v": key, "o": out}
     if config.pre_norms:
@@ -100,8 +116,8 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
 
 
 def _dense(config: DecoderConfig) -> dict[str, Parameter]:
-    """The gated feed-forward network of the layers that have one."""
-    n, d, f = len(config.dense_layers), config.width, config.mlp_width
+    """Return the rows of the gated feed-forward network."""
+    n, d, f = config.layers, config.width, config.mlp_width
     wide = Parameter((n, d, f), ("layers", "embed", "mlp"), d**-0.5)
     down = Parameter((n, f, d), ("layers", "mlp", "embed"), f**-0.5)
     table = {"gate": wide, "up": wide, "down": down}
@@ -115,7 +131,7 @@ def _dense(config: DecoderConfig) -> dict[str, Parameter]:
 def _adapters(
     config: DecoderConfig, table: dict[str, Parameter]
 ) -> dict[str, Parameter]:
-    """Low-rank factors, [N, in..., r] and [N, r, out...], of the targets.
+    """Return the factors [N, in..., r] and [N, r, out...] of the targets.
 
     A starts with the variance of PEFT's uniform draw, 1 / (3 fan_in), B at
     zero, so that the model starts as it is without them.
@@ -136,13 +152,13 @@ def _adapters(
 
 
 def linear_inputs(name: str) -> int:
-    """Dimensions, after the layers', that a layer's linear map reads."""
+    """Count the dimensions, after the layers', that a linear map reads."""
     return 2 if name == "o" else 1
 
 
 def _experts(config: DecoderConfig) -> dict[str, Parameter]:
-    """Router and experts of the layers that have them."""
-    n, d = len(config.expert_layers), config.width
+    """Return the rows of router and experts."""
+    n, d = config.layers, config.width
     e, f = config.experts, config.expert_width
     wide = Parameter(
         (n, e, d, f), ("layers", "expert", "embed", "mlp"), d**-0.5

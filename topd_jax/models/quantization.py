@@ -15,17 +15,17 @@ range, by the qwix library; no calibration data.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.parameters import as_floats, is_quantized
 from topd_jax.parallel.sharding import coarser
 
 if TYPE_CHECKING:
     from qwix import QArray
-
-    from topd_jax.models.decoder import Decoder
 
 KINDS = ("int8", "int4")
 # Inputs that share a scale where nothing else is said; 0: all of them.
@@ -47,7 +47,7 @@ _SUMMED = {
 
 
 def check_quantized(section: str, kind: str, tile: int) -> None:
-    """Refuses settings that mean nothing.
+    """Refuse settings that mean nothing.
 
     Args:
       section: of the config, for the error.
@@ -71,7 +71,7 @@ def check_quantized(section: str, kind: str, tile: int) -> None:
 def quantizer(
     kind: str, tile: int = 0
 ) -> "Callable[[str, jax.Array], jax.Array | QArray] | None":
-    """What a loader does to each parameter as soon as it is placed.
+    """Return what a loader does to each parameter once it is placed.
 
     Args:
       kind: "int8", "int4", or "" for nothing.
@@ -87,8 +87,8 @@ def quantizer(
     return functools.partial(_quantize, kind=kind, tile=tile)
 
 
-def quantize(model: "Decoder", kind: str, tile: int = 0) -> "Decoder":
-    """The same decoder with its layers' matrices as integers.
+def quantize(model: Decoder, kind: str, tile: int = 0) -> Decoder:
+    """Keep the matrices of a decoder's layers as integers.
 
     Args:
       model: any decoder of float parameters.
@@ -100,18 +100,18 @@ def quantize(model: "Decoder", kind: str, tile: int = 0) -> "Decoder":
       reads and writes as any other, but is not to be trained.
 
     Raises:
-      ValueError: for another kind, or a model that is quantised already.
+      ValueError: for another kind, or a model that is quantized already.
     """
     finish = quantizer(kind, tile)
     if finish is None:
         raise ValueError(f"kind={kind!r} must be {' or '.join(KINDS)}")
-    require_floats(model, "quantise")
+    require_floats(model, "quantize")
     arrays = {name: finish(name, x) for name, x in model.arrays.items()}
-    return model.__class__(model.config, arrays)
+    return Decoder(model.config, arrays)
 
 
-def dequantize(model: "Decoder") -> "Decoder":
-    """The float decoder that a quantised one computes as.
+def dequantize(model: Decoder) -> Decoder:
+    """Return the float decoder that a quantized one computes as.
 
     Args:
       model: any decoder.
@@ -121,34 +121,11 @@ def dequantize(model: "Decoder") -> "Decoder":
     """
     dtype = model.config.param_dtype
     arrays = {name: as_floats(x, dtype) for name, x in model.arrays.items()}
-    return model.__class__(model.config, arrays)
+    return Decoder(model.config, arrays)
 
 
-def as_floats(p: "jax.Array | QArray", dtype: Any) -> jax.Array:
-    """A parameter in the dtype it is computed with.
-
-    Args:
-      p: floats, or integers with scales.
-      dtype: of the result; the product is rounded to it once.
-
-    Returns:
-      Floats of the same shape.
-    """
-    if not is_quantized(p):
-        return p.astype(dtype)
-    import qwix
-
-    return qwix.dequantize(p.astype(jnp.float32)).astype(dtype)
-
-
-def is_quantized(p: "jax.Array | QArray") -> bool:
-    """Whether a parameter is integers with scales."""
-    # By its fields: qwix takes seconds to import, and most runs need none.
-    return hasattr(p, "qvalue")
-
-
-def require_floats(model: "Decoder", what: str) -> None:
-    """Refuses a quantised model.
+def require_floats(model: Decoder, what: str) -> None:
+    """Refuse a quantized model.
 
     Args:
       model: any decoder.
@@ -159,13 +136,13 @@ def require_floats(model: "Decoder", what: str) -> None:
     """
     if any(is_quantized(x) for x in model.arrays.values()):
         raise ValueError(
-            f"cannot {what} a quantised model; load it without quantize, or "
+            f"cannot {what} a quantized model; load it without quantize, or "
             "call dequantize first"
         )
 
 
 def bytes_a_number(name: str, kind: str) -> float | None:
-    """What a number of a parameter takes once it is quantised.
+    """Return the bytes of a parameter's number once it is quantized.
 
     Args:
       name: of the parameter.
@@ -180,21 +157,6 @@ def bytes_a_number(name: str, kind: str) -> float | None:
     tile = DEFAULT_TILE[kind]
     scale = jnp.dtype(_SCALE_DTYPE[kind]).itemsize / tile if tile else 0
     return jnp.iinfo(kind).bits / 8 + scale
-
-
-def parameter_bytes(model: "Decoder") -> int:
-    """Bytes of a model's parameters, two int4 a byte.
-
-    So XLA counts them, and so a TPU holds them; the CPU's buffers hold one
-    int4 a byte (``array.on_device_size_in_bytes()``).
-    """
-
-    def bits(x: jax.Array) -> int:
-        integer = jnp.issubdtype(x.dtype, jnp.integer)
-        return (jnp.iinfo if integer else jnp.finfo)(x.dtype).bits
-
-    leaves = jax.tree.leaves(model.arrays)
-    return sum(x.size * bits(x) // 8 for x in leaves)
 
 
 def _quantize(

@@ -17,7 +17,7 @@ from topd_jax.models.config import DecoderConfig, RopeScaling
 def frequencies(
     theta: float, head_dim: int, scaling: RopeScaling | None = None
 ) -> np.ndarray:
-    """Angle a position of every rotary pair.
+    """Return the angle per position of every rotary pair.
 
     Args:
       theta: base; pair i turns by theta ** (-2 i / head_dim).
@@ -43,7 +43,7 @@ def _linear(
 def _llama3(
     plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
 ) -> np.ndarray:
-    """Llama 3.1: stretched where few turns fit the original length."""
+    """Stretch where few turns fit the original length (Llama 3.1)."""
     turns = scaling.original_length * plain / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     share = np.clip((turns - low) / (high - low), 0, 1)
@@ -53,7 +53,7 @@ def _llama3(
 def _yarn(
     plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
 ) -> np.ndarray:
-    """YaRN (Peng et al., arXiv:2309.00071, §3.2): a ramp over pairs."""
+    """Stretch by a ramp over pairs (YaRN, arXiv:2309.00071, §3.2)."""
 
     def border(turns: float) -> float:
         length = scaling.original_length / (turns * 2 * math.pi)
@@ -70,14 +70,14 @@ def _yarn(
 
 
 def rope_rows(config: DecoderConfig) -> np.ndarray:
-    """i32[N]: which row of :func:`rope_table` each layer is turned by."""
+    """Return i32[N]: the row of :func:`rope_table` of each layer."""
     return np.unique(_ways(config), return_inverse=True)[1].astype(np.int32)
 
 
 def rope_table(
     positions: jax.Array, config: DecoderConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """cos, sin of positions i32[B, S]: f32[R, B, S, 1, head_dim / 2] each.
+    """Return cos and sin of positions: f32[R, B, S, 1, head_dim / 2] each.
 
     Args:
       positions: rotary positions.
@@ -102,7 +102,7 @@ def rope_table(
 
 
 def _ways(config: DecoderConfig) -> np.ndarray:
-    """i32[N]: 0 for the base, 1 for the local base, 2 for not at all."""
+    """Return i32[N]: 0 for the base, 1 for the local base, 2 for none."""
     ways = np.zeros(config.layers, np.int32)
     if config.local_rope_theta is not None and config.sliding:
         ways[np.asarray(config.sliding)] = 1
@@ -112,7 +112,7 @@ def _ways(config: DecoderConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + head_dim / 2) of x.
+    """Rotate the pairs (i, i + head_dim / 2) of x.
 
     Args:
       x: [B, S, heads, head_dim].

@@ -1,263 +1,307 @@
-"""What is optimised: one frozen dataclass, one switch for the variants.
+"""The composition that a step trains on: token loss, weights, near future.
 
-Every variant is a composition of the same pure functions (arXiv:2606.00305,
-§3-§5.1); :data:`VARIANTS` says which of them each one uses.
+L = sum_t mask w_t l_t / sum_t mask + lambda * mean over divergent points of
+L_traj (arXiv:2606.00305, §3; weights §5.1). Every piece is a function, or a
+frozen dataclass with ``__call__`` where it has options, and names what it
+needs as its parameters: the step computes just that, once. What a piece may
+name: :data:`TOKENS`, :data:`~topd_jax.objectives.statistics.STATISTICS` and
+:data:`FUTURES`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from topd_jax.parallel.sharding import DECODING
+import jax
+
+from topd_jax.losses import divergences
+from topd_jax.losses.near_future import future_loss
+from topd_jax.losses.optimal_transport import window_distance
+from topd_jax.losses.token_losses import TokenLoss
+from topd_jax.objectives.pieces import (
+    Piece,
+    is_row_wise,
+    needs,
+    require_names,
+    require_rows,
+    spelled,
+    try_on_a_token,
+)
+from topd_jax.objectives.statistics import STATISTICS
+from topd_jax.settings import check, setting
+from topd_jax.types import Candidates, Windows
+
+# What a token weight may name of each token: [B, T].
+TOKENS = frozenset({"mask", "tokens", "teacher_token_loss"})
+# What every piece may name once candidates were looked at: [B, M, ...].
+FUTURES = frozenset(
+    {
+        *("candidates", "student_windows", "teacher_windows", "distance"),
+        *("plan", "divergent", "false_alarm", "selected"),
+    }
+)
+_RANKING = TOKENS | {"token_loss"}
+_DETECTOR = TOKENS | {"candidates", "student_windows", "teacher_windows"} | {
+    "embedding", "window",
+}  # fmt: skip
+_SELECT = frozenset({"key", "candidates", "divergent", "false_alarm"})
+_GUIDANCE = TOKENS | FUTURES | {
+    *("student_hidden", "student_head", "branch_hidden"),
+    *("teacher_head", "teacher_window_hidden", "vocab_size", "layout"),
+}  # fmt: skip
 
 
-class Variant(NamedTuple):
-    """Which pieces a variant uses.
+class Detection(NamedTuple):
+    """Hold what a detector says about each candidate.
 
     Attributes:
-      caps: "" or whose loss is capped at the row's median: "false_alarm", or
-        "control" (as many divergent candidates, at random).
-      spreads: weights spread from divergent states over the next n tokens.
-      guides: trajectory guidance from the teacher's windows.
-      weighs: "" or the sibling method that weighs tokens.
-      replaces: "" or the sibling method whose loss stands for the divergence.
+      distance: f32[B, M] how far the two futures are apart.
+      plan: f32[B, M, K, K] transport plan, student tokens by teacher tokens;
+        None where the detector makes none.
     """
 
-    caps: str = ""
-    spreads: bool = False
-    guides: bool = False
-    weighs: str = ""
-    replaces: str = ""
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the teacher's near future is needed at all."""
-        return bool(self.caps) or self.spreads or self.guides
-
-
-VARIANTS = {
-    "opd": Variant(),
-    "opd+suppress": Variant(caps="false_alarm"),
-    "opd+suppress_control": Variant(caps="control"),
-    "n_step": Variant(spreads=True),
-    "topd": Variant(guides=True),
-    "topd+suppress": Variant(caps="false_alarm", guides=True),
-    # Sibling methods, as baselines; see topd_jax.losses.siblings.
-    "entropy_aware": Variant(replaces="entropy_aware"),
-    "trust_region": Variant(replaces="trust_region"),
-    "tip": Variant(weighs="tip"),
-    "teachability": Variant(weighs="teachability"),
-    "fire": Variant(weighs="fire"),
-    "agreement": Variant(weighs="agreement"),
-    "prefix": Variant(weighs="prefix"),
-}
+    distance: jax.Array
+    plan: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Siblings:
-    """Settings of the sibling methods, with their papers' defaults.
+class Transport:
+    """Detect by optimal transport between the two windows (§3)."""
 
-    Attributes:
-      top_k: tokens of the top sets: entropy_aware (arXiv:2603.07079: 16),
-        trust_region (2606.01249), teachability (2605.26844).
-      alpha: entropy_aware, weight of the added forward KL (1).
-      entropy_threshold: entropy_aware, tau in nats (0.8).
-      fraction: tip (2604.14084) and teachability, share of tokens kept; ours.
-      drop: fire (2606.02684), share of rollouts dropped (0.2).
-      quantile: agreement (2606.09471), level of the threshold; ours.
-      window: agreement, tokens of the running mean (64).
-      gamma: prefix (2606.22600), weight of the first token, less 1 (0.5).
-    """
-
-    top_k: int = 16
-    alpha: float = 1.0
-    entropy_threshold: float = 0.8
-    fraction: float = 0.5
-    drop: float = 0.2
-    quantile: float = 0.1
-    window: int = 64
-    gamma: float = 0.5
+    epsilon: float = setting(
+        0.05, "entropy of the plan, in units of the cost", least=0.005, most=10
+    )
+    position_weight: float = setting(
+        0.5, "cost of moving a token by a window", least=0, most=10
+    )
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"objective.siblings.{name}={getattr(self, name)} must be "
-                    "at least 1"
-                )
-        if not 0 < self.fraction <= 1:
-            raise ValueError(
-                f"objective.siblings.fraction={self.fraction} must lie above 0 "
-                "and at most 1, which keeps every token"
-            )
-        for name in ("drop", "quantile"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"objective.siblings.{name}={getattr(self, name)} must lie "
-                    "in 0..1"
-                )
+        check(self)
+
+    def __call__(
+        self,
+        embedding: jax.Array,
+        student_windows: Windows,
+        teacher_windows: Windows,
+    ) -> Detection:
+        """Compute the transport distance, 0..2, and its plan."""
+        distance, plan = window_distance(
+            embedding,
+            student_windows,
+            teacher_windows,
+            epsilon=self.epsilon,
+            position_weight=self.position_weight,
+        )
+        return Detection(distance, plan)
 
 
-_CHOICES = {
-    "stage": ("on_policy", "offline"),
-    "variant": tuple(VARIANTS),
-    "context": ("teacher", "student"),
-    "divergence": ("reverse_kl", "forward_kl", "jsd"),
-    "score": ("teacher_loss", "reverse_kl"),
-    "detector": ("transport", "future_loss"),
-    "branch_loss": ("cross_entropy", "forward_kl", "reverse_kl"),
-    # "tensor" would move the cache.
-    "branch_sharding": tuple(n for n in DECODING if n != "tensor"),
-}
+@dataclasses.dataclass(frozen=True)
+class FutureLoss:
+    """Detect by the mean loss of the student's own window: no branches."""
+
+    def __call__(
+        self,
+        teacher_token_loss: jax.Array,
+        mask: jax.Array,
+        candidates: Candidates,
+        window: int,
+    ) -> Detection:
+        """Compute the mean -log p_T of each window, nats a token."""
+        return Detection(
+            future_loss(teacher_token_loss, mask, candidates, length=window)
+        )
+
+
+def teacher_loss(teacher_token_loss: jax.Array) -> jax.Array:
+    """Rank candidates by -log p_T(y_t) (the label of figure 6)."""
+    return teacher_token_loss
+
+
+def own_loss(token_loss: jax.Array) -> jax.Array:
+    """Rank candidates by the objective's token loss (§3)."""
+    return token_loss
+
+
+def false_alarms(false_alarm: jax.Array) -> jax.Array:
+    """Select the false alarms for what acts on candidates (§5.1)."""
+    return false_alarm
+
+
+@dataclasses.dataclass(frozen=True)
+class NearFuture:
+    """Choose which tokens are looked at, how far, and what parts (§3).
+
+    Attributes:
+      ranking: names :data:`TOKENS` or ``token_loss`` -> f32[B, T] score.
+      detector: names tokens, ``candidates``, windows, ``embedding`` f32[V, D]
+        or ``window`` K -> :class:`Detection`. The teacher continues the
+        candidates' prefixes only if a piece names its windows.
+      select: names ``divergent``, ``false_alarm``, ``candidates`` or ``key``
+        -> bool[B, M], the candidates that a token weight acts on.
+    """
+
+    candidates: int = setting(3, "M, slots a row (paper, 2.1: 218)", least=1)
+    fraction: float | None = setting(
+        None,
+        "share of a row's tokens that fill slots (paper, 2.1: 0.0225)",
+        above=0,
+        most=1,
+    )
+    window: int = setting(10, "K, tokens (paper, 2.1: 50)", least=1)
+    percentile: float = setting(
+        30.0, "of the batch's distances; above it futures part", least=0,
+        most=100,
+    )  # fmt: skip
+    threshold: float | None = setting(
+        None, "fixed distance instead of the percentile", least=0, most=1e6
+    )
+    branch_temperature: float = setting(
+        0.0, "of the teacher's branches; 0 is greedy", least=0, most=1e3
+    )
+    ranking: Piece = teacher_loss
+    detector: Piece = Transport()
+    select: Piece = false_alarms
+
+    def __post_init__(self) -> None:
+        check(self)
+        require_names("ranking", self.ranking, _RANKING)
+        require_names("detector", self.detector, _DETECTOR)
+        require_names("select", self.select, _SELECT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Add a loss at divergent points, by a weight (§3, §5.2).
+
+    Attributes:
+      loss: names what it needs -> f32[B, M], one number a candidate. Naming
+        ``branch_hidden`` [B, M, K, D] lets the student read the teacher's
+        branches; ``teacher_window_hidden`` keeps the teacher's states there.
+      weight: lambda.
+    """
+
+    loss: Piece
+    weight: float = setting(
+        0.1, "lambda of L = L_OPD + lambda L_traj", least=0, most=1e6
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        require_names("guidance", self.loss, _GUIDANCE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The on-policy objective; fields as in METHOD's notation.
+    """Say what a step minimizes; see :mod:`topd_jax.objectives.presets`.
 
     Attributes:
-      stage: "on_policy", or "offline" for stage 1 of App. B: the teacher
-        writes, and the student learns by ``kd_ratio`` * forward KL + (1 -
-        ``kd_ratio``) * cross-entropy; nothing looks ahead there.
-      kd_ratio: share of forward KL in the offline loss (App. B: 0.5).
-      variant: a key of :data:`VARIANTS`.
-      context: where guidance is applied: "student" (literal §3, targets from
-        the transport plan at the rollout's own contexts) or "teacher" (§5.2,
-        the student is trained along the teacher's branch).
-      divergence: the token loss, "reverse_kl" in the paper.
-      beta: mixture weight of "jsd".
-      temperature: divides both models' logits in the token loss.
-      log_floor: floor of the teacher's log-probabilities, nats (ours).
-      score: what candidates are ranked by: "teacher_loss", -log p_T(y_t), or
-        "reverse_kl" (§3; the choice is ours).
-      candidates: M, slots a trajectory.
-      fraction: share of a row's tokens that fill its slots, rounded up; None
-        fills all slots (paper: 218 / 9688, §2.1).
-      window: K, tokens of a window (paper: 50, §2.1).
-      detector: "transport" (§3), or "future_loss": the mean -log p_T of the K
-        tokens that the student wrote, which needs no branch (ours); not for
-        context "student", whose targets are the plan's.
-      percentile: candidates above this percentile of the batch's distances
-        are divergent (ours).
-      threshold: fixed distance (nats a token for "future_loss") instead of the
-        percentile; None for off.
-      epsilon: entropic regularisation of the transport plan (ours).
-      position_weight: cost of matching tokens a window apart (ours).
-      branch_temperature: 0 continues greedily; above, samples.
-      branch_sharding: where the teacher's parameters are while it writes its
-        branches, of :data:`~topd_jax.parallel.sharding.DECODING`.
-      guidance_weight: lambda of L = L_OPD + lambda * L_traj (§3).
-      anchor_first: context "student": the first target is the teacher's
-        first token (our repair of the literal target).
-      branch_loss: context "teacher": loss along the branch.
-      n_step: tokens that a divergent state's bonus reaches.
-      discount: of the bonus a token further.
-      strength: of the bonus against the weight 1.
-      cap: bound of overlapping bonuses.
-      chunk_size: tokens of one chunk of the fused losses; None picks by shape.
-      siblings: settings of the sibling methods.
+      token_loss: (student_logp [R, V], teacher_logp [R, V]) -> [R]; may name
+        ``tokens`` i32[R] and ``uniforms`` f32[R] (draws in 0..1) besides.
+      temperature: divides both models' logits in ``token_loss``.
+      token_weights: each names what it needs -> f32[B, T], 0 outside the
+        mask; they are multiplied. One marked by :func:`row_wise` is computed
+        from each row alone, at no extra pass of the student.
+      near_future: None: nothing looks ahead.
+      guidance: None: no second loss.
+      statistics: name -> function of (student_logp, teacher_logp) and, if it
+        names them, tokens; what weights may name beside :data:`STATISTICS`.
     """
 
-    stage: str = "on_policy"
-    kd_ratio: float = 0.5
-    variant: str = "topd"
-    context: str = "teacher"
-    divergence: str = "reverse_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    log_floor: float = -100.0
-    score: str = "teacher_loss"
-    candidates: int = 3
-    fraction: float | None = None
-    window: int = 10
-    detector: str = "transport"
-    percentile: float = 30.0
-    threshold: float | None = None
-    epsilon: float = 0.05
-    position_weight: float = 0.5
-    branch_temperature: float = 0.0
-    branch_sharding: str = "train"
-    guidance_weight: float = 0.1
-    anchor_first: bool = True
-    branch_loss: str = "cross_entropy"
-    n_step: int = 10
-    discount: float = 1.0
-    strength: float = 1.0
-    cap: float = 1.0
-    chunk_size: int | None = None
-    siblings: Siblings = Siblings()
+    token_loss: TokenLoss = divergences.reverse_kl
+    temperature: float = setting(
+        1.0, "of both models' logits in the token loss", above=0, most=1e6
+    )
+    token_weights: tuple[Piece, ...] = ()
+    near_future: NearFuture | None = None
+    guidance: Guidance | None = None
+    statistics: Mapping[str, Piece] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"objective.{name}={getattr(self, name)!r} must be one of "
-                    f"{', '.join(choices)}"
-                )
-        for name in ("candidates", "window", "n_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"objective.{name}={getattr(self, name)} must be at least 1"
-                )
-        for name in ("temperature", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"objective.{name}={getattr(self, name)} must be above 0"
-                )
-        if not 0 <= self.kd_ratio <= 1:
+        check(self)
+        _require_kinds(self)
+        require_rows("token_loss", self.token_loss, {"tokens", "uniforms"})
+        for name, statistic in self.statistics.items():
+            require_rows(f"statistics[{name!r}]", statistic, {"tokens"})
+        names = TOKENS | {*STATISTICS, *self.statistics, "token_loss"}
+        for weight in self.token_weights:
+            require_names("token_weights", weight, names | FUTURES)
+        try_on_a_token(self.token_loss)
+        for statistic in self.statistics.values():
+            try_on_a_token(statistic)
+        ahead = [w for w in self.token_weights if needs(w) & FUTURES]
+        ahead += [] if self.guidance is None else [self.guidance.loss]
+        if ahead and self.near_future is None:
             raise ValueError(
-                f"objective.kd_ratio={self.kd_ratio} must lie in 0..1"
-            )
-        if not 0 <= self.percentile <= 100:
-            raise ValueError(
-                f"objective.percentile={self.percentile} must lie in 0..100"
-            )
-        if self.detector != "transport" and self.trains_on_plan:
-            raise ValueError(
-                f"objective.detector={self.detector!r} makes no transport plan "
-                "for objective.context='student'; take detector='transport', "
-                "or context='teacher'"
-            )
-        if self.guidance_weight < 0:
-            raise ValueError(
-                f"objective.guidance_weight={self.guidance_weight} must not "
-                "be negative; 0 turns guidance off"
+                f"{spelled(ahead[0])} needs candidates; give the objective a "
+                "near_future=NearFuture(...)"
             )
 
     @property
-    def pieces(self) -> Variant:
-        """The row of :data:`VARIANTS` that this objective selects."""
-        return VARIANTS["opd" if self.offline else self.variant]
-
-    @property
-    def offline(self) -> bool:
-        """Whether this is stage 1."""
-        return self.stage == "offline"
-
-    @property
-    def trains_on_branch(self) -> bool:
-        """Whether the student reads the teacher's branches."""
-        return self.pieces.guides and self.context == "teacher"
-
-    @property
-    def trains_on_plan(self) -> bool:
-        """Whether guidance takes its targets from the transport plan."""
-        return self.pieces.guides and self.context == "student"
-
-    @property
-    def needs_student_states(self) -> bool:
-        """Whether an annotation needs what the student says of each token."""
-        pieces = self.pieces
-        ranks = pieces.looks_ahead and self.score != "teacher_loss"
-        return bool(pieces.weighs) or ranks
+    def named(self) -> frozenset[str]:
+        """Return all that weights, detector and guidance name."""
+        pieces = list(self.token_weights)
+        if self.near_future is not None:
+            pieces.append(self.near_future.detector)
+        if self.guidance is not None:
+            pieces.append(self.guidance.loss)
+        return frozenset().union(*map(needs, pieces))
 
     @property
     def needs_branches(self) -> bool:
-        """Whether the teacher continues the candidates' prefixes."""
-        pieces = self.pieces
-        by_transport = pieces.looks_ahead and self.detector == "transport"
-        return by_transport or pieces.guides
+        """Return whether the teacher continues the candidates' prefixes."""
+        return self.near_future is not None and bool(
+            self.named
+            & {"teacher_windows", "branch_hidden", "teacher_window_hidden"}
+        )
 
     @property
     def needs_window_hidden(self) -> bool:
-        """Whether the teacher's states along its branches must be kept."""
-        return self.trains_on_branch and self.branch_loss != "cross_entropy"
+        """Return whether the teacher's states on its branches are kept."""
+        return "teacher_window_hidden" in self.named
+
+    @property
+    def trains_on_branch(self) -> bool:
+        """Return whether the student reads the teacher's branches."""
+        return "branch_hidden" in self.named
+
+    @property
+    def batch_weights(self) -> tuple[Piece, ...]:
+        """Return the weights that need the whole batch at once."""
+        return tuple(w for w in self.token_weights if not is_row_wise(w))
+
+    @property
+    def row_weights(self) -> tuple[Piece, ...]:
+        """Return the weights that each row gives by itself."""
+        return tuple(w for w in self.token_weights if is_row_wise(w))
+
+    def compares(self, pieces: tuple[Piece, ...]) -> frozenset[str]:
+        """Return what pieces name that both models' distributions say."""
+        names = frozenset().union(*map(needs, pieces))
+        return names & {*STATISTICS, *self.statistics, "token_loss"}
+
+    @property
+    def needs_student(self) -> bool:
+        """Return whether scoring needs the student's states."""
+        pieces = self.batch_weights
+        if self.near_future is not None:
+            pieces += (self.near_future.ranking,)
+        return bool(self.compares(pieces))
+
+
+def _require_kinds(objective: Objective) -> None:
+    """Raise ValueError for a piece in a place that is not its own."""
+    for name, kind in (
+        ("token_weights", tuple),
+        ("near_future", NearFuture | None),
+        ("guidance", Guidance | None),
+        ("statistics", Mapping),
+    ):
+        value = getattr(objective, name)
+        if not isinstance(value, kind):
+            example = {
+                "token_weights": "(weight,)",
+                "near_future": "NearFuture(...)",
+                "guidance": "Guidance(loss)",
+                "statistics": "{'name': statistic}",
+            }[name]
+            raise ValueError(f"{name}={value!r} must be like {name}={example}")

@@ -1,8 +1,8 @@
-"""Work that a mesh shares in a way that the compiler does not find. Ours.
+"""Hand-written collectives: work that the compiler would not divide well.
 
-Each function says what every device does with the part that it holds, and how
-the parts become a whole; :mod:`topd_jax.parallel.sharding` tells who holds
-what.
+Each function says what every device computes from its part of the arrays, and
+how the parts are combined. :mod:`topd_jax.parallel.rules` says which device
+has which part.
 """
 
 import functools
@@ -12,45 +12,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from topd_jax.parallel.rules import mesh_axes, rules_in_force
 from topd_jax.parallel.sharding import (
     constrain,
     dividing,
-    mesh_axes,
+    divisible_spec,
     mesh_in_use,
-    rules_in_force,
 )
 
 
 def to_products(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Activations, moved to where the parameters are that they meet.
+    """Reshard activations to where the parameters are that they multiply.
 
     Args:
-      x: [B, ...], its rows where the rules have "batch".
+      x: [B, ...], its rows where the rules put "batch".
       *axes: logical axes of the other dimensions.
 
     Returns:
-      x, its rows where the rules have "product_batch"; x itself where that
+      x, its rows where the rules put "product_batch"; x itself where that
       is the same.
     """
-    return constrain(x, "product_batch", *axes) if _moves() else x
+    return constrain(x, "product_batch", *axes) if _reshards() else x
 
 
 def to_rows(x: jax.Array, *axes: str | None) -> jax.Array:
-    """The way back from :func:`to_products`.
+    """Invert :func:`to_products`.
 
     Args:
       x: [B, ...].
       *axes: logical axes of the other dimensions.
 
     Returns:
-      x, its rows where the rules have "batch".
+      x, its rows where the rules put "batch".
     """
-    return constrain(x, "batch", *axes) if _moves() else x
+    return constrain(x, "batch", *axes) if _reshards() else x
 
 
-def _moves() -> bool:
+def _reshards() -> bool:
     rules = rules_in_force()
     return rules["product_batch"] != rules["batch"]
 
@@ -64,15 +64,15 @@ def over_experts(
     up: jax.Array,
     down: jax.Array,
 ) -> jax.Array:
-    """Sums what all experts say of each token, wherever they are held.
+    """Sum the outputs of all experts for each token, wherever experts are.
 
-    Every device holds some experts, and of those some columns; it reads all
+    Every device holds some experts, and some columns of each. It reads all
     tokens of its rows, which are gathered over the expert axis, and the parts
     are summed. No token moves to an expert, so none can be dropped.
 
     Args:
-      read: (x, chosen, weights, gate, up, down, first) -> [T, D], the share
-        of experts first .. first + len(gate) - 1.
+      read: (x, chosen, weights, gate, up, down, first) -> [T, D], the
+        part of experts first .. first + len(gate) - 1.
       x: [T, D].
       chosen: i32[T, k] experts of each token.
       weights: [T, k].
@@ -84,13 +84,13 @@ def over_experts(
       [T, D].
     """
     mesh = mesh_in_use()
-    if mesh is None or math.prod(mesh.shape.values()) == 1:
+    if mesh is None:
         return read(x, chosen, weights, gate, up, down, 0)
-    rules = rules_in_force()
-    wide = dividing(mesh, gate.shape, (rules["expert"], None, rules["mlp"]))
+    wide = divisible_spec(mesh, gate.shape, ("expert", None, "mlp"))
     expert, _, columns = wide
-    apart = mesh_axes(rules["expert"])
-    rows = tuple(a for a in mesh_axes(rules["tokens"]) if a not in apart)
+    rules = rules_in_force()
+    gathered = mesh_axes(rules["expert"])
+    rows = tuple(a for a in mesh_axes(rules["tokens"]) if a not in gathered)
     row = dividing(mesh, x.shape, (rows, None))
 
     @functools.partial(
@@ -100,14 +100,14 @@ def over_experts(
         # Grouped products do not say over which axes their result varies.
         check_vma=False,
     )
-    def share(x: jax.Array, *rest: jax.Array) -> jax.Array:
+    def sum_parts(x: jax.Array, *rest: jax.Array) -> jax.Array:
         *routing, gate, up, down = rest
         first = jax.lax.axis_index(expert) * gate.shape[0] if expert else 0
         out = read(x, *routing, gate, up, down, first)
         parts = mesh_axes(expert) + mesh_axes(columns)
         return jax.lax.psum(out, parts) if parts else out
 
-    return share(x, chosen, weights, gate, up, down)
+    return sum_parts(x, chosen, weights, gate, up, down)
 
 
 def over_heads(
@@ -115,47 +115,49 @@ def over_heads(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    seen: Any,
+    mask: Any,
 ) -> jax.Array | None:
-    """Attention of the rows, heads and queries that a device has.
+    """Compute attention over the rows, heads and queries of each device.
 
-    Keys come together over the axis that spreads queries; what a query sees is
-    told in columns of the whole row, wherever the query is.
+    Keys are gathered over the axis that spreads queries. The mask counts
+    columns of the whole row, wherever the query is.
 
     Args:
-      read: (query, key, value, seen) -> attention, of a device's part.
+      read: (query, key, value, mask) -> attention of one device's part.
       query: [B, S, heads, head_dim].
       key: [B, L, kv_heads, head_dim].
       value: the same.
-      seen: a :class:`~topd_jax.models.attention.flash.Seen`.
+      mask: a :class:`~topd_jax.models.attention.flash.KernelMask`.
 
     Returns:
-      [B, S, heads, head_dim]; None where heads and their keys would part.
+      [B, S, heads, head_dim]; None where heads would be separated
+      from their keys.
     """
     mesh = mesh_in_use()
-    if mesh is None or math.prod(mesh.shape.values()) == 1:
-        return read(query, key, value, seen)
-    ours, theirs = _heads_held(mesh, query.shape, key.shape)
-    if ours[2] != theirs[2]:
+    if mesh is None:
+        return read(query, key, value, mask)
+    query_spec, key_spec = _head_specs(mesh, query.shape, key.shape)
+    if query_spec[2] != key_spec[2]:
         return None
-    of_query, of_column = PartitionSpec(*ours[:2]), PartitionSpec(ours[0])
-    places = type(seen)(
+    of_query = PartitionSpec(*query_spec[:2])
+    of_column = PartitionSpec(query_spec[0])
+    places = type(mask)(
         exists=of_column,
         prefix=of_query,
         first=of_query,
         last=of_query,
-        rows=None if seen.rows is None else of_query,
-        columns=None if seen.columns is None else of_column,
-        reach=PartitionSpec(),
+        query_positions=None if mask.query_positions is None else of_query,
+        key_positions=None if mask.key_positions is None else of_column,
+        window=PartitionSpec(),
     )
-    share = jax.shard_map(
+    attend = jax.shard_map(
         read,
-        in_specs=(ours, theirs, theirs, places),
-        out_specs=ours,
+        in_specs=(query_spec, key_spec, key_spec, places),
+        out_specs=query_spec,
         # Kernels do not say over which axes their result varies.
         check_vma=False,
     )
-    return share(query, key, value, seen)
+    return attend(query, key, value, mask)
 
 
 def over_cached_heads(
@@ -168,11 +170,11 @@ def over_cached_heads(
     first: jax.Array,
     last: jax.Array,
 ) -> jax.Array | None:
-    """Attention of the rows and heads that a device has, from a cache.
+    """Compute attention over the rows and heads of each device, from a cache.
 
     Args:
-      read: (query, keys, values, index, mask, first, last) -> attention, of
-        a device's part.
+      read: (query, keys, values, index, mask, first, last) -> attention of
+        one device's part.
       query: [B, 1, heads, head_dim].
       keys: [N, B, L, kv_heads, head_dim].
       values: the same.
@@ -182,79 +184,78 @@ def over_cached_heads(
       last: i32[].
 
     Returns:
-      [B, 1, heads, head_dim]; None where heads and their keys would part.
+      [B, 1, heads, head_dim]; None where heads would be separated
+      from their keys.
     """
     mesh = mesh_in_use()
-    if mesh is None or math.prod(mesh.shape.values()) == 1:
+    if mesh is None:
         return read(query, keys, values, index, mask, first, last)
-    ours, theirs = _heads_held(mesh, query.shape, keys.shape[1:])
-    if ours[2] != theirs[2]:
+    query_spec, key_spec = _head_specs(mesh, query.shape, keys.shape[1:])
+    if query_spec[2] != key_spec[2]:
         return None
-    cache, rows = PartitionSpec(None, *theirs), PartitionSpec(ours[0])
-    alike = PartitionSpec()
-    share = jax.shard_map(
+    cache, rows = PartitionSpec(None, *key_spec), PartitionSpec(query_spec[0])
+    replicated = PartitionSpec()
+    attend = jax.shard_map(
         read,
-        in_specs=(ours, cache, cache, alike, rows, rows, alike),
-        out_specs=ours,
+        in_specs=(query_spec, cache, cache, replicated, rows, rows, replicated),
+        out_specs=query_spec,
         # Kernels do not say over which axes their result varies.
         check_vma=False,
     )
-    return share(query, keys, values, index, mask, first, last)
+    return attend(query, keys, values, index, mask, first, last)
 
 
-def _heads_held(
-    mesh: Mesh, query: tuple[int, ...], key: tuple[int, ...]
+def _head_specs(
+    mesh: AbstractMesh, query: tuple[int, ...], key: tuple[int, ...]
 ) -> tuple[PartitionSpec, PartitionSpec]:
-    """How [B, S, heads, D] and [B, L, kv_heads, D] are spread."""
-    rules = rules_in_force()
-    rows, heads, groups = (
-        rules[n] for n in ("batch", "activation_heads", "activation_kv_heads")
-    )
+    """Return the specs of [B, S, heads, D] and [B, L, kv_heads, D]."""
     return (
-        dividing(mesh, query, (rows, rules["sequence"], heads, None)),
-        dividing(mesh, key, (rows, None, groups, None)),
+        divisible_spec(
+            mesh, query, ("batch", "sequence", "activation_heads", None)
+        ),
+        divisible_spec(mesh, key, ("batch", None, "activation_kv_heads", None)),
     )
 
 
 def top_k(
     x: jax.Array, k: int, rows: str = "tokens", columns: str | None = "vocab"
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`jax.lax.top_k` of logits, whose rows and ids stay where they are.
+    """Compute :func:`jax.lax.top_k` of logits without gathering them.
 
-    Each device takes the best of the ids that it holds, and of these the best
-    are taken; the compiler would gather all logits on every device. Not
+    Each device takes the best of its own ids, and the best of those are
+    taken; the compiler would gather all logits on every device. Not
     differentiable.
 
     Args:
       x: [..., V].
       k: at most V.
       rows: logical axis of the leading dimensions, taken as one.
-      columns: logical axis of V; None: every device has all of it.
+      columns: logical axis of V; None if every device has all of it.
 
     Returns:
-      (values [..., k], falling; their ids i32[..., k]); of equal ones the
-      lower ids come first.
+      (values [..., k], descending; their ids i32[..., k]). Equal values are
+      in the order of their ids.
     """
     mesh = mesh_in_use()
     x = jax.lax.stop_gradient(x)
-    if mesh is None or math.prod(mesh.shape.values()) == 1:
+    if mesh is None:
         return jax.lax.top_k(x, k)
     flat = x.reshape(-1, x.shape[-1])
-    rules = rules_in_force()
-    held = dividing(mesh, flat.shape, (rules[rows], columns and rules[columns]))
-    ways = math.prod(mesh.shape[name] for name in mesh_axes(held[1]))
+    partition = divisible_spec(mesh, flat.shape, (rows, columns))
+    ways = math.prod(mesh.shape[name] for name in mesh_axes(partition[1]))
+    out = PartitionSpec(partition[0], None)
     if k > flat.shape[1] // ways:
-        held = PartitionSpec(held[0], None)
-    spread, out = held[1], PartitionSpec(held[0], None)
+        partition = out
+    spread = partition[1]
 
     @functools.partial(
         jax.shard_map,
-        in_specs=held,
+        in_specs=partition,
         out_specs=(out, out),
         # Gathered in the same order everywhere, so the same everywhere.
         check_vma=False,
     )
-    def share(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def best_of_all(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, ids = jax.lax.top_k(x, k)
         if spread is None:
             return values, ids
@@ -267,5 +268,5 @@ def top_k(
         return best, jnp.take_along_axis(ids, places, axis=1)
 
     return jax.tree.map(
-        lambda found: found.reshape(*x.shape[:-1], k), share(flat)
+        lambda best: best.reshape(*x.shape[:-1], k), best_of_all(flat)
     )

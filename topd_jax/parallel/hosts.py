@@ -1,10 +1,8 @@
-"""Several processes as one program, as a pod of several hosts runs it (ours).
+"""Run several processes as one program, as a pod of several hosts does.
 
-Every process runs the same command and calls the same jitted phases; each
-feeds its own rows of the batch. The first alone writes: logs, settings, the
-tiny world's models. All must see one work directory. A process that has no
-device of some mesh calls that mesh's programs too, decides what the others
-decide, and holds nothing of their arrays.
+Every process runs the same command and calls the same jitted functions; each
+feeds its own rows of the batch. Only the first writes logs, settings and the
+tiny world's models. All must see the same work directory.
 """
 
 import os
@@ -17,14 +15,11 @@ from typing import Any, NoReturn
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-
-from topd_jax.parallel import transfers
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10
 
-# What the processes have been told; they stay with it.
+# Set by start().
 _heartbeat_seconds = 0
 
 
@@ -35,22 +30,22 @@ def start(
     *,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Joins the other processes; before anything touches a device.
+    """Join the other processes; call it before anything touches a device.
 
     Args:
       coordinator: ``HOST:PORT`` of the first process; None lets JAX find it
         (Cloud TPU, SLURM, Kubernetes), and the two below.
-      count: of processes.
-      index: of this one, 0 is the first.
-      heartbeat_seconds: of silence, after which a process counts as dead and
-        the others stop with an error.
+      count: number of processes.
+      index: of this process; 0 is the first.
+      heartbeat_seconds: silence after which a process counts as dead and the
+        others stop with an error.
 
     Raises:
       ValueError: for arguments that do not go together.
     """
-    given = {"coordinator": coordinator, "processes": count, "process": index}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
+    flags = {"coordinator": coordinator, "processes": count, "process": index}
+    missing = [f"--{name}" for name, value in flags.items() if value is None]
+    if missing and len(missing) < len(flags):
         raise ValueError(
             f"{', '.join(missing)} missing: --coordinator HOST:PORT, "
             "--processes N and --process I go together; on Cloud TPU give "
@@ -69,15 +64,15 @@ def start(
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Ends this process of several after an error; exit code 2.
+    """End this process of several after an error, with exit code 2.
 
-    Python's own exit would wait for the others, which wait for this one. A
-    collective that failed is most likely another process that died: this one
-    then stays until the heartbeat has found out which, and JAX ends all with
-    an error that names it. Whoever left at once would be named too.
+    Python's own exit would wait for the others, which wait for this one. If
+    a collective failed, another process most likely died: this one then waits
+    until the heartbeat has shown which, and JAX ends all of them with an
+    error that names it. A process that left at once would be named too.
 
     Args:
-      error: that has been shown.
+      error: already printed.
     """
     broken = isinstance(error, jax.errors.JaxRuntimeError)
     if broken and "RESOURCE_EXHAUSTED" not in str(error):
@@ -93,40 +88,43 @@ def leave(error: BaseException) -> NoReturn:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Return whether this process is the one that writes."""
     return jax.process_index() == 0
 
 
 def meet(name: str) -> None:
-    """Waits until every process has come to the same place.
+    """Wait until every process has reached the same point.
 
     Args:
-      name: of the place; the same in all of them.
+      name: of the point; the same in all processes.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def told_to_stop(step: int) -> bool:
-    """Whether SIGTERM has come to any process (a preemption, or a user).
+    """Return whether any process received SIGTERM (preemption, or a user).
 
-    JAX catches the signal in every process that :func:`start` made one of
-    several. A process alone ends by it, at once.
+    JAX catches the signal in processes that :func:`start` joined.
+    Single-process runs exit immediately.
 
     Args:
       step: just taken; every process must ask after every step.
 
     Returns:
-      True after the same step in all of them, the next that all can take.
+      True after the same step in all processes.
     """
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 def on_host(tree: Any) -> Any:
-    """Arrays as NumPy arrays, whole, wherever their parts are.
+    """Gather arrays to the host, whole, as NumPy arrays.
 
     Args:
-      tree: of arrays; the same in every process, which must all call this.
+      tree: of arrays; every process must call this with the same tree.
+
+    Returns:
+      The tree; leaves that are no arrays are unchanged.
     """
 
     def whole(x: Any) -> Any:
@@ -136,32 +134,17 @@ def on_host(tree: Any) -> Any:
             return jax.device_get(x.addressable_data(0))
         return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.tree.map(whole, transfers.within_reach(tree))
-
-
-def share_of(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch a process feeds.
-
-    Args:
-      mesh: that the batch is spread over.
-
-    Returns:
-      (place of this process among those with devices of the mesh, 0 where it
-      has none and feeds nothing; how many they are).
-    """
-    having = sorted(transfers.owners(mesh))
-    own = jax.process_index()
-    return having.index(own) if own in having else 0, len(having)
+    return jax.tree.map(whole, tree)
 
 
 def wait_for(paths: Sequence[pathlib.Path]) -> None:
-    """Waits for what the first process writes, however long that takes.
+    """Wait for files of the first process, however long that takes.
 
     Not a collective, which would time out: if the first process dies, the
     heartbeat ends this one.
 
     Args:
-      paths: of files or directories that appear whole.
+      paths: files or directories that appear atomically.
     """
     if not all(p.exists() for p in paths):
         logging.info("waiting for the first process to write %s", paths[0])

@@ -1,92 +1,26 @@
-"""The device mesh, and the rules from logical axes to mesh axes.
+"""The device mesh, and how arrays are laid out on it.
 
-The rest of the project speaks of *logical* axes ("embed", "heads", "batch");
-this file alone knows the mesh axes:
-
-* ``data``: replicas, each with rows of its own;
-* ``fsdp``: rows too, and the parameters are spread over it;
-* ``tensor``: heads, feed-forward columns and vocabulary are spread over it;
-* ``expert``: rows, and the experts of a mixture are spread over it;
-* ``sequence``: the columns of the rows that are learnt from. Queries stay
-  where they are, keys and values come together a layer at a time (Llama 3,
-  arXiv:2407.21783, section 3.3.2).
-
-Writing a token at a time asks for other rules than reading many at once:
-:data:`DECODING` names them, :func:`using` puts them into force. There, and
-where a cache is kept (:data:`READING`), rows are spread over sequence too.
+:func:`make_mesh` builds the mesh. The other functions translate the logical
+axes of an array to a sharding, by the rules of
+:mod:`topd_jax.parallel.rules`.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
+
+from topd_jax.parallel.rules import Axes, Rules, mesh_axes, rules_in_force
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence")
-
-Rules = Mapping[str, str | tuple[str, ...] | None]
-
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    # activations
-    "batch": ("data", "fsdp", "expert"),
-    "product_batch": ("data", "fsdp", "expert"),
-    "tokens": ("data", "fsdp", "expert", "sequence"),
-    "draws": ("data", "fsdp", "expert", "sequence", "tensor"),
-    "sequence": "sequence",
-    "activation_embed": None,
-    "activation_heads": "tensor",
-    "activation_kv_heads": "tensor",
-    "activation_mlp": "tensor",
-    # parameters
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "expert": "expert",
-}
-
-# Rules of a model that keeps a cache: its columns are not in the order that
-# they are read in, so each row's stay together.
-READING: Rules = RULES | {
-    "batch": ("data", "fsdp", "expert", "sequence"),
-    "product_batch": ("data", "fsdp", "expert", "sequence"),
-    "sequence": None,
-}
-
-_WIDE = ("tensor", "fsdp")
-
-_FEW = ("data", "expert", "sequence")
-_PRODUCTS: Rules = (
-    READING
-    | dict.fromkeys(("activation_mlp", "vocab", "heads", "kv_heads", "mlp"),
-                    _WIDE)
-    | dict.fromkeys(("product_batch", "tokens"), _FEW)
-    | {"draws": (*_FEW, *_WIDE), "embed": None}
-)  # fmt: skip
-
-# Rules of a loop over tokens. At every token "train" gathers each parameter
-# over fsdp again; "gathered" does so once, before the loop; "tensor" never
-# does: fsdp becomes a second tensor axis, and activations are summed instead.
-# "rows" does as "tensor" where parameters are multiplied with, and lets each
-# row, its attention and its cache stay where they are.
-DECODING: dict[str, Rules] = {
-    "train": READING,
-    "gathered": READING | {"embed": None},
-    "tensor": _PRODUCTS
-    | dict.fromkeys(("activation_heads", "activation_kv_heads"), _WIDE)
-    | {"batch": _FEW},
-    "rows": _PRODUCTS,
-}
-
-_in_force: contextvars.ContextVar[Rules] = contextvars.ContextVar(
-    "rules", default=RULES
-)
 
 
 def make_mesh(
@@ -98,15 +32,16 @@ def make_mesh(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Builds the mesh over the axes that this file begins with.
+    """Build a mesh with the axes that the default rules name.
 
     Args:
-      data: replicas; -1 takes every device the others leave.
-      fsdp: devices that a parameter and the rows are spread over.
+      data: devices that rows are spread over; -1 takes every device that the
+        others leave.
+      fsdp: devices that rows and parameters are spread over.
       tensor: devices that heads, columns and vocabulary are spread over.
       expert: devices that rows, and the experts of a mixture, are spread over.
       sequence: devices that the columns of a row are spread over.
-      devices: all of ``jax.devices()`` unless told.
+      devices: None takes all of ``jax.devices()``.
 
     Returns:
       A mesh with automatic axes.
@@ -119,32 +54,40 @@ def make_mesh(
     sizes = dict(zip(MESH_AXES, (data, *others), strict=True))
     if min(others) < 1 or (data < 1 and data != -1):
         raise ValueError(
-            f"mesh axes {_spelt(sizes, ', ')} must be positive; only data may "
-            "be -1 (all that is left)"
+            f"mesh axes {_spelled(sizes, ', ')} must be positive; only data "
+            "may be -1 (all that is left)"
         )
     rest = math.prod(others)
     if data == -1:
         sizes["data"] = max(len(devices) // rest, 1)
     if sizes["data"] * rest != len(devices):
         raise ValueError(
-            f"mesh {_spelt(sizes, ' x ')} needs {sizes['data'] * rest} devices "
-            f"and there are {len(devices)}; set data=-1 to take what the "
-            "others leave"
+            f"mesh {_spelled(sizes, ' x ')} needs {sizes['data'] * rest} "
+            f"devices and there are {len(devices)}; set data=-1 to take what "
+            "the others leave"
         )
     grid = np.asarray(devices).reshape([sizes[name] for name in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _spelt(sizes: Mapping[str, int], between: str) -> str:
+def _spelled(sizes: Mapping[str, int], between: str) -> str:
     return between.join(f"{name}={size}" for name, size in sizes.items())
 
 
-def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
-    """Translates an array's logical axes to mesh axes.
+def mesh_in_use() -> AbstractMesh | None:
+    """Return the mesh that ``jax.set_mesh`` set, or None for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh is None or mesh.empty or mesh.size == 1 else mesh
+
+
+def spec(
+    axes: Sequence[str | None], rules: Rules | None = None
+) -> PartitionSpec:
+    """Translate an array's logical axes to mesh axes.
 
     Args:
-      axes: one logical name, or None, a dimension.
-      rules: logical name -> mesh axis, mesh axes or None.
+      axes: one logical name, or None, per dimension.
+      rules: logical name -> mesh axes; None takes those in force.
 
     Returns:
       The partition of the array.
@@ -152,6 +95,7 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
     Raises:
       ValueError: for a name without a rule, or a mesh axis used twice.
     """
+    rules = rules_in_force() if rules is None else rules
     parts = []
     for axis in axes:
         if axis is not None and axis not in rules:
@@ -169,30 +113,108 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
+def spec_on(
+    mesh: Mesh | AbstractMesh,
+    axes: Sequence[str | None],
+    rules: Rules | None = None,
+) -> PartitionSpec:
+    """Translate logical axes to axes of one mesh, which must have them.
+
+    Args:
+      mesh: any mesh.
+      axes: one logical name, or None, per dimension.
+      rules: logical name -> mesh axes; None takes those in force.
+
+    Returns:
+      The partition; nothing is spread on a mesh of one device.
+
+    Raises:
+      ValueError: as :func:`spec`, and where a rule names an axis that the
+        mesh does not have.
+    """
+    partition = spec(axes, rules)
+    for axis, part in zip(axes, partition, strict=True):
+        missing = [n for n in mesh_axes(part) if n not in mesh.shape]
+        if missing and mesh.size == 1:
+            return PartitionSpec(*(None,) * len(axes))
+        if missing:
+            names = ", ".join(mesh.shape)
+            raise ValueError(
+                f"the rule of the logical axis {axis!r} names the mesh axis "
+                f"{missing[0]!r} and the mesh has {names}; pass rules for its "
+                "axes: with topd_jax.parallel.rules.using("
+                f"{{{axis!r}: {next(iter(mesh.shape))!r}, ...}})"
+            )
+    return partition
+
+
+def divisible_spec(
+    mesh: Mesh | AbstractMesh,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    rules: Rules | None = None,
+) -> PartitionSpec:
+    """Return :func:`spec_on`, cut down to what divides the array.
+
+    Args:
+      mesh: any mesh.
+      shape: of the array.
+      axes: its logical axes, one per dimension.
+      rules: logical name -> mesh axes; None takes those in force.
+
+    Returns:
+      For each dimension, the longest prefix of its mesh axes that divides it.
+    """
+    return dividing(mesh, shape, spec_on(mesh, axes, rules))
+
+
+def dividing(
+    mesh: Mesh | AbstractMesh, shape: Sequence[int], partition: Sequence[Axes]
+) -> PartitionSpec:
+    """Cut a partition down to what divides the array.
+
+    Args:
+      mesh: that has the axes.
+      shape: of the array.
+      partition: mesh axes, one entry per dimension.
+
+    Returns:
+      For each dimension, the longest prefix of its mesh axes that divides it.
+    """
+    parts = []
+    for size, part in zip(shape, partition, strict=True):
+        names = mesh_axes(part)
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        parts.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*parts)
+
+
 def named(
     mesh: Mesh,
     shape: Sequence[int],
     axes: Sequence[str | None],
-    rules: Rules = RULES,
+    rules: Rules | None = None,
     *,
     name: str = "array",
 ) -> NamedSharding:
-    """The sharding of one array, checked against its shape.
+    """Return the sharding of one array, checked against its shape.
 
     Args:
-      mesh: from :func:`make_mesh`.
+      mesh: any mesh.
       shape: the array's shape.
-      axes: its logical axes, one a dimension.
-      rules: logical axis -> mesh axis.
-      name: what to call the array in an error.
+      axes: its logical axes, one per dimension.
+      rules: logical name -> mesh axes; None takes those in force.
+      name: of the array, for errors.
 
     Returns:
       The sharding.
 
     Raises:
-      ValueError: where a dimension does not divide among its devices.
+      ValueError: as :func:`spec_on`, and where a dimension does not divide
+        among its devices.
     """
-    partition = spec(axes, rules)
+    partition = spec_on(mesh, axes, rules)
     for size, part, axis in zip(shape, partition, axes, strict=True):
         parts = mesh_axes(part)
         ways = math.prod(mesh.shape[p] for p in parts)
@@ -209,24 +231,24 @@ def tree_shardings(
     tree: object,
     mesh: Mesh,
     logical_axes: Mapping[str, Sequence[str | None]],
-    rules: Rules = RULES,
+    rules: Rules | None = None,
 ) -> object:
-    """Shardings for every leaf of a model, or of a state that mirrors one.
+    """Return the shardings of a model, or of a state that mirrors one.
 
-    A leaf is recognised by the last attribute name of its path, or by the end
+    A leaf is recognized by the last attribute name of its path, or by the end
     of its path where a name has a "/", so the moments of an optimizer are
-    spread as the parameters they belong to. The scales of a quantised
+    spread as the parameters they belong to. The scales of a quantized
     parameter are spread as it is, where they divide.
 
     Args:
       tree: any pytree of arrays or ``ShapeDtypeStruct``.
-      mesh: from :func:`make_mesh`.
+      mesh: any mesh.
       logical_axes: parameter name -> logical axes.
-      rules: logical axis -> mesh axis.
+      rules: logical name -> mesh axes; None takes those in force.
 
     Returns:
-      The same tree with a ``NamedSharding`` a leaf; leaves without a name in
-      ``logical_axes`` are replicated.
+      The same tree with a ``NamedSharding`` per leaf; leaves without a name
+      in ``logical_axes`` are replicated.
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
@@ -235,7 +257,9 @@ def tree_shardings(
             return replicated(mesh)
         axes = logical_axes[name]
         if path[-1] == jax.tree_util.GetAttrKey("scale"):
-            return coarser(NamedSharding(mesh, spec(axes, rules)), leaf.shape)
+            return NamedSharding(
+                mesh, divisible_spec(mesh, leaf.shape, axes, rules)
+            )
         return named(mesh, leaf.shape, axes, rules, name=name)
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -244,7 +268,7 @@ def tree_shardings(
 def _name(
     path: tuple, leaf: jax.Array, logical_axes: Mapping[str, Sequence]
 ) -> str | None:
-    """Which parameter a leaf is (a part of); None for no known one."""
+    """Return the parameter that a leaf is (a part of); None if unknown."""
     names = [k.name for k in path if hasattr(k, "name")]
     names = [n for n in names if n in logical_axes]
     where = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
@@ -255,7 +279,7 @@ def _name(
 
 
 def coarser(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of an array with one entry for several of another's.
+    """Return the sharding of an array with one entry for several of another's.
 
     Args:
       sharding: of the other array.
@@ -270,8 +294,18 @@ def coarser(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, dividing(mesh, shape, partition))
 
 
+def row_ways(mesh: Mesh) -> int:
+    """Return how many parts the rows of a batch are spread into.
+
+    Args:
+      mesh: any mesh.
+    """
+    (rows,) = spec_on(mesh, ("batch",))
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(rows))
+
+
 def batch_shardings(tree: object, mesh: Mesh) -> object:
-    """Shardings that spread the leading dimension, rows, over the mesh."""
+    """Return shardings that spread the leading dimension, rows."""
 
     def one(x: jax.Array) -> NamedSharding:
         axes = ("batch",) + (None,) * (x.ndim - 1)
@@ -281,31 +315,14 @@ def batch_shardings(tree: object, mesh: Mesh) -> object:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Return the sharding of what every device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-@contextlib.contextmanager
-def using(rules: Rules) -> Iterator[None]:
-    """Puts rules into force for what is traced inside.
-
-    JAX does not know of them: what is jitted inside must not be jitted under
-    other rules too, or be told them as a static argument.
-
-    Args:
-      rules: that :func:`constrain` shall follow.
-    """
-    token = _in_force.set(rules)
-    try:
-        yield
-    finally:
-        _in_force.reset(token)
-
-
-def respread(
+def reshard(
     tree: object, logical_axes: Mapping[str, Sequence[str | None]], rules: Rules
 ) -> object:
-    """Moves a model's parameters to where other rules want them.
+    """Move a model's parameters to where other rules put them.
 
     Args:
       tree: the model, inside a jitted function.
@@ -323,23 +340,25 @@ def respread(
         name = _name(path, leaf, logical_axes)
         if name is None:
             return leaf
-        partition = spec(logical_axes[name], rules)
         return jax.lax.with_sharding_constraint(
-            leaf, dividing(mesh, leaf.shape, partition)
+            leaf, divisible_spec(mesh, leaf.shape, logical_axes[name], rules)
         )
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its logical axes on the mesh in use.
+    """Pin an activation to its logical axes on the mesh in use.
 
     Args:
       x: any array inside a jitted function.
-      *axes: one logical axis, or None, a dimension.
+      *axes: one logical axis, or None, per dimension.
 
     Returns:
       x, with its sharding fixed; x itself where no mesh is set.
+
+    Raises:
+      ValueError: where a rule names an axis that the mesh does not have.
     """
     mesh = mesh_in_use()
     if mesh is None:
@@ -347,47 +366,5 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     # An activation that does not divide (3 kv heads on 2 devices) is left to
     # the compiler; parameters are refused instead, by named().
     return jax.lax.with_sharding_constraint(
-        x, dividing(mesh, x.shape, spec(axes, rules_in_force()))
+        x, divisible_spec(mesh, x.shape, axes)
     )
-
-
-def dividing(
-    mesh: Mesh | jax.sharding.AbstractMesh,
-    shape: Sequence[int],
-    partition: Sequence[str | tuple[str, ...] | None],
-) -> PartitionSpec:
-    """A partition, cut down to what divides the array.
-
-    Args:
-      mesh: in use.
-      shape: of the array.
-      partition: mesh axes, one entry a dimension.
-
-    Returns:
-      Of each dimension's mesh axes as many, from the first, as divide it.
-    """
-    parts = []
-    for size, part in zip(shape, partition, strict=True):
-        names = mesh_axes(part)
-        while size % math.prod(mesh.shape[name] for name in names):
-            names = names[:-1]
-        parts.append(names[0] if len(names) == 1 else names or None)
-    return PartitionSpec(*parts)
-
-
-def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of a rule, or of one dimension of a partition."""
-    return (part,) if isinstance(part, str) else tuple(part or ())
-
-
-def rules_in_force() -> Rules:
-    """:data:`RULES`, or those of the :func:`using` that is traced."""
-    return _in_force.get()
-
-
-def mesh_in_use() -> jax.sharding.AbstractMesh | None:
-    """The mesh that :func:`jax.set_mesh` set; None where it is none of ours."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
-        return None
-    return mesh

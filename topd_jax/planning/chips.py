@@ -1,13 +1,14 @@
-"""What a TPU chip of each kind holds and does, from public documentation.
+"""Memory and peaks of a TPU chip of each kind, from public documentation.
 
 Google Cloud, "TPU architecture" pages of each version
 (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x): memory, bfloat16
 peak, memory bandwidth, and the bidirectional bandwidth of the links between
-chips, of which one direction (half) is taken. Those are peaks, which no
-program reaches: times made of them are lower bounds.
+chips, of which one direction (half) is taken. No program reaches these peaks:
+times computed from them are lower bounds.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import jax
@@ -15,13 +16,13 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX sees it: a chip, or one of its cores.
+    """Hold the figures of one device as JAX sees it: a chip, or a core of it.
 
     Attributes:
       name: as in a topology, "v5e".
-      kind: what ``device_kind`` says.
+      kind: of ``device_kind``.
       memory: bytes of HBM.
-      flops: bfloat16 floating-point operations a second.
+      flops: bfloat16 operations a second.
       bandwidth: HBM bytes a second.
       link: bytes a second to other chips, in one direction, over all links.
     """
@@ -44,18 +45,24 @@ CHIPS = (
     Chip("TPU7x", "TPU7x", 192 * _GIB, 2307e12, 7380e9, 600e9),
 )
 
+# libtpu asks for the machine it is on, and complains if that is none.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 
 def chip_of(devices: Sequence[jax.Device]) -> Chip:
-    """The part of a chip that each of these devices is.
+    """Return the figures of one device.
 
-    Where a chip's cores are devices of their own (v4 as compiled for here,
-    TPU7x) each has its share of the chip.
+    A core that is a device of its own (v4, TPU7x) has its part of the chip.
 
     Args:
       devices: of one topology.
-
-    Returns:
-      The figures of one device.
 
     Raises:
       ValueError: for a kind that is not in the table.
@@ -64,27 +71,42 @@ def chip_of(devices: Sequence[jax.Device]) -> Chip:
     for chip in CHIPS:
         if chip.kind == kind:
             cores = len(devices) / len({tuple(d.coords) for d in devices})
-            return dataclasses.replace(
-                chip,
-                memory=chip.memory / cores,
-                flops=chip.flops / cores,
-                bandwidth=chip.bandwidth / cores,
-                link=chip.link / cores,
-            )
+            figures = ("memory", "flops", "bandwidth", "link")
+            part = {name: getattr(chip, name) / cores for name in figures}
+            return dataclasses.replace(chip, **part)
     raise ValueError(
         f"no figures for a {kind!r}; known: "
         f"{', '.join(chip.name for chip in CHIPS)}"
     )
 
 
-def fits_one_host(devices: Sequence[jax.Device]) -> bool:
-    """Whether a machine with all of these chips exists.
+def without_tpu() -> None:
+    """Let the TPU compiler run on a machine without a TPU."""
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+    # What is compiled for no device cannot be read back from a cache.
+    jax.config.update("jax_enable_compilation_cache", False)
 
-    Eight of v5e and v6e (ct5lp-hightpu-8t, ct6e-standard-8t), four of others;
-    a topology divides eight among two hosts, which exist too.
+
+def topology_devices(name: str) -> Sequence[jax.Device]:
+    """Return the devices of a TPU topology, which need not be at hand.
 
     Args:
-      devices: of one topology.
+      name: kind and shape, "v5e:2x4".
+
+    Raises:
+      ValueError: if libtpu is missing or does not know the name.
     """
-    most = 8 if devices[0].device_kind.endswith("lite") else 4
-    return len({tuple(d.coords) for d in devices}) <= most
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(
+            topology_name=name, platform="tpu"
+        ).devices
+    except Exception as error:  # the plugin's own types
+        raise ValueError(
+            f"--topology {name}: {' '.join(str(error).split())[:300]}; try "
+            "v5e:2x4, and pip install 'topd_jax[tpu]' where libtpu is missing"
+        ) from error

@@ -1,48 +1,34 @@
-"""``topd plan``: the plan, its table, its JSON, and what to change. Ours."""
+"""``topd plan``: the plan as a table and as JSON, and what to change."""
 
+import dataclasses
+import functools
 import json
-import os
+import math
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
-from topd_jax.planning.plan import Plan, make_plan
-from topd_jax.planning.plan_search import Trial, search
-from topd_jax.planning.plan_table import table
+from topd_jax.planning.advice import suggest
+from topd_jax.planning.chips import without_tpu
+from topd_jax.planning.plan import USABLE, Plan, make_plan, roofline
 from topd_jax.training.config import Settings
 
-# libtpu asks for the machine it is on, and complains where that is none.
-_NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+_GIB = 2.0**30
+_LESS = "more chips, shorter rollouts or fewer rows"
 
 
 def plan(
-    settings: Settings,
-    topology: str,
-    *,
-    output: str | None = None,
-    search_seconds: float = 900,
-    explain: int = 0,
+    settings: Settings, topology: str, *, output: str | None = None
 ) -> str:
-    """Plans a run; looks for one that fits where it does not.
+    """Plan a run; name flags that should make it fit if it does not.
 
     Args:
       settings: of the run.
       topology: TPU kind and shape, "v5e:2x4".
-      output: file that the plan is written to as JSON, with what was tried;
-        one that ends in ".jsonl" gets a line more.
-      search_seconds: to look for a plan that fits; 0 does not look.
-      explain: how many of each program's heaviest operations to tell.
+      output: file that the plan is written to as JSON; a line is added to one
+        that ends in ".jsonl".
 
     Returns:
       The table, and what to change.
@@ -51,72 +37,70 @@ def plan(
       ValueError: for a topology or model that is not known, or what does not
         divide over the mesh.
     """
-    without_a_tpu()
-    started = time.perf_counter()
-
-    def say(line: str) -> None:
-        passed = time.perf_counter() - started
-        print(f"{passed:5.0f} s  {line}", file=sys.stderr, flush=True)
-
-    made = make_plan(settings, topology, say=say, explain=explain)
-    text, tried, found = table(made), [], None
-    if not made.fits and search_seconds:
-        tried, found = search(
-            settings, topology, made, seconds=search_seconds, say=say
-        )
-        text += "\n\n" + advice(tried, found)
-        if found is None and settings.teacher_mesh.devices:
-            text += (
-                "\nteacher_mesh was kept as it is: "
-                f"{settings.teacher_mesh.devices} devices; change it, or set "
-                "teacher_mesh.devices=0 for one mesh"
-            )
+    without_tpu()
+    log = functools.partial(print, file=sys.stderr, flush=True)
+    first = make_plan(settings, topology, log=log)
     if output is not None:
-        record = {
-            "plan": made.to_dict(),
-            "settings": settings.to_dict(),
-            "jax": jax.__version__,
-            "tried": [t.to_dict() for t in tried],
-            "found": found and found.to_dict(),
-        }
-        _write(pathlib.Path(output), record)
-    return text
+        path = pathlib.Path(output)
+        record = {"plan": dataclasses.asdict(first), "jax": jax.__version__}
+        line = json.dumps(record | {"settings": settings.to_dict()}) + "\n"
+        with path.open("a" if path.suffix == ".jsonl" else "w") as file:
+            file.write(line)
+    if not first.failing:
+        return table(first)
+    flags = " ".join(suggest(settings, first)) or _LESS
+    return f"{table(first)}\n\nchange: {flags}"
 
 
-def _write(path: pathlib.Path, record: dict[str, Any]) -> None:
-    if path.suffix == ".jsonl":  # a collection of plans
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    else:
-        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-def without_a_tpu() -> None:
-    """Lets the TPU compiler run on a machine that has none."""
-    for name, value in _NO_TPU.items():
-        os.environ.setdefault(name, value)
-    if "JAX_PLATFORMS" not in os.environ:
-        jax.config.update("jax_platforms", "cpu")
-    # What is compiled for no device cannot be read back from a cache.
-    jax.config.update("jax_enable_compilation_cache", False)
-
-
-def advice(tried: Sequence[Trial], found: Plan | None) -> str:
-    """What was tried, and what to change.
+def table(plan: Plan) -> str:
+    """Return the plan as aligned lines, every figure that of one device.
 
     Args:
-      tried: in order.
-      found: the plan of the last one, where it fits.
+      plan: of :func:`topd_jax.planning.plan.make_plan`.
     """
-    lines = [f"Tried, the cheapest first ({len(tried)}):"]
-    lines += [
-        f"  {trial.flags or 'as given'}: {trial.verdict}" for trial in tried
+    devices = math.prod(plan.mesh.values())
+    shape = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    lines = [
+        f"{plan.topology}: {devices} devices ({plan.chip.kind}), mesh {shape}",
+        f"Memory in GiB, {USABLE:.0%} of {plan.chip.memory / _GIB:.0f} may be "
+        "used; seconds are the roofline of one device,",
+        "a lower bound for rollouts of rollout.max_new_tokens.",
+        "",
+        *_aligned(_rows(plan)),
     ]
-    if found is None:
-        lines.append(
-            "nothing that was tried fits; take more chips, shorter rollouts "
-            "or fewer rows, or search longer with --search SECONDS"
-        )
-    else:
-        lines += [f"change: {tried[-1].flags}", table(found)]
+    if seconds := plan.step_seconds:
+        lines += [
+            "",
+            f"rollout, score and train_step: {seconds:.2f} s; {plan.generated} "
+            f"tokens generated, {plan.generated / seconds:.0f} a second",
+        ]
     return "\n".join(lines)
+
+
+def _rows(plan: Plan) -> list[list[str]]:
+    rows = [
+        ["program", "held", "temporary", "total", ""]
+        + ["TFLOP", "HBM GB", "sent GB", "seconds", "bound by"]
+    ]
+    for p in plan.programs:
+        memory = (p.held, p.temporaries, p.total)
+        row = [p.name, *(f"{x / _GIB:.2f}" for x in memory)]
+        row.append("fits" if p.fits else f"{p.excess / _GIB:.2f} too much")
+        if p.cost is None:
+            row += [""] * 5
+        else:
+            seconds, bound = roofline(p.cost, plan.chip)
+            row += [f"{p.cost.flops / 1e12:.2f}", f"{p.cost.bytes / 1e9:.1f}"]
+            row += [f"{p.cost.sent / 1e9:.2f}", f"{seconds:.2f}", bound]
+        rows.append(row)
+    return rows
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -1,133 +1,118 @@
-"""A plan of memory and time for a TPU pod, made without the pod.
+"""Plan the memory and time of a run on a TPU topology, without the TPU.
 
 Every program of a run is compiled by the TPU compiler for a topology, from
 shapes alone (:mod:`topd_jax.planning.programs`). The compiler tells each
-program's memory; what it does is counted from the compiled program, loops as
-often as they run (:mod:`topd_jax.planning.hlo_cost`). A phase takes at least
+program's memory. Operations and bytes are counted from the compiled program,
+loops as often as they run (:mod:`topd_jax.planning.hlo_cost`). A program takes
+at least
 
     max(operations / peak, bytes / HBM bandwidth, bytes sent / link bandwidth)
 
-seconds, the roofline, with a chip's published peaks; loops over tokens run to
-``rollout.max_new_tokens``, as if no row ended earlier. With a teacher on its
-own devices and p parts of the batch, of which each takes w to write and s to
-score, the first half of a step takes w + (p - 1) max(w, s) + s; what moves
-between the meshes is told beside it. Ours.
+seconds, the roofline, with a chip's published peaks. Loops over tokens run to
+``rollout.max_new_tokens``, as if no row ended earlier.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from topd_jax.parallel.teacher_mesh import make_meshes
-from topd_jax.planning.chips import Chip, chip_of, fits_one_host
-from topd_jax.planning.compiling import ProgramPlan, compile_program
-from topd_jax.planning.hlo_cost import Cost
-from topd_jax.planning.programs import (
-    Call,
-    calls,
-    decoder_configs,
-    topology_devices,
-)
-from topd_jax.planning.useful import phase_work
+from topd_jax.parallel import sharding
+from topd_jax.planning.chips import Chip, chip_of, topology_devices
+from topd_jax.planning.hlo import parse
+from topd_jax.planning.hlo_cost import Cost, count
+from topd_jax.planning.programs import Call, bytes_held, calls
 from topd_jax.training.config import Settings
+
+# The runtime keeps some of a device's memory; the compiler of v5e counts with
+# 15.75 of 16 GiB.
+USABLE = 0.98
+_STEP = ("rollout", "score", "train_step")
 
 
 @dataclasses.dataclass(frozen=True)
-class PhasePlan:
-    """What one phase of a step does and takes at the least, a device.
+class ProgramPlan:
+    """Hold what one program needs and does, on a device.
 
     Attributes:
-      name: of the phase.
-      cost: operations and bytes.
-      seconds: the roofline.
-      bound: what it is bound by: "compute", "memory" or "links".
-      tokens: that it works on, over all devices.
-      mfu: share of the devices' peak that the model's own operations make,
-        without what is computed again.
+      name: of the program.
+      held: bytes that are on the device anyway: its arguments, and whatever
+        else of the run.
+      temporaries: bytes of intermediate results, of results that take no
+        argument's place, and of the program itself.
+      capacity: bytes that may be used.
+      cost: what it does; None if the compiler refused it for its memory.
     """
 
     name: str
-    cost: Cost
-    seconds: float
-    bound: str
-    tokens: int
-    mfu: float
+    held: float
+    temporaries: float
+    capacity: float
+    cost: Cost | None
+
+    @property
+    def total(self) -> float:
+        """Return the bytes in use while it runs."""
+        return self.held + self.temporaries
+
+    @property
+    def excess(self) -> float:
+        """Return the bytes that are missing; negative if it fits."""
+        return self.total - self.capacity
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs."""
+        return self.cost is not None and self.excess <= 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run on a topology.
+    """Hold the plan of a run on a topology.
 
     Attributes:
       topology: as given, "v5e:2x4".
       chip: a device of it.
       mesh: axis -> size.
       programs: in the order of a step.
-      phases: of a step.
-      step_seconds: the sum of its phases; less where they overlap.
-      overhead: of looking ahead, as a share of a step without; None where
-        nothing looks ahead or some program does not fit.
       generated: tokens that a step generates.
-      teacher_mesh: axis -> size; None where it is ``mesh``.
-      parts: of a batch, each scored while the next is written.
-      moved: bytes of the annotations that a step moves between the meshes.
     """
 
     topology: str
     chip: Chip
     mesh: dict[str, int]
     programs: tuple[ProgramPlan, ...]
-    phases: tuple[PhasePlan, ...]
-    step_seconds: float
-    overhead: float | None
     generated: int
-    teacher_mesh: dict[str, int] | None = None
-    parts: int = 1
-    moved: float = 0.0
 
     @property
-    def fits(self) -> bool:
-        """Whether every program runs."""
-        return all(p.fits for p in self.programs)
+    def failing(self) -> tuple[ProgramPlan, ...]:
+        """Return the programs that do not run."""
+        return tuple(p for p in self.programs if not p.fits)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens of a step over its time; 0 where unknown."""
-        if not self.step_seconds:
-            return 0.0
-        return self.generated / self.step_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able; bytes and seconds."""
-        out = dataclasses.asdict(self)
-        for name in ("fits", "tokens_per_second"):
-            out[name] = getattr(self, name)
-        for row, program in zip(out["programs"], self.programs, strict=True):
-            row |= {n: getattr(program, n) for n in ("total", "fits", "excess")}
-        return out
+    def step_seconds(self) -> float:
+        """Return the least seconds of a step; 0 if not all of it compiled."""
+        costs = [p.cost for p in self.programs if p.name in _STEP]
+        known = None not in costs
+        return sum(roofline(c, self.chip)[0] for c in costs) if known else 0.0
 
 
 def make_plan(
     settings: Settings,
     topology: str,
     *,
-    only: tuple[str, ...] = (),
-    say: Callable[[str], None] = lambda line: None,
-    explain: int = 0,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Compiles a run for a topology.
+    """Compile a run for a topology.
 
     Args:
       settings: of the run.
       topology: kind and shape, "v5e:2x4".
-      only: names of the programs to compile; () compiles all. Without all of
-        them there are no phases.
-      say: told of every program before it is compiled.
-      explain: how many of each program's heaviest operations to tell.
+      log: called before a program is compiled.
 
     Returns:
       The plan.
@@ -138,76 +123,26 @@ def make_plan(
     """
     devices = topology_devices(topology)
     chip = chip_of(devices)
-    both = make_meshes(
-        settings.mesh,
-        settings.teacher_mesh,
-        devices=devices,
-        one_process=fits_one_host(devices),
+    mesh = sharding.make_mesh(
+        **dataclasses.asdict(settings.mesh), devices=devices
     )
-    mesh, theirs = both
+    programs = []
     with jax.set_mesh(mesh):
-        run = calls(settings, mesh, theirs)
-        names = [n for n in run if not only or n in only]
-        made = _compiled(names, run, chip, say, explain=explain)
-        plain = _without_looking_ahead(settings, both, chip, say, made, only)
-    phases, seconds, overhead, moved = (), 0.0, None, 0.0
-    if not only and all(p.cost is not None for p in made.values()):
-        phases, seconds, overhead = _phases(settings, chip, made, plain, both)
-    if theirs is not None:
-        moved = sum(
-            math.prod(x.shape) * x.dtype.itemsize
-            for x in jax.tree.leaves(run["update"].args[3])
-        )
+        for name, call in calls(settings, mesh).items():
+            log(f"compiling {name}")
+            programs.append(_compile(name, call, USABLE * chip.memory))
     rows = settings.data.batch_size * settings.data.samples
     return Plan(
         topology=topology,
         chip=chip,
         mesh=dict(mesh.shape),
-        programs=tuple(made.values()),
-        phases=phases,
-        step_seconds=seconds,
-        overhead=overhead,
+        programs=tuple(programs),
         generated=rows * settings.rollout.max_new_tokens,
-        teacher_mesh=None if theirs is None else dict(theirs.shape),
-        parts=settings.teacher_mesh.parts,
-        moved=moved,
     )
 
 
-def _without_looking_ahead(
-    settings: Settings,
-    meshes: tuple[Mesh, Mesh | None],
-    chip: Chip,
-    say: Callable[[str], None],
-    made: dict[str, ProgramPlan],
-    only: tuple[str, ...],
-) -> dict[str, ProgramPlan]:
-    """Scoring and update of plain OPD, to tell what looking ahead costs."""
-    fits = all(p.cost is not None for p in made.values())
-    if only or not fits or not settings.objective.pieces.looks_ahead:
-        return {}
-    objective = dataclasses.replace(settings.objective, variant="opd")
-    run = calls(dataclasses.replace(settings, objective=objective), *meshes)
-    return _compiled(("annotate", "update"), run, chip, say, " of plain OPD")
-
-
-def _compiled(
-    names: Sequence[str],
-    run: dict[str, Call],
-    chip: Chip,
-    say: Callable[[str], None],
-    what: str = "",
-    explain: int = 0,
-) -> dict[str, ProgramPlan]:
-    made = {}
-    for name in names:
-        say(f"compiling {name}{what}")
-        made[name] = compile_program(name, run, chip, explain)
-    return made
-
-
 def roofline(cost: Cost, chip: Chip) -> tuple[float, str]:
-    """The least seconds that work takes, and what it is bound by.
+    """Return the least seconds that work takes, and what it is bound by.
 
     Args:
       cost: of one device.
@@ -225,58 +160,53 @@ def roofline(cost: Cost, chip: Chip) -> tuple[float, str]:
     return times[bound], bound
 
 
-def _phases(
-    settings: Settings,
-    chip: Chip,
-    made: dict[str, ProgramPlan],
-    plain: dict[str, ProgramPlan],
-    meshes: tuple[Mesh, Mesh | None],
-) -> tuple[tuple[PhasePlan, ...], float, float | None]:
-    """The phases, seconds of a step, and what looking ahead adds to it."""
-    work = phase_work(settings, *decoder_configs(settings))
-    parts = settings.teacher_mesh.parts
-    rollout = made["rollout"].cost.times(parts)
-    decode = rollout.bounded or Cost()
-    scoring = (plain or made)["annotate"].cost.times(parts)
-    costs = {
-        "prefill": dataclasses.replace(rollout - decode, bounded=None),
-        "decode": decode,
-        "scoring": scoring,
-        "update": made["update"].cost,
-    }
-    if plain:
-        costs["branches"] = made["annotate"].cost.times(parts) - scoring
-    phases = []
-    for name in ("prefill", "decode", "scoring", "branches", "update"):
-        if name in costs:
-            seconds, bound = roofline(costs[name], chip)
-            tokens, flops = work[name]
-            mesh, theirs = meshes
-            if theirs is not None and name in ("scoring", "branches"):
-                mesh = theirs
-            peak = seconds * chip.flops * mesh.size
-            mfu = flops / peak if peak else 0.0
-            phases.append(
-                PhasePlan(name, costs[name], seconds, bound, tokens, mfu)
-            )
-    step = {p.name: p.seconds for p in phases}
-    total = step_seconds(step, parts)
-    if not plain:
-        return tuple(phases), total, None
-    # The same step without: no branches, and the update of plain OPD.
-    update = roofline(plain["update"].cost, chip)[0]
-    before = step_seconds(step | {"branches": 0.0, "update": update}, parts)
-    return tuple(phases), total, total / before - 1.0
+def _compile(name: str, call: Call, capacity: float) -> ProgramPlan:
+    """Compile a program and read what the compiler tells."""
+    arguments, live = bytes_held(call.args), bytes_held(call.live)
+    cost = None
+    with tempfile.TemporaryDirectory(prefix="topd-plan-") as directory:
+        try:
+            memory, text = _compiled(call, pathlib.Path(directory))
+        except jax.errors.JaxRuntimeError as error:
+            # The compiler refuses what is larger than a chip, and says why.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            temporaries = refused_bytes(str(error), arguments)
+        else:
+            arguments = memory.argument_size_in_bytes
+            results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            temporaries = memory.temp_size_in_bytes + max(results, 0)
+            temporaries += memory.generated_code_size_in_bytes
+            cost = count(parse(text))
+    held = max(live, arguments)
+    return ProgramPlan(name, held, temporaries, capacity, cost)
 
 
-def step_seconds(phases: Mapping[str, float], parts: int) -> float:
-    """Seconds of a step whose batch goes through in parts.
+def _compiled(call: Call, folder: pathlib.Path) -> tuple[Any, str]:
+    """Compile; return the compiler's memory statistics and program text."""
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    compiled = call.fn.lower(*call.args).compile(compiler_options=options)
+    # The compiler's own text: where it is newer than this JAX, it writes
+    # operations that JAX cannot read.
+    texts = sorted(folder.glob("*.after_codegen.txt"))
+    text = texts[-1].read_text("utf-8") if texts else compiled.as_text()
+    return compiled.memory_analysis(), text
+
+
+def refused_bytes(text: str, arguments: float) -> float:
+    """Read the bytes of temporaries from a compiler's refusal.
 
     Args:
-      phases: name -> seconds of the whole batch.
-      parts: each is scored while the next is written; 1: nothing overlaps.
+      text: "Used 25.06G of 15.75G hbm", arguments included, or "the total
+        memory required for HLO temporaries (16.91G) exceeds ...".
+      arguments: bytes of the program's arguments.
+
+    Returns:
+      Bytes; 0 if the text does not tell.
     """
-    write = (phases["prefill"] + phases["decode"]) / parts
-    score = (phases["scoring"] + phases.get("branches", 0.0)) / parts
-    first = write + (parts - 1) * max(write, score) + score
-    return first + phases["update"]
+    pattern = r"(Used |temporaries\s+\()([\d.]+)([KMGT]?)(?:\s+of|\))"
+    match = re.search(pattern, text)
+    if not match:
+        return 0.0
+    size = float(match[2]) * 2.0 ** (10 * " KMGT".index(match[3] or " "))
+    return max(size - arguments, 0.0) if match[1] == "Used " else size

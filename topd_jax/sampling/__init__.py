@@ -1,16 +1,25 @@
-"""Writing text with a model: rollouts, and branches off them."""
+"""Draw tokens from a model: rollouts, and branches off them.
 
-from topd_jax.sampling.branch import branch, branch_columns
-from topd_jax.sampling.prompts import bucket, pad_prompts
-from topd_jax.sampling.rollout import rollout
-from topd_jax.sampling.sampler import check_sampler, draw
+* ``rollouts``: complete prompts; ``branches``: continue many prefixes at once;
+* ``drawing``: one step of both loops; ``samplers``: temperature, top-k, top-p;
+* ``layerwise``: caches that grow, and layers unstacked for speed on CPU;
+* ``checks``: static checks, and ``checked`` for values;
+* ``streams``: named random streams.
+"""
+
+from topd_jax.sampling.branches import branch, branch_columns
+from topd_jax.sampling.checks import checked
+from topd_jax.sampling.rollouts import rollout
+from topd_jax.sampling.samplers import check_sampler, draw
+from topd_jax.sampling.streams import Stream, stream_key
 
 __all__ = [
+    "Stream",
     "branch",
     "branch_columns",
-    "bucket",
     "check_sampler",
+    "checked",
     "draw",
-    "pad_prompts",
     "rollout",
+    "stream_key",
 ]

@@ -1,10 +1,10 @@
-"""What a loop over tokens does to a model and its cache, for speed. Ours.
+"""Prepare a model and its cache for a loop over tokens.
 
 A scan over stacked layers slices every weight at every token, and on CPU each
 slice is a copy as large as the arithmetic that follows. Where the config
-unrolls the whole stack the layers are therefore taken apart once, before the
-loop: every weight and every layer's cache is an array of its own. Deep models
-(``unroll`` below ``layers``) stay stacked and compile in constant time.
+unrolls the whole stack, the layers are unstacked once, before the loop: every
+weight and every layer's cache is an array of its own. Deep models (``unroll``
+below ``layers``) stay stacked and compile in constant time.
 """
 
 from typing import Any
@@ -13,27 +13,25 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from topd_jax.models.attention.core import look
+from topd_jax.models.attention.core import prepare_mask
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.decoder import Decoder, split_stacks
+from topd_jax.models.decoder import Decoder, layer_arrays
 from topd_jax.models.layers import embed, layer, layer_options, rms_norm
 from topd_jax.models.rope import rope_table
 
 
 @struct.dataclass
 class Layerwise:
-    """A decoder whose layers are arrays of their own; called as it is.
+    """A decoder whose layers are separate arrays; called as the decoder is.
 
     Attributes:
-      layers: parameter name -> array, one dictionary a layer.
-      stacks: feed-forward parameters that only some layers have, whole.
+      layers: parameter name -> array, one dictionary per layer.
       embedding: [V, D].
       final_norm: [D].
       config: static shape.
     """
 
     layers: tuple[dict[str, jax.Array], ...]
-    stacks: dict[str, jax.Array]
     embedding: jax.Array
     final_norm: jax.Array
     config: DecoderConfig = struct.field(pytree_node=False)
@@ -45,13 +43,13 @@ class Layerwise:
         mask: jax.Array,
         caches: tuple[Any, ...],
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """As ``Decoder.__call__``, with one cache a layer."""
+        """Read tokens as ``Decoder.__call__``, with one cache per layer."""
         c = self.config
         hidden = embed(self.embedding, tokens, c)
         rope = rope_table(positions, c)
-        sight, noted = look(c, positions, mask, caches[0])
+        spec, noted = prepare_mask(c, positions, mask, caches[0])
         options = layer_options(c)
-        written = []
+        updated = []
         for i, (weights, cache) in enumerate(
             zip(self.layers, caches, strict=True)
         ):
@@ -59,15 +57,15 @@ class Layerwise:
             carry = (hidden, cache.replace(positions=noted.positions))
             hidden, cache = layer(
                 c, carry, weights, own,
-                rope=rope, sight=sight, stacks=self.stacks,
+                rope=rope, spec=spec,
             )  # fmt: skip
             length = cache.length + tokens.shape[1]
-            written.append(cache.replace(length=length))
-        return rms_norm(hidden, self.final_norm, c), tuple(written)
+            updated.append(cache.replace(length=length))
+        return rms_norm(hidden, self.final_norm, c), tuple(updated)
 
 
-def take_apart(model: Any, cache: Any) -> tuple[Any, Any]:
-    """The model and cache that a loop over tokens should use.
+def unstack(model: Any, cache: Any) -> tuple[Any, Any]:
+    """Return the model and cache that a loop over tokens should use.
 
     Args:
       model: any model.
@@ -83,16 +81,16 @@ def take_apart(model: Any, cache: Any) -> tuple[Any, Any]:
     if config.unroll < config.layers:
         return model, cache
     layers = range(config.layers)
-    scanned, stacks = split_stacks(model)
+    arrays = layer_arrays(model)
     # Without the barrier the slices would move into the loop that uses them.
     weights, caches = jax.lax.optimization_barrier(
         (
-            tuple({n: x[i] for n, x in scanned.items()} for i in layers),
+            tuple({n: x[i] for n, x in arrays.items()} for i in layers),
             tuple(_cache_of(cache, i) for i in layers),
         )
     )
     embedding, norm = model.embedding[...], model.final_norm[...]
-    return Layerwise(weights, stacks, embedding, norm, config), caches
+    return Layerwise(weights, embedding, norm, config), caches
 
 
 def _cache_of(cache: Any, index: int) -> Any:
@@ -102,7 +100,7 @@ def _cache_of(cache: Any, index: int) -> Any:
 
 
 def repeat_rows(model: Any, cache: Any, times: int) -> Any:
-    """Each row of a cache ``times`` times, consecutively.
+    """Repeat each row of a cache ``times`` times, consecutively.
 
     Args:
       model: whose ``init_cache`` tells which dimension the rows are.
@@ -126,11 +124,11 @@ def repeat_rows(model: Any, cache: Any, times: int) -> Any:
 
 
 def add_columns(model: Any, cache: Any, extra: int) -> Any:
-    """A cache with room for more columns.
+    """Add empty columns to a cache.
 
     Args:
       model: whose ``init_cache`` tells which dimension the columns are.
-      cache: stacked, or one a layer.
+      cache: stacked, or one per layer.
       extra: columns to add behind the others.
 
     Returns:
@@ -150,7 +148,7 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
 def _growth(
     model: Any, small: tuple[int, int], large: tuple[int, int]
 ) -> list[list[int]]:
-    """How much larger each dimension of each array of a larger cache is."""
+    """Return how much each dimension grows from a small to a large cache."""
     one, two = (
         jax.tree.leaves(jax.eval_shape(lambda s=size: model.init_cache(*s)))
         for size in (small, large)

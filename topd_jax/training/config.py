@@ -1,9 +1,7 @@
-"""The door where a ConfigDict becomes frozen dataclasses, and stops.
+"""All settings of a run: the rooms' dataclasses, composed and checked.
 
-``configs/default.py`` documents every knob with its unit and source; the
-dataclasses here mirror its sections, and nothing past :func:`settings_from`
-sees a ConfigDict. A key that no section has is an error that names the
-nearest one.
+``topd settings`` prints every setting with its default, bounds and source.
+Nothing past :func:`settings_from` sees a ConfigDict.
 """
 
 import dataclasses
@@ -12,13 +10,23 @@ import json
 import typing
 from collections.abc import Mapping
 
+from ml_collections import ConfigDict, config_dict
+
+from topd_jax.data.settings import (
+    DataSettings,
+    OfflineSettings,
+    WorldSettings,
+)
+from topd_jax.data.teachers import check_teachers
+from topd_jax.evaluation.settings import EvalSettings
+from topd_jax.models.adapters import check_settings
 from topd_jax.models.quantization import check_quantized
+from topd_jax.models.settings import ModelSettings
+from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import Objective
-from topd_jax.parallel.sharding import DECODING
-from topd_jax.parallel.teacher_mesh import ONE_MESH, TeacherMeshSettings, check
-from topd_jax.training.adapters import check_settings
-from topd_jax.training.sections import build, flat
-from topd_jax.training.teachers import check_teachers
+from topd_jax.parallel.settings import MeshSettings
+from topd_jax.sampling.settings import RolloutSettings
+from topd_jax.settings import build, check, flat, setting
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
@@ -30,252 +38,146 @@ NO_IDENTITY = (
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshSettings:
-    """Sizes of the mesh axes; see ``sharding.make_mesh``."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    expert: int = 1
-    sequence: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """Where a model comes from and how it computes."""
-
-    source: str = "world"
-    keep_layers: tuple[int, ...] = ()
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "blocks"
-    quantize: str = ""
-    quantize_tile: int = 0
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] = ()
-    lora_rank_stabilised: bool = False
-    adapter: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Where prompts come from."""
-
-    source: str = "world"
-    path: str = ""
-    eval_path: str = ""
-    split: str = "train"
-    eval_split: str = "test"
-    prompt_field: str = "question"
-    answer_field: str = "answer"
-    teacher_field: str = ""
-    teacher_prompts: tuple[int, ...] = ()
-    batch_size: int = 32
-    samples: int = 1
-    max_prompt_length: int = 16
-    on_long_prompt: str = "error"
-    thinking: bool | None = None
-    end_ids: tuple[int, ...] = ()
-    held_out: int = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutSettings:
-    """How the student (offline: the teacher) writes."""
-
-    max_new_tokens: int = 48
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    sharding: str = "train"
-
-
-@dataclasses.dataclass(frozen=True)
-class OfflineSettings:
-    """How the teacher writes in stage 1, and what is read of it (App. B)."""
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    format: str = "array_record"
-    shard_size: int = 256
-    path: str = ""
-    keep: str = "all"
-    pack_length: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = 3e-4
-    end_learning_rate: float = 1e-8
-    warmup_fraction: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    accumulate: int = 1
+    learning_rate: float = setting(
+        3e-4, "peak (paper, App. B: 2e-6)", least=0, most=10
+    )
+    end_learning_rate: float = setting(
+        1e-8, "of the cosine (the paper's trainer)", least=0, most=10
+    )
+    warmup_fraction: float = setting(
+        0.05, "of the steps (paper, App. B)", least=0, most=1
+    )
+    beta1: float = setting(0.9, "the paper's trainer", least=0, below=1)
+    beta2: float = setting(0.98, "the paper's trainer", least=0, below=1)
+    eps: float = setting(1e-8, "of AdamW", above=0, most=1)
+    weight_decay: float = setting(0.0, "the paper's trainer", least=0, most=10)
+    clip: float = setting(
+        1.0, "global norm of the gradient (paper, App. B)", above=0, most=1e9
+    )
+    accumulate: int = setting(1, "slices of a batch", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """Length of the run and when to give up."""
+    """Length of the run, its stage, and when to give up."""
 
-    steps: int = 300
-    max_skipped: int = 10
-    preflight: bool = True
-    heartbeat: int = 100
+    steps: int = setting(300, "updates", least=1, most=1_000_000_000)
+    stage: str = setting(
+        "on_policy",
+        '"on_policy"; or "offline", stage 1 (App. B): the teacher writes, '
+        "the student learns by forward KL and cross-entropy",
+        choices=("on_policy", "offline"),
+    )
+    max_skipped: int = setting(
+        10, "non-finite updates in a row before giving up", least=0
+    )
+    preflight: bool = setting(True, "topd doctor before the first step")
+    heartbeat: int = setting(
+        100,
+        "seconds without a sign of life after which one of several processes "
+        "counts as dead, and the others stop with an error that names it",
+        least=1,
+    )
+    chunk_size: int | None = setting(
+        None, "tokens of a chunk of the fused losses; None: by shape", least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LogSettings:
-    """What is written down, and how often (steps)."""
+    """What is logged, and how often (steps)."""
 
-    every: int = 1
-    statistics_every: int = 10
-    completions_every: int = 50
-    completions: int = 4
-    problems: int = 8
-    tensorboard: bool = True
-    top_k: int = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSettings:
-    """Accuracy on held-out problems, and how often (steps; 0: never)."""
-
-    every: int = 50
-    problems: int = 400
-    final_problems: int = 1000
-    batch_size: int = 200
-    temperature: float = 1.0
-    split: str = "validation"
-    samples: int = 1
-    benchmarks: tuple[str, ...] = ()
+    every: int = setting(1, "steps between two lines of metrics", least=1)
+    statistics_every: int = setting(
+        10, "exact and sampled KLs, entropies; 0: never", least=0
+    )
+    completions_every: int = setting(50, "0: never", least=0)
+    completions: int = setting(4, "how many", least=0)
+    problems: int = setting(
+        8, "graded completions of every evaluation, the same ones", least=0
+    )
+    tensorboard: bool = setting(True, "write for TensorBoard too")
+    top_k: int = setting(16, "of the overlap statistics", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    """When the run is saved (steps; 0: only at the end)."""
+    """When the run is saved."""
 
-    every: int = 50
-    keep: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class WorldSettings:
-    """The tiny world's models, trained from scratch and cached."""
-
-    seed: int = 0
-    cache: str = ""
-    solutions: int = 50_000
-    prompts: int = 20_000
-    vocab_size: int = 64
-    teacher_layers: int = 3
-    teacher_width: int = 128
-    teacher_heads: int = 4
-    teacher_steps: int = 2300
-    student_layers: int = 2
-    student_width: int = 96
-    student_heads: int = 4
-    student_steps: int = 2600
-    student_left_to_right: float = 0.8
-    student_drops_carry: float = 0.3
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    every: int = setting(50, "steps; 0: only at the end", least=0)
+    keep: int = setting(2, "latest ones, beside the best", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """Runs of ``topd sweep``: every variant on every seed."""
+    """Runs of ``topd sweep``: every objective on every seed."""
 
-    variants: tuple[str, ...] = ("opd", "topd:teacher", "topd:student")
-    seeds: tuple[int, ...] = (0,)
-    record: str = ""
-
-
-_LEAST = {
-    ("data", "batch_size"): 1,
-    ("data", "samples"): 1,
-    ("data", "max_prompt_length"): 1,
-    ("data", "held_out"): 1,
-    ("student", "lora_rank"): 0,
-    ("rollout", "max_new_tokens"): 1,
-    ("train", "steps"): 1,
-    ("train", "max_skipped"): 0,
-    ("train", "heartbeat"): 1,
-    ("optimizer", "accumulate"): 1,
-    ("log", "top_k"): 1,
-    ("log", "problems"): 0,
-    ("eval", "problems"): 1,
-    ("eval", "final_problems"): 1,
-    ("eval", "batch_size"): 1,
-    ("eval", "samples"): 1,
-    ("checkpoint", "keep"): 1,
-    ("optimizer", "learning_rate"): 0,
-    ("rollout", "temperature"): 0,
-    ("offline", "temperature"): 0,
-    ("offline", "shard_size"): 1,
-    ("offline", "pack_length"): 0,
-    ("eval", "temperature"): 0,
-}
-
-_CHOICES = {
-    ("data", "source"): ("world", "jsonl", "tfds", "hub"),
-    ("data", "on_long_prompt"): ("error", "skip"),
-    ("rollout", "sharding"): tuple(DECODING),
-    ("offline", "format"): ("array_record", "jsonl"),
-    ("offline", "keep"): ("all", "correct", "complete"),
-    ("eval", "split"): ("train", "validation", "test"),
-}
+    variants: tuple[str, ...] = setting(
+        ("opd", "topd", "topd(context='student')"),
+        'objectives, with other settings after a ";": "opd;train.steps=450"',
+    )
+    seeds: tuple[int, ...] = setting((0,), "of the runs")
+    record: str = setting("", 'JSONL; "": WORKDIR/record.jsonl')
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything a run is told; one field a section of the config."""
+    """All run settings; one field a section of the config."""
 
-    seed: int
-    mesh: MeshSettings
-    student: ModelSettings
-    teacher: ModelSettings
-    data: DataSettings
-    rollout: RolloutSettings
-    objective: Objective
-    offline: OfflineSettings
-    optimizer: OptimizerSettings
-    train: TrainSettings
-    log: LogSettings
-    eval: EvalSettings
-    checkpoint: CheckpointSettings
-    world: WorldSettings
-    sweep: SweepSettings
+    seed: int = setting(
+        0, "of the order of prompts, rollouts, branches, controls", least=0,
+        most=2**32 - 1,
+    )  # fmt: skip
+    objective: str = setting(
+        "topd",
+        "a preset or package.module:function, with options: "
+        "\"topd(context='student', window=20)\"",
+    )
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+    student: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    teacher: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     teachers: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
-    teacher_mesh: TeacherMeshSettings = ONE_MESH
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    rollout: RolloutSettings = dataclasses.field(
+        default_factory=RolloutSettings
+    )
+    offline: OfflineSettings = dataclasses.field(
+        default_factory=OfflineSettings
+    )
+    optimizer: OptimizerSettings = dataclasses.field(
+        default_factory=OptimizerSettings
+    )
+    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
+    log: LogSettings = dataclasses.field(default_factory=LogSettings)
+    eval: EvalSettings = dataclasses.field(default_factory=EvalSettings)
+    checkpoint: CheckpointSettings = dataclasses.field(
+        default_factory=CheckpointSettings
+    )
+    world: WorldSettings = dataclasses.field(default_factory=WorldSettings)
+    sweep: SweepSettings = dataclasses.field(default_factory=SweepSettings)
 
     def __post_init__(self) -> None:
-        for (section, name), least in _LEAST.items():
-            value = getattr(getattr(self, section), name)
-            if value < least:
-                raise ValueError(
-                    f"{section}.{name}={value} must be at least {least}"
-                )
-        for (section, name), choices in _CHOICES.items():
-            value = getattr(getattr(self, section), name)
-            if value not in choices:
-                raise ValueError(
-                    f"{section}.{name}={value!r} must be one of "
-                    f"{', '.join(choices)}"
-                )
         several = {f"teachers.{n}": m for n, m in self.teachers.items()}
         teachers = {"teacher": self.teacher} | several
+        models = {"student": self.student} | (several or teachers)
+        check(self)
+        for name, section in (vars(self) | several).items():
+            if dataclasses.is_dataclass(section):
+                check(section, name)
         for name, model in ({"student": self.student} | teachers).items():
             check_quantized(name, model.quantize, model.quantize_tile)
+        if self.data.end_ids and {m.source for m in models.values()} == {
+            "world"
+        }:
+            raise ValueError(
+                f"data.end_ids={self.data.end_ids} must be () in the tiny "
+                "world, whose tokenizer has one end"
+            )
         check_settings(self.student, teachers)
-        check(self.teacher_mesh, self.objective, self.data, self.teachers)
+        check_teachers(self.data, list(self.teachers))
         self._check_offline()
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
@@ -283,29 +185,28 @@ class Settings:
                 f"data.batch_size x data.samples = {rows} rows must be "
                 f"divisible by optimizer.accumulate={self.optimizer.accumulate}"
             )
-        if self.objective.window > self.rollout.max_new_tokens:
-            raise ValueError(
-                f"objective.window={self.objective.window} must not exceed "
-                f"rollout.max_new_tokens={self.rollout.max_new_tokens}; lower "
-                "the one or raise the other"
-            )
-        check_teachers(self.data, list(self.teachers))
+        check_fits(make_objective(self.objective), self)
 
     def _check_offline(self) -> None:
-        path, what = self.offline.path, ""
-        if not self.objective.offline:
-            what = "needs objective.stage=offline"
+        path, needs = self.offline.path, ""
+        if not self.is_offline:
+            needs = "needs train.stage=offline"
         elif self.teachers:
-            what = "is a set of one teacher; leave config.teachers out"
-        if path and what:
-            raise ValueError(f"offline.path={path!r} {what}")
+            needs = "is a set of one teacher; leave config.teachers out"
+        if path and needs:
+            raise ValueError(f"offline.path={path!r} {needs}")
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether this is stage 1."""
+        return self.train.stage == "offline"
 
     def to_dict(self) -> dict:
-        """The settings as plain nested dictionaries, for JSON."""
+        """Return the settings as plain nested dictionaries, for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with any setting of a run.
+        """Return sixteen hex digits that change with any setting of a run.
 
         Settings at their default do not enter it: one that is added later
         leaves the fingerprints of earlier runs as they are.
@@ -320,21 +221,34 @@ class Settings:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def check_fits(objective: Objective, settings: Settings) -> None:
+    """Refuse an objective that looks further than completions are long.
+
+    Args:
+      objective: of the run.
+      settings: of the run.
+
+    Raises:
+      ValueError: naming both numbers.
+    """
+    ahead, length = objective.near_future, settings.rollout.max_new_tokens
+    if ahead is None:
+        return
+    for name in ("window", "candidates"):
+        if getattr(ahead, name) > length:
+            raise ValueError(
+                f"objective: {name}={getattr(ahead, name)} must not exceed "
+                f"rollout.max_new_tokens={length}; lower the one or raise the "
+                "other"
+            )
+
+
 def _defaults() -> dict[str, object]:
-    made = {
-        name: dataclasses.asdict(kind())
-        for name, kind in typing.get_type_hints(Settings).items()
-        if dataclasses.is_dataclass(kind)
-    }
-    return flat(json.loads(json.dumps(made)))
-
-
-# "section.key" -> what a run that does not say has.
-DEFAULTS = _defaults()
+    return flat(json.loads(json.dumps(dataclasses.asdict(Settings()))))
 
 
 def defaults_of(tree: Mapping) -> dict[str, object]:
-    """:data:`DEFAULTS`, and those of the sections that the settings name.
+    """Return the default of every setting, those of named teachers included.
 
     Args:
       tree: what :meth:`Settings.to_dict` gives, of any version.
@@ -344,26 +258,69 @@ def defaults_of(tree: Mapping) -> dict[str, object]:
       for it makes the section.
     """
     keys = flat(dataclasses.asdict(ModelSettings()))
-    return DEFAULTS | {
-        f"teachers.{name}.{key}": DEFAULTS[f"teacher.{key}"]
+    defaults = _defaults()
+    return defaults | {
+        f"teachers.{name}.{key}": defaults[f"teacher.{key}"]
         for name in tree.get("teachers", {})
         for key in keys
         if key != "source"
     }
 
 
+def default_config() -> ConfigDict:
+    """Make the ConfigDict of all defaults, for a config file to change."""
+    config = ConfigDict(dataclasses.asdict(Settings()))
+    kinds = typing.get_type_hints(Settings)
+    for section, kind in kinds.items():
+        if not dataclasses.is_dataclass(kind):
+            continue
+        for field in dataclasses.fields(kind):
+            if field.default is None:  # may be set later, to its type
+                hint = typing.get_type_hints(kind)[field.name]
+                inner = next(t for t in typing.get_args(hint) if t is not None)
+                config[section][field.name] = config_dict.placeholder(inner)
+    return config
+
+
+def explain() -> str:
+    """Spell every setting with default, bounds, meaning and source."""
+    lines = []
+
+    def add(kind: type, prefix: str) -> None:
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            name = prefix + field.name
+            if dataclasses.is_dataclass(hints[field.name]):
+                lines.append(f"\n{name}: {hints[field.name].__doc__}")
+                add(hints[field.name], f"{name}.")
+            elif field.metadata:
+                limits = field.metadata
+                bounds = [
+                    f"{k} {limits[k]}"
+                    for k in ("least", "above", "most", "below")
+                    if limits[k] is not None
+                ]
+                if limits["choices"]:
+                    bounds.append(" | ".join(map(repr, limits["choices"])))
+                bound = f" ({', '.join(bounds)})" if bounds else ""
+                text = f"{name} = {field.default!r}{bound}"
+                lines.append(f"{text}: {limits['text']}")
+
+    add(Settings, "config.")
+    return "\n".join(lines)
+
+
 def settings_from(config: Mapping) -> Settings:
-    """Checks a config and turns it into frozen dataclasses.
+    """Check a config and turn it into frozen dataclasses.
 
     Args:
-      config: a ConfigDict, or nested mappings, with the sections and keys of
-        ``configs/default.py``.
+      config: a ConfigDict, or nested mappings.
 
     Returns:
       The settings.
 
     Raises:
-      ValueError: an unknown key (naming the nearest), a missing section, a
-        value of the wrong type or out of bounds.
+      ValueError: an unknown key (naming the nearest), or a value of the wrong
+        type or out of bounds.
     """
     return build(Settings, config, "config")

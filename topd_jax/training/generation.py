@@ -1,11 +1,12 @@
-"""``topd generate``: the teacher writes solutions, once for every prompt.
+"""``topd generate``: the teacher writes solutions of every prompt, once.
 
 The off-policy data of stage 1 (arXiv:2606.00305, App. B: temperature 0.6,
-top-p 0.95). A batch's randomness comes from (seed, its place), and shards are
-whole or absent: a job that was killed goes on where it was and ends with the
-same bytes as one that was not.
+top-p 0.95). A batch's randomness comes from (seed, its place), and every shard
+is whole or absent: a job that is killed and started again ends with the same
+bytes as one that is not.
 """
 
+import functools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -20,49 +21,47 @@ from topd_jax.data import solutions as solution_data
 from topd_jax.data import vocabulary
 from topd_jax.data.prompts import EncodedPrompts, PromptBatch
 from topd_jax.data.solutions import Solution, SolutionFiles
-from topd_jax.models.decoder import cast
-from topd_jax.sampling import rollout
+from topd_jax.evaluation.evaluator import write
+from topd_jax.parallel.batches import spread_rows
+from topd_jax.sampling import Stream, stream_key
+from topd_jax.sampling.settings import RolloutSettings
 from topd_jax.training.config import Settings
-from topd_jax.training.setup import Pair, load_pair
+from topd_jax.training.setup import Setup, load_setup
 from topd_jax.types import Trajectories
-
-# Apart from the keys of training steps and of evaluations.
-_STREAM = 2**31 - 2
 
 
 def generate(
     settings: Settings, workdir: pathlib.Path, count: int | None = None
 ) -> dict[str, Any]:
-    """Writes ``WORKDIR/solutions``; the same command again resumes.
+    """Write ``WORKDIR/solutions``; call it again to resume.
 
     Args:
       settings: of the teacher, the prompts, ``rollout.max_new_tokens`` and
         ``offline``.
       workdir: where the set is written.
-      count: prompts, from the first on; None takes them all.
+      count: prompts, from the first on; None takes all.
 
     Returns:
-      JSON-able: the set's path and what it holds (solutions, tokens, the
-      shares that are truncated and, where known, correct), and of this call
-      the tokens written, seconds and tokens a second.
+      JSON-able: the set's path and contents (solutions, tokens, the shares
+      that are truncated and, where known, correct), and of this call the
+      tokens written, seconds and tokens a second.
 
     Raises:
-      ValueError: for several teachers, or a set there that was begun with
-        other settings.
+      ValueError: for several teachers, or a set there of other settings.
     """
     if settings.teachers:
         raise ValueError(
             f"config.teachers names {', '.join(settings.teachers)}; topd "
             "generate lets one teacher write: config.teacher"
         )
-    pair = load_pair(settings, workdir)
-    # It is here to be checked against the teacher, and writes nothing.
-    pair.student = None
-    encoded = pair.encoded.take(range(len(pair.encoded.ids))[:count])
-    about = _about(settings, pair, encoded)
+    setup = load_setup(settings, workdir)
+    # It was checked against the teacher, and writes nothing.
+    setup.student = None
+    encoded = setup.encoded.take(range(len(setup.encoded.ids))[:count])
+    about = _about(settings, setup, encoded)
     files = solution_data.open_set(workdir / "solutions", about)
-    with jax.set_mesh(pair.mesh):
-        tokens, seconds = _write_missing(settings, pair, encoded, files)
+    with jax.set_mesh(setup.mesh):
+        tokens, seconds = _write_missing(settings, setup, encoded, files)
     files.finish(_shard_lengths(settings, len(encoded.ids), files.shards))
     return {
         "path": str(files.folder),
@@ -74,9 +73,9 @@ def generate(
 
 
 def _about(
-    settings: Settings, pair: Pair, encoded: EncodedPrompts
+    settings: Settings, setup: Setup, encoded: EncodedPrompts
 ) -> dict[str, Any]:
-    """What the set is made of: with the same, the bytes are the same."""
+    """Return what decides the bytes of the set."""
     data, offline = settings.data, settings.offline
     batches = -(-len(encoded.ids) // data.batch_size)
     return {
@@ -90,8 +89,8 @@ def _about(
         "temperature": offline.temperature,
         "top_p": offline.top_p,
         "max_new_tokens": settings.rollout.max_new_tokens,
-        "teacher": pair.teacher_fingerprint,
-        "tokenizer": vocabulary.fingerprint(pair.tokenizer),
+        "teacher": setup.teacher_fingerprints[""],
+        "tokenizer": vocabulary.fingerprint(setup.tokenizer),
         "prompt_tokens": encoded.fingerprint(),
     }
 
@@ -102,7 +101,7 @@ def _batches_a_shard(settings: Settings) -> int:
 
 
 def _shard_lengths(settings: Settings, prompts: int, shards: int) -> list[int]:
-    """Solutions of each shard."""
+    """Return the number of solutions of each shard."""
     most = _batches_a_shard(settings) * settings.data.batch_size
     return [
         min(most, prompts - i * most) * settings.data.samples
@@ -112,11 +111,11 @@ def _shard_lengths(settings: Settings, prompts: int, shards: int) -> list[int]:
 
 def _write_missing(
     settings: Settings,
-    pair: Pair,
+    setup: Setup,
     encoded: EncodedPrompts,
     files: SolutionFiles,
 ) -> tuple[int, float]:
-    """Writes the shards that are missing; (tokens, seconds) it took."""
+    """Write the shards that are missing; return (tokens, seconds)."""
     missing, size = set(files.missing()), _batches_a_shard(settings)
     batches = [
         (i, batch)
@@ -134,9 +133,9 @@ def _write_missing(
         initial=len(encoded.ids) - sum(_real(b) for _, b in batches),
     )  # fmt: skip
     with bar:
-        written = _written(settings, pair, batches)
+        written = _written(settings, setup, batches)
         for place, (i, batch, rows) in enumerate(written):
-            shard += _solutions(settings, pair, encoded, batch, rows)
+            shard += _solutions(settings, setup, encoded, batch, rows)
             tokens += int(
                 rows.mask[: _real(batch) * settings.data.samples].sum()
             )
@@ -151,42 +150,42 @@ def _write_missing(
 
 
 def _real(batch: PromptBatch) -> int:
-    """Prompts of a batch that do not only fill it."""
+    """Return the prompts of a batch, without those that only fill it."""
     return int((batch.index >= 0).sum())
 
 
 def _written(
-    settings: Settings, pair: Pair, batches: list[tuple[int, PromptBatch]]
+    settings: Settings, setup: Setup, batches: list[tuple[int, PromptBatch]]
 ) -> Iterator[tuple[int, PromptBatch, Trajectories]]:
-    """Lets the teacher write; each batch as NumPy arrays, in order."""
-    ids = dict(eos_ids=pair.tokenizer.eos_ids, pad_id=pair.tokenizer.pad_id)
-    key = jax.random.fold_in(jax.random.key(settings.seed), _STREAM)
-
-    @jax.jit
-    def write(teacher: Any, prompts: Any, key: jax.Array) -> Trajectories:
-        return rollout(
-            cast(teacher, teacher.config.dtype),
-            prompts,
-            key,
-            max_new_tokens=settings.rollout.max_new_tokens,
-            temperature=settings.offline.temperature,
-            top_p=settings.offline.top_p,
-            samples=settings.data.samples,
+    """Yield each batch, in order, with what the teacher wrote (NumPy)."""
+    tokenizer = setup.tokenizer
+    (teacher,) = setup.teachers
+    key = stream_key(jax.random.key(settings.seed), Stream.GENERATE)
+    options = RolloutSettings(
+        max_new_tokens=settings.rollout.max_new_tokens,
+        sharding=settings.rollout.sharding,
+        temperature=settings.offline.temperature,
+        top_p=settings.offline.top_p,
+    )
+    writer = jax.jit(
+        functools.partial(
+            write,
+            options=options,
             # Rows beyond it are padding, and may be missing in the student.
-            vocab_size=pair.tokenizer.vocab_size,
-            **ids,
+            vocab_size=tokenizer.vocab_size,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            samples=settings.data.samples,
         )
+    )
 
     def begin(place: int) -> Trajectories:
         i, batch = batches[place]
-        return write(
-            pair.teacher,
-            pair.spread(batch.prompts),
-            jax.random.fold_in(key, i),
-        )
+        prompts = spread_rows(batch.prompts, setup.mesh)
+        return writer(teacher.model, prompts, jax.random.fold_in(key, i))
 
-    # The next batch is dispatched before this one is read: the device writes
-    # while the host decodes and grades.
+    # Dispatch the next batch before reading this one: the device writes while
+    # the host decodes and grades.
     pending = begin(0) if batches else None
     for place, (i, batch) in enumerate(batches):
         rows = pending
@@ -196,12 +195,12 @@ def _written(
 
 def _solutions(
     settings: Settings,
-    pair: Pair,
+    setup: Setup,
     encoded: EncodedPrompts,
     batch: PromptBatch,
     rows: Trajectories,
 ) -> list[Solution]:
-    """The rows of a batch as records, graded where that can be."""
+    """Return a batch's rows as records, graded where answers are known."""
     samples = settings.data.samples
     out = []
     for row in range(_real(batch) * samples):
@@ -214,7 +213,7 @@ def _solutions(
                 sample=row % samples,
                 prompt=record["prompt"],
                 answer=record["answer"],
-                completion=pair.tokenizer.decode(tokens.tolist()),
+                completion=setup.tokenizer.decode(tokens.tolist()),
                 prompt_tokens=encoded.ids[index],
                 completion_tokens=tokens,
                 truncated=bool(rows.truncated[row]),
@@ -223,7 +222,7 @@ def _solutions(
             )
         )
     known = [s for s in out if s["answer"]]
-    grades = pair.grade(
+    grades = setup.grade(
         [encoded.records[s["index"]] for s in known],
         [s["completion"] for s in known],
     )
@@ -233,7 +232,7 @@ def _solutions(
 
 
 def _summary(files: SolutionFiles) -> dict[str, Any]:
-    """What the set holds, read back from its files."""
+    """Return the numbers of the set, read back from its files."""
     solutions = tokens = cut = known = correct = 0
     for shard in range(files.shards):
         for solution in files.read(shard):

@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines, TensorBoard, completions.
+"""Write what a run logs: JSON lines, TensorBoard, completions.
 
 Metrics leave the jitted step as (sum, count) and are read one step late, so
 that the host waits for a step only after the next one has been dispatched.
@@ -13,14 +13,40 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 
-from topd_jax.parallel import hosts, transfers
-from topd_jax.training.checkpointing import cut_log
+from topd_jax.evaluation.metrics import read_metrics
+from topd_jax.parallel import hosts
 
 # Logs of texts, which are no numbers for TensorBoard.
 _TEXTS = ("completions", "problems")
+
+
+class Clock:
+    """Time the stages of a step, waiting for each in timed steps alone.
+
+    Attributes:
+      times: "seconds_" and a stage's name -> seconds; empty if not timed.
+    """
+
+    def __init__(self, timed: bool) -> None:
+        """Start.
+
+        Args:
+          timed: whether to wait for each stage.
+        """
+        self.times: dict[str, float] = {}
+        self._timed = timed
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """Time a stage by what it returned, and return that."""
+        if self._timed:
+            jax.block_until_ready(value)
+            now = time.perf_counter()
+            self.times[f"seconds_{name}"] = now - self._last
+            self._last = now
+        return value
 
 
 class Logs:
@@ -34,19 +60,25 @@ class Logs:
 
     Attributes:
       evals: the lines of ``evals.jsonl``, known to every process.
-      skipped: whether a step that was written skipped its update; whoever
-        has looked sets it back.
+      skipped: the most updates in a row that were left out because something
+        was not finite, up to the last known one.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, *, step: int, tensorboard: bool
+        self,
+        workdir: pathlib.Path,
+        *,
+        step: int,
+        tensorboard: bool,
+        every: int = 1,
     ) -> None:
-        """Opens the files, cut back to what happened up to ``step``.
+        """Open the files, cut back to what happened up to ``step``.
 
         Args:
           workdir: the run's directory; made where it is missing.
           step: the step the run goes on from, -1 for a fresh one.
           tensorboard: whether to write for TensorBoard too.
+          every: steps between two lines of metrics.
         """
         workdir.mkdir(parents=True, exist_ok=True)
         self._files = {}
@@ -64,7 +96,7 @@ class Logs:
                 str(workdir / "tensorboard"), purge_step=step + 1
             )
         self._pending: tuple[int, dict, dict, float] | None = None
-        self.skipped = False
+        self.skipped, self._in_a_row, self._every = 0, 0, every
         self._known = -math.inf  # when the last step's numbers were there
 
     def later(
@@ -74,7 +106,7 @@ class Logs:
         times: Mapping[str, float],
         started: float,
     ) -> dict[str, float] | None:
-        """Keeps a step's metrics, and writes those of the step before.
+        """Keep a step's metrics, and write those of the step before.
 
         A step's "seconds" pass from when it is started, or the step before
         is known if that is later, until its own metrics are known; statistics
@@ -90,13 +122,11 @@ class Logs:
           The numbers that were written, or None for the first step.
         """
         written = self.flush()
-        # Sent now: behind the next step it would wait for that one.
-        read = transfers.within_reach(dict(metrics))
-        self._pending = (step, read, dict(times), started)
+        self._pending = (step, dict(metrics), dict(times), started)
         return written
 
     def flush(self) -> dict[str, float] | None:
-        """Writes the step that is kept, if any, and forces it to disk."""
+        """Write the step that is kept, if any, and return its numbers."""
         if self._pending is None:
             return None
         step, metrics, times, started = self._pending
@@ -110,12 +140,14 @@ class Logs:
             "seconds": seconds,
             "rate_tokens": row["num_tokens"] / seconds,
         }
-        self.skipped |= bool(row.get("skipped"))
-        self.write("metrics", {"step": step, **row})
+        self._in_a_row = self._in_a_row + 1 if row.get("skipped") else 0
+        self.skipped = max(self.skipped, self._in_a_row)
+        if step % self._every == 0:
+            self.write("metrics", {"step": step, **row})
         return row
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Appends one line to a log, and its numbers to TensorBoard."""
+        """Append one line to a log, and its numbers to TensorBoard."""
         if name == "evals":
             self.evals.append(dict(row))
         if name in self._files:
@@ -128,14 +160,14 @@ class Logs:
                     self._board.add_scalar(f"{name}/{key}", value, row["step"])
 
     def sync(self) -> None:
-        """Writes what is pending and waits until it is on disk."""
+        """Write what is pending and wait until it is on disk."""
         self.flush()
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Writes what is pending and closes the files."""
+        """Write what is pending and close the files."""
         self.flush()
         for file in self._files.values():
             file.close()
@@ -143,46 +175,33 @@ class Logs:
             self._board.close()
 
 
-def read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Waits for metrics and divides each sum by its count.
+def cut_log(path: pathlib.Path, step: int) -> None:
+    """Drop the lines of a JSONL log that are past a step.
 
     Args:
-      metrics: name -> (sum, count), scalars on any device.
-
-    Returns:
-      name -> number; None where nothing was counted or it is not finite
-      (JSON has no NaN).
+      path: the log; nothing happens where it does not exist.
+      step: the checkpoint's step; a line's own is its field "step". A line
+        that was cut off while it was written is dropped too.
     """
-    host = jax.device_get(dict(metrics))
-    out = {}
-    for name, (total, count) in host.items():
-        value = float(np.float32(total) / np.float32(count)) if count else None
-        finite = value is not None and math.isfinite(value)
-        out[name] = value if finite else None
-    return out
-
-
-def merge(parts: list[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Adds up (sum, count) metrics of several batches, on the host.
-
-    Args:
-      parts: name -> (sum, count), one mapping a batch.
-
-    Returns:
-      name -> (sum, count) over all of them, float64.
-    """
-    out: dict[str, tuple[float, float]] = {}
-    for part in jax.device_get([dict(p) for p in parts]):
-        for name, (total, count) in part.items():
-            before = out.get(name, (0.0, 0.0))
-            out[name] = (before[0] + float(total), before[1] + float(count))
-    return out
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    fresh = path.with_suffix(path.suffix + ".new")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
 
 
 def read_jsonl(
     path: pathlib.Path, *, torn: bool = False
 ) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; [] where it does not exist.
+    """Read the lines of a JSONL file; [] where it does not exist.
 
     Args:
       path: of the file.

@@ -1,7 +1,7 @@
-"""The host loop: read, dispatch three jitted phases, log, save, evaluate.
+"""The training loop: read, dispatch the stages of a step, log, save, evaluate.
 
 A run that is killed at any moment and started again with the same command
-goes on from its last checkpoint and ends with the same bits: every step's
+resumes from its last checkpoint and ends with the same bits: every step's
 randomness comes from (run key, step), the data's position is saved, and logs
 are cut back to the checkpoint.
 """
@@ -11,120 +11,172 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from tqdm import tqdm
 
-from topd_jax.cli.doctor import preflight
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.packing import PackedRows
-from topd_jax.evaluation.evaluator import Evaluator
 from topd_jax.models.io import runs
 from topd_jax.models.lora import join, split
-from topd_jax.parallel import apart, hosts, sharding
+from topd_jax.objectives.loading import make_objective, parse
+from topd_jax.objectives.objective import Objective
+from topd_jax.objectives.pieces import describe
+from topd_jax.parallel import batches, hosts
 from topd_jax.training import checkpointing
-from topd_jax.training.config import Settings
-from topd_jax.training.logging import Logs
-from topd_jax.training.phases import make_optimizer, make_phases
-from topd_jax.training.setup import Pair, load_pair
-from topd_jax.training.step import TrainState, init_state
-from topd_jax.training.teachers import Teachers
+from topd_jax.training.compiled import (
+    compile_step,
+    initial_state,
+    make_optimizer,
+)
+from topd_jax.training.config import Settings, check_fits, settings_from
+from topd_jax.training.logging import Clock, Logs
+from topd_jax.training.setup import Setup, load_setup, with_models
 from topd_jax.types import Trajectories
 
 
-def initial_state(
-    pair: Pair, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """The train state at step 0, spread over the mesh as its parameters are.
+def train(
+    config: Mapping | Settings,
+    workdir: str | pathlib.Path,
+    *,
+    objective: Objective | None = None,
+    student: Any = None,
+    teacher: Any = None,
+    setup: Setup | None = None,
+) -> dict[str, Any]:
+    """Train a student by on-policy distillation; rerun to resume.
 
     Args:
-      pair: whose student is copied, or of one with adapters these alone.
-      optimizer: of the student.
+      config: a ConfigDict, as the files in ``configs`` return it, or its
+        :class:`~topd_jax.training.config.Settings`.
+      workdir: where everything is written, and found again.
+      objective: trains on this instead of ``config.objective``.
+      student: any model instead of ``config.student``.
+      teacher: any model instead of ``config.teacher``.
+      setup: what the run is made of, where it is loaded already; its student
+        is let go.
 
     Returns:
-      The state.
+      The final evaluation, name -> number.
+
+    Raises:
+      ValueError: for settings or files that do not fit together, before
+        training starts.
+
+    Example:
+      ``topd.train(tiny.get_config(), "runs/mine", objective=topd.opd())``
     """
+    settings = config if isinstance(config, Settings) else settings_from(config)
+    workdir = pathlib.Path(workdir)
+    require_solutions(settings)
+    setup = setup or load_setup(settings, workdir)
+    if student is not None or teacher is not None:
+        setup = with_models(setup, student=student, teacher=teacher)
+    with jax.set_mesh(setup.mesh):
+        run = Run(settings, workdir, setup, objective)
+        setup.student = None  # the run's own copy is the only one
+        return run.train()
 
-    def make(student: Any) -> TrainState:
-        return init_state(student, optimizer)
 
-    shapes = jax.eval_shape(make, pair.student)
-    shardings = sharding.tree_shardings(
-        shapes, pair.mesh, pair.student.logical_axes
-    )
-    return jax.jit(make, out_shardings=shardings)(pair.student)
+def require_solutions(settings: Settings) -> None:
+    """Refuse a set of solutions that cannot be read, before models are made.
+
+    Args:
+      settings: of the run.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    offline = settings.offline
+    if offline.path:
+        solution_data.find_set(offline.path)
+    elif settings.is_offline and offline.pack_length:
+        raise ValueError(
+            f"offline.pack_length={offline.pack_length} packs what topd "
+            "generate wrote; set offline.path to its directory, or "
+            "offline.pack_length=0"
+        )
 
 
 class Run:
     """One training run in one work directory."""
 
     def __init__(
-        self, settings: Settings, workdir: pathlib.Path, pair: Pair
+        self,
+        settings: Settings,
+        workdir: pathlib.Path,
+        setup: Setup,
+        objective: Objective | None = None,
     ) -> None:
-        """Places models, opens data, checkpoints and logs; resumes.
+        """Place models, open data, checkpoints and logs; resume.
 
         Args:
           settings: of the run.
           workdir: where everything is written.
-          pair: student, teacher, tokenizer and data.
+          setup: models, tokenizer and data.
+          objective: instead of the one that the settings name.
 
         Raises:
-          ValueError: for a checkpoint of another run, or a batch that does
-            not divide over the mesh.
+          ValueError: for a checkpoint of another run.
         """
-        self.settings, self.workdir, self.pair = settings, workdir, pair
+        self.settings, self.workdir, self.setup = settings, workdir, setup
         workdir.mkdir(parents=True, exist_ok=True)
-        self.mesh = pair.mesh
-        self.optimizer = make_optimizer(
-            settings.optimizer, settings.train.steps
-        )
-        self.phases = make_phases(
-            settings,
-            self.optimizer,
-            eos_ids=pair.tokenizer.eos_ids,
-            pad_id=pair.tokenizer.pad_id,
-        )
-        self.reading = apart.make_reading(settings, pair, self.phases)
-        self.data = pair.stream(settings)
+        self.name = parse(settings.objective)[0] if objective is None else "own"
+        self.objective = objective or make_objective(settings.objective)
+        check_fits(self.objective, settings)
+        optimizer = make_optimizer(settings.optimizer, settings.train.steps)
+        tokenizer = setup.tokenizer
+        self.data = setup.stream(settings)
         self.key = jax.random.key(settings.seed)
-        self.state = initial_state(pair, self.optimizer)
-        # Shared with the pair: an update neither changes nor donates it.
-        self.frozen = split(pair.student)[1]
+        self.state = initial_state(setup.student, optimizer, setup.mesh)
+        self.compiled = compile_step(
+            settings, self.objective, optimizer,
+            eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
+            shardings=jax.tree.map(lambda x: x.sharding, self.state),
+            mesh=setup.mesh,
+        )  # fmt: skip
+        # Shared with the setup: a step neither changes nor donates it.
+        self.frozen = split(setup.student)[1]
+        self.shape = getattr(setup.student, "config", None)
         self.checkpoints, self.best = (
-            checkpointing.Checkpoints(workdir / name, keep, self.mesh)
+            checkpointing.Checkpoints(workdir / name, keep)
             for name, keep in (
                 (runs.LATEST, settings.checkpoint.keep),
                 (runs.BEST, 1),
             )
         )
-        found = self.checkpoints.latest()
-        self.step = 0 if found is None else self._resume(found)
+        latest = self.checkpoints.latest()
+        self.step = 0 if latest is None else self._resume(latest)
         self.logs = Logs(
             workdir,
-            step=-1 if found is None else found,
+            step=-1 if latest is None else latest,
+            every=settings.log.every,
             tensorboard=settings.log.tensorboard,
         )
-        self.evaluator = Evaluator(settings, pair)
-        if hosts.is_first():
-            (workdir / runs.SETTINGS).write_text(
-                json.dumps(settings.to_dict(), indent=1)
-            )
-            # So that the run can be the source of another one.
-            tokenizer = pair.hub_tokenizer or pair.tokenizer
-            tokenizer.save_pretrained(workdir / runs.TOKENIZER)
+        self.evaluator = setup.evaluator(settings)
+        self._record_settings()
+
+    def _record_settings(self) -> None:
+        if not hosts.is_first():
+            return
+        text = json.dumps(self.settings.to_dict(), indent=1)
+        (self.workdir / runs.SETTINGS).write_text(text)
+        # So that the run can be the source of another one.
+        tokenizer = self.setup.hub_tokenizer or self.setup.tokenizer
+        tokenizer.save_pretrained(self.workdir / runs.TOKENIZER)
 
     def _resume(self, step: int) -> int:
-        found = self.checkpoints.record(step)
-        where = str(self.workdir / runs.LATEST)
+        saved = self.checkpoints.record(step)
         checkpointing.require_same_run(
-            found,
+            saved,
             self.settings,
-            self.pair.teacher_fingerprint,
-            where,
-            frozen=self.pair.frozen_fingerprint,
+            describe(self.objective),
+            self.setup.teacher_fingerprints,
+            str(self.workdir / runs.LATEST),
+            frozen=self.setup.frozen_fingerprint,
         )
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -134,7 +186,7 @@ class Run:
         )
         self.state = None  # never two states on the devices
         self.state, self.key = self.checkpoints.restore(step, like)
-        self.data.set_state(found["data"])
+        self.data.set_state(saved["data"])
         return step
 
     @property
@@ -143,7 +195,7 @@ class Run:
         return join(self.state.student, self.frozen)
 
     def train(self) -> dict[str, Any]:
-        """Runs to the last step, evaluates and saves.
+        """Run to the last step, evaluate and save.
 
         Returns:
           The final evaluation, name -> number.
@@ -151,25 +203,34 @@ class Run:
         settings, steps = self.settings, self.settings.train.steps
         bar = tqdm(
             total=steps, initial=self.step, unit="step", mininterval=1.0,
-            desc=settings.objective.variant, disable=not hosts.is_first(),
+            desc=self.name, disable=not hosts.is_first(),
         )  # fmt: skip
-        with jax.set_mesh(self.mesh), bar:
+        with jax.set_mesh(self.setup.mesh), bar:
+            first, started = self.step + 1, time.perf_counter()
+            if first <= steps:
+                _say(
+                    bar, "compiling rollout, score, train_step and evaluation; "
+                    "later steps are fast",
+                )  # fmt: skip
             if self.step == 0:
                 self.evaluate()
-            while self.step < steps:
-                row = self._one_step()
+            for step in range(first, steps + 1):
+                row = self._one_step(step)
                 bar.update()
+                if step == first:
+                    jax.block_until_ready(self.state.step)
+                    seconds = time.perf_counter() - started
+                    _say(bar, f"compiled, step {step} done in {seconds:.1f} s")
                 if row:
                     bar.set_postfix(
                         loss=row["loss"], kl=row["divergence"], refresh=False
                     )
-                every, last = settings.eval.every, self.step == steps
-                if every and self.step % every == 0:
+                self.step, last = step, step == steps
+                if _is_due(step, settings.eval.every):
                     self.evaluate()
-                every = settings.checkpoint.every
-                if every and self.step % every == 0 and not last:
+                if _is_due(step, settings.checkpoint.every) and not last:
                     self.save()
-                if not last and hosts.told_to_stop(self.step):
+                if not last and hosts.told_to_stop(step):
                     self._stop()
             final = self._finished() or self.evaluate(final=True)
             if self.checkpoints.latest() != self.step:
@@ -177,19 +238,58 @@ class Run:
         self._close()
         return final
 
+    def _one_step(self, step: int) -> dict[str, float] | None:
+        """Dispatch a step; return the metrics of the one before."""
+        settings, compiled = self.settings, self.compiled
+        teachers, student = self.setup.teachers, self.student
+        timed = _is_due(step, settings.log.statistics_every)
+        if timed:  # its stages are waited for, so nothing else may be pending
+            self.logs.flush()
+        started, clock = time.perf_counter(), Clock(timed)
+        rollout_key, score_key = jax.random.split(
+            jax.random.fold_in(self.key, step)
+        )
+        batch = next(self.data)
+        packed = isinstance(batch, PackedRows)
+        prompts = batches.place_rows(
+            batch if packed else batch.prompts, self.setup.mesh
+        )
+        trajectories = clock(
+            "rollout", compiled.rollout(student, teachers, prompts, rollout_key)
+        )
+        scored = clock(
+            "score", compiled.score(student, teachers, trajectories, score_key)
+        )
+        extra = {}
+        if timed:
+            extra = clock(
+                "statistics",
+                compiled.statistics(student, teachers, trajectories),
+            )
+        self.state, metrics = clock(
+            "update",
+            compiled.train_step(self.state, trajectories, scored, self.frozen),
+        )
+        # What the teacher wrote beforehand is in its own files.
+        if _is_due(step, settings.log.completions_every) and not packed:
+            self._log_completions(step, trajectories)
+        row = self.logs.later(step, metrics | extra, clock.times, started)
+        if timed:
+            row = self.logs.flush()
+        self._watch(step, trajectories)
+        return row
+
     def _stop(self) -> None:
-        """Saves and leaves, with the exit code of a process that SIGTERM ends.
+        """Save and leave, with the exit code of a process that SIGTERM ends.
 
         Not with 0: whoever restarts failed jobs must not think this one done.
         """
         self.save()
         self._close()
-        if hosts.is_first():
-            tqdm.write(
-                f"topd: stopped by SIGTERM and saved after step {self.step}; "
-                "the same command goes on from there",
-                file=sys.stderr,
-            )
+        _say(
+            tqdm, f"stopped by SIGTERM and saved after step {self.step}; "
+            "rerun the command to resume",
+        )  # fmt: skip
         raise SystemExit(128 + signal.SIGTERM)
 
     def _close(self) -> None:
@@ -197,51 +297,13 @@ class Run:
             part.close()
 
     def _finished(self) -> dict[str, Any] | None:
-        """The final evaluation, where a finished run is started again."""
+        """Return the final evaluation of a finished run that is rerun."""
         return next((r for r in self.logs.evals if r["final"]), None)
 
-    def _one_step(self) -> dict[str, float] | None:
-        """Dispatches a step; returns the metrics of the one before."""
-        settings = self.settings
-        step, every = self.step + 1, settings.log.statistics_every
-        timed = bool(every) and step % every == 0
-        if timed:  # its phases are waited for, so nothing else may be pending
-            self.logs.flush()
-        started = time.perf_counter()
-        key = jax.random.fold_in(self.key, step)
-        student = self.student
-        clock = _Clock(timed)
-        batch = next(self.data)
-        packed = isinstance(batch, PackedRows)
-        prompts = batch if packed else batch.prompts
-        keys = jax.random.split(key)
-        trajectories, notes = self.reading(student, prompts, keys, clock)
-        extra = {}
-        if timed:
-            extra = clock(
-                "statistics", self.reading.statistics(student, trajectories)
-            )
-        self.state, metrics = clock(
-            "update",
-            self.phases.update(
-                self.state, self.reading.head, trajectories, notes, self.frozen
-            ),
-        )
-        self.step = step
-        every = settings.log.completions_every
-        # What the teacher wrote beforehand stands in its own files.
-        if every and step % every == 0 and not packed:
-            self._log_completions(trajectories)
-        row = self.logs.later(step, metrics | extra, clock.times, started)
-        if timed:
-            row = self.logs.flush()
-        self._watch(trajectories)
-        return row
-
     def evaluate(self, final: bool = False) -> dict[str, Any]:
-        """Evaluates the student as it is, and logs the result."""
+        """Evaluate the student as it is, and log the result."""
         self.logs.flush()
-        row, written = self.evaluator.write_down(
+        row, problems = self.evaluator.evaluate(
             self.student,
             self.step,
             final=final,
@@ -249,77 +311,79 @@ class Run:
         )
         best = all(better(row, r) for r in self.logs.evals)
         self.logs.write("evals", row)
-        for problem in written:
+        for problem in problems:
             self.logs.write("problems", problem)
         if best and not final:
             self._save_to(self.best)
         return row
 
     def save(self) -> None:
-        """Saves a checkpoint of the step that was just made."""
+        """Save a checkpoint of the step that was just made."""
         self.logs.sync()
         self._save_to(self.checkpoints)
 
     def _save_to(self, checkpoints: checkpointing.Checkpoints) -> None:
-        checkpoints.save(
-            self.step,
-            self.state,
-            self.key,
-            checkpointing.record(
-                self.settings,
-                self.pair.teacher_fingerprint,
-                self.data.get_state(),
-                getattr(self.student, "config", None),
-                frozen=self.pair.frozen_fingerprint,
-            ),
+        record = checkpointing.record(
+            self.settings,
+            describe(self.objective),
+            self.setup.teacher_fingerprints,
+            self.data.get_state(),
+            self.shape,
+            frozen=self.setup.frozen_fingerprint,
         )
+        checkpoints.save(self.step, self.state, self.key, record)
 
-    def _log_completions(self, trajectories: Trajectories) -> None:
+    def _log_completions(self, step: int, trajectories: Any) -> None:
+        if not isinstance(trajectories, Trajectories):
+            return
         rows = hosts.on_host(trajectories)
-        decode = self.pair.tokenizer.decode
-        size, names = len(rows.tokens), None
-        wanted = range(min(self.settings.log.completions, size))
-        if isinstance(self.pair.teacher, Teachers):
-            # Rows are ordered by teacher: from all over the batch, then.
-            wanted = [i * size // len(wanted) for i in wanted]
-            names = self.pair.teacher.row_names(size)
-        for i in wanted:
+        decode, teachers = self.setup.tokenizer.decode, self.setup.teachers
+        size, count = len(rows.tokens), self.settings.log.completions
+        # Rows are ordered by teacher: from all over the batch, if several.
+        stride = size // max(count, 1) if len(teachers) > 1 else 1
+        names = [t.name for t in teachers for _ in range(t.prompts)]
+        for i in range(0, min(count * max(stride, 1), size), max(stride, 1)):
             prompt = rows.prompt[i][rows.prompt_mask[i]].tolist()
             tokens = rows.tokens[i][rows.mask[i]].tolist()
-            self.logs.write(
-                "completions",
-                {
-                    "step": self.step,
-                    **({"teacher": names[i]} if names else {}),
-                    "prompt": decode(prompt),
-                    "completion": decode(tokens),
-                    "truncated": bool(rows.truncated[i]),
-                },
-            )
+            teacher = names[i * len(names) // size]
+            row = {
+                "step": step,
+                **({"teacher": teacher} if teacher else {}),
+                "prompt": decode(prompt),
+                "completion": decode(tokens),
+                "truncated": bool(rows.truncated[i]),
+            }
+            self.logs.write("completions", row)
 
-    def _watch(self, trajectories: Trajectories) -> None:
-        """Gives up, with the batch kept, after too many skipped updates."""
-        if not self.logs.skipped:
+    def _watch(self, step: int, trajectories: Any) -> None:
+        """Give up, with the batch kept, after too many skipped updates."""
+        skipped, most = self.logs.skipped, self.settings.train.max_skipped
+        if skipped <= most:
             return
-        self.logs.skipped = False
-        skipped = int(hosts.on_host(self.state.skipped))
-        if skipped <= self.settings.train.max_skipped:
-            return
-        path = self.workdir / f"skipped-{self.step}.npz"
+        path = self.workdir / f"skipped-{step}.npz"
         batch = hosts.on_host(vars(trajectories))
         if hosts.is_first():
             np.savez(path, **batch)
         self.logs.sync()
         raise FloatingPointError(
-            f"{skipped} updates had a non-finite loss or gradient, more than "
-            f"train.max_skipped={self.settings.train.max_skipped}; the last "
-            f"batch is in {path}; lower optimizer.learning_rate, or raise "
-            "objective.log_floor"
+            f"{skipped} updates in a row had a non-finite loss or gradient, "
+            f"more than train.max_skipped={most}; the last batch is in {path}; "
+            "resume with a lower optimizer.learning_rate or optimizer.clip"
         )
 
 
+def _say(bar: Any, text: str) -> None:
+    """Print one line above the progress bar, from the first process."""
+    if hosts.is_first():
+        bar.write(f"topd: {text}", file=sys.stderr)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
 def better(row: dict[str, Any], than: dict[str, Any]) -> bool:
-    """Whether an evaluation beats another: accuracy, else reverse KL.
+    """Return whether an evaluation beats another: accuracy, else reverse KL.
 
     Args:
       row: an evaluation.
@@ -328,61 +392,3 @@ def better(row: dict[str, Any], than: dict[str, Any]) -> bool:
     if row.get("exact_match") is not None:
         return row["exact_match"] > than["exact_match"]
     return row["reverse_kl"] < than["reverse_kl"]
-
-
-class _Clock:
-    """Seconds a phase; waits for each only in the steps that are timed."""
-
-    def __init__(self, timed: bool) -> None:
-        self.times: dict[str, float] = {}
-        self._timed = timed
-        self._last = time.perf_counter()
-
-    def __call__(self, name: str, value: Any) -> Any:
-        if self._timed:
-            jax.block_until_ready(value)
-            now = time.perf_counter()
-            self.times[f"seconds_{name}"] = now - self._last
-            self._last = now
-        return value
-
-
-def _require_solutions(settings: Settings) -> None:
-    """Refuses a set that cannot be read, before any model is made."""
-    offline = settings.offline
-    if offline.path:
-        solution_data.find_set(offline.path)
-    elif settings.objective.offline and offline.pack_length:
-        raise ValueError(
-            f"offline.pack_length={offline.pack_length} packs what topd "
-            "generate wrote; set offline.path to its directory, or "
-            "offline.pack_length=0"
-        )
-
-
-def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains a student by on-policy distillation; resumes where it stopped.
-
-    Args:
-      settings: of the run.
-      workdir: where everything is written, and found again.
-
-    Returns:
-      The final evaluation, name -> number.
-
-    Raises:
-      ValueError: for what the preflight finds, before a fresh run begins.
-    """
-    _require_solutions(settings)
-    # A run that goes on has passed it.
-    fresh = not checkpointing.has_steps(workdir / "checkpoints")
-    looked = settings.train.preflight and fresh
-    if looked:
-        preflight.check_files(settings, workdir)
-    pair = load_pair(settings, workdir, apart=True)
-    if looked:
-        preflight.check_pair(settings, pair)
-    with jax.set_mesh(pair.mesh):
-        run = Run(settings, workdir, pair)
-    pair.student = None  # the run's own copy is the only one
-    return run.train()

@@ -1,21 +1,25 @@
-"""The student of a run's checkpoint, for what reads it and trains nothing."""
+"""Restore a run's student for inference."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from topd_jax.models.io import runs
 from topd_jax.models.lora import join, split
+from topd_jax.objectives.loading import make_objective
+from topd_jax.objectives.pieces import describe
 from topd_jax.training import checkpointing
 from topd_jax.training.config import Settings
-from topd_jax.training.loop import initial_state
-from topd_jax.training.phases import make_optimizer
-from topd_jax.training.setup import Pair
+from topd_jax.training.setup import Setup, load_setup
 
 _FOLDERS = {"latest": runs.LATEST, "best": runs.BEST, "start": ""}
 
 
 def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
-    """Refuses a run without a checkpoint, before any model is made.
+    """Refuse a run without a checkpoint, before any model is made.
 
     Args:
       workdir: of the run.
@@ -31,15 +35,38 @@ def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def open_run(
+    settings: Settings, workdir: pathlib.Path, which: str
+) -> Iterator[tuple[Setup, Any, int]]:
+    """Load a run and the student of one of its checkpoints, on its mesh.
+
+    Args:
+      settings: of the run.
+      workdir: of the run.
+      which: "latest", "best" or "start".
+
+    Yields:
+      (setup, student, step of the checkpoint).
+
+    Raises:
+      ValueError: where there is no checkpoint, before models are loaded.
+    """
+    require_checkpoint(workdir, which)
+    setup = load_setup(settings, workdir)
+    with jax.set_mesh(setup.mesh):
+        yield setup, *load_student(settings, workdir, setup, which)
+
+
 def load_student(
-    settings: Settings, workdir: pathlib.Path, pair: Pair, which: str
+    settings: Settings, workdir: pathlib.Path, setup: Setup, which: str
 ) -> tuple[Any, int]:
-    """The student of a run's checkpoint.
+    """Load the student of a run's checkpoint, and not its optimizer.
 
     Args:
       settings: of the run; how it reads, writes and evaluates may differ.
       workdir: of the run.
-      pair: of the run; its student is the start.
+      setup: of the run; its student is the start.
       which: "latest", "best" or "start".
 
     Returns:
@@ -50,19 +77,24 @@ def load_student(
     """
     require_checkpoint(workdir, which)
     if which == "start":
-        return pair.student, 0
+        return setup.student, 0
     where = workdir / _FOLDERS[which]
-    saved = checkpointing.Checkpoints(where, settings.checkpoint.keep)
-    step = saved.latest()
+    checkpoints = checkpointing.Checkpoints(where, settings.checkpoint.keep)
+    step = checkpoints.latest()
+    saved = checkpoints.record(step)
+    checkpoints.close()
     checkpointing.require_same_run(
-        saved.record(step),
+        saved,
         settings,
-        pair.teacher_fingerprint,
+        # An objective given in Python is known to its run alone.
+        saved["objective"]
+        if saved["settings"]["objective"] == settings.objective
+        else describe(make_objective(settings.objective)),
+        setup.teacher_fingerprints,
         str(where),
-        frozen=pair.frozen_fingerprint,
+        frozen=setup.frozen_fingerprint,
         free=("data", "rollout", "eval", "mesh"),
     )
-    optimizer = make_optimizer(settings.optimizer, settings.train.steps)
-    state = initial_state(pair, optimizer)
-    trained = saved.restore(step, state)[0].student
-    return join(trained, split(pair.student)[1]), step
+    trained, frozen = split(setup.student)
+    trained = checkpointing.restore_student(where, step, trained)
+    return join(trained, frozen), step

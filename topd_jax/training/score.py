@@ -1,256 +1,218 @@
-"""The teacher reads what the student wrote, and looks ahead.
+"""The teachers read what the student wrote, and look ahead.
 
-One forward pass of the frozen teacher over the trajectories keeps its final
-hidden states and its cache, never logits; candidates, the teacher's branches
-on that same cache, transport and masks follow (arXiv:2606.00305, §3). The
-cache dies here.
+One forward pass of each frozen teacher over its rows keeps its final hidden
+states and its cache, never logits; candidates, the teacher's branches on that
+same cache, transport and masks follow (arXiv:2606.00305, §3). The cache is
+freed here, and no gradient flows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from topd_jax.losses import fused, near_future
-from topd_jax.losses.optimal_transport import window_distance
-from topd_jax.models.attention.masks import causal_spans
-from topd_jax.models.decoder import mask_for
-from topd_jax.objectives import baselines
+from topd_jax.data.teachers import split_rows
+from topd_jax.losses import near_future
+from topd_jax.losses.fused import fused_token_logprobs
+from topd_jax.models.passes import trajectory_cache, trajectory_states
+from topd_jax.models.protocol import LanguageModel
 from topd_jax.objectives.objective import Objective
-from topd_jax.parallel.sharding import READING, using
+from topd_jax.objectives.pieces import ask, needs
+from topd_jax.objectives.statistics import token_statistics
+from topd_jax.parallel.layouts import loss_layout
+from topd_jax.parallel.rules import reading_rules, using
 from topd_jax.sampling import branch, branch_columns
-from topd_jax.training.loss import fused_options
-from topd_jax.types import Annotations, Trajectories, completion_states
+from topd_jax.types import Layout, Scored, Teacher, Trajectories
 
 
-@using(READING)
-def annotate(
-    student: Any,
-    teacher: Any,
+def score(
+    student: LanguageModel,
+    teachers: Sequence[Teacher],
     trajectories: Trajectories,
     key: jax.Array,
     *,
     objective: Objective,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    score: jax.Array | None = None,
-    first_row: int | jax.Array = 0,
-    student_states: jax.Array | None = None,
-) -> Annotations:
-    """Lets the teacher read what the student wrote, and look ahead.
-
-    arXiv:2606.00305, §3. One teacher forward pass; its branches continue on
-    the cache of that pass.
+    branch_sharding: str = "train",
+    layout: Layout | None = None,
+) -> tuple[Scored, ...]:
+    """Let every teacher read its rows, and look ahead (arXiv:2606.00305, §3).
 
     Args:
       student: the model that wrote; its embedding is the space of the
-        transport cost, and it is run only where ``objective.score`` asks.
-      teacher: the frozen model.
-      trajectories: what the student wrote.
-      key: PRNG key of sampled branches and of the matched control.
-      objective: see :class:`Objective`.
+        transport cost. It runs only where the objective compares both models
+        before it trains (``objective.needs_student``).
+      teachers: frozen models; rows are consecutive and in their order.
+      trajectories: B rows that the student wrote.
+      key: PRNG key of sampled branches, of the matched control, and of draws
+        that a token loss names.
+      objective: says what is computed.
       eos_ids: end-of-sequence ids.
-      pad_id: id put where nothing is.
-      score: f32[B, T] what candidates are ranked by; None takes
-        ``objective.score``.
-      first_row: of a larger batch, of which these rows are a slice; what
-        :func:`decide` says is then of the slice, until it is asked again.
-      student_states: [B, T, D_student] what the student has read already; of
-        it head and embedding are needed then. None: it reads here, where
-        ``objective.needs_student_states``.
+      pad_id: id put where no token is.
+      branch_sharding: where a teacher's parameters are while it writes its
+        branches, of :data:`~topd_jax.parallel.rules.DECODING`.
+      layout: of the fused losses; None takes the mesh in use and the rules in
+        force.
 
     Returns:
-      Annotations, all of them stopped.
+      What each teacher says, all of it data.
+
+    Raises:
+      ValueError: where rows and teachers do not fit together, or a guidance
+        asks for a plan that the detector does not make.
     """
-    if student_states is None and objective.needs_student_states:
-        student_states = read(student, trajectories)
-    columns = trajectories.sequence.shape[1]
-    ahead, extra = objective.needs_branches, 0
-    if ahead:
-        extra = branch_columns(objective.candidates, objective.window)
-    hidden, cache = _read(teacher, trajectories, columns + extra, ahead)
-    loss = -fused.fused_token_logprobs(
-        hidden,
-        teacher.head,
-        trajectories.tokens,
-        vocab_size=_shared(student, teacher),
-        chunk_size=objective.chunk_size,
-    )
-    notes = Annotations(hidden, jnp.where(trajectories.mask, loss, 0.0))
-    if objective.pieces.looks_ahead:
-        if score is None:
-            score = _own_score(
-                student, student_states, teacher, notes, objective
+    layout = loss_layout() if layout is None else layout
+    parts = split_rows(trajectories, teachers)
+    keys = [key]
+    if len(teachers) > 1:
+        keys = [jax.random.fold_in(key, i) for i in range(len(teachers))]
+    with using(reading_rules()):
+        return tuple(
+            _score_rows(
+                student, teacher, rows, own_key,
+                objective=objective, layout=layout, eos_ids=eos_ids,
+                pad_id=pad_id, branch_sharding=branch_sharding,
             )
-        notes = _look_ahead(
-            student, teacher, trajectories, notes, cache, key,
-            objective=objective, eos_ids=eos_ids, pad_id=pad_id, score=score,
-            first_row=first_row,
-        )  # fmt: skip
-    if objective.pieces.weighs:
-        found = baselines.token_statistics(
-            student_states, student.head,
-            hidden, teacher.head, trajectories.tokens, objective,
-        )  # fmt: skip
-        notes = notes.replace(
-            weights=baselines.sibling_weights(
-                found, trajectories.mask, objective
+            for teacher, rows, own_key in zip(
+                teachers, parts, keys, strict=True
             )
-        )
-    return jax.lax.stop_gradient(decide(notes, key, objective))
+        )  # fmt: skip
 
 
-def decide(
-    notes: Annotations, key: jax.Array, objective: Objective
-) -> Annotations:
-    """What depends on the whole batch: the masks, and lots.
-
-    A percentile of the batch's distances is not that of a part of it: where
-    slices were annotated apart, they are joined and decided on once more.
-
-    Args:
-      notes: of a batch, with their distances where something looks ahead.
-      key: that :func:`annotate` was given.
-      objective: see :class:`Objective`.
-
-    Returns:
-      The notes with ``divergent``, ``false_alarm``, ``capped`` and ``lots``
-      as far as the objective has them.
-    """
-    if objective.pieces.replaces == "trust_region":
-        shape = notes.teacher_token_loss.shape
-        notes = notes.replace(lots=jax.random.uniform(key, shape))
-    if not objective.pieces.looks_ahead:
-        return notes
-    rule = dict(percentile=objective.percentile, threshold=objective.threshold)
-    distance, candidates = notes.distance, notes.candidates
-    divergent = near_future.divergence_mask(distance, candidates, **rule)
-    false_alarm = near_future.false_alarm_mask(distance, candidates, **rule)
-    capped = false_alarm
-    if objective.pieces.caps == "control":
-        _, control_key = jax.random.split(key)
-        capped = near_future.matched_control_mask(
-            control_key, divergent, false_alarm
-        )
-    return notes.replace(
-        divergent=divergent, false_alarm=false_alarm, capped=capped
+def _score_rows(
+    student: LanguageModel,
+    teacher: Teacher,
+    trajectories: Trajectories,
+    key: jax.Array,
+    *,
+    objective: Objective,
+    layout: Layout,
+    **branching: Any,
+) -> Scored:
+    model, mask = teacher.model, trajectories.mask
+    vocab = min(student.head.shape[0], model.head.shape[0])
+    if objective.needs_branches:
+        ahead = objective.near_future
+        extra = branch_columns(ahead.candidates, ahead.window)
+        columns = trajectories.sequence.shape[1] + extra
+        hidden, cache = trajectory_cache(model, trajectories, columns)
+    else:
+        hidden, cache = trajectory_states(model, trajectories), None
+    logp = fused_token_logprobs(
+        hidden, model.head, trajectories.tokens,
+        vocab_size=vocab, layout=layout,
+    )  # fmt: skip
+    scored = Scored(
+        model.head, hidden, jnp.where(mask, -logp, 0.0), teacher=teacher.name
     )
+    if "uniforms" in needs(objective.token_loss, after=2):
+        uniforms = jax.random.uniform(key, mask.shape)
+        scored = scored.replace(uniforms=uniforms)
+    offered = _offered(student, trajectories, scored, objective, layout)
+    if objective.near_future is not None:
+        scored = _look_ahead(
+            student, model, trajectories, scored, offered, cache, key,
+            objective=objective, vocab=vocab, **branching,
+        )  # fmt: skip
+    if objective.batch_weights:
+        weights = jnp.ones(mask.shape, jnp.float32)
+        for weight in objective.batch_weights:
+            weights *= ask(weight, offered | vars(scored))
+        scored = scored.replace(weights=weights)
+    return jax.lax.stop_gradient(scored).replace(teacher_head=model.head)
 
 
-def _shared(student: Any, teacher: Any) -> int:
-    return min(student.head.shape[0], teacher.head.shape[0])
-
-
-def read(model: Any, trajectories: Trajectories) -> jax.Array:
-    """The states that predict each completion token.
-
-    Args:
-      model: any model.
-      trajectories: B rows.
-
-    Returns:
-      [B, T, D] in completion coordinates and compute dtype.
-    """
-    return _read(model, trajectories, 0, False)[0]
-
-
-def _read(
-    model: Any, trajectories: Trajectories, columns: int, keep: bool
-) -> tuple[jax.Array, Any]:
-    """States in completion coordinates, and the cache where it is kept."""
-    tokens = trajectories.sequence
-    spans = causal_spans(trajectories.sequence_mask)
-    cache = None
-    if keep:
-        cache = model.init_cache(tokens.shape[0], columns)
-        spans = spans.widen(columns)
-    hidden, cache = model(
-        tokens, trajectories.positions, mask_for(model, spans), cache
+def _offered(
+    student: LanguageModel,
+    trajectories: Trajectories,
+    scored: Scored,
+    objective: Objective,
+    layout: Layout,
+) -> dict[str, Any]:
+    """Return what ranking and weights may name of each token."""
+    offered = {
+        "mask": trajectories.mask,
+        "tokens": trajectories.tokens,
+        "teacher_token_loss": scored.teacher_token_loss,
+    }
+    if not objective.needs_student:
+        return offered
+    pieces = objective.batch_weights
+    if objective.near_future is not None:
+        pieces += (objective.near_future.ranking,)
+    return offered | token_statistics(
+        objective.compares(pieces),
+        trajectory_states(student, trajectories),
+        student.head,
+        scored.teacher_hidden,
+        scored.teacher_head,
+        {"tokens": trajectories.tokens, "uniforms": scored.uniforms},
+        layout=layout,
+        extra=objective.statistics,
+        token_loss=objective.token_loss,
+        temperature=objective.temperature,
     )
-    return completion_states(hidden, trajectories.prompt.shape[1]), cache
 
 
 def _look_ahead(
-    student: Any,
-    teacher: Any,
+    student: LanguageModel,
+    model: LanguageModel,
     trajectories: Trajectories,
-    notes: Annotations,
+    scored: Scored,
+    offered: dict[str, Any],
     cache: Any,
     key: jax.Array,
     *,
     objective: Objective,
+    vocab: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    score: jax.Array,
-    first_row: int | jax.Array,
-) -> Annotations:
-    branch_key, _ = jax.random.split(key)
+    branch_sharding: str,
+) -> Scored:
+    """Select candidates, continue them, and say where futures part."""
+    ahead = objective.near_future
+    branch_key, select_key = jax.random.split(key)
     candidates = near_future.select_candidates(
-        score,
+        ask(ahead.ranking, offered),
         trajectories.mask,
-        count=objective.candidates,
-        fraction=objective.fraction,
+        count=ahead.candidates,
+        fraction=ahead.fraction,
     )
-    ours = near_future.student_windows(
-        trajectories, candidates, length=objective.window
+    windows = near_future.student_windows(
+        trajectories, candidates, length=ahead.window
     )
-    notes = notes.replace(candidates=candidates, student_windows=ours)
+    scored = scored.replace(candidates=candidates, student_windows=windows)
     if objective.needs_branches:
-        continued = branch(
-            teacher, cache, notes.teacher_hidden, trajectories, candidates,
-            length=objective.window, eos_ids=eos_ids, pad_id=pad_id,
-            temperature=objective.branch_temperature, key=branch_key,
-            vocab_size=_shared(student, teacher),
-            return_hidden=objective.needs_window_hidden, first_row=first_row,
-            sharding=objective.branch_sharding,
+        continued, states = branch(
+            model, cache, scored.teacher_hidden, trajectories, candidates,
+            length=ahead.window, eos_ids=eos_ids, pad_id=pad_id,
+            temperature=ahead.branch_temperature, key=branch_key,
+            vocab_size=vocab, return_hidden=objective.needs_window_hidden,
+            sharding=branch_sharding,
         )  # fmt: skip
-        theirs, states = (
-            continued if objective.needs_window_hidden else (continued, None)
+        scored = scored.replace(
+            teacher_windows=continued, teacher_window_hidden=states
         )
-        notes = notes.replace(
-            teacher_windows=theirs, teacher_window_hidden=states
+    found = ask(
+        ahead.detector,
+        offered
+        | vars(scored)
+        | {"embedding": student.embedding, "window": ahead.window},
+    )
+    rule = dict(percentile=ahead.percentile, threshold=ahead.threshold)
+    divergent = near_future.divergence_mask(found.distance, candidates, **rule)
+    scored = scored.replace(
+        distance=found.distance,
+        plan=found.plan,
+        divergent=divergent,
+        false_alarm=candidates.mask & ~divergent,
+    )
+    if found.plan is None and "plan" in objective.named:
+        raise ValueError(
+            "the objective needs a transport plan and its detector makes none; "
+            "take detector='transport', or context='teacher'"
         )
-    distance, plan = _distance(student, trajectories, notes, objective)
-    return notes.replace(distance=distance, plan=plan)
-
-
-def _distance(
-    student: Any,
-    trajectories: Trajectories,
-    notes: Annotations,
-    objective: Objective,
-) -> tuple[jax.Array, jax.Array | None]:
-    """f32[B, M] how far the futures part, and the plan where there is one."""
-    if objective.detector == "future_loss":
-        return near_future.future_loss(
-            notes.teacher_token_loss,
-            trajectories.mask,
-            notes.candidates,
-            length=objective.window,
-        ), None
-    return window_distance(
-        student.embedding,
-        notes.student_windows,
-        notes.teacher_windows,
-        epsilon=objective.epsilon,
-        position_weight=objective.position_weight,
-    )
-
-
-def _own_score(
-    student: Any,
-    states: jax.Array | None,
-    teacher: Any,
-    notes: Annotations,
-    objective: Objective,
-) -> jax.Array:
-    """f32[B, T]: what the objective ranks candidates by."""
-    if objective.score == "teacher_loss":
-        return notes.teacher_token_loss
-    return fused.fused_divergence(
-        states,
-        student.head,
-        notes.teacher_hidden,
-        teacher.head,
-        **fused_options(objective),
-    )
+    selected = ask(ahead.select, vars(scored) | {"key": select_key})
+    return scored.replace(selected=selected)

@@ -1,57 +1,49 @@
-"""Student, teacher, tokenizer and prompts of a run, together and checked."""
+"""What a run is made of: models, tokenizer, prompts, mesh, checked together."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from topd_jax.data import packing, vocabulary
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import solutions as solution_data
-from topd_jax.data.records import (
-    check_rows,
-    grader,
-    read_records,
-    teacher_shares,
-)
-from topd_jax.data.routing import places_of
-from topd_jax.data.sources import Record
+from topd_jax.data.routing import check_rows, teacher_prompts
+from topd_jax.data.sources import Record, read_records
+from topd_jax.data.teachers import shared_vocab
 from topd_jax.data.tokenizers import (
-    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    wrap_tokenizer,
 )
 from topd_jax.data.toy_world.models import world_models
 from topd_jax.data.vocabulary import check_model, require_same_vocabulary
+from topd_jax.evaluation.evaluator import Evaluator, make_evaluator
+from topd_jax.evaluation.grading import make_grader
 from topd_jax.models import Decoder, drop_layers, end_ids, fingerprint, load
+from topd_jax.models.adapters import adapt
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantization import quantizer
-from topd_jax.parallel import hosts, sharding, transfers
-from topd_jax.parallel.moves import move
-from topd_jax.parallel.teacher_mesh import make_meshes, row_ways, rows_shardings
-from topd_jax.training.adapters import adapt
-from topd_jax.training.config import ModelSettings, Settings
-from topd_jax.training.teachers import Teachers
-from topd_jax.types import Prompts
+from topd_jax.models.settings import ModelSettings
+from topd_jax.parallel import sharding
+from topd_jax.training.config import Settings
+from topd_jax.types import Teacher
 
 # Its section of the config, where there is one teacher.
 _ONLY = "teacher"
 
 
 @dataclasses.dataclass
-class Pair:
+class Setup:
     """What a run is made of.
 
     Attributes:
       student: the model that learns, placed on the mesh.
-      teacher: the frozen model, placed on the mesh; or several as
-        :class:`topd_jax.training.teachers.Teachers`.
-      tokenizer: of both.
+      teachers: the frozen models, placed on the mesh; usually one.
+      tokenizer: of all of them.
       hub_tokenizer: the object of transformers behind it; None in the tiny
         world.
       mesh: of devices.
@@ -61,16 +53,14 @@ class Pair:
       grade: (records, completions) -> which are right, or None where answers
         are not known.
       final_answer: completion -> the answer it gives, for votes; "" for none.
-      teacher_fingerprint: hash of the teacher's config and parameters; of
-        several, name -> hash.
+      teacher_fingerprints: name -> hash of a teacher's config and parameters.
       frozen_fingerprint: hash of what the student does not train; "" where
         it trains everything.
       student_source: where the student was read: a path or a hub name.
-      teacher_mesh: the teacher's own; None where it is on ``mesh``.
     """
 
     student: Any
-    teacher: Any
+    teachers: tuple[Teacher, ...]
     tokenizer: Tokenizer
     hub_tokenizer: Any
     mesh: Mesh
@@ -79,55 +69,33 @@ class Pair:
     test: prompt_data.EncodedPrompts
     grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
     final_answer: Callable[[str], str]
-    teacher_fingerprint: str | dict[str, str]
+    teacher_fingerprints: dict[str, str]
     frozen_fingerprint: str = ""
     student_source: str = ""
-    teacher_mesh: Mesh | None = None
 
-    @functools.cached_property
-    def teacher_head(self) -> Any:
-        """A copy of the teacher's head on the student's mesh, made once."""
-        head = self.teacher.head
-        return move(head, rows_shardings(head, self.mesh))
+    @property
+    def vocab_size(self) -> int:
+        """The ids that every model has a row for."""
+        return shared_vocab(self.student, self.teachers)
 
-    def spread(self, prompts: Prompts) -> Prompts:
-        """Puts a batch that every process holds whole on the mesh.
-
-        Raises:
-          ValueError: where the rows do not divide over data x fsdp.
-        """
-
-        def one(x: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(
-                x.shape,
-                self._rows(x.shape),
-                lambda index: x[index],
-                dtype=x.dtype,
-            )
-
-        return jax.tree.map(one, prompts)
-
-    def stream(self, settings: Settings) -> Any:
-        """The checkpointable iterator over prompts, or written solutions."""
-        if settings.offline.path:
-            return self._solutions(settings)
-        index, count = hosts.share_of(self.mesh)
-        return prompt_data.prompt_stream(
-            self.encoded,
-            batch_size=settings.data.batch_size,
-            seed=settings.seed,
-            shares=self.teacher.shares
-            if isinstance(self.teacher, Teachers)
-            else None,
-            parts=settings.teacher_mesh.parts,
-            process_index=index,
-            process_count=count,
-        )
-
-    def _solutions(self, settings: Settings) -> packing.SolutionStream:
+    def stream(self, settings: Settings) -> Iterator[Any]:
+        """Return the checkpointable iterator over prompts, or solutions."""
         data, offline = settings.data, settings.offline
-        unit = row_ways(self.mesh) * settings.optimizer.accumulate
-        index, count = hosts.share_of(self.mesh)
+        process = dict(
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if not offline.path:
+            several = len(self.teachers) > 1
+            return prompt_data.prompt_stream(
+                self.encoded,
+                batch_size=data.batch_size,
+                seed=settings.seed,
+                teacher_prompts={t.name: t.prompts for t in self.teachers}
+                if several
+                else None,
+                **process,
+            )
         return packing.SolutionStream(
             solution_data.read_solutions(
                 offline.path,
@@ -138,95 +106,47 @@ class Pair:
             pad_id=self.tokenizer.pad_id,
             batch_size=data.batch_size * data.samples,
             length=offline.pack_length,
-            unit=unit,
+            unit=sharding.row_ways(self.mesh) * settings.optimizer.accumulate,
             seed=settings.seed,
-            process_index=index,
-            process_count=count,
+            **process,
         )
 
-    def by_teacher(
-        self, encoded: prompt_data.EncodedPrompts, count: int
-    ) -> Iterator[tuple[str, Any, prompt_data.EncodedPrompts, list[int]]]:
-        """Which prompts each teacher reads, outside of training.
-
-        Args:
-          encoded: any prompts; those without a teacher, where there are
-            several, come as they are, with None.
-          count: only so many of them, from the first on.
-
-        Yields:
-          (name, "" for the only one; teacher; its prompts; places of its
-          first ones, those below ``count``, in ``encoded``).
-        """
-        if not isinstance(self.teacher, Teachers):
-            places = list(range(min(count, len(encoded.records))))
-            yield "", self.teacher, encoded, places
-            return
-        for name, places in places_of(encoded.records[:count]).items():
-            teacher = self.teacher.models.get(name)
-            yield name, teacher, encoded.take(places), places
-
-    def place(self, prompts: Any) -> Any:
-        """Puts this process's rows of a batch on the mesh.
-
-        A process without devices of it only tells their number.
-
-        Raises:
-          ValueError: where the rows do not divide over data x fsdp.
-        """
-        feeds = jax.process_index() in transfers.owners(self.mesh)
-        _, count = hosts.share_of(self.mesh)
-
-        def one(x: np.ndarray) -> jax.Array:
-            shape = (x.shape[0] * count, *x.shape[1:])
-            if not feeds:
-                return transfers.nothing_of(
-                    jax.ShapeDtypeStruct(
-                        shape, x.dtype, sharding=self._rows(shape)
-                    )
-                )
-            return jax.make_array_from_process_local_data(
-                self._rows(shape), x, shape
-            )
-
-        return jax.tree.map(one, prompts)
-
-    def _rows(self, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
-        return sharding.named(
+    def evaluator(self, settings: Settings) -> Evaluator:
+        """Make the evaluator of the run's held-out problems."""
+        return make_evaluator(
+            settings.eval,
+            settings.rollout,
+            self.teachers,
+            self.tokenizer,
             self.mesh,
-            shape,
-            ("batch",) + (None,) * (len(shape) - 1),
-            name="batch_size",
+            self.validation,
+            self.test,
+            self.grade,
+            vocab_size=self.vocab_size,
+            seed=settings.seed,
+            top_k=settings.log.top_k,
         )
 
 
-def load_pair(
-    settings: Settings, workdir: pathlib.Path, *, apart: bool = False
-) -> Pair:
-    """Loads (or, in the tiny world, trains) what a run needs.
+def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
+    """Load (or, in the tiny world, train) what a run needs.
 
     Args:
       settings: of the run.
       workdir: where the tiny world's models are kept.
-      apart: put the teacher on ``settings.teacher_mesh``, where there is one;
-        otherwise it is on the student's mesh.
 
     Returns:
-      The pair.
+      The setup.
 
     Raises:
       ValueError: for whatever does not fit together, by name and number.
     """
-    mesh, theirs = make_meshes(settings.mesh, settings.teacher_mesh)
-    theirs = theirs if apart else None
+    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     # What is cheap to refuse comes before models are trained or read.
-    for section in ("data", "eval"):
-        check_rows(settings, mesh, section, theirs)
-    parts = read_records(settings)
-    shares = teacher_shares(settings, parts, mesh)
-    models, tokenizer, owned, student_source = _models(
-        settings, workdir, mesh, theirs or mesh
-    )
+    check_batches(settings, mesh)
+    parts = read_prompts(settings)
+    prompts_of = prompts_by_teacher(settings, parts, mesh)
+    models, tokenizer, behind, student_source = _models(settings, workdir, mesh)
     encoded, validation, test = (
         prompt_data.encode_prompts(
             part,
@@ -236,29 +156,142 @@ def load_pair(
         )
         for part in parts
     )
-    teacher, mark = _teacher(models, shares)
-    return Pair(
+    teachers = (Teacher(models[_ONLY]),) if not prompts_of else ()
+    teachers += tuple(
+        Teacher(models[f"teachers.{name}"], name, prompts)
+        for name, prompts in prompts_of.items()
+    )
+    grader = make_grader(settings.data)
+    return Setup(
         models["student"],
-        teacher,
+        teachers,
         tokenizer,
-        owned,
+        behind,
         mesh,
         encoded,
         validation,
         test,
-        *grader(settings),
-        mark,
+        grader.grade,
+        grader.final_answer,
+        {t.name: fingerprint(t.model) for t in teachers},
         frozen_fingerprint(models["student"]),
         student_source,
-        theirs,
     )
 
 
+def check_batches(settings: Settings, mesh: Mesh) -> None:
+    """Refuse batch sizes that do not divide over the mesh.
+
+    Args:
+      settings: of the run.
+      mesh: of devices.
+
+    Raises:
+      ValueError: naming a size that does.
+    """
+    check_rows(settings.data.batch_size, mesh, "data.batch_size")
+    check_rows(settings.eval.batch_size, mesh, "eval.batch_size")
+
+
+def read_prompts(
+    settings: Settings,
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """Read the training, validation and test prompts of a run.
+
+    Args:
+      settings: of the run.
+
+    Raises:
+      ValueError: for what cannot be read, or too few records.
+    """
+    return read_records(
+        settings.data,
+        settings.world,
+        problems=settings.eval.problems,
+        final_problems=settings.eval.final_problems,
+        split=settings.eval.split,
+        teachers=tuple(settings.teachers),
+    )
+
+
+def prompts_by_teacher(
+    settings: Settings, parts: Sequence[list[Record]], mesh: Mesh
+) -> dict[str, int]:
+    """Return how many prompts of a batch belong to each of several teachers.
+
+    Args:
+      settings: of the run.
+      parts: of :func:`read_prompts`.
+      mesh: of devices.
+
+    Returns:
+      name -> prompts; {} where there is one teacher.
+
+    Raises:
+      ValueError: for a teacher without a prompt, or rows that do not divide
+        over mesh and slices.
+    """
+    return teacher_prompts(
+        settings.data,
+        tuple(settings.teachers),
+        parts[0],
+        parts[-1],
+        mesh=mesh,
+        accumulate=settings.optimizer.accumulate,
+    )
+
+
+def with_models(
+    setup: Setup, *, student: Any = None, teacher: Any = None
+) -> Setup:
+    """Replace models by any :class:`~topd_jax.models.LanguageModel`.
+
+    A run's settings still name the models that were replaced, so the command
+    line cannot read such a run: resume it with the same setup.
+
+    Args:
+      setup: whose tokenizer, prompts and mesh are kept.
+      student: the model that learns, or None to keep it.
+      teacher: the frozen model, or None to keep it.
+
+    Returns:
+      The setup, with the models placed on its mesh as their ``logical_axes``
+      say.
+
+    Raises:
+      ValueError: for a model whose head has too few rows for the tokenizer,
+        or that does not divide over the mesh, or for one teacher in the
+        place of several.
+    """
+    if teacher is not None and len(setup.teachers) > 1:
+        raise ValueError(
+            f"teacher takes the place of {len(setup.teachers)} teachers, "
+            "whose rows the batches are made of; load the setup without "
+            "config.teachers"
+        )
+    placed = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            check_model(setup.tokenizer, model.head.shape[0])
+            where = sharding.tree_shardings(
+                model, setup.mesh, model.logical_axes
+            )
+            placed[name] = jax.device_put(model, where)
+    changed: dict[str, Any] = {}
+    if student is not None:
+        changed["student"] = placed["student"]
+        changed["frozen_fingerprint"] = frozen_fingerprint(student)
+    if teacher is not None:
+        changed["teachers"] = (Teacher(placed["teacher"]),)
+        mark = fingerprint(placed["teacher"])
+        changed["teacher_fingerprints"] = {"": mark}
+    return dataclasses.replace(setup, **changed)
+
+
 def _models(
-    settings: Settings, workdir: pathlib.Path, mesh: Mesh, theirs: Mesh
+    settings: Settings, workdir: pathlib.Path, mesh: Mesh
 ) -> tuple[dict[str, Any], Tokenizer, Any, str]:
-    """Models by section, their tokenizer, what is behind it, the student's
-    source."""
+    """Load models by section, their tokenizer, and the student's source."""
     paths, tokenizer = {}, None
     names = model_settings(settings)
     if any(m.source == "world" for m in names.values()):
@@ -267,26 +300,31 @@ def _models(
             settings.world, pathlib.Path(where)
         )
         paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
-    models, found, owned = {}, {}, {}
+    models, tokenizers, behind = {}, {}, {}
     options = tokenizer_options(settings)
     for name, model in names.items():
         source = paths[name] if model.source == "world" else model.source
-        train = name == "student"
-        where = mesh if train else theirs
-        models[name], own = _load(model, source, where, train)
-        found[name], owned[name] = tokenizer, own
-        if isinstance(own, SentencePieceTokenizer):
-            found[name], owned[name] = own, None
-        elif own is not None:
-            found[name] = HuggingFaceTokenizer(own, **options)
-    tokenizer = _common_tokenizer(found, models)
-    behind = next((owned[n] for n in names if found[n] is tokenizer), None)
+        models[name], own = _load(model, source, mesh, name == "student")
+        tokenizers[name], behind[name] = tokenizer, own
+        if own is not None:
+            tokenizers[name] = wrap_tokenizer(own, **options)
+        if isinstance(tokenizers[name], SentencePieceTokenizer):
+            behind[name] = None
+    tokenizer = _common_tokenizer(tokenizers, models)
+    if max(settings.data.end_ids, default=0) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"data.end_ids={settings.data.end_ids} must be below "
+            f"{tokenizer.vocab_size}, the ids of the tokenizer"
+        )
+    hub_tokenizer = next(
+        (behind[n] for n in names if tokenizers[n] is tokenizer), None
+    )
     source = str(paths.get("student", settings.student.source))
-    return models, tokenizer, behind, source
+    return models, tokenizer, hub_tokenizer, source
 
 
 def model_settings(settings: Settings) -> dict[str, ModelSettings]:
-    """Section of the config -> its model: the student, then every teacher."""
+    """Return section of the config -> its model, the student first."""
     teachers = {_ONLY: settings.teacher}
     if settings.teachers:
         teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
@@ -294,7 +332,7 @@ def model_settings(settings: Settings) -> dict[str, ModelSettings]:
 
 
 def tokenizer_options(settings: Settings) -> dict[str, Any]:
-    """Keyword arguments of a run's :class:`HuggingFaceTokenizer`.
+    """Return the keyword arguments of a run's :class:`HuggingFaceTokenizer`.
 
     A completion ends where any model's files would end it: the student learns
     the teacher's ends.
@@ -332,29 +370,18 @@ def _load(
     return model, tokenizer
 
 
-def _teacher(
-    models: dict[str, Any], shares: dict[str, int]
-) -> tuple[Any, str | dict[str, str]]:
-    """The teacher, or several as one, and what tells it from others."""
-    if not shares:
-        return models[_ONLY], fingerprint(models[_ONLY])
-    several = {name: models[f"teachers.{name}"] for name in shares}
-    marks = {name: fingerprint(model) for name, model in several.items()}
-    return Teachers(several, tuple(shares.values())), marks
-
-
 def _common_tokenizer(
     tokenizers: dict[str, Tokenizer | None], models: dict[str, Any]
 ) -> Tokenizer:
-    found = {n: t for n, t in tokenizers.items() if t is not None}
-    if not found:
+    known = {n: t for n, t in tokenizers.items() if t is not None}
+    if not known:
         places = [f"{name}.source" for name in tokenizers]
         raise ValueError(
             f"neither {' nor '.join(places)} has a tokenizer; put its files "
             "beside the model"
         )
     # The student's, where it has one: it is the first.
-    (first, tokenizer), *others = found.items()
+    (first, tokenizer), *others = known.items()
     for name, other in others:
         if other is not tokenizer:
             require_same_vocabulary(tokenizer, other, names=(first, name))

@@ -1,254 +1,152 @@
-"""The two stages of the preflight: files and settings, then the models."""
+"""All checks of the preflight, in two stages: files, then models."""
 
-import dataclasses
+import json as json_format
 import pathlib
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import jax
-from jax.sharding import Mesh
+from absl import logging
 
-from topd_jax.cli.doctor import fit, meshes, scored, tokens, verdicts
-from topd_jax.cli.doctor.findings import Finding, count, refusal
+from topd_jax.cli.doctor import batch, fit, tokens
+from topd_jax.cli.doctor.files import Context, gather, uses_world
+from topd_jax.cli.doctor.findings import (
+    Finding,
+    errors,
+    refusal,
+    report,
+    require,
+)
 from topd_jax.cli.doctor.kernels import kernels
-from topd_jax.data.records import check_rows, read_records, teacher_shares
-from topd_jax.data.sources import Record
-from topd_jax.data.tokenizers import (
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
-from topd_jax.data.toy_world import models as toy_models
-from topd_jax.models import DecoderConfig, Description, describe
-from topd_jax.parallel.apart import together
-from topd_jax.parallel.teacher_mesh import make_meshes
-from topd_jax.training.config import ModelSettings, Settings
-from topd_jax.training.setup import (
-    Pair,
-    load_pair,
-    model_settings,
-    tokenizer_options,
+from topd_jax.parallel import hosts
+from topd_jax.training.config import Settings
+from topd_jax.training.setup import Setup, load_setup
+
+# What files say, in the order of the report.
+FILE_CHECKS: tuple[Callable[[Context], Iterable[Finding]], ...] = (
+    tokens.vocabularies,
+    tokens.templates,
+    tokens.beginning,
+    tokens.prompt_lengths,
+    tokens.ends,
+    fit.dtypes,
+    fit.meshes,
+    fit.memory,
 )
 
 
-@dataclasses.dataclass
-class _Side:
-    """A model of the run, as far as its files tell."""
-
-    config: DecoderConfig
-    tokenizer: Tokenizer | None
-    described: Description | None = None
-
-
-def examine_files(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
-    """Everything that can be seen without reading a weight.
+def examine_files(
+    settings: Settings, workdir: pathlib.Path | None
+) -> list[Finding]:
+    """Check everything that can be seen without reading a weight.
 
     Args:
       settings: of the run.
-      workdir: where the tiny world's models are kept; they are made where a
-        run would make them.
+      workdir: where the tiny world's models are trained; None trains none.
 
     Returns:
       The findings; errors are collected, not raised.
     """
-    found: list[Finding] = []
-
-    def tried(name: str, call: Any, *args: Any) -> Any:
-        try:
-            return call(*args)
-        except (ValueError, OSError) as raised:
-            found.append(refusal(name, raised))
-            return None
-
-    mesh, theirs = tried(
-        "mesh", make_meshes, settings.mesh, settings.teacher_mesh
-    ) or (None, None)
-    if mesh is not None:
-        for section in ("data", "eval"):
-            tried("mesh", check_rows, settings, mesh, section, theirs)
-    parts = tried("data", read_records, settings)
-    if mesh is not None and parts and settings.teachers:
-        tried("teachers", teacher_shares, settings, parts, mesh)
-    models = model_settings(settings)
-    world = any(m.source == "world" for m in models.values())
-    if world and count(found, "error"):
-        return found  # making it takes minutes
-    made = _world(settings, workdir) if world else None
-    files = {}
-    for name, model in models.items():
-        if model.source not in ("world", *files):
-            files[model.source] = tried(
-                name, _described, settings, model.source
-            )
-    if None in files.values():
-        return found
-    sides = {
-        name: _side(settings, name, model, files.get(model.source), made)
-        for name, model in models.items()
-    }
-    records = parts[0] if parts else []
-    return [*found, *_compare(settings, sides, records, mesh, theirs)]
+    findings, context = gather(settings, workdir)
+    if context is not None:
+        for check in FILE_CHECKS:
+            findings += check(context)
+    return findings
 
 
-def _world(settings: Settings, workdir: pathlib.Path) -> Tokenizer:
-    where = settings.world.cache or str(workdir / "world")
-    return toy_models.world_models(settings.world, pathlib.Path(where))[2]
-
-
-def _described(
-    settings: Settings, source: str
-) -> tuple[Description, Tokenizer | None]:
-    found = describe(source)
-    if found.tokenizer is None:
-        return found, None
-    if isinstance(found.tokenizer, SentencePieceTokenizer):
-        return dataclasses.replace(found, tokenizer=None), found.tokenizer
-    options = tokenizer_options(settings)
-    return found, HuggingFaceTokenizer(found.tokenizer, **options)
-
-
-def _side(
-    settings: Settings,
-    name: str,
-    model: ModelSettings,
-    files: tuple[Description, Tokenizer | None] | None,
-    made: Tokenizer | None,
-) -> _Side:
-    names = ("dtype", "param_dtype", "remat", "unroll", "attention")
-    kinds = {key: getattr(model, key) for key in names}
-    described, tokenizer = files or (None, made)
-    if described is None:
-        make = toy_models.teacher_config
-        if name == "student":
-            make = toy_models.student_config
-        config = make(settings.world)
-    else:
-        config = described.config
-    config = dataclasses.replace(config, **kinds)
-    if model.keep_layers:
-        config = config.keep_layers(model.keep_layers)
-    return _Side(config, tokenizer, described)
-
-
-def _compare(
-    settings: Settings,
-    sides: dict[str, _Side],
-    records: list[Record],
-    mesh: Mesh | None,
-    theirs: Mesh | None,
-) -> list[Finding]:
-    configs = {name: side.config for name, side in sides.items()}
-    found = _tokens(settings, sides, records)
-    found += fit.dtypes(settings, configs)
-    if mesh is not None:
-        misfits = meshes.mesh_fit(configs, mesh, theirs)
-        found += misfits
-        found += meshes.decoding(settings, configs["student"], mesh)
-        if not count(misfits, "error"):
-            found += fit.memory(settings, configs, mesh, theirs)
-    return found
-
-
-def _tokens(
-    settings: Settings, sides: dict[str, _Side], records: list[Record]
-) -> list[Finding]:
-    owners = [side for side in sides.values() if side.tokenizer is not None]
-    if not owners:
-        return [
-            refusal(
-                "tokenizers",
-                ValueError("no model has one; put its files beside the model"),
-            )
-        ]
-    configs = {name: side.config for name, side in sides.items()}
-    tokenizer = owners[0].tokenizer
-    found, made = [], []
-    for side in owners[1:] or owners:
-        other = side.tokenizer
-        same = tokens.vocabularies(tokenizer, other)
-        found += same
-        if records and other is not tokenizer and not count(same, "error"):
-            found += tokens.encodings(tokenizer, other, records)
-        if records:
-            made += tokens.templates(tokenizer, other, records)
-    apart = bool(count(found, "error"))
-    found = list(dict.fromkeys([*found, *made]))
-    if records and not count(made, "error"):
-        found += tokens.thinking(tokenizer, settings.data.thinking)
-        found += tokens.beginning(tokenizer, records[0]["prompt"])
-        found += tokens.prompt_lengths(tokenizer, records, settings)
-    found += tokens.rows(configs, tokenizer)
-    if apart:
-        return found
-    least = min(c.vocab_size for c in configs.values())
-    found += tokens.ends(tokenizer, _other_ends(sides, tokenizer), least)
-    owner = next(
-        (s.described for s in sides.values() if s.tokenizer is tokenizer), None
-    )
-    if owner is not None and owner.tokenizer is not None:
-        found += tokens.pad(tokenizer, owner.tokenizer.pad_token_id)
-    return found
-
-
-def _other_ends(
-    sides: dict[str, _Side], tokenizer: Tokenizer
-) -> dict[str, tuple[int, ...]]:
-    others = {"the chat template": tokens.turn_end(tokenizer)}
-    for name, side in sides.items():
-        if side.described is None:
-            continue
-        others[f"the {name}'s config.json"] = side.described.config_end_ids
-        if side.described.tokenizer is not None:
-            own = side.described.tokenizer.eos_token_id
-            others[f"the {name}'s tokenizer"] = () if own is None else (own,)
-    return others
-
-
-def examine_pair(settings: Settings, pair: Pair) -> list[Finding]:
-    """What the models do with one small batch.
-
-    Every process of a run must call this: its programs run on the whole mesh.
+def examine_setup(settings: Settings, setup: Setup) -> list[Finding]:
+    """Check what the models do with one small batch for each teacher.
 
     Args:
       settings: of the run.
-      pair: of the run, before anything is trained.
+      setup: of the run, before anything is trained; every process must call
+        this, for its programs run on the whole mesh.
 
     Returns:
       The findings.
     """
-    pair = together(pair)
-    several = list(pair.by_teacher(pair.encoded, len(pair.encoded.records)))
-    models = {f"teacher {name}".strip(): model for name, model, *_ in several}
-    found = scored.weights({"student": pair.student} | models)
-    found += kernels({"student": pair.student} | models)
-    if count(found, "error"):
-        return found
-    for name, teacher, prompts, _ in several:
-        one = dataclasses.replace(pair, teacher=teacher, encoded=prompts)
-        with jax.set_mesh(pair.mesh):
-            scores = scored.score(settings, one)
-        where = f" ({name})" if name else ""
-        found += [
-            dataclasses.replace(f, name=f.name + where)
-            for f in verdicts.judge(scores, settings, one)
-        ]
-    return found
+    models = {"student": setup.student} | {
+        f"teacher {t.name}".strip(): t.model for t in setup.teachers
+    }
+    findings = [*kernels(models)]
+    if errors(findings):
+        return findings
+    for teacher in setup.teachers:
+        with jax.set_mesh(setup.mesh):
+            scores = batch.score(settings, setup, teacher)
+        where = f" ({teacher.name})" if teacher.name else ""
+        findings += batch.judged(scores, where)
+    return findings
 
 
-def examine(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
-    """Both stages; the second only where the first found no error.
+def examine(settings: Settings, workdir: pathlib.Path | None) -> list[Finding]:
+    """Run both stages; the second only where the first has no error.
+
+    Args:
+      settings: of the run.
+      workdir: of the run; None trains no models of the tiny world, and then
+        checks none.
+
+    Returns:
+      The findings, in the order of the report.
+    """
+    findings = examine_files(settings, workdir)
+    if errors(findings):
+        return findings
+    if workdir is None and uses_world(settings) and not settings.world.cache:
+        text = (
+            "the tiny world's models are trained when the run begins, or here "
+            "with --workdir: tokens and losses are not checked yet"
+        )
+        return [*findings, Finding("ok", "models", text)]
+    try:
+        setup = load_setup(settings, workdir or pathlib.Path())
+    except (ValueError, OSError) as raised:
+        return [*findings, refusal("loading", raised)]
+    return [*findings, *examine_setup(settings, setup)]
+
+
+def doctor(
+    settings: Settings, workdir: pathlib.Path | None, json: bool
+) -> None:
+    """Check a run and print the report (``topd doctor``).
+
+    Args:
+      settings: of the run.
+      workdir: see :func:`examine`.
+      json: print JSON.
+
+    Raises:
+      SystemExit: with 2 where there is an error, else with 0.
+    """
+    findings = examine(settings, workdir)
+    rows = [vars(finding) for finding in findings]
+    print(json_format.dumps(rows, indent=1) if json else report(findings))
+    raise SystemExit(2 if errors(findings) else 0)
+
+
+def preflight(settings: Settings, workdir: pathlib.Path) -> Setup:
+    """Check a run before it begins; every process must call this.
 
     Args:
       settings: of the run.
       workdir: of the run.
 
     Returns:
-      The findings, in the order of the report.
+      The setup of the run, loaded.
+
+    Raises:
+      ValueError: naming every error with its way out.
     """
-    found = examine_files(settings, workdir)
-    if count(found, "error"):
-        return found
-    try:
-        pair = load_pair(settings, workdir, apart=True)
-    except (ValueError, OSError) as raised:
-        return [*found, refusal("loading", raised)]
-    return [*found, *examine_pair(settings, pair)]
+    _require(examine_files(settings, workdir))
+    setup = load_setup(settings, workdir)
+    _require(examine_setup(settings, setup))
+    return setup
+
+
+def _require(findings: list[Finding]) -> None:
+    for f in findings:
+        if f.level == "warning" and hosts.is_first():
+            logging.warning(
+                "preflight: %s: %s -> %s", f.name, f.text, f.way_out
+            )
+    require(findings)

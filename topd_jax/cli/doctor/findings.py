@@ -1,15 +1,10 @@
-"""What a check finds: a level, a sentence, and the way out (ours)."""
+"""What a check finds: a level, a sentence, and the way out."""
 
 import dataclasses
-import json
-import os
-import sys
 import textwrap
 from collections.abc import Sequence
 
 LEVELS = ("ok", "warning", "error")
-
-_COLOURS = {"ok": "32", "warning": "33", "error": "31"}
 _WIDTH = 100
 
 
@@ -20,7 +15,7 @@ class Finding:
     Attributes:
       level: "ok", "warning" (the run can be made, and may disappoint) or
         "error" (it must not be made).
-      name: of what was looked at, a word or two.
+      name: of what was checked, a word or two.
       text: what was found, with its numbers.
       way_out: what to do about it; "" where nothing need be done.
     """
@@ -31,102 +26,60 @@ class Finding:
     way_out: str = ""
 
 
-def ok(name: str, text: str) -> Finding:
-    """Nothing to do."""
-    return Finding("ok", name, text)
-
-
-def warning(name: str, text: str, way_out: str) -> Finding:
-    """The run can be made, and may disappoint."""
-    return Finding("warning", name, text, way_out)
-
-
-def error(name: str, text: str, way_out: str) -> Finding:
-    """The run must not be made."""
-    return Finding("error", name, text, way_out)
+def judge(
+    name: str, fine: bool, text: str, way_out: str, level: str = "warning"
+) -> Finding:
+    """Return "ok" without a way out, or another level with it."""
+    return Finding("ok", name, text) if fine else Finding(
+        level, name, text, way_out
+    )  # fmt: skip
 
 
 def refusal(name: str, raised: Exception) -> Finding:
-    """An error that was raised; its last clause is the way out."""
+    """Return an error that was raised; its last clause is the way out."""
     line = " ".join(str(raised).split())
     text, _, way_out = line.rpartition("; ")
-    return error(name, text or line, way_out if text else "")
+    return Finding("error", name, text or line, way_out if text else "")
 
 
-def count(findings: Sequence[Finding], level: str) -> int:
-    """How many findings have a level."""
-    return sum(f.level == level for f in findings)
+def errors(findings: Sequence[Finding]) -> list[Finding]:
+    """Return those with which a run must not begin."""
+    return [f for f in findings if f.level == "error"]
 
 
-def summary(findings: Sequence[Finding]) -> str:
-    """How many findings of each level: "7 ok, 1 warning, 0 errors"."""
-    numbers = [count(findings, level) for level in LEVELS]
-    warnings = "warning" if numbers[1] == 1 else "warnings"
-    errors = "error" if numbers[2] == 1 else "errors"
-    return f"{numbers[0]} ok, {numbers[1]} {warnings}, {numbers[2]} {errors}"
-
-
-def lines(findings: Sequence[Finding], *, colour: bool = False) -> str:
-    """The report as a terminal shows it.
-
-    Args:
-      findings: in the order of the report.
-      colour: whether level words are coloured.
-
-    Returns:
-      A line a finding, in columns, its way out indented below.
-    """
+def report(findings: Sequence[Finding]) -> str:
+    """Lay findings out for a terminal: a line each, its way out below."""
     names = max((len(f.name) for f in findings), default=0)
     indent = " " * (len("warning") + names + 4)
-    out = []
+    lines = []
     for f in findings:
-        level = f.level.ljust(len("warning"))
-        if colour:
-            level = f"\033[{_COLOURS[f.level]}m{level}\033[0m"
-        wrap = dict(width=_WIDTH, subsequent_indent=indent)
-        text = textwrap.wrap(f.text, initial_indent=indent, **wrap)
-        first = text[0].removeprefix(indent) if text else ""
-        out += [f"{level}  {f.name.ljust(names)}  {first}", *text[1:]]
+        head = f"{f.level:7}  {f.name.ljust(names)}  "
+        lines.append(textwrap.fill(f.text, _WIDTH, initial_indent=head,
+                                   subsequent_indent=indent))  # fmt: skip
         if f.way_out:
-            arrow = f"{indent}-> "
-            wrap["subsequent_indent"] = " " * len(arrow)
-            out += textwrap.wrap(f.way_out, initial_indent=arrow, **wrap)
-    return "\n".join(out)
-
-
-def show(findings: Sequence[Finding], *, as_json: bool) -> int:
-    """Prints the report on stdout, in colour on a terminal.
-
-    Args:
-      findings: in the order of the report.
-      as_json: as data, not as lines.
-
-    Returns:
-      The exit code: 2 where there is an error.
-    """
-    if as_json:
-        print(json.dumps([vars(f) for f in findings], indent=1))
-    else:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(lines(findings, colour=colour))
-        print(summary(findings))
-    return 2 if count(findings, "error") else 0
+            text = textwrap.fill(f"-> {f.way_out}", _WIDTH - len(indent) - 3)
+            lines.append(textwrap.indent(text.replace("\n", "\n   "), indent))
+    number = [sum(f.level == level for f in findings) for level in LEVELS]
+    some = [f"{n} {x}{'s' * (n != 1)}" for n, x in zip(number[1:], LEVELS[1:],
+                                                      strict=True)]  # fmt: skip
+    return "\n".join([*lines, ", ".join([f"{number[0]} ok", *some])])
 
 
 def require(findings: Sequence[Finding]) -> None:
-    """Refuses to begin a run where there are errors.
+    """Refuse to begin a run where there are errors.
 
     Raises:
       ValueError: with all of them, and their ways out.
     """
-    found = [f for f in findings if f.level == "error"]
-    if not found:
+    wrong = errors(findings)
+    if not wrong:
         return
     named = "; ".join(
         f"{f.name}: {f.text}" + (f" -> {f.way_out}" if f.way_out else "")
-        for f in found
+        for f in wrong
     )
     raise ValueError(
-        f"preflight: {summary(found).split(', ')[-1]}: {named}; topd doctor "
-        "shows every check, --config.train.preflight=False passes over them"
+        f"preflight: {len(wrong)} error{'s' * (len(wrong) != 1)}: {named}; "
+        "topd doctor shows every check, --config.train.preflight=False skips "
+        "them"
     )

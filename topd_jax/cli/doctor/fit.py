@@ -1,20 +1,40 @@
-"""Checks of dtypes and memory, from shapes alone (ours)."""
+"""Checks of dtypes, meshes and memory, from shapes alone.
 
-import dataclasses
+Memory of a device, a rule of thumb within about a factor of two of the
+compiler (``topd plan`` compiles). With W_s, W_t bytes of parameters, and P + T
+columns, more where branches are read, of the rows that a device has:
+
+* kept: 4 W_s (the student, its start, two moments of Adam) + W_t; with
+  adapters W_s + 4 W_a, and W_a stands for W_s in the update;
+* rollout: the student's cache, twice (old and grown);
+* score: the teacher's cache, one of its layers, four chunks of logits;
+* update: 4 W_s (gradient, and new student and moments beside the old), every
+  layer for the backward pass (with remat "full" its input, and one layer) of
+  one slice of optimizer.accumulate, the same chunks.
+
+A layer keeps, a column, 8 width + 3 mlp_width + 3 (heads + kv_heads)
+head_dim numbers, and its attention's scores twice: float32, and the weights.
+"""
+
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 from jax.sharding import Mesh
 
-from topd_jax.cli.doctor.findings import Finding, ok, warning
+from topd_jax.cli.doctor.files import Context
+from topd_jax.cli.doctor.findings import Finding, judge
 from topd_jax.losses.chunks import chunk_tokens
 from topd_jax.models import DecoderConfig, Lora, parameter_table
 from topd_jax.models.quantization import bytes_a_number
+from topd_jax.models.settings import ModelSettings
+from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import sharding
+from topd_jax.parallel.layouts import loss_layout
+from topd_jax.parallel.rules import RULES, mesh_axes, reading_rules
 from topd_jax.sampling import branch_columns
-from topd_jax.training.config import ModelSettings, Settings
+from topd_jax.training.config import Settings
 from topd_jax.training.setup import model_settings
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -22,290 +42,157 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 _BFLOAT16_STEP = 2.0**-8
 # Chunks of logits that live at a time (topd_jax.losses.chunks).
 _LOGIT_BLOCKS = 4
-_LARGE = 10**9
-_GB = 1e9
 
 
-def dtypes(
-    settings: Settings, configs: Mapping[str, DecoderConfig]
-) -> list[Finding]:
-    """Whether updates survive rounding, and what the teacher's dtype costs."""
-    student, name = configs["student"], "dtype"
-    rate = settings.optimizer.learning_rate
-    # An update of Adam is about the learning rate; weights are initialised
+def dtypes(context: Context) -> Iterator[Finding]:
+    """Check that updates survive rounding."""
+    student = context.configs["student"]
+    rate = context.settings.optimizer.learning_rate
+    # An update of Adam is about the learning rate; weights are initialized
     # with standard deviation width ** -0.5, and half a step rounds to none.
-    least = 0.5 * _BFLOAT16_STEP * student.width**-0.5
-    found = []
-    if student.param_dtype == "bfloat16" and rate < least:
-        found.append(
-            warning(
-                name,
-                f"the student's weights are kept in bfloat16, in which updates "
-                f"of optimizer.learning_rate={rate:g} are lost in rounding "
-                f"(weights of {student.width**-0.5:.1g} move by {least:.0e} or "
-                "not at all)",
-                "--config.student.param_dtype=float32",
-            )
-        )
+    weight = student.width**-0.5
+    least = 0.5 * _BFLOAT16_STEP * weight
+    lost = student.param_dtype == "bfloat16" and rate < least
     text = "; ".join(
         f"{who} {c.param_dtype}, computed in {c.dtype}"
-        for who, c in configs.items()
+        for who, c in context.configs.items()
     )
-    for who, teacher in configs.items():
-        size = _parameter_count(teacher)
-        wide = teacher.param_dtype == "float32" and who != "student"
-        if wide and size > _LARGE:
-            text += (
-                f"; the {who}'s {4 * size / _GB:.0f} GB would be half in "
-                f"bfloat16 ({who}.param_dtype)"
-            )
-    return found or [ok(name, text)]
+    if lost:
+        text = (
+            "the student's weights are kept in bfloat16, in which updates of "
+            f"optimizer.learning_rate={rate:g} are lost in rounding (weights "
+            f"of {weight:.1g} move by {least:.0e} or not at all)"
+        )
+    yield judge("dtype", not lost, text, "--config.student.param_dtype=float32")
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes a device, estimated.
+def meshes(context: Context) -> Iterator[Finding]:
+    """Check that every parameter divides among its devices."""
+    if context.mesh is None:
+        return
+    problems = [
+        f"{who}: {problem}"
+        for who, config in context.configs.items()
+        for problem in _indivisible(config, context.mesh)
+    ]
+    sizes = context.mesh.shape.items()
+    axes = " x ".join(f"{n}={s}" for n, s in sizes if s > 1) or "1 device"
+    more = f"; and {len(problems) - 4} more" * (len(problems) > 4)
+    yield judge(
+        "mesh",
+        not problems,
+        f"{'; '.join(problems[:4])}{more}" if problems else axes,
+        "choose mesh axes that divide these sizes",
+        "error",
+    )
 
-    Attributes:
-      kept: models and optimizer, all the time.
-      rollout: what the rollout adds.
-      annotate: what the annotation adds.
-      update: what the update adds.
-    """
 
-    kept: float
-    rollout: float
-    annotate: float
-    update: float
+def _indivisible(config: DecoderConfig, mesh: Mesh) -> list[str]:
+    problems = []
+    for name, row in parameter_table(config).items():
+        try:
+            sharding.named(mesh, row.shape, row.axes, name=name)
+        except ValueError as raised:
+            problems.append(str(raised).partition("; ")[0])
+    return problems
 
-    @property
-    def peak(self) -> float:
-        """The largest of the three phases, on top of what is kept."""
-        return self.kept + max(self.rollout, self.annotate, self.update)
+
+def memory(context: Context) -> Iterator[Finding]:
+    """Compare the estimate with what a device has."""
+    mesh, configs = context.mesh, context.configs
+    if mesh is None or any(_indivisible(c, mesh) for c in configs.values()):
+        return
+    need, have = estimate(context.settings, configs, mesh), device_bytes(mesh)
+    kept = need.pop("kept")
+    largest = max(need, key=need.get)
+    peak = kept + need[largest]
+    text = (
+        f"about {_spelled(peak)} a device at the peak: models and optimizer "
+        f"{_spelled(kept)}, {largest} {_spelled(need[largest])}; the device "
+        f"{f'has {_spelled(have)}' if have else 'does not say what it has'}"
+    )
+    yield judge(
+        "memory",
+        have is None or peak < 0.9 * have,
+        text,
+        "smaller data.batch_size or rollout.max_new_tokens, more "
+        "optimizer.accumulate, student.remat='full', "
+        "teacher.param_dtype='bfloat16', or a larger mesh.fsdp",
+    )
 
 
 def estimate(
-    settings: Settings,
-    configs: Mapping[str, DecoderConfig],
-    mesh: Mesh,
-    part: int | None = None,
-) -> Memory:
-    """Memory of a run on one device, from shapes.
+    settings: Settings, configs: Mapping[str, DecoderConfig], mesh: Mesh
+) -> dict[str, float]:
+    """Estimate the memory of a run on one device, from shapes.
 
-    With W_s, W_t bytes of the parameters a device, R rows a device (rows are
-    spread over mesh.sequence too, but in the update, where columns are), P + T
-    columns, E = M (K - 1) columns of branches where the objective looks
-    ahead, a bytes a number of the compute dtype, N layers:
-
-    * kept: 4 W_s (the student, its start, two moments of Adam) + W_t; with
-      adapters W_s + 4 W_a, and W_a stands for W_s in the update;
-    * rollout: the student's copy in its compute dtype + its cache
-      2 a N R (P + T) kv_heads head_dim, twice (old and grown);
-    * annotate: the teacher's cache over P + T + E columns and one layer;
-    * update: 4 W_s (gradient, and new student and moments beside the old) +
-      what a layer keeps for the backward pass, N times (with remat "full" its
-      input, N times, and one layer), of one slice of optimizer.accumulate +
-      the head's gradient in float32.
-
-    A layer keeps, a column, 8 width + 3 mlp_width + 3 (heads + kv_heads)
-    head_dim numbers, and its attention heads (P + T)^2 scores twice: float32,
-    and the weights. Four chunks of logits are added to both passes. It is a
-    rule of thumb: compilers fuse and copy as they like.
+    The module's docstring has the formulas.
 
     Args:
       settings: of the run.
       configs: "student" and every teacher, as their files say.
       mesh: of devices.
-      part: rows that go through at a time; None for all of a batch.
 
     Returns:
-      The bytes.
+      Bytes that are "kept", and that "rollout", "score" and "update" add.
     """
-    data, objective = settings.data, settings.objective
+    data, objective = settings.data, make_objective(settings.objective)
     models, student = model_settings(settings), configs["student"]
-    teachers = [c for who, c in configs.items() if who != "student"]
-    teacher = max(teachers, key=_parameter_count)
-    whole = part or data.batch_size * data.samples
-    # Spread as far as they divide, where whole rows are written and read.
-    parts = sharding.dividing(mesh, (whole,), (sharding.READING["batch"],))
-    spread = math.prod(
-        mesh.shape[axis] for axis in sharding.mesh_axes(parts[0])
-    )
-    rows = whole // spread
-    length = data.max_prompt_length + settings.rollout.max_new_tokens
-    ahead = objective.pieces.looks_ahead
-    extra = branch_columns(objective.candidates, objective.window)
-    held = {
+    weights = {
         who: _parameter_bytes(config, mesh, models[who].quantize)
         for who, config in configs.items()
     }
-    ours, theirs = held["student"], sum(held.values()) - held["student"]
-    trained = _adapter_bytes(student, settings.student, mesh)
-    kept = 4 * ours if trained is None else ours + 4 * trained
-    trained = ours if trained is None else trained
-    wrote = teacher if objective.offline else student
-    copied = 0.0
-    if wrote.dtype != wrote.param_dtype:
-        copied = _parameter_bytes(wrote, mesh) * _BYTES[wrote.dtype]
-        copied /= _BYTES[wrote.param_dtype]
-    read = length + extra * ahead
-    tokens = whole * settings.rollout.max_new_tokens
-    logits = _logits(student, math.ceil(tokens / _ways(mesh, "tokens")), mesh)
-    annotated = _layer(teacher, rows, length, length, mesh) + logits
-    annotated += ahead * _cache(teacher, rows, read, mesh)
-    learned = length + extra * objective.trains_on_branch
-    slice_rows = math.ceil(
-        whole / _ways(mesh, "batch") / settings.optimizer.accumulate
-    )
-    columns = learned / _ways(mesh, "sequence")
-    return Memory(
-        kept + theirs,
-        copied + 2 * _cache(wrote, rows, length, mesh),
-        annotated + rows * length * teacher.width * _BYTES[teacher.dtype],
-        4 * trained
-        + _backward(student, slice_rows, columns, learned, mesh)
-        + 4 * student.vocab_size * student.width / _ways(mesh, "vocab")
-        + logits,
-    )
-
-
-def estimate_apart(
-    settings: Settings,
-    configs: Mapping[str, DecoderConfig],
-    mesh: Mesh,
-    theirs: Mesh,
-) -> tuple[Memory, Memory]:
-    """Memory of a device of the student's, and of one of the teacher's.
-
-    As :func:`estimate`, each with its own models. The teachers' heads and
-    states are on the student's devices too, the student's embedding on the
-    teacher's; of ``teacher_mesh.parts`` slices one is written and one is read
-    at a time, and the teacher's states of all of them wait beside it.
-
-    Args:
-      settings: of the run.
-      configs: "student" and every teacher.
-      mesh: the student's.
-      theirs: the teacher's.
-
-    Returns:
-      (student's, teacher's).
-    """
-    data, parts = settings.data, settings.teacher_mesh.parts
-    models, student = model_settings(settings), configs["student"]
-    teachers = {who: c for who, c in configs.items() if who != "student"}
-    columns = data.batch_size * data.samples * settings.rollout.max_new_tokens
-    # Each row has those of one teacher.
-    states = columns * max(t.width * _BYTES[t.dtype] for t in teachers.values())
-
-    def rows(config: DecoderConfig, mesh: Mesh) -> float:
-        ways = _ways(mesh, "vocab") * _ways(mesh, "embed")
-        size = config.vocab_size * config.width * _BYTES[config.param_dtype]
-        return size / ways
-
-    def held(mesh: Mesh) -> float:
-        return sum(
-            _parameter_bytes(teacher, mesh, models[who].quantize)
-            for who, teacher in teachers.items()
-        )
-
-    part = data.batch_size // parts * data.samples
-    ours = estimate(settings, configs, mesh)
-    states_here = states / _ways(mesh, "batch")
-    ours = dataclasses.replace(
-        ours,
-        kept=ours.kept
-        - held(mesh)
-        + sum(rows(teacher, mesh) for teacher in teachers.values()),
-        rollout=estimate(settings, configs, mesh, part).rollout,
-        annotate=states_here * (2 if parts > 1 else 1),
-        update=ours.update + states_here,
-    )
-    other = estimate(settings, configs, theirs, part)
-    waiting = states / _ways(theirs, "batch")
-    return ours, Memory(
-        held(theirs) + rows(student, theirs),
-        0.0,
-        other.annotate + waiting,
-        0.0,
-    )
-
-
-def memory(
-    settings: Settings,
-    configs: Mapping[str, DecoderConfig],
-    mesh: Mesh,
-    theirs: Mesh | None = None,
-) -> list[Finding]:
-    """The estimate against what a device has, of each mesh."""
-    if theirs is None:
-        return _memory(estimate(settings, configs, mesh), mesh, "memory")
-    ours, other = estimate_apart(settings, configs, mesh, theirs)
-    return [
-        *_memory(ours, mesh, "memory (student's mesh)"),
-        *_memory(other, theirs, "memory (teacher's mesh)"),
-    ]
-
-
-def _memory(need: Memory, mesh: Mesh, name: str) -> list[Finding]:
-    have = device_bytes(mesh)
-    phases = {
-        phase: getattr(need, phase)
-        for phase in ("rollout", "annotate", "update")
+    teacher = configs[max(set(configs) - {"student"}, key=weights.get)]
+    kept, trained = sum(weights.values()), weights["student"]
+    if adapters := _adapter_bytes(student, settings.student, mesh):
+        kept, trained = kept + adapters, adapters
+    # Rows are spread as far as they divide, where they are written and read.
+    batch = data.batch_size * data.samples
+    parts = sharding.dividing(mesh, (batch,), (reading_rules()["batch"],))
+    rows = batch // math.prod(mesh.shape[a] for a in mesh_axes(parts[0]))
+    new = settings.rollout.max_new_tokens
+    length, branches = data.max_prompt_length + new, 0
+    if ahead := objective.needs_branches and objective.near_future:
+        branches = branch_columns(ahead.candidates, ahead.window)
+    layout = loss_layout(mesh, chunk_size=settings.train.chunk_size)
+    tokens = min(chunk_tokens(student.vocab_size, layout), batch * new)
+    vocab = student.vocab_size / _ways(mesh, "vocab")
+    logits = _LOGIT_BLOCKS * 4 * vocab * tokens / _ways(mesh, "tokens")
+    learned = length + branches * objective.trains_on_branch
+    slices = _ways(mesh, "batch") * settings.optimizer.accumulate
+    part, columns = math.ceil(batch / slices), learned / _ways(mesh, "sequence")
+    backward = student.layers * _layer(student, part, columns, learned, mesh)
+    if student.remat == "full":
+        inputs = student.layers * part * columns * student.width
+        backward = backward / student.layers + inputs * _BYTES[student.dtype]
+    cache = bool(branches) * _cache(teacher, rows, length + branches, mesh)
+    return {
+        "kept": kept + 3 * trained,
+        "rollout": 2 * _cache(student, rows, length, mesh),
+        "score": _layer(teacher, rows, length, length, mesh) + cache + logits,
+        "update": 4 * trained + backward + logits,
     }
-    largest = max(phases, key=phases.get)
-    text = (
-        f"about {_spelt(need.peak)} a device at the peak: models and optimizer "
-        f"{_spelt(need.kept)}, {largest} {_spelt(phases[largest])}"
-    )
-    if have is None:
-        return [ok(name, f"{text}; the device does not say what it has")]
-    text += f"; it has {_spelt(have)}"
-    if need.peak < 0.9 * have:
-        return [ok(name, text)]
-    return [
-        warning(
-            name,
-            text,
-            "smaller data.batch_size or rollout.max_new_tokens, more "
-            "optimizer.accumulate, student.remat='full', teacher.param_dtype="
-            "'bfloat16', or a larger mesh.fsdp",
-        )
-    ]
 
 
 def device_bytes(mesh: Mesh) -> float | None:
-    """Memory of one device; a CPU's share of the machine's.
+    """Return the bytes of one device, None where it does not tell them.
 
-    Args:
-      mesh: of devices.
-
-    Returns:
-      Bytes; None where the device does not tell.
+    A CPU has its share of the machine's.
     """
-    own = [
-        d for d in mesh.devices.flat if d.process_index == jax.process_index()
-    ]
-    # Where another process has them all, they are taken to be as ours.
-    device = own[0] if own else jax.local_devices()[0]
+    index = jax.process_index()
+    device = next(d for d in mesh.devices.flat if d.process_index == index)
     if device.platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total / jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _spelt(size: float) -> str:
-    return f"{size / _GB:.1f} GB" if size >= _GB else f"{size / 1e6:.0f} MB"
+def _spelled(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _ways(mesh: Mesh, axis: str) -> int:
-    rule = sharding.RULES[axis]
-    names = (rule,) if isinstance(rule, str) else (rule or ())
-    return math.prod(mesh.shape[name] for name in names)
-
-
-def _parameter_count(config: DecoderConfig) -> int:
-    return sum(math.prod(r.shape) for r in parameter_table(config).values())
+    return math.prod(mesh.shape[name] for name in mesh_axes(RULES[axis]))
 
 
 def _parameter_bytes(
@@ -313,31 +200,25 @@ def _parameter_bytes(
 ) -> float:
     total = 0.0
     for name, row in parameter_table(config).items():
-        if only not in name:
-            continue
-        ways = math.prod(_ways(mesh, a) for a in row.axes if a is not None)
-        size = bytes_a_number(name, kind) or _BYTES[config.param_dtype]
-        total += math.prod(row.shape) / ways * size
+        if only in name:
+            ways = math.prod(_ways(mesh, a) for a in row.axes if a is not None)
+            size = bytes_a_number(name, kind) or _BYTES[config.param_dtype]
+            total += math.prod(row.shape) / ways * size
     return total
 
 
 def _adapter_bytes(
     config: DecoderConfig, settings: ModelSettings, mesh: Mesh
-) -> float | None:
-    """Of a student's adapters, float32; None where it trains everything.
-
-    Of adapters that are read from a directory, whose rank is not known here,
-    next to nothing.
-    """
+) -> float:
+    """Return the bytes of adapters, float32; 0 where everything is trained."""
     if not settings.lora_rank and not settings.adapter:
-        return None
-    lora = Lora(
-        settings.lora_rank or 1,
-        settings.lora_alpha,
-        settings.lora_targets or config.lora_targets,
-    )
-    wide = dataclasses.replace(config, lora=lora, param_dtype="float32")
-    return _parameter_bytes(wide, mesh, only="_lora_")
+        return 0.0
+    # The rank of adapters that are read from a directory is not known here.
+    rank = settings.lora_rank or 1
+    targets = settings.lora_targets or config.lora_targets
+    lora = Lora(rank, settings.lora_alpha, targets)
+    adapted = config.replace(lora=lora, param_dtype="float32")
+    return _parameter_bytes(adapted, mesh, only="_lora_")
 
 
 def _cache(config: DecoderConfig, rows: int, columns: int, mesh: Mesh) -> float:
@@ -346,34 +227,14 @@ def _cache(config: DecoderConfig, rows: int, columns: int, mesh: Mesh) -> float:
     return 2 * size * _BYTES[config.dtype]
 
 
-def _logits(config: DecoderConfig, count: int, mesh: Mesh) -> float:
-    # With no mesh in use, chunk_tokens speaks of one device.
-    chunk = min(chunk_tokens(config.vocab_size), count)
-    size = 4 * chunk * config.vocab_size / _ways(mesh, "vocab")
-    return _LOGIT_BLOCKS * size
-
-
 def _layer(
-    config: DecoderConfig, rows: int, columns: float, seen: int, mesh: Mesh
+    config: DecoderConfig, rows: int, columns: float, keys: int, mesh: Mesh
 ) -> float:
-    """What one layer holds at once, or keeps for the backward pass.
-
-    Of so many columns a device, each of which attends to all that are seen.
-    """
+    """Return what one layer holds of columns that attend to all keys."""
     size, tensor = _BYTES[config.dtype], _ways(mesh, "activation_heads")
     active = config.experts_per_token * config.expert_width
-    inner = max(config.mlp_width if config.dense_layers else 0, active)
+    inner = active if config.experts else config.mlp_width
     heads = 3 * (config.heads + config.kv_heads) * config.head_dim
     column = 8 * config.width + (3 * inner + heads) / tensor
-    scores = config.heads / tensor * seen * (4 + size)
+    scores = config.heads / tensor * keys * (4 + size)
     return rows * columns * (column * size + scores)
-
-
-def _backward(
-    config: DecoderConfig, rows: int, columns: float, seen: int, mesh: Mesh
-) -> float:
-    one = _layer(config, rows, columns, seen, mesh)
-    inputs = rows * columns * config.width * _BYTES[config.dtype]
-    if config.remat == "full":
-        return config.layers * inputs + one
-    return config.layers * one

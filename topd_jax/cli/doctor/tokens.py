@@ -1,23 +1,17 @@
 """Checks of tokenizers, templates, ends and vocabularies, from files alone.
 
-What goes wrong here goes wrong silently: a run trains on prompts that the
-teacher was never asked, writes to the limit because its end is another id, or
-compares probabilities of ids that mean different things (ours).
+Mistakes here are silent: a run trains on prompts that the teacher was never
+asked, writes to the limit because its end is another id, or compares
+probabilities of ids that mean different things.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from topd_jax.cli.doctor.findings import Finding, error, ok, warning
-from topd_jax.data.sources import Record
+from topd_jax.cli.doctor.files import Context
+from topd_jax.cli.doctor.findings import Finding, judge, refusal
 from topd_jax.data.tokenizers import Tokenizer
-from topd_jax.models import DecoderConfig
-from topd_jax.training.config import Settings
-
-# Records that are tokenised to look at lengths and at other encodings.
-SAMPLE = 200
 
 _DIALOGUE = (
     {"role": "user", "content": "2+2?"},
@@ -25,186 +19,189 @@ _DIALOGUE = (
 )
 
 
-def vocabularies(student: Tokenizer, teacher: Tokenizer) -> list[Finding]:
-    """Whether every id means the same to both, else where they differ."""
-    ours, theirs = student.vocabulary(), teacher.vocabulary()
-    if ours == theirs:
-        return [ok("tokenizers", f"equal, {len(ours)} ids")]
-    differing = [
-        i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b
+def vocabularies(context: Context) -> Iterator[Finding]:
+    """Check that ids mean the same to all models, which have a row for each."""
+    sizes = {who: c.vocab_size for who, c in context.configs.items()}
+    if not context.tokenizers:
+        if any(m.described for m in context.models.values()):
+            text, way_out = "no model has one", "put its files beside the model"
+            yield Finding("error", "tokenizers", text, way_out)
+        return
+    ids, shared = context.tokenizers[0].vocab_size, min(sizes.values())
+    if context.mismatch is None:
+        yield Finding("ok", "tokenizers", f"equal, {ids} ids")
+    else:
+        yield refusal("tokenizers", context.mismatch)
+    names = [f"{who} {n} rows ({n - ids} padded)" for who, n in sizes.items()]
+    text = f"{ids} ids; {', '.join(names)}"
+    dropped = [
+        f"{n - shared} of the {who}" for who, n in sizes.items() if n > shared
     ]
-    parts = []
-    if differing:
-        shown = ", ".join(
-            f"{i}: {ours[i]!r} / {theirs[i]!r}" for i in differing[:4]
-        )
-        parts.append(
-            f"{len(differing)} ids differ, first (id: student / teacher) "
-            f"{shown}"
-        )
-    if len(ours) != len(theirs):
-        longer, short = max(ours, theirs, key=len), min(len(ours), len(theirs))
-        who = "student" if len(ours) > len(theirs) else "teacher"
-        extra = [name for name in longer[short:] if name]
-        parts.append(
-            f"only the {who} has ids from {short} on, {len(extra)} of them "
-            f"named: {', '.join(map(repr, extra[:4]))}"
-        )
-    sizes = f"({len(ours)} and {len(theirs)} ids)"
-    return [
-        error(
-            "tokenizers",
-            f"different vocabularies {sizes}: {'; '.join(parts)}",
-            "probabilities cannot be compared id by id: choose a pair that "
-            "shares one tokenizer",
-        )
-    ]
+    if dropped:
+        text += f"; dropped {', '.join(dropped)}, the rest renormalized"
+    if shared < ids:
+        few = [f"the {who} {n} rows" for who, n in sizes.items() if n < ids]
+        text = f"the tokenizer has {ids} ids and {', '.join(few)}"
+    way_out = (
+        "use the tokenizer that came with the weights, or resize the model's "
+        "embedding"
+    )
+    yield judge("vocabulary", shared >= ids, text, way_out, "error")
 
 
-def encodings(
-    student: Tokenizer, teacher: Tokenizer, records: Sequence[Record]
-) -> list[Finding]:
-    """Whether both cut real text into the same tokens."""
-    for record in records[:SAMPLE]:
-        for text in (record["prompt"], record["answer"]):
-            ours, theirs = student.encode(text), teacher.encode(text)
-            if ours != theirs:
-                at = _first_difference(ours, theirs)
-                return [
-                    warning(
-                        "encoding",
-                        f"{text[:40]!r}… is cut differently from token {at} "
-                        f"on: {_names(student, ours[at : at + 3])} / "
-                        f"{_names(teacher, theirs[at : at + 3])}",
-                        "the teacher will read tokens that it would not have "
-                        "written: give both the same tokenizer files",
-                    )
-                ]
-    return [ok("encoding", f"the same on {min(len(records), SAMPLE)} records")]
+def templates(context: Context) -> Iterator[Finding]:
+    """Check that all tokenizers make the same prompts and answers."""
+    if not (context.tokenizers and context.records):
+        return
+    student, *teachers = context.tokenizers
+    name = "chat template"
+    if not context.prompts:
+        way_out = "put a chat_template.jinja beside the student's tokenizer"
+        yield Finding("error", name, "the student's makes no prompt", way_out)
+        return
+    if not teachers:
+        length = len(context.prompts[0])
+        yield Finding("ok", name, f"{length} tokens of the first prompt")
+    answers = [record["answer"] for record in context.records]
+    for teacher in teachers:
+        try:
+            prompts = [teacher.chat(r["prompt"]) for r in context.records]
+        except Exception as raised:  # templates raise whatever they like
+            text = f"the student's; the teacher has none ({raised})"
+            yield Finding("ok", name, text)
+        else:
+            yield _same(
+                name, student, context.prompts, teacher, prompts,
+                "the student's makes the prompts: copy the teacher's "
+                "chat_template.jinja to the student if the teacher should be "
+                "asked as it was trained",
+            )  # fmt: skip
+        if context.mismatch is None:
+            yield _same(
+                "encoding", student, list(map(student.encode, answers)),
+                teacher, list(map(teacher.encode, answers)),
+                "the teacher will read tokens that it would not have written: "
+                "give both the same tokenizer files",
+            )  # fmt: skip
 
 
-def templates(
-    student: Tokenizer, teacher: Tokenizer, records: Sequence[Record]
-) -> list[Finding]:
-    """Whether both chat templates make the same prompt of a real record."""
-    name, prompt = "chat template", records[0]["prompt"]
-    try:
-        ours = student.chat(prompt)
-    except Exception as raised:  # templates raise whatever they like
-        return [
-            error(
-                name,
-                f"the student's makes no prompt ({raised})",
-                "put a chat_template.jinja beside the student's tokenizer",
+def _same(
+    name: str,
+    student: Tokenizer,
+    texts: list[list[int]],
+    teacher: Tokenizer,
+    others: list[list[int]],
+    way_out: str,
+) -> Finding:
+    """Compare what two tokenizers make of the same records."""
+    for ids, other in zip(texts, others, strict=True):
+        if ids != other:
+            pairs = enumerate(zip(ids, other, strict=False))
+            least = min(len(ids), len(other))
+            at = next((i for i, (x, y) in pairs if x != y), least)
+            text = (
+                f"differs from token {at} on: student "
+                f"{_names(student, ids[at : at + 3]) or 'nothing more'} / "
+                f"teacher {_names(teacher, other[at : at + 3]) or 'none'}"
             )
-        ]
-    if teacher is student:
-        return [ok(name, f"{len(ours)} tokens of {prompt[:30]!r}…")]
-    try:
-        theirs = teacher.chat(prompt)
-    except Exception as raised:
-        return [ok(name, f"the student's; the teacher has none ({raised})")]
-    if ours == theirs:
-        return [ok(name, f"both make the same {len(ours)} tokens")]
-    at = _first_difference(ours, theirs)
-    return [
-        warning(
-            name,
-            f"prompts differ from token {at} on: student "
-            f"{_text(student, ours, at)}, teacher {_text(teacher, theirs, at)}",
-            "prompts are made by the student's, and the teacher has to read "
-            "them: copy the teacher's chat_template.jinja to the student if "
-            "the teacher should be asked as it was trained",
+            return Finding("warning", name, text, way_out)
+    return Finding("ok", name, f"the same on {len(texts)} records")
+
+
+def beginning(context: Context) -> Iterator[Finding]:
+    """Check that prompts begin with one bos, where the tokenizer adds one."""
+    if not context.prompts:
+        return
+    tokenizer, head = context.tokenizers[0], list(context.prompts[0][:2])
+    bos = tokenizer.bos_id
+    if bos is None or not hasattr(tokenizer, "begins_texts"):
+        return
+    if head == [bos, bos]:
+        text = f"prompts begin with {_names(tokenizer, head)}: bos twice"
+        way_out = "take bos_token out of the chat template"
+        yield Finding("warning", "bos", text, way_out)
+    elif tokenizer.begins_texts and head[:1] != [bos]:
+        text = (
+            f"texts begin with {_names(tokenizer, [bos])}, but prompts of the "
+            "chat template do not"
         )
-    ]
+        way_out = "put {{ bos_token }} at the start of the chat template"
+        yield Finding("warning", "bos", text, way_out)
 
 
-def thinking(tokenizer: Tokenizer, value: bool | None) -> list[Finding]:
-    """Whether data.thinking reaches the chat template."""
-    name = "thinking mode"
-    render = getattr(tokenizer, "render", None)
-    if render is None:
-        if value is None:
-            return []
-        return [
-            warning(
-                name,
-                f"data.thinking={value} and no chat template to pass it to",
-                "leave data.thinking at None",
-            )
-        ]
-    on = render("2+2?", enable_thinking=True)
-    off = render("2+2?", enable_thinking=False)
-    if on == off and value is not None:
-        return [
-            warning(
-                name,
-                f"data.thinking={value} changes nothing: the chat template "
-                "does not read enable_thinking",
-                "leave data.thinking at None, or use a template that does",
-            )
-        ]
-    if on == off:
-        return []
-    if value is None:
-        default = "on" if tokenizer.chat("2+2?") == on else "off"
-        return [
-            ok(name, f"left to the template: {default} (data.thinking=None)")
-        ]
-    return [ok(name, f"data.thinking={value}")]
+def prompt_lengths(context: Context) -> Iterator[Finding]:
+    """Check how long prompts are, against data.max_prompt_length."""
+    if not context.prompts:
+        return
+    data = context.settings.data
+    sizes = np.asarray([len(ids) for ids in context.prompts])
+    longest = int(sizes.max())
+    over = float((sizes > data.max_prompt_length).mean())
+    text = (
+        f"median {int(np.median(sizes))}, longest {longest} of at most "
+        f"{data.max_prompt_length} tokens (the first {len(sizes)})"
+    )
+    if over:
+        text = f"{over:.0%} are longer than allowed: {text}"
+    fatal = data.on_long_prompt == "error" or over == 1
+    yield judge(
+        "prompts", over <= 0.1 * (not fatal), text,
+        f"--config.data.max_prompt_length={longest}, or leave some out with "
+        "data.on_long_prompt='skip'",
+        "error" if fatal else "warning",
+    )  # fmt: skip
 
 
-def ends(
-    tokenizer: Tokenizer,
-    others: Mapping[str, Sequence[int]],
-    rows: int,
-) -> list[Finding]:
-    """Which ids end a completion, and which do not that should.
-
-    Args:
-      tokenizer: of the run, with the ends that it will use.
-      others: who says so -> further ids that end a text for it.
-      rows: of the smaller model; no id may lie beyond.
-    """
-    name, used = "ends", tokenizer.eos_ids
-    found = []
-    beyond = [i for i in (*used, tokenizer.pad_id) if not 0 <= i < rows]
+def ends(context: Context) -> Iterator[Finding]:
+    """Check which ids end a completion, and which do not that should."""
+    if not context.tokenizers or context.mismatch is not None:
+        return
+    tokenizer = context.tokenizers[0]
+    least = min(config.vocab_size for config in context.configs.values())
+    used, fine = tokenizer.eos_ids, True
+    beyond = [i for i in (*used, tokenizer.pad_id) if not 0 <= i < least]
     if beyond:
-        found.append(
-            error(
-                name,
-                f"the end or pad ids {beyond} are not below the models' {rows} "
-                "rows",
-                "correct eos_token_id and pad_token_id in the tokenizer and "
-                "generation_config.json, or data.end_ids",
-            )
-        )
-    for who, ids in others.items():
-        unused = [i for i in ids if i not in used]
+        fine = False
+        yield Finding(
+            "error", "ends",
+            f"the end or pad ids {beyond} are not below the models' {least} "
+            "rows",
+            "correct eos_token_id and pad_token_id in the tokenizer and "
+            "generation_config.json, or data.end_ids",
+        )  # fmt: skip
+    for who, known in _other_ends(context).items():
+        unused = [i for i in known if i is not None and i not in used]
         if unused:
-            found.append(
-                warning(
-                    name,
-                    f"{who} ends a text with {_names(tokenizer, unused)}, at "
-                    "which this run does not stop: completions may go on to "
-                    "the limit",
-                    f"--config.data.end_ids={','.join(map(str, unused))}",
-                )
-            )
-    return found or [ok(name, f"stops at {_names(tokenizer, used)}")]
+            fine = False
+            yield Finding(
+                "warning", "ends",
+                f"{who} ends a text with {_names(tokenizer, unused)}, at which "
+                "this run does not stop: completions may go on to the limit",
+                f"--config.data.end_ids={','.join(map(str, unused))}",
+            )  # fmt: skip
+    if fine:
+        pad = _names(tokenizer, [tokenizer.pad_id])
+        text = f"stops at {_names(tokenizer, used)}; pads with {pad}"
+        yield Finding("ok", "ends", text)
 
 
-def turn_end(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The id that the chat template puts behind an assistant's answer.
+def _other_ends(context: Context) -> dict[str, Sequence[int | None]]:
+    """Return who else says how a text ends -> its ids."""
+    others = {"the chat template": _turn_end(context.tokenizers[0])}
+    for name, model in context.models.items():
+        if model.described is not None:
+            ids = model.described.config_end_ids
+            others[f"the {name}'s config.json"] = ids
+            eos = getattr(model.described.tokenizer, "eos_token_id", None)
+            others[f"the {name}'s tokenizer"] = (eos,)
+    return others
 
-    Returns:
-      (id,); () where there is no template, or text follows the answer.
-    """
-    if not hasattr(tokenizer, "render"):
-        return ()
+
+def _turn_end(tokenizer: Tokenizer) -> Sequence[int]:
+    """Return the id that the chat template puts behind an answer, or none."""
     try:
         whole = tokenizer.render(_DIALOGUE, ask=False)
-    except Exception:  # a template that wants other turns
+    except Exception:  # no template, or one that wants other turns
         return ()
     answer = tokenizer.encode(_DIALOGUE[1]["content"])
     for end in range(len(whole) - 1, len(answer) - 1, -1):
@@ -214,113 +211,8 @@ def turn_end(tokenizer: Tokenizer) -> tuple[int, ...]:
     return ()
 
 
-def pad(tokenizer: Tokenizer, own: int | None) -> list[Finding]:
-    """What fills batches; masks say what exists, so it may be an end."""
-    spelt = _names(tokenizer, [tokenizer.pad_id])
-    if own is None:
-        return [ok("pad", f"the tokenizer has none; {spelt} fills batches")]
-    if tokenizer.pad_id in tokenizer.eos_ids:
-        return [ok("pad", f"{spelt}, an end too: masks tell them apart")]
-    return [ok("pad", spelt)]
-
-
-def beginning(tokenizer: Tokenizer, prompt: str) -> list[Finding]:
-    """Whether prompts begin with one bos, where the tokenizer adds one."""
-    bos, name = tokenizer.bos_id, "bos"
-    begins = getattr(tokenizer, "begins_texts", None)
-    if bos is None or begins is None:
-        return []
-    head = list(tokenizer.chat(prompt)[:2])
-    if head == [bos, bos]:
-        return [
-            warning(
-                name,
-                f"prompts begin with {_names(tokenizer, head)}: bos twice",
-                "take bos_token out of the chat template",
-            )
-        ]
-    if begins and head[:1] != [bos]:
-        return [
-            warning(
-                name,
-                f"texts begin with {_names(tokenizer, [bos])}, but prompts of "
-                "the chat template do not",
-                "put {{ bos_token }} at the start of the chat template",
-            )
-        ]
-    return []
-
-
-def rows(
-    configs: Mapping[str, DecoderConfig], tokenizer: Tokenizer
-) -> list[Finding]:
-    """Rows of both models' vocabularies against the tokenizer's ids."""
-    name, ids = "vocabulary", tokenizer.vocab_size
-    sizes = {who: c.vocab_size for who, c in configs.items()}
-    small = {who: n for who, n in sizes.items() if n < ids}
-    if small:
-        spelt = ", ".join(f"the {who} {n} rows" for who, n in small.items())
-        return [
-            error(
-                name,
-                f"the tokenizer has {ids} ids and {spelt}",
-                "use the tokenizer that came with the weights, or resize the "
-                "model's embedding",
-            )
-        ]
-    shared = min(sizes.values())
-    text = f"{ids} ids; " + ", ".join(
-        f"{who} {n} rows ({n - ids} padded)" for who, n in sizes.items()
-    )
-    dropped = [
-        f"{n - shared} of the {who}" for who, n in sizes.items() if n > shared
-    ]
-    if dropped:
-        text += f"; dropped {', '.join(dropped)}, the rest renormalised"
-    return [ok(name, text)]
-
-
-def prompt_lengths(
-    tokenizer: Tokenizer, records: Sequence[Record], settings: Settings
-) -> list[Finding]:
-    """How long prompts are, against data.max_prompt_length."""
-    name, limit = "prompts", settings.data.max_prompt_length
-    sample = records[:SAMPLE]
-    lengths = np.asarray([len(tokenizer.chat(r["prompt"])) for r in sample])
-    over = int((lengths > limit).sum())
-    longest, middle = int(lengths.max()), int(np.median(lengths))
-    text = (
-        f"median {middle}, longest {longest} of at most {limit} tokens "
-        f"({len(sample)} of {len(records)} prompts)"
-    )
-    if not over:
-        return [ok(name, text)]
-    text = f"{over / len(sample):.0%} are longer than allowed: {text}"
-    raised = f"--config.data.max_prompt_length={longest}"
-    if settings.data.on_long_prompt == "error":
-        return [error(name, text, f"{raised}, or data.on_long_prompt='skip'")]
-    if over == len(sample):
-        return [error(name, f"{text}; none is left", raised)]
-    if over > len(sample) // 10:
-        return [warning(name, f"{text}; they are left out", raised)]
-    return [ok(name, f"{text}; they are left out")]
-
-
-def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    pairs = zip(a, b, strict=False)
-    return next(
-        (i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b))
-    )
-
-
 def _names(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     names = tokenizer.vocabulary()
     return ", ".join(
         f"{i} {names[i]!r}" if 0 <= i < len(names) else f"{i}" for i in ids
     )
-
-
-def _text(tokenizer: Any, ids: Sequence[int], begin: int) -> str:
-    names = tokenizer.vocabulary()
-    cut = [names[i] for i in ids[begin : begin + 8]]
-    return repr("".join(cut)) if cut else "nothing more"

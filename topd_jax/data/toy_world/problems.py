@@ -1,18 +1,18 @@
-"""A tiny world whose truth is known: arithmetic with precedence.
+"""A tiny world with known ground truth: arithmetic with precedence.
 
-Ours (the paper has no such world; METHOD §8 tells the prototype). A problem
-is an expression, ``6*3+19-4?``. A solution rewrites it step by step::
+The paper has no such world. A problem is an expression, ``6*3+19-4?``. A
+solution rewrites it step by step::
 
     = 18+19-4; so get 37-4, then do 37-4: 33; answer 33.
 
-Two things vary, and they are kept apart:
+Two things vary independently:
 
 * *Surface form*: which connective opens a step, whether the step says what
   it does, which sign stands for multiplication, how the answer is announced.
-  Each is drawn anew wherever it occurs, with the probabilities of a
-  :class:`Style`, and none of them changes the reasoning.
-* *Errors*: a :class:`Habit` works from left to right where multiplication
-  goes first, and drops carries in sums of several digits.
+  Each is drawn at every use, with the probabilities of a :class:`Style`, and
+  none of them changes the reasoning.
+* *Errors*: a :class:`Habit` ignores precedence, working from left to right,
+  and drops carries in sums of several digits.
 
 Teacher and student differ in both, so a disagreement between them is either
 surface or a reasoning fork, and :mod:`topd_jax.data.toy_world.truth` says
@@ -51,7 +51,7 @@ Expression = tuple[int | str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Probabilities of the surface forms, each drawn anew at each use.
+    """Probabilities of the surface forms, each drawn at every use.
 
     Attributes:
       connective: of each of ``CONNECTIVES``, which open a step.
@@ -109,8 +109,8 @@ class Habit:
                 )
 
 
-# Nearly certain of its style: a difference of form then costs as many nats as
-# a wrong step, the ambiguity that the paper starts from.
+# The teacher is nearly certain of its style, so a difference of form costs as
+# many nats as a wrong step: the ambiguity that the paper starts from.
 TEACHER_STYLE = Style(
     connective=(0.98, 0.015, 0.005),
     phrasing=(0.98, 0.015, 0.005),
@@ -127,20 +127,20 @@ STUDENT_HABIT = Habit()
 
 
 def sample_problem(rng: random.Random) -> str:
-    """Draws a problem: four numbers, three operators, e.g. ``6*3+19-4?``.
+    """Draw a problem: four numbers, three operators, e.g. ``6*3+19-4?``.
 
     Every intermediate value, in the correct order and from left to right,
-    lies in 0..99, and every product has a factor of 2..9: the world is to be
-    learnt by small networks in minutes.
+    lies in 0..99, and every product has a factor of 2..9, so that small
+    networks learn the world in minutes.
 
     Args:
-      rng: source of numbers; only ``rng.random()`` is called, so a NumPy
-        ``Generator`` serves too.
+      rng: source of randomness; only ``rng.random()`` is called, so a NumPy
+        ``Generator`` works too.
     """
     while True:
         operators = [_pick(rng, _OPERATORS) for _ in range(3)]
-        # Numbers are drawn again before operators are, or the operators that
-        # few numbers suit, products, would be rare.
+        # Redraw numbers before operators: products suit few numbers, and
+        # would be rare otherwise.
         for _ in range(_TRIES):
             expression = _sample_expression(rng, operators)
             if _is_easy(expression):
@@ -177,7 +177,7 @@ def _is_easy(expression: Expression) -> bool:
 def _pairs(
     expression: Expression, order: Callable[[Expression], int]
 ) -> Iterator[Expression]:
-    """Each ``a operator b`` that is worked out, in the given order."""
+    """Yield each ``a operator b`` that is computed, in the given order."""
     while len(expression) > 1:
         i = order(expression)
         pair = expression[i - 1 : i + 2]
@@ -186,7 +186,7 @@ def _pairs(
 
 
 def parse(problem: str) -> Expression:
-    """The numbers and operators of a problem, in order.
+    """Return the numbers and operators of a problem, in order.
 
     Raises:
       ValueError: if the text is not an expression, with the text.
@@ -202,35 +202,35 @@ def parse(problem: str) -> Expression:
 
 
 def write(expression: Expression, sign: str = "*") -> str:
-    """The text of an expression, with the given sign of multiplication."""
+    """Return the text of an expression with a sign of multiplication."""
     text = "".join(map(str, expression))
     return text if sign == "*" else text.replace("*", sign)
 
 
 def compute(a: int, operator: str, b: int) -> int:
-    """The value of ``a operator b``."""
+    """Return the value of ``a operator b``."""
     if operator == "*":
         return a * b
     return a + b if operator == "+" else a - b
 
 
 def reduce_at(expression: Expression, i: int, value: int) -> Expression:
-    """The expression with operator ``i`` and its numbers replaced."""
+    """Replace operator ``i`` and its two numbers by a value."""
     return expression[: i - 1] + (value,) + expression[i + 2 :]
 
 
 def first_by_precedence(expression: Expression) -> int:
-    """Index of the operator to work out first: the leftmost ``*``, or 1."""
+    """Return the index of the first operator: the leftmost ``*``, or 1."""
     return expression.index("*") if "*" in expression else 1
 
 
 def first_from_left(expression: Expression) -> int:
-    """Index of the leftmost operator: the student's habit."""
+    """Return the index of the leftmost operator: the student's habit."""
     return 1
 
 
 def evaluate(expression: Expression) -> int:
-    """The correct value of an expression."""
+    """Return the correct value of an expression."""
     while len(expression) > 1:
         i = first_by_precedence(expression)
         value = compute(*expression[i - 1 : i + 2])
@@ -239,7 +239,7 @@ def evaluate(expression: Expression) -> int:
 
 
 def answer(problem: str) -> str:
-    """The correct answer of a problem, as text."""
+    """Return the correct answer of a problem, as text."""
     return str(evaluate(parse(problem)))
 
 
@@ -249,11 +249,11 @@ def solution(
     style: Style,
     habit: Habit | None = None,
 ) -> str:
-    """Writes a solution, step by step, in a style and with a habit of errors.
+    """Write a solution, step by step, in a style and with a habit of errors.
 
     Args:
       problem: a problem's text.
-      rng: source of numbers; only ``rng.random()`` is called.
+      rng: source of randomness; only ``rng.random()`` is called.
       style: probabilities of the surface forms.
       habit: the writer's errors; None writes a correct solution.
 
@@ -277,7 +277,7 @@ def solution(
                 value = slip if rng.random() < habit.drop_carry else value
         expression = reduce_at(expression, i, value)
         text += _choose(rng, CONNECTIVES, style.connective)
-        # Both signs are drawn in every phrasing: fewer cases, same law.
+        # Draw both signs in every phrasing: the distribution is the same.
         text += _choose(rng, PHRASINGS, style.phrasing).format(
             pair=write(pair, _choose(rng, SIGNS, style.sign)),
             after=write(expression, _choose(rng, SIGNS, style.sign)),
@@ -293,7 +293,7 @@ def _stays_positive(
 
 
 def add_without_carry(a: int, b: int) -> int:
-    """The sum, no carry passed on: 18 + 9 gives 17, 95 + 17 gives 102.
+    """Add without passing on carries: 18 + 9 is 17, 95 + 17 is 102.
 
     The leading column is written in full, so that 8 + 9 is 17.
     """
@@ -316,21 +316,21 @@ def _choose(
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that a solution ends with; None if it announces none."""
+    """Return the answer that a solution ends with; None if there is none."""
     match = _FINAL.search(text)
     return next(g for g in match.groups() if g) if match else None
 
 
 def is_correct(problem: str, text: str) -> bool:
-    """Whether a solution ends with the problem's answer (exact match)."""
+    """Return whether a solution ends with the right answer (exact match)."""
     return final_answer(text) == answer(problem)
 
 
 def split_of(problem: str) -> str:
-    """The split a problem belongs to, by a hash of its text.
+    """Return the split of a problem, by a hash of its text.
 
-    Eight tenths are train, one tenth each validation and test, whatever was
-    sampled and in what order: the splits cannot overlap.
+    80 % are train, 10 % validation, 10 % test. The splits cannot overlap,
+    whatever was sampled and in what order.
     """
     digest = hashlib.blake2b(problem.encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % 10
@@ -338,7 +338,7 @@ def split_of(problem: str) -> str:
 
 
 def problems(split: str, count: int, seed: int) -> list[str]:
-    """Distinct problems of one split, the same for the same arguments.
+    """Sample distinct problems of a split, the same for the same arguments.
 
     Args:
       split: "train", "validation" or "test".
@@ -351,9 +351,31 @@ def problems(split: str, count: int, seed: int) -> list[str]:
     if split not in SPLITS:
         raise ValueError(f"split={split!r}; the world has {SPLITS}")
     rng = random.Random(f"topd world {split} {seed}")
-    found: dict[str, None] = {}
-    while len(found) < count:
+    sample: dict[str, None] = {}
+    while len(sample) < count:
         problem = sample_problem(rng)
         if split_of(problem) == split:
-            found[problem] = None
-    return list(found)
+            sample[problem] = None
+    return list(sample)
+
+
+def world_pairs(
+    prompts: Sequence[str],
+    style: Style,
+    habit: Habit | None = None,
+    *,
+    seed: int,
+) -> list[tuple[str, str]]:
+    """Write one solution for each problem, in a style and with a habit.
+
+    Args:
+      prompts: the problems.
+      style: as in :func:`solution`.
+      habit: as there.
+      seed: of the draws.
+
+    Returns:
+      (problem, solution) pairs.
+    """
+    rng = random.Random(f"topd solutions {seed}")
+    return [(p, solution(p, rng, style, habit)) for p in prompts]

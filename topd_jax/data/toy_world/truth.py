@@ -1,17 +1,16 @@
-"""For every token of the tiny world: surface form, or a reasoning fork?
+"""Label every token of the tiny world: surface form, or a reasoning fork.
 
-Ours; the paper could only infer it. Token t is a *fork* if y_{<t} can still
-be completed to a correct solution in some surface form and y_{≤t} cannot.
-Whatever else two writers disagree about is surface form. Tokens after a fork
-belong to it and are left out of every count.
+The paper could only infer these labels. Token t is a *fork* if y_{<t} can
+still be completed to a correct solution in some surface form and y_{≤t}
+cannot. Any other disagreement of two models is surface form. Tokens after a
+fork belong to it and are left out of every count.
 
-What can be completed is decided by a nondeterministic automaton over
-characters. A state is what remains to be written of some phrase, and the
-expression that holds after it; where a phrase ends, every correct phrase that
-may follow begins. A step is correct if it makes one or more reductions, each
-of two neighbouring numbers, each with the right result and each leaving the
-value of the whole unchanged; so any order that precedence allows is correct,
-and multiplying out several at once is too.
+A nondeterministic automaton over characters decides what can be completed. A
+state is the rest of a phrase and the expression that holds after it; at the
+end of a phrase, every correct next phrase begins. A step is correct if it
+makes one or more reductions, each of two neighboring numbers, each with the
+right result and each leaving the value of the whole unchanged. So any order
+that precedence allows is correct, and so are several reductions in one step.
 """
 
 import dataclasses
@@ -27,13 +26,13 @@ from topd_jax.data.toy_world.problems import Expression
 #: Labels of tokens: no fork so far; the fork; after the fork.
 OK, FORK, AFTER = 0, 1, 2
 
-# (rest of the phrase, the expression after it; None once all is said)
+# (rest of the phrase, the expression after it; None after the answer)
 State = tuple[str, Expression | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TruthLabels:
-    """What is true of a batch of completions.
+    """Labels of a batch of completions.
 
     Attributes:
       token: i8[B, T] ``OK``, ``FORK`` or ``AFTER``; ``AFTER`` outside the
@@ -53,68 +52,67 @@ class TruthLabels:
 def reductions(
     expression: Expression,
 ) -> tuple[tuple[Expression, Expression], ...]:
-    """Every correct single reduction: (the pair worked out, what is left)."""
+    """Return every correct single reduction: (its pair, what is left)."""
     total = problems.evaluate(expression)
-    found = []
+    correct = []
     for i in range(1, len(expression), 2):
         pair = expression[i - 1 : i + 2]
         value = problems.compute(*pair)
         after = problems.reduce_at(expression, i, value)
         if value >= 0 and problems.evaluate(after) == total:
-            found.append((pair, after))
-    return tuple(found)
+            correct.append((pair, after))
+    return tuple(correct)
 
 
 @functools.lru_cache(maxsize=100_000)
 def reachable(expression: Expression) -> frozenset[Expression]:
-    """Every expression that one or more correct reductions lead to."""
-    found = set()
+    """Return the expressions that one or more correct reductions lead to."""
+    expressions = set()
     for _, after in reductions(expression):
-        found |= {after} | reachable(after)
-    return frozenset(found)
+        expressions |= {after} | reachable(after)
+    return frozenset(expressions)
 
 
 @functools.lru_cache(maxsize=100_000)
 def phrases(expression: Expression) -> tuple[State, ...]:
-    """Every correct phrase after an expression, with what holds then.
+    """Return every correct next phrase, with the expression after it.
 
-    Multiplication is written ``*``; a text is compared after its signs have
-    been made the same.
+    Multiplication is written ``*``; texts are compared with this sign.
     """
     if len(expression) == 1:
         number = str(expression[0])
         return tuple((e.format(answer=number), None) for e in problems.ENDINGS)
-    # One phrasing names the pair first; the others name none.
+    # One phrasing names the pair first; the others do not.
     steps = {("", after) for after in reachable(expression)}
     for pair, first in reductions(expression):
         for after in {first} | reachable(first):
             steps.add((problems.write(pair), after))
-    found = set()
+    states = set()
     for pair, after in steps:
         for phrasing in problems.PHRASINGS:
             if ("{pair}" in phrasing) != bool(pair):
                 continue
-            said = phrasing.format(pair=pair, after=problems.write(after))
+            text = phrasing.format(pair=pair, after=problems.write(after))
             for connective in problems.CONNECTIVES:
-                found.add((connective + said, after))
+                states.add((connective + text, after))
     # Sorted: the order of a set of texts changes from run to run.
-    return tuple(sorted(found))
+    return tuple(sorted(states))
 
 
 class PrefixChecker:
-    """Reads a solution bit by bit and says whether it can still be correct.
+    """Read a solution piece by piece and tell if it can still be correct.
 
     Immutable: :meth:`read` returns the checker after the text.
     """
 
     def __init__(self, problem: str) -> None:
-        """A checker of the empty text after ``problem``."""
+        """Make a checker that has read nothing after ``problem``."""
         self._states: frozenset[State] = frozenset(
             {("", problems.parse(problem))}
         )
 
     def read(self, text: str) -> "PrefixChecker":
-        """The checker after some more text."""
+        """Return the checker after some more text."""
         after = object.__new__(PrefixChecker)
         after._states = self._states
         for character in text:
@@ -123,16 +121,16 @@ class PrefixChecker:
 
     @property
     def completable(self) -> bool:
-        """Some correct solution begins with the text read so far."""
+        """Whether some correct solution begins with the text read so far."""
         return bool(self._states)
 
     @property
     def complete(self) -> bool:
-        """The text read so far is a correct solution."""
+        """Whether the text read so far is a correct solution."""
         return ("", None) in self._states
 
     def completion(self) -> str | None:
-        """Some text that completes the solution; None if nothing can."""
+        """Return a text that completes the solution; None if none does."""
         for rest, expression in sorted(self._states):
             while expression is not None:
                 phrase, expression = phrases(expression)[0]
@@ -156,13 +154,8 @@ def _advance(states: frozenset[State], character: str) -> frozenset[State]:
     return frozenset(after)
 
 
-def is_completable(problem: str, text: str) -> bool:
-    """Whether a correct solution of the problem begins with the text."""
-    return PrefixChecker(problem).read(text).completable
-
-
 def fork_index(problem: str, token_pieces: Sequence[str | None]) -> int | None:
-    """The token at which a solution goes wrong for good.
+    """Return the token at which a solution goes wrong for good.
 
     Args:
       problem: the problem's text.
@@ -187,7 +180,15 @@ def fork_index(problem: str, token_pieces: Sequence[str | None]) -> int | None:
 def token_labels(
     problem: str, token_pieces: Sequence[str | None]
 ) -> np.ndarray:
-    """i8[N]: ``OK``, ``FORK`` or ``AFTER`` for each token; see fork_index."""
+    """Label each token ``OK``, ``FORK`` or ``AFTER``.
+
+    Args:
+      problem: the problem's text.
+      token_pieces: as in :func:`fork_index`.
+
+    Returns:
+      i8[N].
+    """
     labels = np.full(len(token_pieces), OK, np.int8)
     fork = fork_index(problem, token_pieces)
     if fork is not None:
@@ -197,7 +198,7 @@ def token_labels(
 
 
 def window_labels(labels: np.ndarray, length: int) -> np.ndarray:
-    """Whether the fork lies in the window that starts at each token.
+    """Label the window that starts at each token.
 
     Args:
       labels: i8[..., N] of :func:`token_labels`.
@@ -222,7 +223,7 @@ def label_batch(
     *,
     window: int,
 ) -> TruthLabels:
-    """Labels a batch of completions.
+    """Label a batch of completions.
 
     Args:
       problems: B problems.

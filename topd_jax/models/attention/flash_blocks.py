@@ -1,4 +1,4 @@
-"""Which blocks of queries and columns need each other, for ``flash``. Ours."""
+"""Which blocks of queries and keys need each other, for ``flash``."""
 
 from typing import Any, NamedTuple
 
@@ -11,26 +11,26 @@ _ROWS = 512
 _SCORES = 1 << 18
 
 
-class Seen(NamedTuple):
-    """What queries see: the arrays of spans, and positions where layers slide.
+class KernelMask(NamedTuple):
+    """The arrays of an interval mask, and positions where layers slide.
 
     Attributes:
       exists: bool[B, L].
       prefix: i32[B, S].
       first: i32[B, S].
       last: i32[B, S].
-      rows: i32[B, S] position of each query; None where no layer slides.
-      columns: i32[B, L] position of each column; None with ``rows``.
-      reach: i32[] a query sees columns less than so far behind its position.
+      query_positions: i32[B, S]; None where no layer slides.
+      key_positions: i32[B, L]; None with ``query_positions``.
+      window: i32[] a query attends to keys less than so far behind it.
     """
 
     exists: jax.Array
     prefix: jax.Array
     first: jax.Array
     last: jax.Array
-    rows: jax.Array | None
-    columns: jax.Array | None
-    reach: jax.Array
+    query_positions: jax.Array | None
+    key_positions: jax.Array | None
+    window: jax.Array
 
 
 class Sizes(NamedTuple):
@@ -42,40 +42,40 @@ class Sizes(NamedTuple):
     size: int  # of a head
     length: int  # S
     queries: int  # of a block
-    columns: int  # of a block
+    keys: int  # of a block
     query_blocks: int
-    column_blocks: int
+    key_blocks: int
 
     @property
     def lanes(self) -> int:
-        """Rows of a block of queries: those of all heads of a group."""
+        """Count the rows of a block of queries, all heads of a group."""
         return self.queries * self.shared
 
 
 def sizes_of(query: jax.Array, key: jax.Array) -> Sizes:
-    """Blocks for query [B, S, heads, D] and key [B, L, kv_heads, D]."""
+    """Choose blocks for query [B, S, heads, D] and key [B, L, kv_heads, D]."""
     rows, length, heads, size = query.shape
-    columns, groups = key.shape[1:3]
+    keys, groups = key.shape[1:3]
     shared = heads // groups
     wide = 128 * max(_ROWS // shared // 128, 1)
     queries = min(wide, 128 * -(-length // 128))
     most = max(_SCORES // (queries * shared) // 128 * 128, 128)
-    block = min(most, 128 * -(-columns // 128))
+    block = min(most, 128 * -(-keys // 128))
     return Sizes(
         rows, groups, shared, size, length, queries, block,
-        -(-length // queries), -(-columns // block),
+        -(-length // queries), -(-keys // block),
     )  # fmt: skip
 
 
 class Tables(NamedTuple):
     """Which blocks need each other, for all rows; i32."""
 
-    prefix: jax.Array  # [B, query blocks] column blocks, from the first
-    begin: jax.Array  # the same: first column block of the stretch
+    prefix: jax.Array  # [B, query blocks] key blocks, from the first
+    begin: jax.Array  # the same: first key block of the stretch
     end: jax.Array  # the same: the last one; below begin where there is none
-    low: jax.Array  # [B, column blocks] first query block that needs it
+    low: jax.Array  # [B, key blocks] first query block that needs it
     high: jax.Array  # the same: the last one; below low where there is none
-    reach: jax.Array  # [1]
+    window: jax.Array  # [1]
 
 
 def arranged(
@@ -83,34 +83,34 @@ def arranged(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    seen: Seen,
+    mask: KernelMask,
 ) -> tuple[dict[str, jax.Array], Tables]:
-    """The kernels' arrays by name, in whole blocks, and the tables."""
+    """Return the kernels' arrays by name, in whole blocks, and the tables."""
     length = sizes.query_blocks * sizes.queries
-    columns = sizes.column_blocks * sizes.columns
+    keys = sizes.key_blocks * sizes.keys
 
     def of_queries(x: jax.Array, empty: int) -> jax.Array:
         more = ((0, 0), (0, length - x.shape[1]))
         return jnp.pad(x.astype(jnp.int32), more, constant_values=empty)
 
-    def of_columns(x: jax.Array) -> jax.Array:
-        more = ((0, 0), (0, columns - x.shape[1]))
+    def of_keys(x: jax.Array) -> jax.Array:
+        more = ((0, 0), (0, keys - x.shape[1]))
         return jnp.pad(x.astype(jnp.int32), more)[..., None]
 
-    prefix, last = of_queries(seen.prefix, 0), of_queries(seen.last, -1)
-    spans = {"prefix": prefix, "first": of_queries(seen.first, 0)}
-    spans["last"] = last
-    tables = _tables(sizes, **spans, reach=seen.reach)
-    if seen.rows is not None:
-        spans["place"] = of_queries(seen.rows, 0)
+    prefix, last = of_queries(mask.prefix, 0), of_queries(mask.last, -1)
+    intervals = {"prefix": prefix, "first": of_queries(mask.first, 0)}
+    intervals["last"] = last
+    tables = _tables(sizes, **intervals, window=mask.window)
+    if mask.query_positions is not None:
+        intervals["query_position"] = of_queries(mask.query_positions, 0)
     arrays = {"query": grouped(sizes, query)}
     for name, x in (("key", key), ("value", value)):
-        more = ((0, 0), (0, columns - x.shape[1]), (0, 0), (0, 0))
+        more = ((0, 0), (0, keys - x.shape[1]), (0, 0), (0, 0))
         arrays[name] = jnp.swapaxes(jnp.pad(x, more), 1, 2)
-    arrays["exists"] = of_columns(seen.exists)
-    if seen.columns is not None:
-        arrays["column_place"] = of_columns(seen.columns)
-    for name, x in spans.items():
+    arrays["exists"] = of_keys(mask.exists)
+    if mask.key_positions is not None:
+        arrays["key_position"] = of_keys(mask.key_positions)
+    for name, x in intervals.items():
         arrays[name] = jnp.repeat(x, sizes.shared, axis=1)[:, None]
     return arrays, tables
 
@@ -120,7 +120,7 @@ def _tables(
     prefix: jax.Array,
     first: jax.Array,
     last: jax.Array,
-    reach: jax.Array,
+    window: jax.Array,
 ) -> Tables:
     # 17 tiles of 8 blocks is a sum that the compiler of v5p cannot split over
     # its two cores: an even number.
@@ -132,23 +132,23 @@ def _tables(
         )
         for x, empty in ((prefix, 0), (first, 0), (last, -1))
     )
-    own = first <= last
-    far = sizes.columns * sizes.column_blocks
-    whole = -(-prefix.max(-1) // sizes.columns)
-    begin = jnp.where(own, first, far).min(-1) // sizes.columns
-    end = jnp.where(own, last, -1).max(-1) // sizes.columns
-    column = jnp.arange(sizes.column_blocks)
-    needs = column < whole[..., None]
-    needs |= (begin[..., None] <= column) & (column <= end[..., None])
+    any_key = first <= last
+    far = sizes.keys * sizes.key_blocks
+    whole = -(-prefix.max(-1) // sizes.keys)
+    begin = jnp.where(any_key, first, far).min(-1) // sizes.keys
+    end = jnp.where(any_key, last, -1).max(-1) // sizes.keys
+    key = jnp.arange(sizes.key_blocks)
+    needs = key < whole[..., None]
+    needs |= (begin[..., None] <= key) & (key <= end[..., None])
     order = jnp.arange(count)[:, None]
     low = jnp.where(needs, order, count).min(1)
     high = jnp.where(needs, order, -1).max(1)
-    found = (x.astype(jnp.int32) for x in (whole, begin, end, low, high))
-    return Tables(*found, reach.astype(jnp.int32).reshape(1))
+    blocks = (x.astype(jnp.int32) for x in (whole, begin, end, low, high))
+    return Tables(*blocks, window.astype(jnp.int32).reshape(1))
 
 
 def grouped(sizes: Sizes, x: jax.Array) -> jax.Array:
-    """[B, S, heads, D] -> [B, groups, padded S * R, D]."""
+    """Reshape [B, S, heads, D] to [B, groups, padded S * R, D]."""
     length = sizes.query_blocks * sizes.queries
     x = jnp.pad(x, ((0, 0), (0, length - sizes.length), (0, 0), (0, 0)))
     x = x.reshape(sizes.rows, length, sizes.groups, sizes.shared, sizes.size)
@@ -157,14 +157,14 @@ def grouped(sizes: Sizes, x: jax.Array) -> jax.Array:
 
 
 def ungrouped(sizes: Sizes, x: jax.Array) -> jax.Array:
-    """The way back from :func:`grouped`."""
+    """Invert :func:`grouped`."""
     x = x.reshape(sizes.rows, sizes.groups, -1, sizes.shared, sizes.size)
     x = jnp.swapaxes(x, 1, 2)[:, : sizes.length]
     return x.reshape(sizes.rows, sizes.length, -1, sizes.size)
 
 
-def column_block(tables: Tables, row: Any, query: Any, step: Any) -> tuple:
-    """The column block of a step, and whether there is one.
+def key_block(tables: Tables, row: Any, query: Any, step: Any) -> tuple:
+    """Return the key block of a step, and whether there is one.
 
     Behind the last one it stays the same, which fetches nothing.
     """
@@ -176,11 +176,11 @@ def column_block(tables: Tables, row: Any, query: Any, step: Any) -> tuple:
     return jnp.where(count > 0, block, 0), step < count
 
 
-def query_block(tables: Tables, row: Any, column: Any, step: Any) -> tuple:
-    """The query block of a step, and whether it needs the column block."""
-    low, high = tables.low[row, column], tables.high[row, column]
+def query_block(tables: Tables, row: Any, key: Any, step: Any) -> tuple:
+    """Return the query block of a step, and whether it needs the key block."""
+    low, high = tables.low[row, key], tables.high[row, key]
     at = jnp.clip(low + step, 0, jnp.maximum(high, 0))
-    stretch = tables.begin[row, at] <= column
-    stretch &= column <= tables.end[row, at]
-    needs = (column < tables.prefix[row, at]) | stretch
+    stretch = tables.begin[row, at] <= key
+    stretch &= key <= tables.end[row, at]
+    needs = (key < tables.prefix[row, at]) | stretch
     return at, (low + step <= high) & needs

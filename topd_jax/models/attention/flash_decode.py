@@ -1,15 +1,15 @@
-"""Attention of one query a row, over a cache that is read where it is. Ours.
+"""Attention of one query a row, over a cache that is read in place.
 
-A token that is decoded asks for the columns written so far of one layer. Read
-by XLA, all columns of the cache are, also those that are yet to be written,
-and where a layer's do not fit a chip's fast memory they are first copied out
-of the cache of all layers. This kernel takes the cache of all
-layers and the layer's index, and fetches the blocks of columns from the first
-that a row sees to the last; softmax goes along as in ``flash``.
+A token that is decoded needs the keys written so far of one layer. XLA reads
+all keys of the cache, also those that are yet to be written, and where a
+layer's keys do not fit a chip's fast memory it first copies them out of the
+cache of all layers. This kernel takes the cache of all layers and the layer's
+index, and fetches the blocks of keys from the first of a row to its last, with
+the online softmax of ``flash``.
 
 Query heads that share keys are the rows of a product, padded to the tile of
-their type. Blocks are of several rows and heads, since a step of a grid has a
-price of its own.
+their type. Blocks hold several rows and heads, since each step of a grid has a
+cost of its own.
 """
 
 import functools
@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.attention.flash_kernels import UNSEEN, Options, dot
+from topd_jax.models.attention.flash_kernels import MASKED_SCORE, Options, dot
 from topd_jax.types import soft_cap
 
-# Columns of a block at the least; more where a cache is of more blocks than
+# Keys of a block at the least; more where a cache is of more blocks than
 # these parts (half a block is read in vain), or where the block's keys would
 # be of so few bytes: beside what it does, a step of a grid takes some tenths
 # of a microsecond, in which v5p reads about a megabyte. And bytes at the most.
-_COLUMNS = 128
+_KEYS = 128
 _PARTS = 32
 _FEW_BYTES = 1 << 19
 _BYTES = 1 << 20
@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
     groups: int  # of a block: heads that have keys
     shared: int  # query heads of each, padded
     size: int  # of a head
-    columns: int  # of a block
+    keys: int  # of a block
     length: int  # L
 
 
@@ -57,21 +57,21 @@ def attend(
     usual: int,
     plain: Callable[..., jax.Array],
 ) -> jax.Array:
-    """Attention by the kernel on TPU, plainly elsewhere; no gradient.
+    """Attend by the kernel on TPU, plainly elsewhere; no gradient.
 
     Args:
       query: [B, 1, heads, head_dim].
       keys: [N, B, L, kv_heads, head_dim].
       values: the same.
       index: i32[] which of the N layers.
-      mask: :func:`as_numbers` of the columns that each row sees, of those
+      mask: :func:`as_numbers` of the keys of each row, of those
         from ``first`` to ``last``.
-      first: i32[B] a column, before which the row sees none.
-      last: i32[] a column, behind which no row sees any.
+      first: i32[B] a key, before which the row has none.
+      last: i32[] a key, behind which no row has any.
       options: of the kernel.
       usual: see :func:`read`.
       plain: (query, key, value, bool[B, L]) -> the same, of one layer's
-        columns.
+        keys.
 
     Returns:
       [B, 1, heads, head_dim].
@@ -79,8 +79,8 @@ def attend(
 
     def elsewhere(*arrays: jax.Array) -> jax.Array:
         query, keys, values, index, mask, _, last = arrays
-        seen = (mask[:, 0] != 0) & (jnp.arange(mask.shape[2]) <= last)
-        return plain(query, keys[index], values[index], seen)
+        allowed = (mask[:, 0] != 0) & (jnp.arange(mask.shape[2]) <= last)
+        return plain(query, keys[index], values[index], allowed)
 
     return jax.lax.platform_dependent(
         query, keys, values, index, mask, first, last,
@@ -101,26 +101,26 @@ def read(
     options: Options,
     usual: int,
 ) -> jax.Array:
-    """Attention of one query a row by the kernel.
+    """Attend from one query a row by the kernel.
 
-    What is in columns behind ``last`` does not matter.
+    What is in keys behind ``last`` does not matter.
 
     Args:
       query: [B, 1, heads, head_dim]; ``heads`` is a multiple of kv_heads.
       keys: [N, B, L, kv_heads, head_dim].
       values: the same.
       index: i32[] which of the N layers.
-      mask: :func:`as_numbers` of the columns that each row sees, of those
+      mask: :func:`as_numbers` of the keys of each row, of those
         from ``first`` to ``last``.
-      first: i32[B] a column, before which the row sees none.
-      last: i32[] a column, behind which no row sees any.
+      first: i32[B] a key, before which the row has none.
+      last: i32[] a key, behind which no row has any.
       options: see :class:`~topd_jax.models.attention.flash_kernels.Options`.
-      usual: columns, of L, that a call has to read on average; with half a
+      usual: keys, of L, that a call has to read on average; with half a
         block more they are what the kernel tells a plan that it costs.
 
     Returns:
-      [B, 1, heads, head_dim] in the query's dtype, zero where a row sees
-      nothing.
+      [B, 1, heads, head_dim] in the query's dtype, zero where a row has no
+      keys.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -151,65 +151,65 @@ def read(
 
 
 def as_numbers(mask: jax.Array) -> jax.Array:
-    """bool[B, L] -> i32[B, 1, L], as the kernel takes it."""
+    """Convert bool[B, L] to i32[B, 1, L], as the kernel takes it."""
     return mask.astype(jnp.int32)[:, None]
 
 
 def sizes_of(query: jax.Array, keys: jax.Array) -> Sizes:
-    """Blocks for query [B, 1, heads, D] and keys [N, B, L, kv_heads, D]."""
+    """Choose blocks for query [B, 1, heads, D], keys [N, B, L, kv_heads, D]."""
     rows, _, heads, size = query.shape
     length, groups = keys.shape[2:4]
     tile = 8 * 4 // query.dtype.itemsize
     shared = tile * -(-(heads // groups) // tile)
     # Two blocks of rows at the least, for a chip of two cores.
     half, each = max(rows // 2, 1), size * keys.dtype.itemsize
-    columns = _COLUMNS
+    block = _KEYS
     while (
-        2 * columns * _PARTS <= length
-        or 2 * columns * half * groups * each <= _FEW_BYTES
+        2 * block * _PARTS <= length
+        or 2 * block * half * groups * each <= _FEW_BYTES
     ):
-        columns *= 2
-    columns = min(columns, length)
-    fit = max(_BYTES // (columns * each), 1)
+        block *= 2
+    block = min(block, length)
+    fit = max(_BYTES // (block * each), 1)
     together = _divisor(groups, fit)
     several = _divisor(rows, min(fit // together, half))
-    return Sizes(several, together, shared, size, columns, length)
+    return Sizes(several, together, shared, size, block, length)
 
 
 def _divisor(number: int, most: int) -> int:
-    """The largest divisor that is not above ``most``."""
+    """Return the largest divisor that is not above ``most``."""
     return max(d for d in range(1, max(most, 1) + 1) if number % d == 0)
 
 
 def _grid(sizes: Sizes, rows: int, groups: int) -> Any:
-    """The steps, where the blocks of each are, and the sums that they share.
+    """Lay out the steps, the blocks of each, and the sums that they share.
 
-    Behind the layer, and the first and last column, the arrays are queries,
+    Behind the layer, and the first and last key, the arrays are queries,
     keys, values and mask; rows and heads may go to a core each, all blocks of
-    columns follow one another.
+    keys follow one another.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    def own(row: Any, group: Any, step: Any, table: Any) -> tuple:
+    def of_query(row: Any, group: Any, step: Any, table: Any) -> tuple:
         return row, group, 0, 0
 
-    def of_column(row: Any, group: Any, step: Any, table: Any) -> tuple:
+    def of_keys(row: Any, group: Any, step: Any, table: Any) -> tuple:
         return table[0], row, group, _block(sizes, table, step)[0], 0
 
     def of_mask(row: Any, group: Any, step: Any, table: Any) -> tuple:
         return row, 0, _block(sizes, table, step)[0]
 
     block = (sizes.rows, sizes.groups, sizes.shared, sizes.size)
-    wide = (None, sizes.rows, sizes.groups, sizes.columns, sizes.size)
-    query, column = pl.BlockSpec(block, own), pl.BlockSpec(wide, of_column)
-    mask = pl.BlockSpec((sizes.rows, 1, sizes.columns), of_mask)
+    wide = (None, sizes.rows, sizes.groups, sizes.keys, sizes.size)
+    query, key = pl.BlockSpec(block, of_query), pl.BlockSpec(wide, of_keys)
+    mask = pl.BlockSpec((sizes.rows, 1, sizes.keys), of_mask)
     sums = (sizes.rows * sizes.groups, sizes.shared)
-    steps = -(-sizes.length // sizes.columns)
+    steps = -(-sizes.length // sizes.keys)
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(rows // sizes.rows, groups // sizes.groups, steps),
-        in_specs=[query, column, column, mask],
+        in_specs=[query, key, key, mask],
         out_specs=query,
         scratch_shapes=[
             pltpu.VMEM((*sums, size), jnp.float32)
@@ -219,26 +219,26 @@ def _grid(sizes: Sizes, rows: int, groups: int) -> Any:
 
 
 def _block(sizes: Sizes, table: Any, step: Any) -> tuple:
-    """The block of columns of a step, and whether there is one.
+    """Return the block of keys of a step, and whether there is one.
 
     Behind the last one it stays the same, which fetches nothing.
     """
-    at = table[1] // sizes.columns + step
-    end = table[2] // sizes.columns
+    at = table[1] // sizes.keys + step
+    end = table[2] // sizes.keys
     return jnp.minimum(at, end), at <= end
 
 
 def _estimate(
     sizes: Sizes, query: jax.Array, keys: jax.Array, usual: int
 ) -> Any:
-    """What a call costs, where ``usual`` columns are to be read."""
+    """Estimate a call's cost, where ``usual`` keys are to be read."""
     from jax.experimental import pallas as pl
 
     rows, _, heads, size = query.shape
-    columns = min(usual + sizes.columns // 2, sizes.length)
-    scores = rows * heads * columns
-    read = 2 * rows * columns * keys.shape[3] * size * keys.dtype.itemsize
-    read += rows * columns * 4 * keys.shape[3] // sizes.groups
+    count = min(usual + sizes.keys // 2, sizes.length)
+    scores = rows * heads * count
+    read = 2 * rows * count * keys.shape[3] * size * keys.dtype.itemsize
+    read += rows * count * 4 * keys.shape[3] // sizes.groups
     moved = 2 * math.prod(query.shape) * query.dtype.itemsize
     return pl.CostEstimate(
         flops=4 * scores * size,
@@ -258,32 +258,30 @@ def _visit(
     out: Any,
     *sums: Any,
 ) -> None:
-    """A step of the grid: begins, adds a block that is needed, or finishes."""
+    """Run a step of the grid: begin, add a needed block, or finish."""
     from jax.experimental import pallas as pl
 
     step = pl.program_id(2)
     at, needed = _block(sizes, table, step)
-    left = table[2] - at * sizes.columns  # the last one, in its block
+    left = table[2] - at * sizes.keys  # the last one, in its block
 
     @pl.when(step == 0)
     def _() -> None:
-        for total, empty in zip(sums, (0.0, UNSEEN, 0.0), strict=True):
+        for total, empty in zip(sums, (0.0, MASKED_SCORE, 0.0), strict=True):
             total[...] = jnp.full_like(total, empty)
 
     add = functools.partial(
         _add, sizes, options, query, key, value, mask, sums, left
     )
-    pl.when(needed & (left >= sizes.columns - 1))(add)
-    # What is behind the last column seen may be anything, times zero.
-    pl.when(needed & (left < sizes.columns - 1))(
-        functools.partial(add, cut=True)
-    )
+    pl.when(needed & (left >= sizes.keys - 1))(add)
+    # What is behind the last key may be anything, times zero.
+    pl.when(needed & (left < sizes.keys - 1))(functools.partial(add, cut=True))
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
         total, _, weight = (x[...] for x in sums)
-        found = total / jnp.where(weight > 0, weight, 1.0)
-        out[...] = found.reshape(out.shape).astype(out.dtype)
+        result = total / jnp.where(weight > 0, weight, 1.0)
+        out[...] = result.reshape(out.shape).astype(out.dtype)
 
 
 def _add(
@@ -297,29 +295,31 @@ def _add(
     left: Any,
     cut: bool = False,
 ) -> None:
-    """Adds a block of columns to the sums, [rows * groups, shared, ...]."""
+    """Add a block of keys to the sums, [rows * groups, shared, ...]."""
     count = sizes.rows * sizes.groups
-    total, most, weight = sums
+    total, maximum, weight = sums
     query = query[...].reshape(count, sizes.shared, sizes.size)
     key, value = (
-        x[...].reshape(count, sizes.columns, sizes.size) for x in (key, value)
+        x[...].reshape(count, sizes.keys, sizes.size) for x in (key, value)
     )
     scores = dot(query, key, (2, 2), (0,)) * options.scale
     scores = soft_cap(scores, options.cap)
-    wide = (sizes.rows, sizes.groups, sizes.shared, sizes.columns)
-    seen = jnp.broadcast_to(mask[...][:, None], wide).reshape(scores.shape) != 0
+    wide = (sizes.rows, sizes.groups, sizes.shared, sizes.keys)
+    allowed = (
+        jnp.broadcast_to(mask[...][:, None], wide).reshape(scores.shape) != 0
+    )
     if cut:
         at = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-        seen &= at <= left
+        allowed &= at <= left
         at = jax.lax.broadcasted_iota(jnp.int32, value.shape, 1)
         plain = jnp.where(at <= left, value.astype(jnp.float32), 0.0)
         value = plain.astype(value.dtype)
-    scores = jnp.where(seen, scores, UNSEEN)
-    old = most[...]
+    scores = jnp.where(allowed, scores, MASKED_SCORE)
+    old = maximum[...]
     new = jnp.maximum(old, jnp.max(scores, axis=2, keepdims=True))
-    share = jnp.where(seen, jnp.exp(scores - new), 0.0)
+    share = jnp.where(allowed, jnp.exp(scores - new), 0.0)
     keep = jnp.exp(old - new)
-    most[...] = new
+    maximum[...] = new
     weight[...] = weight[...] * keep + jnp.sum(share, 2, keepdims=True)
     more = dot(share.astype(value.dtype), value, (2, 1), (0,))
     total[...] = total[...] * keep + more

@@ -1,9 +1,9 @@
-"""The kernels of ``flash``, and how they are called for blocks. Ours.
+"""The kernels of ``flash``, and how they are called for blocks.
 
-A kernel visits the pairs of blocks that need each other, adds what each gives
-to f32 arrays that stay in fast memory, and writes its outputs after the last
-pair of its outer block. Blocks are [rows of a query block, D] and [columns, D];
-what belongs to a query is [1, rows], to a column [columns, 1].
+A kernel visits the pairs of blocks that need each other, adds the result of
+each to f32 arrays in fast memory, and writes its outputs after the last pair of
+its outer block. Blocks are [rows of a query block, D] and [keys, D];
+what belongs to a query is [1, rows], to a key [keys, 1].
 """
 
 import functools
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from topd_jax.models.attention.flash_blocks import (
     Sizes,
     Tables,
-    column_block,
+    key_block,
     query_block,
 )
 from topd_jax.types import soft_cap
 
-# Far below any score; finite, since a row that sees nothing must not be nan.
-UNSEEN = -1e30
+# Far below any score; finite, since a row without keys must not be nan.
+MASKED_SCORE = -1e30
 
 
 class Options(NamedTuple):
@@ -44,18 +44,18 @@ class Kernel(NamedTuple):
     """What is done with a pair of blocks, and after the last one.
 
     Attributes:
-      add: (sizes, options, tables, name -> ref, sums, the column block).
+      add: (sizes, options, tables, name -> ref, sums, the key block).
       finish: (options, sums, output refs).
       empty: what each of the sums begins with.
       products: of matrices, a pair.
-      by_column: the outer loop is over columns, the inner one over queries.
+      by_key: the outer loop is over keys, the inner one over queries.
     """
 
     add: Callable[..., None]
     finish: Callable[..., None]
     empty: tuple[float, ...]
     products: int
-    by_column: bool = False
+    by_key: bool = False
 
 
 def call(
@@ -69,7 +69,7 @@ def call(
     sums: list[tuple[int, int]],
     causal: bool = True,
 ) -> list[jax.Array]:
-    """Runs a kernel over rows, heads and pairs of blocks.
+    """Run a kernel over rows, heads and pairs of blocks.
 
     Args:
       kernel: one of this file's.
@@ -79,8 +79,7 @@ def call(
       arrays: name -> array.
       outputs: name, for its blocks -> array like it.
       sums: shapes of the f32 arrays that it adds to.
-      causal: estimate the cost of a causal reading, of whose pairs half are
-        seen; otherwise, at the most, that of all pairs.
+      causal: estimate the cost of half of all pairs, or of all.
 
     Returns:
       The outputs.
@@ -88,13 +87,8 @@ def call(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    steps = sizes.query_blocks, sizes.column_blocks
-    outer, inner = steps[::-1] if kernel.by_column else steps
-    columns = arrays["key"].shape[2]
-    pairs = sizes.length * columns
-    if causal:
-        pairs = sizes.length * min(sizes.length, columns) // 2
-    pairs *= sizes.rows * sizes.groups * sizes.shared
+    steps = sizes.query_blocks, sizes.key_blocks
+    outer, inner = steps[::-1] if kernel.by_key else steps
     return pl.pallas_call(
         functools.partial(
             _visit, kernel, sizes, options, list(arrays), len(outputs), inner
@@ -102,8 +96,8 @@ def call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
             grid=(sizes.rows, sizes.groups, outer, inner),
-            in_specs=[_spec(sizes, n, kernel.by_column) for n in arrays],
-            out_specs=[_spec(sizes, n, kernel.by_column) for n in outputs],
+            in_specs=[_spec(sizes, n, kernel.by_key) for n in arrays],
+            out_specs=[_spec(sizes, n, kernel.by_key) for n in outputs],
             scratch_shapes=[pltpu.VMEM(s, jnp.float32) for s in sums],
         ),
         out_shape=[
@@ -112,16 +106,7 @@ def call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",)
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * kernel.products * pairs * sizes.size,
-            transcendentals=pairs,
-            bytes_accessed=_bytes(
-                arrays,
-                outputs,
-                max(outer // 2, 1) if causal else outer,
-                kernel.by_column,
-            ),
-        ),
+        cost_estimate=_cost(kernel, sizes, arrays, outputs, outer, causal),
         interpret=options.interpret,
     )(*tables, *arrays.values())
 
@@ -135,18 +120,18 @@ def _visit(
     steps: int,
     *refs: Any,
 ) -> None:
-    """A step of the grid: begins, adds a pair that is needed, or finishes."""
+    """Run a step of the grid: begin, add a needed pair, or finish."""
     from jax.experimental import pallas as pl
 
     count = len(Tables._fields)
     tables, refs = Tables(*refs[:count]), refs[count:]
-    given = dict(zip(names, refs, strict=False))
-    made, sums = refs[len(names) :][:outputs], refs[len(names) + outputs :]
+    inputs = dict(zip(names, refs, strict=False))
+    out_refs, sums = refs[len(names) :][:outputs], refs[len(names) + outputs :]
     row, _, outer, step = (pl.program_id(i) for i in range(4))
-    if kernel.by_column:
-        column, (_, needed) = outer, query_block(tables, row, outer, step)
+    if kernel.by_key:
+        block, (_, needed) = outer, query_block(tables, row, outer, step)
     else:
-        column, needed = column_block(tables, row, outer, step)
+        block, needed = key_block(tables, row, outer, step)
 
     @pl.when(step == 0)
     def _() -> None:
@@ -155,72 +140,85 @@ def _visit(
 
     @pl.when(needed)
     def _() -> None:
-        kernel.add(sizes, options, tables, given, sums, column)
+        kernel.add(sizes, options, tables, inputs, sums, block)
 
     @pl.when(step == steps - 1)
     def _() -> None:
-        kernel.finish(options, sums, made)
+        kernel.finish(options, sums, out_refs)
 
 
-def _spec(sizes: Sizes, name: str, by_column: bool) -> Any:
-    """Where the block of an array is at a step of the grid."""
+def _spec(sizes: Sizes, name: str, by_key: bool) -> Any:
+    """Locate the block of an array at a step of the grid."""
     from jax.experimental import pallas as pl
 
     def blocks(row: Any, outer: Any, inner: Any, *refs: Any) -> tuple:
         tables = Tables(*refs)
-        if by_column:
+        if by_key:
             return query_block(tables, row, outer, inner)[0], outer
-        return outer, column_block(tables, row, outer, inner)[0]
+        return outer, key_block(tables, row, outer, inner)[0]
 
     def place(row: Any, group: Any, *at: Any) -> tuple:
-        query, column = blocks(row, *at)
+        query, key = blocks(row, *at)
         return {
             "query": (row, group, query, 0),
-            "column": (row, group, column, 0),
-            "exists": (row, column, 0),
-            "span": (row, 0, query),
-            "normaliser": (row, group, 0, query),
+            "key": (row, group, key, 0),
+            "exists": (row, key, 0),
+            "interval": (row, 0, query),
+            "normalizer": (row, group, 0, query),
         }[_KINDS[name]]
 
     shape = {
         "query": (None, None, sizes.lanes, sizes.size),
-        "column": (None, None, sizes.columns, sizes.size),
-        "exists": (None, sizes.columns, 1),
-        "span": (None, 1, sizes.lanes),
-        "normaliser": (None, None, 1, sizes.lanes),
+        "key": (None, None, sizes.keys, sizes.size),
+        "exists": (None, sizes.keys, 1),
+        "interval": (None, 1, sizes.lanes),
+        "normalizer": (None, None, 1, sizes.lanes),
     }[_KINDS[name]]
     return pl.BlockSpec(shape, place)
 
 
-def _bytes(
+def _cost(
+    kernel: Kernel,
+    sizes: Sizes,
     arrays: dict[str, jax.Array],
     outputs: dict[str, Any],
-    times: int,
-    by_column: bool,
-) -> int:
-    """Main memory's: what the inner loop reads comes so many times."""
-    total = 0
+    outer: int,
+    causal: bool,
+) -> Any:
+    """Estimate the cost of a call, whose inner loop is read ``outer`` times."""
+    from jax.experimental import pallas as pl
+
+    keys = arrays["key"].shape[2]
+    pairs = sizes.length * keys
+    if causal:
+        pairs = sizes.length * min(sizes.length, keys) // 2
+        outer = max(outer // 2, 1)
+    pairs *= sizes.rows * sizes.groups * sizes.shared
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in outputs.values())
     for name, x in arrays.items():
-        of_column = _KINDS[name] in ("column", "exists")
-        again = 1 if of_column == by_column else times
-        total += again * math.prod(x.shape) * x.dtype.itemsize
-    made = outputs.values()
-    return total + sum(math.prod(x.shape) * x.dtype.itemsize for x in made)
+        of_keys = _KINDS[name] in ("key", "exists")
+        times = 1 if of_keys == kernel.by_key else outer
+        moved += times * math.prod(x.shape) * x.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * kernel.products * pairs * sizes.size,
+        transcendentals=pairs,
+        bytes_accessed=moved,
+    )
 
 
 _KINDS = {
     "query": "query",
-    "slope": "query",
-    "key": "column",
-    "value": "column",
+    "cotangent": "query",
+    "key": "key",
+    "value": "key",
     "exists": "exists",
-    "column_place": "exists",
-    "prefix": "span",
-    "first": "span",
-    "last": "span",
-    "place": "span",
-    "normaliser": "normaliser",
-    "delta": "normaliser",
+    "key_position": "exists",
+    "prefix": "interval",
+    "first": "interval",
+    "last": "interval",
+    "query_position": "interval",
+    "normalizer": "normalizer",
+    "delta": "normalizer",
 }
 
 
@@ -230,7 +228,7 @@ def dot(
     over: tuple[int, int],
     batch: tuple[int, ...] = (),
 ) -> jax.Array:
-    """A product in f32, over one axis of each; ``batch`` axes are of both."""
+    """Multiply in f32, over one axis of each; ``batch`` axes are of both."""
     precise = x.dtype == jnp.float32
     return jax.lax.dot_general(
         x,
@@ -242,19 +240,19 @@ def dot(
 
 
 def _scores(
-    sizes: Sizes, options: Options, tables: Tables, refs: dict, column: Any
+    sizes: Sizes, options: Options, tables: Tables, refs: dict, block: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores [columns, lanes] of a pair of blocks, and which of them count."""
+    """Return the scores [keys, lanes] of a pair of blocks, and their mask."""
     scores = dot(refs["key"][...], refs["query"][...], (1, 1))
     scores = soft_cap(scores * options.scale, options.cap)
     at = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    at += column * sizes.columns
+    at += block * sizes.keys
     mask = (refs["first"][...] <= at) & (at <= refs["last"][...])
     mask |= at < refs["prefix"][...]
     mask &= refs["exists"][...] != 0
-    if "place" in refs:
-        back = refs["place"][...] - refs["column_place"][...]
-        mask &= back < tables.reach[0]
+    if "query_position" in refs:
+        back = refs["query_position"][...] - refs["key_position"][...]
+        mask &= back < tables.window[0]
     return scores, mask
 
 
@@ -264,41 +262,43 @@ def _add_read(
     tables: Tables,
     refs: dict,
     sums: tuple,
-    column: Any,
+    block: Any,
 ) -> None:
-    total, most, weight = sums
-    scores, mask = _scores(sizes, options, tables, refs, column)
-    scores = jnp.where(mask, scores, UNSEEN)
-    old = most[...]
+    total, maximum, weight = sums
+    scores, mask = _scores(sizes, options, tables, refs, block)
+    scores = jnp.where(mask, scores, MASKED_SCORE)
+    old = maximum[...]
     new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
     share = jnp.where(mask, jnp.exp(scores - new), 0.0)
     keep = jnp.exp(old - new)
-    most[...] = new
+    maximum[...] = new
     weight[...] = weight[...] * keep + jnp.sum(share, 0, keepdims=True)
     value = refs["value"][...]
     more = dot(value, share.astype(value.dtype), (0, 0))
     total[...] = total[...] * keep + more
 
 
-def _finish_read(options: Options, sums: tuple, made: tuple) -> None:
-    (total, most, weight), (out, normaliser) = sums, made
-    seen = weight[...] > 0
-    safe = jnp.where(seen, weight[...], 1.0)
+def _finish_read(options: Options, sums: tuple, outputs: tuple) -> None:
+    (total, maximum, weight), (out, normalizer) = sums, outputs
+    any_key = weight[...] > 0
+    safe = jnp.where(any_key, weight[...], 1.0)
     out[...] = (total[...] / safe).T.astype(out.dtype)
-    normaliser[...] = jnp.where(seen, most[...] + jnp.log(safe), UNSEEN)
+    normalizer[...] = jnp.where(
+        any_key, maximum[...] + jnp.log(safe), MASKED_SCORE
+    )
 
 
-def _slopes(
-    sizes: Sizes, options: Options, tables: Tables, refs: dict, column: Any
+def _cotangents(
+    sizes: Sizes, options: Options, tables: Tables, refs: dict, block: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Shares and gradients of the scaled products, [columns, lanes] each."""
-    scores, mask = _scores(sizes, options, tables, refs, column)
-    share = jnp.where(mask, jnp.exp(scores - refs["normaliser"][...]), 0.0)
-    on_share = dot(refs["value"][...], refs["slope"][...], (1, 1))
-    slope = share * (on_share - refs["delta"][...])
+    """Return softmax and the gradients of the scores, [keys, lanes] each."""
+    scores, mask = _scores(sizes, options, tables, refs, block)
+    share = jnp.where(mask, jnp.exp(scores - refs["normalizer"][...]), 0.0)
+    on_share = dot(refs["value"][...], refs["cotangent"][...], (1, 1))
+    cotangent = share * (on_share - refs["delta"][...])
     if options.cap is not None:
-        slope *= 1.0 - (scores / options.cap) ** 2
-    return share, slope
+        cotangent *= 1.0 - (scores / options.cap) ** 2
+    return share, cotangent
 
 
 def _add_on_query(
@@ -307,15 +307,15 @@ def _add_on_query(
     tables: Tables,
     refs: dict,
     sums: tuple,
-    column: Any,
+    block: Any,
 ) -> None:
-    _, slope = _slopes(sizes, options, tables, refs, column)
+    _, cotangent = _cotangents(sizes, options, tables, refs, block)
     key = refs["key"][...]
-    sums[0][...] += dot(slope.astype(key.dtype), key, (0, 0))
+    sums[0][...] += dot(cotangent.astype(key.dtype), key, (0, 0))
 
 
-def _finish_on_query(options: Options, sums: tuple, made: tuple) -> None:
-    made[0][...] = (sums[0][...] * options.scale).astype(made[0].dtype)
+def _finish_on_query(options: Options, sums: tuple, outputs: tuple) -> None:
+    outputs[0][...] = (sums[0][...] * options.scale).astype(outputs[0].dtype)
 
 
 def _add_on_key(
@@ -324,25 +324,25 @@ def _add_on_key(
     tables: Tables,
     refs: dict,
     sums: tuple,
-    column: Any,
+    block: Any,
 ) -> None:
     on_key, on_value = sums
-    share, slope = _slopes(sizes, options, tables, refs, column)
-    query, on_out = refs["query"][...], refs["slope"][...]
+    share, cotangent = _cotangents(sizes, options, tables, refs, block)
+    query, on_out = refs["query"][...], refs["cotangent"][...]
     on_value[...] += dot(share.astype(on_out.dtype), on_out, (1, 0))
-    on_key[...] += dot(slope.astype(query.dtype), query, (1, 0))
+    on_key[...] += dot(cotangent.astype(query.dtype), query, (1, 0))
 
 
-def _finish_on_key(options: Options, sums: tuple, made: tuple) -> None:
-    made[0][...] = (sums[0][...] * options.scale).astype(made[0].dtype)
-    made[1][...] = sums[1][...].astype(made[1].dtype)
+def _finish_on_key(options: Options, sums: tuple, outputs: tuple) -> None:
+    outputs[0][...] = (sums[0][...] * options.scale).astype(outputs[0].dtype)
+    outputs[1][...] = sums[1][...].astype(outputs[1].dtype)
 
 
-# Attention [rows, D] and log-normalisers; sums: [D, rows], and twice [1, rows].
-READ = Kernel(_add_read, _finish_read, (0.0, UNSEEN, 0.0), products=2)
+# Attention [rows, D] and log-normalizers; sums: [D, rows], and twice [1, rows].
+READ = Kernel(_add_read, _finish_read, (0.0, MASKED_SCORE, 0.0), products=2)
 # Gradient of a query block; sums: [rows, D].
 ON_QUERY = Kernel(_add_on_query, _finish_on_query, (0.0,), products=3)
-# Gradients of a block of keys and of values; sums: twice [columns, D].
+# Gradients of a block of keys and of values; sums: twice [keys, D].
 ON_KEY = Kernel(
-    _add_on_key, _finish_on_key, (0.0, 0.0), products=4, by_column=True
+    _add_on_key, _finish_on_key, (0.0, 0.0), products=4, by_key=True
 )

@@ -1,29 +1,31 @@
-"""What each token sees, told by where it begins and ends. Ours.
+"""Attention masks told by where they begin and end. The paper has none of this.
 
-A mask bool[B, S, L] is 1 GiB a row at 32k tokens. All that rollouts, branches
-and packed rows ask for is said by three columns a token: it sees a prefix,
-and a stretch that ends with itself. Attention that reads a block of queries
-at a time makes the mask of that block alone. Branches that are being written
-see a prefix, and columns of their own that stand apart.
+A mask bool[B, S, L] is 1 GiB a row at 32k tokens. Rollouts, branches and packed
+rows need three numbers a token: it attends to a prefix of the keys, and to an
+interval that ends with itself. Attention that reads a block of queries at a
+time makes the mask of that block alone. Branches that are being written attend
+to a prefix, and to keys of their own that stand apart.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from topd_jax.models.attention.cache import update_slice
+
 
 @struct.dataclass
-class Spans:
-    """The columns that each token sees.
+class IntervalMask:
+    """Which keys each token attends to.
 
-    Token s sees column l where ``exists[l]`` and either ``l < prefix[s]`` or
+    Token s attends to key l where ``exists[l]`` and either ``l < prefix[s]`` or
     ``first[s] <= l <= last[s]``.
 
     Attributes:
-      exists: bool[B, L] columns that any token may see.
-      prefix: i32[B, S] how many columns, from the first, a token sees.
-      first: i32[B, S] first column of its own stretch.
-      last: i32[B, S] last column of it.
+      exists: bool[B, L] keys that any token may attend to.
+      prefix: i32[B, S] keys from the first that a token attends to.
+      first: i32[B, S] first key of its interval.
+      last: i32[B, S] last key of it.
     """
 
     exists: jax.Array
@@ -32,31 +34,30 @@ class Spans:
     last: jax.Array
 
     def dense(self) -> jax.Array:
-        """bool[B, S, L]: the same as a mask."""
-        column = jnp.arange(self.exists.shape[-1])
-        own = self.first[..., None] <= column
-        own &= column <= self.last[..., None]
-        return ((column < self.prefix[..., None]) | own) & (
-            self.exists[:, None]
-        )
+        """Return the same as bool[B, S, L]."""
+        key = jnp.arange(self.exists.shape[-1])
+        inside = self.first[..., None] <= key
+        inside &= key <= self.last[..., None]
+        prefix = key < self.prefix[..., None]
+        return (prefix | inside) & self.exists[:, None]
 
-    def widen(self, columns: int) -> "Spans":
-        """The same over ``columns`` columns; those behind are not seen."""
-        more = columns - self.exists.shape[-1]
+    def widen(self, length: int) -> "IntervalMask":
+        """Return the same over ``length`` keys; the new ones are masked."""
+        more = length - self.exists.shape[-1]
         return self.replace(exists=jnp.pad(self.exists, ((0, 0), (0, more))))
 
 
 @struct.dataclass
-class Branching:
-    """The columns that the newest token of each branch sees.
+class BranchMask:
+    """Which keys the newest token of each branch attends to.
 
-    Branches side by side: behind the columns that were read, each step of all
-    M branches has M columns. The token of branch m sees a prefix of the read
-    ones, and of those behind them every M-th: its branch's own.
+    Branches side by side: behind the keys that were read, each step of all
+    M branches has M keys. The token of branch m attends to a prefix of the
+    read ones, and of those behind them to every M-th: its branch's own.
 
     Attributes:
-      exists: bool[B, L + M * (K - 1)] columns that are read or written.
-      prefix: i32[B, M] how many columns, from the first, a token sees.
+      exists: bool[B, L + M * (K - 1)] keys that are read or written.
+      prefix: i32[B, M] keys from the first that a token attends to.
       read: L.
     """
 
@@ -65,23 +66,22 @@ class Branching:
     read: int = struct.field(pytree_node=False)
 
     def dense(self) -> jax.Array:
-        """bool[B, M, L + M * (K - 1)]: the same as a mask."""
+        """Return the same as bool[B, M, L + M * (K - 1)]."""
         count = self.prefix.shape[-1]
-        column = jnp.arange(self.exists.shape[-1])
-        own = (column - self.read) % count == jnp.arange(count)[:, None]
-        own &= column >= self.read
-        return ((column < self.prefix[..., None]) | own) & (
-            self.exists[:, None]
-        )
+        key = jnp.arange(self.exists.shape[-1])
+        branch = (key - self.read) % count == jnp.arange(count)[:, None]
+        branch &= key >= self.read
+        prefix = key < self.prefix[..., None]
+        return (prefix | branch) & self.exists[:, None]
 
 
 @struct.dataclass
-class Written:
-    """What the newest token of each row sees: all that is written.
+class CachedMask:
+    """Which keys the newest token of each row attends to: all written ones.
 
     Attributes:
-      exists: bool[B, L] columns that any token may see.
-      length: i32[] columns that are written, the newest token's included.
+      exists: bool[B, L] keys that any token may attend to.
+      length: i32[] keys that are written, the newest token's included.
       usual: what ``length`` is on average, in the loop that writes; says what
         reading them costs.
     """
@@ -91,73 +91,73 @@ class Written:
     usual: int = struct.field(pytree_node=False)
 
     def dense(self) -> jax.Array:
-        """bool[B, 1, L]: the same as a mask."""
-        written = jnp.arange(self.exists.shape[-1]) < self.length
-        return (self.exists & written)[:, None]
+        """Return the same as bool[B, 1, L]."""
+        key = jnp.arange(self.exists.shape[-1])
+        return (self.exists & (key < self.length))[:, None]
 
 
 # What a decoder takes: bool[B, S, L], or one of these.
-Mask = jax.Array | Spans | Branching | Written
+Mask = jax.Array | IntervalMask | BranchMask | CachedMask
 
 
-def causal_spans(exists: jax.Array) -> Spans:
-    """Each column sees the existing ones that are not after it.
+def causal_intervals(exists: jax.Array) -> IntervalMask:
+    """Let each token attend to the existing ones that are not after it.
 
     Args:
-      exists: bool[B, L] which columns exist.
+      exists: bool[B, L] which keys exist.
 
     Returns:
-      Spans of L tokens over L columns, those of
+      IntervalMask of L tokens over L keys, those of
       :func:`~topd_jax.models.decoder.causal_mask`.
     """
     order = jnp.broadcast_to(
         jnp.arange(exists.shape[-1], dtype=jnp.int32), exists.shape
     )
     zero = jnp.zeros_like(order)
-    return Spans(exists, zero, zero, order)
+    return IntervalMask(exists, zero, zero, order)
 
 
-def packed_spans(segments: jax.Array) -> Spans:
-    """Each column sees those of its own segment that are not after it.
+def packed_intervals(segments: jax.Array) -> IntervalMask:
+    """Let each token attend to its own segment up to itself.
 
     Args:
-      segments: i32[B, L] segment of each column; those of one stand together.
-        Padding is a segment too: it sees padding, and nothing sees padding.
+      segments: i32[B, L] segment of each key; those of one stand together.
+        Padding is a segment too, of its own.
 
     Returns:
-      Spans of L tokens over L columns.
+      IntervalMask of L tokens over L keys.
     """
-    spans = causal_spans(jnp.ones(segments.shape, bool))
+    mask = causal_intervals(jnp.ones(segments.shape, bool))
     new = segments[:, 1:] != segments[:, :-1]
     new = jnp.pad(new, ((0, 0), (1, 0)), constant_values=True)
-    first = jax.lax.cummax(jnp.where(new, spans.last, 0), axis=1)
-    return spans.replace(first=first)
+    first = jax.lax.cummax(jnp.where(new, mask.last, 0), axis=1)
+    return mask.replace(first=first)
 
 
-def branch_spans(
+def branch_intervals(
     exists: jax.Array, start: jax.Array, window: jax.Array
-) -> Spans:
-    """Rollout columns, and behind them branches that leave the rollout.
+) -> IntervalMask:
+    """Mask a rollout, and behind it branches that leave it.
 
-    The token i of branch m sees the rollout before its start and the tokens
-    0 .. i of its own branch.
+    The token i of branch m attends to the rollout before its start and to
+    the tokens 0 .. i of its own branch.
 
     Args:
-      exists: bool[B, L] rollout columns that exist.
-      start: i32[B, M] column of the rollout that each branch replaces.
+      exists: bool[B, L] rollout keys that exist.
+      start: i32[B, M] key of the rollout that each branch replaces.
       window: bool[B, M, K] which tokens of the branches exist.
 
     Returns:
-      Spans of L + M * K tokens over as many columns.
+      IntervalMask of L + M * K tokens over as many keys.
     """
     rows, count, steps = window.shape
     length, extra = exists.shape[1], count * steps
-    spans = causal_spans(
+    mask = causal_intervals(
         jnp.concatenate([exists, window.reshape(rows, extra)], axis=1)
     )
     prefix = jnp.repeat(start.astype(jnp.int32), steps, axis=1)
     first = length + jnp.arange(extra, dtype=jnp.int32) // steps * steps
-    return spans.replace(
-        prefix=jax.lax.dynamic_update_slice(spans.prefix, prefix, (0, length)),
-        first=spans.first.at[:, length:].set(first),
+    return mask.replace(
+        prefix=update_slice(mask.prefix, prefix, (0, length)),
+        first=mask.first.at[:, length:].set(first),
     )

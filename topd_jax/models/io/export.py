@@ -53,7 +53,7 @@ def save_model(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Path:
-    """Writes config.json, safetensors and the tokenizer's files.
+    """Write config.json, safetensors and the tokenizer's files.
 
     In a program of several processes every process must call this; the first
     one writes.
@@ -76,7 +76,7 @@ def save_model(
       The directory.
 
     Raises:
-      ValueError: for a family or field that does not fit, a quantised model,
+      ValueError: for a family or field that does not fit, a quantized model,
         or a destination that is not free.
       OSError: where the disk is full or refuses; nothing has changed then.
     """
@@ -84,10 +84,7 @@ def save_model(
     model = merge_lora(model)
     target = Path(directory).resolve()
     check_free(target, overwrite)
-    inherited = _inherited(tokenizer, source)
-    like = None
-    if source is not None:
-        like = read_json(Path(source) / "config.json").get("model_type")
+    inherited, like = _inherited(tokenizer, source)
     fields = config_json(
         model.config, model_type, inherited | (extra or {}), like
     )
@@ -105,7 +102,7 @@ def save_model(
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Refuses a directory whose contents would be lost.
+    """Refuse a directory whose contents would be lost.
 
     Args:
       target: where something is to be written.
@@ -132,10 +129,12 @@ def check_free(target: Path, overwrite: bool) -> None:
 def _inherited(
     tokenizer: "PreTrainedTokenizerBase | None",
     source: str | os.PathLike | None,
-) -> dict[str, Any]:
-    fields = {}
+) -> tuple[dict[str, Any], str | None]:
+    """Return the fields that a model takes over, and its source's family."""
+    fields, like = {}, None
     if source is not None:
         config = read_json(Path(source) / "config.json")
+        like = config.get("model_type")
         names = (*_SPECIAL_IDS, "max_position_embeddings")
         fields = {n: config[n] for n in names if config.get(n) is not None}
     if tokenizer is not None:
@@ -144,7 +143,7 @@ def _inherited(
         if tokenizer.model_max_length < _NO_LIMIT:
             limit = int(tokenizer.model_max_length)
             fields["max_position_embeddings"] = limit
-    return fields
+    return fields, like
 
 
 def _tensor_bytes(model: Decoder, dtype: str) -> int:
@@ -205,13 +204,13 @@ def _write_tokenizer(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file as ``transformers`` does: indented, a line end behind."""
+    """Write a file as ``transformers`` does: indented, with a final newline."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def staged(target: Path, needed: int) -> Iterator[Path]:
-    """A directory beside ``target`` that takes its place if all goes well."""
+    """Yield a directory beside ``target`` that replaces it on success."""
     parent = target.parent
     staging = parent / f".{target.name}.partial"
     previous = parent / f".{target.name}.previous"

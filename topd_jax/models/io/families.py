@@ -10,7 +10,7 @@ llama          Llama 2 and 3.x, SmolLM2: biases; linear, llama3, yarn scaling
 mistral        sliding window in every layer, or null
 qwen2          Qwen2, Qwen2.5: biases of q, k and v; sliding window
 qwen3          norm of each head's q and k; biases; sliding window
-qwen3_moe      the same with experts, in all layers or in some
+qwen3_moe      the same with experts in all layers
 smollm3        SmolLM3: layers without rotation; biases; sliding window
 olmo2          norms after and not before; norm of q and k over all heads
 gemma2         norms before and after, scaling by 1 + w; scaled embedding;
@@ -20,18 +20,16 @@ gemma3_text    the same without soft-capped scores; norm of q and k; five of
                six layers slide, with a rotary base of their own
 =============  ==============================================================
 
-Reading a config (:mod:`topd_jax.models.io.hub_config`) is strict.
+Defaults, and which layers slide, are those of the families' config classes in
+``transformers``; see :mod:`topd_jax.models.io.hub_config`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from topd_jax.models.config import DecoderConfig
-
-# Looks a field up in a config, or in its family's defaults.
-Get = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +40,10 @@ class Family:
       model_type: as ``config.json`` (and ``general.architecture``) spells it.
       architecture: the class that transformers loads it with.
       options: fields of :class:`DecoderConfig` that the family fixes.
-      defaults: field of ``config.json`` -> value where the file is silent.
       reads: fields beside the common ones -> fields of the decoder that they
         set, with the name given.
-      slides: (get, layer) -> whether a layer slides; None: none ever does.
-      switched: windows count only where ``use_sliding_window`` is true.
-      layer_types: the file may say which layers slide.
       activation: the field that names it.
       local_rope: sliding layers have a rotary base of their own.
-      no_rope: the file may say which layers are not turned.
-      heads_divide_width: transformers refuses other configs.
       gguf: its ``general.architecture`` in GGUF files; "": not read from them.
       gguf_permuted: llama.cpp reorders the rows of q and k in its files.
     """
@@ -59,41 +51,21 @@ class Family:
     model_type: str
     architecture: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=dict
     )
-    slides: Callable[[Get, int], bool] | None = None
-    switched: bool = False
-    layer_types: bool = False
     activation: str = "hidden_act"
     local_rope: bool = False
-    no_rope: bool = False
-    heads_divide_width: bool = False
     gguf: str = ""
     gguf_permuted: bool = False
 
 
 _ALL_BIASES = {"attention_bias": ("attention_bias", "output_bias")}
 _MLP_BIAS = {"mlp_bias": ("mlp_bias",)}
-_QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
-_GEMMA = dict(
-    options={
-        "post_norms": True,
-        "centred_norms": True,
-        "scaled_embedding": True,
-    },
-    activation="hidden_activation",
-    layer_types=True,
-    heads_divide_width=True,
-)
-_GEMMA_DEFAULTS = {
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
+_GEMMA = {
+    "post_norms": True,
+    "centered_norms": True,
+    "scaled_embedding": True,
 }
 _GEMMA_READS = _ALL_BIASES | {
     "query_pre_attn_scalar": ("query_scalar",),
@@ -103,7 +75,7 @@ _EXPERTS = {
     "num_experts": ("experts",),
     "num_experts_per_tok": ("experts_per_token",),
     "moe_intermediate_size": ("expert_width",),
-    "norm_topk_prob": ("renormalise",),
+    "norm_topk_prob": ("renormalize",),
 }
 
 FAMILIES: dict[str, Family] = {
@@ -111,99 +83,43 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             "llama", "LlamaForCausalLM",
-            defaults={"max_position_embeddings": 2048},
             reads=_ALL_BIASES | _MLP_BIAS,
-            heads_divide_width=True, gguf="llama", gguf_permuted=True,
+            gguf="llama", gguf_permuted=True,
         ),
-        Family(
-            "mistral", "MistralForCausalLM",
-            defaults={
-                "num_key_value_heads": 8,
-                "sliding_window": 4096,
-                "max_position_embeddings": 4096 * 32,
-            },
-            slides=lambda get, layer: True,
-        ),
+        Family("mistral", "MistralForCausalLM"),
         Family(
             "qwen2", "Qwen2ForCausalLM",
-            options={"attention_bias": True},
-            defaults={"num_key_value_heads": 32} | _QWEN_WINDOW,
-            slides=lambda get, layer: layer >= get("max_window_layers"),
-            switched=True, layer_types=True, gguf="qwen2",
+            options={"attention_bias": True}, gguf="qwen2",
         ),
         Family(
             "qwen3", "Qwen3ForCausalLM",
-            options={"qk_norm": True},
-            defaults={"num_key_value_heads": 32, "head_dim": 128}
-            | _QWEN_WINDOW,
-            reads=_ALL_BIASES,
-            slides=lambda get, layer: layer >= get("max_window_layers"),
-            switched=True, layer_types=True, gguf="qwen3",
+            options={"qk_norm": True}, reads=_ALL_BIASES, gguf="qwen3",
         ),
         Family(
             "qwen3_moe", "Qwen3MoeForCausalLM",
             options={"qk_norm": True},
-            defaults={
-                "num_key_value_heads": 4,
-                "sliding_window": 4096,
-                "decoder_sparse_step": 1,
-                "moe_intermediate_size": 768,
-                "num_experts": 128,
-                "num_experts_per_tok": 8,
-            },
-            reads=_ALL_BIASES | _EXPERTS,
-            slides=lambda get, layer: True,
-            switched=True, gguf="qwen3moe",
+            reads=_ALL_BIASES | _EXPERTS, gguf="qwen3moe",
         ),
         Family(
-            "smollm3", "SmolLM3ForCausalLM",
-            defaults={
-                "num_key_value_heads": 4,
-                "tie_word_embeddings": True,
-                "rope_theta": 2_000_000.0,
-                "no_rope_layer_interval": 4,
-                "sliding_window": None,
-            },
-            reads=_ALL_BIASES | _MLP_BIAS,
-            slides=lambda get, layer: not get("no_rope_layers")[layer],
-            switched=True, layer_types=True, no_rope=True,
+            "smollm3", "SmolLM3ForCausalLM", reads=_ALL_BIASES | _MLP_BIAS
         ),
         Family(
             "olmo2", "Olmo2ForCausalLM",
             options={
                 "pre_norms": False, "post_norms": True, "wide_qk_norm": True
             },
-            defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
             reads=_ALL_BIASES,
         ),
         Family(
             "gemma2", "Gemma2ForCausalLM",
-            **_GEMMA,
-            defaults=_GEMMA_DEFAULTS
-            | {
-                "final_logit_softcapping": 30.0,
-                "attn_logit_softcapping": 50.0,
-                "max_position_embeddings": 8192,
-            },
+            options=_GEMMA, activation="hidden_activation",
             reads=_GEMMA_READS
             | {"attn_logit_softcapping": ("attention_softcap",)},
-            slides=lambda get, layer: layer % 2 == 0,
         ),
         Family(
             "gemma3_text", "Gemma3ForCausalLM",
-            **(_GEMMA | {"options": _GEMMA["options"] | {"qk_norm": True}}),
-            defaults=_GEMMA_DEFAULTS
-            | {
-                "sliding_window_pattern": 6,
-                "rope_theta": 1_000_000.0,
-                "rope_local_base_freq": 10_000.0,
-                "max_position_embeddings": 131_072,
-            },
-            reads=_GEMMA_READS,
-            slides=lambda get, layer: (
-                (layer + 1) % get("sliding_window_pattern") != 0
-            ),
-            local_rope=True,
+            options=_GEMMA | {"qk_norm": True}, activation="hidden_activation",
+            reads=_GEMMA_READS, local_rope=True,
         ),
     )
 }  # fmt: skip
@@ -285,7 +201,7 @@ _MLP_NORM_BETWEEN = Weight(
 
 
 def weight(config: DecoderConfig, name: str) -> Weight:
-    """How files of this decoder spell a parameter.
+    """Return how files of this decoder spell a parameter.
 
     Args:
       config: the decoder's shape.
@@ -300,7 +216,7 @@ def weight(config: DecoderConfig, name: str) -> Weight:
 
 
 def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
-    """The family of a ``model_type``.
+    """Return the family of a ``model_type``.
 
     Args:
       model_type: as the file spells it.
@@ -327,7 +243,7 @@ def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
 
 
 def file_dims(name: str, ndim: int) -> tuple[tuple[int, ...], ...]:
-    """Which dimensions of a parameter each one of its tensor runs through.
+    """Return which dimensions of a parameter each of its tensor's covers.
 
     Args:
       name: of the parameter.
@@ -346,7 +262,7 @@ def file_dims(name: str, ndim: int) -> tuple[tuple[int, ...], ...]:
 
 
 def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that files give one layer (and expert) of a parameter.
+    """Return the shape that files give one layer (and expert).
 
     Args:
       name: of the parameter.

@@ -1,7 +1,7 @@
 """Models in GGUF files, the format of llama.cpp: weights, config, tokenizer.
 
-One file holds everything. Quantised tensors are expanded to floats piece by
-piece, when they are read. llama.cpp pairs neighbouring rotary dimensions where
+One file holds everything. Quantized tensors are expanded to floats piece by
+piece, when they are read. llama.cpp pairs neighboring rotary dimensions where
 Hugging Face pairs the two halves of a head, so its converter reorders the rows
 of q and k of the Llama family; they are put back here. Experts are stacked in
 one tensor and shown as one an expert.
@@ -18,16 +18,20 @@ from typing import Any
 
 import gguf
 import numpy as np
-from jax.sharding import Mesh
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import WEIGHTS, family_of
 from topd_jax.models.io.hub_config import decoder_config
-from topd_jax.models.io.streaming import Finish, Read
-from topd_jax.models.io.weights import TensorInfo, assemble, check_tensors
+from topd_jax.models.io.streaming import Read
+from topd_jax.models.io.weights import (
+    Placement,
+    TensorInfo,
+    assemble,
+    check_tensors,
+    split_experts,
+)
 from topd_jax.models.rope import frequencies
-from topd_jax.parallel.sharding import Rules
 
 # Metadata, without the architecture's prefix -> field of config.json.
 _FIELDS = {
@@ -89,7 +93,7 @@ class GGUFFile:
     Attributes:
       path: of the file.
       metadata: key -> value, arrays as lists.
-      tensors: name -> the reader's tensor, still quantised.
+      tensors: name -> the reader's tensor, still quantized.
     """
 
     path: Path
@@ -98,7 +102,7 @@ class GGUFFile:
 
 
 def open_gguf(path: str | os.PathLike) -> GGUFFile:
-    """Opens a GGUF file and reads its metadata.
+    """Open a GGUF file and read its metadata.
 
     Args:
       path: of the file.
@@ -129,74 +133,50 @@ def _opened(path: Path, _: int) -> GGUFFile:
     return GGUFFile(path, metadata, {t.name: t for t in reader.tensors})
 
 
-def load_gguf(
-    file: GGUFFile | str | os.PathLike,
-    *,
-    dtype: str = "float32",
-    param_dtype: str = "float32",
-    remat: str = "none",
-    unroll: int = 1,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-    label: str | None = None,
-    finish: Finish | None = None,
+def gguf_decoder(
+    file: GGUFFile, config: DecoderConfig, placement: Placement
 ) -> Decoder:
-    """Loads a decoder from a GGUF file.
-
-    Args:
-      file: from :func:`open_gguf`, or a path.
-      dtype: compute dtype, "float32" or "bfloat16".
-      param_dtype: dtype in which parameters are kept.
-      remat: see :class:`~topd_jax.models.config.DecoderConfig`.
-      unroll: see the same.
-      mesh: where to spread the parameters; None is one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
-      label: the model's name, for the progress bar; None is the file's.
-      finish: see :func:`~topd_jax.models.io.weights.assemble`.
-
-    Returns:
-      The model, quantised tensors expanded.
-
-    Raises:
-      ValueError: for a broken file, metadata that is not supported, or
-        tensors that do not fit, all of them by name.
-    """
-    if not isinstance(file, GGUFFile):
-        file = open_gguf(file)
-    config = gguf_config(
-        file, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
-    )
-    if _ROPE_FREQS in file.tensors:
-        _check_rope_freqs(file, config)
-    parts = _parts(file)
-    found = {
-        # Every quantisation is expanded to float32.
-        name: TensorInfo(_shape(tensor)[len(at) :], "float32")
-        for name, (tensor, at) in parts.items()
-        if name != _ROPE_FREQS
-    }
-    check_tensors(config, "gguf", found, str(file.path))
-    return assemble(
-        config, "gguf", _reader(file, config, parts),
-        label=label or file.path.name, mesh=mesh, rules=rules, finish=finish,
-    )  # fmt: skip
-
-
-def gguf_config(file: GGUFFile, **options: Any) -> DecoderConfig:
-    """The shape of the decoder in a GGUF file.
+    """Load a decoder from a GGUF file.
 
     Args:
       file: from :func:`open_gguf`.
-      **options: of :func:`~topd_jax.models.io.hub_config.decoder_config`.
+      config: the decoder's shape.
+      placement: of the parameters.
+
+    Returns:
+      The model, quantized tensors expanded.
+
+    Raises:
+      ValueError: for metadata that is not supported, or tensors that do not
+        fit, all of them by name.
+    """
+    if _ROPE_FREQS in file.tensors:
+        _check_rope_freqs(file, config)
+    tensors = {
+        # Every quantization is expanded to float32.
+        name: TensorInfo(_shape(tensor), "float32")
+        for name, tensor in file.tensors.items()
+        if name != _ROPE_FREQS
+    }
+    tensors, read = split_experts(tensors, _reader(file, config), _expert_parts)
+    check_tensors(config, "gguf", tensors, str(file.path))
+    return assemble(config, "gguf", read, placement)
+
+
+def gguf_config(file: GGUFFile) -> DecoderConfig:
+    """Return the shape of the decoder in a GGUF file.
+
+    Args:
+      file: from :func:`open_gguf`.
 
     Raises:
       ValueError: for metadata that is not supported, by name.
     """
-    return decoder_config(_config_fields(file), where=str(file.path), **options)
+    return decoder_config(_config_fields(file), where=str(file.path))
 
 
 def packaged_gguf(requirement: str) -> Path:
-    """Finds the GGUF file inside an installed package, without importing it.
+    """Find the GGUF file inside an installed package, without importing it.
 
     Args:
       requirement: name of the package, or name==version.
@@ -235,7 +215,7 @@ def packaged_gguf(requirement: str) -> Path:
 
 
 def _config_fields(file: GGUFFile) -> dict[str, Any]:
-    """The metadata, spelt as a config.json."""
+    """Spell the metadata as a config.json."""
     metadata = file.metadata
     where = str(file.path)
     family = family_of(metadata.get("general.architecture"), where, gguf=True)
@@ -243,22 +223,22 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     known = _FIELDS
     if "num_experts" in family.reads:
         known = _FIELDS | _EXPERT_FIELDS
-    own = {
+    values = {
         key.removeprefix(prefix): value
         for key, value in metadata.items()
         if key.startswith(prefix)
     }
     problems = [
         f"{prefix}{key}={value!r} is not supported"
-        for key, value in own.items()
+        for key, value in values.items()
         if key not in known
         and (key not in _OTHERS or value not in (_OTHERS[key] or (value,)))
     ]
-    absent = [f"{prefix}{key}" for key in known if key not in own]
+    absent = [f"{prefix}{key}" for key in known if key not in values]
     # llama.cpp leaves these two to their defaults.
     optional = {f"{prefix}rope.freq_base", f"{prefix}attention.head_count_kv"}
     problems += [f"{key} is missing" for key in absent if key not in optional]
-    sizes = {f"{prefix}{k}": own[k] for k in _HEAD_DIM if k in own}
+    sizes = {f"{prefix}{k}": values[k] for k in _HEAD_DIM if k in values}
     if len(set(sizes.values())) > 1:
         problems.append(f"{sizes} must be equal")
     embedding = WEIGHTS["embedding"].gguf
@@ -266,13 +246,13 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
         problems.append(f"the tensor {embedding} is missing")
     if problems:
         raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
-    fields = {known[key]: own[key] for key in known if key in own}
+    fields = {known[key]: values[key] for key in known if key in values}
     for name in ("rms_norm_eps", "rope_theta"):
         if name in fields:  # stored as float32: 1e-05, not 9.99999974e-06
             fields[name] = float(str(np.float32(fields[name])))
     fields["model_type"] = family.model_type
     fields["head_dim"] = next(iter(sizes.values()), None)
-    fields["num_key_value_heads"] = own.get("attention.head_count_kv")
+    fields["num_key_value_heads"] = values.get("attention.head_count_kv")
     fields["vocab_size"] = int(file.tensors[embedding].shape[-1])
     if known is not _FIELDS:
         fields["norm_topk_prob"] = True  # as llama.cpp computes
@@ -288,8 +268,9 @@ def _check_rope_freqs(file: GGUFFile, config: DecoderConfig) -> None:
     scaled = frequencies(
         config.rope_theta, config.head_dim, config.rope_scaling
     )
-    want, found = plain / scaled, file.tensors[_ROPE_FREQS].data
-    if found.shape != want.shape or not np.allclose(found, want, rtol=1e-3):
+    want, divisors = plain / scaled, file.tensors[_ROPE_FREQS].data
+    fits = divisors.shape == want.shape
+    if not fits or not np.allclose(divisors, want, rtol=1e-3):
         raise ValueError(
             f"{file.path}: {_ROPE_FREQS} does not follow the rule of Llama 3.1 "
             "(factors 1 and 4, 8192 tokens); load the model's Hugging Face "
@@ -301,26 +282,12 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     return tuple(int(n) for n in reversed(tensor.shape))
 
 
-def _parts(
-    file: GGUFFile,
-) -> dict[str, tuple[gguf.ReaderTensor, tuple[int, ...]]]:
-    """name -> (tensor, index into it): one name an expert."""
-    parts = {}
-    for name, tensor in file.tensors.items():
-        stacked = _STACKED.fullmatch(name)
-        if not stacked or len(tensor.shape) != 3:
-            parts[name] = tensor, ()
-            continue
-        for expert in range(_shape(tensor)[0]):
-            parts[f"{stacked[1]}.{expert}.weight"] = tensor, (expert,)
-    return parts
+def _expert_parts(name: str) -> list[str]:
+    stacked = _STACKED.fullmatch(name)
+    return [f"{stacked[1]}.{{}}.weight"] if stacked else []
 
 
-def _reader(
-    file: GGUFFile,
-    config: DecoderConfig,
-    parts: Mapping[str, tuple[gguf.ReaderTensor, tuple[int, ...]]],
-) -> Read:
+def _reader(file: GGUFFile, config: DecoderConfig) -> Read:
     heads = {}
     architecture = file.metadata["general.architecture"]
     if family_of(architecture, str(file.path), gguf=True).gguf_permuted:
@@ -328,17 +295,17 @@ def _reader(
             heads[WEIGHTS["q"].gguf.format(layer)] = config.heads
             heads[WEIGHTS["k"].gguf.format(layer)] = config.kv_heads
 
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        tensor, at = parts[name]
-        rows, *columns = index
+    def read(name: str, index: tuple[slice | np.ndarray, ...]) -> np.ndarray:
+        tensor = file.tensors[name]
         if name in heads:
             count = int(tensor.shape[-1])
-            rows = _unpermuted_rows(count, heads[name])[rows]
+            rows, *others = index
+            index = (_unpermuted_rows(count, heads[name])[rows], *others)
         try:
-            return _expand(tensor, (*at, rows, *columns))
+            return _expand(tensor, index)
         except NotImplementedError:
             raise ValueError(
-                f"{file.path}: {name} is quantised as "
+                f"{file.path}: {name} is quantized as "
                 f"{tensor.tensor_type.name}, which the gguf package cannot "
                 "expand; convert the file to Q8_0 or F16"
             ) from None
@@ -347,7 +314,7 @@ def _reader(
 
 
 def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
-    """Expands the asked part of a tensor, and of its blocks no others."""
+    """Expand a part of a tensor, and only the blocks that it needs."""
     numbers, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
     # asarray: a memmap's bookkeeping would double the time.
     data = np.asarray(tensor.data)
@@ -356,13 +323,13 @@ def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
         first, end = last.start // numbers, -(-last.stop // numbers)
         data = data[(*others, slice(first * size, end * size))]
         start = last.start - first * numbers
-        own = slice(start, start + last.stop - last.start)
+        part = slice(start, start + last.stop - last.start)
     else:
-        data, own = data[index], slice(None)
-    return gguf.dequantize(data, tensor.tensor_type)[..., own]
+        data, part = data[index], slice(None)
+    return gguf.dequantize(data, tensor.tensor_type)[..., part]
 
 
 def _unpermuted_rows(count: int, heads: int) -> np.ndarray:
-    """Where each row of q or k, (head, half, pair), stands in the file."""
+    """Locate each row of q or k, (head, half, pair), in the file."""
     rows = np.arange(count).reshape(heads, count // heads // 2, 2)
     return rows.swapaxes(1, 2).reshape(count)

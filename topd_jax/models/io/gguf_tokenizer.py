@@ -6,7 +6,6 @@ the metadata with ``tokenizers``, split as the named pre-tokenizer splits
 (``smollm``: digits one by one, then GPT-2's pattern).
 """
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from tokenizers import (
     pre_tokenizers,
 )
 
-from topd_jax.models.io.gguf import GGUFFile, open_gguf
+from topd_jax.models.io.gguf import GGUFFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,12 +42,12 @@ _IDS = {
 
 
 def gguf_tokenizer(
-    file: GGUFFile | str | os.PathLike,
+    file: GGUFFile,
 ) -> "PreTrainedTokenizerFast":
-    """Builds the tokenizer of a GGUF file.
+    """Build the tokenizer of a GGUF file.
 
     Args:
-      file: from :func:`~topd_jax.models.io.gguf.open_gguf`, or a path.
+      file: from :func:`~topd_jax.models.io.gguf.open_gguf`.
 
     Returns:
       The tokenizer, with special tokens, chat template and length limit; it
@@ -58,8 +57,6 @@ def gguf_tokenizer(
       ValueError: for a tokenizer that is not byte-level BPE, or a
         pre-tokenizer that is not known.
     """
-    if not isinstance(file, GGUFFile):
-        file = open_gguf(file)
     metadata = file.metadata
     where = str(file.path)
     kind = metadata.get("tokenizer.ggml.model")
@@ -102,7 +99,7 @@ def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if len(vocabulary) != len(named):
         raise ValueError(
             f"{where}: {len(named) - len(vocabulary)} of {len(tokens)} tokens "
-            "are spelt twice"
+            "are spelled twice"
         )
     backend = Tokenizer(
         models.BPE(

@@ -1,24 +1,33 @@
 """The ``config.json`` of a model directory, read strictly and written.
 
-A field that the reference implementation reads and this decoder does not is
-refused with its value, and so is a field nobody has heard of, because a field
-silently ignored (Tunix's ``rope_theta``) is a different model. Ours.
+The family's own config class of ``transformers`` reads the file: it knows the
+defaults, the older spellings and the types of its fields. A field that the
+class reads and this decoder does not must be at its default, and one that
+nobody has heard of is refused, because a field silently ignored (Tunix's
+``rope_theta``) is a different model.
+
+One table, :func:`_spelling`, serves reading and writing. Beside it stand the
+fields that differ between layers (``sliding_window``, ``layer_types``,
+``no_rope_layers``), and RoPE (:mod:`topd_jax.models.io.hub_rope`).
 """
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.io.families import FAMILIES, Family, Get, family_of
-from topd_jax.models.io.hub_layers import (
-    read_dense,
-    read_no_rope,
-    read_windows,
-    write_layers,
+from topd_jax.models.io.families import FAMILIES, Family, family_of
+from topd_jax.models.io.hub_rope import (
+    FULL,
+    SLIDING,
+    is_number,
+    read_rope,
+    write_rope,
 )
-from topd_jax.models.io.hub_rope import read_rope, write_rope
 
+# Fields that every file must have.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "layers",
@@ -27,44 +36,43 @@ _REQUIRED = {
     "intermediate_size": "mlp_width",
 }
 
-_OPTIONAL = {
-    "model_type", "num_key_value_heads", "head_dim", "rms_norm_eps",
-    "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
-}  # fmt: skip
+_COMMON = {
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied",
+}
 
 _ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
     "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "swish": "silu",
+    "silu": "silu",
 }
 
-# What every family takes where neither the file nor its own row says more.
-_DEFAULTS = {
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "rope_theta": 10_000.0,
-    "max_position_embeddings": 32_768,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "norm_topk_prob": False,
-}
+# What config classes turn into layers, experts and RoPE; the first also where
+# they have no such field of their own.
+_OLD_SPELLINGS = {
+    "rope_theta", "rope_scaling", "rope_local_base_freq",
+    "sliding_window_pattern",
+}  # fmt: skip
+_LAYERS = {
+    "sliding_window", "use_sliding_window", "max_window_layers",
+    "layer_types", "no_rope_layers", "no_rope_layer_interval",
+    "rope_parameters", "num_local_experts",
+}  # fmt: skip
 
-# Fields that change the network: where the family does not read them, only
-# these values are implemented.
+# Fields of no family here, which some files spell out; only these values are
+# implemented.
 _FIXED: dict[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
     "is_llama_config": (True, None),
-    "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
-    "use_bidirectional_attention": (False, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "per_layer_config": (None, {}),
@@ -93,63 +101,56 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-# What the values of ``Family.reads`` must be.
-_SWITCHES = {"attention_bias", "mlp_bias", "norm_topk_prob"}
-_COUNTS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
-_CAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
-
-
 def decoder_config(
     fields: Mapping[str, object],
     *,
     where: str,
     ignore: Iterable[str] = (),
-    dtype: str = "float32",
-    param_dtype: str = "float32",
-    remat: str = "none",
-    unroll: int = 1,
 ) -> DecoderConfig:
-    """Reads the fields of a ``config.json``.
+    """Read the fields of a ``config.json``.
 
     Args:
-      fields: the parsed file; RoPE spelt ``rope_theta`` / ``rope_scaling`` or
-        ``rope_parameters`` (transformers 5).
+      fields: the parsed file.
       where: the file, for errors.
       ignore: fields of no consequence that this reader does not know.
-      dtype: compute dtype.
-      param_dtype: dtype in which parameters are kept.
-      remat: see :class:`DecoderConfig`.
-      unroll: see :class:`DecoderConfig`.
 
     Returns:
-      The decoder's shape.
+      The decoder's shape, in float32.
 
     Raises:
       ValueError: listing every missing, unsupported and unknown field.
     """
     family = family_of(fields.get("model_type"), where)
-    fields = dict(fields)
-    if "num_local_experts" in fields and "num_experts" in family.reads:
-        fields.setdefault("num_experts", fields.pop("num_local_experts"))
-    defaults = _DEFAULTS | family.defaults
-
-    def get(name: str) -> Any:
-        return fields.get(name, defaults.get(name))
-
-    problems = _problems(fields, family, get, frozenset(ignore))
-    rope = read_rope(fields, family, get, problems)
-    if problems:
-        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
-    options = rope | _layers(get, family, problems) | _options(get, family)
-    if problems:
-        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
-    return DecoderConfig(
-        **options,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        unroll=unroll,
-    )
+    problems = [
+        f"{name}={fields.get(name)!r} must be a positive integer"
+        for name in _REQUIRED
+        if fields.get(name) is None
+    ]
+    problems += _unread(fields, family, frozenset(ignore))
+    _refuse(where, problems)
+    hub = _hub_class_read(fields, family, where)
+    options: dict[str, Any] = dict(family.options)
+    for name, targets in _spelling(family).items():
+        value = getattr(hub, name, None)
+        if name == "head_dim" and value is None:
+            value = hub.hidden_size // hub.num_attention_heads
+        if is_number(value) and value <= 0:
+            problems.append(f"{name}={value!r} must be a positive number")
+        options |= dict.fromkeys(targets, value)
+    activation = getattr(hub, family.activation)
+    if activation not in _ACTIVATIONS:
+        problems.append(
+            f"{family.activation}={activation!r} is not supported, only "
+            f"{', '.join(_ACTIVATIONS)}"
+        )
+    options["activation"] = _ACTIVATIONS.get(activation)
+    options |= _read_layers(hub, problems)
+    options |= read_rope(hub.rope_parameters, family, problems)
+    _refuse(where, problems)
+    try:
+        return DecoderConfig(**options)
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def config_json(
@@ -158,7 +159,7 @@ def config_json(
     extra: Mapping[str, object] | None = None,
     like: str | None = None,
 ) -> dict[str, object]:
-    """The ``config.json`` that transformers reads; inverse of the above.
+    """Return the ``config.json`` of a decoder, the inverse of the above.
 
     Args:
       config: the decoder's shape.
@@ -167,7 +168,7 @@ def config_json(
       like: the family to take before others where ``model_type`` is None.
 
     Returns:
-      The fields. RoPE is spelt in both ways, for transformers 4 and 5.
+      The fields. RoPE is spelled in both ways, for transformers 4 and 5.
 
     Raises:
       ValueError: where the family cannot hold this decoder, or ``extra``
@@ -195,36 +196,97 @@ def config_json(
             f"a decoder with {lost} cannot be written as "
             f"model_type={model_type!r}; leave model_type out"
         )
-    if family.heads_divide_width and config.width % config.heads:
-        raise ValueError(
-            f"width={config.width} must be divisible by heads={config.heads}: "
-            f"transformers refuses other {family.architecture} configs"
-        )
     return _fields(config, family) | dict(extra or {})
 
 
+def _spelling(family: Family) -> dict[str, tuple[str, ...]]:
+    """Return field of ``config.json`` -> fields of the decoder it sets."""
+    common = _REQUIRED | _COMMON
+    return {name: (field,) for name, field in common.items()} | family.reads
+
+
+@functools.lru_cache
+def _hub_defaults(model_type: str) -> dict[str, object]:
+    """Return the fields of a family's config class, at their defaults."""
+    # Slow to import, and needed for Hugging Face models only.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]().to_dict()
+
+
+def _hub_class_read(
+    fields: Mapping[str, object], family: Family, where: str
+) -> Any:
+    """Let the family's config class read what changes the network."""
+    known = _hub_defaults(family.model_type).keys() - {"dtype", "model_type"}
+    known |= _OLD_SPELLINGS | _spelling(family).keys()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    given = {n: copy.deepcopy(v) for n, v in fields.items() if n in known}
+    try:
+        return CONFIG_MAPPING[family.model_type](**given)
+    except Exception as error:  # validators raise many unrelated types
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{where} cannot be read: transformers refuses it as "
+            f"{family.architecture} ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _unread(
+    fields: Mapping[str, object], family: Family, ignore: frozenset
+) -> list[str]:
+    """List the fields that change the network and that nobody here reads."""
+    defaults = _hub_defaults(family.model_type)
+    read = {"model_type", "rope_theta", "rope_scaling", family.activation}
+    read |= _spelling(family).keys() | _HARMLESS | ignore
+    read |= _LAYERS & defaults.keys()
+    if "_sliding_window_pattern" in defaults:
+        read |= _OLD_SPELLINGS
+    problems = []
+    for name, value in fields.items():
+        twice = name == "hidden_act" and value == fields.get(family.activation)
+        if name in read or twice:  # Gemma's files spell it twice
+            continue
+        allowed = _FIXED.get(name, ())
+        if name in defaults:
+            allowed = (*allowed, defaults[name])
+        if allowed and value not in allowed:
+            problems.append(
+                f"{name}={value!r} is not supported, only {allowed[0]!r}"
+            )
+        elif not allowed:
+            problems.append(
+                f"{name}={value!r} is not known; if the model's reference "
+                "does not read it, delete it from the file or pass "
+                f"ignore=({name!r},)"
+            )
+    return problems
+
+
+def _refuse(where: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
+
+
 def _fields(config: DecoderConfig, family: Family) -> dict[str, object]:
-    activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    activations |= {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+    """Spell a decoder as a family does, whether or not that loses something."""
+    activations = {field: name for name, field in _ACTIVATIONS.items()}
     fields: dict[str, object] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{theirs: getattr(config, ours) for theirs, ours in _REQUIRED.items()},
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
         family.activation: activations[config.activation],
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
     }
-    for theirs, ours in family.reads.items():
-        fields[theirs] = getattr(config, ours[0])
+    for name, targets in _spelling(family).items():
+        fields[name] = getattr(config, targets[0])
     if "query_pre_attn_scalar" in fields and config.query_scalar is None:
         fields["query_pre_attn_scalar"] = config.head_dim
-    return fields | write_layers(config, family) | write_rope(config, family)
+    fields |= _write_layers(config, _hub_defaults(family.model_type))
+    return fields | write_rope(config, family)
 
 
 def _lost(config: DecoderConfig, family: Family) -> str:
-    """The fields that would come back otherwise, as "name=value, …"."""
+    """List the fields that would be read differently: "name=value, …"."""
     try:
         back = decoder_config(_fields(config, family), where="")
     except ValueError as error:
@@ -238,13 +300,10 @@ def _lost(config: DecoderConfig, family: Family) -> str:
 
 
 def _effective(config: DecoderConfig) -> DecoderConfig:
-    """The same arithmetic, spelt in one way."""
+    """Spell configs of the same arithmetic in one way."""
     none = {} if any(config.sliding) else {"window": None}
     if not any(config.sliding) or config.local_rope_theta == config.rope_theta:
         none["local_rope_theta"] = None
-    if not config.experts:
-        none |= {"experts_per_token": 0, "expert_width": 0}
-        none |= {"renormalise": False, "dense": ()}
     return dataclasses.replace(
         config,
         **none,
@@ -256,100 +315,48 @@ def _effective(config: DecoderConfig) -> DecoderConfig:
     )
 
 
-def _layers(get: Get, family: Family, problems: list[str]) -> dict[str, object]:
-    no_rope = read_no_rope(get, family, problems)
-    return (
-        no_rope
-        | read_windows(get, family, no_rope.get("no_rope", ()), problems)
-        | read_dense(get, family, problems)
-    )
-
-
-def _options(get: Get, family: Family) -> dict[str, object]:
-    options: dict[str, object] = {
-        ours: get(theirs) for theirs, ours in _REQUIRED.items()
-    }
-    heads, width = options["heads"], options["width"]
-    options |= {
-        "kv_heads": get("num_key_value_heads") or heads,
-        "head_dim": get("head_dim") or width // heads,
-        "norm_eps": float(get("rms_norm_eps")),
-        "tied": bool(get("tie_word_embeddings")),
-        "activation": _ACTIVATIONS[get(family.activation)],
-    }
-    for theirs, ours in family.reads.items():
-        value = get(theirs)
-        options |= dict.fromkeys(
-            ours, bool(value) if theirs in _SWITCHES else value
-        )
-    return options | dict(family.options)
-
-
-def _problems(
-    fields: Mapping[str, object], family: Family, get: Get, ignore: frozenset
-) -> list[str]:
-    problems = []
-    for name in (*_REQUIRED, "num_key_value_heads", "head_dim"):
-        value = fields.get(name)
-        optional = name not in _REQUIRED and value is None
-        if not optional and not (_integer(value) and value > 0):
-            problems.append(f"{name}={value!r} must be a positive integer")
-    if get(family.activation) not in _ACTIVATIONS:
+def _read_layers(hub: Any, problems: list[str]) -> dict[str, object]:
+    """Read which layers slide, their window, and which are not rotated."""
+    options: dict[str, object] = {}
+    if hasattr(hub, "no_rope_layers"):
+        turned = hub.no_rope_layers[: hub.num_hidden_layers]
+        options["no_rope"] = tuple(not turn for turn in turned)
+    window = getattr(hub, "sliding_window", None)
+    kinds = getattr(hub, "layer_types", None)
+    if kinds is None:  # classes without the field slide everywhere
+        kinds = [FULL if window is None else SLIDING] * hub.num_hidden_layers
+    if not set(kinds) <= {FULL, SLIDING}:
         problems.append(
-            f"{family.activation}={get(family.activation)!r} is not "
-            f"supported, only {', '.join(_ACTIVATIONS)}"
+            f"layer_types={sorted(set(kinds))} is not supported, only "
+            f"{SLIDING} and {FULL}"
         )
-    problems += [
-        f"{name}={get(name)!r} {fault}"
-        for name in family.reads
-        if (fault := _fault(name, get(name)))
-    ]
-    read = _read_by(family)
-    known = _OPTIONAL | _HARMLESS | ignore | set(_REQUIRED) | read
-    for name, value in fields.items():
-        if name in _FIXED and name not in ignore | read:
-            if value not in _FIXED[name]:
-                problems.append(
-                    f"{name}={value!r} is not supported, only "
-                    f"{_FIXED[name][0]!r}"
-                )
-        elif name == "hidden_act" and value == fields.get(family.activation):
-            continue  # Gemma's files spell it twice
-        elif name not in known:
-            problems.append(
-                f"{name}={value!r} is not known; if the model's reference "
-                "does not read it, delete it from the file or pass "
-                f"ignore=({name!r},)"
-            )
-    return problems
+    if SLIDING not in kinds:
+        return options
+    switched_off = not getattr(hub, "use_sliding_window", True)
+    if switched_off or not is_number(window) or window < 1:
+        problems.append(
+            f"sliding_window={window!r} must be a positive integer where "
+            f"layer_types has {SLIDING!r}"
+            + (", and use_sliding_window true" if switched_off else "")
+        )
+    sliding = tuple(kind == SLIDING for kind in kinds)
+    return options | {"window": window, "sliding": sliding}
 
 
-def _read_by(family: Family) -> set[str]:
-    """The fields that this family reads, beside those that all do."""
-    read = {family.activation, "layer_types", *family.reads}
-    read |= set(family.defaults)
-    if family.switched:
-        read.add("use_sliding_window")
-    if family.no_rope:
-        read.add("no_rope_layers")
-    if "num_experts" in family.reads:
-        read.add("mlp_only_layers")
-    return read
-
-
-def _fault(name: str, value: object) -> str:
-    """What is wrong with a value of ``Family.reads``; "" if nothing is."""
-    if name in _SWITCHES:
-        good, kind = value is None or isinstance(value, bool), "true or false"
-    elif name in _COUNTS:
-        good, kind = _integer(value) and value >= 0, "an integer, 0 or more"
-    else:
-        number = isinstance(value, int | float) and value is not True
-        good, kind = number and value > 0, "a positive number"
-        if name in _CAPS:
-            good, kind = good or value is None, kind + " or null"
-    return "" if good else f"must be {kind}"
-
-
-def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _write_layers(
+    config: DecoderConfig, known: Mapping[str, object]
+) -> dict[str, object]:
+    """Invert :func:`_read_layers`, as far as the family can spell it."""
+    fields: dict[str, object] = {}
+    sliding = config.sliding or (False,) * config.layers
+    if "layer_types" in known:
+        fields["layer_types"] = [SLIDING if s else FULL for s in sliding]
+    if "use_sliding_window" in known:
+        fields["use_sliding_window"] = any(sliding)
+    # Where no layer slides, Gemma's class still needs its default.
+    if any(sliding) or "layer_types" not in known:
+        fields["sliding_window"] = config.window if any(sliding) else None
+    if "no_rope_layers" in known:
+        still = config.no_rope or (False,) * config.layers
+        fields["no_rope_layers"] = [int(not n) for n in still]
+    return fields

@@ -1,17 +1,21 @@
-"""RoPE as ``config.json`` spells it, in the old way and in the new.
+"""RoPE in ``config.json``: read from one spelling, written in two.
 
-Old: ``rope_theta`` and ``rope_scaling`` (Gemma 3: ``rope_local_base_freq``).
-New, since transformers 5: ``rope_parameters``, which holds both, for each kind
-of layer apart where kinds differ. Where a file has both they must agree.
+``rope_parameters`` holds base and scaling since transformers 5, for each kind
+of layer where kinds differ (Gemma 3); its config classes turn the older
+``rope_theta``, ``rope_scaling`` and ``rope_local_base_freq`` into it.
 """
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from topd_jax.models.config import DecoderConfig, RopeScaling
-from topd_jax.models.io.families import Family, Get
+from topd_jax.models.io.families import Family
 
-# Names in files -> fields of RopeScaling; those in _NEEDED have no default.
+# Kinds of layers, as ``layer_types`` spells them.
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# Names in files -> fields of RopeScaling.
 _SCALINGS: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -28,150 +32,87 @@ _SCALINGS: dict[str, dict[str, str]] = {
         "attention_factor": "attention_factor",
     },
 }
-_NEEDED = ("factor", "low_freq_factor", "high_freq_factor")
-_YARN_ONLY = ("mscale", "mscale_all_dim", "truncate")
-_LAYER_KINDS = ("full_attention", "sliding_attention")
+_YARN_ONLY = {"mscale", "mscale_all_dim", "truncate"}
 
 
 def read_rope(
-    fields: Mapping[str, object],
-    family: Family,
-    get: Get,
-    problems: list[str],
+    rope: Mapping[str, Any], family: Family, problems: list[str]
 ) -> dict[str, object]:
-    """Bases and stretching from either spelling; all other variants refused.
+    """Read bases and scaling from ``rope_parameters``; refuse the rest.
 
     Args:
-      fields: of the file.
+      rope: as a config class of transformers holds it, one object, or one for
+        each kind of layer where the family has local bases.
       family: of the file.
-      get: field -> value in the file, or the family's default.
       problems: grows by what is wrong.
 
     Returns:
       Fields of :class:`DecoderConfig`.
     """
-    found, local = {}, {}
-    if fields.get("rope_theta") is not None:
-        found["rope_theta"] = fields["rope_theta"]
-    if family.local_rope and fields.get("rope_local_base_freq") is not None:
-        local["rope_local_base_freq"] = fields["rope_local_base_freq"]
-    scalings = {}
-    for name, rope, kind in _parts(fields, family, problems):
-        held = local if kind == "sliding_attention" else found
-        if rope.get("rope_theta") is not None:
-            held[f"{name}.rope_theta"] = rope["rope_theta"]
-        scaling = _scaling(name, rope, get, problems)
-        if kind == "sliding_attention" and scaling is not None:
-            problems.append(
-                f"{name}={dict(rope)} is not supported, only "
-                "{'rope_type': 'default', 'rope_theta': ...}"
-            )
-        elif kind != "sliding_attention":
-            scalings[name] = scaling
-    if len(set(scalings.values())) > 1:
-        problems.append(f"{', '.join(scalings)} disagree; keep one of them")
-    theta = _agreed(found, get("rope_theta"), problems)
-    options: dict[str, object] = {"rope_theta": theta}
+    options: dict[str, object] = {}
+    whole = rope
     if family.local_rope:
-        base = get("rope_local_base_freq")
-        options["local_rope_theta"] = _agreed(local, base, problems)
-    options["rope_scaling"] = next(iter(scalings.values()), None)
+        local = rope[SLIDING]
+        options["local_rope_theta"] = _base(local, problems)
+        if _scaling(local, problems) is not None:
+            problems.append(
+                f"rope_parameters.{SLIDING}={dict(local)} is not supported, "
+                "only {'rope_type': 'default', 'rope_theta': ...}"
+            )
+        whole = rope[FULL]
+    options["rope_theta"] = _base(whole, problems)
+    options["rope_scaling"] = _scaling(whole, problems)
     return options
 
 
-def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
-    """The inverse: both spellings, for transformers 4 and 5."""
-    scaling = config.rope_scaling
-    spelt: dict[str, object] = {"rope_type": "default"}
-    if scaling is not None:
-        spelt = {"rope_type": scaling.kind} | {
-            theirs: getattr(scaling, ours)
-            for theirs, ours in _SCALINGS[scaling.kind].items()
-        }
-        if scaling.kind == "yarn":
-            spelt["truncate"] = scaling.truncate
-    new = spelt | {"rope_theta": config.rope_theta}
-    fields: dict[str, object] = {"rope_theta": config.rope_theta}
-    if scaling is not None:
-        fields["rope_scaling"] = spelt
-    if not family.local_rope:
-        return fields | {"rope_parameters": new}
-    local = config.local_rope_theta or config.rope_theta
-    both = {
-        "full_attention": new,
-        "sliding_attention": {"rope_type": "default", "rope_theta": local},
-    }
-    return fields | {"rope_local_base_freq": local, "rope_parameters": both}
-
-
-def _parts(
-    fields: Mapping[str, object], family: Family, problems: list[str]
-) -> list[tuple[str, Mapping, str]]:
-    """(name, object, kind of layer) of every description in the file."""
-    parts = []
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
-        nested = isinstance(rope, Mapping) and family.local_rope
-        if nested and set(rope) <= set(_LAYER_KINDS):
-            found = [
-                (f"{name}.{kind}", part, kind)
-                for kind, part in rope.items()
-                if part is not None
-            ]
-        else:
-            found = [(name, rope, "full_attention")]
-        for label, part, kind in found:
-            if isinstance(part, Mapping):
-                parts.append((label, part, kind))
-            else:
-                problems.append(f"{label}={part!r} must be an object")
-    return parts
+def _base(rope: Mapping[str, Any], problems: list[str]) -> float:
+    theta = rope.get("rope_theta")
+    if not is_number(theta) or theta <= 0:
+        problems.append(f"rope_theta={theta!r} must be a positive number")
+        return math.nan
+    return float(theta)
 
 
 def _scaling(
-    name: str, rope: Mapping, get: Get, problems: list[str]
+    rope: Mapping[str, Any], problems: list[str]
 ) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", "default")
     given = {
         k: v
         for k, v in rope.items()
         if k not in ("rope_type", "type", "rope_theta")
         and (k, v) != ("partial_rotary_factor", 1)
     }
-    known = set(_SCALINGS.get(kind, ()))
-    known |= set(_YARN_ONLY if kind == "yarn" else ())
+    known = set(_SCALINGS.get(kind, ())) | (
+        _YARN_ONLY if kind == "yarn" else set()
+    )
     odd = sorted(set(given) - known)
     if odd or kind not in ("default", *_SCALINGS):
         problems.append(
-            f"{name}={dict(rope)} is not supported: "
+            f"rope_parameters={dict(rope)} is not supported: "
             + (f"{odd} mean nothing here" if odd else f"rope_type={kind!r}")
             + f"; rope_type may be default, {', '.join(_SCALINGS)}"
         )
         return None
     if kind == "default":
         return None
-    values = {}
-    for theirs, ours in _SCALINGS[kind].items():
-        value = given.get(theirs)
-        if value is None and theirs == "original_max_position_embeddings":
-            value = get("max_position_embeddings")
-        if value is None and theirs not in _NEEDED:
-            continue
-        if not _positive(value):
-            problems.append(
-                f"{name}.{theirs}={value!r} must be a positive number"
-            )
-            return None
-        values[ours] = float(value)
+    values = {
+        field: given[name]
+        for name, field in _SCALINGS[kind].items()
+        if given.get(name) is not None
+    }
+    if bad := {n: v for n, v in values.items() if not is_number(v) or v <= 0}:
+        problems.append(f"rope_parameters: {bad} must be a positive number")
+        return None
+    scaling = {field: float(value) for field, value in values.items()}
     if kind == "yarn":
-        values |= _yarn_extras(given, values["factor"])
-    return RopeScaling(kind, **values)
+        scaling |= _yarn_extras(given)
+    return RopeScaling(kind, **scaling)
 
 
-def _yarn_extras(given: Mapping, factor: float) -> dict[str, object]:
-    """YaRN's factor of cosine and sine, unless given, from its two scales."""
+def _yarn_extras(given: Mapping[str, Any]) -> dict[str, object]:
+    """Compute YaRN's factor of cosine and sine, unless given."""
+    factor = given["factor"]
 
     def size(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -186,18 +127,36 @@ def _yarn_extras(given: Mapping, factor: float) -> dict[str, object]:
     return extras
 
 
-def _agreed(
-    found: Mapping[str, object], default: float, problems: list[str]
-) -> float:
-    bad = {k: v for k, v in found.items() if not _positive(v)}
-    if bad:
-        problems.append(f"{bad} must be a positive number")
-        return math.nan
-    if len(set(found.values())) > 1:
-        problems.append(f"{dict(found)} disagree; keep one of them")
-    return float(next(iter(found.values()), default))
+def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
+    """Write both spellings, for transformers 4 and 5.
+
+    Args:
+      config: the decoder's shape.
+      family: of the file.
+
+    Returns:
+      Fields of ``config.json``, the inverse of :func:`read_rope`.
+    """
+    scaling = config.rope_scaling
+    spelled: dict[str, object] = {"rope_type": "default"}
+    if scaling is not None:
+        spelled = {"rope_type": scaling.kind} | {
+            hub_name: getattr(scaling, field)
+            for hub_name, field in _SCALINGS[scaling.kind].items()
+        }
+        if scaling.kind == "yarn":
+            spelled["truncate"] = scaling.truncate
+    new = spelled | {"rope_theta": config.rope_theta}
+    fields: dict[str, object] = {"rope_theta": config.rope_theta}
+    if scaling is not None:
+        fields["rope_scaling"] = spelled
+    if not family.local_rope:
+        return fields | {"rope_parameters": new}
+    local = config.local_rope_theta or config.rope_theta
+    both = {FULL: new, SLIDING: {"rope_type": "default", "rope_theta": local}}
+    return fields | {"rope_local_base_freq": local, "rope_parameters": both}
 
 
-def _positive(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and value > 0
+def is_number(value: object) -> bool:
+    """Tell whether a value is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

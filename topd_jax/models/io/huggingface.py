@@ -1,29 +1,30 @@
-"""Models in Hugging Face directories: config.json and safetensors, no torch.
+"""Models in Hugging Face directories: safetensors, without torch.
 
-:func:`load_model` and :func:`save_model` are inverses; what is saved loads in
-``transformers`` with the same weights. transformers itself is used for
-tokenizers only.
+transformers itself is used for tokenizers only.
 """
 
 import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
+from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import WEIGHTS
-from topd_jax.models.io.hub_config import decoder_config
-from topd_jax.models.io.hub_experts import split_experts
-from topd_jax.models.io.streaming import Finish, Read
-from topd_jax.models.io.weights import TensorInfo, assemble, check_tensors
-from topd_jax.parallel.sharding import Rules
+from topd_jax.models.io.streaming import Read
+from topd_jax.models.io.weights import (
+    Placement,
+    TensorInfo,
+    assemble,
+    check_tensors,
+    split_experts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,11 +45,12 @@ TOKENIZER_FILES = (
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Compared at once, where a file holds a tied head as well.
 _HEAD_ROWS = 1024
+_STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve(source: str | os.PathLike) -> Path:
-    """Finds a model's directory, on this disk or on the hub.
+    """Find a model's directory, on this disk or on the hub.
 
     Args:
       source: a directory, or a hub name such as ``Qwen/Qwen3-0.6B``, whose
@@ -90,78 +92,61 @@ def resolve(source: str | os.PathLike) -> Path:
         ) from error
 
 
-def load_model(
-    directory: str | os.PathLike,
-    *,
-    dtype: str = "float32",
-    param_dtype: str = "float32",
-    remat: str = "none",
-    unroll: int = 1,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-    ignore: Sequence[str] = (),
-    label: str | None = None,
-    finish: Finish | None = None,
+def hub_decoder(
+    directory: Path, config: DecoderConfig, placement: Placement
 ) -> Decoder:
-    """Loads a decoder from config.json and safetensors.
+    """Load a decoder from safetensors.
 
     A tied model's file may hold ``lm_head.weight`` as well if it equals the
     embedding; where it does not, the config is wrong and loading refuses.
 
     Args:
-      directory: holds ``config.json`` and ``model.safetensors``, or
+      directory: holds ``model.safetensors``, or
         ``model.safetensors.index.json`` and its shards.
-      dtype: compute dtype, "float32" or "bfloat16".
-      param_dtype: dtype in which parameters are kept.
-      remat: see :class:`~topd_jax.models.config.DecoderConfig`.
-      unroll: see the same.
-      mesh: where to spread the parameters; None is one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
-      ignore: unknown config fields to pass over.
-      label: the model's name, for the progress bar; None is the directory's.
-      finish: see :func:`~topd_jax.models.io.weights.assemble`.
+      config: the decoder's shape.
+      placement: of the parameters.
 
     Returns:
       The model.
 
     Raises:
-      ValueError: for a missing or broken file, config fields that are not
-        supported, or tensors that do not fit, all of them by name.
+      ValueError: for a missing or broken file, or tensors that do not fit,
+        all of them by name.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"no model at {directory}: no such directory")
-    path = directory / "config.json"
-    config = decoder_config(
-        read_json(path),
-        where=str(path),
-        ignore=ignore,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        unroll=unroll,
-    )
-    with _open_tensors(directory) as (found, read):
+    with _open_tensors(directory) as (tensors, read):
         # Old files hold inv_freq, which follows from rope_theta.
-        found = {
+        tensors = {
             name: info
-            for name, info in found.items()
+            for name, info in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")
         }
         if config.tied:
-            _drop_tied_head(found, read, directory)
-        found, read = split_experts(found, read)
-        check_tensors(config, "hub", found, str(directory))
-        return assemble(
-            config, "hub", read, mesh=mesh, rules=rules, finish=finish,
-            label=label or directory.resolve().name,
-        )  # fmt: skip
+            _drop_tied_head(tensors, read, directory)
+        tensors, read = split_experts(tensors, read, _expert_parts)
+        check_tensors(config, "hub", tensors, str(directory))
+        return assemble(config, "hub", read, placement)
+
+
+def _expert_parts(name: str) -> list[str]:
+    """Name the parts of a tensor of all experts.
+
+    Hub files hold each expert's three maps apart; what transformers 5 keeps
+    in memory, and some files therefore hold, is ``experts.gate_up_proj``
+    [E, 2 F, D] and ``experts.down_proj`` [E, D, F].
+    """
+    stacked = _STACKED.fullmatch(name)
+    if stacked is None:
+        return []
+    maps = {"gate_up_proj": ["gate_proj", "up_proj"]}.get(
+        stacked[2], [stacked[2]]
+    )
+    return [f"{stacked[1]}{{}}.{each}.weight" for each in maps]
 
 
 def load_tokenizer(
     directory: str | os.PathLike,
 ) -> "PreTrainedTokenizerBase | None":
-    """Loads the tokenizer beside a model.
+    """Load the tokenizer beside a model.
 
     Args:
       directory: of the model.
@@ -186,7 +171,7 @@ def load_tokenizer(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Args:
       path: of the file.
@@ -209,19 +194,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _drop_tied_head(
-    found: dict[str, TensorInfo],
+    tensors: dict[str, TensorInfo],
     read: Read,
     directory: Path,
 ) -> None:
     head, embedding = WEIGHTS["output"].hub, WEIGHTS["embedding"].hub
-    if head not in found or embedding not in found:
+    if head not in tensors or embedding not in tensors:
         return
-    shape = found[head].shape
+    shape = tensors[head].shape
     pieces = (
         (slice(i, min(i + _HEAD_ROWS, shape[0])),)
         for i in range(0, shape[0], _HEAD_ROWS)
     )
-    if shape != found[embedding].shape or not all(
+    if shape != tensors[embedding].shape or not all(
         np.array_equal(read(head, rows), read(embedding, rows))
         for rows in pieces
     ):
@@ -229,15 +214,15 @@ def _drop_tied_head(
             f"{directory}: {head} differs from {embedding}, yet config.json "
             'says "tie_word_embeddings": true; set it to false to load both'
         )
-    del found[head]
+    del tensors[head]
 
 
 @contextlib.contextmanager
 def _open_tensors(
     directory: Path,
 ) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
-    """All tensors of a directory: what they are, and how to read a part."""
-    found, owner = {}, {}
+    """Open a directory's tensors: what they are, and how to read a part."""
+    tensors, owner = {}, {}
     with contextlib.ExitStack() as stack:
         for path in _weight_files(directory):
             try:
@@ -250,11 +235,11 @@ def _open_tensors(
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 part = handle.get_slice(name)
                 kind = part.get_dtype()
-                found[name] = TensorInfo(
+                tensors[name] = TensorInfo(
                     tuple(part.get_shape()), _DTYPES.get(kind, kind)
                 )
                 owner[name] = handle
-        yield found, lambda name, index: owner[name].get_slice(name)[index]
+        yield tensors, lambda name, index: owner[name].get_slice(name)[index]
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -1,25 +1,53 @@
-"""One door to every model: a directory, a hub name, a file, a package."""
+"""Find a model and read it: a directory, a hub name, a GGUF file, or a run.
 
+:func:`load` reads everything. :func:`describe`, :func:`end_ids` and
+:func:`shape_of` read no weights: seconds at most, however large the model is.
+"""
+
+import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.io.gguf import load_gguf, open_gguf, packaged_gguf
+from topd_jax.models.io.gguf import (
+    gguf_config,
+    gguf_decoder,
+    open_gguf,
+    packaged_gguf,
+)
 from topd_jax.models.io.gguf_tokenizer import gguf_tokenizer
-from topd_jax.models.io.huggingface import load_model, load_tokenizer, resolve
-from topd_jax.models.io.runs import is_run, load_run, tokenizer_directory
+from topd_jax.models.io.hub_config import decoder_config
+from topd_jax.models.io.huggingface import (
+    hub_decoder,
+    load_tokenizer,
+    read_json,
+    resolve,
+)
+from topd_jax.models.io.runs import (
+    is_run,
+    run_config,
+    run_decoder,
+    tokenizer_directory,
+)
 from topd_jax.models.io.streaming import Finish
-from topd_jax.parallel.sharding import Rules
+from topd_jax.models.io.weights import Placement
+from topd_jax.parallel.rules import Rules
 
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
 
-PACKAGE = "package:"
+    Tokenizer = PreTrainedTokenizerBase | SentencePieceProcessor
+
+_PACKAGE = "package:"
+_SENTENCEPIECE = "tokenizer.model"
+_GGUF_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 def load(
@@ -33,14 +61,14 @@ def load(
     rules: Rules | None = None,
     ignore: Sequence[str] = (),
     finish: Finish | None = None,
-) -> tuple[Decoder, "PreTrainedTokenizerBase | SentencePieceTokenizer | None"]:
-    """Loads a model and its tokenizer from wherever they are.
+) -> "tuple[Decoder, Tokenizer | None]":
+    """Load a model and its tokenizer.
 
     Args:
       source: a Hugging Face directory, a hub name (``owner/name``), a path
         that ends in ``.gguf``, ``package:NAME[==VERSION]`` for the GGUF file
-        inside an installed Python package, or the work directory of a run of
-        ours (its student's latest checkpoint; ``WORKDIR/best`` for the best,
+        inside an installed Python package, or the work directory of a run
+        (its student's latest checkpoint; ``WORKDIR/best`` for the best,
         ``WORKDIR/checkpoints/STEP`` for one).
       dtype: compute dtype, "float32" or "bfloat16".
       param_dtype: dtype in which parameters are kept.
@@ -48,58 +76,245 @@ def load(
       unroll: see the same.
       mesh: where to spread the parameters; None is one device.
       rules: logical axis -> mesh axis; None takes the default rules.
-      ignore: unknown fields of a config.json to pass over.
+      ignore: unknown fields of a config.json to skip.
       finish: (parameter, array) -> what the model holds instead; called as
         soon as each is placed, before the next one is read.
 
     Returns:
-      (model, tokenizer); the tokenizer is None where a directory has none,
-      and ours where it is that of a run in the tiny world.
+      (model, tokenizer): the tokenizer as its library reads it, of
+      transformers or, for a run in the tiny world, of sentencepiece; None
+      where the source has none. See
+      :func:`topd_jax.data.tokenizers.wrap_tokenizer`.
 
     Raises:
       ValueError: for whatever is missing, broken or not supported, and for a
         tokenizer with more ids than the model has rows.
     """
-    options = {
-        "dtype": dtype,
-        "param_dtype": param_dtype,
-        "remat": remat,
-        "unroll": unroll,
-        "mesh": mesh,
-        "rules": rules,
-        "finish": finish,
-    }
-    name = str(source)
-    if name.startswith(PACKAGE) or name.endswith(".gguf"):
-        packaged = name.startswith(PACKAGE)
-        path = packaged_gguf(name.removeprefix(PACKAGE)) if packaged else name
-        file = open_gguf(path)
-        model, tokenizer = load_gguf(file, **options), gguf_tokenizer(file)
-    elif is_run(source):
-        model = load_run(source, **options)
-        tokenizer = run_tokenizer(tokenizer_directory(source))
-    else:
-        directory = resolve(source)
-        model = load_model(
-            directory, ignore=ignore, label=Path(name).name, **options
+    files = _open(source, ignore)
+    config = files.config().replace(
+        dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
+    )
+    placement = Placement(Path(source).name, mesh, rules, finish)
+    model, tokenizer = files.decoder(config, placement), files.tokenizer()
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has {len(tokenizer)} ids and the model "
+            f"{config.vocab_size} rows; they do not belong together"
         )
-        tokenizer = load_tokenizer(directory)
-    if tokenizer is not None:
-        ours = isinstance(tokenizer, SentencePieceTokenizer)
-        size = tokenizer.vocab_size if ours else len(tokenizer)
-        if size > model.config.vocab_size:
-            raise ValueError(
-                f"{source}: the tokenizer has {size} ids and the model "
-                f"{model.config.vocab_size} rows; they do not belong together"
-            )
     return model, tokenizer
 
 
-def run_tokenizer(
-    directory: Path,
-) -> "PreTrainedTokenizerBase | SentencePieceTokenizer | None":
-    """What ``save_pretrained`` of the run's tokenizer wrote."""
-    ours = directory / SentencePieceTokenizer.FILE
-    if ours.exists() and not (directory / "tokenizer_config.json").exists():
-        return SentencePieceTokenizer.load(ours)
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A model, as its files describe it.
+
+    Attributes:
+      config: its shape.
+      tokenizer: as :func:`load` returns it.
+      end_ids: ids that end its text, as its files name them: see
+        :func:`end_ids`.
+      config_end_ids: those that config.json names; generation ignores them
+        where generation_config.json exists.
+    """
+
+    config: DecoderConfig
+    tokenizer: "Tokenizer | None"
+    end_ids: tuple[int, ...]
+    config_end_ids: tuple[int, ...] = ()
+
+
+def describe(source: str | os.PathLike, **options: Any) -> Description:
+    """Describe a model without reading its weights.
+
+    Args:
+      source: as in :func:`load`.
+      **options: dtype, param_dtype, remat and unroll, as there.
+
+    Returns:
+      The description.
+
+    Raises:
+      ValueError: for whatever is missing, broken or not supported.
+    """
+    files = _open(source)
+    return Description(
+        files.config().replace(**options),
+        files.tokenizer(),
+        files.end_ids(),
+        files.config_end_ids,
+    )
+
+
+def end_ids(source: str | os.PathLike) -> tuple[int, ...]:
+    """Return the ids at which generation with this model stops.
+
+    generation_config.json names them ("eos_token_id", one or several: the end
+    of a turn beside the end of a text); config.json does where that file is
+    missing, as in transformers. A GGUF file names both in its metadata. The
+    tokenizer's own end is not among them unless they say so. A run has its
+    tokenizer's alone.
+
+    Args:
+      source: as in :func:`load`.
+
+    Returns:
+      The ids in the files' order; () where they name none.
+
+    Raises:
+      ValueError: where the source is not there, or its file is not JSON.
+    """
+    return _open(source).end_ids()
+
+
+class _Files(NamedTuple):
+    """What can be asked of a model's files, whatever their format.
+
+    Attributes:
+      config: its shape, in float32.
+      decoder: (config, placement) -> the model.
+      tokenizer: the tokenizer, or None.
+      end_ids: see :func:`end_ids`.
+      config_end_ids: see :class:`Description`.
+    """
+
+    config: Callable[[], DecoderConfig]
+    decoder: Callable[[DecoderConfig, Placement], Decoder]
+    tokenizer: "Callable[[], Tokenizer | None]"
+    end_ids: Callable[[], tuple[int, ...]]
+    config_end_ids: tuple[int, ...] = ()
+
+
+def _open(source: str | os.PathLike, ignore: Sequence[str] = ()) -> _Files:
+    name, of = str(source), functools.partial
+    if _is_gguf(name):
+        packaged = name.startswith(_PACKAGE)
+        file = open_gguf(
+            packaged_gguf(name.removeprefix(_PACKAGE)) if packaged else name
+        )
+        return _Files(
+            of(gguf_config, file),
+            of(gguf_decoder, file),
+            of(gguf_tokenizer, file),
+            of(_ids, file.metadata, _GGUF_ENDS),
+        )
+    if is_run(source):
+        return _Files(
+            of(run_config, source),
+            of(run_decoder, source),
+            of(_run_tokenizer, tokenizer_directory(source)),
+            tuple,
+        )
+    directory = resolve(source)
+    path = directory / "config.json"
+    fields = read_json(path)
+    return _Files(
+        of(decoder_config, fields, where=str(path), ignore=ignore),
+        of(hub_decoder, directory),
+        of(load_tokenizer, directory),
+        of(_directory_ends, directory, fields),
+        _ids(fields, ("eos_token_id",)),
+    )
+
+
+def _is_gguf(source: str) -> bool:
+    return source.startswith(_PACKAGE) or source.endswith(".gguf")
+
+
+def _run_tokenizer(directory: Path) -> "Tokenizer | None":
+    """Read what a run's tokenizer saved of itself."""
+    path = directory / _SENTENCEPIECE
+    if path.exists() and not (directory / "tokenizer_config.json").exists():
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(path))
     return load_tokenizer(directory)
+
+
+def _directory_ends(directory: Path, config: Mapping) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    fields = read_json(path) if path.exists() else config
+    return _ids(fields, ("eos_token_id",))
+
+
+def _ids(fields: Mapping, names: tuple[str, ...]) -> tuple[int, ...]:
+    ids: list[int | None] = []
+    for name in names:
+        value = fields.get(name)
+        ids += value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def _qwen3(
+    layers: int, width: int, heads: int, mlp_width: int, **fields: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "intermediate_size": mlp_width,
+        "tie_word_embeddings": False,
+        "rope_theta": 1_000_000,
+    } | fields
+
+
+# Hub name -> the fields of its published config.json that shape the network
+# and differ from its family's defaults.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-1.7B": _qwen3(28, 2048, 16, 6144, tie_word_embeddings=True),
+    "Qwen/Qwen3-8B": _qwen3(36, 4096, 32, 12288),
+    "Qwen/Qwen3-4B-Instruct-2507": _qwen3(
+        36, 2560, 32, 9728, tie_word_embeddings=True, rope_theta=5_000_000
+    ),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": _qwen3(
+        48, 2048, 32, 6144,
+        model_type="qwen3_moe", rope_theta=10_000_000, num_key_value_heads=4,
+        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        head_dim=128, norm_topk_prob=True,
+    ),
+}  # fmt: skip
+
+
+def shape_of(source: str, **options: Any) -> DecoderConfig:
+    """Return a model's shape without its weights and without a network.
+
+    A plan, and a compilation ahead of time, need no more.
+
+    Args:
+      source: what :func:`load` takes; of a hub name the local cache is read,
+        or :data:`PUBLISHED`.
+      **options: dtype, param_dtype, remat, unroll; see
+        :class:`~topd_jax.models.config.DecoderConfig`.
+
+    Returns:
+      The decoder's shape.
+
+    Raises:
+      ValueError: where neither a file nor the table tells it.
+    """
+    if _is_gguf(source) or is_run(source):
+        return _open(source).config().replace(**options)
+    file = _config_file(source)
+    fields = PUBLISHED.get(source) if file is None else read_json(file)
+    if fields is None:
+        raise ValueError(
+            f"no shape for {source!r}: it is no directory with a config.json, "
+            f"not in the hub's local cache, and not one of "
+            f"{', '.join(PUBLISHED)}; give a directory that holds its "
+            "config.json, weights are not needed"
+        )
+    return decoder_config(fields, where=str(file or source)).replace(**options)
+
+
+def _config_file(source: str) -> Path | None:
+    path = Path(source) / "config.json"
+    if path.is_file():
+        return path
+    if Path(source).exists() or source.count("/") != 1:
+        return None
+    import huggingface_hub  # slow to import, and needed here only
+
+    cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    return Path(cached) if isinstance(cached, str) else None

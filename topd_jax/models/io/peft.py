@@ -22,16 +22,16 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.export import check_free, staged, write_json
 from topd_jax.models.io.families import WEIGHTS
 from topd_jax.models.io.huggingface import read_json, resolve
+from topd_jax.models.io.weights import TensorInfo, tensor_faults
 from topd_jax.models.lora import add_lora, split
 from topd_jax.models.parameters import (
     LORA_A,
     LORA_B,
     linear_inputs,
-    parameter_layers,
     parameter_table,
 )
 from topd_jax.parallel.hosts import on_host
-from topd_jax.parallel.sharding import Rules
+from topd_jax.parallel.rules import Rules
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def load_adapter(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
 ) -> Decoder:
-    """Puts the adapters of a PEFT directory beside a decoder's linear maps.
+    """Put the adapters of a PEFT directory beside a decoder's linear maps.
 
     Args:
       model: the decoder that they belong to, without adapters.
@@ -90,7 +90,13 @@ def load_adapter(
     lora = _lora(model.config, fields, tensors, directory)
     config = model.config.replace(lora=lora)
     rows = adapter_tensors(config)
-    _check_tensors(rows, tensors, directory)
+    shapes = {name: shape for name, (_, _, shape) in rows.items()}
+    held = {n: TensorInfo(x.shape, x.dtype.name) for n, x in tensors.items()}
+    if faults := tensor_faults(shapes, held):
+        raise ValueError(
+            f"the tensors of {directory / TENSOR_FILE} do not fit its config "
+            f"and this model:\n  {faults}\n{_MERGE}"
+        )
     table = parameter_table(config)
     arrays = {
         name: np.empty(table[name].shape, np.float32)
@@ -105,7 +111,7 @@ def load_adapter(
 def save_adapter(
     model: Decoder, directory: str | os.PathLike, *, base: str
 ) -> Path:
-    """Writes a decoder's adapters as a directory that PEFT loads.
+    """Write a decoder's adapters as a directory that PEFT loads.
 
     In a program of several processes every process must call this; the first
     one writes.
@@ -145,7 +151,7 @@ def save_adapter(
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if whole else lora.alpha,
-        "use_rslora": lora.rank_stabilised,
+        "use_rslora": lora.rank_stabilized,
         "target_modules": [_module(t).split(".")[-1] for t in lora.targets],
         "bias": "none",
         "lora_dropout": 0.0,
@@ -161,7 +167,7 @@ def save_adapter(
 def adapter_tensors(
     config: DecoderConfig,
 ) -> dict[str, tuple[str, int, tuple[int, int]]]:
-    """The tensors of a PEFT file for this decoder.
+    """List the tensors of a PEFT file for this decoder.
 
     Args:
       config: of a decoder with adapters.
@@ -171,13 +177,13 @@ def adapter_tensors(
     """
     table, tensors = parameter_table(config), {}
     for target in config.lora.targets:
-        module = _PREFIX + WEIGHTS[target].hub.removesuffix(".weight")
-        for i, layer in enumerate(parameter_layers(config, target)):
+        module = _PREFIX + _module(target)
+        for i in range(config.layers):
             for suffix, factor in _FACTORS:
                 shape = table[target + suffix].shape[1:]
                 inputs = linear_inputs(target) if suffix == LORA_A else 1
                 size = int(np.prod(shape[:inputs]))
-                tensors[f"{module.format(layer)}.{factor}.weight"] = (
+                tensors[f"{module.format(i)}.{factor}.weight"] = (
                     target + suffix, i, (int(np.prod(shape)) // size, size),
                 )  # fmt: skip
     return tensors
@@ -193,7 +199,7 @@ def _lora(
     tensors: Mapping[str, np.ndarray],
     directory: Path,
 ) -> Lora:
-    """The adapters' shape, as the file gives it."""
+    """Read the adapters' shape."""
     where = directory / CONFIG_FILE
     problems = [
         f"{name}={fields.get(name)!r} is not supported, only "
@@ -225,15 +231,15 @@ def _lora(
         raise ValueError(
             f"{where} cannot be read: {'; '.join(problems)}; {_MERGE}"
         )
-    stabilised = bool(fields.get("use_rslora"))
-    return Lora(rank, float(alpha), targets, stabilised)
+    stabilized = bool(fields.get("use_rslora"))
+    return Lora(rank, float(alpha), targets, stabilized)
 
 
 def _targets(
     config: DecoderConfig, given: object, tensors: Mapping[str, np.ndarray]
 ) -> tuple[tuple[str, ...], list[str]]:
-    """(our names of what is adapted, modules that are not known)."""
-    ours = {_module(t).split(".")[-1]: t for t in config.lora_targets}
+    """Return (parameters that are adapted, modules that are not known)."""
+    parameters = {_module(t).split(".")[-1]: t for t in config.lora_targets}
     if given == "all-linear":
         return config.lora_targets, []
     if isinstance(given, str):  # a regular expression; the tensors tell
@@ -241,8 +247,8 @@ def _targets(
     else:
         modules = list(given) if isinstance(given, list) else []
     names = {str(m).split(".")[-1] for m in modules}
-    known = tuple(ours[n] for n in sorted(names & set(ours)))
-    return known, sorted(names - set(ours))
+    known = tuple(parameters[n] for n in sorted(names & set(parameters)))
+    return known, sorted(names - set(parameters))
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -257,29 +263,3 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} cannot be read ({error}); was its download cut short?"
         ) from error
-
-
-def _check_tensors(
-    rows: Mapping[str, tuple[str, int, tuple[int, int]]],
-    found: Mapping[str, np.ndarray],
-    directory: Path,
-) -> None:
-    faults = {
-        "missing": [name for name in rows if name not in found],
-        "not expected": [name for name in found if name not in rows],
-        "wrong shape": [
-            f"{name} is {list(found[name].shape)}, not {list(shape)}"
-            for name, (_, _, shape) in rows.items()
-            if name in found and found[name].shape != shape
-        ],
-    }
-    lines = [
-        f"{fault} ({len(names)}): " + ", ".join(names)
-        for fault, names in faults.items()
-        if names
-    ]
-    if lines:
-        raise ValueError(
-            f"the tensors of {directory / TENSOR_FILE} do not fit its config "
-            "and this model:\n  " + "\n  ".join(lines) + f"\n{_MERGE}"
-        )

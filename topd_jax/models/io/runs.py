@@ -1,4 +1,4 @@
-"""Students of our own runs, read from their checkpoints (ours).
+"""Students of runs, read from their checkpoints.
 
 A work directory of ``topd train`` holds ``checkpoints/STEP`` and
 ``best/STEP``. Of a checkpoint the student alone is read, one parameter at a
@@ -15,20 +15,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.io.streaming import (
-    Finish,
-    block_bytes,
-    local_blocks,
-    progress,
-)
-from topd_jax.models.io.weights import shardings_of
+from topd_jax.models.io.streaming import Advance, block_bytes, local_blocks
+from topd_jax.models.io.weights import Placement, build
 from topd_jax.models.parameters import parameter_table
-from topd_jax.parallel.sharding import Rules
-from topd_jax.parallel.transfers import nothing_of
 
 # Folders of a work directory: "latest" and "best" on the command line.
 LATEST, BEST = "checkpoints", "best"
@@ -36,7 +29,7 @@ SETTINGS, TOKENIZER = "settings.json", "tokenizer"
 
 
 def is_run(source: str | os.PathLike) -> bool:
-    """Whether a path leads into a work directory of ``topd train``.
+    """Tell whether a path leads into a work directory of ``topd train``.
 
     Args:
       source: the directory itself, its ``checkpoints`` or ``best``, or one
@@ -51,33 +44,20 @@ def is_run(source: str | os.PathLike) -> bool:
 
 
 def tokenizer_directory(source: str | os.PathLike) -> Path:
-    """Where a run keeps its tokenizer; ``source`` as in :func:`is_run`."""
+    """Return where a run (see :func:`is_run`) keeps its tokenizer."""
     return _split(Path(source))[0] / TOKENIZER
 
 
-def load_run(
-    source: str | os.PathLike,
-    *,
-    dtype: str = "float32",
-    param_dtype: str = "float32",
-    remat: str = "none",
-    unroll: int = 1,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-    finish: Finish | None = None,
+def run_decoder(
+    source: str | os.PathLike, config: DecoderConfig, placement: Placement
 ) -> Decoder:
-    """Loads the student of a run.
+    """Load the student of a run.
 
     Args:
       source: a work directory (its latest checkpoint), its ``best``, or one
         step: ``WORKDIR/checkpoints/STEP``.
-      dtype: compute dtype, "float32" or "bfloat16".
-      param_dtype: dtype in which parameters are kept.
-      remat: see :class:`~topd_jax.models.config.DecoderConfig`.
-      unroll: see the same.
-      mesh: where to spread the parameters; None is one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
-      finish: see :func:`~topd_jax.models.io.weights.assemble`.
+      config: the student's shape.
+      placement: of the parameters.
 
     Returns:
       The student.
@@ -87,43 +67,26 @@ def load_run(
         or it says too little of itself or holds only a part of its student.
     """
     folder, step = _find(Path(source))
-    where = folder / str(step)
+    where, dtype = folder / str(step), config.param_dtype
     with _opened(folder) as manager:
-        config = _config(manager, step, where).replace(
-            dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
-        )
-        shardings = shardings_of(config, mesh, rules)
         paths = _paths(manager, step, config, where)
-        total = sum(
-            block_bytes(local_blocks(row.shape, shardings[name]), param_dtype)
-            for name, row in parameter_table(config).items()
-        )
-        arrays = {}
-        logging.info("the student of %s is read", where)
-        with progress(str(source), total) as advance:
-            for name, path in paths.items():
-                shape = parameter_table(config)[name].shape
-                shards = local_blocks(shape, shardings[name])
-                if shards:
-                    array = _restore(
-                        manager, step, path, shardings[name], param_dtype
-                    )
-                else:  # on devices of other processes
-                    array = nothing_of(
-                        jax.ShapeDtypeStruct(
-                            shape, param_dtype, sharding=shardings[name]
-                        )
-                    )
-                advance(block_bytes(shards, param_dtype))
-                arrays[name] = array if finish is None else finish(name, array)
-    return Decoder(config, arrays)
+
+        def parameter(
+            name: str, sharding: NamedSharding | None, advance: Advance
+        ) -> jax.Array:
+            array = _restore(manager, step, paths[name], sharding, dtype)
+            advance(block_bytes(local_blocks(array.shape, sharding), dtype))
+            return array
+
+        logging.info("reading the student of %s", where)
+        return build(config, parameter, placement)
 
 
 def run_config(source: str | os.PathLike) -> DecoderConfig:
-    """The shape of a run's student, from its checkpoint's record.
+    """Read the shape of a run's student from its checkpoint's record.
 
     Args:
-      source: as in :func:`load_run`.
+      source: as in :func:`run_decoder`.
 
     Raises:
       ValueError: as there.
@@ -134,15 +97,15 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
 
 
 def reading() -> ocp.CheckpointManagerOptions:
-    """Of a manager through which a process reads, whatever others do.
+    """Return the options of a manager with which a process reads alone.
 
     Nothing is saved through it, and so nothing is dropped either.
     """
-    own = jax.process_index()
+    process = jax.process_index()
     return ocp.CheckpointManagerOptions(
         create=False,
         multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=own, active_processes={own}
+            primary_host=process, active_processes={process}
         ),
     )
 
@@ -159,7 +122,7 @@ def _opened(folder: Path) -> ocp.CheckpointManager:
 
 
 def _split(path: Path) -> tuple[Path, str, int | None]:
-    """(work directory, folder in it, step if one is named)."""
+    """Split into (work directory, folder in it, step if one is named)."""
     step = None
     if path.name.isdigit() and path.parent.name in (LATEST, BEST):
         step, path = int(path.name), path.parent
@@ -169,12 +132,12 @@ def _split(path: Path) -> tuple[Path, str, int | None]:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Complete checkpoints; one that is being written has a longer name."""
+    """List complete checkpoints; one being written has a longer name."""
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
 
 
 def _find(source: Path) -> tuple[Path, int]:
-    """The folder and step that a source means."""
+    """Return the folder and step that a source means."""
     root, folder, wanted = _split(source)
     steps = _steps(root / folder)
     if steps and wanted in (None, *steps):
@@ -193,17 +156,17 @@ def _find(source: Path) -> tuple[Path, int]:
 def _config(
     manager: ocp.CheckpointManager, step: int, where: Path
 ) -> DecoderConfig:
-    found = manager.restore(
+    record = manager.restore(
         step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
     )["record"]
-    if "student" not in found:
+    if "student" not in record:
         raise ValueError(
             f"the checkpoint {where} was written before checkpoints named "
             "their student's shape, or its student is no decoder; a decoder "
             "is written out with the settings of its run (topd export ... "
             "--output DIRECTORY): give that directory"
         )
-    return DecoderConfig.from_dict(found["student"])
+    return DecoderConfig.from_dict(record["student"])
 
 
 def _paths(
@@ -212,15 +175,15 @@ def _paths(
     config: DecoderConfig,
     where: Path,
 ) -> dict[str, tuple[str, ...]]:
-    """parameter -> keys that lead to it in the saved train state."""
+    """Map each parameter to its path in the saved train state."""
     saved = manager.item_metadata(step)["state"].tree
     leaves, _ = jax.tree_util.tree_flatten_with_path(saved["train"]["student"])
     paths, shapes = {}, {}
     for keys, leaf in leaves:
         names = tuple(key.key for key in keys)
-        own = names[:-1] if names[-1] == "value" else names  # nnx.Param's
-        paths[own[-1]] = ("train", "student", *names)
-        shapes[own[-1]] = tuple(leaf.shape)
+        path = names[:-1] if names[-1] == "value" else names  # nnx.Param's
+        paths[path[-1]] = ("train", "student", *names)
+        shapes[path[-1]] = tuple(leaf.shape)
     table = parameter_table(config)
     absent = [
         name for name, row in table.items() if shapes.get(name) != row.shape
@@ -242,7 +205,7 @@ def _restore(
     sharding: Any,
     dtype: str,
 ) -> jax.Array:
-    """Reads one array of a checkpoint, and no other."""
+    """Read one array of a checkpoint, and no other."""
     if sharding is None:
         sharding = SingleDeviceSharding(jax.local_devices()[0])
     item: Any = 0

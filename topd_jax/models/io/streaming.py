@@ -1,4 +1,4 @@
-"""A parameter from a file's tensors to its devices, piece by piece (ours).
+"""A parameter from a file's tensors to its devices, piece by piece.
 
 A process reads what its own devices hold, every number once, however many
 devices hold it. The host keeps the parameter that is being read, and of the
@@ -24,6 +24,8 @@ from topd_jax.parallel import hosts
 
 # (name in the file, one slice a dimension of it) -> floats.
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+# Is told of every piece's bytes.
+Advance = Callable[[int], object]
 # What becomes of a parameter once it is placed, by name.
 Finish = Callable[[str, jax.Array], object]
 
@@ -49,7 +51,7 @@ class Block:
 def local_blocks(
     shape: tuple[int, ...], sharding: NamedSharding | None
 ) -> list[Block]:
-    """What this process's devices hold of an array, each part once.
+    """Return what this process's devices hold of an array, each part once.
 
     Args:
       shape: of the whole array.
@@ -71,7 +73,7 @@ def local_blocks(
 
 
 def block_bytes(blocks: Sequence[Block], dtype: str) -> int:
-    """Bytes of some blocks, each counted once."""
+    """Count the bytes of some blocks, each once."""
     numbers = sum(math.prod(map(len, block.spans)) for block in blocks)
     return numbers * jnp.dtype(dtype).itemsize
 
@@ -83,9 +85,9 @@ def stream(
     tensors: Sequence[tuple[str, tuple[int, ...]]],
     read: Read,
     sharding: NamedSharding | None,
-    advance: Callable[[int], object],
+    advance: Advance,
 ) -> jax.Array:
-    """Reads one parameter and places it.
+    """Read one parameter and place it.
 
     Args:
       name: of the parameter.
@@ -115,11 +117,11 @@ def stream(
             _fill(_as_in_file(name, host[at]), tensor, box, read, advance)
     placed = []
     for block, cover in zip(reversed(blocks), reversed(covers), strict=True):
-        own = tuple(
+        inside = tuple(
             slice(s.start - c.start, s.stop - c.start)
             for s, c in zip(block.spans, cover, strict=True)
         )
-        host = hosts.pop()[own]
+        host = hosts.pop()[inside]
         # Without a device the array stays free to follow others.
         placed += [jax.device_put(host, d) for d in block.devices or (None,)]
         jax.block_until_ready(placed)
@@ -128,16 +130,13 @@ def stream(
         gc.collect(0)
     if sharding is None:
         return placed[0]
-    # A process that holds none of it reads nothing.
-    return jax.make_array_from_single_device_arrays(
-        shape, sharding, placed, dtype=jnp.dtype(dtype)
-    )
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def _cover(
     name: str, shape: tuple[int, ...], stacked: int, spans: Sequence[range]
 ) -> tuple[range, ...]:
-    """The spans, widened until each is one range in the file too."""
+    """Widen the ranges until each is one range in the file too."""
     cover = list(spans)
     for dims in file_dims(name, len(shape) - stacked):
         for d in dims[1:]:
@@ -148,7 +147,7 @@ def _cover(
 def _box(
     name: str, shape: tuple[int, ...], cover: Sequence[range]
 ) -> list[range]:
-    """Where a part of a layer lies in the file's tensor."""
+    """Locate a part of a layer in the file's tensor."""
     box = []
     for first, *rest in file_dims(name, len(shape)):
         inner = math.prod(shape[d] for d in rest)
@@ -157,7 +156,7 @@ def _box(
 
 
 def _as_in_file(name: str, part: np.ndarray) -> np.ndarray:
-    """A view of a layer's part with the dimensions of the file."""
+    """View a layer's part with the dimensions of the file."""
     shape = file_shape(name, part.shape)
     first, *others = file_dims(name, part.ndim)
     if others and first[0] > others[0][0]:  # the file holds it turned
@@ -170,7 +169,7 @@ def _fill(
     tensor: str,
     box: Sequence[range],
     read: Read,
-    advance: Callable[[int], object],
+    advance: Advance,
 ) -> None:
     rows, *others = box
     row_bytes = 4 * math.prod(map(len, others))
@@ -183,8 +182,8 @@ def _fill(
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes while a large model is read, and a line at its end.
+def progress(label: str, total: int) -> Iterator[Advance]:
+    """Show a bar of bytes while a large model is read, and log its end.
 
     Args:
       label: the model's name.

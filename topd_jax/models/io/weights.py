@@ -1,20 +1,15 @@
-"""Named tensors of a file into a decoder, and back; layers cut out.
+"""Named tensors of a file into a decoder, and back.
 
 Files hold one tensor a layer and linear maps as [out, in]; the decoder holds
 one array a parameter, stacked over layers, as [in..., out...]. One parameter
 at a time is read and placed (:mod:`topd_jax.models.io.streaming`), so host
-memory
-never holds two copies of a model.
+memory never holds two copies of a model.
 """
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -22,6 +17,7 @@ from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import file_shape, weight
 from topd_jax.models.io.streaming import (
+    Advance,
     Finish,
     Read,
     block_bytes,
@@ -29,9 +25,9 @@ from topd_jax.models.io.streaming import (
     progress,
     stream,
 )
-from topd_jax.models.parameters import parameter_layers, parameter_table
-from topd_jax.parallel.hosts import on_host
-from topd_jax.parallel.sharding import RULES, Rules, named
+from topd_jax.models.parameters import parameter_table
+from topd_jax.parallel.rules import RULES, Rules
+from topd_jax.parallel.sharding import named
 
 _FLOATS = ("float32", "float16", "bfloat16")
 
@@ -46,7 +42,7 @@ class TensorInfo(NamedTuple):
 def file_tensors(
     config: DecoderConfig, spelling: str
 ) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """The tensors that a file of this decoder holds.
+    """List the tensors that a file of this decoder holds.
 
     Args:
       config: the decoder's shape.
@@ -59,89 +55,152 @@ def file_tensors(
     """
     tensors = {}
     for name, row in parameter_table(config).items():
-        spelt = weight(config, name)
-        template = getattr(spelt, spelling)
+        spelled = weight(config, name)
+        template = getattr(spelled, spelling)
         if row.axes[0] != "layers":
             tensors[template] = name, (), file_shape(name, row.shape)
             continue
-        for i, layer in enumerate(parameter_layers(config, name)):
-            shape = file_shape(name, row.shape[1 + spelt.expert :])
-            if not spelt.expert:
-                tensors[template.format(layer)] = name, (i,), shape
-                continue
-            for expert in range(config.experts):
-                tensor = template.format(layer, expert)
-                tensors[tensor] = name, (i, expert), shape
+        # Layers, and experts where the parameter has one of each.
+        stacked = row.shape[: 1 + spelled.expert]
+        shape = file_shape(name, row.shape[len(stacked) :])
+        for index in np.ndindex(stacked):
+            tensors[template.format(*index)] = name, index, shape
     return tensors
+
+
+def split_experts(
+    tensors: Mapping[str, TensorInfo],
+    read: Read,
+    parts_of: Callable[[str], Sequence[str]],
+) -> tuple[dict[str, TensorInfo], Read]:
+    """Show tensors that hold all experts as one tensor an expert.
+
+    Args:
+      tensors: name -> shape and dtype of all tensors.
+      read: (name, slices) -> array.
+      parts_of: name of a tensor -> names of the equal parts of its rows, "{}"
+        for the expert; () where the tensor is shown as it is.
+
+    Returns:
+      The first two, in the spelling of one tensor an expert.
+    """
+    shown: dict[str, TensorInfo] = {}
+    origins: dict[str, tuple[str, int, int]] = {}
+    for name, info in tensors.items():
+        parts = parts_of(name) if len(info.shape) == 3 else ()
+        if not parts:
+            shown[name] = info
+            continue
+        experts, rows, width = info.shape
+        rows //= len(parts)
+        for expert in range(experts):
+            for i, part in enumerate(parts):
+                own = part.format(expert)
+                shown[own] = TensorInfo((rows, width), info.dtype)
+                origins[own] = name, expert, i * rows
+
+    def read_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if name not in origins:
+            return read(name, index)
+        whole, expert, start = origins[name]
+        rows, *others = index
+        moved = slice(start + rows.start, start + rows.stop)
+        return read(whole, (slice(expert, expert + 1), moved, *others))[0]
+
+    return shown, read_part
 
 
 def check_tensors(
     config: DecoderConfig,
     spelling: str,
-    found: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo],
     where: str,
 ) -> None:
-    """Refuses a file that does not hold exactly the decoder's tensors.
+    """Refuse a file that does not hold exactly the decoder's tensors.
 
     Args:
       config: the decoder's shape.
       spelling: "hub" or "gguf".
-      found: what the file holds.
+      tensors: of the file.
       where: the file, for the error.
 
     Raises:
       ValueError: naming every missing, extra, misshaped and mistyped tensor.
     """
     expected = file_tensors(config, spelling)
-    faults = {
-        "missing": [name for name in expected if name not in found],
-        "not expected": [name for name in found if name not in expected],
-        "wrong shape": [
-            f"{name} is {list(found[name].shape)}, not {list(shape)}"
-            for name, (_, _, shape) in expected.items()
-            if name in found and found[name].shape != shape
-        ],
-        "wrong dtype": [
-            f"{name} is {found[name].dtype}, not one of {', '.join(_FLOATS)}"
-            for name in expected
-            if name in found and found[name].dtype not in _FLOATS
-        ],
-    }
-    lines = [
-        f"{fault} ({len(names)}): " + ", ".join(names)
-        for fault, names in faults.items()
-        if names
-    ]
-    if lines:
+    shapes = {name: shape for name, (_, _, shape) in expected.items()}
+    if faults := tensor_faults(shapes, tensors):
         raise ValueError(
             f"the tensors of {where} do not fit its config "
-            f"({config.layers} layers, tied={config.tied}):\n  "
-            + "\n  ".join(lines)
+            f"({config.layers} layers, tied={config.tied}):\n  {faults}"
         )
+
+
+def tensor_faults(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
+) -> str:
+    """Name every missing, extra, misshaped and mistyped tensor of a file.
+
+    Args:
+      expected: name -> shape.
+      tensors: of the file.
+
+    Returns:
+      A line a kind of fault; "" where there is none.
+    """
+    both = [name for name in expected if name in tensors]
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "not expected": [name for name in tensors if name not in expected],
+        "wrong shape": [
+            f"{n} is {list(tensors[n].shape)}, not {list(expected[n])}"
+            for n in both
+            if tensors[n].shape != expected[n]
+        ],
+        "wrong dtype": [
+            f"{n} is {tensors[n].dtype}, not one of {', '.join(_FLOATS)}"
+            for n in both
+            if tensors[n].dtype not in _FLOATS
+        ],
+    }
+    return "\n  ".join(
+        f"{fault} ({len(names)}): {', '.join(names)}"
+        for fault, names in faults.items()
+        if names
+    )
+
+
+class Placement(NamedTuple):
+    """Where the parameters of a model that is read go.
+
+    Attributes:
+      label: the model's name, for the progress bar.
+      mesh: where to spread the parameters; None keeps them on one device.
+      rules: logical axis -> mesh axis; None takes the default rules.
+      finish: (parameter, array) -> what the decoder holds instead; called as
+        soon as the parameter is placed, before the next one is read.
+    """
+
+    label: str = "model"
+    mesh: Mesh | None = None
+    rules: Rules | None = None
+    finish: Finish | None = None
 
 
 def assemble(
     config: DecoderConfig,
     spelling: str,
     read: Read,
-    *,
-    label: str,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
-    finish: Finish | None = None,
+    placement: Placement,
 ) -> Decoder:
-    """Builds a decoder from a file's tensors, one parameter at a time.
+    """Build a decoder from a file's tensors, one parameter at a time.
 
     Args:
       config: the decoder's shape.
       spelling: "hub" or "gguf".
       read: (name in the file, slices) -> that part of it as floats, linear
         maps [out, in].
-      label: the model's name, for the progress bar.
-      mesh: where to spread the parameters; None keeps them on one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
-      finish: (parameter, array) -> what the decoder holds instead; called as
-        soon as the parameter is placed, before the next one is read.
+      placement: of the parameters.
 
     Returns:
       The model, its parameters in ``config.param_dtype``.
@@ -149,23 +208,53 @@ def assemble(
     Raises:
       ValueError: where a parameter does not divide over the mesh.
     """
-    # Shardings first: a mesh that does not fit is told before any reading.
-    shardings = shardings_of(config, mesh, rules)
-    table, dtype = parameter_table(config), config.param_dtype
-    sources: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    tensors: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for tensor, (name, index, _) in file_tensors(config, spelling).items():
-        sources.setdefault(name, []).append((tensor, index))
+        tensors.setdefault(name, []).append((tensor, index))
+
+    def parameter(
+        name: str, sharding: NamedSharding | None, advance: Advance
+    ) -> jax.Array:
+        shape = parameter_table(config)[name].shape
+        return stream(
+            name, shape, config.param_dtype, tensors[name], read, sharding,
+            advance,
+        )  # fmt: skip
+
+    return build(config, parameter, placement)
+
+
+def build(
+    config: DecoderConfig,
+    parameter: Callable[[str, NamedSharding | None, Advance], jax.Array],
+    placement: Placement,
+) -> Decoder:
+    """Build a decoder from its parameters, one at a time.
+
+    Args:
+      config: the decoder's shape.
+      parameter: (name, sharding, report of bytes read) -> the parameter.
+      placement: of the parameters.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: where a parameter does not divide over the mesh.
+    """
+    # Shardings first: a mesh that does not fit is refused before any reading.
+    shardings = shardings_of(config, placement.mesh, placement.rules)
+    table, finish = parameter_table(config), placement.finish
     total = sum(
-        block_bytes(local_blocks(table[name].shape, shardings[name]), dtype)
-        for name in sources
+        block_bytes(
+            local_blocks(row.shape, shardings[name]), config.param_dtype
+        )
+        for name, row in table.items()
     )
     arrays = {}
-    with progress(label, total) as advance:
-        for name, tensors in sources.items():
-            array = stream(
-                name, table[name].shape, dtype, tensors, read,
-                shardings[name], advance,
-            )  # fmt: skip
+    with progress(placement.label, total) as advance:
+        for name in table:
+            array = parameter(name, shardings[name], advance)
             arrays[name] = array if finish is None else finish(name, array)
     return Decoder(config, arrays)
 
@@ -173,7 +262,7 @@ def assemble(
 def shardings_of(
     config: DecoderConfig, mesh: Mesh | None, rules: Rules | None
 ) -> dict[str, NamedSharding | None]:
-    """Where each parameter of a decoder goes.
+    """Return where each parameter of a decoder goes.
 
     Args:
       config: the decoder's shape.
@@ -199,7 +288,7 @@ def shardings_of(
 def disassemble(
     model: Decoder, spelling: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a decoder as a file spells them, one at a time.
+    """Yield the tensors of a decoder as a file spells them, one at a time.
 
     Args:
       model: any decoder, on one device or spread over a mesh. In a program of
@@ -220,114 +309,6 @@ def disassemble(
         if weight(model.config, name).inputs:
             array = array.reshape(shape[::-1]).T
         yield tensor, np.ascontiguousarray(array).reshape(shape)
-
-
-def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
-    """The same network with only some of its layers.
-
-    Ours: a student that starts from its teacher. Every array is a copy, so
-    the student may be donated while the teacher lives on.
-
-    Args:
-      model: the network to cut.
-      keep: indices of the layers to keep, ascending.
-
-    Returns:
-      A decoder of ``len(keep)`` layers, spread over devices as ``model`` is.
-
-    Raises:
-      ValueError: where ``keep`` is empty, unsorted or out of range.
-    """
-    keep = [int(i) for i in keep]
-    layers = model.config.layers
-    ascending = keep == sorted(set(keep))
-    if not keep or not ascending or keep[0] < 0 or keep[-1] >= layers:
-        raise ValueError(
-            f"keep={keep} must be ascending layer indices, each once, "
-            f"0..{layers - 1}; for instance {list(range(0, layers, 2))}"
-        )
-    table = parameter_table(model.config)
-    arrays = {}
-    for name, array in model.arrays.items():
-        if table[name].axes[0] == "layers":
-            owners = parameter_layers(model.config, name)
-            rows = [i for i, layer in enumerate(owners) if layer in keep]
-            if not rows:  # no layer of this kind is left
-                continue
-            kept = np.asarray(rows)
-            arrays[name] = _each(lambda x, i=kept: x[i], array)
-        else:
-            arrays[name] = _each(jnp.copy, array)
-    return Decoder(model.config.keep_layers(keep), arrays)
-
-
-def _each(cut: Callable[[jax.Array], jax.Array], array: Any) -> Any:
-    """Cuts an array, or both arrays of a quantised matrix, where they are."""
-    return jax.tree.map(lambda x: jax.device_put(cut(x), x.sharding), array)
-
-
-def fingerprint(model: Any) -> str:
-    """A hash of a decoder's config and of every bit of its parameters.
-
-    Each element's bits are mixed with its index and added up as integers
-    modulo 2**32, so the sum does not depend on the order of addition: the
-    same on any mesh. ``remat`` and ``unroll`` do not count, nor do options
-    at their default: one that is added later changes no fingerprint.
-
-    Args:
-      model: any decoder; of another model the parameters alone are hashed,
-        by the path of each in the pytree, and not the function.
-
-    Returns:
-      64 hexadecimal digits.
-    """
-    fields, arrays = {}, {"": model}
-    if isinstance(model, Decoder):
-        config, arrays = model.config, model.arrays
-        fields = {
-            field.name: getattr(config, field.name)
-            for field in dataclasses.fields(config)
-            if field.name not in ("remat", "unroll", "attention")
-            and getattr(config, field.name) != field.default
-        }
-    digest = hashlib.sha256(
-        json.dumps(fields, sort_keys=True, default=vars).encode()
-    )
-    parts = {  # a quantised matrix is two arrays
-        f"{name}{jax.tree_util.keystr(path)}{x.shape}{x.dtype}": x
-        for name in sorted(arrays)
-        for path, x in jax.tree_util.tree_leaves_with_path(arrays[name])
-    }
-    # Known to every process, also those without devices of the model's.
-    sums = on_host([_bit_sums(x) for x in parts.values()])
-    for label, found in zip(parts, sums, strict=True):
-        digest.update(label.encode())
-        digest.update(found.astype("<u4").tobytes())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _bit_sums(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.int4:
-        x = x.astype(jnp.int8)
-    sizes = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    wide = sizes[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        index = index * np.uint32(size) + place
-    mixed = _mix(bits ^ _mix(index + np.uint32(0x9E3779B9)))
-    again = _mix(mixed + np.uint32(0x85EBCA6B))
-    sums = [jnp.sum(part, dtype=jnp.uint32) for part in (mixed, again)]
-    return jnp.stack(sums)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """The 32-bit finaliser of MurmurHash3 (Appleby): a bijection."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

@@ -1,0 +1,223 @@
+"""Checkpoints: what is kept, what a kill leaves, what may be resumed."""
+
+import asyncio
+import dataclasses
+import json
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint._src.path import atomicity
+from small_files import LLAMA
+from small_run import changed, settings_with
+from small_step import assert_trees_equal
+
+from topd_jax.objectives.loading import make_objective
+from topd_jax.objectives.pieces import describe
+from topd_jax.training import checkpointing
+from topd_jax.training.checkpointing import Checkpoints, require_same_run
+
+SETTINGS = settings_with()
+OBJECTIVE = describe(make_objective(SETTINGS.objective))
+TEACHERS = {"": "t" * 64}
+
+
+def state(value: float) -> dict:
+    return {
+        "weights": jnp.full((3, 2), value, jnp.bfloat16),
+        "step": jnp.int32(value),
+    }
+
+
+def record(**changes) -> dict:
+    """A record as it comes back: through JSON."""
+    arguments = dict(
+        settings=SETTINGS, objective=OBJECTIVE, teachers=TEACHERS,
+        position={"next_index": 3}, student=LLAMA,
+    )  # fmt: skip
+    made = checkpointing.record(**(arguments | changes))
+    return json.loads(json.dumps(made))
+
+
+def save(checkpoints, step, value=None, key=None):
+    key = jax.random.key(7) if key is None else key
+    value = step if value is None else value
+    checkpoints.save(step, state(value), key, record())
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_what_is_saved_comes_back(tmp_path, kind):
+    key = jax.random.key(7, impl=kind)
+    saved = Checkpoints(tmp_path / "new", 2)
+    assert saved.latest() is None
+    save(saved, 4, key=key)
+    saved.close()
+    again = Checkpoints(tmp_path / "new", 2)
+    assert again.latest() == 4
+    restored, restored_key = again.restore(4, state(0))
+    assert_trees_equal(restored, state(4))
+    assert jax.random.key_impl(restored_key) == jax.random.key_impl(key)
+    assert jax.random.normal(restored_key) == jax.random.normal(key)
+    assert again.record(4)["data"] == {"next_index": 3}
+
+
+def test_the_latest_are_kept_and_a_repeated_step_is_left(tmp_path):
+    saved = Checkpoints(tmp_path, 2)
+    for step in (1, 2, 4):
+        save(saved, step)
+    for step in (2, 4):
+        save(saved, step, value=9)
+    saved.wait()
+    assert {p.name for p in tmp_path.iterdir()} == {"2", "4"}
+    for step in (2, 4):
+        assert saved.restore(step, state(0))[0]["step"] == step
+
+
+def test_a_kill_during_the_background_write_leaves_the_one_before(
+    tmp_path, monkeypatch
+):
+    """And the step may donate the state as soon as save returns."""
+    saved = Checkpoints(tmp_path / "run", 2)
+    save(saved, 2)
+    saved.wait()
+    release = threading.Event()
+    finalize = atomicity.AtomicRenameTemporaryPath.finalize
+
+    async def held(self, *arguments, **options):
+        await asyncio.to_thread(release.wait, 60)
+        return await finalize(self, *arguments, **options)
+
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", held)
+    donated = state(4)
+    saved.save(4, donated, jax.random.key(7), record())
+    jax.tree.map(lambda x: x.delete(), donated)
+    # What is on the disk now is what a kill would leave.
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    release.set()
+    saved.close()
+    monkeypatch.undo()
+    killed = Checkpoints(tmp_path / "killed", 2)
+    assert killed.latest() == 2
+    assert_trees_equal(killed.restore(2, state(0))[0], state(2))
+    save(killed, 4)
+    killed.close()
+    for folder in ("run", "killed"):
+        found = Checkpoints(tmp_path / folder, 2)
+        assert_trees_equal(found.restore(4, state(0))[0], state(4))
+
+
+def test_an_error_of_the_background_write_is_raised(tmp_path, monkeypatch):
+    async def full(self, *arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    saved = Checkpoints(tmp_path, 2)
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", full)
+    save(saved, 2)
+    with pytest.raises(OSError, match="No space left"):
+        save(saved, 4)
+
+
+def test_another_format_is_refused_by_name(tmp_path):
+    saved = Checkpoints(tmp_path, 2)
+    old = record()
+    del old["format"]
+    saved.save(3, state(3), jax.random.key(0), old)
+    saved.wait()
+    with pytest.raises(ValueError, match=r"3 has format 1 .* reads format 2"):
+        saved.record(3)
+
+
+# --- what must agree ------------------------------------------------------
+
+
+def check(settings=SETTINGS, saved=None, objective=OBJECTIVE, **options):
+    teachers = options.pop("teachers", TEACHERS)
+    require_same_run(
+        record() if saved is None else saved,
+        settings, objective, teachers, "runs/a", **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        changed(SETTINGS, "log", every=7, tensorboard=True),
+        changed(SETTINGS, "checkpoint", keep=9),
+        changed(SETTINGS, "sweep", seeds=(1, 2)),
+        changed(SETTINGS, "world", cache="elsewhere"),
+        changed(SETTINGS, "eval", samples=16, benchmarks=("aime24.jsonl",)),
+    ],
+)
+def test_what_changes_no_number_may_differ(settings, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        check(settings)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", checkpointing.MAY_CHANGE)
+def test_the_ways_out_of_an_unstable_run_may_change_and_are_logged(
+    name, caplog
+):
+    section, key = name.split(".")
+    value = {"sharding": "gathered", "branch_sharding": "gathered"}.get(key, 1)
+    settings = changed(SETTINGS, section, **{key: value})
+    if settings == SETTINGS:
+        settings = changed(SETTINGS, section, **{key: 2})
+    with caplog.at_level("WARNING", logger="absl"):
+        check(settings)
+    assert f"resumed with another setting: {name}: " in caplog.text
+
+
+def test_every_difference_is_named_with_both_values():
+    settings = changed(SETTINGS, "optimizer", beta1=0.5)
+    settings = dataclasses.replace(settings, seed=3)
+    with pytest.raises(ValueError) as error:
+        check(settings)
+    text = str(error.value)
+    for part in (
+        "runs/a", "optimizer.beta1: 0.9 there, 0.5 here",
+        "seed: 0 there, 3 here", "use another --workdir",
+    ):  # fmt: skip
+        assert part in text
+    assert "world" not in text
+
+
+def test_one_objective_has_several_spellings():
+    text = "topd(window=4, candidates=2, guidance_weight=0.3, percentile=30.0)"
+    check(dataclasses.replace(SETTINGS, objective=text))
+    other = describe(make_objective(text.replace("0.3", "0.4")))
+    with pytest.raises(ValueError, match=r"weight: 0.3 there, 0.4 here"):
+        check(objective=other)
+
+
+def test_a_new_setting_was_at_its_default_and_a_removed_one_differs():
+    saved = record()
+    del saved["settings"]["optimizer"]["beta1"]
+    check(saved=json.loads(json.dumps(saved)))
+    saved["settings"]["optimizer"]["momentum"] = 0.5
+    with pytest.raises(ValueError, match="momentum: 0.5 there, None here"):
+        check(saved=saved)
+
+
+def test_a_section_may_be_freed_for_readers():
+    settings = changed(SETTINGS, "eval", problems=3)
+    with pytest.raises(ValueError, match=r"eval\.problems: 8 there, 3 here"):
+        check(settings)
+    check(settings, free=("eval",))
+
+
+def test_other_teachers_and_another_base_are_differences():
+    with pytest.raises(ValueError, match="another teacher .*t{64}.*u{64}"):
+        check(teachers={"": "u" * 64})
+    with pytest.raises(ValueError, match="another teacher 'b' .fing.* None th"):
+        check(teachers=TEACHERS | {"b": "u" * 64})
+    saved = record(frozen="f" * 64)
+    check(saved=json.loads(json.dumps(saved)), frozen="f" * 64)
+    for frozen, said in (("g" * 64, "g{64}"), ("", "none")):
+        with pytest.raises(ValueError, match=f"another model.*f{{64}}.*{said}"):
+            check(saved=record(frozen="f" * 64), frozen=frozen)
+    assert np.array_equal(saved["frozen"], "f" * 64)

@@ -1,0 +1,343 @@
+"""Settings: defaults, bounds, and what is wrong is named before anything."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from small_run import changed, settings_with, small_config
+
+import topd_jax
+from topd_jax import configs
+from topd_jax.configs import default
+from topd_jax.training import config as config_module
+from topd_jax.training.config import (
+    NO_IDENTITY,
+    Settings,
+    explain,
+    settings_from,
+)
+
+PACKAGE = Path(topd_jax.__file__).parent
+SHIPPED = sorted(
+    p.stem
+    for p in Path(configs.__file__).parent.glob("*.py")
+    if p.stem != "__init__"
+)
+SECTIONS = {
+    name: kind
+    for name, kind in typing.get_type_hints(Settings).items()
+    if dataclasses.is_dataclass(kind)
+}
+
+
+def with_value(path: str, value: object) -> dict:
+    """The default config with any value anywhere: a ConfigDict would object."""
+    config = default.get_config().to_dict()
+    place = config
+    *sections, name = path.split(".")
+    for section in sections:
+        place = place[section]
+    place[name] = value
+    return config
+
+
+def test_the_default_config_has_every_setting_at_its_default():
+    config = default.get_config()
+    assert settings_from(config) == Settings()
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert settings_from(plain) == Settings()
+    assert settings_from({}) == Settings()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads(name):
+    module = importlib.import_module(f"topd_jax.configs.{name}")
+    settings = settings_from(module.get_config())
+    assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()
+
+
+def test_every_setting_is_explained_with_default_and_bounds():
+    lines = explain().splitlines()
+    for section, kind in SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            start = f"config.{section}.{field.name} = {field.default!r}"
+            (line,) = (x for x in lines if x.startswith(start))
+            assert line.rpartition(": ")[2].strip(), line
+    (line,) = (x for x in lines if "optimizer.beta1" in x)
+    assert "(least 0, below 1)" in line
+    (line,) = (x for x in lines if "data.source" in x)
+    assert "'world' | 'jsonl' | 'tfds' | 'hub'" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("optimizer.learning_rte", "config.optimizer.learning_rate"),
+        ("optimiser", "config.optimizer"),
+        ("data.promt_field", "config.data.prompt_field"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(path, nearest):
+    with pytest.raises(
+        ValueError,
+        match=rf"unknown config key config\.{path}; the nearest is {nearest}; ",
+    ):
+        settings_from(with_value(path, 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.steps", "many", r"steps='many' must be of type int, not str"),
+        ("train.steps", 2.5, "steps=2.5 must be of type int, not float"),
+        ("train.steps", True, "steps=True must be of type int, not bool"),
+        ("optimizer.eps", False, "eps=False must be of type float, not bool"),
+        ("log.tensorboard", 1, "tensorboard=1 must be of type bool, not int"),
+        ("data.path", 3, "path=3 must be of type str, not int"),
+        ("sweep.seeds", 3, r"seeds=3 must be several of type int.*\(3,\)"),
+        ("sweep.seeds", ("a",), "seeds='a' must be of type int, not str"),
+        ("optimizer", 3, "config.optimizer=3 must be a section"),
+        ("optimizer.clip", float("nan"), "clip=nan must be a finite number"),
+        ("optimizer.clip", float("inf"), "clip=inf must be a finite number"),
+    ],
+)
+def test_a_wrong_type_is_named(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        settings_from(with_value(path, value))
+
+
+OUT_OF_BOUNDS = """
+optimizer.beta1=2.5             at least 0 and below 1
+optimizer.beta2=-1.0            at least 0 and below 1
+optimizer.eps=-1.0              above 0
+optimizer.clip=0.0              above 0
+optimizer.weight_decay=-1.0     at least 0
+optimizer.warmup_fraction=-1.0  at least 0
+optimizer.learning_rate=-0.001  at least 0
+optimizer.learning_rate=1e+308  at most 10
+optimizer.accumulate=0          at least 1
+log.every=0                     at least 1
+log.every=-1                    at least 1
+log.top_k=0                     at least 1
+checkpoint.every=-1             at least 0
+checkpoint.keep=0               at least 1
+eval.every=-1                   at least 0
+eval.problems=0                 at least 1
+eval.problems=10**21            at most 10000000
+eval.final_problems=0           at least 1
+eval.batch_size=0               at least 1
+eval.temperature=-1.0           at least 0
+eval.split='dev'                one of 'train', 'validation', 'test'
+data.batch_size=0               at least 1
+data.batch_size=10**6           at most 100000
+data.samples=0                  at least 1
+data.held_out=0                 at least 1
+data.max_prompt_length=0        at least 1
+data.end_ids=(3, -1)            at least 0
+data.source='csv'               one of 'world', 'jsonl', 'tfds', 'hub'
+data.on_long_prompt='cut'       one of 'error', 'skip'
+rollout.max_new_tokens=0        at least 1
+rollout.temperature=-0.5        at least 0
+rollout.temperature=1e+308      at most 1000
+rollout.top_p=0.0               above 0
+rollout.top_p=1.5               at most 1
+offline.top_p=0.0               above 0
+offline.shard_size=0            at least 1
+offline.pack_length=-1          at least 0
+offline.format='csv'            one of 'array_record', 'jsonl'
+offline.keep='good'             one of 'all', 'correct', 'complete'
+train.steps=-3                  at least 1
+train.steps=10**21              at most 1000000000
+train.max_skipped=-1            at least 0
+train.stage='first'             one of 'on_policy', 'offline'
+world.student_heads=0           at least 1
+student.lora_rank=-1            at least 0
+student.lora_alpha=0.0          above 0
+"""
+
+
+@pytest.mark.parametrize("line", OUT_OF_BOUNDS.strip().splitlines())
+def test_a_value_out_of_bounds_is_refused_with_its_bound(line):
+    spelled, bound = re.split(r"  +", line)
+    path, _, text = spelled.partition("=")
+    value = eval(text)
+    with pytest.raises(ValueError) as error:
+        settings_from(with_value(path, value))
+    assert f"{path}={value!r} must be " in str(error.value)
+    assert bound in str(error.value)
+    # From Python too, past every config file.
+    section, name = path.split(".")
+    with pytest.raises(ValueError, match=f"{path}=.* must be "):
+        changed(Settings(), section, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("opdd", "must be one of opd, suppress, .*package.module:function"),
+        ("topd(windows=4)", "no option windows; its options: .*window"),
+        ("opd(log_floor=1)", "log_floor=1 must be a finite number below 0"),
+        ("opd(temperature=0)", "temperature=0 must be .*above 0"),
+        ("opd(temperature=1e308)", "must be at most"),
+        ("topd(epsilon=1e308)", "epsilon=1e.308 must be .*at most 10"),
+        ("topd(percentile=101)", "percentile=101 must be .*at most 100"),
+        ("topd(threshold=-1)", "threshold=-1 must be at least 0"),
+        ("topd(fraction=2)", "fraction=2 must be at most 1"),
+        ("topd(candidates=0)", "candidates=0 must be at least 1"),
+        ("topd(guidance_weight=-1)", "weight=-1 must be at least 0"),
+        ("n_step(discount=2)", "discount=2 must be .*at most 1"),
+        ("prefix(gamma=-1)", "gamma=-1 must be at least 0"),
+        ("topd(window=49)", "window=49 must not exceed .*max_new_tokens=48"),
+    ],
+)
+def test_a_bad_objective_is_refused_with_the_settings(objective, message):
+    with pytest.raises(ValueError, match=message):
+        settings_from({"objective": objective})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer.accumulate": 5},
+            "32 rows must be divisible .*=5",
+        ),
+        ({"student.lora_targets": ("q", "head")}, "some of q, k, v, o, gate"),
+        ({"student.lora_targets": ("q",)}, r"lora_rank=0 must .*=\('q',\)"),
+        ({"teacher.lora_rank": 4}, "be 0: .*teacher.adapter merges"),
+        ({"student.quantize": "int8"}, "would freeze what is to learn"),
+        ({"offline.path": "somewhere"}, "needs train.stage=offline"),
+        ({"data.end_ids": (999,)}, r"end_ids=\(999,\) must be \(\) in the tin"),
+        ({"world.student_heads": 5}, "width=96 must be divisible by .*heads=5"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(changes, message):
+    config = default.get_config().to_dict()
+    for path, value in changes.items():
+        section, name = path.split(".")
+        config[section][name] = value
+    with pytest.raises(ValueError, match=message):
+        settings_from(config)
+
+
+def test_strings_of_a_command_line_are_understood():
+    config = with_value("sweep.seeds", "0,1,2")
+    assert settings_from(config).sweep.seeds == (0, 1, 2)
+    config = with_value("train.chunk_size", "64")
+    assert settings_from(config).train.chunk_size == 64
+    config = with_value("train.chunk_size", None)
+    assert settings_from(config).train.chunk_size is None
+
+
+# --- every setting is read ------------------------------------------------
+
+
+def read_in_package() -> dict[str, set[str]]:
+    """Section, or class of settings -> the attributes that are read of it.
+
+    Of a section: as ``section.attribute``, also by a local name. Of a class:
+    any attribute that is read in a module that names the class.
+    """
+    out: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        attributes = [n for n in nodes if isinstance(n, ast.Attribute)]
+        aliases = dict(pair for n in nodes for pair in aliased(n))
+        for node in attributes:
+            base = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            out.setdefault(aliases.get(base, base), set()).add(node.attr)
+        if path.name != "settings.py":  # where classes are defined
+            for name in {n.id for n in nodes if isinstance(n, ast.Name)}:
+                out.setdefault(name, set()).update(a.attr for a in attributes)
+    return out
+
+
+def aliased(node: ast.AST) -> list[tuple[str, str]]:
+    """(local name, attribute) of ``name = x.attribute``, tuples included."""
+    if not isinstance(node, ast.Assign):
+        return []
+    (target, value) = node.targets[0], node.value
+    pairs = [(target, value)]
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        pairs = list(zip(target.elts, value.elts, strict=False))
+    return [
+        (name.id, whole.attr)
+        for name, whole in pairs
+        if isinstance(name, ast.Name) and isinstance(whole, ast.Attribute)
+    ]
+
+
+def unread(sections: dict[str, type]) -> list[str]:
+    reads = read_in_package()
+    # A section whose fields are passed on as arguments, all of them.
+    passed = {"mesh"}
+    return [
+        f"{name}.{field.name}"
+        for name, kind in sections.items()
+        for field in dataclasses.fields(kind)
+        if name not in passed
+        and field.name not in reads.get(name, set())
+        and field.name not in reads.get(kind.__name__, set())
+    ]
+
+
+def test_every_setting_is_read_somewhere():
+    assert unread(SECTIONS) == []
+
+
+def test_a_setting_that_nothing_reads_is_found():
+    fields = [("every", int, 1), ("heartbreak", int, 1)]
+    logs = dataclasses.make_dataclass("LogSettings", fields)
+    assert unread({"log": logs}) == ["log.heartbreak"]
+
+
+# --- the fingerprint ------------------------------------------------------
+
+
+def leaves(section: object, path: tuple[str, ...] = ()):
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, (*path, field.name))
+        else:
+            yield (*path, field.name)
+
+
+def replaced(section: object, path: tuple[str, ...], value: object) -> object:
+    """Past the bounds: any value will do."""
+    name, *rest = path
+    if rest:
+        value = replaced(getattr(section, name), tuple(rest), value)
+    new = object.__new__(type(section))
+    vars(new).update(vars(section) | {name: value})
+    return new
+
+
+def test_the_fingerprint_changes_with_any_setting():
+    settings = settings_from(small_config())
+    prints = {settings.fingerprint()}
+    assert settings_with().fingerprint() in prints
+    paths = set(leaves(settings)) - {("teachers",)}
+    free = {tuple(name.split(".")) for name in NO_IDENTITY}
+    for path in sorted(paths - free):
+        prints.add(replaced(settings, path, "another").fingerprint())
+    assert len(prints) == 1 + len(paths - free) > 80
+    for path in free:
+        assert replaced(settings, path, "another").fingerprint() in prints
+
+
+def test_settings_at_their_default_do_not_enter_the_fingerprint(monkeypatch):
+    made = settings_from(small_config())
+    before, name = made.fingerprint(), "rollout.top_p"
+    known = config_module._defaults()
+    assert known[name] == made.rollout.top_p
+    # With another default the same value counts.
+    monkeypatch.setattr(config_module, "_defaults", lambda: known | {name: 0.5})
+    assert made.fingerprint() != before
+    other = replaced(made, ("rollout", "top_p"), 0.5)
+    assert other.fingerprint() == before

@@ -1,0 +1,292 @@
+"""Local corrections: each from the same start, on its own window alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import EOS, PAD, make_trajectories
+
+from topd_jax.experiments import local_correction
+from topd_jax.experiments.divergent_points import choose
+from topd_jax.experiments.local_correction import make_correction, methods_of
+from topd_jax.experiments.observe import Observed
+from topd_jax.models import causal_mask, unembed
+from topd_jax.models.config import Lora
+from topd_jax.models.lora import add_lora
+from topd_jax.objectives import presets
+from topd_jax.objectives.objective import NearFuture
+from topd_jax.sampling import rollout
+from topd_jax.training.score import score
+from topd_jax.training.step import init_state, train_step
+from topd_jax.types import Candidates, Scored, Teacher, Windows
+
+K = 4
+WEIGHT = 0.7
+AHEAD = presets.suppress(near_future=NearFuture(window=K, candidates=3))
+RUN = presets.topd(guidance_weight=WEIGHT)
+METHODS = methods_of(RUN, AHEAD)
+TEACHER, STUDENT = "topd", "topd(context='student')"
+IDS = dict(eos_ids=(EOS,), pad_id=PAD)
+ADAM = optax.adam(1e-2)
+UPDATES = 60  # enough to write what the teacher writes
+
+
+def observed(student, teacher):
+    written = make_trajectories(rows=6)
+    scored = score(
+        student, (teacher,), written, jax.random.key(1),
+        objective=AHEAD, **IDS,
+    )  # fmt: skip
+    return Observed([], *jax.device_get((written, list(scored))))
+
+
+@pytest.fixture(scope="module")
+def reader(teacher):
+    return Teacher(teacher)
+
+
+@pytest.fixture(scope="module")
+def points(student, reader):
+    return choose([observed(student, reader)], 3, PAD)
+
+
+@pytest.fixture(scope="module")
+def measured(student, reader, points):
+    return local_correction.measure(
+        student, reader, points, METHODS, ADAM, UPDATES, **IDS
+    )
+
+
+def step_of(objective, optimizer=ADAM):
+    """(state, trajectories, scored) -> (state, metrics), jitted."""
+    return jax.jit(
+        functools.partial(train_step, objective=objective, optimizer=optimizer)
+    )
+
+
+def one(points, i):
+    """The point at i alone, on the device."""
+    return jax.tree.map(lambda x: jnp.asarray(x[i : i + 1]), points)
+
+
+def prefix_of(points, i):
+    """The prefix's ids without padding."""
+    return points.prefix.tokens[i][points.prefix.mask[i]].tolist()
+
+
+def window_of(windows, i):
+    return windows.tokens[i][windows.mask[i]].tolist()
+
+
+@jax.jit
+def read(model, ids):
+    mask = causal_mask(jnp.ones(ids.shape, bool))
+    hidden, _ = model(ids, jnp.arange(ids.shape[1])[None], mask)
+    return jax.nn.log_softmax(unembed(model.head, hidden))[0]
+
+
+def logp_along(model, prefix, window):
+    """[len(window), V]: log p of each window token, by one plain pass."""
+    begin, end = len(prefix) - 1, len(prefix) + len(window) - 1
+    # What follows is not seen; one length compiles once.
+    ids = np.zeros((1, 24), int)
+    ids[0, : end + 1] = prefix + window
+    return np.asarray(read(model, ids)[begin:end])
+
+
+def greedy(model, prefix):
+    """What a model writes, read anew for every token."""
+    window = []
+    while len(window) < K and EOS not in window:
+        logp = logp_along(model, prefix, [*window, 0])
+        window.append(int(logp[-1].argmax()))
+    return window
+
+
+def sinkhorn(embedding, ours, theirs, epsilon=0.05, weight=0.5):
+    """Transport distance of two lists of tokens, in numpy."""
+    x, y = (np.asarray(embedding, np.float64)[w] for w in (ours, theirs))
+    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
+    cost = 1 - x @ y.T
+    rows, columns = cost.shape
+    apart = np.abs(np.arange(rows)[:, None] - np.arange(columns))
+    kernel = np.exp(-(cost + weight * apart / K) / epsilon)
+    v = np.ones(columns)
+    for _ in range(3000):
+        u = 1 / rows / (kernel @ v)
+        v = 1 / columns / (kernel.T @ u)
+    return np.sum(u[:, None] * kernel * v * cost)
+
+
+def slot(positions, distance, divergent):
+    """One trajectory's candidates, windows of K tokens, any plan."""
+    count = len(positions)
+    blank = Windows(np.zeros((1, count, K), int), np.ones((1, count, K), bool))
+    return Scored(
+        None, None, None,
+        candidates=Candidates(np.array([positions]), np.ones((1, count), bool)),
+        student_windows=blank,
+        teacher_windows=blank,
+        distance=np.array([distance], np.float32),
+        plan=np.zeros((1, count, K, K), np.float32),
+        divergent=np.array([divergent]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("truncated", "at"), [(False, 7), (True, 3)])
+def test_the_farthest_divergent_point_is_chosen(truncated, at):
+    written = jax.device_get(make_trajectories(rows=1, completion=12))
+    # Nine tokens: K of them follow 3, not 7. 5 is farther, but no fork.
+    written = written.replace(
+        mask=np.arange(12)[None] < 9, truncated=np.array([truncated])
+    )
+    scored = slot([1, 3, 5, 7], [0.2, 0.4, 0.9, 0.6], [True, True, False, True])
+    points = choose([Observed([], written, [scored])], 5, PAD)
+    assert len(points.distance) == 1
+    assert points.distance[0] == pytest.approx({3: 0.4, 7: 0.6}[at])
+    prompt = written.prompt[0][written.prompt_mask[0]].tolist()
+    assert prefix_of(points, 0) == prompt + written.tokens[0, :at].tolist()
+
+
+def test_points_are_cut_from_their_trajectories(student, reader, points):
+    seen = observed(student, reader)
+    written, scored = seen.trajectories, seen.scored[0]
+    row = int(np.flatnonzero(scored.divergent.any(1))[0])
+    assert len(points.distance) == 3
+    sequence = [*prefix_of(points, 0), *window_of(points.student, 0)]
+    prompt = written.prompt[row][written.prompt_mask[row]].tolist()
+    whole = prompt + written.tokens[row][written.mask[row]].tolist()
+    assert sequence == whole[: len(sequence)]
+    # The teacher's window is what it writes there itself.
+    for i in range(3):
+        theirs = greedy(reader.model, prefix_of(points, i))
+        assert window_of(points.teacher, i) == theirs
+    # Padded on the left.
+    mask = points.prefix.mask
+    assert mask[:, -1].all() and (np.diff(mask.astype(int)) >= 0).all()
+
+
+def test_no_more_batches_are_drawn_than_needed(student, reader):
+    def batches():
+        yield observed(student, reader)
+        raise AssertionError("one was enough")
+
+    assert len(choose(batches(), 2, PAD).distance) == 2
+
+
+def test_where_nothing_diverges_is_said():
+    written = jax.device_get(make_trajectories(rows=1))
+    scored = slot([1], [0.2], [False])
+    with pytest.raises(
+        ValueError, match=r"none of 1 traj.*lower the objective's p"
+    ):
+        choose([Observed([], written, [scored])], 1, PAD)
+
+
+def test_before_is_the_start_by_an_independent_computation(
+    student, teacher, points, measured
+):
+    before = measured["before"]
+    for i in range(3):
+        ours = greedy(student, prefix_of(points, i))
+        theirs = window_of(points.teacher, i)
+        distance = sinkhorn(student.embedding, ours, theirs)
+        assert before["distance"][i] == pytest.approx(distance, abs=2e-3)
+        assert before["first"][i] == (ours[0] == theirs[0])
+        assert before["same"][i] == (ours == theirs)
+    assert before["distance"].max() > 0.1
+
+
+def by_hand(student, teacher, points, i, method):
+    """The same loss, from plain passes over prefix and window."""
+    prefix, ours = prefix_of(points, i), window_of(points.student, i)
+    theirs = window_of(points.teacher, i)
+    mine = logp_along(student, prefix, ours)
+    gap = mine - logp_along(teacher, prefix, ours)
+    loss = np.mean(np.sum(np.exp(mine) * gap, axis=-1))
+    if method == TEACHER:
+        logp = logp_along(student, prefix, theirs)
+        led = -np.mean(logp[np.arange(len(theirs)), theirs])
+        loss += WEIGHT * led
+    if method == STUDENT:
+        plan = points.plan[i][: len(ours), : len(theirs)]
+        targets = np.zeros_like(mine)
+        for j, token in enumerate(theirs):
+            targets[:, token] += plan[:, j] / plan.sum(1)
+        targets[0] = np.eye(mine.shape[1])[theirs[0]]
+        some = np.where(targets > 0, targets, 1.0)
+        led = np.sum(targets * (np.log(some) - mine), axis=-1).mean()
+        loss += WEIGHT * led
+    return loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_correction_is_m_updates_on_the_window_alone(
+    student, reader, points, method
+):
+    objective = METHODS[method]
+    run, step = make_correction(objective, ADAM, **IDS), step_of(objective)
+    point = one(points, 2)
+    batch = local_correction.as_batch(reader, point)
+    state = init_state(student, ADAM)
+    written = []
+    for number in range(7):
+        windows, skipped = run(student, reader, point, jnp.int32(number))
+        expected = rollout(
+            state.student, point.prefix, jax.random.key(3),
+            max_new_tokens=K, temperature=0.0, **IDS,
+        )  # fmt: skip
+        assert window_of(windows, 0) == window_of(expected, 0)
+        assert skipped == 0
+        written.append(window_of(windows, 0))
+        state, metrics = step(state, *batch)
+        if number == 0:
+            assert float(metrics["loss"][0]) == pytest.approx(
+                by_hand(student, reader.model, points, 2, method), rel=2e-4
+            )
+    assert len(set(map(tuple, written))) > 1  # it did change
+
+
+def test_every_point_starts_from_the_same_student(
+    student, reader, points, measured
+):
+    start = jax.tree.map(np.array, student)
+    backwards = jax.tree.map(lambda x: x[::-1], points)
+    again = local_correction.measure(
+        student, reader, backwards, METHODS, ADAM, UPDATES, **IDS
+    )
+    for name, of_method in measured.items():
+        for key, values in of_method.items():
+            np.testing.assert_array_equal(again[name][key][::-1], values)
+    jax.tree.map(np.testing.assert_array_equal, start, student)
+
+
+def test_enough_updates_towards_the_teacher_mend_all(measured):
+    led = measured[TEACHER]
+    assert led["same"].all() and led["first"].all()
+    np.testing.assert_allclose(led["distance"], 0, atol=1e-4)
+    before = measured["before"]["distance"].mean()
+    assert measured["opd"]["distance"].mean() < before
+    # Anchored at the teacher's first token; beyond it, the student's contexts.
+    assert measured[STUDENT]["first"].all()
+
+
+def test_an_update_that_is_not_finite_is_counted(student, reader, points):
+    endless = presets.opd(lambda s, t: jnp.sum(s * t * jnp.inf, axis=-1))
+    run = make_correction(endless, ADAM, **IDS)
+    windows, skipped = run(student, reader, one(points, 0), jnp.int32(2))
+    assert skipped == 2
+    assert window_of(windows, 0) == greedy(student, prefix_of(points, 0))
+
+
+def test_adapters_alone_are_corrected(student, reader, points):
+    adapted = add_lora(student, Lora(2, 4.0, ("q", "v"), False))
+    run = make_correction(METHODS[TEACHER], optax.adam(0.1), **IDS)
+    point = one(points, 0)
+    before, _ = run(adapted, reader, point, jnp.int32(0))
+    after, _ = run(adapted, reader, point, jnp.int32(20))
+    assert window_of(before, 0) == greedy(student, prefix_of(points, 0))
+    assert window_of(after, 0) != window_of(before, 0)

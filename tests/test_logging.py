@@ -1,0 +1,85 @@
+"""What a run writes down of its steps, and what is cut back on a resume."""
+
+import errno
+import json
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from topd_jax.training.logging import Logs, cut_log, read_jsonl
+
+METRICS = {"num_tokens": (jnp.float32(6.0), jnp.float32(1.0))}
+
+
+def test_seconds_are_those_of_the_step_that_they_stand_at(
+    tmp_path, monkeypatch
+):
+    logs = Logs(tmp_path, step=-1, tensorboard=False)
+    times = {"seconds_statistics": 0.5}
+    clock = iter((13.0, 14.0, 37.0))  # when the metrics of each are known
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert logs.later(1, METRICS, {}, 10.0) is None
+    assert logs.later(2, METRICS, {}, 10.5)["seconds"] == 3.0  # 10 to 13
+    assert logs.flush()["seconds"] == 1.0  # dispatched early: 13 to 14
+    logs.later(3, METRICS, times, 34.0)  # an evaluation lies between
+    logs.close()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [r["seconds"] for r in rows] == [3.0, 1.0, 2.5]
+    assert [r["rate_tokens"] for r in rows] == pytest.approx([2.0, 6.0, 2.4])
+
+
+def test_the_longest_row_of_skipped_updates_is_counted(tmp_path):
+    logs = Logs(tmp_path, step=-1, tensorboard=False, every=4)
+    counts = []
+    for step, skipped in enumerate([1, 0, 1, 1, 0, 1, 0, 0], start=1):
+        metrics = METRICS | {"skipped": (jnp.float32(skipped), jnp.ones(()))}
+        logs.later(step, metrics, {}, 0.0)
+        logs.flush()
+        counts.append(logs.skipped)
+    logs.close()
+    assert counts == [1, 1, 1, 2, 2, 2, 2, 2]
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [4, 8]
+
+
+def test_cutting_drops_later_and_torn_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    cut_log(path, 3)
+    assert not path.exists()
+    rows = [json.dumps({"step": s}) for s in (1, 2, 3)]
+    path.write_text("\n".join(rows) + '\n{"step": 2, "lo')
+    cut_log(path, 2)
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    cut_log(path, -1)
+    assert path.read_text() == ""
+
+
+def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(self: Path, text: str, **_: object) -> None:
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            cut_log(path, 1)
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    cut_log(path, 1)
+    assert read_jsonl(path) == [{"step": 1}]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path):
+    path = tmp_path / "record.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": \n{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"record\.jsonl line 3 is not JSON"):
+        read_jsonl(path)
+    path.write_text('{"a": 1}\n{"a": ')
+    assert read_jsonl(path, torn=True) == [{"a": 1}]
+    assert read_jsonl(tmp_path / "none.jsonl") == []

@@ -1,0 +1,282 @@
+"""Objectives: presets, spellings, bounds, and what is refused."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+import topd_jax as topd
+from topd_jax.objectives import loading, pieces, presets
+
+CAP, GUIDANCE = "cap_selected", "branch_cross_entropy"
+# preset -> names of token loss, weights and guidance; whether candidates are
+# looked at, the teacher continues them, and scoring reads the student.
+PIECES = {
+    "opd": ("reverse_kl", [], None, ""),
+    "opd(token_loss='jsd', beta=0.3)": ("generalized_jsd", [], None, ""),
+    "suppress": ("reverse_kl", [CAP], None, "ahead branches"),
+    "suppress(detector='future_loss')": ("reverse_kl", [CAP], None, "ahead"),
+    "suppress(ranking='token_loss')": (
+        "reverse_kl", [CAP], None, "ahead branches student",
+    ),
+    "suppress_control": ("reverse_kl", [CAP], None, "ahead branches"),
+    "n_step": ("reverse_kl", ["NStep"], None, "ahead branches"),
+    "topd": ("reverse_kl", [], GUIDANCE, "ahead branches along"),
+    "topd(branch_loss='forward_kl')": (
+        "reverse_kl", [], "BranchDivergence", "ahead branches along",
+    ),
+    "topd(context='student')": (
+        "reverse_kl", [], "PlanTargets", "ahead branches",
+    ),
+    "topd_suppress": ("reverse_kl", [CAP], GUIDANCE, "ahead branches along"),
+    "entropy_aware": ("entropy_aware_kl", [], None, ""),
+    "trust_region": ("trust_region_loss", [], None, ""),
+    "tip": ("reverse_kl", ["Tip"], None, "student"),
+    "teachability": ("reverse_kl", ["Teachability"], None, "student"),
+    "fire": ("reverse_kl", ["Fire"], None, "student"),
+    "agreement": ("reverse_kl", ["Agreement"], None, "student"),
+    "prefix": ("reverse_kl", ["Prefix"], None, ""),
+}  # fmt: skip
+
+
+def name_of(piece):
+    return pieces.spelled(piece).split(":")[1]
+
+
+@pytest.mark.parametrize("text", PIECES)
+def test_a_preset_is_made_of_its_pieces(text):
+    objective = topd.make_objective(text)
+    token_loss, token_weights, guidance, does = PIECES[text]
+    assert name_of(objective.token_loss) == token_loss
+    assert [name_of(w) for w in objective.token_weights] == token_weights
+    ours = objective.guidance
+    assert (ours and name_of(ours.loss)) == guidance
+    said = {
+        "ahead": objective.near_future is not None,
+        "branches": objective.needs_branches,
+        "along": objective.trains_on_branch,
+        "student": objective.needs_student,
+    }
+    assert {name for name, is_so in said.items() if is_so} == set(does.split())
+    kept = objective.needs_window_hidden
+    assert kept == (guidance == "BranchDivergence")
+
+
+def test_every_preset_is_told():
+    assert {text.split("(")[0] for text in PIECES} == set(topd.PRESETS)
+    assert presets.suppress_control().near_future.select is (
+        topd.matched_control_mask
+    )
+
+
+def far(student_logp, teacher_logp, strength=2.0):
+    return strength * topd.reverse_kl(student_logp, teacher_logp)
+
+
+def test_one_objective_has_one_description():
+    def described(objective):
+        if isinstance(objective, str):
+            objective = topd.make_objective(objective)
+        return topd.describe(objective)
+
+    for same, other in (
+        ("topd", topd.topd(context="teacher", near_future=topd.NearFuture())),
+        ("topd", " topd ( window = 10, branch_loss='cross_entropy' ) "),
+        ("topd(epsilon=0.1)",
+         topd.topd(near_future=topd.NearFuture(detector=topd.Transport(0.1)))),
+        ("opd(token_loss='jsd')", topd.opd(topd.generalized_jsd)),
+        (f"opd(token_loss='{__name__}:far', strength=3.0)",
+         topd.opd(functools.partial(far, strength=3.0))),
+        ("tip(fraction=0.4)", "tip(temperature=1.0, fraction=0.4)"),
+    ):  # fmt: skip
+        assert described(same) == described(other)
+    different = ["topd", "topd(window=11)", "topd(context='student')", "opd",
+                 "opd(temperature=2.0)", "opd(log_floor=-50.0)",
+                 f"opd(token_loss='{__name__}:far')",
+                 f"opd(token_loss='{__name__}:far', strength=3.0)"]  # fmt: skip
+    texts = [str(described(text)) for text in different]
+    assert len(set(texts)) == len(texts)
+
+    # What a function has closed over belongs to it.
+    def bound(strength):
+        return topd.describe(lambda x: strength * x)["strength"]
+
+    assert (bound(1), bound(np.inf)) == (1, "inf")
+    for text in different:
+        name, options = loading.parse(text)
+        assert loading.spell(name, **options) == text
+
+
+# A file beside the run.
+MINE = """
+import topd_jax as topd
+class Losses:
+    @staticmethod
+    def twice(student_logp, teacher_logp, log_floor=-7.0):
+        return 2 * topd.reverse_kl(student_logp, teacher_logp,
+                                   log_floor=log_floor)
+def mine(scale, near_future=topd.NearFuture(window=7)):
+    guidance = topd.Guidance(topd.branch_cross_entropy, weight=scale)
+    return topd.Objective(near_future=near_future, guidance=guidance)
+def wrong(): return 5
+"""
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    (tmp_path / "my_objectives.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_pieces_of_a_file_beside_the_run(beside):
+    got = topd.make_objective("my_objectives:mine(scale=0.5, candidates=2)")
+    assert got.guidance.weight == 0.5
+    # Its own default pieces keep what no option changes.
+    assert (got.near_future.window, got.near_future.candidates) == (7, 2)
+    got = topd.make_objective(
+        "opd(token_loss='my_objectives:Losses.twice', log_floor=-3.0)"
+    )
+    assert got.token_loss.keywords == {"log_floor": -3.0}
+    logp = jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, -jnp.inf])
+    assert_allclose(got.token_loss(*logp), 2 * np.log(0.5) + 3)
+
+
+def guide(distance, wings):
+    return distance
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("opd(", "cannot be read; write NAME or"),
+        ("opd(1)", "cannot be read"),
+        ("opd(beta=x)", "cannot be read"),
+        ("opdd", "must be one of opd, suppress,.* or 'package.module:fun"),
+        ("opd(window=3)", "no option window; its options: beta, log_fl"),
+        ("topd(near_future=3)", "no option near_future"),
+        ("opd(beta=0.3)", "beta is an option of token_loss='jsd'; choose that"),
+        ("suppress(detector='future_loss', epsilon=1)", "detector='transport'"),
+        ("opd(token_loss='k1')", "token_loss='k1' must be one of reverse_kl"),
+        ("opd(token_loss=5)", "5 must be a function of student_logp"),
+        ("nowhere:at_all", "cannot be imported .* beside where topd is"),
+        ("my_objectives:nothing", "cannot be imported"),
+        ("my_objectives:wrong", "returns int; it must return a topd_jax.Obj"),
+        ("my_objectives:mine", "needs the option scale"),
+        ("topd(context='both')", "must be 'teacher' or 'student'"),
+        ("topd(branch_loss='k1')", "must be one of 'cross_entropy', 'forw"),
+        ("topd(anchor_first=True)", "does not exist in context='teacher'"),
+        ("topd(context='student', anchor_first='no')", "must be of type bool"),
+        ("topd(context='student', branch_loss='forward_kl')", "does not exist"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line(beside, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        topd.make_objective(text)
+    assert "\n" not in str(error.value)
+
+
+AHEAD = {
+    "candidates": [0, 2.5, "no"],
+    "fraction": [0.0, 1.01, "no"],
+    "window": [0, -1, 2.5],
+    "percentile": [-0.1, 100.1],
+    "threshold": [-1.0, "no"],
+    "branch_temperature": [-0.1],
+    "epsilon": [0.0, 1e-9, 11.0],
+    "position_weight": [-1.0, 11.0],
+    "ranking": ["no", 5],
+    "detector": ["no", 5],
+}
+LOSS = {
+    "token_loss": ["no", 5],
+    "temperature": [0.0, -1.0, 1e308, "no"],
+    "log_floor": [0.0, 1.0, -1e999, "no"],
+    "beta": [-0.1, 1.1, "no"],
+}
+TOPD = AHEAD | LOSS | {
+    "context": ["no", 5],
+    "guidance_weight": [-1.0, 1e999, "no"],
+    "branch_loss": ["no", 5],
+    "anchor_first": ["no", 5],
+}  # fmt: skip
+BAD = {
+    "opd": LOSS,
+    "suppress": AHEAD | LOSS,
+    "suppress_control": AHEAD | LOSS,
+    "n_step": AHEAD | LOSS | {
+        "n": [0, 2.5],
+        "discount": [-0.1, 1.1],
+        "strength": [-1.0, "no"],
+        "cap": [-1.0],
+    },
+    "topd": TOPD,
+    "topd_suppress": TOPD,
+    "entropy_aware": {
+        "top_k": [0, 2.5, "no"],
+        "alpha": [-1.0, 1e999, "no"],
+        "entropy_threshold": [-1.0, 1e999, "no"],
+        "log_floor": [0.0, "no"],
+    },
+    "trust_region": {"top_k": [0, 2.5], "log_floor": [0.0, -1e999]},
+    "tip": LOSS | {"fraction": [0.0, 1.1]},
+    "teachability": LOSS | {"fraction": [0.0, 1.1], "top_k": [0, 2.5]},
+    "fire": LOSS | {"drop": [-0.1, 1.1]},
+    "agreement": LOSS | {"quantile": [-0.1, 1.1], "window": [0, 2.5]},
+    "prefix": LOSS | {"gamma": [-1.0, 1e999]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_option_is_bounded_at_construction(name):
+    assert set(BAD[name]) == loading.options_of(topd.PRESETS[name])
+    for option, values in BAD[name].items():
+        for value in values:
+            jsd = {"token_loss": "jsd"} if option == "beta" else {}
+            text = loading.spell(name, **jsd, **{option: value})
+            text = text.replace("=inf", "=1e999").replace("=-inf", "=-1e999")
+            with pytest.raises(ValueError, match=f"objective=.*{name}"):
+                topd.make_objective(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (topd.NearFuture, {"percentile": np.nan}, "percentile=nan must be a"),
+        (topd.NearFuture, {"window": 2.5}, "window=2.5 must be of type int"),
+        (topd.Guidance, {"loss": far, "weight": "no"}, "must be of type float"),
+        (
+            topd.Guidance,
+            {"loss": guide},
+            "objectives:guide names wings; it may",
+        ),
+        (topd.Guidance, {"loss": 5}, "5 is no piece of an objective"),
+        (topd.Objective, {"temperature": True}, "must be of type float"),
+        (topd.Objective, {"near_future": "no"}, "like near_future=NearFuture"),
+        (topd.Objective, {"token_weights": far}, "like token_weights=.weight,"),
+        (
+            topd.Objective,
+            {"token_weights": (lambda *all: all,)},
+            "takes .all; name each parameter",
+        ),
+        (
+            topd.Objective,
+            {"guidance": topd.Guidance(lambda distance: 0)},
+            "needs candidates; give the objective a near_future=NearFuture",
+        ),
+        (
+            topd.Objective,
+            {"token_loss": lambda student, teacher: student},
+            r"returns \[1, 4\] for one token of 4 logits; it must return one",
+        ),
+        (
+            topd.Objective,
+            {"statistics": {"s": lambda s, t, mask: s}},
+            r"statistics\['s'\]: .* names mask; it may name tokens",
+        ),
+    ],
+)
+def test_what_is_no_piece_is_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)

@@ -1,0 +1,225 @@
+"""A step on a researcher's own pieces equals dense computations by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import EOS, PAD, make_model, make_trajectories
+from numpy.testing import assert_allclose
+
+import topd_jax as topd
+from topd_jax.losses.log_probs import log_softmax
+from topd_jax.models import unembed
+from topd_jax.objectives import pieces
+
+SGD = optax.sgd(1.0)
+
+
+@jax.jit
+def logp_of(model, trajectories):
+    states = topd.trajectory_states(model, trajectories)
+    return log_softmax(unembed(model.head, states))
+
+
+@functools.partial(jax.jit, static_argnames="make")
+def step(student, teachers, trajectories, make):
+    """(scores, metrics, gradient): SGD at rate 1 subtracts the gradient."""
+    objective = make()
+    scored = topd.score(
+        student, teachers, trajectories, jax.random.key(3),
+        objective=objective, eos_ids=(EOS,), pad_id=PAD,
+    )  # fmt: skip
+    state, metrics = topd.train_step(
+        topd.init_state(student, SGD), trajectories, scored,
+        objective=objective, optimizer=SGD,
+    )  # fmt: skip
+    gradient = jax.tree.map(jnp.subtract, student, state.student)
+    return scored, metrics, gradient
+
+
+def assert_step_is(dense, student, got):
+    """A step's loss and gradient are those of a dense function."""
+    _, metrics, gradient = got
+    value, want = jax.jit(jax.value_and_grad(dense))(student)
+    assert_allclose(metrics["loss"][0], value, rtol=1e-4)
+    assert max(np.abs(g).max() for g in jax.tree.leaves(want)) > 1e-3
+    jax.tree.map(
+        lambda a, b: assert_allclose(a, b, 2e-3, 2e-5),
+        gradient, want,
+    )  # fmt: skip
+
+
+def signed(student_logp, teacher_logp, tokens, uniforms, power=2.0):
+    """A token loss that names what it needs."""
+    gap = topd.token_logprobs(student_logp, tokens) - topd.token_logprobs(
+        teacher_logp, tokens
+    )
+    return (1 + uniforms) * jnp.abs(gap) ** power
+
+
+@topd.row_wise
+def late(student_entropy, mask, **unused):
+    """A weight of each row by itself."""
+    return mask * student_entropy * jnp.arange(mask.shape[1])
+
+
+def best(student_logp, teacher_logp):
+    """A statistic."""
+    return jnp.max(jnp.exp(teacher_logp), axis=-1)
+
+
+def relative(best, token_loss, mask):
+    """A weight that needs the whole batch."""
+    return mask * best / topd.weighted_mean(token_loss, mask=mask)
+
+
+def own():
+    return topd.Objective(
+        signed, token_weights=(late, relative), statistics={"best": best}
+    )
+
+
+def test_pieces_of_ones_own_train(student, teacher, trajectories):
+    run = step(student, (topd.Teacher(teacher),), trajectories, own)
+    (scored,), mask = run[0], trajectories.mask
+    t = logp_of(teacher, trajectories)
+
+    def token_loss(s):
+        gap = topd.token_logprobs(s, trajectories.tokens)
+        gap -= topd.token_logprobs(t, trajectories.tokens)
+        return (1 + scored.uniforms) * gap**2
+
+    s = logp_of(student, trajectories)
+    each = token_loss(s)
+    average = jnp.sum(jnp.where(mask, each, 0)) / mask.sum()
+    fixed = topd.entropy(s) * jnp.arange(mask.shape[1])
+    fixed *= jnp.exp(t).max(-1) / average
+
+    def dense(model):
+        each = token_loss(logp_of(model, trajectories))
+        return topd.weighted_mean(each, fixed, mask)
+
+    assert_step_is(dense, student, run)
+    total, count = run[1]["divergence"]
+    assert_allclose(total / count, average, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tip", "teachability", "fire", "agreement"])
+def test_weights_of_siblings_keep_a_mean_of_one(trajectories, name):
+    (weight,) = topd.PRESETS[name]().token_weights
+    if name == "agreement":
+        weight = type(weight)(0.6, 3)
+    mask, rng = trajectories.mask, np.random.default_rng(0)
+    stats = {
+        n: jnp.asarray(rng.exponential(size=mask.shape), jnp.float32)
+        for n in sorted(pieces.needs(weight) - {"mask"})
+    }
+    got = pieces.ask(weight, stats | {"mask": mask})
+    assert_allclose(got.sum(), mask.sum(), rtol=1e-5)
+    assert 0 < (got > 0).sum() < mask.sum()
+    other = pieces.ask(weight, {n: x[::-1] for n, x in stats.items()} | {
+        "mask": mask[::-1]})[::-1]  # fmt: skip
+    assert_allclose(other, got, rtol=1e-5)  # rows are alike
+
+
+def by_position(candidates, mask, student_windows):
+    """A detector: futures part where a window is cut short."""
+    missing = jnp.sum(~student_windows.mask, axis=-1)
+    return topd.Detection(missing.astype(jnp.float32))
+
+
+def surest(tokens, token_loss, mask):
+    """A ranking."""
+    return -token_loss
+
+
+def parting(candidates, divergent):
+    """A selection for weights."""
+    return candidates.mask & divergent
+
+
+@topd.row_wise
+def doubled(selected, candidates, mask):
+    at = topd.scatter_to_tokens(candidates, selected, mask.shape[1])
+    return mask * (1.0 + at)
+
+
+def pull(student_hidden, student_head, candidates, tokens, layout):
+    """A guidance: -log p_S(y_t) at each candidate."""
+    logp = topd.fused_token_logprobs(
+        student_hidden, student_head, tokens, layout=layout
+    )
+    return -jnp.take_along_axis(logp, candidates.positions, axis=1)
+
+
+def ahead():
+    near_future = topd.NearFuture(
+        4, window=5, threshold=0.0, ranking=surest, detector=by_position,
+        select=parting,
+    )  # fmt: skip
+    return topd.Objective(
+        token_weights=(doubled,), near_future=near_future,
+        guidance=topd.Guidance(pull, weight=0.3),
+    )  # fmt: skip
+
+
+def test_a_near_future_of_ones_own_trains(student, teacher, trajectories):
+    bound = topd.Objective(token_weights=(functools.partial(late),))
+    assert bound.row_weights  # a mark is seen through a partial
+    assert not ahead().needs_branches  # nobody names the teacher's windows
+    run = step(student, (topd.Teacher(teacher),), trajectories, ahead)
+    (scored,), mask = run[0], np.asarray(trajectories.mask)
+    t = logp_of(teacher, trajectories)
+    loss = np.asarray(topd.reverse_kl(logp_of(student, trajectories), t))
+    want, points = mask * 1.0, []
+    for b, row in enumerate(mask):
+        length = row.sum()
+        for m, at in enumerate(sorted(np.argsort(loss[b, :length])[:4])):
+            assert scored.candidates.positions[b, m] == at
+            assert scored.divergent[b, m] == (at + 5 > length)
+            if at + 5 > length:
+                want[b, at] = 2
+                points.append((b, at))
+    assert 0 < len(points) < scored.candidates.mask.sum()
+
+    def dense(model):
+        s = logp_of(model, trajectories)
+        rows, columns = np.transpose(points)
+        logp = topd.token_logprobs(s, trajectories.tokens)[rows, columns]
+        each = topd.reverse_kl(s, t)
+        return topd.weighted_mean(each, want, mask) - 0.3 * logp.mean()
+
+    assert_step_is(dense, student, run)
+
+
+def test_several_teachers_share_one_mean(student, teacher, trajectories):
+    teachers = (
+        topd.Teacher(teacher, "one", 1), topd.Teacher(make_model(7), "two", 3)
+    )  # fmt: skip
+    run = step(student, teachers, trajectories, topd.opd)
+    parts = [jax.tree.map(lambda x, s=s: x[s], trajectories)
+             for s in (slice(2), slice(2, 8))]  # fmt: skip
+
+    def dense(model):
+        sums = [
+            jnp.sum(jnp.where(part.mask, topd.reverse_kl(
+                logp_of(model, part), logp_of(who.model, part)), 0))
+            for who, part in zip(teachers, parts, strict=True)
+        ]  # fmt: skip
+        return sum(sums) / trajectories.mask.sum()
+
+    assert_step_is(dense, student, run)
+    assert [s.teacher for s in run[0]] == ["one", "two"]
+    assert run[1]["num_tokens/one"][0] == parts[0].mask.sum()
+
+
+def test_a_plan_that_no_detector_makes_is_refused(student, teacher):
+    objective = topd.make_objective(
+        "topd(context='student', detector='future_loss')"
+    )
+    with pytest.raises(ValueError, match="detector makes none; take detector="):
+        step(student, (topd.Teacher(teacher),), make_trajectories(2),
+             lambda: objective)  # fmt: skip

@@ -1,0 +1,98 @@
+"""A student read from its run, and nothing of the optimizer."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import type_handlers
+from small_run import changed, saved_arrays, settings_with
+from small_step import assert_trees_equal
+
+from topd_jax.training import restore
+from topd_jax.training.checkpointing import Checkpoints, restore_student
+from topd_jax.training.setup import load_setup
+
+
+@pytest.fixture(scope="module")
+def settings(world_cache):
+    return settings_with(world_cache)
+
+
+@pytest.fixture(scope="module")
+def setup(settings, tmp_path_factory):
+    return load_setup(settings, tmp_path_factory.mktemp("setup"))
+
+
+def test_only_the_students_arrays_are_read(
+    trained, settings, setup, monkeypatch
+):
+    handler, asked = type_handlers.ArrayHandler, []
+    plain = handler.deserialize
+
+    async def watched(self, infos, args=None):
+        asked.extend(info.name for info in infos)
+        return await plain(self, infos, args)
+
+    monkeypatch.setattr(handler, "deserialize", watched)
+    student, step = restore.load_student(settings, trained, setup, "latest")
+    assert step == 6
+    assert len(asked) == len(setup.student.arrays)
+    assert all(name.startswith("train.student") for name in asked)
+    saved = saved_arrays(trained)[0]
+    for name, array in student.arrays.items():
+        (expected,) = (
+            x for n, x in saved.items()
+            if "'student'" in n and f"'{name}'" in n
+        )  # fmt: skip
+        np.testing.assert_array_equal(array, expected)
+        assert (np.asarray(array) != setup.student.arrays[name]).any()
+
+
+def test_the_best_and_the_start(trained, settings, setup):
+    student, step = restore.load_student(settings, trained, setup, "best")
+    accuracies = {
+        r["step"]: r["exact_match"]
+        for r in map(json.loads, (trained / "evals.jsonl").open())
+        if not r["final"]
+    }
+    assert accuracies[step] == max(accuracies.values())
+    start, zero = restore.load_student(settings, trained, setup, "start")
+    assert start is setup.student and zero == 0
+    if step == 0:
+        jax.tree.map(np.testing.assert_array_equal, student, start)
+
+
+def test_what_only_a_run_needs_may_differ_and_the_rest_not(
+    trained, settings, setup
+):
+    other = changed(settings, "rollout", max_new_tokens=8)
+    other = changed(other, "eval", problems=3, batch_size=3)
+    assert restore.load_student(other, trained, setup, "latest")[1] == 6
+    other = changed(settings, "world", student_steps=4)
+    with pytest.raises(ValueError, match="student_steps: 3 there, 4 here"):
+        restore.load_student(other, trained, setup, "latest")
+    named = dataclasses.replace(settings, objective="opd")
+    with pytest.raises(ValueError, match="other settings .*objective"):
+        restore.load_student(named, trained, setup, "latest")
+
+
+def test_a_run_without_a_checkpoint_is_refused(settings, setup, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in .*--which start"):
+        restore.load_student(settings, tmp_path, setup, "best")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_in_any_containers_come_back(tmp_path):
+    student = {
+        "blocks": [{"w": jnp.arange(3.0)}, {"w": jnp.arange(2.0)}],
+        "pair": (jnp.ones((2, 2)), (jnp.int8(3),)),
+    }
+    state = {"student": student, "opt_state": (jnp.zeros(4), None, [])}
+    saved = Checkpoints(tmp_path, 1)
+    saved.save(1, state, jax.random.key(0), {})
+    saved.close()
+    like = jax.tree.map(jnp.zeros_like, student)
+    assert_trees_equal(restore_student(tmp_path, 1, like), student)

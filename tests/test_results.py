@@ -1,0 +1,61 @@
+"""The results' README says what its records hold."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from topd_jax.experiments.sweep_report import markdown, summarize
+from topd_jax.training.logging import read_jsonl
+
+RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
+README = (RESULTS / "README.md").read_text()
+
+
+def cells(line):
+    return [c.strip().strip("*") for c in line.strip("|").split("|")]
+
+
+def lines_of(text):
+    """First cell -> the others, of table lines; the first of a name counts."""
+    rows = [cells(x) for x in text.splitlines() if x.startswith("|")]
+    return {first: rest for first, *rest in reversed(rows)}
+
+
+def test_the_variants_are_those_of_the_record():
+    names = ("start", "teacher", "opd", "topd:teacher", "fire")
+    rows = read_jsonl(RESULTS / "factors.jsonl")
+    summary = summarize([r for r in rows if r["name"] in names])
+    printed, shown = lines_of(markdown(summary)), lines_of(README)
+    for variant in summary["variants"]:
+        title = variant["name"]
+        _, accuracy, gain, _, greedy, validation, kl, _, ratio = printed[title]
+        # p is adjusted for the number of comparisons, which are fewer here.
+        here = shown[title][:2] + shown[title][3:]
+        assert here == [accuracy, gain, greedy, validation, kl, ratio]
+    for label, score in (
+        ("transport distance (the paper's)", "distance"),
+        ("loss of the token", "loss alone"),
+        ("mean loss of the window", "mean loss of the window"),
+        ("teacher's entropy", "teacher entropy"),
+    ):
+        _, fork, *_ = printed[f"the token is the fork: by {score}"]
+        _, *window = printed[f"the fork lies in the window: by {score}"]
+        expected = [fork, window[0], f"{window[1]} / {window[2]}"]
+        assert shown[label][:3] == expected
+
+
+@pytest.mark.parametrize("row", read_jsonl(RESULTS / "correct.jsonl"))
+def test_the_corrections_are_those_of_the_record(row):
+    names = {"before", "opd", "topd:teacher", "topd:student"}
+    assert set(row["methods"]) == names
+    for numbers in row["methods"].values():
+        low, high = numbers["interval"]
+        assert f"| {numbers['mean']:.3f} ({low:.3f}–{high:.3f}) |" in README
+
+
+def test_every_file_that_is_named_exists():
+    names = re.findall(r"\]\((\w+\.png)\)|`(\w+\.jsonl)`", README)
+    assert len(names) > 8
+    for name in map("".join, names):
+        assert (RESULTS / name).exists(), name

@@ -1,0 +1,296 @@
+"""What a run is made of: what must fit together, and what a kill leaves."""
+
+import dataclasses
+import errno
+import json
+import re
+import types
+
+import pytest
+import small_hub
+from foreign_model import make_foreign
+from small_files import LLAMA, edit_config, make, save_run, write_gguf
+from small_run import changed, settings_with
+
+from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.data.toy_world import models
+from topd_jax.models import describe, end_ids, fingerprint, load, save_model
+from topd_jax.training.setup import load_setup, with_models
+from topd_jax.types import Teacher
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """A random model of 50 ids with a tokenizer and a chat template."""
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    return str(write_gguf(path, make(LLAMA)))
+
+
+def questions(path, count, answer="4 + 4 = 8\n#### 8"):
+    """A file as GSM8K is published."""
+    rows = [
+        {"question": f"what is {i}", "answer": answer} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_the_world_gives_a_pair_that_fits(world_cache, tmp_path):
+    settings = settings_with(world_cache, data__max_prompt_length=20)
+    setup = load_setup(settings, tmp_path)
+    (teacher,) = setup.teachers
+    assert setup.vocab_size == teacher.model.config.vocab_size == 64
+    assert setup.teacher_fingerprints == {"": fingerprint(teacher.model)}
+    assert len(setup.encoded.records) == settings.world.prompts
+    assert len(setup.validation.records) == settings.eval.problems
+    assert setup.validation.records != setup.test.records
+    # Every batch has one width: one program serves all.
+    stream = setup.stream(settings)
+    assert {next(stream).prompts.tokens.shape for _ in range(4)} == {(8, 20)}
+    assert list(tmp_path.iterdir()) == []  # the cache is elsewhere
+    other = load_setup(changed(settings, "eval", split="test"), tmp_path)
+    assert other.validation.records == setup.test.records
+
+
+def test_a_file_of_questions_is_split(gguf, tmp_path):
+    settings = settings_with(
+        student__source=gguf, teacher__source=gguf, student__keep_layers=(0, 2),
+        data__source="jsonl", data__held_out=3,
+        data__path=questions(tmp_path / "gsm8k.jsonl", 10),
+    )  # fmt: skip
+    setup = load_setup(settings, tmp_path)
+    held = [r["prompt"] for r in setup.test.records]
+    assert held == ["what is 0", "what is 1", "what is 2"]
+    assert setup.validation.records == setup.test.records
+    assert len(setup.encoded.records) == 7
+    assert not {r["prompt"] for r in setup.encoded.records} & set(held)
+    assert setup.student.config.layers == 2
+    assert setup.teachers[0].model.config.layers == 3
+    assert setup.hub_tokenizer is not None
+    other = questions(tmp_path / "test.jsonl", 4, "")
+    setup = load_setup(changed(settings, "data", eval_path=other), tmp_path)
+    assert len(setup.encoded.records) == 10
+    assert len(setup.test.records) == 4
+    assert setup.grade(setup.test.records, ["8"] * 4) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__fsdp": 3}, "fsdp=3 .* devices"),
+        ({"data__source": "jsonl"},
+         "data.path is empty; .* needs it: --config.data.path=FILE"),
+        ({"data__source": "jsonl", "data__path": "no/such.jsonl"},
+         "no file at no/such.jsonl; give data.path the path of a JSONL"),
+    ],
+)  # fmt: skip
+def test_cheap_refusals_come_before_any_training(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_setup(settings_with(**changes), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("section", ["data", "eval"])
+def test_a_batch_must_divide_over_the_mesh(tmp_path, monkeypatch, section):
+    shape = {"data": 2, "fsdp": 2, "tensor": 1, "expert": 2}
+    monkeypatch.setattr(
+        "topd_jax.training.setup.sharding.make_mesh",
+        lambda **_: types.SimpleNamespace(shape=shape),
+    )
+    with pytest.raises(
+        ValueError, match=rf"{section}\.batch_size=12 .*\(8\); try 16"
+    ):
+        load_setup(settings_with(**{f"{section}__batch_size": 12}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__max_prompt_length": 5},
+         r"prompt \d+ \(tiny world train problem \d+\) has \d+ tokens; the "
+         r"limit is 5: raise data\.max_prompt_length"),
+        ({"student__source": "no/such/model"}, "no/such/model"),
+        ({"student__source": "no/such/model.gguf"}, "no/such/model.gguf"),
+        ({"student__source": "GGUF"},
+         r"different vocabularies \(50 and 64 ids\): .* shares one tokenizer"),
+        ({"student__source": "BARE"},
+         r"tokenizer has 64 ids .*vocab_size=50 is smaller"),
+        ({"student__source": "BARE", "teacher__source": "BARE"},
+         "neither .* has a tokenizer"),
+        ({"student__source": "GGUF", "teacher__source": "GGUF",
+          "data__end_ids": (50,)}, r"end_ids=\(50,\) must be below 50, the id"),
+    ],
+)  # fmt: skip
+def test_models_and_tokenizers_that_do_not_fit_are_refused(
+    world_cache, gguf, tmp_path, changes, message
+):
+    if "BARE" in changes.values():
+        save_model(make(LLAMA), tmp_path / "BARE")  # 50 rows, no tokenizer
+    known = {"GGUF": gguf, "BARE": str(tmp_path / "BARE")}
+    changes = {
+        k: known.get(v, v) if isinstance(v, str) else v
+        for k, v in changes.items()
+    }
+    with pytest.raises((ValueError, OSError), match=message):
+        load_setup(settings_with(world_cache, **changes), tmp_path)
+
+
+def test_any_model_takes_a_models_place_if_it_fits(world_cache, tmp_path):
+    setup = load_setup(settings_with(world_cache), tmp_path)
+    with pytest.raises(ValueError, match="vocab_size=40 is smaller"):
+        with_models(setup, student=make_foreign())
+    (only,) = setup.teachers
+    assert with_models(setup).student is setup.student
+    other = with_models(setup, teacher=setup.student)
+    assert other.teacher_fingerprints == {"": fingerprint(setup.student)}
+    several = Teacher(only.model, "a"), Teacher(only.model, "b")
+    with pytest.raises(ValueError, match="takes the place of 2 teachers"):
+        with_models(
+            dataclasses.replace(setup, teachers=several), teacher=only.model
+        )
+
+
+def test_a_run_stops_at_the_ends_that_any_file_names(tmp_path):
+    """generation_config.json counts, not only the tokenizer's own end."""
+    one = small_hub.hub_directory(tmp_path / "one", ends=[2, 1])
+    two = small_hub.hub_directory(tmp_path / "two", ends=0)
+    plain = small_hub.hub_directory(tmp_path / "plain")
+    edit_config(plain, eos_token_id=[1, 2])
+    for pair, more, ends in (
+        ((one, two), (), (2, 1, 0)),
+        ((one, one), (7,), (2, 1, 7)),
+        ((plain, plain), (), (1, 2)),  # config.json, where no other file does
+    ):
+        settings = small_hub.settings(tmp_path, *pair, data__end_ids=more)
+        assert load_setup(settings, tmp_path).tokenizer.eos_ids == ends
+    (tmp_path / "plain" / "generation_config.json").write_text("{}")
+    assert end_ids(plain) == ()  # as in transformers
+    end_of_turn = {"tokenizer.ggml.eot_token_id": 5}
+    file = write_gguf(tmp_path / "m.gguf", make(LLAMA), metadata=end_of_turn)
+    assert end_ids(file) == (0, 5)
+
+
+def test_thinking_is_an_option_of_the_chat_template(tmp_path):
+    end = "assistant\n{% endif %}"
+    without = "{% if enable_thinking is false %}<think></think>{% endif %}"
+    template = small_hub.TEMPLATE.replace(
+        end, end.removesuffix("{% endif %}") + without + "{% endif %}"
+    )
+    source = small_hub.hub_directory(tmp_path / "one", template=template)
+    lengths = []
+    for thinking in (None, True, False):
+        settings = small_hub.settings(
+            tmp_path, source, source, data__thinking=thinking
+        )
+        lengths.append(len(load_setup(settings, tmp_path).encoded.ids[0]))
+    assert lengths[0] == lengths[1] == lengths[2] - len("<think></think>")
+
+
+def test_a_description_agrees_with_what_is_loaded(tmp_path, gguf):
+    for source in (gguf, small_hub.hub_directory(tmp_path / "one", ends=2)):
+        described = describe(source, dtype="bfloat16")
+        model, tokenizer = load(source, dtype="bfloat16")
+        assert described.config == model.config
+        assert described.tokenizer.get_vocab() == tokenizer.get_vocab()
+    run = save_run(tmp_path / "run", make(LLAMA))
+    assert describe(run, unroll=3).config == load(run, unroll=3)[0].config
+    assert describe(run).tokenizer is None
+    assert end_ids(run) == ()
+
+
+# --- the tiny world's models, killed while they are made -------------------
+
+
+class Killed(BaseException):
+    """What stops a test where a signal would."""
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """World models without their training; lists what would be trained."""
+    trained = []
+
+    def fit(model, batch, *, name, **options):
+        batch(0)
+        trained.append(name.split()[0])
+        return model
+
+    monkeypatch.setattr(models, "fit", fit)
+    return trained
+
+
+def make_world(cache, **changes):
+    settings = dataclasses.replace(settings_with().world, **changes)
+    return models.world_models(settings, cache)
+
+
+def assert_same_world(world, reference):
+    for path, other in zip(world[:2], reference[:2], strict=True):
+        assert fingerprint(load(path)[0]) == fingerprint(load(other)[0])
+    assert world[2].model == reference[2].model
+
+
+@pytest.mark.parametrize("part", ["student", "model", "tokenizer"])
+def test_a_world_that_was_killed_half_made_is_finished(
+    tmp_path, untrained, monkeypatch, part
+):
+    reference, plain = make_world(tmp_path / "whole"), models.fit
+
+    def fit(*arguments, name, **options):
+        if name.startswith("student"):
+            raise Killed
+        return plain(*arguments, name=name, **options)
+
+    def save_tokenizer(self, path):
+        path.write_bytes(self.model[: len(self.model) // 2])
+        raise Killed
+
+    def save_half(model, directory, **_):
+        staging = directory.parent / f".{directory.name}.partial"
+        staging.mkdir()
+        (staging / "config.json").write_text("{")
+        raise Killed
+
+    target, name, deadly = {
+        "student": (models, "fit", fit),
+        "model": (models, "save_model", save_half),
+        "tokenizer": (SentencePieceTokenizer, "save", save_tokenizer),
+    }[part]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, deadly)
+        with pytest.raises(Killed):
+            make_world(tmp_path / "half")
+    untrained.clear()
+    assert_same_world(make_world(tmp_path / "half"), reference)
+    # What was whole already is not made again.
+    assert untrained == ["teacher", "student"][part == "student" :]
+
+
+def test_a_torn_tokenizer_beside_finished_models_is_replaced(
+    tmp_path, untrained, monkeypatch
+):
+    """Other sizes share the models: the tokenizer alone is written then."""
+    make_world(tmp_path)
+    (file,) = tmp_path.glob("tokenizer-*.model")
+    whole = file.read_bytes()
+    file.unlink()
+
+    def full(self, path):
+        path.write_bytes(self.model[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SentencePieceTokenizer, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            make_world(tmp_path)
+    untrained.clear()
+    assert make_world(tmp_path)[2].model == whole
+    assert untrained == []
+    # Other settings never meet a cached model.
+    make_world(tmp_path, student_steps=4, prompts=65)
+    assert untrained == ["student"]
+    untrained.clear()
+    make_world(tmp_path, student_left_to_right=0.5)
+    assert untrained == ["teacher", "student"]  # the tokenizer is of both
+    assert not [p for p in tmp_path.iterdir() if re.match(r".*new", p.name)]

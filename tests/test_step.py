@@ -1,0 +1,283 @@
+"""One training step, against dense and naive computations of the same."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_model
+from small_step import (
+    assert_trees_close,
+    assert_trees_equal,
+    gradient,
+    logp_of,
+    scores,
+    step,
+)
+
+from topd_jax.losses import divergences
+from topd_jax.models import causal_mask, unembed
+from topd_jax.objectives.loading import make_objective
+from topd_jax.objectives.presets import PRESETS
+from topd_jax.training.step import init_state, train_step
+from topd_jax.types import Teacher, Trajectories
+
+AHEAD = "candidates=3, window=4"
+TOPD = f"topd({AHEAD}, guidance_weight=0.3)"
+STUDENT = f"topd({AHEAD}, guidance_weight=0.3, context='student')"
+
+
+@pytest.fixture(scope="module")
+def teachers(teacher):
+    """Of another width and depth each; the second has most rows."""
+    other = make_model(2, layers=1, width=32)
+    return Teacher(teacher, "code", 1), Teacher(other, "math", 3)
+
+
+def dense_kl(student, teacher, rows):
+    values = divergences.reverse_kl(
+        logp_of(student, rows), logp_of(teacher, rows)
+    )
+    return jnp.sum(jnp.where(rows.mask, values, 0.0))
+
+
+def test_opd_is_the_dense_reverse_kl(student, teacher, trajectories):
+    tokens = trajectories.mask.sum()
+    loss, grads = jax.jit(
+        jax.value_and_grad(
+            lambda model: dense_kl(model, teacher, trajectories) / tokens
+        )
+    )(student)
+    state, metrics = step(student, teacher, trajectories)
+    np.testing.assert_allclose(metrics["loss"][0], loss, rtol=1e-5)
+    assert_trees_close(gradient(student, state), grads, atol=1e-5)
+    total, count = metrics["divergence"]
+    np.testing.assert_allclose(total / count, loss, rtol=1e-5)
+    assert count == tokens
+    same = step(student, student, trajectories)[1]
+    assert abs(float(same["loss"][0])) < 1e-6
+
+
+def test_several_teachers_are_one_dense_loss_over_all_tokens(
+    student, teachers, trajectories
+):
+    rows = {"code": slice(0, 2), "math": slice(2, 8)}
+    parts = {
+        n: jax.tree.map(lambda x, s=s: x[s], trajectories)
+        for n, s in rows.items()
+    }
+
+    @jax.jit
+    @jax.value_and_grad
+    def dense(model):
+        sums = [dense_kl(model, t.model, parts[t.name]) for t in teachers]
+        return sum(sums) / trajectories.mask.sum()
+
+    value, grads = dense(student)
+    state, metrics = step(student, teachers, trajectories, accumulate=2)
+    np.testing.assert_allclose(metrics["loss"][0], value, rtol=1e-5)
+    assert_trees_close(gradient(student, state), grads, atol=1e-5)
+    for name in ("divergence", "teacher_token_loss", "num_tokens"):
+        whole, *both = (
+            float(metrics[n][0]) for n in (name, f"{name}/code", f"{name}/math")
+        )
+        assert whole == pytest.approx(sum(both), rel=1e-5)
+    for name, part in parts.items():
+        assert metrics[f"divergence/{name}"][1] == part.mask.sum()
+    lengths = trajectories.mask.sum(axis=1)
+    for name in ("", "/code", "/math"):
+        own = lengths[rows.get(name[1:], slice(None))]
+        assert metrics[f"length_min{name}"][0] == own.min()
+        assert metrics[f"length_max{name}"][0] == own.max()
+
+
+def test_points_of_all_teachers_are_one_mean(student, teachers, trajectories):
+    scored = scores(student, teachers, trajectories, TOPD)
+    _, metrics = step(student, teachers, trajectories, TOPD)
+    points = [n.divergent.sum() for n in scored]
+    assert metrics["guidance"][1] == sum(points)
+    parts = [metrics[f"guidance/{t.name}"] for t in teachers]
+    assert [p[1] for p in parts] == points
+    mean = sum(p[0] for p in parts) / sum(points)
+    opd = metrics["divergence"][0] / metrics["divergence"][1]
+    np.testing.assert_allclose(metrics["loss"][0], opd + 0.3 * mean, rtol=1e-5)
+
+
+def test_teacher_context_is_the_naive_branch(student, teacher, trajectories):
+    """Each branch read on its own, without the other columns."""
+    (notes,) = scores(student, teacher, trajectories, TOPD)
+    rows = []  # (tokens read, tokens followed) of each branch, on its own
+    for b, m in np.argwhere(np.asarray(notes.divergent)):
+        t = int(notes.candidates.positions[b, m])
+        prompt = trajectories.prompt[b][trajectories.prompt_mask[b]]
+        valid = np.asarray(notes.teacher_windows.mask[b, m])
+        window = np.asarray(notes.teacher_windows.tokens[b, m])[valid]
+        read = np.concatenate([prompt, trajectories.tokens[b, :t]])
+        rows.append((read, window))
+    width = max(len(r) + len(w) for r, w in rows)
+    tokens = np.zeros((len(rows), width), np.int32)
+    share = np.zeros((len(rows), width))  # of each token in its row's mean
+    for i, (read, window) in enumerate(rows):
+        end = len(read) + len(window)
+        tokens[i, :end] = np.concatenate([read, window])
+        share[i, len(read) : end] = 1 / len(window)
+
+    @jax.jit
+    def naive(model):
+        positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+        mask = causal_mask(jnp.ones(tokens.shape, bool))
+        hidden, _ = model(jnp.asarray(tokens), positions, mask)
+        logp = jax.nn.log_softmax(unembed(model.head, hidden))[:, :-1]
+        chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
+        return -jnp.sum(chosen * share[:, 1:]) / len(rows)
+
+    value, grads = jax.value_and_grad(naive)(student)
+    guided, metrics = step(student, teacher, trajectories, TOPD)
+    plain, _ = step(student, teacher, trajectories)
+    total, count = metrics["guidance"]
+    np.testing.assert_allclose(total / count, value, rtol=1e-5)
+    difference = jax.tree.map(
+        lambda a, b: (a - b) / 0.3, plain.student, guided.student
+    )
+    assert_trees_close(difference, grads, atol=2e-5)
+
+
+def test_student_context_is_the_naive_target(student, teacher, trajectories):
+    """Targets from the plan, spelled out over the whole vocabulary."""
+    (notes,) = scores(student, teacher, trajectories, STUDENT)
+    logp = np.asarray(logp_of(student, trajectories), np.float64)
+    per_point = []
+    for b, m in np.argwhere(np.asarray(notes.divergent)):
+        t = int(notes.candidates.positions[b, m])
+        teacher_tokens = np.asarray(notes.teacher_windows.tokens[b, m])
+        plan = np.asarray(notes.plan[b, m], np.float64)
+        values = []
+        for i in np.flatnonzero(notes.student_windows.mask[b, m]):
+            target = np.zeros(logp.shape[-1])
+            np.add.at(target, teacher_tokens, plan[i] / plan[i].sum())
+            if i == 0:
+                target = np.eye(len(target))[teacher_tokens[0]]
+            kept = target > 0
+            ratio = np.log(target[kept]) - logp[b, t + i][kept]
+            values.append(np.sum(target[kept] * ratio))
+        per_point.append(np.mean(values))
+    _, metrics = step(student, teacher, trajectories, STUDENT)
+    total, count = metrics["guidance"]
+    np.testing.assert_allclose(total / count, np.mean(per_point), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param("forward_kl", marks=pytest.mark.slow), "reverse_kl"]
+)
+def test_branch_divergences_are_nought_for_equals(
+    student, teacher, trajectories, loss
+):
+    text = f"topd({AHEAD}, branch_loss='{loss}')"
+    _, metrics = step(student, teacher, trajectories, text)
+    assert float(metrics["guidance"][0]) > 0
+    _, same = step(student, student, trajectories, text)
+    assert abs(float(same["guidance"][0])) < 1e-4
+
+
+# One of every kind of piece; the others take as long and are slow.
+QUICK = ("topd_suppress", "tip")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(v, marks=() if v in QUICK else pytest.mark.slow)
+        for v in PRESETS
+    ],
+)
+def test_accumulation_changes_nothing(student, teacher, trajectories, name):
+    whole, metrics = step(student, teacher, trajectories, name)
+    parts, again = step(student, teacher, trajectories, name, accumulate=4)
+    np.testing.assert_allclose(metrics["loss"][0], again["loss"][0], rtol=1e-5)
+    assert_trees_close(whole.student, parts.student, atol=1e-5)
+
+
+def test_padding_changes_nothing(student, teacher, trajectories):
+    def wider(name):
+        left_right = (3, 0) if "prompt" in name else (0, 4)
+        return jnp.pad(getattr(trajectories, name), ((0, 0), left_right))
+
+    names = ("prompt", "prompt_mask", "tokens", "mask", "logp")
+    padded = Trajectories(
+        **{n: wider(n) for n in names}, truncated=trajectories.truncated
+    )
+    narrow, metrics = step(student, teacher, trajectories, TOPD)
+    wide, again = step(student, teacher, padded, TOPD)
+    np.testing.assert_allclose(metrics["loss"][0], again["loss"][0], rtol=1e-5)
+    assert_trees_close(narrow.student, wide.student, atol=1e-5)
+
+
+def test_rows_must_fit(student, teacher, teachers, trajectories):
+    with pytest.raises(ValueError, match="8 rows must be .* accumulate=3"):
+        step(student, teacher, trajectories, accumulate=3)
+    with pytest.raises(ValueError, match="2 rows of teacher 'code' .*=4"):
+        step(student, teachers, trajectories, accumulate=4)
+    scored = scores(student, teachers, trajectories)
+    fewer = jax.tree.map(lambda x: x[:6], trajectories)
+    optimizer = optax.sgd(1.0)
+    with pytest.raises(ValueError, match=r"scored 2 \+ 6 rows .* have 6"):
+        train_step(
+            init_state(student, optimizer), fewer, scored,
+            objective=make_objective("opd"), optimizer=optimizer,
+        )  # fmt: skip
+
+
+def test_an_update_that_is_not_finite_is_skipped(teacher, trajectories):
+    broken = jax.tree.map(lambda x: x, make_model(0))
+    broken.final_norm[...] = broken.final_norm[...].at[0].set(jnp.nan)
+    state, metrics = step(broken, teacher, trajectories)
+    assert metrics["skipped"][0] == state.skipped == state.step == 1
+    assert_trees_close(state.student, broken)
+
+
+@pytest.mark.parametrize("objective", [TOPD, STUDENT])
+def test_an_empty_batch_is_finite(student, teacher, trajectories, objective):
+    empty = trajectories.replace(mask=jnp.zeros_like(trajectories.mask))
+    state, metrics = step(student, teacher, empty, objective)
+    assert metrics["skipped"][0] == metrics["loss"][0] == 0
+    assert_trees_close(state.student, student)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_in_slices_keep_every_type_and_compile_once(
+    teacher, trajectories, dtype
+):
+    """Moments in another type would compile the second step again."""
+    config = dataclasses.replace(make_model(0).config, param_dtype=dtype)
+    student = make_model(0).__class__(
+        config,
+        {n: x.astype(dtype) for n, x in make_model(0).arrays.items()},
+    )
+    optimizer = optax.adam(1e-3)
+    scored = scores(student, teacher, trajectories)
+    learn = jax.jit(
+        functools.partial(
+            train_step, objective=make_objective("opd"), optimizer=optimizer,
+            accumulate=4,
+        ),
+        donate_argnums=0,
+    )  # fmt: skip
+    state = init_state(student, optimizer)
+    types = [x.dtype for x in jax.tree.leaves(state)]
+    assert str(types[0]) == dtype
+    for _ in range(2):
+        before = jax.tree.leaves(state)
+        state, _ = learn(state, trajectories, scored)
+        assert [x.dtype for x in jax.tree.leaves(state)] == types
+        assert all(x.is_deleted() for x in before)  # each was donated
+    assert learn._cache_size() == 1
+
+
+def test_a_fresh_state_leaves_the_students_arrays_alone(student):
+    state = init_state(student, optax.adam(1e-3))
+    assert_trees_equal(state.student, student)
+    jax.tree.map(lambda x: x.delete(), state)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(student))

@@ -1,0 +1,191 @@
+"""The report of a sweep: intervals, comparisons, table and pictures."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib import image
+from matplotlib.axes import Axes
+
+from topd_jax.evaluation.metrics import accuracy
+from topd_jax.experiments import plots
+from topd_jax.experiments.sweep_report import (
+    markdown,
+    summarize,
+    write_report,
+)
+
+
+def evaluation(grades, **fields):
+    """An evaluation's line with these grades, as the evaluator packs them."""
+    return {
+        "problems": len(grades),
+        "reverse_kl": 0.5,
+        "length_mean": 9.0,
+        **accuracy([bool(g) for g in grades]),
+        **fields,
+    }
+
+
+def draw(seed, share, count=200):
+    return np.random.default_rng(seed).random(count) < share
+
+
+def line(name, seed, grades, **fields):
+    row = {
+        "name": name,
+        "seed": seed,
+        "machine": "a machine",
+        "evaluation": evaluation(grades),
+        "greedy": {"exact_match": float(np.mean(grades))},
+    }
+    if name not in ("start", "teacher"):
+        row |= {
+            "steps": 20,
+            "tokens": 1000.0,
+            "seconds_step": 0.5,
+            "curve": [
+                {"step": s, "tokens": 50.0 * s, "exact_match": a,
+                 "reverse_kl": 1 - a}
+                for s, a in ((0, 0.4), (10, 0.55), (20, 0.65))
+            ],
+        }  # fmt: skip
+    return row | fields
+
+
+def detector_entry():
+    numbers = {"auc": 0.8, "precision": 0.6, "recall": 0.7}
+    label = {"share": 0.2, "distance": numbers, "loss": dict(numbers, auc=None)}
+    return {
+        "candidates": 12,
+        "flagged": 8,
+        "fork": label,
+        "window_fork": label,
+        "histogram": {"edges": [0.0, 1.0]},  # of an older record
+    }
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = []
+    for seed in (0, 1):
+        weak, strong = draw(seed, 0.5), draw(seed, 0.5) | draw(9, 0.3)
+        found += [
+            line("start", seed, draw(7, 0.3), detector=detector_entry()),
+            line("opd", seed, weak),
+            line("topd:teacher", seed, strong, seconds_step=0.75),
+        ]
+    return found
+
+
+def test_variants_are_compared_on_the_same_problems(rows):
+    summary = summarize(rows)
+    assert summary["seeds"] == [0, 1]
+    by_name = {v["name"]: v for v in summary["variants"]}
+    assert list(by_name) == ["start", "opd", "topd:teacher"]
+    opd, topd = by_name["opd"], by_name["topd:teacher"]
+    assert "gain" not in opd and "gain" not in by_name["start"]
+    gains = [
+        topd_grades.mean() - opd_grades.mean()
+        for topd_grades, opd_grades in (
+            (draw(s, 0.5) | draw(9, 0.3), draw(s, 0.5)) for s in (0, 1)
+        )
+    ]
+    assert topd["gain"] == pytest.approx(np.mean(gains))
+    low, high = topd["gain_interval"]
+    assert 0 < low < topd["gain"] < high
+    # Paired: narrower than the two intervals side by side.
+    assert high - low < topd["interval"][1] - topd["interval"][0]
+    assert opd["overhead"] == 1.0
+    assert topd["overhead"] == 1.5
+    assert "overhead" not in by_name["start"]
+
+
+def test_the_table_has_a_line_a_variant(rows):
+    text = markdown(summarize(rows))
+    lines = text.splitlines()
+    columns = lines[0].count("|")
+    named = {
+        title: next(x for x in lines if x.startswith(f"| {title} |"))
+        for title in ("start", "opd", "topd:teacher")
+    }  # fmt: skip
+    assert all(x.count("|") == columns for x in named.values())
+    assert named["opd"].endswith("| 0.500 | 1.00 |")
+    assert "Seeds 0, 1; a machine." in text
+    assert "the token is the fork: by distance | 0.200 | 0.800 |" in text
+    assert "by loss alone | 0.200 | – | 0.600 | 0.700 |" in text
+
+
+def test_a_report_without_grades_or_candidates_still_stands(tmp_path, rows):
+    ungraded = [
+        line(
+            name,
+            0,
+            [1],
+            evaluation={
+                "problems": 4, "exact_match": None, "reverse_kl": 0.25,
+                "length_mean": 3.0,
+            },
+            greedy={"exact_match": None},
+        )
+        for name in ("start", "opd")
+    ]  # fmt: skip
+    for point in ungraded[1]["curve"]:
+        point["exact_match"] = None
+    nothing = detector_entry()
+    nothing["fork"] = dict(nothing["fork"], share=None)
+    ungraded[0]["detector"] = nothing
+    files = write_report(ungraded, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| opd | 1 |  |  |  |  |  | 0.250 | 0.500 | 1.00 |" in table
+    assert "the token is the fork: by distance | – | 0.800" in table
+    assert_picture(files["curves"])
+
+
+def assert_picture(path):
+    with open(path, "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    pixels = image.imread(path)[..., :3]
+    assert pixels.shape[0] > 200 and pixels.shape[1] > 400
+    colourful = pixels.max(-1) - pixels.min(-1) > 0.2
+    assert colourful.mean() > 0.001  # lines or bars, not only black axes
+
+
+def test_all_files_are_written_and_the_pictures_are_not_blank(
+    tmp_path, rows, capsys
+):
+    files = write_report(rows, tmp_path / "deep" / "report")
+    assert set(files) == {"report", "table_file", "curves"}
+    assert_picture(files["curves"])
+    summary = json.loads((tmp_path / "deep/report/report.json").read_text())
+    assert summary == json.loads(json.dumps(summarize(rows)))
+    assert summary["detector"]["fork"]["distance"]["auc"] == 0.8
+    assert (tmp_path / "deep/report/table.md").read_text() in (
+        capsys.readouterr().out
+    )
+
+
+def test_more_variants_than_colours_are_all_drawn(tmp_path, monkeypatch):
+    drawn = []
+    plain = Axes.plot
+
+    def plot(self, *args, **fields):
+        drawn.append(fields["label"])
+        return plain(self, *args, **fields)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    names = [f"v{i}" for i in range(9)]
+    plots.curves([line(n, 0, [1]) for n in names], tmp_path)
+    assert sorted(drawn) == sorted(2 * names)
+    drawn.clear()
+    names = [f"v{i}" for i in range(20)]
+    plots.curves([line(n, 0, [1]) for n in names], tmp_path)
+    assert set(drawn) == set(names[:14])
+
+
+def test_many_gains_are_drawn_as_a_picture(tmp_path, rows):
+    more = [
+        dict(rows[2], name=f"topd:teacher/window={i}") for i in range(8)
+    ]  # fmt: skip
+    files = write_report([*rows[:2], *more], tmp_path)
+    assert_picture(files["gains"])

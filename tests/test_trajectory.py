@@ -1,0 +1,202 @@
+"""Trajectory guidance: targets, loss and the student's log-probabilities."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from small_futures import windows
+from small_heads import assert_close, logp
+
+from topd_jax.losses.divergences import weighted_mean
+from topd_jax.losses.optimal_transport import window_distance
+from topd_jax.losses.trajectory import (
+    student_context_logprobs,
+    trajectory_loss,
+    trajectory_targets,
+    window_mean,
+)
+from topd_jax.types import Candidates, CappedHead, Layout
+
+B, T, M, K, V, D = 2, 9, 3, 4, 11, 6
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def problem(rng):
+    """States, head, candidates and windows, some of them cut short."""
+    hidden = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
+    at = Candidates(
+        jnp.array([[0, 3, 7], [1, 0, 0]]),
+        jnp.array([[True, True, True], [True, False, False]]),
+    )
+    students = windows(rng.integers(0, V, (B, M, K)), [[4, 4, 2], [3, 0, 0]])
+    teachers = windows(rng.integers(0, V, (B, M, K)), [[4, 2, 4], [1, 4, 4]])
+    plan = window_distance(head, students, teachers)[1]
+    return hidden, head, at, students, teachers, plan
+
+
+def test_targets_by_hand():
+    plan = jnp.array([[0.3, 0.1, 0.0], [0.0, 0.2, 0.0], [0.0, 0.0, 0.0]])
+    teachers = windows([5, 7, 9], 2)
+    literal = trajectory_targets(plan, teachers, anchor_first=False)
+    want = [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]]
+    assert_allclose(literal, want, rtol=1e-6)
+    anchored = trajectory_targets(plan, teachers)
+    want = [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert_allclose(anchored, want, rtol=1e-6)
+    # A row that the student does not have is dropped, the anchor too.
+    cut = trajectory_targets(plan, teachers, windows([1, 2, 3], 0))
+    assert_array_equal(cut, np.zeros((3, 3)))
+    none = trajectory_targets(plan, windows([5, 7, 9], 0))
+    assert_array_equal(none, np.zeros((3, 3)))
+    grad = jax.grad(lambda g: (trajectory_targets(g, teachers) ** 2).sum())
+    assert_array_equal(grad(plan), np.zeros((3, 3)))  # stopped
+
+
+@pytest.mark.parametrize("anchor_first", [True, False])
+def test_rows_of_targets_are_distributions(rng, anchor_first):
+    *_, students, teachers, plan = problem(rng)
+    fn = functools.partial(trajectory_targets, anchor_first=anchor_first)
+    targets = fn(plan, teachers, students)
+    exists = students.mask & teachers.mask.any(-1, keepdims=True)
+    assert_allclose(targets.sum(-1), exists, atol=1e-6)
+    assert not np.any((targets > 0) & ~teachers.mask[..., None, :])
+    # The plan alone knows which rows exist.
+    assert_array_equal(fn(plan, teachers), targets)
+    jitted = jax.jit(fn)(plan, teachers, students)
+    assert_allclose(jitted, targets, atol=1e-7)
+
+
+def test_loss_by_hand():
+    targets = jnp.array([[0.5, 0.5], [0.0, 1.0]])
+    probabilities = jnp.log(jnp.array([[0.25, 0.5], [0.1, 0.2]]))
+    first = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.5)
+    got = trajectory_loss(targets, probabilities, windows([3, 8], 2))
+    assert_allclose(got, (first + np.log(1 / 0.2)) / 2, rtol=1e-6)
+    # Both columns are token 3: together they are all of the target's mass.
+    twice, targets = windows([3, 3], 2), jnp.array([[0.5, 0.5], [0.0, 0.0]])
+    quarter = jnp.log(jnp.array([[0.25, 0.25], [1.0, 1.0]]))
+    got = trajectory_loss(targets, quarter, twice)
+    assert_allclose(got, np.log(4), rtol=1e-6)
+    # A student who is the target has no loss.
+    sure = trajectory_loss(targets, jnp.zeros((2, 2)), twice)
+    assert_allclose(sure, 0.0, atol=1e-7)
+    # Impossible tokens cost the floor.
+    value, grad = jax.value_and_grad(
+        lambda x: trajectory_loss(targets, x, windows([1, 2], 2))
+    )(jnp.full((2, 2), -jnp.inf))
+    assert_allclose(value, 100 + np.log(0.5))
+    assert_array_equal(grad, np.zeros((2, 2)))
+
+
+def test_loss_is_the_dense_kl(rng):
+    hidden, head, at, _, teachers, plan = problem(rng)
+    targets = trajectory_targets(plan, teachers, anchor_first=False)
+    got = trajectory_loss(
+        targets, student_context_logprobs(hidden, head, at, teachers), teachers
+    )
+    dense = np.asarray(logp(hidden, head), float)
+    for b, m in np.ndindex(B, M):
+        losses = []
+        for i in range(K):
+            q = np.zeros(V)
+            np.add.at(q, teachers.tokens[b, m], targets[b, m, i])
+            if q.sum() > 0:
+                p = dense[b, at.positions[b, m] + i]
+                used = q > 0
+                losses.append(np.sum(q[used] * (np.log(q[used]) - p[used])))
+        want = np.mean(losses) if losses else 0.0
+        assert_allclose(got[b, m], want, atol=1e-5)
+
+
+def test_masked_equals_sliced_and_jitted_equals_eager(rng):
+    hidden, head, at, _, teachers, plan = problem(rng)
+
+    def loss(hidden, at, teachers, plan):
+        logp = student_context_logprobs(hidden, head, at, teachers)
+        targets = trajectory_targets(plan, teachers)
+        return trajectory_loss(targets, logp, teachers)
+
+    args = hidden, at, teachers, plan
+    whole = loss(*args)
+    assert whole.shape == (B, M)
+    for other in (jax.jit(loss), jax.vmap(loss)):
+        assert_allclose(other(*args), whole, atol=1e-6)
+    targets = jnp.zeros((K, K)).at[:2, :2].set(0.5)
+    some = jnp.log(jnp.asarray(rng.uniform(size=(K, K)), jnp.float32))
+    tokens = teachers.tokens[0, 0]
+    assert_allclose(
+        trajectory_loss(targets, some, windows(tokens, 2)),
+        trajectory_loss(targets[:2, :2], some[:2, :2], windows(tokens[:2], 2)),
+        rtol=1e-6,
+    )
+
+
+def test_window_mean():
+    values = jnp.array([[1.0, 3.0, jnp.nan], [jnp.inf] * 3])
+    mask = jnp.array([[True, True, False], [False] * 3])
+    for fn in (window_mean, jax.jit(window_mean)):
+        assert_array_equal(fn(values, mask), [2, 0])
+    assert_allclose(window_mean(values[:, :2], mask[:, :2])[0], 2)
+    grad = jax.grad(lambda v: window_mean(v, mask).sum())(values)
+    assert_array_equal(grad, [[0.5, 0.5, 0], [0, 0, 0]])
+    with pytest.raises(AssertionError, match="int"):
+        window_mean(values, mask.astype(int))
+
+
+@pytest.mark.parametrize("divergent", [True, False])
+def test_gradients_are_finite_where_nothing_diverges(rng, divergent):
+    hidden, head, at, _, teachers, plan = problem(rng)
+
+    def loss(hidden, head):
+        logp = student_context_logprobs(hidden, head, at, teachers)
+        values = trajectory_loss(
+            trajectory_targets(plan, teachers), logp, teachers
+        )
+        return weighted_mean(values, mask=at.mask & divergent)
+
+    for grad in jax.grad(loss, argnums=(0, 1))(hidden, head):
+        assert bool(jnp.all(jnp.isfinite(grad)))
+        assert bool(jnp.any(grad != 0)) == divergent
+
+
+@pytest.mark.parametrize("bound", [lambda h: h, lambda h: CappedHead(h, 2.0)])
+def test_context_logprobs_equal_dense(rng, bound):
+    hidden, head, at, _, teachers, _ = problem(rng)
+    exists = (at.positions[..., None] + jnp.arange(K) < T)[..., None]
+    weights = jnp.where(exists, jnp.asarray(rng.normal(size=(B, M, K, K))), 0.0)
+
+    def chunked(hidden, head):
+        out = student_context_logprobs(
+            hidden, bound(head), at, teachers, layout=Layout(4)
+        )
+        return jnp.sum(weights * out), out
+
+    def dense(hidden, head):
+        rows = jnp.arange(B)[:, None, None, None]
+        steps = jnp.minimum(at.positions[..., None] + jnp.arange(K), T - 1)
+        out = logp(hidden, bound(head))[
+            rows, steps[..., None], teachers.tokens[:, :, None]
+        ]
+        return jnp.sum(weights * out), jnp.where(exists, out, 0)
+
+    (value, out), grads = jax.jit(
+        jax.value_and_grad(chunked, (0, 1), has_aux=True)
+    )(hidden, head)
+    assert np.all(np.isfinite(out))
+    got = (value, jnp.where(exists, out, 0)), grads
+    want = jax.value_and_grad(dense, (0, 1), has_aux=True)(hidden, head)
+    assert_close(got, want)
+    # With a normalizer of one's own.
+    zero = student_context_logprobs(
+        hidden, head, at, teachers, jnp.zeros((B, T))
+    )
+    first = hidden[0, 3] @ head[teachers.tokens[0, 1, 0]]
+    assert_allclose(zero[0, 1, 0, 0], first, atol=1e-5)

@@ -1,0 +1,256 @@
+"""Compiles the kernels for a TPU topology, without the TPU.
+
+    python tpu_kernels.py flash|decode|experts v5e:2x4
+
+flash: a row's heads are spread over the tensor axis, and no scores exist
+outside of the kernels: temporaries are smaller than those of two heads. Nor do
+those of branches that are being written.
+
+decode: each layer's keys are written into the cache of all layers and read
+there: temporaries are smaller than a quarter of a layer, and no other
+operation reads a key.
+
+experts: the products of a mixture's layer are megablox.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from topd_jax.models import DecoderConfig
+from topd_jax.models.attention.cache import Cache, write_cache
+from topd_jax.models.attention.core import (
+    MaskSpec,
+    attend,
+    attend_cached,
+    layer_windows,
+    prepare_mask,
+)
+from topd_jax.models.attention.masks import (
+    BranchMask,
+    CachedMask,
+    IntervalMask,
+)
+from topd_jax.models.experts import mix
+from topd_jax.parallel import sharding
+from topd_jax.planning import hlo, hlo_cost
+
+EVERYWHERE = jnp.int32(np.iinfo(np.int32).max)
+QWEN3_8B = dict(heads=32, kv_heads=8, head_dim=128)
+GEMMA_2 = dict(
+    heads=16, kv_heads=8, head_dim=256, attention_softcap=50.0, window=4096,
+    sliding=(True, False, True),
+)  # fmt: skip
+
+
+def devices(topology):
+    return topologies.get_topology_desc(
+        topology_name=topology, platform="tpu"
+    ).devices
+
+
+def compile_on(mesh, function, *arrays):
+    """A program of (shape, dtype, axes) placeholders."""
+
+    def placeholder(shape, dtype, axes):
+        place = NamedSharding(mesh, sharding.spec(axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def is_array(x):
+        return isinstance(x, tuple) and not isinstance(x[1], tuple | dict)
+
+    given = jax.tree.map(lambda x: placeholder(*x), arrays, is_leaf=is_array)
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*given).compile()
+
+
+def kernels(program):
+    return program.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+def temporaries(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+# Of Qwen3-8B, with 24 branches of 49 keys behind 8192 of a rollout.
+READ = 8192
+KEYS = READ + 24 * 49
+
+
+def heads_of(length, kind, dtype):
+    count = QWEN3_8B[kind]
+    shape = (1, length, count, QWEN3_8B["head_dim"])
+    return shape, dtype, (None, None, kind, None)
+
+
+def row(length, dtype):
+    return (1, length), dtype, (None, None)
+
+
+def flash(topology):
+    mesh = sharding.make_mesh(tensor=2, devices=devices(topology)[:2])
+    config = DecoderConfig(
+        vocab_size=1, layers=1, width=1, mlp_width=1, attention="flash",
+        **QWEN3_8B,
+    )  # fmt: skip
+
+    def learn(config, query, key, value, exists, numbers, cotangent):
+        mask = IntervalMask(exists, numbers, numbers, numbers)
+
+        def read(*x):
+            spec = MaskSpec(mask, numbers, None)
+            return attend(*x, spec, EVERYWHERE, config)
+
+        out, back = jax.vjp(read, query, key, value)
+        return out, back(cotangent)
+
+    def learning(config, dtype):
+        query, key = (heads_of(KEYS, k, dtype) for k in ("heads", "kv_heads"))
+        return compile_on(
+            mesh, lambda *x: learn(config, *x), query, key, key,
+            row(KEYS, bool), row(KEYS, jnp.int32), query,
+        )  # fmt: skip
+
+    for dtype in ("bfloat16", "float32"):
+        program = learning(config, dtype)
+        assert kernels(program) == 3
+        assert f"{KEYS},{KEYS}" not in program.as_text()
+        scores = KEYS**2 * jnp.dtype(dtype).itemsize
+        assert temporaries(program) < 2 * scores  # of the sixteen of a chip
+        print(f"{topology} {dtype}: 3 kernels")
+    blocks = learning(config.replace(attention="blocks"), "bfloat16")
+    assert kernels(blocks) == 0
+    count, steps = 218, 49
+
+    def branches(query, key, value, exists, prefix):
+        spec = MaskSpec(BranchMask(exists, prefix, READ), prefix, None)
+        return attend(query, key, value, spec, EVERYWHERE, config)
+
+    length = READ + count * steps
+    key = heads_of(length, "kv_heads", "bfloat16")
+    program = compile_on(
+        mesh, branches, heads_of(count, "heads", "bfloat16"), key, key,
+        row(length, bool), row(count, jnp.int32),
+    )  # fmt: skip
+    assert kernels(program) == 1
+    scores = config.heads // 2 * count * READ * 4  # of a chip, prefix alone
+    assert temporaries(program) < scores
+
+
+# Four rows of 32k tokens on each of two chips, in three layers.
+LAYERS, ROWS, LENGTH, STEPS = 3, 4, 33792, 100
+
+
+def decoding(topology, dtype, attention, shape):
+    """The attention of some tokens, each of all layers, on two chips."""
+    mesh = sharding.make_mesh(tensor=2, devices=devices(topology)[:2])
+    config = DecoderConfig(
+        vocab_size=1, layers=LAYERS, width=1, mlp_width=1, dtype=dtype,
+        attention=attention, **shape,
+    )  # fmt: skip
+
+    def token(exists, carry, _):
+        query, cache = carry
+        length = cache.length + 1
+        at = jnp.broadcast_to(cache.length, (ROWS, 1))
+        mask = CachedMask(exists, length, LENGTH // 2)
+        spec, cache = prepare_mask(config, at, mask, cache)
+
+        def layer(carry, options):
+            query, cache = carry
+            index, window = options
+            new = query[:, :, : config.kv_heads]
+            cache, key, value = write_cache(cache, new, new, index)
+            out = attend_cached(query, cache, index, spec, window, config)
+            if out is None:
+                out = attend(query, key, value, spec, window, config)
+            return (out, cache), None
+
+        options = jnp.arange(LAYERS), jnp.asarray(layer_windows(config))
+        (query, cache), _ = jax.lax.scan(layer, (query, cache), options)
+        return (query, cache.replace(length=length)), None
+
+    def write(query, exists):
+        wide = LAYERS, ROWS, LENGTH, config.kv_heads, config.head_dim
+        axes = (None, "batch", None, "activation_kv_heads", None)
+        empty = sharding.constrain(jnp.zeros(wide, dtype), *axes)
+        places = jnp.zeros((1, ROWS, LENGTH), jnp.int32)
+        places = places if config.sliding else None
+        start = query, Cache(empty, empty, jnp.int32(0), places)
+        step = functools.partial(token, exists)
+        return jax.lax.scan(step, start, length=STEPS)[0][0]
+
+    query = (ROWS, 1, config.heads, config.head_dim)
+    return compile_on(
+        mesh, write, (query, dtype, (None, None, "heads", None)),
+        ((ROWS, LENGTH), bool, (None, None)),
+    )  # fmt: skip
+
+
+def decode(topology):
+    def layers_moved(program, layer):
+        bytes_moved = hlo_cost.count(hlo.parse(program.as_text())).bytes
+        return bytes_moved / (STEPS * LAYERS * layer)
+
+    def layer_bytes(shape, dtype):
+        size = shape["kv_heads"] // 2 * shape["head_dim"]
+        return 2 * ROWS * LENGTH * size * jnp.dtype(dtype).itemsize
+
+    for shape in (QWEN3_8B, GEMMA_2):
+        for dtype in ("bfloat16", "float32"):
+            program = decoding(topology, dtype, "flash", shape)
+            layer = layer_bytes(shape, dtype)
+            assert kernels(program) == 1
+            assert temporaries(program) < (LAYERS + 0.25) * layer
+            # Half of the keys, as usual, or a window of them in two of three
+            # layers; half a block more, and what empties the cache.
+            window = shape.get("window", LENGTH / 2)
+            usual = (0.5 + 2 * window / LENGTH) / 3
+            read = layers_moved(program, layer)
+            assert usual < read < usual + 0.1, (shape, dtype, read)
+            print(f"{topology} {dtype} reads the cache in place")
+    plain = decoding(topology, "bfloat16", "blocks", QWEN3_8B)
+    assert kernels(plain) == 0
+    # All keys, also those that are yet to be written.
+    assert layers_moved(plain, layer_bytes(QWEN3_8B, "bfloat16")) > 1
+
+
+def experts(topology):
+    """One layer of Qwen3-30B-A3B."""
+    config = DecoderConfig(
+        vocab_size=1, layers=1, width=2048, heads=32, kv_heads=4,
+        head_dim=128, mlp_width=6144, experts=128, experts_per_token=8,
+        expert_width=768, renormalize=True,
+    )  # fmt: skip
+    d, e, f = config.width, config.experts, config.expert_width
+    weights = {
+        "router": ((d, e), ("embed", None)),
+        "expert_gate": ((e, d, f), ("expert", "embed", "mlp")),
+        "expert_up": ((e, d, f), ("expert", "embed", "mlp")),
+        "expert_down": ((e, f, d), ("expert", "mlp", "embed")),
+    }
+    mesh = sharding.make_mesh(fsdp=2, expert=4, devices=devices(topology))
+
+    def learn(x, w):
+        return jax.grad(lambda w: mix(x, w, config).astype("float32").sum())(w)
+
+    for dtype in ("bfloat16", "float32"):
+        w = {n: (shape, dtype, axes) for n, (shape, axes) in weights.items()}
+        # Three products; their weights' gradients, and that of the inner one.
+        for read, tokens, count in (
+            (lambda x, w: mix(x, w, config), 1, 3), (learn, 256, 7)
+        ):  # fmt: skip
+            x = (8, tokens, d), dtype, ("batch", None, None)
+            assert kernels(compile_on(mesh, read, x, w)) == count
+            print(f"{dtype}: {count} kernels", flush=True)
+
+
+if __name__ == "__main__":
+    {"flash": flash, "decode": decode, "experts": experts}[sys.argv[1]](
+        sys.argv[2]
+    )

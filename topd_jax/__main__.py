@@ -1,5 +1,0 @@
-"""Run the command line: ``python -m topd_jax COMMAND``."""
-
-from topd_jax.cli.main import run
-
-run()

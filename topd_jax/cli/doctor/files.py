@@ -1,0 +1,187 @@
+"""Read what the files of a run say of it, but no weights."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from topd_jax.cli.doctor.findings import Finding, refusal
+from topd_jax.data.sources import Record
+from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
+from topd_jax.data.toy_world import models as toy_models
+from topd_jax.data.vocabulary import require_same_vocabulary
+from topd_jax.models import DecoderConfig, Description, describe
+from topd_jax.models.settings import ModelSettings
+from topd_jax.parallel.sharding import make_mesh
+from topd_jax.training.config import Settings
+from topd_jax.training.loop import require_solutions
+from topd_jax.training.setup import (
+    check_batches,
+    model_settings,
+    prompts_by_teacher,
+    read_prompts,
+    tokenizer_options,
+)
+
+# Records that are tokenized to look at lengths and at other encodings.
+_SAMPLE = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model of the run, as far as its files tell.
+
+    Attributes:
+      config: its shape, as the settings have it computed.
+      tokenizer: its own; None where it has none.
+      described: what its files say; None in the tiny world.
+    """
+
+    config: DecoderConfig
+    tokenizer: Tokenizer | None = None
+    described: Description | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A run, as far as its files tell: what the first checks look at.
+
+    Attributes:
+      settings: of the run.
+      models: "student", then every teacher.
+      records: the first training prompts; none where they cannot be read.
+      mesh: of devices; None where there are too few.
+    """
+
+    settings: Settings
+    models: dict[str, ModelFiles]
+    records: list[Record]
+    mesh: Mesh | None
+
+    @property
+    def configs(self) -> dict[str, DecoderConfig]:
+        """Return the shape of every model."""
+        return {name: model.config for name, model in self.models.items()}
+
+    @functools.cached_property
+    def tokenizers(self) -> list[Tokenizer]:
+        """Return each tokenizer once, the run's own first."""
+        every = (m.tokenizer for m in self.models.values())
+        return list({id(t): t for t in every if t is not None}.values())
+
+    @functools.cached_property
+    def mismatch(self) -> Exception | None:
+        """Return why ids do not mean the same to all models, if they do not."""
+        try:
+            for other in self.tokenizers[1:]:
+                require_same_vocabulary(self.tokenizers[0], other)
+        except ValueError as raised:
+            return raised
+        return None
+
+    @functools.cached_property
+    def prompts(self) -> list[list[int]]:
+        """Return the records' prompts as ids; [] where they cannot be made."""
+        try:
+            chat = self.tokenizers[0].chat
+            return [chat(record["prompt"]) for record in self.records]
+        except Exception:  # templates raise whatever they like
+            return []
+
+
+def gather(
+    settings: Settings, workdir: pathlib.Path | None
+) -> tuple[list[Finding], Context | None]:
+    """Read the files of a run.
+
+    Args:
+      settings: of the run.
+      workdir: of the run, where the tiny world's models are trained. None
+        trains none: models of the world then have no tokenizer.
+
+    Returns:
+      (what cannot be read or does not divide, the rest; None where a model is
+      missing, or the world is not worth training).
+    """
+    errors: list[Finding] = []
+
+    def attempt(name: str, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except (ValueError, OSError) as raised:
+            errors.append(refusal(name, raised))
+            return None
+
+    axes = dataclasses.asdict(settings.mesh)
+    mesh = attempt("mesh", lambda: make_mesh(**axes))
+    parts = attempt("data", read_prompts, settings)
+    attempt("solutions", require_solutions, settings)
+    if mesh is not None:
+        attempt("mesh", check_batches, settings, mesh)
+        if parts:
+            attempt("teachers", prompts_by_teacher, settings, parts, mesh)
+    world = None
+    if uses_world(settings):
+        if errors:
+            return errors, None  # training it takes minutes
+        world = _world(settings, workdir)
+    described = functools.cache(functools.partial(_describe, settings))
+    models = {
+        name: attempt(name, _read, name, model, described, world)
+        for name, model in model_settings(settings).items()
+    }
+    if None in models.values():
+        return errors, None
+    records = parts[0][:_SAMPLE] if parts else []
+    return errors, Context(settings, models, records, mesh)
+
+
+def uses_world(settings: Settings) -> bool:
+    """Return whether a model of the run is the tiny world's."""
+    models = model_settings(settings).values()
+    return any(model.source == "world" for model in models)
+
+
+def _describe(
+    settings: Settings, source: str
+) -> tuple[Description, Tokenizer | None]:
+    described = describe(source)
+    if described.tokenizer is None:
+        return described, None
+    options = tokenizer_options(settings)
+    return described, wrap_tokenizer(described.tokenizer, **options)
+
+
+def _world(
+    settings: Settings, workdir: pathlib.Path | None
+) -> Callable[[str], tuple[DecoderConfig, Tokenizer | None]]:
+    """Return name of a model -> shape and tokenizer in the tiny world."""
+    tokenizer, world = None, settings.world
+    if workdir is not None or world.cache:
+        where = pathlib.Path(world.cache or workdir / "world")
+        tokenizer = toy_models.world_models(world, where)[2]
+    student = toy_models.student_config(world)
+    teacher = toy_models.teacher_config(world)
+    return lambda name: (student if name == "student" else teacher, tokenizer)
+
+
+def _read(
+    name: str,
+    model: ModelSettings,
+    described: Callable[[str], tuple[Description, Tokenizer | None]],
+    world: Callable[[str], tuple[DecoderConfig, Tokenizer | None]] | None,
+) -> ModelFiles:
+    description = None
+    if model.source == "world":
+        config, tokenizer = world(name)
+    else:
+        description, tokenizer = described(model.source)
+        config = description.config
+    names = ("dtype", "param_dtype", "remat", "unroll", "attention")
+    config = config.replace(**{key: getattr(model, key) for key in names})
+    if model.keep_layers:
+        config = config.keep_layers(model.keep_layers)
+    return ModelFiles(config, tokenizer, description)

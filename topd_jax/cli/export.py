@@ -1,0 +1,61 @@
+"""``topd export``: a trained student as a Hugging Face directory."""
+
+import pathlib
+from typing import Any
+
+from topd_jax.data.tokenizers import SentencePieceTokenizer
+from topd_jax.models import save_adapter, save_model
+from topd_jax.models.adapters import require_adapter
+from topd_jax.training.config import Settings
+from topd_jax.training.restore import open_run, require_checkpoint
+
+
+def export(
+    settings: Settings,
+    workdir: pathlib.Path,
+    which: str,
+    output: pathlib.Path,
+    adapter: bool = False,
+) -> dict[str, Any]:
+    """Write a trained student to a Hugging Face directory.
+
+    Adapters are merged, unless they are what is asked for.
+
+    Args:
+      settings: of the run.
+      workdir: of the run.
+      which: "latest", "best" or "start".
+      output: an empty or new directory.
+      adapter: write a LoRA student's adapters alone, as PEFT loads them.
+
+    Returns:
+      "output" and the "step" of the student.
+
+    Raises:
+      ValueError: where ``output`` is not free, there is no checkpoint, or no
+        adapter to write.
+    """
+    if output.exists() and not (output.is_dir() and not [*output.iterdir()]):
+        raise ValueError(
+            f"--output {output} exists and is not empty; choose another "
+            "directory, or empty it"
+        )
+    require_checkpoint(workdir, which)
+    if adapter:
+        require_adapter(settings.student)
+    with open_run(settings, workdir, which) as (setup, student, step):
+        if adapter:
+            save_adapter(student, output, base=setup.student_source)
+            return {"output": str(output), "step": step}
+        tokenizer = setup.tokenizer
+        # All ends that the run knew: generation stops where it did here.
+        ends = list(tokenizer.eos_ids)
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        save_model(student, output, tokenizer=setup.hub_tokenizer, extra=ids)
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            tokenizer.save_pretrained(output)
+    return {"output": str(output), "step": step}

@@ -1,0 +1,63 @@
+"""``topd sample``: what a trained student writes."""
+
+import dataclasses
+import pathlib
+
+import jax
+
+from topd_jax.data.prompts import encode_prompts, ordered_batches
+from topd_jax.evaluation.evaluator import write
+from topd_jax.training.config import Settings
+from topd_jax.training.restore import open_run
+
+
+def sample(
+    settings: Settings,
+    workdir: pathlib.Path,
+    which: str,
+    prompt: list[str] | None = None,
+    temperature: float | None = None,
+) -> list[dict[str, str]]:
+    """Complete prompts with a trained student.
+
+    Args:
+      settings: of the run.
+      workdir: of the run.
+      which: "latest", "best" or "start".
+      prompt: texts, before any chat template; None takes three test prompts.
+      temperature: of the sampler; None takes ``rollout.temperature``.
+
+    Returns:
+      One dictionary a prompt, with "prompt" and "completion".
+    """
+    options = settings.rollout
+    if temperature is not None:
+        options = dataclasses.replace(options, temperature=temperature)
+    with open_run(settings, workdir, which) as (setup, student, _):
+        texts = prompt or [r["prompt"] for r in setup.test.records[:3]]
+        records = [
+            {"prompt": t, "answer": "", "index": i, "source": "--prompt"}
+            for i, t in enumerate(texts)
+        ]
+        tokenizer = setup.tokenizer
+        encoded = encode_prompts(
+            records, tokenizer, max_length=settings.data.max_prompt_length
+        )
+        (batch,) = ordered_batches(encoded, batch_size=len(texts))
+        trajectories = write(
+            student,
+            jax.tree.map(jax.numpy.asarray, batch.prompts),
+            jax.random.key(settings.seed),
+            options=options,
+            vocab_size=setup.vocab_size,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+        )
+        tokens, mask = jax.device_get((trajectories.tokens, trajectories.mask))
+    return [
+        {
+            "prompt": text,
+            "completion": tokenizer.decode(tokens[i][mask[i]].tolist()),
+        }
+        for i, text in enumerate(texts)
+    ]

@@ -1,0 +1,96 @@
+"""Read what a run of ``topd train`` left in its work directory."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topd_jax.models.io.runs import SETTINGS
+from topd_jax.training.logging import read_jsonl
+
+Row = Mapping[str, Any]
+_BENCHMARKED = ("latest", "best", "start")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecords:
+    """The records of a run; every part may be empty.
+
+    Attributes:
+      name: of its work directory.
+      settings: what ``Settings.to_dict`` gave.
+      metrics: lines of ``metrics.jsonl``.
+      evals: lines of ``evals.jsonl``.
+      completions: lines of ``completions.jsonl``.
+      problems: lines of ``problems.jsonl``.
+      benchmarks: "latest", "best" or "start" -> its ``eval-WHICH.json``.
+    """
+
+    name: str
+    settings: Row = dataclasses.field(default_factory=dict)
+    metrics: Sequence[Row] = ()
+    evals: Sequence[Row] = ()
+    completions: Sequence[Row] = ()
+    problems: Sequence[Row] = ()
+    benchmarks: Mapping[str, Row] = dataclasses.field(default_factory=dict)
+
+
+def read_run(workdir: pathlib.Path) -> RunRecords:
+    """Read a work directory, whether the run is finished or not.
+
+    Args:
+      workdir: the directory.
+
+    Returns:
+      Its records; a last line that is only half written is skipped.
+
+    Raises:
+      ValueError: where there is no run, or a file is not what a run writes.
+    """
+    if not workdir.is_dir():
+        raise ValueError(
+            f"no directory at {workdir}; give the --workdir of topd train"
+        )
+    logs = {
+        name: _read_log(workdir / f"{name}.jsonl")
+        for name in ("metrics", "evals", "completions", "problems")
+    }
+    path = workdir / SETTINGS
+    if not path.is_file() and not any(logs.values()):
+        raise ValueError(
+            f"{workdir} holds no run: neither {SETTINGS} nor metrics.jsonl; "
+            "topd train writes them"
+        )
+    return RunRecords(
+        name=workdir.resolve().name,
+        settings=_read_json(path),
+        benchmarks={
+            which: scores
+            for which in _BENCHMARKED
+            if (scores := _read_json(workdir / f"eval-{which}.json"))
+        },
+        **logs,
+    )
+
+
+def _read_log(path: pathlib.Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(path, torn=True)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(
+                f"{path}: record {number} has no step; topd train writes one "
+                "on every line: remove the line"
+            )
+    return rows
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); remove it, or write it again"
+        ) from error

@@ -1,0 +1,214 @@
+"""What a token loss is, and those of sibling papers.
+
+The paper has none of these. Each takes both models' log-probabilities, as
+:func:`~topd_jax.losses.divergences.reverse_kl` does, and can stand in its
+place in an objective. Their weights are in
+:mod:`topd_jax.losses.token_weights`.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax.losses.divergences import reverse_kl, top_k_mask
+from topd_jax.losses.log_probs import (
+    LOG_FLOOR,
+    LOWEST,
+    check_log_floor,
+    check_pair,
+    entropy,
+    is_finite_number,
+    token_logprobs,
+)
+
+
+class TokenLoss(Protocol):
+    """Define a loss of one token from both models' distributions.
+
+    Any function (student_logp [R, V], teacher_logp [R, V]) -> [R], for any
+    number R of tokens. What else it needs of each token it names as further
+    parameters: ``tokens`` i32[R], ``uniforms`` f32[R].
+    """
+
+    def __call__(
+        self, student_logp: jax.Array, teacher_logp: jax.Array, **rows: Any
+    ) -> jax.Array:
+        """Return f32[R]."""
+
+
+def top_k_forward_kl(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    k: int,
+    *,
+    log_floor: float = LOG_FLOOR,
+) -> jax.Array:
+    """Compute the KL of the teacher's top k tokens to the student.
+
+    ``sum_{v in top-k} q_v (log q_v - log p_S(v))``, q = p_T renormalized over
+    its top k; a KL, never negative. Tokens that tie with the k-th count.
+
+    Args:
+      student_logp: [..., V] log-probabilities.
+      teacher_logp: [..., V] log-probabilities.
+      k: tokens kept, at least 1.
+      log_floor: stands for smaller log-probabilities of the student.
+
+    Returns:
+      f32[...].
+
+    Raises:
+      ValueError: for k below 1, or a floor of 0 or more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+      >>> round(float(top_k_forward_kl(student, teacher, 1)), 4)
+      1.6094
+    """
+    check_pair(student_logp, teacher_logp)
+    check_log_floor(log_floor)
+    kept = top_k_mask(teacher_logp, k)
+    teacher = jnp.maximum(teacher_logp.astype(jnp.float32), LOWEST)
+    q = jax.nn.softmax(jnp.where(kept, teacher, LOWEST), axis=-1)
+    used = q > 0
+    student = student_logp.astype(jnp.float32)
+    student = jnp.where(student <= log_floor, log_floor, student)
+    gap = jnp.log(jnp.where(used, q, 1.0)) - student
+    return jnp.sum(jnp.where(used, q * gap, 0.0), axis=-1)
+
+
+def top_k_coverage(
+    student_logp: jax.Array, teacher_logp: jax.Array, k: int
+) -> jax.Array:
+    """Compute the teacher's mass on the student's top k tokens.
+
+    C of TA-OPD (arXiv:2605.26844), and a metric of its own.
+
+    Args:
+      student_logp: [..., V] log-probabilities.
+      teacher_logp: [..., V] log-probabilities.
+      k: tokens, at least 1; tokens that tie with the k-th count.
+
+    Returns:
+      f32[...], 0..1.
+
+    Raises:
+      ValueError: for k below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+      >>> float(top_k_coverage(student, teacher, 1))
+      0.25
+    """
+    check_pair(student_logp, teacher_logp)
+    kept = top_k_mask(student_logp, k)
+    mass = jnp.exp(teacher_logp.astype(jnp.float32))
+    return jnp.sum(jnp.where(kept, mass, 0.0), axis=-1)
+
+
+def entropy_aware_kl(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    *,
+    top_k: int = 16,
+    alpha: float = 1.0,
+    entropy_threshold: float = 0.8,
+    log_floor: float = LOG_FLOOR,
+) -> jax.Array:
+    """Add forward KL where the teacher is undecided (arXiv:2603.07079).
+
+    ``KL(p_S || p_T) + alpha 1[H(p_T) > tau] KL(p_T on its top k || p_S)``.
+
+    Args:
+      student_logp: [..., V] log-probabilities.
+      teacher_logp: [..., V] log-probabilities.
+      top_k: k, at least 1 (16 in the paper).
+      alpha: weight of the added term, at least 0.
+      entropy_threshold: tau, at least 0 nats.
+      log_floor: stands for smaller log-probabilities of what is divided by.
+
+    Returns:
+      f32[...] token loss, nats.
+
+    Raises:
+      ValueError: for an option out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+      >>> round(float(entropy_aware_kl(student, teacher, top_k=1)), 4)
+      1.8274
+    """
+    if not (is_finite_number(alpha) and alpha >= 0):
+        raise ValueError(
+            f"alpha={alpha!r} must be a finite number, at least 0; the "
+            "paper's: 1"
+        )
+    if not (is_finite_number(entropy_threshold) and entropy_threshold >= 0):
+        raise ValueError(
+            f"entropy_threshold={entropy_threshold!r} must be a finite "
+            "number, at least 0 nats; the paper's: 0.8"
+        )
+    undecided = entropy(teacher_logp) > entropy_threshold
+    added = top_k_forward_kl(
+        student_logp, teacher_logp, top_k, log_floor=log_floor
+    )
+    loss = reverse_kl(student_logp, teacher_logp, log_floor=log_floor)
+    return loss + alpha * jnp.where(undecided, added, 0.0)
+
+
+def trust_region_loss(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    tokens: jax.Array,
+    uniforms: jax.Array,
+    *,
+    top_k: int = 16,
+    log_floor: float = LOG_FLOOR,
+) -> jax.Array:
+    """Compute a policy gradient in a trust region, forward KL outside it.
+
+    arXiv:2606.01249: ``-M stop(A) log p_S(y) + (1 - M) KL(p_T on its top k ||
+    p_S)``, ``A = log p_T(y) - log p_S(y)``, ``M ~ Bernoulli(min(exp A, 1))``.
+
+    Args:
+      student_logp: [..., V] log-probabilities, differentiated.
+      teacher_logp: [..., V] log-probabilities.
+      tokens: i32[...] the tokens y that the student sampled.
+      uniforms: f32[...] uniform draws in 0..1, which decide M; data, so that
+        a batch may be worked through in slices.
+      top_k: k, at least 1.
+      log_floor: stands for smaller log-probabilities of either.
+
+    Returns:
+      f32[...] token loss, nats.
+
+    Raises:
+      ValueError: for an option out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+      >>> teacher = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+      >>> token, draw = jnp.array(2), jnp.array(0.9)
+      >>> loss = trust_region_loss(student, teacher, token, draw, top_k=1)
+      >>> round(float(loss), 4)
+      1.4747
+    """
+    check_log_floor(log_floor)
+    student, teacher = (
+        jnp.maximum(token_logprobs(logp, tokens), log_floor)
+        for logp in (student_logp, teacher_logp)
+    )
+    outside = top_k_forward_kl(
+        student_logp, teacher_logp, top_k, log_floor=log_floor
+    )
+    advantage = jax.lax.stop_gradient(teacher - student)
+    inside = uniforms < jnp.exp(jnp.minimum(advantage, 0.0))
+    return jnp.where(inside, -advantage * student, outside)

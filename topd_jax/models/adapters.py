@@ -1,0 +1,138 @@
+"""Add the adapters that the settings ask for to a loaded model."""
+
+from collections.abc import Mapping
+
+from jax.sharding import Mesh
+
+from topd_jax.models.config import LORA_TARGETS, Lora
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.peft import load_adapter
+from topd_jax.models.lora import add_lora, merge_lora
+from topd_jax.models.settings import ModelSettings
+
+
+def check_settings(
+    student: ModelSettings, teachers: Mapping[str, ModelSettings]
+) -> None:
+    """Refuse settings of adapters that mean nothing.
+
+    Args:
+      student: its settings.
+      teachers: section of the config -> settings of a teacher.
+
+    Raises:
+      ValueError: by name.
+    """
+    if not set(student.lora_targets) <= set(LORA_TARGETS):
+        raise ValueError(
+            f"student.lora_targets={student.lora_targets!r} must be some of "
+            f"{', '.join(LORA_TARGETS)}, or () for all"
+        )
+    if student.lora_targets and not (student.lora_rank or student.adapter):
+        raise ValueError(
+            f"student.lora_rank={student.lora_rank} must be at least 1 where "
+            f"student.lora_targets={student.lora_targets!r}; 0 trains the "
+            "whole student"
+        )
+    if student.quantize and not (student.lora_rank or student.adapter):
+        raise ValueError(
+            f"student.quantize={student.quantize!r} would freeze what is to "
+            "learn; give it adapters (student.lora_rank), or quantize the "
+            "teacher (teacher.quantize)"
+        )
+    for section, teacher in teachers.items():
+        if teacher.lora_rank:
+            raise ValueError(
+                f"{section}.lora_rank={teacher.lora_rank} must be 0: a teacher "
+                f"learns nothing; {section}.adapter merges a trained one into "
+                "it"
+            )
+        if teacher.adapter and teacher.quantize:
+            raise ValueError(
+                f"{section}.adapter={teacher.adapter!r} cannot be merged into "
+                f"{section}.quantize={teacher.quantize!r} matrices; leave one "
+                "out, or merge it with peft (merge_and_unload, "
+                "save_pretrained) and give the merged model"
+            )
+
+
+def adapt(
+    model: Decoder, settings: ModelSettings, mesh: Mesh, *, train: bool
+) -> Decoder:
+    """Add adapters to a loaded model, or merge them into it.
+
+    Args:
+      model: as it was loaded, whole.
+      settings: of the model.
+      mesh: where to spread the adapters.
+      train: keep the adapters apart, to be trained; else they are merged and
+        the arrays of ``model`` given up.
+
+    Returns:
+      The model; itself where the settings ask for nothing.
+
+    Raises:
+      ValueError: for adapters that do not fit the model or the settings.
+    """
+    if settings.adapter:
+        adapted = load_adapter(model, settings.adapter, mesh=mesh)
+        if not train:
+            return merge_lora(adapted, donate=True)
+        _require_agreement(settings, adapted.config.lora)
+        return adapted
+    if not settings.lora_rank:
+        return model
+    lora = Lora(
+        settings.lora_rank,
+        settings.lora_alpha,
+        settings.lora_targets or model.config.lora_targets,
+        settings.lora_rank_stabilised,
+    )
+    return add_lora(model, lora, mesh=mesh)
+
+
+def require_adapter(settings: ModelSettings) -> None:
+    """Refuse to export the adapters of a student that has none of its own.
+
+    Args:
+      settings: of the student.
+
+    Raises:
+      ValueError: where there are none, or no file holds the model that they
+        belong to.
+    """
+    if not settings.lora_rank and not settings.adapter:
+        raise ValueError(
+            "the student has no adapters to export: student.lora_rank=0; "
+            "leave --adapter out to export it whole"
+        )
+    if settings.keep_layers:
+        raise ValueError(
+            f"student.keep_layers={settings.keep_layers}: no file holds the "
+            "model that these adapters belong to, whose layers were cut; "
+            "leave --adapter out to export it whole"
+        )
+
+
+def _require_agreement(settings: ModelSettings, lora: Lora) -> None:
+    """Refuse settings that differ from the adapter; defaults agree."""
+    default = type(settings)()
+    found = {
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_targets": lora.targets,
+        "lora_rank_stabilised": lora.rank_stabilized,
+    }
+    differing = []
+    for name, value in found.items():
+        said = getattr(settings, name)
+        same = set(said) == set(value) if name == "lora_targets" else (
+            said == value
+        )  # fmt: skip
+        if said != getattr(default, name) and not same:
+            differing.append(f"{name}={said!r}, the adapter has {value!r}")
+    if differing:
+        raise ValueError(
+            f"student.{'; student.'.join(differing)}; leave these settings "
+            f"out: they are read from {settings.adapter}"
+        )

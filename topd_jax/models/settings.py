@@ -1,0 +1,69 @@
+"""Settings of a model: where it comes from and how it computes."""
+
+import dataclasses
+
+from topd_jax.settings import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """One model of a run."""
+
+    source: str = setting(
+        "world",
+        '"world"; a Hugging Face directory or hub name; a .gguf file; '
+        '"package:NAME" for the GGUF file of an installed package; or a '
+        "run's work directory (WORKDIR, WORKDIR/best, "
+        "WORKDIR/checkpoints/STEP)",
+    )
+    keep_layers: tuple[int, ...] = setting(
+        (), "indices of layers kept; () keeps all"
+    )
+    dtype: str = setting(
+        "float32",
+        "compute (paper: bfloat16)",
+        choices=("float32", "bfloat16"),
+    )
+    param_dtype: str = setting(
+        "float32", "of the parameters", choices=("float32", "bfloat16")
+    )
+    remat: str = setting(
+        "none",
+        "what a layer recomputes in the backward pass",
+        choices=("none", "dots", "full"),
+    )
+    unroll: int = setting(1, "layers unrolled in the scan", least=1)
+    attention: str = setting(
+        "blocks",
+        'of many queries: "blocks" of them, or "flash", TPU kernels that skip '
+        "what is masked (arXiv:2205.14135, 2307.08691)",
+        choices=("blocks", "flash"),
+    )
+    quantize: str = setting(
+        "",
+        "large matrices kept as integers, frozen (teacher only)",
+        choices=("", "int8", "int4"),
+    )
+    quantize_tile: int = setting(
+        0, "inputs that share a scale; 0: all in int8, 32 in int4", least=0
+    )
+    lora_rank: int = setting(
+        0,
+        "r of low-rank adapters (arXiv:2106.09685), the only thing trained; "
+        "0: the whole student is",
+        least=0,
+    )
+    lora_alpha: float = setting(
+        16.0, "scale is alpha / r (PEFT's scripts)", above=0, most=1e6
+    )
+    lora_targets: tuple[str, ...] = setting(
+        (), "of q, k, v, o, gate, up, down; (): all, but never experts"
+    )
+    lora_rank_stabilised: bool = setting(
+        False, "scale alpha / sqrt(r) instead (arXiv:2312.03732)"
+    )
+    adapter: str = setting(
+        "",
+        "directory or hub name of a PEFT adapter to start from; the "
+        "teacher's is merged into it",
+    )

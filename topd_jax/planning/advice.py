@@ -1,0 +1,67 @@
+"""Flags that leave a program more memory, from what its plan counted.
+
+They change what a step needs and takes, not what it computes. Each program
+that does not fit gets the first of its list that applies; plan again with it.
+"""
+
+import math
+from collections.abc import Iterator
+
+from topd_jax.planning.plan import Plan, ProgramPlan
+from topd_jax.training.config import Settings
+
+# Attention kernels read at least so many tokens at once.
+_KERNEL_TOKENS = 128
+# Tokens of a chunk of the fused losses, for each device that rows are on.
+_CHUNK = 256
+
+
+def suggest(settings: Settings, plan: Plan) -> list[str]:
+    """Name a flag for each program that does not fit.
+
+    Args:
+      settings: of the run.
+      plan: of these settings, whose memory decides.
+
+    Returns:
+      "--config.section.key=value"; [] if there is nothing to change.
+    """
+    options = (_options(settings, plan, p) for p in plan.failing)
+    first = [f"--config.{flag}" for o in options if (flag := next(o, ""))]
+    return list(dict.fromkeys(first))
+
+
+def _options(
+    settings: Settings, plan: Plan, program: ProgramPlan
+) -> Iterator[str]:
+    """List what helps a program, the cheapest first."""
+    name, mesh = program.name, plan.mesh
+    ways = math.prod(mesh[axis] for axis in ("data", "fsdp", "expert"))
+    if mesh["data"] > 1 and program.held > program.capacity / 2:
+        yield f"mesh.data=1 --config.mesh.fsdp={mesh['data'] * mesh['fsdp']}"
+    tokens = settings.data.max_prompt_length + settings.rollout.max_new_tokens
+    model = "teacher" if name == "score" else "student"
+    attention = getattr(settings, model).attention
+    if tokens >= _KERNEL_TOKENS and attention == "blocks":
+        yield f"{model}.attention=flash"
+    if name == "train_step":
+        now = settings.optimizer.accumulate
+        rows = settings.data.batch_size * settings.data.samples
+        for slices in range(now + 1, rows // ways + 1):
+            # So many that temporaries should fit.
+            enough = slices * (program.capacity - program.held)
+            even = rows % (slices * ways) == 0
+            if even and enough >= now * program.temporaries:
+                yield f"optimizer.accumulate={slices}"
+        if settings.student.remat != "full":
+            yield "student.remat=full"
+    decoding = "branch_sharding" if name == "score" else "sharding"
+    writes = name in ("rollout", "evaluate", "score")
+    if writes and getattr(settings.rollout, decoding) == "gathered":
+        yield f"rollout.{decoding}=rows"
+    chunk = settings.train.chunk_size or math.inf
+    if name in ("score", "train_step", "statistics") and chunk > _CHUNK * ways:
+        yield f"train.chunk_size={_CHUNK * ways}"
+    half = settings.eval.batch_size // 2
+    if name == "evaluate" and half and half % ways == 0:
+        yield f"eval.batch_size={half}"

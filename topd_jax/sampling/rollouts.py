@@ -1,0 +1,244 @@
+"""On-policy rollouts: prefill, then one token per step until every row ends.
+
+Prompts are padded on the left, so step t writes column P + t of the cache in
+every row: one slice, in place. Everything about a rollout is static except the
+model, the prompts, the key, the temperature and top-p. The paper samples with
+an inference engine; the interface here follows those.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topd_jax.models.attention.masks import CachedMask, causal_intervals
+from topd_jax.models.decoder import mask_for
+from topd_jax.models.protocol import LanguageModel
+from topd_jax.parallel.rules import decoding_rules, using
+from topd_jax.parallel.sharding import constrain, reshard
+from topd_jax.sampling.checks import (
+    check_ids,
+    check_prompt_values,
+    check_prompts,
+    check_vocab_size,
+)
+from topd_jax.sampling.drawing import Drawn, draw_token, nothing_drawn
+from topd_jax.sampling.layerwise import add_columns, repeat_rows, unstack
+from topd_jax.sampling.samplers import check_sampler, row_noise, switch_off
+from topd_jax.types import Prompts, Trajectories, positions_of
+
+# A shorter cache than this is not worth a loop of its own.
+_SHORTEST_STRETCH = 64
+
+
+def rollout(
+    model: LanguageModel,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    temperature: float | jax.Array = 1.0,
+    top_p: float | jax.Array = 1.0,
+    top_k: int = 0,
+    samples: int = 1,
+    vocab_size: int | None = None,
+    buckets: Sequence[int] = (),
+    sharding: str = "train",
+) -> Trajectories:
+    """Let a model complete prompts.
+
+    Jitted; also callable inside another jit. The noise of a token depends on
+    the key, its row and its step alone: not on the number of rows, on
+    ``max_new_tokens`` or on how rows are spread over devices.
+
+    Args:
+      model: any model; its compute dtype is the sampler's.
+      prompts: B prompts of P columns, padded on the left.
+      key: PRNG key; the same key gives the same rollout.
+      max_new_tokens: T, at least 1.
+      eos_ids: tokens that end a row; () never ends.
+      pad_id: put after the end; may be one of ``eos_ids``.
+      temperature: 0 (greedy) to 1000; a new value does not recompile.
+      top_p: above 0, at most 1 (off); between other values nothing
+        recompiles.
+      top_k: 0 is off.
+      samples: completions of each prompt, in consecutive rows.
+      vocab_size: ids from here on are never drawn; None allows all.
+      buckets: widths, of which prompts are padded to the next, where prompts
+        of many widths should share a few compilations; () keeps their own.
+        Prompts of the package's data have few widths already.
+      sharding: where parameters and rows are meanwhile, on a mesh, of
+        :data:`~topd_jax.parallel.rules.DECODING`. Trajectories are spread by
+        rows.
+
+    Returns:
+      Trajectories of ``B * samples`` rows.
+
+    Raises:
+      ValueError: for settings or prompts that mean nothing.
+    """
+    decoding_rules(sharding)
+    ids = check_vocab_size(model.head.shape[0], vocab_size)
+    counts = dict(max_new_tokens=max_new_tokens, samples=samples)
+    check_sampler(temperature, top_p, top_k, vocab_size=ids, **counts)
+    eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
+    check_prompts(prompts)
+    if buckets:
+        prompts = _widened(prompts, buckets, pad_id)
+    return _rollout(
+        model,
+        prompts,
+        key,
+        jnp.asarray(temperature, jnp.float32),
+        switch_off(top_p),
+        max_new_tokens=int(max_new_tokens),
+        eos_ids=eos_ids,
+        pad_id=int(pad_id),
+        top_k=top_k,
+        samples=int(samples),
+        vocab_size=ids,
+        sharding=sharding,
+    )
+
+
+def _widened(prompts: Prompts, buckets: Sequence[int], pad_id: int) -> Prompts:
+    """Pad prompts on the left to the smallest bucket that holds them."""
+    width = prompts.tokens.shape[1]
+    fitting = [b for b in buckets if b >= width]
+    if not fitting:
+        raise ValueError(
+            f"prompts of {width} columns exceed the largest bucket "
+            f"({max(buckets)}); add a bucket or shorten the prompts"
+        )
+    pad = ((0, 0), (min(fitting) - width, 0))
+    return Prompts(
+        jnp.pad(prompts.tokens, pad, constant_values=pad_id),
+        jnp.pad(prompts.mask, pad, constant_values=False),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "max_new_tokens", "eos_ids", "pad_id", "top_k", "samples", "vocab_size",
+        "sharding",
+    ),
+)  # fmt: skip
+def _rollout(
+    model: Any,
+    prompts: Prompts,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array | None,
+    *,
+    sharding: str,
+    **options: Any,
+) -> Trajectories:
+    check_prompt_values(prompts, model.head.shape[0])
+    prompts = prompts.replace(tokens=prompts.tokens.astype(jnp.int32))
+    rules = decoding_rules(sharding)
+    if sharding != "train":
+        model = reshard(model, model.logical_axes, rules)
+    with using(rules):
+        out = _write(model, prompts, key, temperature, top_p, **options)
+    return jax.tree.map(
+        lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), out
+    )
+
+
+def _write(
+    model: Any,
+    prompts: Prompts,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array | None,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    top_k: int,
+    samples: int,
+    vocab_size: int,
+) -> Trajectories:
+    hidden, cache = _prefill(model, prompts, samples)
+    prompts = jax.tree.map(lambda x: _repeat(x, samples), prompts)
+    rows, width = prompts.tokens.shape
+    first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
+    reader, cache = unstack(model, cache)
+    draw_next = functools.partial(
+        draw_token,
+        head=model.head[:vocab_size],
+        noise=row_noise(key, rows, (max_new_tokens, 2)),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+    )
+
+    def stretch(carry: Any, begin: int, end: int) -> tuple[Drawn, Any]:
+        exists = jnp.pad(prompts.mask, ((0, 0), (0, end)), constant_values=True)
+        usual = width + (begin + end) // 2  # of all steps of the loop
+
+        def more(carry: tuple[Drawn, Any]) -> jax.Array:
+            return (carry[0].step < end) & ~jnp.all(carry[0].done)
+
+        def body(carry: tuple[Drawn, Any]) -> tuple[Drawn, Any]:
+            drawn, cache = carry
+            mask = CachedMask(exists, width + drawn.step, usual)
+            hidden, cache = reader(
+                drawn.last[:, None],
+                (first + drawn.step - 1)[:, None],
+                mask_for(model, mask),
+                cache,
+            )
+            return draw_next(drawn, hidden[:, 0]), cache
+
+        return jax.lax.while_loop(more, body, carry)
+
+    ended = jnp.zeros(rows, bool)
+    drawn = nothing_drawn(ended, max_new_tokens, pad_id, keep_logp=True)
+    drawn, begin = draw_next(drawn, hidden), 0
+    for end in _stretches(max_new_tokens):
+        cache = add_columns(model, cache, end - begin)
+        drawn, cache = stretch((drawn, cache), begin, end)
+        begin = end
+    return Trajectories(
+        prompts.tokens, prompts.mask, drawn.tokens, drawn.mask, drawn.logp,
+        truncated=~drawn.done,
+    )  # fmt: skip
+
+
+def _prefill(
+    model: Any, prompts: Prompts, samples: int
+) -> tuple[jax.Array, Any]:
+    """Return last states [B * samples, D], and the cache of the prompts.
+
+    Each prompt is read once; then its part of the cache is repeated.
+    """
+    hidden, cache = model(
+        prompts.tokens,
+        positions_of(prompts.mask),
+        mask_for(model, causal_intervals(prompts.mask)),
+        model.init_cache(*prompts.tokens.shape),
+    )
+    return _repeat(hidden[:, -1], samples), repeat_rows(model, cache, samples)
+
+
+def _repeat(x: jax.Array, times: int) -> jax.Array:
+    return x if times == 1 else jnp.repeat(x, times, axis=0)
+
+
+def _stretches(length: int) -> list[int]:
+    """Return where the cache grows: T, and its half, quarter, eighth.
+
+    A step costs as many columns as the cache has, not as many as are written:
+    rows that end early never pay for the limit. Each stretch is a loop to
+    compile, so there are few, none below 64 columns.
+    """
+    ends = [-(-length // part) for part in (8, 4, 2)]
+    return [end for end in ends if end >= _SHORTEST_STRETCH] + [length]

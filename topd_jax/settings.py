@@ -1,0 +1,240 @@
+"""Settings: frozen dataclasses whose fields carry bounds and a help text.
+
+Each room declares its own with :func:`setting`; :func:`build` turns nested
+mappings into them and refuses unknown keys, wrong types and values out of
+bounds, before anything is loaded.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+
+
+def setting(
+    default: typing.Any,
+    text: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> typing.Any:
+    """Declare a field of a settings dataclass.
+
+    Args:
+      default: its default.
+      text: what it is, with unit and source.
+      least: smallest value allowed; bounds of a tuple hold for each item.
+      most: largest value allowed.
+      above: values must be greater.
+      below: values must be smaller.
+      choices: the values allowed, where they are few.
+
+    Returns:
+      The field. :func:`check` tests the bounds.
+    """
+    bounds = dict(least=least, most=most, above=above, below=below)
+    metadata = {"text": text, "choices": tuple(choices), **bounds}
+    if isinstance(default, list | dict):
+        return dataclasses.field(
+            default_factory=lambda: default, metadata=metadata
+        )
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_TESTS = {
+    "least": (lambda value, bound: value >= bound, "at least"),
+    "most": (lambda value, bound: value <= bound, "at most"),
+    "above": (lambda value, bound: value > bound, "above"),
+    "below": (lambda value, bound: value < bound, "below"),
+}
+
+
+def check(instance: object, path: str = "") -> None:
+    """Check every field of a settings dataclass against its bounds.
+
+    Args:
+      instance: whose fields were made by :func:`setting`; None passes where
+        it is a field's default.
+      path: dotted name of the section, for errors.
+
+    Raises:
+      ValueError: with the value, the bound and the section.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value, limits = getattr(instance, field.name), field.metadata
+        if not limits or (value is None and field.default is None):
+            continue
+        name = f"{path}.{field.name}" if path else field.name
+        _checked(value, hints[field.name], name)
+        if limits["choices"] and value not in limits["choices"]:
+            raise ValueError(
+                f"{name}={value!r} must be one of "
+                f"{', '.join(map(repr, limits['choices']))}"
+            )
+        bounds = {k: limits[k] for k in _TESTS if limits[k] is not None}
+        if not bounds:
+            continue
+        if not all(
+            _TESTS[kind][0](number, bound)
+            for number in (value if isinstance(value, tuple) else (value,))
+            for kind, bound in bounds.items()
+        ):
+            spelled = " and ".join(
+                f"{_TESTS[kind][1]} {bound}" for kind, bound in bounds.items()
+            )
+            raise ValueError(f"{name}={value!r} must be {spelled}")
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """Flatten nested settings into one mapping.
+
+    Args:
+      tree: nested dictionaries.
+      prefix: of every name.
+
+    Returns:
+      "section.key" -> value.
+    """
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def build(cls: type, config: Mapping, path: str) -> typing.Any:
+    """Check a section and turn it into its dataclass.
+
+    Args:
+      cls: the dataclass; a field that is a dataclass is a section of its own,
+        one of ``dict[str, SomeDataclass]`` holds sections by any name.
+      config: a ConfigDict, or nested mappings.
+      path: dotted name of the section, for errors.
+
+    Returns:
+      An instance of ``cls``; a key that is not given takes its default.
+
+    Raises:
+      ValueError: an unknown key (naming the nearest), a missing section, a
+        value of the wrong type.
+    """
+    _require_section(config, path)
+    hints = typing.get_type_hints(cls)
+    for key in config:
+        if key not in hints:
+            raise ValueError(unknown_key(f"{path}.{key}", list(hints), path))
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in config:
+            if (
+                field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            ):
+                raise ValueError(f"{path}.{field.name} is missing")
+            continue
+        value, kind = config[field.name], hints[field.name]
+        name = f"{path}.{field.name}"
+        if dataclasses.is_dataclass(kind):
+            values[field.name] = build(kind, value, name)
+        elif typing.get_origin(kind) is dict:
+            _require_section(value, name)
+            item = typing.get_args(kind)[1]
+            values[field.name] = {
+                key: build(item, value[key], f"{name}.{key}")
+                for key in sorted(value.keys())
+            }
+        else:
+            values[field.name] = _checked(value, kind, name)
+    made = cls(**values)
+    check(made, path.removeprefix("config").removeprefix("."))
+    return made
+
+
+def _require_section(config: object, path: str) -> None:
+    # A ConfigDict is no Mapping.
+    if not hasattr(config, "keys"):
+        raise ValueError(
+            f"{path}={config!r} must be a section with the keys of "
+            f"{path}; topd settings prints them"
+        )
+
+
+def unknown_key(name: str, choices: list[str], path: str) -> str:
+    """Spell the error for a key that does not exist, with the nearest one.
+
+    Args:
+      name: the dotted name that was given.
+      choices: the keys that exist there.
+      path: dotted name of the place they exist in.
+
+    Returns:
+      One line.
+    """
+    if not choices:
+        return (
+            f"unknown config key {name}: {path} is empty, and its sections "
+            "are made in the config file"
+        )
+    near = difflib.get_close_matches(
+        name.split(".")[-1], choices, n=1, cutoff=0
+    )
+    section = f"{path}.".removeprefix("config.")
+    return (
+        f"unknown config key {name}; the nearest is {path}.{near[0]}; topd "
+        f"settings {section}".rstrip()
+        + " prints all"
+    )
+
+
+def wrong_type(name: str, value: object, kind: str) -> str:
+    """Spell the error for a value of the wrong type.
+
+    Args:
+      name: of the setting.
+      value: that was given, spelled.
+      kind: what it must be.
+
+    Returns:
+      One line.
+    """
+    text = f"{name}={value} must be of type {kind}"
+    if name.startswith("config."):
+        text += f"; topd settings {name.removeprefix('config.')} explains it"
+    return text
+
+
+def _checked(value: object, kind: object, name: str) -> object:
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None:
+            return None
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if isinstance(value, str):
+            value = [v for v in value.split(",") if v]
+        if not isinstance(value, Sequence):
+            raise ValueError(
+                f"{name}={value!r} must be several of type {item.__name__}; "
+                f"try ({value!r},)"
+            )
+        return tuple(_checked(v, item, name) for v in value)
+    is_bool = isinstance(value, bool)
+    if kind is float and isinstance(value, int) and not is_bool:
+        value = float(value)
+    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
+        value = int(value)
+    # Python's True is an int, a setting's is not.
+    if not isinstance(value, kind) or (is_bool and kind is not bool):
+        kinds = f"{kind.__name__}, not {type(value).__name__}"
+        raise ValueError(wrong_type(name, repr(value), kinds))
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be a finite number")
+    return value

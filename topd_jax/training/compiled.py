@@ -1,0 +1,257 @@
+"""The jitted stages of a step, with a run's settings bound.
+
+Each compiles at its first call, and lowers from shapes alone, on any device.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from topd_jax.data.packing import PackedRows, rows_of
+from topd_jax.data.teachers import (
+    by_name,
+    shared_vocab,
+    split_rows,
+    total_metrics,
+)
+from topd_jax.evaluation.evaluator import compare, write
+from topd_jax.evaluation.metrics import statistics as compare_tokens
+from topd_jax.objectives.objective import Objective
+from topd_jax.parallel.layouts import loss_layout
+from topd_jax.parallel.sharding import tree_shardings
+from topd_jax.training.config import OptimizerSettings, Settings
+from topd_jax.training.score import score
+from topd_jax.training.sft import read_rows, row_states, sft_step
+from topd_jax.training.step import (
+    Metrics,
+    TrainState,
+    init_state,
+    train_step,
+)
+from topd_jax.types import Scored, Teacher, Trajectories
+
+
+class Compiled(NamedTuple):
+    """The jitted stages of a step.
+
+    In stage 1 rows of solutions take the place of trajectories.
+
+    Attributes:
+      rollout: (student, teachers, prompts, key) -> trajectories.
+      score: (student, teachers, trajectories, key) -> what each teacher says.
+      train_step: (state, trajectories, scored, frozen) -> (state, metrics);
+        donates the state.
+      statistics: (student, teachers, trajectories) -> metrics.
+    """
+
+    rollout: Callable[..., Trajectories]
+    score: Callable[..., tuple[Scored, ...]]
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+    statistics: Callable[..., Metrics]
+
+
+def make_optimizer(
+    settings: OptimizerSettings, steps: int | None
+) -> optax.GradientTransformation:
+    """Make AdamW with clipping, linear warm-up and cosine decay (App. B).
+
+    Args:
+      settings: rates and betas.
+      steps: length of the run; None keeps the rate where it is.
+
+    Returns:
+      The transformation.
+    """
+    schedule = optax.constant_schedule(settings.learning_rate)
+    if steps is not None:
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=settings.learning_rate,
+            warmup_steps=max(round(settings.warmup_fraction * steps), 1),
+            decay_steps=max(steps, 2),
+            end_value=settings.end_learning_rate,
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(
+            schedule,
+            b1=settings.beta1,
+            b2=settings.beta2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        ),
+    )
+
+
+def initial_state(
+    student: Any, optimizer: optax.GradientTransformation, mesh: Any
+) -> TrainState:
+    """Make the train state at step 0, spread over the mesh as its parameters.
+
+    Args:
+      student: it is copied, or of one with adapters these alone.
+      optimizer: of the student.
+      mesh: of devices.
+
+    Returns:
+      The state.
+    """
+
+    def make(student: Any) -> TrainState:
+        return init_state(student, optimizer)
+
+    shapes = jax.eval_shape(make, student)
+    shardings = tree_shardings(shapes, mesh, student.logical_axes)
+    return jax.jit(make, out_shardings=shardings)(student)
+
+
+def compile_step(
+    settings: Settings,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+) -> Compiled:
+    """Bind a run's settings to the stages of its step, and jit them.
+
+    Args:
+      settings: of the run.
+      objective: of the run; unused in stage 1.
+      optimizer: of the student.
+      eos_ids: end-of-sequence ids.
+      pad_id: id put where no token is.
+      mesh: of the run; None takes the one in use now.
+      shardings: of the train state, which a step then keeps; None lets XLA
+        choose others, for which the second step compiles again.
+
+    Returns:
+      The stages.
+    """
+    ids = dict(eos_ids=eos_ids, pad_id=pad_id)
+    update = dict(optimizer=optimizer, accumulate=settings.optimizer.accumulate)
+    layout = loss_layout(mesh, chunk_size=settings.train.chunk_size)
+    look = dict(top_k=settings.log.top_k, layout=layout)
+    if settings.is_offline:
+        stages = (
+            functools.partial(_write_rows, settings=settings, ids=ids),
+            functools.partial(
+                read_rows, layout=layout, slices=update["accumulate"]
+            ),
+            functools.partial(
+                sft_step, layout=layout, kd_ratio=settings.offline.kd_ratio,
+                **update,
+            ),
+            functools.partial(_compare_rows, **look),
+        )  # fmt: skip
+    else:
+        stages = (
+            functools.partial(_write, settings=settings, ids=ids),
+            functools.partial(
+                score, layout=layout, objective=objective,
+                branch_sharding=settings.rollout.branch_sharding, **ids,
+            ),
+            functools.partial(
+                train_step, layout=layout, objective=objective, **update
+            ),
+            functools.partial(_compare, **look),
+        )  # fmt: skip
+    rollout, read, step, statistics = stages
+    return Compiled(
+        jax.jit(rollout),
+        jax.jit(read),
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        jax.jit(statistics),
+    )
+
+
+def _write(
+    student: Any,
+    teachers: Sequence[Teacher],
+    prompts: Any,
+    key: jax.Array,
+    *,
+    settings: Settings,
+    ids: dict[str, Any],
+) -> Trajectories:
+    return write(
+        student, prompts, key, options=settings.rollout,
+        vocab_size=shared_vocab(student, teachers),
+        samples=settings.data.samples, **ids,
+    )  # fmt: skip
+
+
+def _compare(
+    student: Any,
+    teachers: Sequence[Teacher],
+    trajectories: Trajectories,
+    **options: Any,
+) -> Metrics:
+    parts = [
+        compare(student, teacher.model, rows, **options)
+        for teacher, rows in zip(
+            teachers, split_rows(trajectories, teachers), strict=True
+        )
+    ]
+    names = [t.name for t in teachers]
+    return total_metrics(parts) | by_name(dict(zip(names, parts, strict=True)))
+
+
+def _write_rows(
+    student: Any,
+    teachers: Sequence[Teacher],
+    prompts: Any,
+    key: jax.Array,
+    *,
+    settings: Settings,
+    ids: dict[str, Any],
+) -> PackedRows:
+    """Let every teacher write solutions of its own prompts."""
+    if isinstance(prompts, PackedRows):
+        return prompts  # written beforehand
+    offline = settings.offline
+    options = settings.rollout.__class__(
+        max_new_tokens=settings.rollout.max_new_tokens,
+        sharding=settings.rollout.sharding,
+        temperature=offline.temperature,
+        top_p=offline.top_p,
+    )
+    parts = []
+    for i, (teacher, own) in enumerate(
+        zip(teachers, split_rows(prompts, teachers), strict=True)
+    ):
+        own_key = jax.random.fold_in(key, i) if len(teachers) > 1 else key
+        parts.append(
+            write(
+                teacher.model, own, own_key, options=options,
+                vocab_size=shared_vocab(student, teachers),
+                samples=settings.data.samples, **ids,
+            )
+        )  # fmt: skip
+    return rows_of(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+
+
+def _compare_rows(
+    student: Any,
+    teachers: Sequence[Teacher],
+    rows: PackedRows,
+    **options: Any,
+) -> Metrics:
+    parts = [
+        compare_tokens(
+            row_states(student, own), student.head,
+            row_states(teacher.model, own), teacher.model.head,
+            own.tokens, own.mask, **options,
+        )
+        for teacher, own in zip(
+            teachers, split_rows(rows, teachers), strict=True
+        )
+    ]  # fmt: skip
+    return total_metrics(parts)
