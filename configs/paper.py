@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
         candidates=218,  # section 2.1
         fraction=0.0225,  # section 2.1: 218 / 9688
         window=50,  # sections 2.1 and 3
+        branch_fraction=1.0,  # section 3: of the candidates, all
         branch_temperature=0.0,  # greedy; ours
         epsilon=0.05,  # ours
         position_weight=0.5,  # ours

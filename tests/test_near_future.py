@@ -52,6 +52,21 @@ def test_select_candidates_fraction_rounds_up_by_row():
     assert_array_equal(got.mask.sum(-1), [1, 7, 49])
 
 
+def test_a_shortlist_keeps_the_highest_scores_of_each_row():
+    positions = jnp.array([[2, 5, 8, 9], [1, 4, 0, 0], [0, 0, 0, 0]])
+    at = Candidates(positions, row_mask(4, 2, 0, columns=4))
+    score = jnp.array([[1.0, 4.0, 2.0, 3.0], [0.0, 1.0, 9.0, 9.0], [9.0] * 4])
+    got = near.shortlist(score, at, fraction=0.5)
+    # Half of four, and of two; never a slot that is not used.
+    assert_array_equal(got.positions, [[5, 9], [4, 0], [0, 0]])
+    assert_array_equal(got.mask, [[1, 1], [1, 0], [0, 0]])
+    whole = near.shortlist(score, at, fraction=1.0)
+    assert_array_equal(whole.positions, at.positions)
+    assert_array_equal(whole.mask, at.mask)
+    with pytest.raises(ValueError, match="fraction=1.5 must lie above 0"):
+        near.shortlist(score, at, fraction=1.5)
+
+
 def test_select_candidates_never_takes_padding(rng):
     mask = jnp.asarray(rng.uniform(size=(50, T)) < 0.4)
     # Padding that would win, and losses below every padding value.

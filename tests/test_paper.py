@@ -48,7 +48,8 @@ STAGE_1 = OPTIMIZER | PAIR | {
 OBJECTIVE = {
     "context": "student", "token_loss": "reverse_kl", "temperature": 1.0,
     "log_floor": -100.0, "ranking": "teacher_loss", "candidates": 218,
-    "fraction": 0.0225, "window": 50, "branch_temperature": 0.0,
+    "fraction": 0.0225, "window": 50,
+    "branch_fraction": 1.0, "branch_temperature": 0.0,
     "epsilon": 0.05, "position_weight": 0.5, "percentile": 30.0,
     "guidance_weight": 0.1, "anchor_first": True,
 }  # fmt: skip

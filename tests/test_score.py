@@ -1,5 +1,7 @@
 """What teachers say of trajectories: losses, candidates, futures, masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +89,30 @@ def test_future_losses_detect_without_branches(student, teacher, trajectories):
     total, count = metrics["distance"]
     assert total == pytest.approx(float(jnp.sum(expected)), rel=1e-5)
     assert count == notes.candidates.mask.sum()
+
+
+def test_guidance_looks_at_the_candidates_of_highest_future_loss(
+    student, teacher, trajectories
+):
+    """A third by default; what is said of each is what all of them would say."""
+    (some,) = scores(student, teacher, trajectories, f"topd({AHEAD})")
+    (every,) = scores(
+        student, teacher, trajectories, f"topd({AHEAD}, branch_fraction=1.0)"
+    )
+    assert some.teacher_windows.tokens.shape == (8, 1, 4)
+    future = near_future.future_loss(
+        every.teacher_token_loss, trajectories.mask, every.candidates, length=4
+    )
+    best = jnp.argmax(
+        jnp.where(every.candidates.mask, future, -jnp.inf), axis=1
+    )[:, None]
+    pick = functools.partial(jnp.take_along_axis, indices=best, axis=1)
+    np.testing.assert_array_equal(
+        some.candidates.positions, pick(every.candidates.positions)
+    )
+    np.testing.assert_allclose(
+        some.distance, pick(every.distance), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_guidance_needs_branches_whatever_detects(

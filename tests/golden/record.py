@@ -62,7 +62,7 @@ DTYPES = ("float32", "bfloat16")
 # What depends on how the code is called, imports included.
 
 _AHEAD = "candidates=3, window=4"
-_TOPD = f"{_AHEAD}, guidance_weight=0.3"
+_TOPD = f"{_AHEAD}, branch_fraction=1.0, guidance_weight=0.3"
 # Case -> the objective as a config spells it.
 CASES: dict[str, str] = {
     "opd": "opd",
@@ -194,7 +194,7 @@ def build_decoder(seed: int, **fields: Any) -> Any:
 
 
 # Run -> what `topd train` is told beside `small_flags`.
-_SMALL = "candidates=2, window=4, guidance_weight=0.3"
+_SMALL = "candidates=2, window=4, branch_fraction=1.0, guidance_weight=0.3"
 ON_MESH = "topd/teacher, 2 x 2 mesh"
 RUNS = {
     "opd": ["--config.objective=opd"],

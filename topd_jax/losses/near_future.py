@@ -14,6 +14,8 @@ are data. All of them are written as comparisons, sorts and sums; scatters and
 element-wise gathers are slow on accelerators.
 """
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -103,6 +105,46 @@ def select_candidates(
     positions = jnp.sort(jnp.where(used, positions, length), axis=-1)
     used = positions < length
     return Candidates(jnp.where(used, positions, 0), used)
+
+
+def shortlist(
+    score: jax.Array, candidates: Candidates, *, fraction: float
+) -> Candidates:
+    """Keep the candidates of highest score of each row.
+
+    A branch costs the teacher K tokens and, where the student is trained along
+    it, the student too. What a free score calls a false alarm need not have
+    one. The paper has no such step; there every candidate has a branch.
+
+    Args:
+      score: f32[..., M], for instance of :func:`future_loss`.
+      candidates: [..., M].
+      fraction: share to keep of each row's candidates, rounded up, 0..1.
+
+    Returns:
+      Candidates [..., ceil(fraction * M)], positions ascending.
+
+    Raises:
+      ValueError: for a fraction outside (0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> at = Candidates(jnp.array([2, 5, 9]), jnp.ones(3, bool))
+      >>> shortlist(jnp.array([1.0, 3.0, 2.0]), at, fraction=0.3).positions
+      Array([5], dtype=int32)
+    """
+    _check_fraction(fraction)
+    slots = candidates.positions.shape[-1]
+    kept = select_candidates(
+        score,
+        candidates.mask,
+        count=math.ceil(fraction * slots - 1e-9),
+        fraction=fraction,
+    )
+    positions = jnp.take_along_axis(
+        candidates.positions, kept.positions, axis=-1
+    )
+    return Candidates(jnp.where(kept.mask, positions, 0), kept.mask)
 
 
 def _check_mask(*masks: jax.Array) -> None:

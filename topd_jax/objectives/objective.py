@@ -9,6 +9,7 @@ name: :data:`TOKENS`, :data:`~topd_jax.objectives.statistics.STATISTICS` and
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -155,12 +156,24 @@ class NearFuture:
     threshold: float | None = setting(
         None, "fixed distance instead of the percentile", least=0, most=1e6
     )
+    branch_fraction: float = setting(
+        1.0,
+        "share of the candidates that are looked at, those of highest future "
+        "loss; 1: all, as in the paper",
+        above=0,
+        most=1,
+    )
     branch_temperature: float = setting(
         0.0, "of the teacher's branches; 0 is greedy", least=0, most=1e3
     )
     ranking: Piece = teacher_loss
     detector: Piece = Transport()
     select: Piece = false_alarms
+
+    @property
+    def branches(self) -> int:
+        """Return the slots a row of candidates that are looked at."""
+        return math.ceil(self.branch_fraction * self.candidates - 1e-9)
 
     def __post_init__(self) -> None:
         check(self)

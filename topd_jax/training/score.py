@@ -95,7 +95,7 @@ def _score_rows(
     vocab = min(student.head.shape[0], model.head.shape[0])
     if objective.needs_branches:
         ahead = objective.near_future
-        extra = branch_columns(ahead.candidates, ahead.window)
+        extra = branch_columns(ahead.branches, ahead.window)
         columns = trajectories.sequence.shape[1] + extra
         hidden, cache = trajectory_cache(model, trajectories, columns)
     else:
@@ -180,6 +180,14 @@ def _look_ahead(
         count=ahead.candidates,
         fraction=ahead.fraction,
     )
+    if ahead.branch_fraction < 1:
+        likely = near_future.future_loss(
+            scored.teacher_token_loss, trajectories.mask, candidates,
+            length=ahead.window,
+        )  # fmt: skip
+        candidates = near_future.shortlist(
+            likely, candidates, fraction=ahead.branch_fraction
+        )
     windows = near_future.student_windows(
         trajectories, candidates, length=ahead.window
     )
