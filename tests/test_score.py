@@ -94,7 +94,7 @@ def test_future_losses_detect_without_branches(student, teacher, trajectories):
 def test_guidance_looks_at_the_candidates_of_highest_future_loss(
     student, teacher, trajectories
 ):
-    """A third by default; what is said of each is what all of them would say."""
+    """A third by default, of whom is said what is said among all."""
     (some,) = scores(student, teacher, trajectories, f"topd({AHEAD})")
     (every,) = scores(
         student, teacher, trajectories, f"topd({AHEAD}, branch_fraction=1.0)"
