@@ -4,14 +4,12 @@ Each device reads the rows and heads that it has, by a kernel that knows
 nothing of the others; what is written is what one device writes without.
 """
 
-import functools
-
 import jax
 import numpy as np
+from interpreted import interpreted_kernels
 from sharded_rollout import CONFIG, IDS, prompts
 
 from topd_jax.models import init_decoder
-from topd_jax.models.attention import core, flash, flash_decode
 from topd_jax.parallel.sharding import (
     batch_shardings,
     make_mesh,
@@ -40,23 +38,13 @@ def main() -> None:
     assert jax.device_count() == 8
     expected = written(init_decoder(CONFIG, jax.random.key(0)), prompts())
     model = init_decoder(CONFIG.replace(attention="flash"), jax.random.key(0))
-    held, by_platform = set(), jax.lax.platform_dependent
-
-    def on_tpu(*arrays, tpu, default):
-        if getattr(tpu, "func", None) is not flash_decode.read:
-            return by_platform(*arrays, tpu=tpu, default=default)
-        held.add((arrays[1].shape[1], arrays[1].shape[3]))
-        return tpu(*arrays)
-
-    jax.lax.platform_dependent = on_tpu
-    core.flash.Options = functools.partial(flash.Options, interpret=True)
     for shape, sharding, wanted in CASES:
-        held.clear()
         mesh = make_mesh(**shape)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), interpreted_kernels() as calls:
             batch = jax.device_put(prompts(), batch_shardings(prompts(), mesh))
             spread = tree_shardings(model, mesh, model.logical_axes)
             found = written(jax.device_put(model, spread), batch, sharding)
+        held = {(s[1][1], s[1][3]) for name, s in calls if name == "read"}
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_allclose(found.logp, expected.logp, atol=2e-4)
         assert held == ({wanted} if wanted else set()), held

@@ -1,6 +1,5 @@
 """Attention by the kernels, interpreted, and by blocks, against dense masks."""
 
-import functools
 import re
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from children import LIBTPU, on_eight_devices, run_script
 from conftest import VOCAB, make_model, make_trajectories
 from dense_attention import dense_attention
+from interpreted import interpreted_kernels
 from small_step import assert_trees_close, scores, step
 
 from topd_jax.models import Decoder, DecoderConfig, init_decoder
@@ -23,7 +23,6 @@ from topd_jax.models.attention.masks import (
 )
 
 G, R, D = 2, 2, 64
-EVERYTHING = 2**31 - 1
 
 
 def rollout_intervals(length=200):
@@ -53,18 +52,6 @@ CASES = {
 }
 
 
-def kernel_mask(mask, window=None):
-    keys = jnp.arange(mask.exists.shape[1], dtype=jnp.int32)
-    queries = jnp.arange(mask.prefix.shape[1], dtype=jnp.int32)
-    slides = window is not None
-    return flash.KernelMask(
-        mask.exists, mask.prefix, mask.first, mask.last,
-        jnp.broadcast_to(queries, mask.prefix.shape) if slides else None,
-        jnp.broadcast_to(keys, mask.exists.shape) if slides else None,
-        jnp.int32(window if slides else EVERYTHING),
-    )  # fmt: skip
-
-
 def inputs(mask, dtype="float32", heads=(G, R, D)):
     """Query, key, value and the cotangent of the output."""
     (groups, shared, size), (rows, length) = heads, mask.prefix.shape
@@ -75,42 +62,40 @@ def inputs(mask, dtype="float32", heads=(G, R, D)):
     return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
 
 
-def dense(query, key, value, mask, scale, cap=None, window=None):
-    """All scores at once, in float32; zero where a query has no keys."""
-    allowed = mask.dense()
-    if window is not None:
-        at = jnp.arange(allowed.shape[-1])
-        allowed &= jnp.arange(allowed.shape[-2])[:, None] - at < window
-    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    out = dense_attention(query, key, value, allowed, scale, cap)
-    return jnp.where(allowed.any(-1)[..., None, None], out, 0.0)
+def positions_in(mask):
+    """Positions of its tokens: a branch goes on where its prefix ends."""
+    return jnp.where(
+        mask.prefix > 0, mask.prefix + mask.last - mask.first, mask.last
+    )
 
 
 def kernel_and_dense(
     mask, dtype="float32", heads=(G, R, D), cap=None, window=None
 ):
-    """Output and gradients of each."""
-    query, key, value, cotangent = inputs(mask, dtype, heads)
+    """Output and gradients of each; zero where a query has no keys."""
+    *arrays, cotangent = inputs(mask, dtype, heads)
     options = flash.Options(heads[-1] ** -0.5, cap, interpret=True)
-    intervals = kernel_mask(mask, window)
+    allowed, intervals = mask.dense(), mask
+    if window is not None:
+        position = positions_in(mask)
+        allowed &= position[:, :, None] - position[:, None] < window
+        intervals = mask.within(window)
 
     @jax.jit
-    def kernel(query, key, value, cotangent):
-        out, normalizer = flash.forward(query, key, value, intervals, options)
+    def kernel(*arrays):
+        out, normalizer = flash.forward(*arrays, intervals, options)
         return out, flash.backward(
-            query, key, value, intervals, out, normalizer, cotangent, options
+            *arrays, intervals, out, normalizer, cotangent, options
         )
 
     @jax.jit
-    def plain(query, key, value, cotangent):
+    def plain(*arrays):
         out, back = jax.vjp(
-            lambda *x: dense(*x, mask, options.scale, cap, window),
-            query, key, value,
-        )  # fmt: skip
+            lambda *x: dense_attention(*x, allowed, options.scale, cap), *arrays
+        )
         return out, back(cotangent.astype(jnp.float32))
 
-    arrays = query, key, value, cotangent
-    return kernel(*arrays), plain(*arrays)
+    return kernel(*arrays), plain(*(x.astype(jnp.float32) for x in arrays))
 
 
 def assert_close(got, want, tolerance=2e-5):
@@ -126,53 +111,47 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "tolerance"),
     [
-        ("rollout", dict(window=40)),
-        ("branches", {}),
-        ("rollout", dict(heads=(3, 1, 64), window=150, cap=2.0)),
-        ("branches", dict(heads=(1, 3, 128), cap=0.7)),
-        pytest.param("packed", {}, marks=pytest.mark.slow),
-        pytest.param("wider", {}, marks=pytest.mark.slow),
+        ("rollout", dict(heads=(1, 3, 128)), 2e-5),
+        ("branches", dict(heads=(3, 1, 64), window=9, cap=2.0), 2e-5),
+        ("packed", dict(window=40), 2e-5),
+        ("wider", dict(dtype="bfloat16"), 0.04),  # rounded as the inputs are
     ],
 )
-def test_kernels_are_attention_over_intervals(name, options, small_blocks):
-    assert_close(*kernel_and_dense(CASES[name](), **options))
+def test_kernels_are_attention_over_intervals(
+    name, options, tolerance, small_blocks
+):
+    """Of queries without keys, which give zero and no gradient, as well."""
+    got, want = kernel_and_dense(CASES[name](), **options)
+    assert {x.dtype.name for x in jax.tree.leaves(got)} == {
+        options.get("dtype", "float32")
+    }
+    assert_close(got, want, tolerance)
 
 
-def test_blocks_as_large_as_the_rows_in_bfloat16():
-    """Rounded as often as the inputs."""
-    got, want = kernel_and_dense(branched_intervals(), "bfloat16")
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(got))
-    assert_close(got, want, 0.04)
-
-
-def test_a_query_without_keys_is_zero_and_gives_no_gradient():
-    (out, gradients), _ = kernel_and_dense(rollout_intervals())
-    for x in (out, *gradients):
-        assert (x[1, :37] == 0).all()  # 37 keys of padding
-    assert (out[1, 37:] != 0).any(-1).all()
-
-
-@pytest.mark.parametrize("name", ["rollout", "branches", "packed"])
-def test_a_block_that_no_query_needs_is_never_read(name, small_blocks):
+@pytest.mark.parametrize(
+    ("name", "window"), [("rollout", 40), ("branches", 9), ("packed", None)]
+)
+def test_a_block_that_no_query_needs_is_never_read(name, window, small_blocks):
     intervals = CASES[name]()
+    if window is not None:
+        intervals = intervals.within(window)
     query, key, value, _ = inputs(intervals)
     sizes = flash_blocks.sizes_of(query, key)
     assert sizes.keys == 128 and sizes.query_blocks > 1
     mask = np.asarray(intervals.dense())
-    for row in range(2):
-        needed = mask[row, : sizes.queries].any(0)
-        unneeded = np.flatnonzero(~needed)
-        last = np.flatnonzero(needed).max() // 128
-        unneeded = unneeded[unneeded // 128 > last]
-        assert unneeded.size
+    for row, first in np.ndindex(2, sizes.query_blocks):
+        queries = slice(first * sizes.queries, (first + 1) * sizes.queries)
+        needed = np.flatnonzero(mask[row, queries].any(0)) // 128
+        blocks = np.arange(key.shape[1]) // 128
+        unneeded = np.flatnonzero(~np.isin(blocks, needed))
         poisoned = key.at[row, unneeded].set(jnp.nan)
         out, _ = flash.forward(
-            query, poisoned, value, kernel_mask(intervals),
+            query, poisoned, value, intervals,
             flash.Options(D**-0.5, interpret=True),
         )  # fmt: skip
-        assert np.isfinite(out[row, : sizes.queries]).all()
+        assert np.isfinite(out[row, queries]).all()
 
 
 def pairs_multiplied(mask):
@@ -180,7 +159,7 @@ def pairs_multiplied(mask):
     length, keys = mask.prefix.shape[1], mask.exists.shape[1]
     query, key = jnp.zeros((1, length, 1, 128)), jnp.zeros((1, keys, 1, 128))
     sizes = flash_blocks.sizes_of(query, key)
-    _, tables = flash_blocks.arranged(sizes, query, key, key, kernel_mask(mask))
+    _, tables = flash_blocks.arranged(sizes, query, key, key, mask)
 
     def pairs(find, outer, inner):
         blocks, needed = jax.vmap(
@@ -221,23 +200,6 @@ CONFIG = DecoderConfig(
 )  # fmt: skip
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """Have a CPU take the kernels where a TPU would; list their calls."""
-    calls = []
-
-    def on_tpu(*arrays, tpu, default):
-        calls.append(tpu.func.__name__)
-        return tpu(*arrays)
-
-    monkeypatch.setattr(flash.jax.lax, "platform_dependent", on_tpu)
-    options = functools.partial(flash.Options, interpret=True)
-    monkeypatch.setattr(core.flash, "Options", options)
-    jax.clear_caches()
-    yield calls
-    jax.clear_caches()
-
-
 def scored_step(config, context="teacher"):
     """A TOPD step whose rows are of 128 keys or more."""
     make = jax.jit(init_decoder, static_argnums=0)
@@ -253,11 +215,11 @@ def scored_step(config, context="teacher"):
 @pytest.mark.parametrize(
     "context", ["teacher", pytest.param("student", marks=pytest.mark.slow)]
 )
-def test_a_step_by_the_kernels_is_that_by_blocks(context, kernels):
+def test_a_step_by_the_kernels_is_that_by_blocks(context):
     want = scored_step(CONFIG, context)
-    assert not kernels
-    got = scored_step(CONFIG.replace(attention="flash"), context)
-    assert {"forward", "backward"} == set(kernels)
+    with interpreted_kernels() as calls:
+        got = scored_step(CONFIG.replace(attention="flash"), context)
+    assert {"forward", "backward"} == {name for name, _ in calls}
     assert_trees_close(got, want, rtol=2e-4, atol=2e-5)
 
 
@@ -297,13 +259,11 @@ def value_and_gradients(dtype, keys=LENGTH, softcap=None):
     return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arrays)
 
 
-@pytest.mark.parametrize(
-    ("softcap", "keys"), [(None, LENGTH), (2.0, LENGTH + 50)]
-)
-def test_blocks_have_value_and_gradients_of_the_whole(request, softcap, keys):
-    want = value_and_gradients("float32", keys, softcap)
+def test_blocks_have_value_and_gradients_of_the_whole(request):
+    options = dict(keys=LENGTH + 50, softcap=2.0)
+    want = value_and_gradients("float32", **options)
     request.getfixturevalue("in_blocks")
-    got = value_and_gradients("float32", keys, softcap)
+    got = value_and_gradients("float32", **options)
     assert_trees_close(got, want, rtol=2e-5, atol=2e-5)
 
 
@@ -323,7 +283,7 @@ def test_a_decoder_reads_blocks_of_intervals_as_a_mask(request):
     model, intervals = Decoder(config, model.arrays), branched_intervals()
     shape = intervals.exists.shape
     tokens = jax.random.randint(jax.random.key(1), shape, 3, 20)
-    positions = jnp.cumsum(intervals.exists, axis=1, dtype=jnp.int32)
+    positions = positions_in(intervals)
 
     @jax.jit
     @jax.value_and_grad
@@ -359,7 +319,7 @@ KEYS = READ + COUNT * STEPS
 
 
 def branch_problem(written=3, dtype="float32", window=None):
-    """(arrays, dense mask, KernelMask); row 1 is padded, and branch 0 of it
+    """(arrays, dense mask, BranchKeys); row 1 is padded, and branch 0 of it
     attends to nothing before itself."""
     key = np.arange(KEYS)
     exists = (key >= np.array([[0], [37]])) & (key < READ + COUNT * written)
@@ -368,21 +328,14 @@ def branch_problem(written=3, dtype="float32", window=None):
     along = prefix[:, None] + np.arange(written)[:, None]
     positions[:, READ : READ + COUNT * written] = along.reshape(ROWS, -1)
     newest = prefix + written - 1
-    slides = window is not None
     mask = BranchMask(jnp.asarray(exists), jnp.asarray(prefix), READ)
-    intervals = branches.kernel_mask(
-        mask,
-        jnp.asarray(newest) if slides else None,
-        jnp.asarray(positions) if slides else None,
-        jnp.int32(window if slides else EVERYTHING),
-    )
-    allowed = mask.dense()
-    if slides:
+    allowed, of_layer = mask.dense(), positions if window else None
+    if window:
         allowed &= newest[..., None] - positions[:, None] < window
     rng = np.random.default_rng(0)
     shapes = [(ROWS, COUNT, G * R, D)] + [(ROWS, KEYS, G, D)] * 2
     arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
-    return arrays, allowed, intervals
+    return arrays, allowed, branches.keys_of(mask, newest, of_layer, window)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -390,6 +343,7 @@ def branch_problem(written=3, dtype="float32", window=None):
     ("problem", "cap", "tolerance"),
     [
         ({"written": STEPS}, 3.0, 2e-5),
+        ({"window": 2}, None, 2e-5),
         ({"window": 40}, None, 2e-5),
         ({"dtype": "bfloat16"}, None, 0.02),
     ],
@@ -402,11 +356,11 @@ def test_branches_equal_one_dense_mask(
         monkeypatch.setattr(flash_blocks, "_SCORES", 128 * 128 * R)
     else:  # some branches at a time
         monkeypatch.setattr(branches, "_SCORES", 2 * READ)
-    arrays, mask, intervals = branch_problem(**problem)
+    arrays, mask, keys = branch_problem(**problem)
     options = flash.Options(D**-0.5, cap, interpret=kernel)
-    out = branches.attend(
-        *arrays, intervals, options=options, read=READ, kernel=kernel
-    )
+    with interpreted_kernels() as calls:
+        out = branches.attend(*arrays, keys, options=options, kernel=kernel)
+    assert len(calls) == kernel
     assert out.dtype == arrays[0].dtype
     np.testing.assert_allclose(
         out.astype(jnp.float32), dense_attention(*arrays, mask, D**-0.5, cap),

@@ -100,7 +100,7 @@ def flash(topology):
     )  # fmt: skip
 
     def learn(config, query, key, value, exists, numbers, cotangent):
-        mask = IntervalMask(exists, numbers, numbers, numbers)
+        mask = IntervalMask(exists, *[numbers] * 4)
 
         def read(*x):
             spec = MaskSpec(mask, numbers, None)

@@ -127,7 +127,7 @@ def over_heads(
       query: [B, S, heads, head_dim].
       key: [B, L, kv_heads, head_dim].
       value: the same.
-      mask: a :class:`~topd_jax.models.attention.flash.KernelMask`.
+      mask: a dataclass of ``exists``, bool[B, L], and arrays [B, S, ...].
 
     Returns:
       [B, S, heads, head_dim]; None where heads would be separated
@@ -141,15 +141,7 @@ def over_heads(
         return None
     of_query = PartitionSpec(*query_spec[:2])
     of_column = PartitionSpec(query_spec[0])
-    places = type(mask)(
-        exists=of_column,
-        prefix=of_query,
-        first=of_query,
-        last=of_query,
-        query_positions=None if mask.query_positions is None else of_query,
-        key_positions=None if mask.key_positions is None else of_column,
-        window=PartitionSpec(),
-    )
+    places = jax.tree.map(lambda _: of_query, mask).replace(exists=of_column)
     attend = jax.shard_map(
         read,
         in_specs=(query_spec, key_spec, key_spec, places),

@@ -12,10 +12,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from topd_jax.models.attention import flash
 from topd_jax.models.attention.flash_kernels import MASKED_SCORE
-from topd_jax.models.attention.masks import BranchMask
+from topd_jax.models.attention.masks import BranchMask, IntervalMask
 from topd_jax.types import soft_cap
 
 # Scores of one head and row that exist at once (16 MB in float32).
@@ -25,14 +26,59 @@ _SCORES = 1 << 22
 _Part = tuple[jax.Array, jax.Array]
 
 
+@struct.dataclass
+class BranchKeys:
+    """Which keys of a layer the newest token of each branch attends to.
+
+    Attributes:
+      exists: bool[B, L] of the keys that were read.
+      begin: i32[B, M] first key of the prefix, among those.
+      prefix: i32[B, M] end of the prefix, exclusive.
+      own: bool[B, M, K - 1] keys of the branch itself.
+    """
+
+    exists: jax.Array
+    begin: jax.Array
+    prefix: jax.Array
+    own: jax.Array
+
+
+def keys_of(
+    mask: BranchMask,
+    query_positions: jax.Array,
+    key_positions: jax.Array | None,
+    window: jax.Array,
+) -> BranchKeys:
+    """Return the mask of a layer as :func:`attend` takes it.
+
+    Args:
+      mask: the keys of each branch.
+      query_positions: i32[B, M].
+      key_positions: i32[B, L + M * (K - 1)], those that were read in order;
+        None where no layer slides.
+      window: i32[] of the layer.
+    """
+    rows, count = mask.prefix.shape
+
+    def of_branches(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x[:, mask.read :].reshape(rows, -1, count), 1, 2)
+
+    begin, own = jnp.zeros_like(mask.prefix), of_branches(mask.exists)
+    if key_positions is not None:
+        oldest = query_positions[..., None] - window + 1
+        behind = key_positions[:, None, : mask.read] < oldest
+        begin = jnp.sum(behind, axis=-1, dtype=begin.dtype)
+        own &= of_branches(key_positions) >= oldest
+    return BranchKeys(mask.exists[:, : mask.read], begin, mask.prefix, own)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: flash.KernelMask,
+    mask: BranchKeys,
     *,
     options: flash.Options,
-    read: int,
     kernel: bool = False,
 ) -> jax.Array:
     """Attend from the newest token of each branch.
@@ -42,98 +88,59 @@ def attend(
       key: [B, L + M * (K - 1), kv_heads, head_dim]: L keys that were read,
         then M a step.
       value: the same.
-      mask: of :func:`kernel_mask`.
+      mask: of :func:`keys_of`.
       options: scale and soft cap.
-      read: L.
       kernel: read the prefix by the kernels of
         :mod:`topd_jax.models.attention.flash` where the platform is a TPU.
 
     Returns:
       [B, M, heads, head_dim] in the query's dtype.
     """
-    *most, _, size = query.shape
-    grouped = query.reshape(*most, key.shape[2], -1, size)
-    before = mask._replace(
-        exists=mask.exists[:, :read],
-        key_positions=None
-        if mask.key_positions is None
-        else mask.key_positions[:, :read],
-    )
+    rows, count, _, size = query.shape
+    grouped = query.reshape(rows, count, key.shape[2], -1, size)
+    read = mask.exists.shape[1]
+
+    def of_branches(x: jax.Array) -> jax.Array:
+        return x[:, read:].reshape(rows, -1, count, *x.shape[2:])
+
     prefix = functools.partial(_prefix, options=options)
     if kernel:
-        by_kernel = functools.partial(_by_kernel, options=options)
-        platform = jax.lax.platform_dependent
-        prefix = (
-            by_kernel
-            if options.interpret
-            else functools.partial(platform, tpu=by_kernel, default=prefix)
+        prefix = functools.partial(
+            jax.lax.platform_dependent,
+            tpu=functools.partial(_by_kernel, options=options),
+            default=prefix,
         )
+    own = jax.vmap(
+        functools.partial(_part, options), in_axes=(1, 2, 2, 1), out_axes=1
+    )
     parts = (
-        prefix(grouped, key[:, :read], value[:, :read], before),
-        _own_keys(grouped, key[:, read:], value[:, read:], mask, options, read),
+        prefix(grouped, key[:, :read], value[:, :read], mask),
+        own(grouped, of_branches(key), of_branches(value), mask.own),
     )
-    return _joined(parts).astype(query.dtype).reshape(query.shape)
-
-
-def kernel_mask(
-    branches: BranchMask,
-    query_positions: jax.Array | None,
-    key_positions: jax.Array | None,
-    window: jax.Array,
-) -> flash.KernelMask:
-    """Return the mask of branches as :func:`attend` takes it.
-
-    Args:
-      branches: the keys of each branch.
-      query_positions: i32[B, M]; None where no layer slides.
-      key_positions: i32[B, L + M * (K - 1)], or None.
-      window: i32[] of the layer.
-    """
-    begin, end = jnp.ones_like(branches.prefix), jnp.zeros_like(branches.prefix)
-    return flash.KernelMask(
-        branches.exists,
-        branches.prefix,
-        begin,
-        end,
-        query_positions,
-        key_positions,
-        window,
-    )
-
-
-def _joined(parts: tuple[_Part, ...]) -> jax.Array:
     outs, normalizers = (jnp.stack(x) for x in zip(*parts, strict=True))
     weights = jax.nn.softmax(normalizers, axis=0)
-    return jnp.sum(outs * weights[..., None], axis=0)
+    out = jnp.sum(outs * weights[..., None], axis=0)
+    return out.astype(query.dtype).reshape(query.shape)
 
 
-def _own_keys(
+def _part(
+    options: flash.Options,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: flash.KernelMask,
-    options: flash.Options,
-    read: int,
+    mask: jax.Array,
 ) -> _Part:
-    """Attend to the keys of a token's own branch."""
-
-    def by_branch(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], -1, query.shape[1], *x.shape[2:])
-
-    key, value = by_branch(key), by_branch(value)
+    """Attend from one branch, [B, G, R, D], to keys of mask bool[B, L]."""
     scores = jnp.einsum(
-        "bmgrd,bkmgd->bmgrk", query, key, preferred_element_type=jnp.float32
+        "bgrd,blgd->bgrl", query, key, preferred_element_type=jnp.float32
     )
-    allowed = by_branch(mask.exists[:, read:])
-    if mask.key_positions is not None:
-        back = mask.query_positions[:, None] - by_branch(
-            mask.key_positions[:, read:]
-        )
-        allowed &= back < mask.window
-    allowed = jnp.moveaxis(allowed, 1, 2)[:, :, None, None]
-    weights, normalizer = _softmax(scores, allowed, options)
+    scores = soft_cap(scores * options.scale, options.cap)
+    mask = mask[:, None, None]
+    scores = jnp.where(mask, scores, MASKED_SCORE)
+    normalizer = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.where(mask, jnp.exp(scores - normalizer[..., None]), 0.0)
     out = jnp.einsum(
-        "bmgrk,bkmgd->bmgrd", weights.astype(value.dtype), value,
+        "bgrl,blgd->bgrd", weights.astype(value.dtype), value,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     return out, normalizer
@@ -143,61 +150,41 @@ def _prefix(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: flash.KernelMask,
+    mask: BranchKeys,
     options: flash.Options,
 ) -> _Part:
     """Attend to the prefixes; some branches at a time where it is long."""
     keys = jnp.arange(key.shape[1])
 
-    def of_one(
-        query: jax.Array, prefix: jax.Array, row: jax.Array | None
-    ) -> _Part:
-        allowed = mask.exists & (keys < prefix[:, None])
-        if row is not None:
-            allowed &= row[:, None] - mask.key_positions < mask.window
-        scores = jnp.einsum(
-            "bgrd,blgd->bgrl", query, key, preferred_element_type=jnp.float32
-        )
-        weights, normalizer = _softmax(scores, allowed[:, None, None], options)
-        out = jnp.einsum(
-            "bgrl,blgd->bgrd", weights.astype(value.dtype), value,
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        return out, normalizer
+    def of_one(query: jax.Array, begin: jax.Array, end: jax.Array) -> _Part:
+        allowed = (begin[:, None] <= keys) & (keys < end[:, None])
+        return _part(options, query, key, value, mask.exists & allowed)
 
-    given = (query, mask.prefix, mask.query_positions)
-    count = query.shape[1]
+    given = (query, mask.begin, mask.prefix)
     together = max(_SCORES // max(key.shape[1], 1), 1)
-    if count <= together:
+    if query.shape[1] <= together:
         return jax.vmap(of_one, in_axes=1, out_axes=1)(*given)
     given = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), given)
     parts = jax.lax.map(lambda x: of_one(*x), given, batch_size=together)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), parts)
 
 
-def _softmax(
-    scores: jax.Array, mask: jax.Array, options: flash.Options
-) -> tuple[jax.Array, jax.Array]:
-    """Return softmax, 0 where masked, and the log-normalizers."""
-    scores = soft_cap(scores * options.scale, options.cap)
-    scores = jnp.where(mask, scores, MASKED_SCORE)
-    normalizer = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.exp(scores - normalizer[..., None])
-    return jnp.where(mask, weights, 0.0), normalizer
-
-
 def _by_kernel(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: flash.KernelMask,
+    mask: BranchKeys,
     options: flash.Options,
 ) -> _Part:
     """Compute :func:`_prefix` on a TPU."""
     rows, count, groups, shared, size = query.shape
     flat = query.reshape(rows, count, groups * shared, size)
+    none = jnp.zeros_like(mask.prefix)
+    intervals = IntervalMask(
+        mask.exists, mask.begin, mask.prefix, none, none - 1
+    )
     out, normalizer = flash.forward(
-        flat, key, value, mask, options, causal=False
+        flat, key, value, intervals, options, causal=False
     )
     normalizer = normalizer.reshape(rows, groups, -1, shared)[:, :, :count]
     out = out.reshape(query.shape).astype(jnp.float32)

@@ -1,8 +1,7 @@
 """Attention behind one function, and the mask of each layer."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,14 +104,14 @@ def layer_mask(spec: MaskSpec, window: jax.Array) -> jax.Array:
     be in order (branches of one prefix stand behind the rollout they leave).
 
     Args:
-      spec: of the call.
+      spec: of the call, no intervals.
       window: i32[] of the layer.
 
     Returns:
       bool[B, 1, S, L].
     """
     mask = spec.mask
-    if isinstance(mask, IntervalMask | CachedMask):
+    if isinstance(mask, CachedMask):
         mask = mask.dense()[:, None]
     if spec.key_positions is None:
         return mask
@@ -167,31 +166,20 @@ def attend(
       [B, S, heads, head_dim].
     """
     mask, kernels = spec.mask, _by_kernel(config, query.shape[1])
-    slides = spec.key_positions is not None
-    positions = (
-        spec.query_positions if slides else None, spec.key_positions, window
-    )  # fmt: skip
-    plain = None
+    blocks = functools.partial(_attend_long, config)
     if isinstance(mask, BranchMask):
-        kernel_mask = branches.kernel_mask(mask, *positions)
-        plain = functools.partial(
-            branches.attend, options=_options(config), read=mask.read
+        mask = branches.keys_of(mask, *spec[1:3], window)
+        blocks = functools.partial(branches.attend, options=_options(config))
+        by_kernel = functools.partial(blocks, kernel=True)
+    elif isinstance(mask, IntervalMask):
+        mask = mask.within(window)
+        by_kernel = functools.partial(
+            flash.attend, options=_options(config), blocks=blocks
         )
-        by_kernel = functools.partial(plain, kernel=True)
-    elif kernels and isinstance(mask, IntervalMask):
-        kernel_mask = flash.KernelMask(
-            mask.exists, mask.prefix, mask.first, mask.last, *positions
-        )
-        by_kernel = functools.partial(_by_platform, config)
     else:
-        kernels = False
-    if kernels:
-        out = over_heads(by_kernel, query, key, value, kernel_mask)
-        if out is not None:
-            return out
-    if plain is not None:
-        return plain(query, key, value, kernel_mask)
-    return _attend_long(query, key, value, spec, window, config)
+        mask, kernels = layer_mask(spec, window), False
+    out = over_heads(by_kernel, query, key, value, mask) if kernels else None
+    return blocks(query, key, value, mask) if out is None else out
 
 
 def attend_cached(
@@ -247,72 +235,33 @@ def _usual(config: DecoderConfig, length: int) -> int:
     return int(np.minimum(layer_windows(config), length).mean())
 
 
-def _by_platform(
-    config: DecoderConfig,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: flash.KernelMask,
-) -> jax.Array:
-    """Attend by the kernels on TPU, by blocks elsewhere."""
-
-    def blocks(
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        mask: flash.KernelMask,
-    ) -> jax.Array:
-        intervals = IntervalMask(*mask[:4])
-        positions = mask.query_positions
-        spec = MaskSpec(
-            intervals,
-            mask.last if positions is None else positions,
-            mask.key_positions,
-        )
-        return _attend_long(query, key, value, spec, mask.window, config)
-
-    return flash.attend(query, key, value, mask, _options(config), blocks)
-
-
 def _attend_long(
+    config: DecoderConfig,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    spec: MaskSpec,
-    window: jax.Array,
-    config: DecoderConfig,
+    mask: IntervalMask | jax.Array,
 ) -> jax.Array:
-    """Attend, a block of queries at a time where there are many."""
-    length, keys = query.shape[1], key.shape[1]
-    if not _is_long(length, keys):
-        return _attend(query, key, value, layer_mask(spec, window), config)
-    # The cotangents of a loop's constants are summed in their own type.
-    wide = key.astype(jnp.float32), value.astype(jnp.float32)
-
-    @jax.checkpoint
-    def of_block(query: jax.Array, spec: MaskSpec) -> jax.Array:
-        # A mask that waits for the queries cannot be made, for all blocks at
-        # once, ahead of the loop and kept for the backward pass.
-        query, spec = jax.lax.optimization_barrier((query, spec))
-        narrow = (x.astype(query.dtype) for x in wide)
-        return _attend(query, *narrow, layer_mask(spec, window), config)
-
-    return _in_blocks(of_block, query, spec, _block(keys))
-
-
-def _in_blocks(
-    of_block: Callable[[jax.Array, MaskSpec], jax.Array],
-    query: jax.Array,
-    spec: MaskSpec,
-    block: int,
-) -> jax.Array:
-    """Attend from ``block`` queries at a time; recompute when going back.
+    """Attend, a block of queries at a time where there are many.
 
     A block takes queries from all over the sequence, so that each device of a
     mesh that spreads them has its share of every block.
     """
-    length = query.shape[1]
+    length, keys = query.shape[1], key.shape[1]
+    if not _is_long(length, keys):
+        return _attend(query, key, value, _dense(mask), config)
+    block = _block(keys)
     count = -(-length // block)
+    # The cotangents of a loop's constants are summed in their own type.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    @jax.checkpoint
+    def of_block(query: jax.Array, mask: Any) -> jax.Array:
+        # A mask that waits for the queries cannot be made, for all blocks at
+        # once, ahead of the loop and kept for the backward pass.
+        query, mask = jax.lax.optimization_barrier((query, mask))
+        narrow = (x.astype(query.dtype) for x in wide)
+        return _attend(query, *narrow, _dense(whole(mask)), config)
 
     def split(x: jax.Array, axis: int = 1) -> jax.Array:
         widths = [(0, 0)] * x.ndim
@@ -321,24 +270,26 @@ def _in_blocks(
         x = x.reshape(*x.shape[:axis], block, count, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis + 1, 0)
 
-    if isinstance(spec.mask, IntervalMask):
-        names = ("prefix", "first", "last")
-        parts = {name: split(getattr(spec.mask, name)) for name in names}
+    if isinstance(mask, IntervalMask):
+        names = ("begin", "prefix", "first", "last")
+        parts = {name: split(getattr(mask, name)) for name in names}
     else:
-        parts = split(spec.mask, 2)
+        parts = split(mask, 2)
 
-    def read(_: None, block: tuple) -> tuple[None, jax.Array]:
-        query, positions, part = block
-        mask = spec.mask.replace(**part) if isinstance(part, dict) else part
-        return None, of_block(
-            query, MaskSpec(mask, positions, spec.key_positions)
-        )
+    def whole(part: Any) -> IntervalMask | jax.Array:
+        return mask.replace(**part) if isinstance(part, dict) else part
 
-    blocks = (split(query), split(spec.query_positions), parts)
-    _, out = jax.lax.scan(read, None, blocks)
+    _, out = jax.lax.scan(
+        lambda _, part: (None, of_block(*part)), None, (split(query), parts)
+    )
     out = jnp.moveaxis(out, 0, 2)
     out = out.reshape(out.shape[0], count * block, *out.shape[3:])
     return out[:, :length]
+
+
+def _dense(mask: IntervalMask | jax.Array) -> jax.Array:
+    """Return a mask as bool[B, 1, S, L]."""
+    return mask.dense()[:, None] if isinstance(mask, IntervalMask) else mask
 
 
 def _attend(

@@ -5,32 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from topd_jax.models.attention.masks import IntervalMask
+
 # Rows of a block of queries, all heads of a group, and scores of a pair of
 # blocks: 1 MB in float32, of which a few exist at once in 16 MB.
 _ROWS = 512
 _SCORES = 1 << 18
-
-
-class KernelMask(NamedTuple):
-    """The arrays of an interval mask, and positions where layers slide.
-
-    Attributes:
-      exists: bool[B, L].
-      prefix: i32[B, S].
-      first: i32[B, S].
-      last: i32[B, S].
-      query_positions: i32[B, S]; None where no layer slides.
-      key_positions: i32[B, L]; None with ``query_positions``.
-      window: i32[] a query attends to keys less than so far behind it.
-    """
-
-    exists: jax.Array
-    prefix: jax.Array
-    first: jax.Array
-    last: jax.Array
-    query_positions: jax.Array | None
-    key_positions: jax.Array | None
-    window: jax.Array
 
 
 class Sizes(NamedTuple):
@@ -70,12 +50,12 @@ def sizes_of(query: jax.Array, key: jax.Array) -> Sizes:
 class Tables(NamedTuple):
     """Which blocks need each other, for all rows; i32."""
 
-    prefix: jax.Array  # [B, query blocks] key blocks, from the first
-    begin: jax.Array  # the same: first key block of the stretch
-    end: jax.Array  # the same: the last one; below begin where there is none
+    begin: jax.Array  # [B, query blocks] first key block of the prefixes
+    prefix: jax.Array  # the same: their end, exclusive
+    first: jax.Array  # the same: first key block of the intervals, behind it
+    last: jax.Array  # the same: their end, exclusive
     low: jax.Array  # [B, key blocks] first query block that needs it
     high: jax.Array  # the same: the last one; below low where there is none
-    window: jax.Array  # [1]
 
 
 def arranged(
@@ -83,68 +63,70 @@ def arranged(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: KernelMask,
+    mask: IntervalMask,
 ) -> tuple[dict[str, jax.Array], Tables]:
     """Return the kernels' arrays by name, in whole blocks, and the tables."""
     length = sizes.query_blocks * sizes.queries
     keys = sizes.key_blocks * sizes.keys
 
-    def of_queries(x: jax.Array, empty: int) -> jax.Array:
+    def of_keys(x: jax.Array) -> jax.Array:
+        more = ((0, 0), (0, keys - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
+        return jnp.pad(x, more)
+
+    def of_queries(x: jax.Array, empty: int = 0) -> jax.Array:
         more = ((0, 0), (0, length - x.shape[1]))
         return jnp.pad(x.astype(jnp.int32), more, constant_values=empty)
 
-    def of_keys(x: jax.Array) -> jax.Array:
-        more = ((0, 0), (0, keys - x.shape[1]))
-        return jnp.pad(x.astype(jnp.int32), more)[..., None]
-
-    prefix, last = of_queries(mask.prefix, 0), of_queries(mask.last, -1)
-    intervals = {"prefix": prefix, "first": of_queries(mask.first, 0)}
-    intervals["last"] = last
-    tables = _tables(sizes, **intervals, window=mask.window)
-    if mask.query_positions is not None:
-        intervals["query_position"] = of_queries(mask.query_positions, 0)
-    arrays = {"query": grouped(sizes, query)}
-    for name, x in (("key", key), ("value", value)):
-        more = ((0, 0), (0, keys - x.shape[1]), (0, 0), (0, 0))
-        arrays[name] = jnp.swapaxes(jnp.pad(x, more), 1, 2)
-    arrays["exists"] = of_keys(mask.exists)
-    if mask.key_positions is not None:
-        arrays["key_position"] = of_keys(mask.key_positions)
-    for name, x in intervals.items():
+    ends = {
+        "begin": of_queries(mask.begin),
+        "prefix": of_queries(mask.prefix),
+        "first": of_queries(mask.first),
+        "last": of_queries(mask.last, -1),
+    }
+    arrays = {
+        "query": grouped(sizes, query),
+        "key": jnp.swapaxes(of_keys(key), 1, 2),
+        "value": jnp.swapaxes(of_keys(value), 1, 2),
+        "exists": of_keys(mask.exists).astype(jnp.int32)[..., None],
+    }
+    for name, x in ends.items():
         arrays[name] = jnp.repeat(x, sizes.shared, axis=1)[:, None]
-    return arrays, tables
+    return arrays, _tables(sizes, **ends)
 
 
 def _tables(
     sizes: Sizes,
+    begin: jax.Array,
     prefix: jax.Array,
     first: jax.Array,
     last: jax.Array,
-    window: jax.Array,
 ) -> Tables:
     # 17 tiles of 8 blocks is a sum that the compiler of v5p cannot split over
     # its two cores: an even number.
     count = 16 * -(-sizes.query_blocks // 16)
     more = ((0, 0), (0, (count - sizes.query_blocks) * sizes.queries))
-    prefix, first, last = (
-        jnp.pad(x, more, constant_values=empty).reshape(
-            sizes.rows, count, sizes.queries
+
+    def blocks(begin: jax.Array, end: jax.Array) -> tuple:
+        """Return the key blocks of all queries of a block: first and end."""
+        begin, end = (
+            jnp.pad(x, more).reshape(sizes.rows, count, sizes.queries)
+            for x in (begin, end)
         )
-        for x, empty in ((prefix, 0), (first, 0), (last, -1))
-    )
-    any_key = first <= last
-    far = sizes.keys * sizes.key_blocks
-    whole = -(-prefix.max(-1) // sizes.keys)
-    begin = jnp.where(any_key, first, far).min(-1) // sizes.keys
-    end = jnp.where(any_key, last, -1).max(-1) // sizes.keys
+        begin = jnp.where(begin < end, begin, sizes.keys * sizes.key_blocks)
+        end = -(-jnp.where(begin < end, end, 0).max(-1) // sizes.keys)
+        return begin.min(-1) // sizes.keys, end
+
+    begin, prefix = blocks(begin, prefix)
+    first, last = blocks(first, last + 1)
+    first = jnp.maximum(first, prefix)
     key = jnp.arange(sizes.key_blocks)
-    needs = key < whole[..., None]
-    needs |= (begin[..., None] <= key) & (key <= end[..., None])
+    needs = (begin[..., None] <= key) & (key < prefix[..., None])
+    needs |= (first[..., None] <= key) & (key < last[..., None])
     order = jnp.arange(count)[:, None]
     low = jnp.where(needs, order, count).min(1)
     high = jnp.where(needs, order, -1).max(1)
-    blocks = (x.astype(jnp.int32) for x in (whole, begin, end, low, high))
-    return Tables(*blocks, window.astype(jnp.int32).reshape(1))
+    ends = (begin, prefix, first, last, low, high)
+    return Tables(*(x.astype(jnp.int32) for x in ends))
 
 
 def grouped(sizes: Sizes, x: jax.Array) -> jax.Array:
@@ -168,11 +150,11 @@ def key_block(tables: Tables, row: Any, query: Any, step: Any) -> tuple:
 
     Behind the last one it stays the same, which fetches nothing.
     """
-    whole, end = tables.prefix[row, query], tables.end[row, query]
-    begin = jnp.maximum(tables.begin[row, query], whole)
-    count = whole + jnp.maximum(end - begin + 1, 0)
+    begin, prefix, first, last = (x[row, query] for x in tables[:4])
+    whole = jnp.maximum(prefix - begin, 0)
+    count = whole + jnp.maximum(last - first, 0)
     at = jnp.minimum(step, jnp.maximum(count - 1, 0))
-    block = jnp.where(at < whole, at, begin + at - whole)
+    block = jnp.where(at < whole, begin + at, first + at - whole)
     return jnp.where(count > 0, block, 0), step < count
 
 
@@ -180,7 +162,7 @@ def query_block(tables: Tables, row: Any, key: Any, step: Any) -> tuple:
     """Return the query block of a step, and whether it needs the key block."""
     low, high = tables.low[row, key], tables.high[row, key]
     at = jnp.clip(low + step, 0, jnp.maximum(high, 0))
-    stretch = tables.begin[row, at] <= key
-    stretch &= key <= tables.end[row, at]
-    needs = (key < tables.prefix[row, at]) | stretch
+    begin, prefix, first, last = (x[row, at] for x in tables[:4])
+    needs = (begin <= key) & (key < prefix)
+    needs |= (first <= key) & (key < last)
     return at, (low + step <= high) & needs

@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
     """What is done with a pair of blocks, and after the last one.
 
     Attributes:
-      add: (sizes, options, tables, name -> ref, sums, the key block).
+      add: (sizes, options, name -> ref, sums, the key block).
       finish: (options, sums, output refs).
       empty: what each of the sums begins with.
       products: of matrices, a pair.
@@ -140,7 +140,7 @@ def _visit(
 
     @pl.when(needed)
     def _() -> None:
-        kernel.add(sizes, options, tables, inputs, sums, block)
+        kernel.add(sizes, options, inputs, sums, block)
 
     @pl.when(step == steps - 1)
     def _() -> None:
@@ -212,11 +212,10 @@ _KINDS = {
     "key": "key",
     "value": "key",
     "exists": "exists",
-    "key_position": "exists",
+    "begin": "interval",
     "prefix": "interval",
     "first": "interval",
     "last": "interval",
-    "query_position": "interval",
     "normalizer": "normalizer",
     "delta": "normalizer",
 }
@@ -240,7 +239,7 @@ def dot(
 
 
 def _scores(
-    sizes: Sizes, options: Options, tables: Tables, refs: dict, block: Any
+    sizes: Sizes, options: Options, refs: dict, block: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Return the scores [keys, lanes] of a pair of blocks, and their mask."""
     scores = dot(refs["key"][...], refs["query"][...], (1, 1))
@@ -248,24 +247,15 @@ def _scores(
     at = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     at += block * sizes.keys
     mask = (refs["first"][...] <= at) & (at <= refs["last"][...])
-    mask |= at < refs["prefix"][...]
-    mask &= refs["exists"][...] != 0
-    if "query_position" in refs:
-        back = refs["query_position"][...] - refs["key_position"][...]
-        mask &= back < tables.window[0]
-    return scores, mask
+    mask |= (refs["begin"][...] <= at) & (at < refs["prefix"][...])
+    return scores, mask & (refs["exists"][...] != 0)
 
 
 def _add_read(
-    sizes: Sizes,
-    options: Options,
-    tables: Tables,
-    refs: dict,
-    sums: tuple,
-    block: Any,
+    sizes: Sizes, options: Options, refs: dict, sums: tuple, block: Any
 ) -> None:
     total, maximum, weight = sums
-    scores, mask = _scores(sizes, options, tables, refs, block)
+    scores, mask = _scores(sizes, options, refs, block)
     scores = jnp.where(mask, scores, MASKED_SCORE)
     old = maximum[...]
     new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
@@ -289,10 +279,10 @@ def _finish_read(options: Options, sums: tuple, outputs: tuple) -> None:
 
 
 def _cotangents(
-    sizes: Sizes, options: Options, tables: Tables, refs: dict, block: Any
+    sizes: Sizes, options: Options, refs: dict, block: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Return softmax and the gradients of the scores, [keys, lanes] each."""
-    scores, mask = _scores(sizes, options, tables, refs, block)
+    scores, mask = _scores(sizes, options, refs, block)
     share = jnp.where(mask, jnp.exp(scores - refs["normalizer"][...]), 0.0)
     on_share = dot(refs["value"][...], refs["cotangent"][...], (1, 1))
     cotangent = share * (on_share - refs["delta"][...])
@@ -302,14 +292,9 @@ def _cotangents(
 
 
 def _add_on_query(
-    sizes: Sizes,
-    options: Options,
-    tables: Tables,
-    refs: dict,
-    sums: tuple,
-    block: Any,
+    sizes: Sizes, options: Options, refs: dict, sums: tuple, block: Any
 ) -> None:
-    _, cotangent = _cotangents(sizes, options, tables, refs, block)
+    _, cotangent = _cotangents(sizes, options, refs, block)
     key = refs["key"][...]
     sums[0][...] += dot(cotangent.astype(key.dtype), key, (0, 0))
 
@@ -319,15 +304,10 @@ def _finish_on_query(options: Options, sums: tuple, outputs: tuple) -> None:
 
 
 def _add_on_key(
-    sizes: Sizes,
-    options: Options,
-    tables: Tables,
-    refs: dict,
-    sums: tuple,
-    block: Any,
+    sizes: Sizes, options: Options, refs: dict, sums: tuple, block: Any
 ) -> None:
     on_key, on_value = sums
-    share, cotangent = _cotangents(sizes, options, tables, refs, block)
+    share, cotangent = _cotangents(sizes, options, refs, block)
     query, on_out = refs["query"][...], refs["cotangent"][...]
     on_value[...] += dot(share.astype(on_out.dtype), on_out, (1, 0))
     on_key[...] += dot(cotangent.astype(query.dtype), query, (1, 0))

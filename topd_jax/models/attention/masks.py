@@ -1,10 +1,11 @@
 """Attention masks told by where they begin and end. The paper has none of this.
 
 A mask bool[B, S, L] is 1 GiB a row at 32k tokens. Rollouts, branches and packed
-rows need three numbers a token: it attends to a prefix of the keys, and to an
-interval that ends with itself. Attention that reads a block of queries at a
-time makes the mask of that block alone. Branches that are being written attend
-to a prefix, and to keys of their own that stand apart.
+rows need four numbers a token: it attends to a prefix of the keys, whose first
+ones a window leaves out, and to an interval that ends with itself. Attention
+that reads a block of queries at a time makes the mask of that block alone.
+Branches that are being written attend to a prefix, and to keys of their own
+that stand apart.
 """
 
 import jax
@@ -18,17 +19,19 @@ from topd_jax.models.attention.cache import update_slice
 class IntervalMask:
     """Which keys each token attends to.
 
-    Token s attends to key l where ``exists[l]`` and either ``l < prefix[s]`` or
-    ``first[s] <= l <= last[s]``.
+    Token s attends to key l where ``exists[l]`` and either
+    ``begin[s] <= l < prefix[s]`` or ``first[s] <= l <= last[s]``.
 
     Attributes:
       exists: bool[B, L] keys that any token may attend to.
-      prefix: i32[B, S] keys from the first that a token attends to.
+      begin: i32[B, S] first key of the prefix that a token attends to.
+      prefix: i32[B, S] end of the prefix, exclusive.
       first: i32[B, S] first key of its interval.
       last: i32[B, S] last key of it.
     """
 
     exists: jax.Array
+    begin: jax.Array
     prefix: jax.Array
     first: jax.Array
     last: jax.Array
@@ -38,8 +41,24 @@ class IntervalMask:
         key = jnp.arange(self.exists.shape[-1])
         inside = self.first[..., None] <= key
         inside &= key <= self.last[..., None]
-        prefix = key < self.prefix[..., None]
+        prefix = self.begin[..., None] <= key
+        prefix &= key < self.prefix[..., None]
         return (prefix | inside) & self.exists[:, None]
+
+    def within(self, window: jax.Array) -> "IntervalMask":
+        """Return the mask of a layer that slides.
+
+        Positions rise by one from key to key: in the prefix, and on from its
+        end in the interval.
+
+        Args:
+          window: i32[] keys that a token attends to, its own included.
+        """
+        end = self.last + 1 - window
+        return self.replace(
+            begin=jnp.maximum(self.begin, self.prefix - self.first + end),
+            first=jnp.maximum(self.first, end),
+        )
 
     def widen(self, length: int) -> "IntervalMask":
         """Return the same over ``length`` keys; the new ones are masked."""
@@ -114,7 +133,7 @@ def causal_intervals(exists: jax.Array) -> IntervalMask:
         jnp.arange(exists.shape[-1], dtype=jnp.int32), exists.shape
     )
     zero = jnp.zeros_like(order)
-    return IntervalMask(exists, zero, zero, order)
+    return IntervalMask(exists, zero, zero, zero, order)
 
 
 def packed_intervals(segments: jax.Array) -> IntervalMask:
