@@ -11,7 +11,8 @@ from topd_jax.models.attention import flash
 
 @contextlib.contextmanager
 def interpreted_kernels():
-    """Yields a list that grows by (kernel, its arrays' shapes) a call."""
+    """Yields a list that grows a call by (kernel, shapes of its arrays, its
+    options)."""
     calls, by_platform = [], jax.lax.platform_dependent
     options = functools.partial(flash.Options, interpret=True)
 
@@ -19,7 +20,7 @@ def interpreted_kernels():
         if not isinstance(tpu, functools.partial):  # of the experts
             return by_platform(*arrays, tpu=tpu, default=default)
         shapes = [x.shape for x in arrays if isinstance(x, jax.Array)]
-        calls.append((tpu.func.__name__, shapes))
+        calls.append((tpu.func.__name__, shapes, tpu.keywords))
         return tpu(*arrays)
 
     with (

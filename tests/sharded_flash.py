@@ -24,7 +24,7 @@ def main() -> None:
         with interpreted_kernels() as calls:
             assert_same(expected, run_mixture(mesh, config, **LONG))
         data, fsdp, tensor, expert, sequence = shape
-        read = {shapes[0][:3] for _, shapes in calls}
+        read = {shapes[0][:3] for _, shapes, _ in calls}
         rows = 8 // (data * fsdp * expert)
         assert (rows, 160 // sequence, 8 // tensor) in read, read
         print(f"same on {shape}: {sorted(read)}", flush=True)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from children import LIBTPU, on_eight_devices, run_script
 from dense_attention import dense_attention
+from interpreted import interpreted_kernels
 
 from topd_jax.models import Decoder, DecoderConfig, init_decoder
-from topd_jax.models.attention import core, flash, flash_decode
+from topd_jax.models.attention import flash, flash_decode
 from topd_jax.models.attention.masks import CachedMask
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
@@ -26,49 +27,40 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(flash_decode, "_BYTES", 1)
 
 
-def inputs(dtype="float32", length=L, shape=(B, G, R, D)):
-    rows, groups, shared, size = shape
-    rng = np.random.default_rng(0)
-    cache = (N, rows, length, groups, size)
-    shapes = (rows, 1, groups * shared, size), cache, cache
-    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
-
-
-def masks(written, length, rows, window=None):
-    """(bool[B, L], first, last) of left-padded rows, most of them alike."""
-    column = jnp.arange(length)
-    padding = jnp.array([0, 37, 5, 37] * rows)[:rows, None]
-    mask = (column >= padding) & (column < written)
-    first = jnp.zeros(rows, jnp.int32)
-    if window is not None:
-        mask &= column >= written - window
-        first = jnp.argmax(mask, axis=1)
-    return mask, first, jnp.int32(written - 1)
-
-
 def check(
     *written, dtype="float32", length=L, shape=(B, G, R, D), cap=None,
     window=None, tolerance=2e-5,
 ):  # fmt: skip
-    """Compares the two; what may not be read is nan."""
-    query, *cache = (np.asarray(x) for x in inputs(dtype, length, shape))
-    options = flash.Options(shape[-1] ** -0.5, cap, interpret=True)
+    """Compares the two; what may not be read is nan, and a row has no keys."""
+    rows, groups, shared, size = shape
+    rng = np.random.default_rng(0)
+    query, *cache = (
+        np.asarray(jnp.asarray(rng.normal(size=s), dtype))
+        for s in ((rows, 1, groups * shared, size),)
+        + ((N, rows, length, groups, size),) * 2
+    )
+    options = flash.Options(size**-0.5, cap, interpret=True)
     read = jax.jit(
         functools.partial(flash_decode.read, options=options, usual=length)
     )
     columns = flash_decode.sizes_of(query, cache[0]).keys
+    column, padding = np.arange(length), np.array([0, 37, 5, length] * rows)
     for count in written:
-        mask, first, last = masks(count, length, shape[0], window)
+        start = max(0, count - window) if window else 0
+        mask = (column >= padding[:rows, None]) & (column < count)
+        mask &= column >= start
         wanted = dense_attention(
             *map(jnp.asarray, (query, cache[0][LAYER], cache[1][LAYER])),
             mask[:, None], options.scale, cap,
         )  # fmt: skip
         poisoned = [np.full_like(x, np.nan) for x in cache]
-        begin = int(first.min()) // columns * columns
+        begin = start // columns * columns
         for x, y in zip(poisoned, cache, strict=True):
             x[LAYER, :, begin:count] = y[LAYER, :, begin:count]
-        numbers = flash_decode.as_numbers(mask)
-        found = read(query, *poisoned, LAYER, numbers, first, last)
+        found = read(
+            query, *poisoned, LAYER, flash_decode.as_numbers(mask),
+            np.full(rows, start), count - 1,
+        )  # fmt: skip
         assert found.dtype == query.dtype and np.isfinite(found).all()
         np.testing.assert_allclose(
             found.astype(jnp.float32), wanted, rtol=tolerance, atol=tolerance
@@ -97,40 +89,12 @@ def test_a_window_in_bfloat16_is_all_that_is_read(small_blocks):
     check(50, 600, 700, window=100, dtype="bfloat16", tolerance=0.02)
 
 
-def test_a_row_that_sees_nothing_is_zero():
-    query, keys, values = inputs()
-    mask, first, last = masks(300, L, B)
-    mask = mask.at[2].set(False)
-    found = flash_decode.read(
-        query, keys, values, jnp.int32(LAYER), flash_decode.as_numbers(mask),
-        first, last, options=flash.Options(0.1, interpret=True), usual=300,
-    )  # fmt: skip
-    assert (found[2] == 0).all() and (found[1] != 0).any()
-
-
 # In a decoder's rollout: the kernel interpreted in the place of XLA's.
 
 CONFIG = DecoderConfig(
     vocab_size=41, layers=2, width=32, heads=4, kv_heads=2, head_dim=16,
     mlp_width=24, attention_softcap=3.0,
 )  # fmt: skip
-
-
-@pytest.fixture
-def kernel(monkeypatch):
-    """Has a CPU take the kernel where a TPU would; keeps what it is told."""
-    told = []
-
-    def on_tpu(*arrays, tpu, default):
-        if tpu.func is flash_decode.read:
-            told.append((arrays[1].shape[2], tpu.keywords["usual"]))
-            return tpu(*arrays)
-        return default(*arrays)
-
-    monkeypatch.setattr(flash.jax.lax, "platform_dependent", on_tpu)
-    options = functools.partial(flash.Options, interpret=True)
-    monkeypatch.setattr(core.flash, "Options", options)
-    return told
 
 
 def written_by(config, length, **options):
@@ -144,35 +108,26 @@ def written_by(config, length, **options):
     )  # fmt: skip
 
 
-def assert_same(found, wanted):
+@pytest.mark.parametrize(
+    "options", [{}, dict(unroll=2, window=20, sliding=(True, False))]
+)
+def test_a_rollout_by_the_kernel_has_the_same_tokens(options):
+    config = CONFIG.replace(**options)
+    wanted = written_by(config, 30, buckets=(110,))
+    assert wanted.mask.sum() > 100
+    config = config.replace(attention="flash")
+    with interpreted_kernels() as calls:
+        found = written_by(config, 30, buckets=(110,))
     for name in ("tokens", "mask", "truncated"):
         np.testing.assert_array_equal(
             getattr(found, name), getattr(wanted, name)
         )
     np.testing.assert_allclose(found.logp, wanted.logp, rtol=2e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(),
-        dict(window=20, sliding=(False, True)),
-        pytest.param(
-            dict(unroll=2, window=20, sliding=(True, False)),
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_a_rollout_by_the_kernel_has_the_same_tokens(options, kernel):
-    config = CONFIG.replace(**options)
-    wanted = written_by(config, 30, buckets=(110,))
-    assert not kernel and wanted.mask.sum() > 100
-    config = config.replace(attention="flash")
-    assert_same(written_by(config, 30, buckets=(110,)), wanted)
     # Two blocks, and in the middle of the loop 15 tokens; or half of the layers
     # see 20 columns.
     usual = 110 + 15
-    assert set(kernel) == {(140, (usual + 20) // 2 if options else usual)}
+    told = {(shapes[1][2], keywords["usual"]) for _, shapes, keywords in calls}
+    assert told == {(140, (usual + 20) // 2 if options else usual)}
 
 
 def test_elsewhere_it_is_plain_attention():

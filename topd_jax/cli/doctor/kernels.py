@@ -86,31 +86,30 @@ def _read(config: DecoderConfig) -> float:
     exists = jnp.arange(_COLUMNS)[None] >= _PADDING
     start = jnp.array([[9, 100, 257, 299]])
     mask = branch_intervals(exists, start, jnp.ones((1, 4, _STEPS), bool))
-    columns = mask.exists.shape[1]
+    if config.sliding:
+        mask = mask.within(_WINDOW)
     shapes = [
-        (1, columns, n, config.head_dim)
-        for n in (config.heads, config.kv_heads, config.kv_heads, config.heads)
+        (*mask.last.shape, heads, config.head_dim)
+        for heads in (config.heads, *[config.kv_heads] * 2, config.heads)
     ]
     *given, cotangent = _normal(0, config.dtype, *shapes)
     # Padding attends to nothing: there the two need not agree.
     cotangent = cotangent.at[:, :_PADDING].set(0)
-    positions = mask.last if config.sliding else None
 
     @jax.jit
-    def read(mask: Any, positions: Any, *given: jax.Array) -> list[jax.Array]:
-        def attend(*x: jax.Array) -> jax.Array:
-            spec = core.MaskSpec(mask, order, positions)
-            return core.attend(*x, spec, jnp.int32(_WINDOW), config)
-
-        order = jnp.arange(columns, dtype=jnp.int32)[None]
-        out, pull = jax.vjp(attend, *given)
+    def read(mask: Any, *given: jax.Array) -> list[jax.Array]:
+        spec = core.MaskSpec(mask, None, None)
+        out, pull = jax.vjp(
+            lambda *x: core.attend(*x, spec, jnp.int32(_COLUMNS * 2), config),
+            *given,
+        )
         every = out, *pull(cotangent.astype(out.dtype))
         return [x[:, _PADDING:] for x in every]
 
-    result = read(mask, positions, *given)
+    result = read(mask, *given)
     with jax.default_matmul_precision("highest"):
         wide = (x.astype(jnp.float32) for x in given)
-        expected = read(mask.dense()[:, None], positions, *wide)
+        expected = read(mask.dense()[:, None], *wide)
     return _off(result, expected)
 
 
@@ -121,24 +120,21 @@ def _decode(config: DecoderConfig) -> float:
     mask = CachedMask(exists, jnp.int32(_WRITTEN), _CACHED)
     cached = (2, _ROWS, _CACHED, config.kv_heads, config.head_dim)
     token = (_ROWS, 1, config.heads, config.head_dim)
-    query, key, value = _normal(1, config.dtype, token, cached, cached)
+    given = _normal(1, config.dtype, token, cached, cached)
     keys_at = jnp.broadcast_to(column, exists.shape) if config.sliding else None
     at, window = jnp.full((_ROWS, 1), _WRITTEN - 1), jnp.int32(_WINDOW)
 
     @jax.jit
-    def by_kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    def by_kernel(query: jax.Array, *cached: jax.Array) -> Any:
         numbers = flash_decode.as_numbers(exists)
         spec = core.MaskSpec(mask, at, keys_at, numbers)
-        cache = Cache(key, value, jnp.int32(_WRITTEN))
+        cache = Cache(*cached, jnp.int32(_WRITTEN))
         return core.attend_cached(
             query, cache, jnp.int32(1), spec, window, config
         )
 
     spec = core.MaskSpec(mask.dense()[:, None], at, keys_at)
-    result = by_kernel(query, key, value)
     with jax.default_matmul_precision("highest"):
-        query, key, value = (
-            x.astype(jnp.float32) for x in (query, key[1], value[1])
-        )
-        expected = core.attend(query, key, value, spec, window, config)
-    return _off(result, expected)
+        query, key, value = (x.astype(jnp.float32) for x in given)
+        expected = core.attend(query, key[1], value[1], spec, window, config)
+    return _off(by_kernel(*given), expected)

@@ -20,7 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.attention.flash_kernels import MASKED_SCORE, Options, dot
+from topd_jax.models.attention.flash_kernels import (
+    EMPTY,
+    Options,
+    add_keys,
+    dot,
+)
 from topd_jax.types import soft_cap
 
 # Keys of a block at the least; more where a cache is of more blocks than
@@ -267,7 +272,7 @@ def _visit(
 
     @pl.when(step == 0)
     def _() -> None:
-        for total, empty in zip(sums, (0.0, MASKED_SCORE, 0.0), strict=True):
+        for total, empty in zip(sums, EMPTY, strict=True):
             total[...] = jnp.full_like(total, empty)
 
     add = functools.partial(
@@ -297,7 +302,6 @@ def _add(
 ) -> None:
     """Add a block of keys to the sums, [rows * groups, shared, ...]."""
     count = sizes.rows * sizes.groups
-    total, maximum, weight = sums
     query = query[...].reshape(count, sizes.shared, sizes.size)
     key, value = (
         x[...].reshape(count, sizes.keys, sizes.size) for x in (key, value)
@@ -314,12 +318,8 @@ def _add(
         at = jax.lax.broadcasted_iota(jnp.int32, value.shape, 1)
         plain = jnp.where(at <= left, value.astype(jnp.float32), 0.0)
         value = plain.astype(value.dtype)
-    scores = jnp.where(allowed, scores, MASKED_SCORE)
-    old = maximum[...]
-    new = jnp.maximum(old, jnp.max(scores, axis=2, keepdims=True))
-    share = jnp.where(allowed, jnp.exp(scores - new), 0.0)
-    keep = jnp.exp(old - new)
-    maximum[...] = new
-    weight[...] = weight[...] * keep + jnp.sum(share, 2, keepdims=True)
-    more = dot(share.astype(value.dtype), value, (2, 1), (0,))
-    total[...] = total[...] * keep + more
+
+    def product(share: jax.Array) -> jax.Array:
+        return dot(share.astype(value.dtype), value, (2, 1), (0,))
+
+    add_keys(sums, scores, allowed, product, axis=2)

@@ -24,6 +24,8 @@ from topd_jax.types import soft_cap
 
 # Far below any score; finite, since a row without keys must not be nan.
 MASKED_SCORE = -1e30
+# What the sums of an online softmax begin with.
+EMPTY = (0.0, MASKED_SCORE, 0.0)
 
 
 class Options(NamedTuple):
@@ -151,30 +153,19 @@ def _spec(sizes: Sizes, name: str, by_key: bool) -> Any:
     """Locate the block of an array at a step of the grid."""
     from jax.experimental import pallas as pl
 
-    def blocks(row: Any, outer: Any, inner: Any, *refs: Any) -> tuple:
+    def place(row: Any, group: Any, outer: Any, inner: Any, *refs: Any) -> Any:
         tables = Tables(*refs)
         if by_key:
-            return query_block(tables, row, outer, inner)[0], outer
-        return outer, key_block(tables, row, outer, inner)[0]
+            query, key = query_block(tables, row, outer, inner)[0], outer
+        else:
+            query, key = outer, key_block(tables, row, outer, inner)[0]
+        places = {"row": row, "group": group, "query": query, "key": key}
+        return tuple(places.get(axis, 0) for axis in axes)
 
-    def place(row: Any, group: Any, *at: Any) -> tuple:
-        query, key = blocks(row, *at)
-        return {
-            "query": (row, group, query, 0),
-            "key": (row, group, key, 0),
-            "exists": (row, key, 0),
-            "interval": (row, 0, query),
-            "normalizer": (row, group, 0, query),
-        }[_KINDS[name]]
-
-    shape = {
-        "query": (None, None, sizes.lanes, sizes.size),
-        "key": (None, None, sizes.keys, sizes.size),
-        "exists": (None, sizes.keys, 1),
-        "interval": (None, 1, sizes.lanes),
-        "normalizer": (None, None, 1, sizes.lanes),
-    }[_KINDS[name]]
-    return pl.BlockSpec(shape, place)
+    axes = _AXES[name]
+    shape = {"key": sizes.keys, "query": sizes.lanes, "size": sizes.size}
+    whole = {"row": None, "group": None, "one": 1}
+    return pl.BlockSpec([(shape | whole)[axis] for axis in axes], place)
 
 
 def _cost(
@@ -196,8 +187,7 @@ def _cost(
     pairs *= sizes.rows * sizes.groups * sizes.shared
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in outputs.values())
     for name, x in arrays.items():
-        of_keys = _KINDS[name] in ("key", "exists")
-        times = 1 if of_keys == kernel.by_key else outer
+        times = 1 if ("key" in _AXES[name]) == kernel.by_key else outer
         moved += times * math.prod(x.shape) * x.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * kernel.products * pairs * sizes.size,
@@ -206,18 +196,18 @@ def _cost(
     )
 
 
-_KINDS = {
-    "query": "query",
-    "cotangent": "query",
-    "key": "key",
-    "value": "key",
-    "exists": "exists",
-    "begin": "interval",
-    "prefix": "interval",
-    "first": "interval",
-    "last": "interval",
-    "normalizer": "normalizer",
-    "delta": "normalizer",
+_OF_QUERY = ("row", "group", "query", "size")
+_OF_KEY = ("row", "group", "key", "size")
+_AXES = {
+    "query": _OF_QUERY,
+    "cotangent": _OF_QUERY,
+    "key": _OF_KEY,
+    "value": _OF_KEY,
+    "exists": ("row", "key", "one"),
+    **dict.fromkeys(
+        ("begin", "prefix", "first", "last"), ("row", "one", "query")
+    ),
+    **dict.fromkeys(("normalizer", "delta"), ("row", "group", "one", "query")),
 }
 
 
@@ -251,21 +241,43 @@ def _scores(
     return scores, mask & (refs["exists"][...] != 0)
 
 
-def _add_read(
-    sizes: Sizes, options: Options, refs: dict, sums: tuple, block: Any
+def add_keys(
+    sums: tuple,
+    scores: jax.Array,
+    mask: jax.Array,
+    product: Callable[[jax.Array], jax.Array],
+    axis: int,
 ) -> None:
+    """Add a block of keys to an online softmax.
+
+    Args:
+      sums: refs of its sum of values, maximum, and weight; see ``EMPTY``.
+      scores: f32[...].
+      mask: bool[...], the same shape.
+      product: softmax -> its product with the values.
+      axis: of the keys.
+    """
     total, maximum, weight = sums
-    scores, mask = _scores(sizes, options, refs, block)
     scores = jnp.where(mask, scores, MASKED_SCORE)
     old = maximum[...]
-    new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
+    new = jnp.maximum(old, jnp.max(scores, axis=axis, keepdims=True))
     share = jnp.where(mask, jnp.exp(scores - new), 0.0)
     keep = jnp.exp(old - new)
     maximum[...] = new
-    weight[...] = weight[...] * keep + jnp.sum(share, 0, keepdims=True)
+    weight[...] = weight[...] * keep + jnp.sum(share, axis, keepdims=True)
+    total[...] = total[...] * keep + product(share)
+
+
+def _add_read(
+    sizes: Sizes, options: Options, refs: dict, sums: tuple, block: Any
+) -> None:
+    scores, mask = _scores(sizes, options, refs, block)
     value = refs["value"][...]
-    more = dot(value, share.astype(value.dtype), (0, 0))
-    total[...] = total[...] * keep + more
+
+    def product(share: jax.Array) -> jax.Array:
+        return dot(value, share.astype(value.dtype), (0, 0))
+
+    add_keys(sums, scores, mask, product, axis=0)
 
 
 def _finish_read(options: Options, sums: tuple, outputs: tuple) -> None:
@@ -299,10 +311,6 @@ def _add_on_query(
     sums[0][...] += dot(cotangent.astype(key.dtype), key, (0, 0))
 
 
-def _finish_on_query(options: Options, sums: tuple, outputs: tuple) -> None:
-    outputs[0][...] = (sums[0][...] * options.scale).astype(outputs[0].dtype)
-
-
 def _add_on_key(
     sizes: Sizes, options: Options, refs: dict, sums: tuple, block: Any
 ) -> None:
@@ -313,16 +321,18 @@ def _add_on_key(
     on_key[...] += dot(cotangent.astype(query.dtype), query, (1, 0))
 
 
-def _finish_on_key(options: Options, sums: tuple, outputs: tuple) -> None:
-    outputs[0][...] = (sums[0][...] * options.scale).astype(outputs[0].dtype)
-    outputs[1][...] = sums[1][...].astype(outputs[1].dtype)
+def _finish_gradients(options: Options, sums: tuple, outputs: tuple) -> None:
+    """Write the gradients of queries; or of keys, and of values."""
+    scales = (options.scale, 1.0)
+    for total, out, scale in zip(sums, outputs, scales, strict=False):
+        out[...] = (total[...] * scale).astype(out.dtype)
 
 
 # Attention [rows, D] and log-normalizers; sums: [D, rows], and twice [1, rows].
-READ = Kernel(_add_read, _finish_read, (0.0, MASKED_SCORE, 0.0), products=2)
+READ = Kernel(_add_read, _finish_read, EMPTY, products=2)
 # Gradient of a query block; sums: [rows, D].
-ON_QUERY = Kernel(_add_on_query, _finish_on_query, (0.0,), products=3)
+ON_QUERY = Kernel(_add_on_query, _finish_gradients, (0.0,), products=3)
 # Gradients of a block of keys and of values; sums: twice [keys, D].
 ON_KEY = Kernel(
-    _add_on_key, _finish_on_key, (0.0, 0.0), products=4, by_key=True
+    _add_on_key, _finish_gradients, (0.0, 0.0), products=4, by_key=True
 )
