@@ -155,30 +155,22 @@ def test_a_block_that_no_query_needs_is_never_read(name, window, small_blocks):
 
 
 def pairs_multiplied(mask):
-    """Pairs of blocks of one row, by queries and by keys; and all pairs."""
+    """Share of the pairs of blocks of one row that are multiplied."""
     length, keys = mask.prefix.shape[1], mask.exists.shape[1]
     query, key = jnp.zeros((1, length, 1, 128)), jnp.zeros((1, keys, 1, 128))
     sizes = flash_blocks.sizes_of(query, key)
     _, tables = flash_blocks.arranged(sizes, query, key, key, mask)
-
-    def pairs(find, outer, inner):
-        blocks, needed = jax.vmap(
-            lambda i: jax.vmap(lambda s: find(tables, 0, i, s))(
-                jnp.arange(inner)
-            )
-        )(jnp.arange(outer))
-        steps = zip(np.asarray(blocks), np.asarray(needed), strict=True)
-        return [(i, int(b)) for i, (bs, ns) in enumerate(steps) for b in bs[ns]]
-
-    by_query = pairs(
-        flash_blocks.key_block, sizes.query_blocks, sizes.key_blocks
-    )
-    by_key = pairs(
-        flash_blocks.query_block, sizes.key_blocks, sizes.query_blocks
-    )
-    assert len(set(by_query)) == len(by_query)
-    assert {(q, k) for k, q in by_key} == set(by_query)
-    return len(by_query) / (sizes.query_blocks * sizes.key_blocks)
+    pairs = np.ogrid[: sizes.query_blocks, : sizes.key_blocks]
+    needed = np.asarray(flash_blocks.needed(tables, 0, *pairs))
+    # A pair that is multiplied is the one that is fetched.
+    keys_read = flash_blocks.nearest_key(tables, 0, *pairs)
+    queries_read = flash_blocks.nearest_query(tables, 0, *pairs)
+    assert (keys_read == pairs[1])[needed].all()
+    assert (queries_read == pairs[0])[needed].all()
+    # And no other: one fetch a block that is needed, and the first one.
+    fetched = (np.diff(keys_read, axis=1) != 0).sum(1) + 1
+    assert (fetched <= np.maximum(needed.sum(1), 1)).all()
+    return needed.mean()
 
 
 def test_a_rollout_costs_half_and_a_branch_its_prefix():

@@ -48,12 +48,16 @@ def sizes_of(query: jax.Array, key: jax.Array) -> Sizes:
 
 
 class Tables(NamedTuple):
-    """Which blocks need each other, for all rows; i32."""
+    """Which blocks need each other, for all rows; i32.
 
-    begin: jax.Array  # [B, query blocks] first key block of the prefixes
-    prefix: jax.Array  # the same: their end, exclusive
-    first: jax.Array  # the same: first key block of the intervals, behind it
-    last: jax.Array  # the same: their end, exclusive
+    Blocks of queries need the key blocks ``begin <= k < prefix``, and behind
+    those ``first <= k < last``.
+    """
+
+    begin: jax.Array  # [B, query blocks]
+    prefix: jax.Array
+    first: jax.Array
+    last: jax.Array
     low: jax.Array  # [B, key blocks] first query block that needs it
     high: jax.Array  # the same: the last one; below low where there is none
 
@@ -107,26 +111,29 @@ def _tables(
     more = ((0, 0), (0, (count - sizes.query_blocks) * sizes.queries))
 
     def blocks(begin: jax.Array, end: jax.Array) -> tuple:
-        """Return the key blocks of all queries of a block: first and end."""
+        """Return the key blocks of all queries of a block; 0, 0 for none."""
         begin, end = (
             jnp.pad(x, more).reshape(sizes.rows, count, sizes.queries)
             for x in (begin, end)
         )
-        begin = jnp.where(begin < end, begin, sizes.keys * sizes.key_blocks)
-        end = -(-jnp.where(begin < end, end, 0).max(-1) // sizes.keys)
-        return begin.min(-1) // sizes.keys, end
+        end = jnp.where(begin < end, end, 0)
+        far = jnp.max(end, axis=-1)
+        near = jnp.where(end > 0, begin, far[..., None]).min(-1)
+        return near // sizes.keys, -(-far // sizes.keys)
 
     begin, prefix = blocks(begin, prefix)
-    first, last = blocks(first, last + 1)
-    first = jnp.maximum(first, prefix)
-    key = jnp.arange(sizes.key_blocks)
-    needs = (begin[..., None] <= key) & (key < prefix[..., None])
-    needs |= (first[..., None] <= key) & (key < last[..., None])
-    order = jnp.arange(count)[:, None]
+    first, last = (jnp.maximum(x, prefix) for x in blocks(first, last + 1))
+    key, order = jnp.arange(sizes.key_blocks), jnp.arange(count)[:, None]
+    needs = _inside(*(x[..., None] for x in (begin, prefix, first, last)), key)
     low = jnp.where(needs, order, count).min(1)
     high = jnp.where(needs, order, -1).max(1)
     ends = (begin, prefix, first, last, low, high)
     return Tables(*(x.astype(jnp.int32) for x in ends))
+
+
+def _inside(begin: Any, prefix: Any, first: Any, last: Any, key: Any) -> Any:
+    needs = (begin <= key) & (key < prefix)
+    return needs | (first <= key) & (key < last)
 
 
 def grouped(sizes: Sizes, x: jax.Array) -> jax.Array:
@@ -145,24 +152,23 @@ def ungrouped(sizes: Sizes, x: jax.Array) -> jax.Array:
     return x.reshape(sizes.rows, sizes.length, -1, sizes.size)
 
 
-def key_block(tables: Tables, row: Any, query: Any, step: Any) -> tuple:
-    """Return the key block of a step, and whether there is one.
+def needed(tables: Tables, row: Any, query: Any, key: Any) -> Any:
+    """Tell whether a block of queries needs a block of keys."""
+    return _inside(*(x[row, query] for x in tables[:4]), key)
 
-    Behind the last one it stays the same, which fetches nothing.
+
+def nearest_key(tables: Tables, row: Any, query: Any, key: Any) -> Any:
+    """Return ``key`` if ``query`` needs it, else one near that it needs.
+
+    What stays the same from step to step is not fetched again.
     """
     begin, prefix, first, last = (x[row, query] for x in tables[:4])
-    whole = jnp.maximum(prefix - begin, 0)
-    count = whole + jnp.maximum(last - first, 0)
-    at = jnp.minimum(step, jnp.maximum(count - 1, 0))
-    block = jnp.where(at < whole, begin + at, first + at - whole)
-    return jnp.where(count > 0, block, 0), step < count
+    behind = jnp.clip(key, first, last - 1)
+    near = jnp.where(key < prefix, jnp.maximum(key, begin), behind)
+    return jnp.maximum(near, 0)
 
 
-def query_block(tables: Tables, row: Any, key: Any, step: Any) -> tuple:
-    """Return the query block of a step, and whether it needs the key block."""
-    low, high = tables.low[row, key], tables.high[row, key]
-    at = jnp.clip(low + step, 0, jnp.maximum(high, 0))
-    begin, prefix, first, last = (x[row, at] for x in tables[:4])
-    needs = (begin <= key) & (key < prefix)
-    needs |= (first <= key) & (key < last)
-    return at, (low + step <= high) & needs
+def nearest_query(tables: Tables, row: Any, query: Any, key: Any) -> Any:
+    """Return ``query`` if it needs ``key``, else one that is near."""
+    near = jnp.clip(query, tables.low[row, key], tables.high[row, key])
+    return jnp.maximum(near, 0)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from topd_jax.models.attention.flash_blocks import (
     Sizes,
     Tables,
-    key_block,
-    query_block,
+    nearest_key,
+    nearest_query,
+    needed,
 )
 from topd_jax.types import soft_cap
 
@@ -130,19 +131,16 @@ def _visit(
     inputs = dict(zip(names, refs, strict=False))
     out_refs, sums = refs[len(names) :][:outputs], refs[len(names) + outputs :]
     row, _, outer, step = (pl.program_id(i) for i in range(4))
-    if kernel.by_key:
-        block, (_, needed) = outer, query_block(tables, row, outer, step)
-    else:
-        block, needed = key_block(tables, row, outer, step)
+    query, key = (step, outer) if kernel.by_key else (outer, step)
 
     @pl.when(step == 0)
     def _() -> None:
         for total, empty in zip(sums, kernel.empty, strict=True):
             total[...] = jnp.full_like(total, empty)
 
-    @pl.when(needed)
+    @pl.when(needed(tables, row, query, key))
     def _() -> None:
-        kernel.add(sizes, options, inputs, sums, block)
+        kernel.add(sizes, options, inputs, sums, key)
 
     @pl.when(step == steps - 1)
     def _() -> None:
@@ -156,9 +154,9 @@ def _spec(sizes: Sizes, name: str, by_key: bool) -> Any:
     def place(row: Any, group: Any, outer: Any, inner: Any, *refs: Any) -> Any:
         tables = Tables(*refs)
         if by_key:
-            query, key = query_block(tables, row, outer, inner)[0], outer
+            query, key = nearest_query(tables, row, inner, outer), outer
         else:
-            query, key = outer, key_block(tables, row, outer, inner)[0]
+            query, key = outer, nearest_key(tables, row, outer, inner)
         places = {"row": row, "group": group, "query": query, "key": key}
         return tuple(places.get(axis, 0) for axis in axes)
 
