@@ -1,7 +1,5 @@
 """Masks, what each layer attends to, and the cache."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,26 +26,11 @@ from topd_jax.sampling import branch, branch_columns, rollout
 from topd_jax.types import Candidates, Prompts, completion_states, positions_of
 
 CONFIG = DecoderConfig(
-    vocab_size=40,
-    layers=3,
-    width=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=24,
-    rope_theta=100.0,
-    local_rope_theta=10.0,
-    window=3,
-    sliding=(True, False, True),
-    no_rope=(False, False, True),
-    query_scalar=4,
-    attention_softcap=2.0,
-    final_softcap=3.0,
-)
-CONFIGS = {
-    "scanned": CONFIG,
-    "unrolled": dataclasses.replace(CONFIG, unroll=3),
-}
+    vocab_size=40, layers=3, width=16, heads=4, kv_heads=2, head_dim=8,
+    mlp_width=24, rope_theta=100.0, local_rope_theta=10.0, window=3,
+    sliding=(True, False, True), no_rope=(False, False, True), query_scalar=4,
+    attention_softcap=2.0, final_softcap=3.0,
+)  # fmt: skip
 
 
 def test_causal_intervals_are_the_causal_mask():
@@ -84,6 +67,16 @@ def test_branches_see_their_prefix_and_themselves():
             [0, 1, 0, 0, 0, 0, 1, 0],  # has ended
         ],
     )
+    within = branch_intervals(exists, start, window).within(2).dense()
+    np.testing.assert_array_equal(
+        within[0, 4:].astype(int),
+        [
+            [0, 0, 1, 0, 1, 0, 0, 0],
+            [0, 0, 0, 0, 1, 1, 0, 0],
+            [0, 1, 0, 0, 0, 0, 1, 0],
+            [0, 0, 0, 0, 0, 0, 1, 0],
+        ],
+    )
 
 
 def test_the_mask_of_branches():
@@ -105,16 +98,6 @@ def test_the_mask_of_a_cache():
     assert mask.astype(int).tolist() == [[[0, 1, 1, 0]], [[1, 1, 1, 0]]]
 
 
-def sliding_mask(mask, positions, cache=None, window=3):
-    """The mask of a sliding layer, as 0 and 1."""
-    config = dataclasses.replace(CONFIG, window=window)
-    spec, cache = prepare_mask(config, positions, mask, cache)
-    assert layer_windows(config).tolist()[::2] == [window, window]
-    return np.asarray(layer_mask(spec, layer_windows(config)[0]))[:, 0].astype(
-        int
-    ), cache
-
-
 def only(mask):
     """MaskSpec of a layer that does not slide."""
     rows = jnp.zeros((mask.shape[0], mask.shape[2]), jnp.int32)
@@ -123,9 +106,12 @@ def only(mask):
 
 def test_window_over_left_padding():
     exists = jnp.array([[0, 0, 1, 1, 1, 1, 1]], bool)
-    got, _ = sliding_mask(causal_mask(exists), positions_of(exists))
+    positions, intervals = positions_of(exists), causal_intervals(exists)
+    spec, _ = prepare_mask(CONFIG, positions, causal_mask(exists), None)
+    assert layer_windows(CONFIG).tolist()[::2] == [3, 3]
+    got = np.asarray(layer_mask(spec, layer_windows(CONFIG)[0]))[:, 0]
     np.testing.assert_array_equal(
-        got[0, 2:, 2:],
+        got[0, 2:, 2:].astype(int),
         [
             [1, 0, 0, 0, 0],
             [1, 1, 0, 0, 0],
@@ -135,38 +121,11 @@ def test_window_over_left_padding():
         ],
     )
     assert not got[0, :, :2].any()
-
-
-def test_window_goes_by_position_in_a_cache():
-    """Two branches that leave a prefix of four at different places.
-
-    Columns 0-3 are the prefix; branch a leaves before its token 2 and branch b
-    after token 3; then each writes a second token: columns a0 b0 a1 b1.
-    """
-    cache = make(CONFIG).init_cache(1, 8)
-    exists = jnp.array([[1, 1, 1, 1]], bool)
-    mask = jnp.pad(causal_mask(exists), ((0, 0), (0, 0), (0, 4)))
-    _, cache = sliding_mask(mask, positions_of(exists), cache)
-    for step, want in enumerate(
-        (
-            # a at position 2 sees 0, 1, itself; b at 4 sees 2, 3, itself
-            [[1, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 1, 0, 0]],
-            # a at 3 sees 1, a0, itself; b at 5 sees 3, b0, itself
-            [[0, 1, 0, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1, 0, 1]],
-        )
-    ):
-        own = np.zeros((1, 2, 8), bool)
-        own[0, 0, :2] = own[0, 1, :4] = True
-        for earlier in range(step + 1):
-            own[0, 0, 4 + 2 * earlier] = own[0, 1, 5 + 2 * earlier] = True
-        cache = cache.replace(length=jnp.int32(4 + 2 * step))
-        positions = jnp.array([[2, 4]]) + step
-        got, cache = sliding_mask(jnp.asarray(own), positions, cache)
-        np.testing.assert_array_equal(got[0], want)
+    np.testing.assert_array_equal(intervals.within(3).dense(), got)
 
 
 def test_nothing_is_kept_where_no_layer_slides():
-    plain = dataclasses.replace(CONFIG, sliding=())
+    plain = CONFIG.replace(sliding=())
     assert make(plain).init_cache(2, 5).positions is None
     assert make(CONFIG).init_cache(2, 5).positions.shape == (1, 2, 5)
 
@@ -174,7 +133,7 @@ def test_nothing_is_kept_where_no_layer_slides():
 @pytest.mark.parametrize("cap", [None, 0.7])
 def test_attention_against_plain_loops(cap):
     rng = np.random.default_rng(0)
-    config = dataclasses.replace(CONFIG, attention_softcap=cap)
+    config = CONFIG.replace(attention_softcap=cap)
     query = rng.normal(size=(1, 3, 4, 8))
     key, value = rng.normal(size=(2, 1, 5, 2, 8))
     mask = rng.random((1, 1, 3, 5)) < 0.6
@@ -208,10 +167,10 @@ def forward(model, tokens, mask):
     return hidden
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_rollout_equals_reading_it_again(name):
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_rollout_equals_reading_it_again(unroll):
     """Through cache and left padding; its log-probabilities are capped."""
-    model = make(CONFIGS[name])
+    model = make(CONFIG.replace(unroll=unroll))
     mask = jnp.arange(6) >= jnp.array([[0], [2], [5]])
     tokens = jax.random.randint(jax.random.key(1), (3, 6), 3, 40)
     written = rollout(
@@ -227,9 +186,9 @@ def test_rollout_equals_reading_it_again(name):
     np.testing.assert_allclose(written.logp, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["scanned", "unrolled"])
-def test_branches_equal_reading_their_text(name):
-    model = make(CONFIGS[name])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_branches_equal_reading_their_text(unroll):
+    model = make(CONFIG.replace(unroll=unroll))
     written = make_trajectories(rows=3)
     candidates = Candidates(
         jnp.array([[0, 2, 3], [1, 2, 3], [0, 1, 3]]), jnp.ones((3, 3), bool)
@@ -264,12 +223,10 @@ def test_branches_equal_reading_their_text(name):
 
 def test_programs_do_not_grow_with_depth():
     def program(layers):
-        config = dataclasses.replace(
-            CONFIG,
-            layers=layers,
-            sliding=(True, False, True) * (layers // 3),
-            no_rope=(False, False, True) * (layers // 3),
-        )
+        config = CONFIG.replace(
+            layers=layers, sliding=CONFIG.sliding * (layers // 3),
+            no_rope=CONFIG.no_rope * (layers // 3),
+        )  # fmt: skip
         shapes = jax.eval_shape(lambda: make.__wrapped__(config))
         tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         mask = jax.ShapeDtypeStruct((1, 4), bool)

@@ -1,7 +1,5 @@
 """Mixtures of experts: routing, no token dropped, meshes, real sizes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,27 +7,15 @@ import pytest
 from children import on_eight_devices
 from small_files import make
 
-from topd_jax.models import (
-    DecoderConfig,
-    causal_mask,
-    unembed,
-)
+from topd_jax.models import DecoderConfig, causal_mask, unembed
 from topd_jax.models.experts import mix, route
 from topd_jax.types import positions_of
 
 CONFIG = DecoderConfig(
-    vocab_size=40,
-    layers=3,
-    width=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=24,
-    experts=4,
-    experts_per_token=2,
-    expert_width=12,
+    vocab_size=40, layers=3, width=16, heads=4, kv_heads=2, head_dim=8,
+    mlp_width=24, experts=4, experts_per_token=2, expert_width=12,
     renormalize=True,
-)
+)  # fmt: skip
 
 
 def weights(seed=0, experts=4):
@@ -59,22 +45,21 @@ def dense_loop(x, w, config):
     return out
 
 
+def check_mix(x, w, config):
+    """Compares with the loop; tokens are [T, D]."""
+    arrays = {n: jnp.asarray(p, jnp.float32) for n, p in w.items()}
+    got = mix(jnp.asarray(x, jnp.float32)[None], arrays, config)[0]
+    want = dense_loop(x, w, config)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("renormalize", "copies"), [(True, 2), (False, 1), (False, 4)]
 )
 def test_equals_a_dense_loop(renormalize, copies):
-    config = dataclasses.replace(
-        CONFIG, renormalize=renormalize, experts_per_token=copies
-    )
-    x = np.random.default_rng(1).normal(size=(2, 5, 16))
-    w = weights()
-    got = mix(
-        jnp.asarray(x, jnp.float32),
-        {n: jnp.asarray(p, jnp.float32) for n, p in w.items()},
-        config,
-    )
-    want = dense_loop(x.reshape(10, 16), w, config).reshape(x.shape)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    config = CONFIG.replace(renormalize=renormalize, experts_per_token=copies)
+    x = np.random.default_rng(1).normal(size=(10, 16))
+    check_mix(x, weights(), config)
 
 
 def test_no_token_is_dropped_where_all_want_one_expert():
@@ -82,20 +67,16 @@ def test_no_token_is_dropped_where_all_want_one_expert():
     w["router"][:] = 0
     w["router"][0, 3] = 50.0  # every token with x_0 > 0 goes to expert 3
     x = np.abs(np.random.default_rng(1).normal(size=(64, 16)))
-    config = dataclasses.replace(CONFIG, experts_per_token=1)
-    arrays = {n: jnp.asarray(p, jnp.float32) for n, p in w.items()}
-    x32 = jnp.asarray(x, jnp.float32)
-    chosen, _ = route(x32, arrays["router"], config)
+    config = CONFIG.replace(experts_per_token=1)
+    chosen, _ = route(jnp.asarray(x), jnp.asarray(w["router"]), config)
     assert (np.asarray(chosen) == 3).all()
-    got = mix(x32[None], arrays, config)[0]
-    want = dense_loop(x, w, config)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    check_mix(x, w, config)
 
 
 def test_routing_by_hand():
     x = jnp.array([[1.0]])
     router = jnp.log(jnp.array([[1.0, 4.0, 3.0, 2.0]]))
-    config = dataclasses.replace(CONFIG, renormalize=False)
+    config = CONFIG.replace(renormalize=False)
     chosen, chances = route(x, router, config)
     np.testing.assert_array_equal(chosen, [[1, 2]])
     np.testing.assert_allclose(chances, [[0.4, 0.3]], rtol=1e-6)
@@ -114,7 +95,7 @@ def test_layers_scanned_and_unrolled():
         return unembed(model.head, hidden)
 
     model = make(CONFIG)
-    lazy = dataclasses.replace(CONFIG, remat="full", unroll=3)
+    lazy = CONFIG.replace(remat="full", unroll=3)
     other = model.__class__(lazy, model.arrays)
     np.testing.assert_allclose(logits(model), logits(other), atol=1e-5)
     gradient = jax.jit(jax.grad(lambda m: (logits(m) ** 2).sum()))(model)

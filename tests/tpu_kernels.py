@@ -99,43 +99,31 @@ def flash(topology):
         **QWEN3_8B,
     )  # fmt: skip
 
-    def learn(config, query, key, value, exists, numbers, cotangent):
+    def read(mask, *arrays):
+        spec = MaskSpec(mask, mask.prefix, None)
+        return attend(*arrays, spec, EVERYWHERE, config)
+
+    def learn(exists, numbers, cotangent, *arrays):
         mask = IntervalMask(exists, *[numbers] * 4)
-
-        def read(*x):
-            spec = MaskSpec(mask, numbers, None)
-            return attend(*x, spec, EVERYWHERE, config)
-
-        out, back = jax.vjp(read, query, key, value)
+        out, back = jax.vjp(functools.partial(read, mask), *arrays)
         return out, back(cotangent)
 
-    def learning(config, dtype):
-        query, key = (heads_of(KEYS, k, dtype) for k in ("heads", "kv_heads"))
-        return compile_on(
-            mesh, lambda *x: learn(config, *x), query, key, key,
-            row(KEYS, bool), row(KEYS, jnp.int32), query,
-        )  # fmt: skip
-
     for dtype in ("bfloat16", "float32"):
-        program = learning(config, dtype)
+        query, key = (heads_of(KEYS, k, dtype) for k in ("heads", "kv_heads"))
+        given = row(KEYS, bool), row(KEYS, jnp.int32), query, query, key, key
+        program = compile_on(mesh, learn, *given)
         assert kernels(program) == 3
         assert f"{KEYS},{KEYS}" not in program.as_text()
         scores = KEYS**2 * jnp.dtype(dtype).itemsize
         assert temporaries(program) < 2 * scores  # of the sixteen of a chip
         print(f"{topology} {dtype}: 3 kernels")
-    blocks = learning(config.replace(attention="blocks"), "bfloat16")
-    assert kernels(blocks) == 0
     count, steps = 218, 49
-
-    def branches(query, key, value, exists, prefix):
-        spec = MaskSpec(BranchMask(exists, prefix, READ), prefix, None)
-        return attend(query, key, value, spec, EVERYWHERE, config)
-
     length = READ + count * steps
     key = heads_of(length, "kv_heads", "bfloat16")
     program = compile_on(
-        mesh, branches, heads_of(count, "heads", "bfloat16"), key, key,
+        mesh, lambda *x: read(BranchMask(*x[:2], READ), *x[2:]),
         row(length, bool), row(count, jnp.int32),
+        heads_of(count, "heads", "bfloat16"), key, key,
     )  # fmt: skip
     assert kernels(program) == 1
     scores = config.heads // 2 * count * READ * 4  # of a chip, prefix alone
@@ -146,12 +134,12 @@ def flash(topology):
 LAYERS, ROWS, LENGTH, STEPS = 3, 4, 33792, 100
 
 
-def decoding(topology, dtype, attention, shape):
+def decoding(topology, dtype, shape):
     """The attention of some tokens, each of all layers, on two chips."""
     mesh = sharding.make_mesh(tensor=2, devices=devices(topology)[:2])
     config = DecoderConfig(
         vocab_size=1, layers=LAYERS, width=1, mlp_width=1, dtype=dtype,
-        attention=attention, **shape,
+        attention="flash", **shape,
     )  # fmt: skip
 
     def token(exists, carry, _):
@@ -165,10 +153,8 @@ def decoding(topology, dtype, attention, shape):
             query, cache = carry
             index, window = options
             new = query[:, :, : config.kv_heads]
-            cache, key, value = write_cache(cache, new, new, index)
+            cache, *_ = write_cache(cache, new, new, index)
             out = attend_cached(query, cache, index, spec, window, config)
-            if out is None:
-                out = attend(query, key, value, spec, window, config)
             return (out, cache), None
 
         options = jnp.arange(LAYERS), jnp.asarray(layer_windows(config))
@@ -193,31 +179,21 @@ def decoding(topology, dtype, attention, shape):
 
 
 def decode(topology):
-    def layers_moved(program, layer):
-        bytes_moved = hlo_cost.count(hlo.parse(program.as_text())).bytes
-        return bytes_moved / (STEPS * LAYERS * layer)
-
-    def layer_bytes(shape, dtype):
-        size = shape["kv_heads"] // 2 * shape["head_dim"]
-        return 2 * ROWS * LENGTH * size * jnp.dtype(dtype).itemsize
-
     for shape in (QWEN3_8B, GEMMA_2):
         for dtype in ("bfloat16", "float32"):
-            program = decoding(topology, dtype, "flash", shape)
-            layer = layer_bytes(shape, dtype)
+            program = decoding(topology, dtype, shape)
+            size = shape["kv_heads"] // 2 * shape["head_dim"]
+            layer = 2 * ROWS * LENGTH * size * jnp.dtype(dtype).itemsize
             assert kernels(program) == 1
             assert temporaries(program) < (LAYERS + 0.25) * layer
             # Half of the keys, as usual, or a window of them in two of three
             # layers; half a block more, and what empties the cache.
             window = shape.get("window", LENGTH / 2)
             usual = (0.5 + 2 * window / LENGTH) / 3
-            read = layers_moved(program, layer)
+            moved = hlo_cost.count(hlo.parse(program.as_text())).bytes
+            read = moved / (STEPS * LAYERS * layer)
             assert usual < read < usual + 0.1, (shape, dtype, read)
             print(f"{topology} {dtype} reads the cache in place")
-    plain = decoding(topology, "bfloat16", "blocks", QWEN3_8B)
-    assert kernels(plain) == 0
-    # All keys, also those that are yet to be written.
-    assert layers_moved(plain, layer_bytes(QWEN3_8B, "bfloat16")) > 1
 
 
 def experts(topology):
