@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from conftest import EOS, PAD, VOCAB, make_model, make_trajectories
 from jax.sharding import AxisType, Mesh
+from small_files import adapted
 
-from topd_jax.models import Lora, add_lora, init_decoder, merge_lora
+from topd_jax.models import Lora, init_decoder, merge_lora
 from topd_jax.models.config import LORA_TARGETS, DecoderConfig
 from topd_jax.models.lora import join, split
-from topd_jax.models.parameters import parameter_table
 from topd_jax.objectives import presets
 from topd_jax.objectives.objective import NearFuture
 from topd_jax.parallel import sharding
@@ -117,17 +117,6 @@ def meshes():
         print(f"same on {shape}", flush=True)
 
 
-def adapted(model):
-    """With adapters whose B is not zero, so that A has a gradient."""
-    lora = Lora(4, 8.0, LORA_TARGETS)
-    table = parameter_table(dataclasses.replace(model.config, lora=lora))
-    rng = np.random.default_rng(0)
-    factors = {
-        n: rng.normal(0, 0.2, table[n].shape) for n in table if "_lora_" in n
-    }
-    return add_lora(model, lora, factors)
-
-
 def objectives():
     sampled = presets.topd(
         near_future=dataclasses.replace(AHEAD, branch_temperature=1.0),
@@ -143,7 +132,8 @@ def objectives():
          dict(branch_sharding="rows")),
         ("two teachers", mixed, presets.opd(), two, {}),
         ("adapters", mixed, presets.opd(),
-         (adapted(make_model(0)), make_model(2)), dict(accumulate=2)),
+         (adapted(make_model(0), Lora(4, 8.0, LORA_TARGETS)), make_model(2)),
+         dict(accumulate=2)),
     ):  # fmt: skip
         rows = make_trajectories(rows=24 if models is two else 16)
         expected = run(one_device(), objective, models, rows)

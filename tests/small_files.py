@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -44,6 +45,18 @@ def make(config, seed=0):
             draw = rng.normal(0, row.scale, row.shape)
         arrays[name] = jnp.asarray(draw, config.param_dtype)
     return Decoder(config, arrays)
+
+
+def adapted(model, lora, seed=2):
+    """The same model with adapters whose B is not zero."""
+    rng = np.random.default_rng(seed)
+    config = dataclasses.replace(model.config, lora=lora)
+    arrays = {
+        name: jnp.asarray(rng.normal(0, 0.2, row.shape), jnp.float32)
+        for name, row in parameter_table(config).items()
+        if "_lora_" in name
+    }
+    return Decoder(config, model.arrays | arrays)
 
 
 def assert_same(a, b):
@@ -134,13 +147,17 @@ def write_gguf(
     writer.add_chat_template(
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    tensors, owners = dict(disassemble(model, "gguf")), {}
-    for tensor, (name, index, _) in file_tensors(c, "gguf").items():
+    names = {n: k for k, n in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(names[arch], c.layers)
+    tensors, owners, rows = {}, {}, file_tensors(c)
+    for hub, array in disassemble(model):
+        name, index, _ = rows[hub]
+        stem = re.sub(r"experts\.\d+", "experts", hub)
+        tensor = table.get_name(stem, (".weight", ".bias"))
         owners[tensor] = name
         if len(index) == 2:  # experts go into one tensor
-            stack = tensor.replace(f".{index[1]}.weight", ".weight")
-            owners[stack] = name
-            tensors.setdefault(stack, []).append(tensors.pop(tensor))
+            array = [*tensors.get(tensor, ()), array]
+        tensors[tensor] = array
     for tensor, array in (tensors | (extra or {})).items():
         name, array = owners.get(tensor), np.asarray(array)
         if permute and arch == "llama" and name in ("q", "k"):

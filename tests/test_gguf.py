@@ -118,7 +118,7 @@ def test_gguf_faults_are_named(tmp_path):
     file = open_gguf(tmp_path / "m.gguf")
     tensors = dict(file.tensors)
     tensors["extra.weight"] = tensors.pop("blk.1.ffn_up.weight")
-    with pytest.raises(ValueError, match=r"blk.1.ffn_up.weight") as error:
+    with pytest.raises(ValueError, match="missing .*1.mlp.up_proj") as error:
         read(dataclasses.replace(file, tensors=tensors))
     assert "not expected (1): extra.weight" in str(error.value)
     metadata = dict(file.metadata) | {"general.architecture": "gemma2"}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_files
 from conftest import make_model, make_trajectories
 from small_step import scores
 
@@ -31,19 +32,6 @@ LORA = Lora(rank=3, alpha=6.0, targets=LORA_TARGETS)
 GUIDED = "topd(candidates=3, window=4, guidance_weight=0.3)"
 
 
-def with_noise(model):
-    """The same model with adapters whose B is not zero."""
-    rng = np.random.default_rng(5)
-    config = dataclasses.replace(model.config, lora=LORA)
-    table = parameter_table(config)
-    arrays = {
-        name: rng.normal(0, 0.2, table[name].shape)
-        for name in table
-        if "_lora_" in name
-    }
-    return add_lora(model, LORA, arrays)
-
-
 @pytest.fixture(scope="module")
 def base():
     return make_model(0)
@@ -51,7 +39,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def adapted(base):
-    return with_noise(base)
+    return small_files.adapted(base, LORA)
 
 
 @jax.jit
@@ -93,7 +81,7 @@ def test_two_thin_products_are_the_merged_map(base, adapted):
 
 
 def test_merging_by_donation_is_the_same_and_gives_up_the_arrays(base):
-    model = with_noise(jax.tree.map(jnp.copy, base))
+    model = small_files.adapted(jax.tree.map(jnp.copy, base), LORA)
     want = merge_lora(model).arrays
     before = model.arrays["gate"]
     got = merge_lora(model, donate=True).arrays
@@ -132,9 +120,9 @@ def test_half_precision_keeps_adapters_wide_until_they_are_cast(base):
 
 def test_beside_quantised_matrices_adapters_stay_apart(base):
     fewer = quantize(base, "int8")
-    adapted = with_noise(fewer)
+    adapted = small_files.adapted(fewer, LORA)
     assert merge_lora(adapted) is adapted
-    floats = with_noise(dequantize(fewer))
+    floats = small_files.adapted(dequantize(fewer), LORA)
     np.testing.assert_allclose(
         states(adapted, TOKENS), states(floats, TOKENS), atol=1e-5
     )

@@ -7,29 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_files import LLAMA, QWEN, make
+from small_files import LLAMA, QWEN, adapted, make
 
-from topd_jax.models import Lora, add_lora, load_adapter, save_adapter
+from topd_jax.models import Lora, load_adapter, save_adapter
 from topd_jax.models.config import LORA_TARGETS
 from topd_jax.models.io.peft import CONFIG_FILE, TENSOR_FILE
 from topd_jax.models.lora import split
-from topd_jax.models.parameters import parameter_table
 
 LORA = Lora(3, 6.0, LORA_TARGETS, rank_stabilized=True)
 
 
-def adapted(config=LLAMA, lora=LORA):
-    rng = np.random.default_rng(2)
-    table = parameter_table(dataclasses.replace(config, lora=lora))
-    arrays = {
-        n: rng.normal(0, 0.3, table[n].shape) for n in table if "_lora_" in n
-    }
-    return add_lora(make(config), lora, arrays)
-
-
 @pytest.fixture
 def saved(tmp_path):
-    return save_adapter(adapted(), tmp_path / "adapter", base="owner/base")
+    return save_adapter(
+        adapted(make(LLAMA), LORA), tmp_path / "adapter", base="owner/base"
+    )
 
 
 def edit(directory, **changes):
@@ -41,7 +33,8 @@ def edit(directory, **changes):
 @pytest.mark.parametrize("config", [LLAMA, QWEN])
 @pytest.mark.parametrize("targets", [LORA_TARGETS, ("k", "o")])
 def test_what_is_written_is_read(config, targets, tmp_path):
-    want = adapted(config, dataclasses.replace(LORA, targets=targets))
+    lora = dataclasses.replace(LORA, targets=targets)
+    want = adapted(make(config), lora)
     path = save_adapter(want, tmp_path / "a", base="owner/base")
     got = load_adapter(make(config), path)
     assert got.config == want.config
@@ -60,7 +53,7 @@ def test_files_are_spelt_as_peft_spells_them(saved):
     a, b = (tensors[f"{stem}lora_{x}.weight"] for x in "AB")
     assert (a.shape, b.shape) == ((3, 32), (32, 3))
     # Files hold [out, in]: B A is the update of o's own file tensor.
-    ours = adapted().arrays
+    ours = adapted(make(LLAMA), LORA).arrays
     want = ours["o_lora_a"][1].reshape(-1, 3) @ ours["o_lora_b"][1]
     np.testing.assert_allclose(b @ a, want.T, atol=1e-5)
 
@@ -76,7 +69,9 @@ def test_half_precision_files_and_every_spelling_of_targets(saved):
         assert got.config.lora == LORA
         assert got.arrays["q_lora_a"].dtype == jnp.float32
         np.testing.assert_allclose(
-            got.arrays["q_lora_a"], adapted().arrays["q_lora_a"], rtol=1e-2
+            got.arrays["q_lora_a"],
+            adapted(make(LLAMA), LORA).arrays["q_lora_a"],
+            rtol=1e-2,
         )
 
 
@@ -145,4 +140,4 @@ def test_files_that_are_not_there_are_named(saved, tmp_path):
     with pytest.raises(ValueError, match="has no adapters to write"):
         save_adapter(make(LLAMA), tmp_path / "x", base="b")
     with pytest.raises(ValueError, match="is not empty"):
-        save_adapter(adapted(), saved, base="b")
+        save_adapter(adapted(make(LLAMA), LORA), saved, base="b")

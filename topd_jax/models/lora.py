@@ -21,17 +21,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from topd_jax.models.config import Lora
+from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.fingerprint import fingerprint
 from topd_jax.models.parameters import (
     LORA_A,
     LORA_B,
     is_quantized,
+    parameter_shardings,
     parameter_table,
 )
-from topd_jax.parallel.rules import RULES, Rules
-from topd_jax.parallel.sharding import named
+from topd_jax.parallel.rules import Rules
 
 
 class Adapters(nnx.Module):
@@ -97,7 +97,6 @@ def join(trained: Any, frozen: Any) -> Any:
 def add_lora(
     model: Decoder,
     lora: Lora,
-    arrays: Mapping[str, np.ndarray] | None = None,
     *,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
@@ -106,10 +105,9 @@ def add_lora(
 
     Args:
       model: a decoder without adapters; its arrays are not copied.
-      lora: shape of the adapters.
-      arrays: on the host, name -> [N, in..., r] or [N, r, out...]; None
-        draws A as the parameter table says, always the same numbers, and
-        leaves B at zero: the model then computes what it did before.
+      lora: shape of the adapters. A is drawn as the parameter table says,
+        always the same numbers, and B is zero: the model computes what it
+        did before.
       mesh: where to spread them; None is one device.
       rules: logical axis -> mesh axis; None takes the default rules.
 
@@ -121,27 +119,44 @@ def add_lora(
       ValueError: where the model has adapters already, or ``lora`` or a mesh
         axis does not fit it.
     """
-    if model.config.lora is not None:
-        raise ValueError(
-            f"the model has adapters already ({model.config.lora}); merge "
-            "them first"
-        )
-    config = model.config.replace(lora=lora)
-    table = parameter_table(config)
+    config = adapted_config(model, lora)
+    table, shardings = (
+        parameter_table(config), parameter_shardings(config, mesh, rules)
+    )  # fmt: skip
     # NumPy: the same numbers whatever the devices, in every process.
     draw = np.random.default_rng(0)
     placed = {}
     for name in _names(lora):
         row = table[name]
-        if arrays is not None:
-            host = np.asarray(arrays[name], np.float32)
-        elif row.scale is None:
-            host = np.full(row.shape, row.start, np.float32)
-        else:
+        host = np.full(row.shape, row.start, np.float32)
+        if row.scale is not None:
             host = draw.standard_normal(row.shape, np.float32) * row.scale
             host = host.astype(np.float32)
-        placed[name] = _place(host, name, row.axes, mesh, rules)
+        if (sharding := shardings[name]) is None:
+            placed[name] = jnp.asarray(host)
+        else:
+            placed[name] = jax.make_array_from_callback(
+                host.shape, sharding, lambda index, host=host: host[index]
+            )
     return Decoder(config, model.arrays | placed)
+
+
+def adapted_config(model: Decoder, lora: Lora) -> DecoderConfig:
+    """Return the shape of a model once it has adapters.
+
+    Args:
+      model: a decoder without adapters.
+      lora: shape of the adapters.
+
+    Raises:
+      ValueError: where it has adapters already, or ``lora`` does not fit it.
+    """
+    if model.config.lora is not None:
+        raise ValueError(
+            f"the model has adapters already ({model.config.lora}); merge "
+            "them first"
+        )
+    return model.config.replace(lora=lora)
 
 
 def merge_lora(model: Any, *, donate: bool = False) -> Any:
@@ -206,20 +221,3 @@ def _merged(
     )
     wide = w.astype(jnp.float32) + scale * product.reshape(w.shape)
     return wide.astype(w.dtype)
-
-
-def _place(
-    host: np.ndarray,
-    name: str,
-    axes: tuple[str | None, ...],
-    mesh: Mesh | None,
-    rules: Rules | None,
-) -> jax.Array:
-    if mesh is None:
-        return jnp.asarray(host)
-    sharding = named(
-        mesh, host.shape, axes, RULES if rules is None else rules, name=name
-    )
-    return jax.make_array_from_callback(
-        host.shape, sharding, lambda index: host[index], dtype=host.dtype
-    )

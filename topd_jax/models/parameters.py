@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from topd_jax.models.config import DecoderConfig
+from topd_jax.parallel.rules import RULES, Rules
+from topd_jax.parallel.sharding import named
 
 if TYPE_CHECKING:
     from qwix import QArray
@@ -50,6 +53,32 @@ def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
     if not config.tied:
         table["output"] = vocab
     return table | _adapters(config, table)
+
+
+def parameter_shardings(
+    config: DecoderConfig, mesh: Mesh | None, rules: Rules | None
+) -> dict[str, NamedSharding | None]:
+    """Return where each parameter of a decoder goes.
+
+    Args:
+      config: the decoder's shape.
+      mesh: of devices; None is one device.
+      rules: logical axis -> mesh axis; None takes the default rules.
+
+    Returns:
+      parameter -> sharding, or None without a mesh.
+
+    Raises:
+      ValueError: where a parameter does not divide over the mesh.
+    """
+    table = parameter_table(config)
+    if mesh is None:
+        return dict.fromkeys(table)
+    rules = RULES if rules is None else rules
+    return {
+        name: named(mesh, row.shape, row.axes, rules, name=name)
+        for name, row in table.items()
+    }
 
 
 def as_floats(p: "jax.Array | QArray", dtype: Any) -> jax.Array:

@@ -91,7 +91,7 @@ def save_model(
     dtype = dtype or model.config.param_dtype
     fields |= {"dtype": dtype, "torch_dtype": dtype}
     if jax.process_index() != 0:
-        for _ in disassemble(model, "hub"):  # the others' part in gathering
+        for _ in disassemble(model):  # the others' part in gathering
             pass
         return target
     with staged(target, _tensor_bytes(model, dtype)) as staging:
@@ -157,7 +157,7 @@ def _write_tensors(
     size = jnp.dtype(dtype).itemsize
     plan: list[list[str]] = [[]]
     filled = 0
-    for name, (_, _, shape) in file_tensors(model.config, "hub").items():
+    for name, (_, _, shape) in file_tensors(model.config).items():
         needed = int(np.prod(shape)) * size
         if plan[-1] and filled + needed > max_shard_bytes:
             plan.append([])
@@ -170,7 +170,7 @@ def _write_tensors(
             f"model-{i + 1:05}-of-{len(plan):05}.safetensors"
             for i in range(len(plan))
         ]
-    tensors = disassemble(model, "hub")
+    tensors = disassemble(model)
     for names, file in zip(plan, files, strict=True):
         shard = {
             name: array.astype(jnp.dtype(dtype), copy=False)

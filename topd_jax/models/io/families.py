@@ -29,7 +29,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from topd_jax.models.config import DecoderConfig
+from topd_jax.models.config import LORA_TARGETS, DecoderConfig
+from topd_jax.models.parameters import LORA_A, LORA_B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,81 +127,67 @@ FAMILIES: dict[str, Family] = {
 
 
 class Weight(NamedTuple):
-    """How files spell one parameter.
+    """How safetensors files spell one parameter.
 
     Attributes:
-      hub: name in safetensors files, ``{}`` for the layer, then the expert.
-      gguf: name in GGUF files; those stack experts in one tensor, which the
-        reader shows as one an expert.
+      hub: its name, ``{}`` for the layer, then the expert. GGUF files have
+        names of their own, which the ``gguf`` package maps to these.
       inputs: leading dimensions (after the layer's and the expert's) that a
         linear map reads; files hold it as [out, in]. 0: files hold it flat.
       expert: the first dimension after the layer's counts experts.
     """
 
     hub: str
-    gguf: str
     inputs: int
     expert: bool = False
 
 
-_LAYER, _BLOCK = "model.layers.{}.", "blk.{}."
+_LAYER = "model.layers.{}."
 
 WEIGHTS: dict[str, Weight] = {
-    "embedding": Weight("model.embed_tokens.weight", "token_embd.weight", 0),
-    "final_norm": Weight("model.norm.weight", "output_norm.weight", 0),
-    "output": Weight("lm_head.weight", "output.weight", 0),
+    "embedding": Weight("model.embed_tokens.weight", 0),
+    "final_norm": Weight("model.norm.weight", 0),
+    "output": Weight("lm_head.weight", 0),
 } | {
-    name: Weight(_LAYER + hub, _BLOCK + gguf, inputs, ".experts." in hub)
-    for name, hub, gguf, inputs in (
-        ("attention_norm", "input_layernorm.weight", "attn_norm.weight", 0),
-        (
-            "attention_post_norm", "post_attention_layernorm.weight",
-            "post_attention_norm.weight", 0,
-        ),
-        ("q", "self_attn.q_proj.weight", "attn_q.weight", 1),
-        ("k", "self_attn.k_proj.weight", "attn_k.weight", 1),
-        ("v", "self_attn.v_proj.weight", "attn_v.weight", 1),
-        ("o", "self_attn.o_proj.weight", "attn_output.weight", 2),
-        ("q_bias", "self_attn.q_proj.bias", "attn_q.bias", 0),
-        ("k_bias", "self_attn.k_proj.bias", "attn_k.bias", 0),
-        ("v_bias", "self_attn.v_proj.bias", "attn_v.bias", 0),
-        ("o_bias", "self_attn.o_proj.bias", "attn_output.bias", 0),
-        ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", 0),
-        ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", 0),
-        ("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight", 0),
-        (
-            "mlp_post_norm", "post_feedforward_layernorm.weight",
-            "post_ffw_norm.weight", 0,
-        ),
-        ("gate", "mlp.gate_proj.weight", "ffn_gate.weight", 1),
-        ("up", "mlp.up_proj.weight", "ffn_up.weight", 1),
-        ("down", "mlp.down_proj.weight", "ffn_down.weight", 1),
-        ("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias", 0),
-        ("up_bias", "mlp.up_proj.bias", "ffn_up.bias", 0),
-        ("down_bias", "mlp.down_proj.bias", "ffn_down.bias", 0),
-        ("router", "mlp.gate.weight", "ffn_gate_inp.weight", 1),
-        (
-            "expert_gate", "mlp.experts.{}.gate_proj.weight",
-            "ffn_gate_exps.{}.weight", 1,
-        ),
-        (
-            "expert_up", "mlp.experts.{}.up_proj.weight",
-            "ffn_up_exps.{}.weight", 1,
-        ),
-        (
-            "expert_down", "mlp.experts.{}.down_proj.weight",
-            "ffn_down_exps.{}.weight", 1,
-        ),
+    name: Weight(_LAYER + hub, inputs, ".experts." in hub)
+    for name, hub, inputs in (
+        ("attention_norm", "input_layernorm.weight", 0),
+        ("attention_post_norm", "post_attention_layernorm.weight", 0),
+        ("q", "self_attn.q_proj.weight", 1),
+        ("k", "self_attn.k_proj.weight", 1),
+        ("v", "self_attn.v_proj.weight", 1),
+        ("o", "self_attn.o_proj.weight", 2),
+        ("q_bias", "self_attn.q_proj.bias", 0),
+        ("k_bias", "self_attn.k_proj.bias", 0),
+        ("v_bias", "self_attn.v_proj.bias", 0),
+        ("o_bias", "self_attn.o_proj.bias", 0),
+        ("q_norm", "self_attn.q_norm.weight", 0),
+        ("k_norm", "self_attn.k_norm.weight", 0),
+        ("mlp_norm", "post_attention_layernorm.weight", 0),
+        ("mlp_post_norm", "post_feedforward_layernorm.weight", 0),
+        ("gate", "mlp.gate_proj.weight", 1),
+        ("up", "mlp.up_proj.weight", 1),
+        ("down", "mlp.down_proj.weight", 1),
+        ("gate_bias", "mlp.gate_proj.bias", 0),
+        ("up_bias", "mlp.up_proj.bias", 0),
+        ("down_bias", "mlp.down_proj.bias", 0),
+        ("router", "mlp.gate.weight", 1),
+        ("expert_gate", "mlp.experts.{}.gate_proj.weight", 1),
+        ("expert_up", "mlp.experts.{}.up_proj.weight", 1),
+        ("expert_down", "mlp.experts.{}.down_proj.weight", 1),
     )
-}  # fmt: skip
+}
 
-# With norms on both sides the hub calls the feed-forward's first one so.
-_MLP_NORM_BETWEEN = Weight(
-    _LAYER + "pre_feedforward_layernorm.weight", _BLOCK + "ffn_norm.weight", 0
-)
+# As PEFT names them: lora_A [r, in] and lora_B [out, r].
+ADAPTER_PREFIX = "base_model.model."
+for _name in LORA_TARGETS:
+    _module = ADAPTER_PREFIX + WEIGHTS[_name].hub.removesuffix("weight")
+    _inputs = WEIGHTS[_name].inputs
+    WEIGHTS[_name + LORA_A] = Weight(f"{_module}lora_A.weight", _inputs)
+    WEIGHTS[_name + LORA_B] = Weight(f"{_module}lora_B.weight", 1)
 
 
-def weight(config: DecoderConfig, name: str) -> Weight:
+def hub_name(config: DecoderConfig, name: str) -> str:
     """Return how files of this decoder spell a parameter.
 
     Args:
@@ -208,11 +195,12 @@ def weight(config: DecoderConfig, name: str) -> Weight:
       name: of the parameter.
 
     Returns:
-      The row of :data:`WEIGHTS`, or what replaces it.
+      Its name, as in :class:`Weight`.
     """
     if name == "mlp_norm" and config.post_norms:
-        return _MLP_NORM_BETWEEN
-    return WEIGHTS[name]
+        # With norms on both sides the hub calls the feed-forward's first so.
+        return _LAYER + "pre_feedforward_layernorm.weight"
+    return WEIGHTS[name].hub
 
 
 def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:

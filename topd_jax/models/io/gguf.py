@@ -3,8 +3,8 @@
 One file holds everything. Quantized tensors are expanded to floats piece by
 piece, when they are read. llama.cpp pairs neighboring rotary dimensions where
 Hugging Face pairs the two halves of a head, so its converter reorders the rows
-of q and k of the Llama family; they are put back here. Experts are stacked in
-one tensor and shown as one an expert.
+of q and k of the Llama family; they are put back here. Tensors are shown by
+their names in safetensors files, as the ``gguf`` package maps them.
 """
 
 import dataclasses
@@ -21,15 +21,13 @@ import numpy as np
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.io.families import WEIGHTS, family_of
+from topd_jax.models.io.families import family_of
 from topd_jax.models.io.hub_config import decoder_config
-from topd_jax.models.io.streaming import Read
 from topd_jax.models.io.weights import (
     Placement,
     TensorInfo,
     assemble,
-    check_tensors,
-    split_experts,
+    file_tensors,
 )
 from topd_jax.models.rope import frequencies
 
@@ -73,8 +71,7 @@ _HEAD_DIM = (
     "rope.dimension_count",
 )
 
-_STACKED = re.compile(r"(blk\.\d+\.ffn_\w+_exps)\.weight")
-
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 # Of Llama 3.1 and later, files keep what each rotary frequency is divided by,
 # and not the rule. All that were published follow from this one.
 _ROPE_FREQS = "rope_freqs.weight"
@@ -152,15 +149,39 @@ def gguf_decoder(
     """
     if _ROPE_FREQS in file.tensors:
         _check_rope_freqs(file, config)
+    architecture = file.metadata["general.architecture"]
+    family = family_of(architecture, str(file.path), gguf=True)
+    names = _hub_names(family.gguf, config)
     tensors = {
-        # Every quantization is expanded to float32.
-        name: TensorInfo(_shape(tensor), "float32")
+        names.get(name, name): tensor
         for name, tensor in file.tensors.items()
         if name != _ROPE_FREQS
     }
-    tensors, read = split_experts(tensors, _reader(file, config), _expert_parts)
-    check_tensors(config, "gguf", tensors, str(file.path))
-    return assemble(config, "gguf", read, placement)
+    heads = {}
+    if family.gguf_permuted:
+        heads["q_proj.weight"] = config.heads
+        heads["k_proj.weight"] = config.kv_heads
+
+    def read(name: str, index: tuple[slice | np.ndarray, ...]) -> np.ndarray:
+        tensor, kind = tensors[name], name.rpartition("self_attn.")[2]
+        if kind in heads:
+            rows, *others = index
+            count = int(tensor.shape[-1])
+            index = (_unpermuted_rows(count, heads[kind])[rows], *others)
+        try:
+            return _expand(tensor, index)
+        except NotImplementedError:
+            raise ValueError(
+                f"{file.path}: {tensor.name} is quantized as "
+                f"{tensor.tensor_type.name}, which the gguf package cannot "
+                "expand; convert the file to Q8_0 or F16"
+            ) from None
+
+    infos = {  # every quantization is expanded to float32
+        name: TensorInfo(tuple(map(int, reversed(x.shape))), "float32")
+        for name, x in tensors.items()
+    }
+    return assemble(config, infos, read, placement, str(file.path))
 
 
 def gguf_config(file: GGUFFile) -> DecoderConfig:
@@ -241,9 +262,8 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     sizes = {f"{prefix}{k}": values[k] for k in _HEAD_DIM if k in values}
     if len(set(sizes.values())) > 1:
         problems.append(f"{sizes} must be equal")
-    embedding = WEIGHTS["embedding"].gguf
-    if embedding not in file.tensors:
-        problems.append(f"the tensor {embedding} is missing")
+    if _EMBEDDING not in file.tensors:
+        problems.append(f"the tensor {_EMBEDDING} is missing")
     if problems:
         raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
     fields = {known[key]: values[key] for key in known if key in values}
@@ -253,13 +273,13 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     fields["model_type"] = family.model_type
     fields["head_dim"] = next(iter(sizes.values()), None)
     fields["num_key_value_heads"] = values.get("attention.head_count_kv")
-    fields["vocab_size"] = int(file.tensors[embedding].shape[-1])
+    fields["vocab_size"] = int(file.tensors[_EMBEDDING].shape[-1])
     if known is not _FIELDS:
         fields["norm_topk_prob"] = True  # as llama.cpp computes
     if family.model_type == "llama" and _ROPE_FREQS in file.tensors:
         factor = float(np.max(file.tensors[_ROPE_FREQS].data))
         fields["rope_scaling"] = _LLAMA3 | {"factor": factor}
-    fields["tie_word_embeddings"] = WEIGHTS["output"].gguf not in file.tensors
+    fields["tie_word_embeddings"] = _OUTPUT not in file.tensors
     return fields
 
 
@@ -278,39 +298,18 @@ def _check_rope_freqs(file: GGUFFile, config: DecoderConfig) -> None:
         )
 
 
-def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    return tuple(int(n) for n in reversed(tensor.shape))
+def _hub_names(architecture: str, config: DecoderConfig) -> dict[str, str]:
+    """Map names in the file to those in safetensors files.
 
-
-def _expert_parts(name: str) -> list[str]:
-    stacked = _STACKED.fullmatch(name)
-    return [f"{stacked[1]}.{{}}.weight"] if stacked else []
-
-
-def _reader(file: GGUFFile, config: DecoderConfig) -> Read:
-    heads = {}
-    architecture = file.metadata["general.architecture"]
-    if family_of(architecture, str(file.path), gguf=True).gguf_permuted:
-        for layer in range(config.layers):
-            heads[WEIGHTS["q"].gguf.format(layer)] = config.heads
-            heads[WEIGHTS["k"].gguf.format(layer)] = config.kv_heads
-
-    def read(name: str, index: tuple[slice | np.ndarray, ...]) -> np.ndarray:
-        tensor = file.tensors[name]
-        if name in heads:
-            count = int(tensor.shape[-1])
-            rows, *others = index
-            index = (_unpermuted_rows(count, heads[name])[rows], *others)
-        try:
-            return _expand(tensor, index)
-        except NotImplementedError:
-            raise ValueError(
-                f"{file.path}: {name} is quantized as "
-                f"{tensor.tensor_type.name}, which the gguf package cannot "
-                "expand; convert the file to Q8_0 or F16"
-            ) from None
-
-    return read
+    Experts are stacked in one tensor, named as one without a number.
+    """
+    numbers = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(numbers[architecture], config.layers)
+    names = {}
+    for tensor in file_tensors(config):
+        stem = re.sub(r"experts\.\d+", "experts", tensor)
+        names[table.get_name(stem, (".weight", ".bias"))] = stem
+    return names
 
 
 def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:

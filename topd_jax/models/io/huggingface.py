@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ from topd_jax.models.io.weights import (
     Placement,
     TensorInfo,
     assemble,
-    check_tensors,
-    split_experts,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ TOKENIZER_FILES = (
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Compared at once, where a file holds a tied head as well.
 _HEAD_ROWS = 1024
-_STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -113,7 +110,7 @@ def hub_decoder(
       ValueError: for a missing or broken file, or tensors that do not fit,
         all of them by name.
     """
-    with _open_tensors(directory) as (tensors, read):
+    with open_tensors(_weight_files(directory)) as (tensors, read):
         # Old files hold inv_freq, which follows from rope_theta.
         tensors = {
             name: info
@@ -122,25 +119,7 @@ def hub_decoder(
         }
         if config.tied:
             _drop_tied_head(tensors, read, directory)
-        tensors, read = split_experts(tensors, read, _expert_parts)
-        check_tensors(config, "hub", tensors, str(directory))
-        return assemble(config, "hub", read, placement)
-
-
-def _expert_parts(name: str) -> list[str]:
-    """Name the parts of a tensor of all experts.
-
-    Hub files hold each expert's three maps apart; what transformers 5 keeps
-    in memory, and some files therefore hold, is ``experts.gate_up_proj``
-    [E, 2 F, D] and ``experts.down_proj`` [E, D, F].
-    """
-    stacked = _STACKED.fullmatch(name)
-    if stacked is None:
-        return []
-    maps = {"gate_up_proj": ["gate_proj", "up_proj"]}.get(
-        stacked[2], [stacked[2]]
-    )
-    return [f"{stacked[1]}{{}}.{each}.weight" for each in maps]
+        return assemble(config, tensors, read, placement, str(directory))
 
 
 def load_tokenizer(
@@ -218,13 +197,23 @@ def _drop_tied_head(
 
 
 @contextlib.contextmanager
-def _open_tensors(
-    directory: Path,
+def open_tensors(
+    paths: Sequence[Path],
 ) -> Iterator[tuple[dict[str, TensorInfo], Read]]:
-    """Open a directory's tensors: what they are, and how to read a part."""
+    """Open safetensors files.
+
+    Args:
+      paths: of the files.
+
+    Yields:
+      (name -> what the tensor is, (name, slices) -> that part of it).
+
+    Raises:
+      ValueError: where a file is broken.
+    """
     tensors, owner = {}, {}
     with contextlib.ExitStack() as stack:
-        for path in _weight_files(directory):
+        for path in paths:
             try:
                 handle = stack.enter_context(safe_open(path, "np"))
             except (SafetensorError, OSError) as error:
@@ -242,16 +231,27 @@ def _open_tensors(
         yield tensors, lambda name, index: owner[name].get_slice(name)[index]
 
 
+def require_file(path: Path, other: str = "") -> None:
+    """Refuse a directory without a file of tensors.
+
+    Args:
+      path: of the file.
+      other: what might have been there instead, for the error.
+
+    Raises:
+      ValueError: naming files of torch that are there, to be converted.
+    """
+    if not path.exists():
+        bins = sorted(p.name for p in path.parent.glob("*.bin"))
+        hint = f"; convert {', '.join(bins)} to safetensors" if bins else ""
+        raise ValueError(f"no file {path} {other}".rstrip() + hint)
+
+
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / SINGLE_FILE).exists():
         return [directory / SINGLE_FILE]
     index = directory / INDEX_FILE
-    if not index.exists():
-        others = sorted(p.name for p in directory.glob("*.bin"))
-        hint = f"; convert {', '.join(others)} to safetensors" if others else ""
-        raise ValueError(
-            f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}"
-        )
+    require_file(index, f"or {SINGLE_FILE}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, Mapping) or not names:
         raise ValueError(f'{index} has no "weight_map"; is it cut short?')

@@ -35,8 +35,7 @@ from topd_jax.models.io.runs import (
     run_decoder,
     tokenizer_directory,
 )
-from topd_jax.models.io.streaming import Finish
-from topd_jax.models.io.weights import Placement
+from topd_jax.models.io.weights import Finish, Placement
 from topd_jax.parallel.rules import Rules
 
 if TYPE_CHECKING:

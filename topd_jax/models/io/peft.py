@@ -7,37 +7,37 @@ arithmetic and is not implemented is refused by name.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.export import check_free, staged, write_json
-from topd_jax.models.io.families import WEIGHTS
-from topd_jax.models.io.huggingface import read_json, resolve
-from topd_jax.models.io.weights import TensorInfo, tensor_faults
-from topd_jax.models.lora import add_lora, split
-from topd_jax.models.parameters import (
-    LORA_A,
-    LORA_B,
-    linear_inputs,
-    parameter_table,
+from topd_jax.models.io.families import ADAPTER_PREFIX, WEIGHTS
+from topd_jax.models.io.huggingface import (
+    open_tensors,
+    read_json,
+    require_file,
+    resolve,
 )
-from topd_jax.parallel.hosts import on_host
+from topd_jax.models.io.streaming import stream
+from topd_jax.models.io.weights import (
+    disassemble,
+    file_tensors,
+    require_tensors,
+)
+from topd_jax.models.lora import adapted_config
+from topd_jax.models.parameters import parameter_shardings, parameter_table
 from topd_jax.parallel.rules import Rules
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
-_FACTORS = ((LORA_A, "lora_A"), (LORA_B, "lora_B"))
 # Read here, or of no consequence to the arithmetic of a loaded adapter:
 # dropout acts in PEFT's own training only.
 _READ = frozenset(
@@ -85,27 +85,30 @@ def load_adapter(
         extra or misshaped tensor, by name.
     """
     directory = resolve(source)
-    fields = read_json(directory / CONFIG_FILE)
-    tensors = _read_tensors(directory)
-    lora = _lora(model.config, fields, tensors, directory)
-    config = model.config.replace(lora=lora)
-    rows = adapter_tensors(config)
-    shapes = {name: shape for name, (_, _, shape) in rows.items()}
-    held = {n: TensorInfo(x.shape, x.dtype.name) for n, x in tensors.items()}
-    if faults := tensor_faults(shapes, held):
-        raise ValueError(
-            f"the tensors of {directory / TENSOR_FILE} do not fit its config "
-            f"and this model:\n  {faults}\n{_MERGE}"
+    fields, path = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
+    require_file(path)
+    with open_tensors([path]) as (tensors, read):
+        lora = _lora(model.config, fields, tensors, directory)
+        config = adapted_config(model, lora)
+        rows = _adapter_tensors(config)
+        require_tensors(
+            {name: shape for name, (_, _, shape) in rows.items()},
+            tensors,
+            f"the tensors of {path} do not fit its config and this model, so "
+            f"{_MERGE}",
         )
-    table = parameter_table(config)
-    arrays = {
-        name: np.empty(table[name].shape, np.float32)
-        for name in {name for name, _, _ in rows.values()}
-    }
-    for tensor, (name, i, _) in rows.items():
-        target = arrays[name][i]
-        target[...] = tensors[tensor].T.reshape(target.shape)
-    return add_lora(model, lora, arrays, mesh=mesh, rules=rules)
+        shardings = parameter_shardings(config, mesh, rules)
+        parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for tensor, (name, index, _) in rows.items():
+            parts.setdefault(name, []).append((tensor, index))
+        arrays = {
+            name: stream(
+                name, parameter_table(config)[name].shape, "float32", held,
+                read, shardings[name],
+            )
+            for name, held in parts.items()
+        }  # fmt: skip
+    return Decoder(config, model.arrays | arrays)
 
 
 def save_adapter(
@@ -128,22 +131,17 @@ def save_adapter(
       ValueError: where there are no adapters, or the place is taken.
       OSError: where the disk is full or refuses; nothing has changed then.
     """
-    adapters, frozen = split(model)
-    if frozen is None:
+    lora = model.config.lora
+    if lora is None:
         raise ValueError(
             "the model has no adapters to write; write it whole, with "
             "save_model"
         )
     target = Path(directory).resolve()
     check_free(target, overwrite=False)
-    host = on_host(adapters.arrays)
+    tensors = dict(disassemble(model, _adapter_tensors(model.config)))
     if jax.process_index() != 0:
         return target
-    tensors = {
-        tensor: np.ascontiguousarray(host[name][i].reshape(shape[::-1]).T)
-        for tensor, (name, i, shape) in adapter_tensors(model.config).items()
-    }
-    lora = adapters.lora
     whole = float(lora.alpha).is_integer()
     fields = {
         "peft_type": "LORA",
@@ -152,7 +150,7 @@ def save_adapter(
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if whole else lora.alpha,
         "use_rslora": lora.rank_stabilized,
-        "target_modules": [_module(t).split(".")[-1] for t in lora.targets],
+        "target_modules": [_module(t) for t in lora.targets],
         "bias": "none",
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,
@@ -164,39 +162,25 @@ def save_adapter(
     return target
 
 
-def adapter_tensors(
+def _adapter_tensors(
     config: DecoderConfig,
-) -> dict[str, tuple[str, int, tuple[int, int]]]:
-    """List the tensors of a PEFT file for this decoder.
-
-    Args:
-      config: of a decoder with adapters.
-
-    Returns:
-      name in the file -> (parameter, row of its layer, shape in the file).
-    """
-    table, tensors = parameter_table(config), {}
-    for target in config.lora.targets:
-        module = _PREFIX + _module(target)
-        for i in range(config.layers):
-            for suffix, factor in _FACTORS:
-                shape = table[target + suffix].shape[1:]
-                inputs = linear_inputs(target) if suffix == LORA_A else 1
-                size = int(np.prod(shape[:inputs]))
-                tensors[f"{module.format(i)}.{factor}.weight"] = (
-                    target + suffix, i, (int(np.prod(shape)) // size, size),
-                )  # fmt: skip
-    return tensors
+) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """List the tensors of a PEFT file, as :func:`file_tensors` does."""
+    return {
+        name: row
+        for name, row in file_tensors(config).items()
+        if name.startswith(ADAPTER_PREFIX)
+    }
 
 
 def _module(target: str) -> str:
-    return WEIGHTS[target].hub.removesuffix(".weight")
+    return WEIGHTS[target].hub.split(".")[-2]
 
 
 def _lora(
     config: DecoderConfig,
     fields: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Iterable[str],
     directory: Path,
 ) -> Lora:
     """Read the adapters' shape."""
@@ -220,9 +204,7 @@ def _lora(
         problems.append(f"lora_alpha={alpha!r} must be a positive number")
     targets, unknown = _targets(config, fields.get("target_modules"), tensors)
     if unknown or not targets:
-        known = ", ".join(
-            _module(t).split(".")[-1] for t in config.lora_targets
-        )
+        known = ", ".join(map(_module, config.lora_targets))
         problems.append(
             f"target_modules={fields.get('target_modules')!r} must be some of "
             f"{known}"
@@ -236,10 +218,10 @@ def _lora(
 
 
 def _targets(
-    config: DecoderConfig, given: object, tensors: Mapping[str, np.ndarray]
+    config: DecoderConfig, given: object, tensors: Iterable[str]
 ) -> tuple[tuple[str, ...], list[str]]:
     """Return (parameters that are adapted, modules that are not known)."""
-    parameters = {_module(t).split(".")[-1]: t for t in config.lora_targets}
+    parameters = {_module(t): t for t in config.lora_targets}
     if given == "all-linear":
         return config.lora_targets, []
     if isinstance(given, str):  # a regular expression; the tensors tell
@@ -249,17 +231,3 @@ def _targets(
     names = {str(m).split(".")[-1] for m in modules}
     known = tuple(parameters[n] for n in sorted(names & set(parameters)))
     return known, sorted(names - set(parameters))
-
-
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    path = directory / TENSOR_FILE
-    if not path.exists():
-        others = sorted(p.name for p in directory.glob("*.bin"))
-        hint = f"; convert {', '.join(others)} to safetensors" if others else ""
-        raise ValueError(f"no file {path}{hint}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); was its download cut short?"
-        ) from error

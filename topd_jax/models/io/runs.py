@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.io.streaming import Advance, block_bytes, local_blocks
 from topd_jax.models.io.weights import Placement, build
 from topd_jax.models.parameters import parameter_table
 
@@ -71,12 +70,8 @@ def run_decoder(
     with _opened(folder) as manager:
         paths = _paths(manager, step, config, where)
 
-        def parameter(
-            name: str, sharding: NamedSharding | None, advance: Advance
-        ) -> jax.Array:
-            array = _restore(manager, step, paths[name], sharding, dtype)
-            advance(block_bytes(local_blocks(array.shape, sharding), dtype))
-            return array
+        def parameter(name: str, sharding: NamedSharding | None) -> jax.Array:
+            return _restore(manager, step, paths[name], sharding, dtype)
 
         logging.info("reading the student of %s", where)
         return build(config, parameter, placement)
