@@ -207,9 +207,9 @@ def test_what_cannot_be_done_is_said(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="cannot quantize a quantized"):
         quantize(small, "int4")
-    with pytest.raises(ValueError, match="must be int8, int4 or ''"):
+    with pytest.raises(ValueError, match="'int3' must be int8, int4 or ''"):
         quantizer("int3")
-    with pytest.raises(ValueError, match="quantize_tile=-1 must be at least"):
+    with pytest.raises(ValueError, match="tile=-1 at least 0"):
         quantizer("int4", -1)
     assert quantizer("") is None
 

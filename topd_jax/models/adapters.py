@@ -1,4 +1,4 @@
-"""Add the adapters that the settings ask for to a loaded model."""
+"""Check a model's settings, and add the adapters that they ask for."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from topd_jax.models.settings import ModelSettings
 def check_settings(
     student: ModelSettings, teachers: Mapping[str, ModelSettings]
 ) -> None:
-    """Refuse settings of adapters that mean nothing.
+    """Refuse settings of adapters and integers that mean nothing.
 
     Args:
       student: its settings.
@@ -40,6 +40,12 @@ def check_settings(
             "learn; give it adapters (student.lora_rank), or quantize the "
             "teacher (teacher.quantize)"
         )
+    for section, model in ({"student": student} | teachers).items():
+        if model.quantize_tile and not model.quantize:
+            raise ValueError(
+                f"{section}.quantize_tile={model.quantize_tile} must be 0 (the "
+                f"default) where {section}.quantize is ''"
+            )
     for section, teacher in teachers.items():
         if teacher.lora_rank:
             raise ValueError(

@@ -245,37 +245,23 @@ def _check_reading(model: FunctionModel, keeps: bool) -> None:
             f"i32[1, 2], positions i32[1, 2] and mask bool{list(mask.shape)}; "
             f"it must take a batch of rows ({error})"
         ) from error
-    if not isinstance(returned, tuple) or len(returned) != 2:
+    hidden = returned[0] if isinstance(returned, tuple) else returned
+    dtype = getattr(hidden, "dtype", jnp.float32)
+    due = (jax.ShapeDtypeStruct((1, 2, width), dtype), cache)
+    if not keeps and isinstance(returned, tuple) and len(returned) == 2:
+        returned = (hidden, None)  # what it makes of no cache is not kept
+    if _form(returned) != _form(due):
         raise ValueError(
-            f"apply returned {returned} and must return (hidden, cache); a "
-            "function without a cache returns (hidden, None)"
+            f"apply returned {returned} and must return (hidden, cache) = "
+            f"{due}: for two tokens the states before the output head, not "
+            "logits, as wide as the head; and the cache that it was given, "
+            "with the tokens written in place, or None"
         )
-    hidden, after = returned
-    if getattr(hidden, "shape", None) != (1, 2, width):
-        raise ValueError(
-            f"apply returned hidden {hidden} for tokens [1, 2] and must "
-            f"return [1, 2, {width}], as wide as the head: the states before "
-            "the output head, not logits"
-        )
-    if keeps and jax.tree.structure(after) != jax.tree.structure(cache):
-        raise ValueError(
-            f"apply returned the cache {jax.tree.structure(after)} for "
-            f"{jax.tree.structure(cache)}; it must return what it was given, "
-            "with more tokens written"
-        )
-    changed = [
-        f"{b.shape} {b.dtype} for {a.shape} {a.dtype}"
-        for a, b in zip(
-            *map(jax.tree.leaves, (cache, after if keeps else None)),
-            strict=True,
-        )
-        if (a.shape, a.dtype) != (b.shape, b.dtype)
-    ]
-    if changed:
-        raise ValueError(
-            f"apply changed arrays of the cache: {'; '.join(changed)}; tokens "
-            "must be written in place"
-        )
+
+
+def _form(tree: Any) -> tuple[Any, list]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(x.shape, x.dtype) for x in leaves]
 
 
 def _append(

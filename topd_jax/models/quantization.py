@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from topd_jax.models.config import LORA_TARGETS
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.parameters import as_floats, is_quantized
+from topd_jax.models.parameters import as_floats, is_quantized, linear_inputs
 from topd_jax.parallel.sharding import coarser
 
 if TYPE_CHECKING:
@@ -31,41 +32,7 @@ KINDS = ("int8", "int4")
 # Inputs that share a scale where nothing else is said; 0: all of them.
 DEFAULT_TILE = {"int8": 0, "int4": 32}
 _SCALE_DTYPE = {"int8": jnp.float32, "int4": jnp.bfloat16}
-# The dimensions, from the last, that the product sums over.
-_SUMMED = {
-    "q": (-3,),
-    "k": (-3,),
-    "v": (-3,),
-    "o": (-3, -2),
-    "gate": (-2,),
-    "up": (-2,),
-    "down": (-2,),
-    "expert_gate": (-2,),
-    "expert_up": (-2,),
-    "expert_down": (-2,),
-}
-
-
-def check_quantized(section: str, kind: str, tile: int) -> None:
-    """Refuse settings that mean nothing.
-
-    Args:
-      section: of the config, for the error.
-      kind: "", "int8" or "int4".
-      tile: inputs that share a scale; 0 takes the kind's default.
-
-    Raises:
-      ValueError: naming value and choices.
-    """
-    if kind not in ("", *KINDS):
-        raise ValueError(
-            f"{section}.quantize={kind!r} must be {', '.join(KINDS)} or ''"
-        )
-    if tile < 0 or (tile and not kind):
-        raise ValueError(
-            f"{section}.quantize_tile={tile} must be at least 0, and 0 (the "
-            f"default) where {section}.quantize is ''"
-        )
+_MATRICES = (*LORA_TARGETS, "expert_gate", "expert_up", "expert_down")
 
 
 def quantizer(
@@ -80,10 +47,17 @@ def quantizer(
 
     Returns:
       (parameter, array) -> what the decoder holds instead; None for "".
+
+    Raises:
+      ValueError: for another kind, or a negative tile.
     """
-    check_quantized("teacher", kind, tile)
     if not kind:
         return None
+    if kind not in KINDS or tile < 0:
+        raise ValueError(
+            f"kind={kind!r} must be {', '.join(KINDS)} or '', and tile={tile} "
+            "at least 0"
+        )
     return functools.partial(_quantize, kind=kind, tile=tile)
 
 
@@ -92,7 +66,7 @@ def quantize(model: Decoder, kind: str, tile: int = 0) -> Decoder:
 
     Args:
       model: any decoder of float parameters.
-      kind: "int8" or "int4".
+      kind: "int8", "int4", or "" for nothing.
       tile: see :func:`quantizer`.
 
     Returns:
@@ -104,7 +78,7 @@ def quantize(model: Decoder, kind: str, tile: int = 0) -> Decoder:
     """
     finish = quantizer(kind, tile)
     if finish is None:
-        raise ValueError(f"kind={kind!r} must be {' or '.join(KINDS)}")
+        return model
     require_floats(model, "quantize")
     arrays = {name: finish(name, x) for name, x in model.arrays.items()}
     return Decoder(model.config, arrays)
@@ -152,7 +126,7 @@ def bytes_a_number(name: str, kind: str) -> float | None:
       Bytes, the scales of the default tile included; None where it stays
       floats.
     """
-    if not kind or name not in _SUMMED:
+    if not kind or name not in _MATRICES:
         return None
     tile = DEFAULT_TILE[kind]
     scale = jnp.dtype(_SCALE_DTYPE[kind]).itemsize / tile if tile else 0
@@ -162,16 +136,18 @@ def bytes_a_number(name: str, kind: str) -> float | None:
 def _quantize(
     name: str, array: jax.Array, *, kind: str, tile: int
 ) -> "jax.Array | QArray":
-    if name not in _SUMMED:
+    if name not in _MATRICES:
         return array
-    *whole, last = (array.ndim + axis for axis in _SUMMED[name])
-    wanted = tile or DEFAULT_TILE[kind]
-    # Heads, where the product sums over them too, then have their own scales.
-    shared = () if wanted else (*whole, last)
-    tiled = {}
+    # The dimensions that the product sums over.
+    first = 2 if name.startswith("expert_") else 1
+    summed = range(first, first + linear_inputs(name))
+    wanted, last, tiled = tile or DEFAULT_TILE[kind], summed[-1], {}
     if wanted:
-        tiled = {last: _largest_divisor(array.shape[last], wanted)}
-    channels = (i for i in range(array.ndim) if i not in (*shared, *tiled))
+        # Heads, where the product sums over them too, have their own scales.
+        size = array.shape[last]
+        tiled = {last: max(n for n in range(1, wanted + 1) if size % n == 0)}
+        summed = (last,)
+    channels = (i for i in range(array.ndim) if i not in summed)
     traced = isinstance(array, jax.core.Tracer)
     return _integers(
         array,
@@ -210,7 +186,3 @@ def _integers(
         ),
         small,
     )
-
-
-def _largest_divisor(size: int, most: int) -> int:
-    return max(n for n in range(1, min(size, most) + 1) if size % n == 0)

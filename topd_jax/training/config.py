@@ -20,7 +20,6 @@ from topd_jax.data.settings import (
 from topd_jax.data.teachers import check_teachers
 from topd_jax.evaluation.settings import EvalSettings
 from topd_jax.models.adapters import check_settings
-from topd_jax.models.quantization import check_quantized
 from topd_jax.models.settings import ModelSettings
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import Objective
@@ -167,8 +166,6 @@ class Settings:
         for name, section in (vars(self) | several).items():
             if dataclasses.is_dataclass(section):
                 check(section, name)
-        for name, model in ({"student": self.student} | teachers).items():
-            check_quantized(name, model.quantize, model.quantize_tile)
         if self.data.end_ids and {m.source for m in models.values()} == {
             "world"
         }:
