@@ -13,7 +13,7 @@ device, a layer's forward pass costs 9.7e9 operations a device that way, and
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,10 @@ def _forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple:
 
 def _backward(saved: tuple, cotangent: jax.Array) -> tuple:
     dx, dw = jax.lax.platform_dependent(
-        *saved, cotangent, tpu=megablox_gradients, default=_ragged_gradients
+        *saved,
+        cotangent,
+        tpu=functools.partial(_gradients, megablox),
+        default=functools.partial(_gradients, jax.lax.ragged_dot),
     )
     return dx, dw, np.zeros(saved[2].shape, jax.dtypes.float0)
 
@@ -59,7 +62,7 @@ grouped_dot.defvjp(_forward, _backward)
 def megablox(
     x: jax.Array, w: jax.Array, sizes: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Compute :func:`grouped_dot` by the TPU kernel.
+    """Compute :func:`grouped_dot` by the TPU kernel, gradients too.
 
     Args:
       x: [R, I].
@@ -70,71 +73,31 @@ def megablox(
     Returns:
       [R, O].
     """
-    rows, (x, sizes, tile) = x.shape[0], _padded(x, sizes)
-    (inputs, outputs), kernel = w.shape[1:], _kernels()[0]
-    # The last group has no matrix: the kernel fills its rows with zeros.
-    return kernel(
-        x, w, sizes, x.dtype, _tiling(tile, inputs, outputs),
-        interpret=interpret,
+    # Here, not above: Pallas takes a while to import, and dense models need
+    # none of it.
+    from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
+
+    # Whole tiles, and a group for the rows of none. It has no matrix: the
+    # kernel fills its rows with zeros.
+    rows = x.shape[0]
+    tile = min(_TILE[0], -(-rows // _LANES) * _LANES)
+    x = jnp.pad(x, ((0, -rows % tile), (0, 0)))
+    rest = x.shape[0] - jnp.sum(sizes)
+    sizes = jnp.append(sizes, rest).astype(jnp.int32)
+    return gmm(
+        x, w, sizes, x.dtype, _tiling, interpret=interpret
     )[:rows]  # fmt: skip
 
 
-def megablox_gradients(
+def _tiling(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
+    return min(_TILE[0], rows), min(_TILE[1], inputs), min(_TILE[2], outputs)
+
+
+def _gradients(
+    dot: Callable[..., jax.Array],
     x: jax.Array,
     w: jax.Array,
     sizes: jax.Array,
     cotangent: jax.Array,
-    *,
-    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the gradients of :func:`grouped_dot` by the TPU kernels.
-
-    Args:
-      x: [R, I].
-      w: [G, I, O].
-      sizes: i32[G].
-      cotangent: [R, O] gradient of the result.
-      interpret: run the kernels without a TPU, slowly.
-
-    Returns:
-      (gradient of x, of w), in their dtypes.
-    """
-    rows, (x, all_sizes, tile) = x.shape[0], _padded(x, sizes)
-    cotangent, _, _ = _padded(cotangent, sizes)
-    (inputs, outputs), (gmm, tgmm) = w.shape[1:], _kernels()
-    dx = gmm(
-        cotangent, w, all_sizes, x.dtype, _tiling(tile, outputs, inputs),
-        transpose_rhs=True, interpret=interpret,
-    )[:rows]  # fmt: skip
-    dw = tgmm(
-        x.T, cotangent, all_sizes, w.dtype, _tiling(tile, inputs, outputs),
-        num_actual_groups=w.shape[0], interpret=interpret,
-    )  # fmt: skip
-    return dx, dw
-
-
-def _ragged_gradients(
-    x: jax.Array, w: jax.Array, sizes: jax.Array, cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-    return jax.vjp(dot, x, w)[1](cotangent)
-
-
-def _padded(x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-    """Pad rows to whole tiles, and add a group for those of none."""
-    tile = min(_TILE[0], -(-x.shape[0] // _LANES) * _LANES)
-    x = jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
-    rest = x.shape[0] - jnp.sum(sizes)
-    return x, jnp.append(sizes, rest).astype(jnp.int32), tile
-
-
-def _tiling(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
-    return rows, min(_TILE[1], inputs), min(_TILE[2], outputs)
-
-
-def _kernels() -> tuple[Any, Any]:
-    # Here, not above: Pallas takes a while to import, and dense models need
-    # none of it.
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
-
-    return gmm, tgmm
+    return jax.vjp(lambda x, w: dot(x, w, sizes), x, w)[1](cotangent)

@@ -6,8 +6,8 @@ disk or a kill leaves what was there before.
 
 import contextlib
 import errno
-import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,6 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.hub_config import config_json
 from topd_jax.models.io.huggingface import (
     INDEX_FILE,
-    SINGLE_FILE,
     TOKENIZER_FILES,
     read_json,
 )
@@ -90,12 +89,18 @@ def save_model(
     )
     dtype = dtype or model.config.param_dtype
     fields |= {"dtype": dtype, "torch_dtype": dtype}
+    plan, shards = _shards(model, dtype, max_shard_bytes)
     if jax.process_index() != 0:
-        for _ in disassemble(model):  # the others' part in gathering
+        for _ in shards:  # the others' part in gathering
             pass
         return target
-    with staged(target, _tensor_bytes(model, dtype)) as staging:
-        _write_tensors(model, staging, dtype, max_shard_bytes)
+    with staged(target, plan.metadata["total_size"]) as staging:
+        for file, tensors in shards:
+            save_file(tensors, staging / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            owners = plan.tensor_to_filename
+            index = {"metadata": plan.metadata, "weight_map": owners}
+            write_json(staging / INDEX_FILE, index)
         write_json(staging / "config.json", fields)
         _write_tokenizer(staging, tokenizer, source, fields)
     return target
@@ -146,42 +151,27 @@ def _inherited(
     return fields, like
 
 
-def _tensor_bytes(model: Decoder, dtype: str) -> int:
-    count = sum(array.size for array in model.arrays.values())
-    return count * jnp.dtype(dtype).itemsize
+def _shards(
+    model: Decoder, dtype: str, most: int
+) -> tuple[Any, Iterator[tuple[str, dict[str, np.ndarray]]]]:
+    """Return the hub's plan of the files, and their tensors one by one."""
+    # Slow to import, and needed here only.
+    from huggingface_hub import split_state_dict_into_shards_factory
 
+    rows, width = file_tensors(model.config), jnp.dtype(dtype).itemsize
+    plan = split_state_dict_into_shards_factory(
+        rows,
+        get_storage_size=lambda row: math.prod(row[2]) * width,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most,
+    )
 
-def _write_tensors(
-    model: Decoder, directory: Path, dtype: str, max_shard_bytes: int
-) -> None:
-    size = jnp.dtype(dtype).itemsize
-    plan: list[list[str]] = [[]]
-    filled = 0
-    for name, (_, _, shape) in file_tensors(model.config).items():
-        needed = int(np.prod(shape)) * size
-        if plan[-1] and filled + needed > max_shard_bytes:
-            plan.append([])
-            filled = 0
-        plan[-1].append(name)
-        filled += needed
-    files = [SINGLE_FILE]
-    if len(plan) > 1:
-        files = [
-            f"model-{i + 1:05}-of-{len(plan):05}.safetensors"
-            for i in range(len(plan))
-        ]
-    tensors = disassemble(model)
-    for names, file in zip(plan, files, strict=True):
-        shard = {
-            name: array.astype(jnp.dtype(dtype), copy=False)
-            for name, array in itertools.islice(tensors, len(names))
-        }
-        save_file(shard, directory / file, metadata={"format": "pt"})
-    if len(plan) > 1:
-        owner = {n: f for ns, f in zip(plan, files, strict=True) for n in ns}
-        total = {"total_size": _tensor_bytes(model, dtype)}
-        index = {"metadata": total, "weight_map": owner}
-        write_json(directory / INDEX_FILE, index)
+    def shards() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        for file, names in plan.filename_to_tensors.items():
+            tensors = disassemble(model, {name: rows[name] for name in names})
+            yield file, {n: x.astype(dtype, copy=False) for n, x in tensors}
+
+    return plan, shards()
 
 
 def _write_tokenizer(

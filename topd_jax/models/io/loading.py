@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
@@ -89,16 +89,17 @@ def load(
       ValueError: for whatever is missing, broken or not supported, and for a
         tokenizer with more ids than the model has rows.
     """
-    files = _open(source, ignore)
-    config = files.config().replace(
-        dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
-    )
+    files = describe(
+        source, ignore=ignore, dtype=dtype, param_dtype=param_dtype,
+        remat=remat, unroll=unroll,
+    )  # fmt: skip
     placement = Placement(Path(source).name, mesh, rules, finish)
-    model, tokenizer = files.decoder(config, placement), files.tokenizer()
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    model = files.read_decoder(files.config, placement)
+    tokenizer = files.tokenizer
+    if tokenizer is not None and len(tokenizer) > files.config.vocab_size:
         raise ValueError(
             f"{source}: the tokenizer has {len(tokenizer)} ids and the model "
-            f"{config.vocab_size} rows; they do not belong together"
+            f"{files.config.vocab_size} rows; they do not belong together"
         )
     return model, tokenizer
 
@@ -109,24 +110,34 @@ class Description:
 
     Attributes:
       config: its shape.
-      tokenizer: as :func:`load` returns it.
       end_ids: ids that end its text, as its files name them: see
         :func:`end_ids`.
       config_end_ids: those that config.json names; generation ignores them
         where generation_config.json exists.
+      read_tokenizer: the tokenizer, as :func:`load` returns it.
+      read_decoder: (config, placement) -> the model.
     """
 
     config: DecoderConfig
-    tokenizer: "Tokenizer | None"
-    end_ids: tuple[int, ...]
+    read_tokenizer: "Callable[[], Tokenizer | None]"
+    read_decoder: Callable[[DecoderConfig, Placement], Decoder]
+    end_ids: tuple[int, ...] = ()
     config_end_ids: tuple[int, ...] = ()
 
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """Return the tokenizer, read once."""
+        return self.read_tokenizer()
 
-def describe(source: str | os.PathLike, **options: Any) -> Description:
+
+def describe(
+    source: str | os.PathLike, *, ignore: Sequence[str] = (), **options: Any
+) -> Description:
     """Describe a model without reading its weights.
 
     Args:
       source: as in :func:`load`.
+      ignore: as there.
       **options: dtype, param_dtype, remat and unroll, as there.
 
     Returns:
@@ -135,13 +146,41 @@ def describe(source: str | os.PathLike, **options: Any) -> Description:
     Raises:
       ValueError: for whatever is missing, broken or not supported.
     """
-    files = _open(source)
-    return Description(
-        files.config().replace(**options),
-        files.tokenizer(),
-        files.end_ids(),
-        files.config_end_ids,
-    )
+    name, of = str(source), functools.partial
+    if _is_gguf(name):
+        packaged = name.startswith(_PACKAGE)
+        file = open_gguf(
+            packaged_gguf(name.removeprefix(_PACKAGE)) if packaged else name
+        )
+        described = Description(
+            gguf_config(file),
+            of(gguf_tokenizer, file),
+            of(gguf_decoder, file),
+            _ids(file.metadata, _GGUF_ENDS),
+        )
+    elif is_run(source):
+        described = Description(
+            run_config(source),
+            of(_run_tokenizer, tokenizer_directory(source)),
+            of(run_decoder, source),
+        )
+    else:
+        directory = resolve(source)
+        path = directory / "config.json"
+        generation = directory / "generation_config.json"
+        fields = read_json(path)
+        config_ends = _ids(fields, ("eos_token_id",))
+        described = Description(
+            decoder_config(fields, where=str(path), ignore=ignore),
+            of(load_tokenizer, directory),
+            of(hub_decoder, directory),
+            _ids(read_json(generation), ("eos_token_id",))
+            if generation.exists()
+            else config_ends,
+            config_ends,
+        )
+    config = described.config.replace(**options)
+    return dataclasses.replace(described, config=config)
 
 
 def end_ids(source: str | os.PathLike) -> tuple[int, ...]:
@@ -160,59 +199,9 @@ def end_ids(source: str | os.PathLike) -> tuple[int, ...]:
       The ids in the files' order; () where they name none.
 
     Raises:
-      ValueError: where the source is not there, or its file is not JSON.
+      ValueError: where the source is not there or is not supported.
     """
-    return _open(source).end_ids()
-
-
-class _Files(NamedTuple):
-    """What can be asked of a model's files, whatever their format.
-
-    Attributes:
-      config: its shape, in float32.
-      decoder: (config, placement) -> the model.
-      tokenizer: the tokenizer, or None.
-      end_ids: see :func:`end_ids`.
-      config_end_ids: see :class:`Description`.
-    """
-
-    config: Callable[[], DecoderConfig]
-    decoder: Callable[[DecoderConfig, Placement], Decoder]
-    tokenizer: "Callable[[], Tokenizer | None]"
-    end_ids: Callable[[], tuple[int, ...]]
-    config_end_ids: tuple[int, ...] = ()
-
-
-def _open(source: str | os.PathLike, ignore: Sequence[str] = ()) -> _Files:
-    name, of = str(source), functools.partial
-    if _is_gguf(name):
-        packaged = name.startswith(_PACKAGE)
-        file = open_gguf(
-            packaged_gguf(name.removeprefix(_PACKAGE)) if packaged else name
-        )
-        return _Files(
-            of(gguf_config, file),
-            of(gguf_decoder, file),
-            of(gguf_tokenizer, file),
-            of(_ids, file.metadata, _GGUF_ENDS),
-        )
-    if is_run(source):
-        return _Files(
-            of(run_config, source),
-            of(run_decoder, source),
-            of(_run_tokenizer, tokenizer_directory(source)),
-            tuple,
-        )
-    directory = resolve(source)
-    path = directory / "config.json"
-    fields = read_json(path)
-    return _Files(
-        of(decoder_config, fields, where=str(path), ignore=ignore),
-        of(hub_decoder, directory),
-        of(load_tokenizer, directory),
-        of(_directory_ends, directory, fields),
-        _ids(fields, ("eos_token_id",)),
-    )
+    return describe(source).end_ids
 
 
 def _is_gguf(source: str) -> bool:
@@ -227,12 +216,6 @@ def _run_tokenizer(directory: Path) -> "Tokenizer | None":
 
         return SentencePieceProcessor(model_file=str(path))
     return load_tokenizer(directory)
-
-
-def _directory_ends(directory: Path, config: Mapping) -> tuple[int, ...]:
-    path = directory / "generation_config.json"
-    fields = read_json(path) if path.exists() else config
-    return _ids(fields, ("eos_token_id",))
 
 
 def _ids(fields: Mapping, names: tuple[str, ...]) -> tuple[int, ...]:
@@ -294,7 +277,7 @@ def shape_of(source: str, **options: Any) -> DecoderConfig:
       ValueError: where neither a file nor the table tells it.
     """
     if _is_gguf(source) or is_run(source):
-        return _open(source).config().replace(**options)
+        return describe(source, **options).config
     file = _config_file(source)
     fields = PUBLISHED.get(source) if file is None else read_json(file)
     if fields is None:

@@ -88,27 +88,30 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
     """
     folder, step = _find(Path(source))
     with _opened(folder) as manager:
-        return _config(manager, step, folder / str(step))
-
-
-def reading() -> ocp.CheckpointManagerOptions:
-    """Return the options of a manager with which a process reads alone.
-
-    Nothing is saved through it, and so nothing is dropped either.
-    """
-    process = jax.process_index()
-    return ocp.CheckpointManagerOptions(
-        create=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=process, active_processes={process}
-        ),
-    )
+        record = manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )["record"]
+    if "student" not in record:
+        raise ValueError(
+            f"the checkpoint {folder / str(step)} was written before "
+            "checkpoints named their student's shape, or its student is no "
+            "decoder; a decoder is written out with the settings of its run "
+            "(topd export ... --output DIRECTORY): give that directory"
+        )
+    return DecoderConfig.from_dict(record["student"])
 
 
 def _opened(folder: Path) -> ocp.CheckpointManager:
+    """Open checkpoints to read alone: nothing is saved, nothing is dropped."""
+    process = jax.process_index()
     return ocp.CheckpointManager(
         folder.absolute(),
-        options=reading(),
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=process, active_processes={process}
+            ),
+        ),
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(),
             "record": ocp.JsonCheckpointHandler(),
@@ -146,22 +149,6 @@ def _find(source: Path) -> tuple[Path, int]:
         f"no checkpoint at {source}: "
         + (f"there is {' and '.join(there)}" if there else "train first")
     )
-
-
-def _config(
-    manager: ocp.CheckpointManager, step: int, where: Path
-) -> DecoderConfig:
-    record = manager.restore(
-        step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-    )["record"]
-    if "student" not in record:
-        raise ValueError(
-            f"the checkpoint {where} was written before checkpoints named "
-            "their student's shape, or its student is no decoder; a decoder "
-            "is written out with the settings of its run (topd export ... "
-            "--output DIRECTORY): give that directory"
-        )
-    return DecoderConfig.from_dict(record["student"])
 
 
 def _paths(
