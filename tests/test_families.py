@@ -77,7 +77,8 @@ def test_everything_agrees(name, tmp_path):
     assert not got
     assert_same_greedy(theirs, ours)
 
-    out = save_model(ours, tmp_path / "ours", source=tmp_path / "theirs")
+    kind = theirs.config.model_type
+    out = save_model(ours, tmp_path / "ours", model_type=kind)
     back, info = transformers.AutoModelForCausalLM.from_pretrained(
         out, output_loading_info=True, attn_implementation="eager"
     )
@@ -132,21 +133,6 @@ def assert_same_greedy(theirs, ours):
         np.testing.assert_array_equal(got[row, :end], want[row, :end])
         steps += end
     assert steps > 64
-
-
-def test_stacked_experts_are_read_as_well(tmp_path):
-    theirs = build("moe-window")
-    theirs.save_pretrained(tmp_path / "split")
-    ours, _ = load(tmp_path / "split")
-    from safetensors.torch import save_file
-
-    theirs.config.save_pretrained(tmp_path)
-    tensors = {n: p.detach() for n, p in theirs.named_parameters()}
-    assert any(n.endswith("experts.gate_up_proj") for n in tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    read, _ = load(tmp_path)
-    for name, array in ours.arrays.items():
-        np.testing.assert_array_equal(array, read.arrays[name], err_msg=name)
 
 
 def test_a_bfloat16_file_agrees(tmp_path):

@@ -95,8 +95,6 @@ def test_half_precision_files_and_every_spelling_of_targets(saved):
         ("frobnicate", 3),
         ("r", 0),
         ("lora_alpha", None),
-        ("target_modules", ["q_proj", "lm_head"]),
-        ("target_modules", []),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(saved, field, value):

@@ -81,7 +81,8 @@ def test_adapters_go_both_ways(family, tmp_path):
     automatic = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
     np.testing.assert_allclose(theirs(automatic.eval()), want, atol=1e-4)
 
-    save_model(read, tmp_path / "merged", source=tmp_path / "base")
+    kind = build(family).config.model_type
+    save_model(read, tmp_path / "merged", model_type=kind)
     merged = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged"
     ).eval()

@@ -113,14 +113,6 @@ def test_other_families_refuse_by_the_field_that_they_lose(name):
         config_json(CONFIGS[name], other)
 
 
-def test_a_source_names_the_family(tmp_path):
-    plain = make(BASE)
-    source = save_model(plain, tmp_path / "a", model_type="mistral")
-    out = save_model(plain, tmp_path / "b", source=source)
-    fields = json.loads((out / "config.json").read_text())
-    assert (fields["model_type"], fields["sliding_window"]) == ("mistral", None)
-
-
 def test_dropped_layers_take_their_options_with_them():
     student = drop_layers(make(CONFIGS["gemma2"]), [0, 1])
     assert student.config.sliding == (True, False)

@@ -10,6 +10,8 @@ from topd_jax.models.io.peft import load_adapter
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.settings import ModelSettings
 
+_LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_rank_stabilised")
+
 
 def check_settings(
     student: ModelSettings, teachers: Mapping[str, ModelSettings]
@@ -28,7 +30,17 @@ def check_settings(
             f"student.lora_targets={student.lora_targets!r} must be some of "
             f"{', '.join(LORA_TARGETS)}, or () for all"
         )
-    if student.lora_targets and not (student.lora_rank or student.adapter):
+    given = {
+        name: getattr(student, name)
+        for name in _LORA
+        if getattr(student, name) != getattr(ModelSettings, name)
+    }
+    if student.adapter and given:
+        raise ValueError(
+            f"student has {given} and student.adapter={student.adapter!r}, "
+            "which says these itself; leave them out"
+        )
+    if student.lora_targets and not student.lora_rank:
         raise ValueError(
             f"student.lora_rank={student.lora_rank} must be at least 1 where "
             f"student.lora_targets={student.lora_targets!r}; 0 trains the "
@@ -82,10 +94,7 @@ def adapt(
     """
     if settings.adapter:
         adapted = load_adapter(model, settings.adapter, mesh=mesh)
-        if not train:
-            return merge_lora(adapted, donate=True)
-        _require_agreement(settings, adapted.config.lora)
-        return adapted
+        return adapted if train else merge_lora(adapted, donate=True)
     if not settings.lora_rank:
         return model
     lora = Lora(
@@ -117,28 +126,4 @@ def require_adapter(settings: ModelSettings) -> None:
             f"student.keep_layers={settings.keep_layers}: no file holds the "
             "model that these adapters belong to, whose layers were cut; "
             "leave --adapter out to export it whole"
-        )
-
-
-def _require_agreement(settings: ModelSettings, lora: Lora) -> None:
-    """Refuse settings that differ from the adapter; defaults agree."""
-    default = type(settings)()
-    found = {
-        "lora_rank": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_targets": lora.targets,
-        "lora_rank_stabilised": lora.rank_stabilized,
-    }
-    differing = []
-    for name, value in found.items():
-        said = getattr(settings, name)
-        same = set(said) == set(value) if name == "lora_targets" else (
-            said == value
-        )  # fmt: skip
-        if said != getattr(default, name) and not same:
-            differing.append(f"{name}={said!r}, the adapter has {value!r}")
-    if differing:
-        raise ValueError(
-            f"student.{'; student.'.join(differing)}; leave these settings "
-            f"out: they are read from {settings.adapter}"
         )

@@ -22,11 +22,7 @@ from safetensors.numpy import save_file
 
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.hub_config import config_json
-from topd_jax.models.io.huggingface import (
-    INDEX_FILE,
-    TOKENIZER_FILES,
-    read_json,
-)
+from topd_jax.models.io.huggingface import INDEX_FILE
 from topd_jax.models.io.weights import disassemble, file_tensors
 from topd_jax.models.lora import merge_lora
 from topd_jax.models.quantization import require_floats
@@ -34,7 +30,6 @@ from topd_jax.models.quantization import require_floats
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GENERATION = "generation_config.json"
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # transformers says "no limit" with int(1e30).
 _NO_LIMIT = 10**9
@@ -46,11 +41,9 @@ def save_model(
     *,
     model_type: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    source: str | os.PathLike | None = None,
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    overwrite: bool = False,
 ) -> Path:
     """Write config.json, safetensors and the tokenizer's files.
 
@@ -59,17 +52,13 @@ def save_model(
 
     Args:
       model: what to write; adapters are merged.
-      directory: destination; must be new or empty, unless ``overwrite``.
-      model_type: a family; None takes that of ``source``, or else the first
-        that fits.
-      tokenizer: saved with the model; its special ids go into the config.
-      source: directory of the model this one descends from; its tokenizer's
-        files and generation_config.json are copied, its special ids and
-        length limit kept. ``tokenizer`` goes before it.
+      directory: destination; must be new or empty.
+      model_type: a family; None takes the first that fits.
+      tokenizer: saved with the model; its special ids and its length limit go
+        into the config.
       extra: config fields that do not change the logits, over all others.
       dtype: of the written tensors; None writes them as they are kept.
       max_shard_bytes: above this the weights are split, with an index.
-      overwrite: replace a directory that holds an earlier model.
 
     Returns:
       The directory.
@@ -82,11 +71,15 @@ def save_model(
     require_floats(model, "export")
     model = merge_lora(model)
     target = Path(directory).resolve()
-    check_free(target, overwrite)
-    inherited, like = _inherited(tokenizer, source)
-    fields = config_json(
-        model.config, model_type, inherited | (extra or {}), like
-    )
+    check_free(target)
+    others: dict[str, Any] = {}
+    if tokenizer is not None:
+        ids = {name: getattr(tokenizer, name) for name in _SPECIAL_IDS}
+        others = {n: int(i) for n, i in ids.items() if i is not None}
+        if tokenizer.model_max_length < _NO_LIMIT:
+            limit = int(tokenizer.model_max_length)
+            others["max_position_embeddings"] = limit
+    fields = config_json(model.config, model_type, others | (extra or {}))
     dtype = dtype or model.config.param_dtype
     fields |= {"dtype": dtype, "torch_dtype": dtype}
     plan, shards = _shards(model, dtype, max_shard_bytes)
@@ -102,53 +95,27 @@ def save_model(
             index = {"metadata": plan.metadata, "weight_map": owners}
             write_json(staging / INDEX_FILE, index)
         write_json(staging / "config.json", fields)
-        _write_tokenizer(staging, tokenizer, source, fields)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+        ids = {n: fields[n] for n in _SPECIAL_IDS if n in fields}
+        write_json(staging / "generation_config.json", ids)
     return target
 
 
-def check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path) -> None:
     """Refuse a directory whose contents would be lost.
 
     Args:
       target: where something is to be written.
-      overwrite: whether a model that is there may go.
 
     Raises:
-      ValueError: where the directory is not empty, and may not go or holds
-        something else than a model.
+      ValueError: where it is there and not an empty directory.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(
-            f"{target} exists and is not empty; choose another directory, or "
-            "pass overwrite=True to replace a model that it holds"
+            f"{target} exists and is not empty; remove it, or choose another "
+            "directory"
         )
-    if not (target / "config.json").exists():
-        raise ValueError(
-            f"{target} holds no model (no config.json) and will not be "
-            "replaced; choose another directory"
-        )
-
-
-def _inherited(
-    tokenizer: "PreTrainedTokenizerBase | None",
-    source: str | os.PathLike | None,
-) -> tuple[dict[str, Any], str | None]:
-    """Return the fields that a model takes over, and its source's family."""
-    fields, like = {}, None
-    if source is not None:
-        config = read_json(Path(source) / "config.json")
-        like = config.get("model_type")
-        names = (*_SPECIAL_IDS, "max_position_embeddings")
-        fields = {n: config[n] for n in names if config.get(n) is not None}
-    if tokenizer is not None:
-        ids = {name: getattr(tokenizer, name) for name in _SPECIAL_IDS}
-        fields |= {n: int(i) for n, i in ids.items() if i is not None}
-        if tokenizer.model_max_length < _NO_LIMIT:
-            limit = int(tokenizer.model_max_length)
-            fields["max_position_embeddings"] = limit
-    return fields, like
 
 
 def _shards(
@@ -174,25 +141,6 @@ def _shards(
     return plan, shards()
 
 
-def _write_tokenizer(
-    staging: Path,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    source: str | os.PathLike | None,
-    fields: Mapping[str, Any],
-) -> None:
-    copied = []
-    if source is not None:
-        names = (_GENERATION,) if tokenizer else (*TOKENIZER_FILES, _GENERATION)
-        copied = [n for n in names if (Path(source) / n).exists()]
-        for name in copied:
-            shutil.copy(Path(source) / name, staging / name)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(staging))
-    if _GENERATION not in copied:
-        ids = {n: fields[n] for n in _SPECIAL_IDS if n in fields}
-        write_json(staging / _GENERATION, ids)
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a file as ``transformers`` does: indented, with a final newline."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -200,34 +148,32 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def staged(target: Path, needed: int) -> Iterator[Path]:
-    """Yield a directory beside ``target`` that replaces it on success."""
-    parent = target.parent
-    staging = parent / f".{target.name}.partial"
-    previous = parent / f".{target.name}.previous"
+    """Yield a directory beside ``target`` that becomes it on success.
+
+    Args:
+      target: a new or empty directory.
+      needed: bytes.
+
+    Raises:
+      OSError: where the disk is full or refuses; nothing is left then.
+    """
+    staging = target.parent / f".{target.name}.partial"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-        free = shutil.disk_usage(parent).free
+        free = shutil.disk_usage(target.parent).free
         if needed > free:
             raise OSError(
                 errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free"
             )
         staging.mkdir()
         yield staging
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        staging.rename(target)
-        shutil.rmtree(previous, ignore_errors=True)
+        staging.replace(target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if previous.exists() and not target.exists():
-            previous.rename(target)
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
             f"could not write {target} ({error}); nothing there was changed: "
             "free some space or choose another directory",
         ) from error
-    except BaseException:
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise

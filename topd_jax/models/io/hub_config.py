@@ -157,7 +157,6 @@ def config_json(
     config: DecoderConfig,
     model_type: str | None = None,
     extra: Mapping[str, object] | None = None,
-    like: str | None = None,
 ) -> dict[str, object]:
     """Return the ``config.json`` of a decoder, the inverse of the above.
 
@@ -165,7 +164,6 @@ def config_json(
       config: the decoder's shape.
       model_type: a family; None takes the first that can hold the decoder.
       extra: fields that do not change the logits (special ids, lengths).
-      like: the family to take before others where ``model_type`` is None.
 
     Returns:
       The fields. RoPE is spelled in both ways, for transformers 4 and 5.
@@ -182,14 +180,12 @@ def config_json(
             "max_position_embeddings may be given"
         )
     if model_type is None:
-        names = sorted(FAMILIES, key=lambda name: name != like)
-        fitting = [n for n in names if not _lost(config, FAMILIES[n])]
-        if not fitting:
+        fitting = (n for n, row in FAMILIES.items() if not _lost(config, row))
+        if (model_type := next(fitting, None)) is None:
             raise ValueError(
                 f"no family holds this decoder: {config}; the nearest, "
                 f"model_type='llama', loses {_lost(config, FAMILIES['llama'])}"
             )
-        model_type = fitting[0]
     family = family_of(model_type, "model_type")
     if lost := _lost(config, family):
         raise ValueError(

@@ -32,7 +32,6 @@ _SCALINGS: dict[str, dict[str, str]] = {
         "attention_factor": "attention_factor",
     },
 }
-_YARN_ONLY = {"mscale", "mscale_all_dim", "truncate"}
 
 
 def read_rope(
@@ -83,9 +82,9 @@ def _scaling(
         if k not in ("rope_type", "type", "rope_theta")
         and (k, v) != ("partial_rotary_factor", 1)
     }
-    known = set(_SCALINGS.get(kind, ())) | (
-        _YARN_ONLY if kind == "yarn" else set()
-    )
+    known = set(_SCALINGS.get(kind, ()))
+    if kind == "yarn":
+        known.add("truncate")
     odd = sorted(set(given) - known)
     if odd or kind not in ("default", *_SCALINGS):
         problems.append(
@@ -104,27 +103,15 @@ def _scaling(
     if bad := {n: v for n, v in values.items() if not is_number(v) or v <= 0}:
         problems.append(f"rope_parameters: {bad} must be a positive number")
         return None
-    scaling = {field: float(value) for field, value in values.items()}
+    scaling: dict[str, Any] = {
+        field: float(value) for field, value in values.items()
+    }
     if kind == "yarn":
-        scaling |= _yarn_extras(given)
+        scaling["truncate"] = bool(given.get("truncate", True))
+        # The paper's factor of cosine and sine (arXiv:2309.00071, eq. 22).
+        paper = 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
+        scaling.setdefault("attention_factor", paper)
     return RopeScaling(kind, **scaling)
-
-
-def _yarn_extras(given: Mapping[str, Any]) -> dict[str, object]:
-    """Compute YaRN's factor of cosine and sine, unless given."""
-    factor = given["factor"]
-
-    def size(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    extras: dict[str, object] = {"truncate": bool(given.get("truncate", True))}
-    if given.get("attention_factor") is None:
-        scale, whole = given.get("mscale"), given.get("mscale_all_dim")
-        both = scale and whole
-        extras["attention_factor"] = (
-            size(scale) / size(whole) if both else size(1.0)
-        )
-    return extras
 
 
 def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:

@@ -138,7 +138,7 @@ def save_adapter(
             "save_model"
         )
     target = Path(directory).resolve()
-    check_free(target, overwrite=False)
+    check_free(target)
     tensors = dict(disassemble(model, _adapter_tensors(model.config)))
     if jax.process_index() != 0:
         return target
@@ -202,32 +202,12 @@ def _lora(
         problems.append(f"r={rank!r} must be a positive integer")
     if type(alpha) not in (int, float) or alpha <= 0:
         problems.append(f"lora_alpha={alpha!r} must be a positive number")
-    targets, unknown = _targets(config, fields.get("target_modules"), tensors)
-    if unknown or not targets:
-        known = ", ".join(map(_module, config.lora_targets))
-        problems.append(
-            f"target_modules={fields.get('target_modules')!r} must be some of "
-            f"{known}"
-        )
     if problems:
         raise ValueError(
             f"{where} cannot be read: {'; '.join(problems)}; {_MERGE}"
         )
+    # The tensors tell: target_modules may be a regular expression.
+    modules = {name.split(".lora_")[0].split(".")[-1] for name in tensors}
+    targets = tuple(t for t in config.lora_targets if _module(t) in modules)
     stabilized = bool(fields.get("use_rslora"))
-    return Lora(rank, float(alpha), targets, stabilized)
-
-
-def _targets(
-    config: DecoderConfig, given: object, tensors: Iterable[str]
-) -> tuple[tuple[str, ...], list[str]]:
-    """Return (parameters that are adapted, modules that are not known)."""
-    parameters = {_module(t): t for t in config.lora_targets}
-    if given == "all-linear":
-        return config.lora_targets, []
-    if isinstance(given, str):  # a regular expression; the tensors tell
-        modules = [name.split(".lora_")[0] for name in tensors]
-    else:
-        modules = list(given) if isinstance(given, list) else []
-    names = {str(m).split(".")[-1] for m in modules}
-    known = tuple(parameters[n] for n in sorted(names & set(parameters)))
-    return known, sorted(names - set(parameters))
+    return Lora(rank, float(alpha), targets or config.lora_targets, stabilized)
