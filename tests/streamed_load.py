@@ -5,7 +5,7 @@ import sys
 
 import jax.numpy as jnp
 
-from topd_jax.models import fingerprint, load
+from topd_jax.models import load
 from topd_jax.parallel.sharding import make_mesh
 
 
@@ -19,10 +19,6 @@ def main(path: str, small: str, axes: list[int]) -> None:
     arrays = model.arrays.values()
     held = sum(s.data.nbytes for x in arrays for s in x.addressable_shards)
     found = {"held": held, "largest": max(x.nbytes for x in arrays)}
-    print(json.dumps(found), flush=True)
-    # Nothing more is watched.
-    if sys.stdin.readline() == "fingerprint\n":
-        found = {"fingerprint": fingerprint(model)}
     print(json.dumps(found), flush=True)
 
 

@@ -30,19 +30,14 @@ def frequencies(
     plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     if scaling is None:
         return plain
-    stretch = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
-    return stretch[scaling.kind](plain, theta, head_dim, scaling)
-
-
-def _linear(
-    plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
-) -> np.ndarray:
+    if scaling.kind == "llama3":
+        return _llama3(plain, scaling)
+    if scaling.kind == "yarn":
+        return _yarn(plain, theta, head_dim, scaling)
     return plain / scaling.factor
 
 
-def _llama3(
-    plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
-) -> np.ndarray:
+def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Stretch where few turns fit the original length (Llama 3.1)."""
     turns = scaling.original_length * plain / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -114,20 +114,18 @@ def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     typed = list(zip(tokens, kinds, strict=False))
-    backend.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in typed
-            if kind == _CONTROL
-        ]
-    )
-    backend.add_tokens(
-        [
-            AddedToken(token, special=False, normalized=False)
-            for token, kind in typed
-            if kind == _USER_DEFINED
-        ]
-    )
+    for wanted, add in (
+        (_CONTROL, backend.add_special_tokens),
+        (_USER_DEFINED, backend.add_tokens),
+    ):
+        special = wanted == _CONTROL
+        add(
+            [
+                AddedToken(token, special=special, normalized=False)
+                for token, kind in typed
+                if kind == wanted
+            ]
+        )
     return backend
 
 

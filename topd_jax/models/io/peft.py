@@ -25,7 +25,7 @@ from topd_jax.models.io.huggingface import (
     require_file,
     resolve,
 )
-from topd_jax.models.io.streaming import stream
+from topd_jax.models.io.streaming import Rows, stream
 from topd_jax.models.io.weights import (
     disassemble,
     file_tensors,
@@ -97,17 +97,14 @@ def load_adapter(
             f"the tensors of {path} do not fit its config and this model, so "
             f"{_MERGE}",
         )
+        table = parameter_table(config)
         shardings = parameter_shardings(config, mesh, rules)
-        parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-        for tensor, (name, index, _) in rows.items():
-            parts.setdefault(name, []).append((tensor, index))
         arrays = {
             name: stream(
-                name, parameter_table(config)[name].shape, "float32", held,
-                read, shardings[name],
+                name, table[name].shape, "float32", rows, read, shardings[name]
             )
-            for name, held in parts.items()
-        }  # fmt: skip
+            for name in dict.fromkeys(name for name, _, _ in rows.values())
+        }
     return Decoder(config, model.arrays | arrays)
 
 
@@ -162,9 +159,7 @@ def save_adapter(
     return target
 
 
-def _adapter_tensors(
-    config: DecoderConfig,
-) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+def _adapter_tensors(config: DecoderConfig) -> Rows:
     """List the tensors of a PEFT file, as :func:`file_tensors` does."""
     return {
         name: row

@@ -8,7 +8,7 @@ file one small piece.
 import functools
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ from topd_jax.models.io.families import file_dims, file_shape
 
 # (name in the file, one slice a dimension of it) -> floats.
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+# Name in the file -> (parameter, index into it, shape in the file); the index
+# is (), (row of its layer,) or (row, expert).
+Rows = Mapping[str, tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 # Turned and cast at once: small beside a stack, large beside a call.
 _PIECE_BYTES = 1 << 20
@@ -27,7 +30,7 @@ def stream(
     name: str,
     shape: tuple[int, ...],
     dtype: str,
-    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    rows: Rows,
     read: Read,
     sharding: NamedSharding | None,
 ) -> jax.Array:
@@ -37,14 +40,14 @@ def stream(
       name: of the parameter.
       shape: of the whole parameter.
       dtype: in which it is kept.
-      tensors: (name in the file, index of it in the parameter): (), (row,) or
-        (row, expert).
+      rows: of the file, also those of other parameters.
       read: reads a part of a tensor, linear maps as [out, in].
       sharding: of the parameter; None is one device.
 
     Returns:
       The parameter.
     """
+    tensors = [(t, index) for t, (n, index, _) in rows.items() if n == name]
     stacked = len(tensors[0][1])
 
     @functools.cache  # several devices may hold the same part

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import WEIGHTS, file_shape, hub_name
-from topd_jax.models.io.streaming import Read, stream
+from topd_jax.models.io.streaming import Read, Rows, stream
 from topd_jax.models.parameters import parameter_shardings, parameter_table
 from topd_jax.parallel import hosts
 from topd_jax.parallel.rules import Rules
@@ -61,17 +61,14 @@ class Placement(NamedTuple):
     finish: Finish | None = None
 
 
-def file_tensors(
-    config: DecoderConfig,
-) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+def file_tensors(config: DecoderConfig) -> Rows:
     """List the tensors that a file of this decoder holds.
 
     Args:
       config: the decoder's shape.
 
     Returns:
-      name in the file -> (parameter, index into it, shape in the file); the
-      index is (), (row of its layer,) or (row, expert).
+      name in the file -> (parameter, index into it, shape in the file).
     """
     tensors = {}
     for name, row in parameter_table(config).items():
@@ -160,9 +157,8 @@ def assemble(
     )
 
     def parameter(name: str, sharding: NamedSharding | None) -> jax.Array:
-        parts = [(t, i) for t, (n, i, _) in expected.items() if n == name]
         shape = parameter_table(config)[name].shape
-        return stream(name, shape, config.param_dtype, parts, read, sharding)
+        return stream(name, shape, config.param_dtype, expected, read, sharding)
 
     return build(config, parameter, placement)
 
@@ -216,9 +212,7 @@ def build(
 
 
 def disassemble(
-    model: Decoder,
-    tensors: Mapping[str, tuple[str, tuple[int, ...], tuple[int, ...]]]
-    | None = None,
+    model: Decoder, tensors: Rows | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors of a decoder as a file spells them, one at a time.
 
