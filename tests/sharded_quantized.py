@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_files import logits_of
 from test_experts import CONFIG, make
 
-from topd_jax.models import causal_mask, fingerprint
+from topd_jax.models import fingerprint
 from topd_jax.models.quantization import quantize, quantizer
 from topd_jax.parallel import sharding
-from topd_jax.types import positions_of
 
 # data, fsdp, tensor, expert
 MESHES = {"int8": (1, 4, 2, 1), "int4": (1, 2, 2, 2)}
@@ -20,13 +20,7 @@ def states(model, mesh):
     with jax.set_mesh(mesh):
         batch = (tokens, mask)
         batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
-        return np.asarray(
-            jax.jit(
-                lambda model, tokens, mask: model(
-                    tokens, positions_of(mask), causal_mask(mask)
-                )[0]
-            )(model, *batch)
-        )
+        return np.asarray(logits_of(model, *batch))
 
 
 def main() -> None:

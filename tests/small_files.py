@@ -12,10 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topd_jax.models import Decoder, DecoderConfig, parameter_table
+from topd_jax.models import (
+    Decoder,
+    DecoderConfig,
+    causal_mask,
+    parameter_table,
+    unembed,
+)
 from topd_jax.models.io.weights import disassemble, file_tensors
 from topd_jax.training.checkpointing import Checkpoints
 from topd_jax.training.step import init_state
+from topd_jax.types import positions_of
 
 LLAMA = DecoderConfig(
     vocab_size=50,
@@ -45,6 +52,16 @@ def make(config, seed=0):
             draw = rng.normal(0, row.scale, row.shape)
         arrays[name] = jnp.asarray(draw, config.param_dtype)
     return Decoder(config, arrays)
+
+
+@jax.jit
+def logits_of(model, tokens, mask=None):
+    """Logits of rows read without a cache; no mask: nothing is padding."""
+    if mask is None:
+        mask = jnp.ones(tokens.shape, bool)
+    hidden, cache = model(tokens, positions_of(mask), causal_mask(mask))
+    assert cache is None
+    return unembed(model.head, hidden)
 
 
 def adapted(model, lora, seed=2):

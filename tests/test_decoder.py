@@ -6,18 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_files import make
+from small_files import logits_of, make
 
 from topd_jax.models import (
     Decoder,
     DecoderConfig,
     RopeScaling,
     cast,
-    causal_mask,
     parameter_table,
     unembed,
 )
-from topd_jax.types import positions_of
 
 BASE = DecoderConfig(
     vocab_size=37,
@@ -39,13 +37,6 @@ CONFIGS = {"llama": BASE, "qwen": QWEN, "vocab": WIDE_VOCAB}
 def tokens_for(config, rows=2, length=9, seed=3):
     key = jax.random.key(seed)
     return jax.random.randint(key, (rows, length), 0, config.vocab_size)
-
-
-@jax.jit
-def logits_of(model, tokens, mask):
-    hidden, cache = model(tokens, positions_of(mask), causal_mask(mask))
-    assert cache is None
-    return unembed(model.head, hidden)
 
 
 def full(tokens):

@@ -54,16 +54,6 @@ def greedy(model, prompts, length, **options):
     )  # fmt: skip
 
 
-def test_positions_and_mask_are_heard(foreign):
-    rows = make_trajectories()
-    plain = states(foreign, rows)
-    moved = rows.replace(prompt_mask=jnp.ones_like(rows.prompt_mask))
-    assert np.abs(plain - states(foreign, moved)).max() > 1e-2
-    other = jnp.where(rows.prompt_mask, rows.prompt, 7)
-    same = states(foreign, rows.replace(prompt=other))
-    np.testing.assert_array_equal(plain, same)
-
-
 def test_samples_and_growing_columns_keep_rows_apart():
     """128 tokens grow the columns once; two samples repeat the rows."""
     long = from_function(

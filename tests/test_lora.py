@@ -10,6 +10,7 @@ import optax
 import pytest
 import small_files
 from conftest import make_model, make_trajectories
+from small_files import logits_of as states
 from small_step import scores
 
 from topd_jax.models import (
@@ -18,7 +19,6 @@ from topd_jax.models import (
     cast,
     causal_mask,
     dequantize,
-    drop_layers,
     merge_lora,
     parameter_table,
 )
@@ -42,19 +42,15 @@ def adapted(base):
     return small_files.adapted(base, LORA)
 
 
-@jax.jit
-def states(model, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = causal_mask(jnp.ones(tokens.shape, bool))
-    return model(tokens, positions, mask)[0]
-
-
 TOKENS = jnp.arange(22).reshape(2, 11) * 7 % 40
 
 
 def test_adapters_start_where_the_model_is(base):
     fresh = add_lora(base, LORA)
-    np.testing.assert_array_equal(states(fresh, TOKENS), states(base, TOKENS))
+    np.testing.assert_array_equal(
+        states(fresh, TOKENS),
+        states(base, TOKENS),
+    )
     for name, row in parameter_table(fresh.config).items():
         array = fresh.arrays[name]
         assert (array.shape, row.shape) == (row.shape, array.shape)
@@ -68,7 +64,10 @@ def test_adapters_start_where_the_model_is(base):
 def test_two_thin_products_are_the_merged_map(base, adapted):
     merged = merge_lora(adapted)
     assert merged.config == base.config
-    want, got = states(merged, TOKENS), states(adapted, TOKENS)
+    want, got = (
+        states(merged, TOKENS),
+        states(adapted, TOKENS),
+    )
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert abs(want - states(base, TOKENS)).max() > 0.1
     # By hand, one layer of the map whose input has two dimensions.
@@ -114,7 +113,10 @@ def test_half_precision_keeps_adapters_wide_until_they_are_cast(base):
     fresh = add_lora(cast(base, "bfloat16"), LORA)
     kinds = {n: x.dtype for n, x in fresh.arrays.items()}
     assert kinds["q"] == jnp.bfloat16 and kinds["q_lora_a"] == jnp.float32
-    assert states(fresh, TOKENS).dtype == jnp.bfloat16
+    hidden = jax.eval_shape(
+        lambda model: model(TOKENS, TOKENS, causal_mask(TOKENS >= 0))[0], fresh
+    )
+    assert hidden.dtype == jnp.bfloat16
     assert merge_lora(fresh).arrays["q"].dtype == jnp.bfloat16
 
 
@@ -124,17 +126,10 @@ def test_beside_quantised_matrices_adapters_stay_apart(base):
     assert merge_lora(adapted) is adapted
     floats = small_files.adapted(dequantize(fewer), LORA)
     np.testing.assert_allclose(
-        states(adapted, TOKENS), states(floats, TOKENS), atol=1e-5
+        states(adapted, TOKENS),
+        states(floats, TOKENS),
+        atol=1e-5,
     )
-
-
-def test_cut_layers_take_their_adapters_along(adapted):
-    cut = drop_layers(adapted, [1])
-    assert cut.config.lora == LORA
-    for name in ("q_lora_a", "down_lora_b"):
-        np.testing.assert_array_equal(
-            cut.arrays[name][0], adapted.arrays[name][1]
-        )
 
 
 def test_what_does_not_fit_is_refused_by_name(adapted):

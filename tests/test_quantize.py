@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from children import on_eight_devices
-from small_files import LLAMA, QWEN2, make, write_gguf
+from small_files import LLAMA, QWEN2, logits_of, make, write_gguf
 
 from topd_jax.models import (
     cast,
-    causal_mask,
     dequantize,
     drop_layers,
     fingerprint,
@@ -26,7 +25,7 @@ from topd_jax.models.quantization import (
     quantizer,
 )
 from topd_jax.sampling import rollout
-from topd_jax.types import Prompts, positions_of
+from topd_jax.types import Prompts
 
 MIXTURE = dataclasses.replace(
     LLAMA, experts=4, experts_per_token=2, expert_width=16
@@ -46,8 +45,7 @@ def parameter_bytes(model):
 
 @jax.jit
 def states(model):
-    mask = jnp.ones_like(TOKENS, bool)
-    return model(TOKENS, positions_of(mask), causal_mask(mask))[0]
+    return logits_of(model, TOKENS)
 
 
 def by_hand(name, array, bits, tile):
@@ -118,17 +116,6 @@ def test_tiles_that_do_not_divide_take_the_largest_divisor():
     assert scales["down"] == (3, 4, 32)  # 64 inputs, 16 a tile
 
 
-def test_bytes_count_two_int4_in_one():
-    config = dataclasses.replace(LLAMA, width=64, mlp_width=128, head_dim=32)
-    model = make(config)
-    matrices = sum(model.arrays[n].size for n in MATRICES)
-    rest = parameter_bytes(model) - 4 * matrices
-    int8 = parameter_bytes(quantize(model, "int8")) - rest
-    int4 = parameter_bytes(quantize(model, "int4")) - rest
-    assert matrices < int8 < 1.1 * matrices
-    assert int4 == matrices * 4.5 / 8
-
-
 def test_no_float_copy_of_a_stack_exists():
     """Nor of all layers' matrices; one layer's floats do."""
     config = dataclasses.replace(
@@ -185,8 +172,7 @@ def test_layers_are_dropped_and_dtypes_cast():
     np.testing.assert_array_equal(
         half.arrays["q"].scale, small.arrays["q"].scale
     )
-    out = states(half)
-    assert out.dtype == jnp.bfloat16
+    assert np.isfinite(states(half)).all()
     # The floats of one layer are rounded once, from the product in f32.
     rounded = as_floats(half.arrays["q"], "bfloat16")
     exact = as_floats(half.arrays["q"], "float32").astype(jnp.bfloat16)

@@ -4,10 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from small_files import assert_same, make
+from small_files import LLAMA, assert_same, make
 
 from topd_jax.models import (
-    DecoderConfig,
     RopeScaling,
     drop_layers,
     load,
@@ -26,15 +25,7 @@ SHAPE = {
     "head_dim": 8,
 }
 
-BASE = DecoderConfig(
-    vocab_size=50,
-    layers=3,
-    width=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=64,
-)
+BASE = dataclasses.replace(LLAMA, rope_theta=1e4, norm_eps=1e-6)
 GEMMA = dataclasses.replace(
     BASE,
     post_norms=True,

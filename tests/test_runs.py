@@ -7,13 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_files import LLAMA, QWEN, assert_same, make, save_run
+from orbax.checkpoint import type_handlers
+from small_files import (
+    LLAMA,
+    QWEN,
+    assert_same,
+    logits_of,
+    make,
+    save_run,
+)
 
 from topd_jax.cli import main
 from topd_jax.cli.config_file import load_settings
 from topd_jax.data.tokenizers import SentencePieceTokenizer, wrap_tokenizer
 from topd_jax.models import DecoderConfig, RopeScaling, load
-from topd_jax.models.decoder import causal_mask, unembed
 from topd_jax.models.io.runs import is_run
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.setup import load_setup
@@ -48,7 +55,15 @@ def files(directory):
     return {p: p.stat().st_mtime_ns for p in directory.rglob("*")}
 
 
-def test_a_student_is_read_alone(tmp_path):
+def test_a_student_is_read_alone(tmp_path, monkeypatch):
+    handler, asked = type_handlers.ArrayHandler, []
+    plain = handler.deserialize
+
+    async def watched(self, infos, args=None):
+        asked.extend(info.name for info in infos)
+        return await plain(self, infos, args)
+
+    monkeypatch.setattr(handler, "deserialize", watched)
     run = save_run(tmp_path / "run", make(QWEN))
     save_run(run, make(QWEN, 1), step=5)
     save_run(run, make(QWEN, 2), step=4, folder="best")
@@ -61,6 +76,10 @@ def test_a_student_is_read_alone(tmp_path):
         model, tokenizer = load(run / source)
         assert tokenizer is None
         assert_same(model, make(QWEN, seed))
+        # Not the state of the optimizer.
+        assert len(set(asked)) == len(asked) == len(model.arrays)
+        assert all(name.startswith("train.student") for name in asked)
+        asked.clear()
     assert files(run) == before, "a run is not touched by who reads it"
     seen = []
     model, _ = load(
@@ -116,13 +135,6 @@ def test_a_checkpoint_that_says_too_little_is_refused(tmp_path):
         load(part)
 
 
-def logits(model, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = causal_mask(jnp.ones(tokens.shape, bool))
-    hidden, _ = model(tokens, positions, mask)
-    return np.asarray(unembed(model.head, hidden))
-
-
 def test_a_distilled_student_starts_and_teaches_the_next_run(
     trained, small_arguments, tmp_path
 ):
@@ -147,8 +159,8 @@ def test_a_distilled_student_starts_and_teaches_the_next_run(
     setup = load_setup(settings, workdir)
     tokens = jax.random.randint(KEY, (2, 9), 4, found.config.vocab_size)
     np.testing.assert_array_equal(
-        logits(setup.student, tokens), logits(found, tokens)
+        logits_of(setup.student, tokens), logits_of(found, tokens)
     )
     assert setup.tokenizer.vocabulary() == tokenizer.vocabulary()
     after, _ = load(workdir)
-    assert (logits(after, tokens) != logits(found, tokens)).any()
+    assert (logits_of(after, tokens) != logits_of(found, tokens)).any()

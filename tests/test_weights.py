@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from children import on_eight_devices
@@ -60,20 +59,15 @@ def test_linear_maps_are_written_out_by_in(saved):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "param_dtype"),
-    [(np.float16, "bfloat16"), (ml_dtypes.bfloat16, "float32")],
+    ("dtype", "param_dtype"), [("float16", "bfloat16"), ("bfloat16", "float32")]
 )
-def test_half_precision_files(dtype, param_dtype, saved):
-    path = saved / "model.safetensors"
-    tensors = {n: x.astype(dtype) for n, x in load_file(path).items()}
-    save_file(tensors, path)
+def test_half_precision_files(dtype, param_dtype, tmp_path):
+    saved = save_model(make(LLAMA), tmp_path / "m", dtype=dtype)
     model = load(saved, param_dtype=param_dtype, dtype="bfloat16")[0]
     assert model.config.dtype == "bfloat16"
-    name = "model.layers.1.mlp.up_proj.weight"
-    want = tensors[name].astype(np.float32).T.astype(jnp.dtype(param_dtype))
-    got = model.arrays["up"][1]
-    assert got.dtype == param_dtype
-    np.testing.assert_array_equal(got, want)
+    want = make(LLAMA).arrays["up"].astype(dtype).astype(param_dtype)
+    assert model.arrays["up"].dtype == param_dtype
+    np.testing.assert_array_equal(model.arrays["up"], want)
 
 
 def test_all_faulty_tensors_are_named_at_once(saved):
@@ -117,12 +111,6 @@ def test_tied_head_is_tolerated_only_if_it_is_the_embedding(saved):
     edit_config(saved, tie_word_embeddings=False)
     model = load(saved)[0]
     np.testing.assert_array_equal(model.head, tensors["lm_head.weight"])
-
-
-def test_untied_without_head_is_refused(saved):
-    edit_config(saved, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"missing \(1\): lm_head.weight"):
-        load(saved)[0]
 
 
 def test_missing_and_broken_files(saved, tmp_path):
