@@ -44,7 +44,7 @@ def main() -> None:
             batch = jax.device_put(prompts(), batch_shardings(prompts(), mesh))
             spread = tree_shardings(model, mesh, model.logical_axes)
             found = written(jax.device_put(model, spread), batch, sharding)
-        held = {(s[1][1], s[1][3]) for name, s, _ in calls if name == "read"}
+        held = {(s[1][1], s[1][2]) for name, s, _ in calls if name == "read"}
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_allclose(found.logp, expected.logp, atol=2e-4)
         assert held == ({wanted} if wanted else set()), held

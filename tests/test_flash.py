@@ -56,7 +56,7 @@ def inputs(mask, dtype="float32", heads=(G, R, D)):
     """Query, key, value and the cotangent of the output."""
     (groups, shared, size), (rows, length) = heads, mask.prefix.shape
     of_query = (rows, length, groups * shared, size)
-    of_key = (rows, mask.exists.shape[1], groups, size)
+    of_key = (rows, groups, mask.exists.shape[1], size)
     rng = np.random.default_rng(0)
     shapes = (of_query, of_key, of_key, of_query)
     return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
@@ -144,9 +144,9 @@ def test_a_block_that_no_query_needs_is_never_read(name, window, small_blocks):
     for row, first in np.ndindex(2, sizes.query_blocks):
         queries = slice(first * sizes.queries, (first + 1) * sizes.queries)
         needed = np.flatnonzero(mask[row, queries].any(0)) // 128
-        blocks = np.arange(key.shape[1]) // 128
+        blocks = np.arange(key.shape[2]) // 128
         unneeded = np.flatnonzero(~np.isin(blocks, needed))
-        poisoned = key.at[row, unneeded].set(jnp.nan)
+        poisoned = key.at[row, :, unneeded].set(jnp.nan)
         out, _ = flash.forward(
             query, poisoned, value, intervals,
             flash.Options(D**-0.5, interpret=True),
@@ -157,7 +157,7 @@ def test_a_block_that_no_query_needs_is_never_read(name, window, small_blocks):
 def pairs_multiplied(mask):
     """Share of the pairs of blocks of one row that are multiplied."""
     length, keys = mask.prefix.shape[1], mask.exists.shape[1]
-    query, key = jnp.zeros((1, length, 1, 128)), jnp.zeros((1, keys, 1, 128))
+    query, key = jnp.zeros((1, length, 1, 128)), jnp.zeros((1, 1, keys, 128))
     sizes = flash_blocks.sizes_of(query, key)
     _, tables = flash_blocks.arranged(sizes, query, key, key, mask)
     pairs = np.ogrid[: sizes.query_blocks, : sizes.key_blocks]
@@ -316,7 +316,7 @@ def branch_problem(written=3, dtype="float32", window=None):
     if window:
         allowed &= newest[..., None] - positions[:, None] < window
     rng = np.random.default_rng(0)
-    shapes = [(ROWS, COUNT, G * R, D)] + [(ROWS, KEYS, G, D)] * 2
+    shapes = [(ROWS, COUNT, G * R, D)] + [(ROWS, G, KEYS, D)] * 2
     arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
     return arrays, allowed, branches.keys_of(mask, newest, of_layer, window)
 

@@ -36,7 +36,7 @@ def check(
     query, *cache = (
         np.asarray(jnp.asarray(rng.normal(size=s), dtype))
         for s in ((rows, 1, groups * shared, size),)
-        + ((N, rows, length, groups, size),) * 2
+        + ((N, rows, groups, length, size),) * 2
     )
     options = flash.Options(size**-0.5, cap, interpret=True)
     read = jax.jit(
@@ -55,7 +55,7 @@ def check(
         poisoned = [np.full_like(x, np.nan) for x in cache]
         begin = start // columns * columns
         for x, y in zip(poisoned, cache, strict=True):
-            x[LAYER, :, begin:count] = y[LAYER, :, begin:count]
+            x[LAYER, :, :, begin:count] = y[LAYER, :, :, begin:count]
         found = read(
             query, *poisoned, LAYER, flash_decode.as_numbers(mask),
             np.full(rows, start), count - 1,
@@ -126,7 +126,7 @@ def test_a_rollout_by_the_kernel_has_the_same_tokens(options):
     # Two blocks, and in the middle of the loop 15 tokens; or half of the layers
     # see 20 columns.
     usual = 110 + 15
-    told = {(shapes[1][2], keywords["usual"]) for _, shapes, keywords in calls}
+    told = {(shapes[1][3], keywords["usual"]) for _, shapes, keywords in calls}
     assert told == {(140, (usual + 20) // 2 if options else usual)}
 
 

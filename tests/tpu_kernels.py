@@ -83,9 +83,10 @@ KEYS = READ + 24 * 49
 
 
 def heads_of(length, kind, dtype):
-    count = QWEN3_8B[kind]
-    shape = (1, length, count, QWEN3_8B["head_dim"])
-    return shape, dtype, (None, None, kind, None)
+    count, size = QWEN3_8B[kind], QWEN3_8B["head_dim"]
+    if kind == "heads":
+        return (1, length, count, size), dtype, (None, None, kind, None)
+    return (1, count, length, size), dtype, (None, kind, None, None)
 
 
 def row(length, dtype):
@@ -162,8 +163,8 @@ def decoding(topology, dtype, shape):
         return (query, cache.replace(length=length)), None
 
     def write(query, exists):
-        wide = LAYERS, ROWS, LENGTH, config.kv_heads, config.head_dim
-        axes = (None, "batch", None, "activation_kv_heads", None)
+        wide = LAYERS, ROWS, config.kv_heads, LENGTH, config.head_dim
+        axes = (None, "batch", "activation_kv_heads", None, None)
         empty = sharding.constrain(jnp.zeros(wide, dtype), *axes)
         places = jnp.zeros((1, ROWS, LENGTH), jnp.int32)
         places = places if config.sliding else None

@@ -105,10 +105,10 @@ class Decoder(nnx.Module):
     def init_cache(self, batch: int, length: int) -> Cache:
         """Make an empty cache of ``length`` tokens in the compute dtype."""
         c = self.config
-        shape = (c.layers, batch, length, c.kv_heads, c.head_dim)
+        shape = (c.layers, batch, c.kv_heads, length, c.head_dim)
         zeros = constrain(
             jnp.zeros(shape, c.dtype),
-            None, "batch", None, "activation_kv_heads", None,
+            None, "batch", "activation_kv_heads", None, None,
         )  # fmt: skip
         positions = None
         if any(c.sliding):

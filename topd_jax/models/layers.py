@@ -156,7 +156,9 @@ def _attention(
     query, key = rotate(query, *turn), rotate(key, *turn)
     out = None
     query = constrain(query, "batch", "sequence", "activation_heads", None)
-    if cache is not None:
+    if cache is None:
+        key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    else:
         index = options["index"]
         cache, key, value = write_cache(cache, key, value, index)
         out = attend_cached(
@@ -164,8 +166,10 @@ def _attention(
         )
     if out is None:
         # Keys and values of all columns: of one layer, and of few heads.
-        key = constrain(key, "batch", None, "activation_kv_heads", None)
-        value = constrain(value, "batch", None, "activation_kv_heads", None)
+        key, value = (
+            constrain(x, "batch", "activation_kv_heads", None, None)
+            for x in (key, value)
+        )
         out = attend(query, key, value, spec, options["window"], config)
     # Rows first: a move of heads in their groups is none of one collective.
     out = to_rows(out, "sequence", "activation_heads", None)

@@ -125,7 +125,7 @@ def over_heads(
     Args:
       read: (query, key, value, mask) -> attention of one device's part.
       query: [B, S, heads, head_dim].
-      key: [B, L, kv_heads, head_dim].
+      key: [B, kv_heads, L, head_dim].
       value: the same.
       mask: a dataclass of ``exists``, bool[B, L], and arrays [B, S, ...].
 
@@ -137,7 +137,7 @@ def over_heads(
     if mesh is None:
         return read(query, key, value, mask)
     query_spec, key_spec = _head_specs(mesh, query.shape, key.shape)
-    if query_spec[2] != key_spec[2]:
+    if query_spec[2] != key_spec[1]:
         return None
     of_query = PartitionSpec(*query_spec[:2])
     of_column = PartitionSpec(query_spec[0])
@@ -168,7 +168,7 @@ def over_cached_heads(
       read: (query, keys, values, index, mask, first, last) -> attention of
         one device's part.
       query: [B, 1, heads, head_dim].
-      keys: [N, B, L, kv_heads, head_dim].
+      keys: [N, B, kv_heads, L, head_dim].
       values: the same.
       index: i32[] layer that is read.
       mask: i32[B, 1, L].
@@ -183,7 +183,7 @@ def over_cached_heads(
     if mesh is None:
         return read(query, keys, values, index, mask, first, last)
     query_spec, key_spec = _head_specs(mesh, query.shape, keys.shape[1:])
-    if query_spec[2] != key_spec[2]:
+    if query_spec[2] != key_spec[1]:
         return None
     cache, rows = PartitionSpec(None, *key_spec), PartitionSpec(query_spec[0])
     replicated = PartitionSpec()
@@ -200,12 +200,12 @@ def over_cached_heads(
 def _head_specs(
     mesh: AbstractMesh, query: tuple[int, ...], key: tuple[int, ...]
 ) -> tuple[PartitionSpec, PartitionSpec]:
-    """Return the specs of [B, S, heads, D] and [B, L, kv_heads, D]."""
+    """Return the specs of [B, S, heads, D] and [B, kv_heads, L, D]."""
     return (
         divisible_spec(
             mesh, query, ("batch", "sequence", "activation_heads", None)
         ),
-        divisible_spec(mesh, key, ("batch", None, "activation_kv_heads", None)),
+        divisible_spec(mesh, key, ("batch", "activation_kv_heads", None, None)),
     )
 
 

@@ -18,6 +18,7 @@ from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder, layer_arrays
 from topd_jax.models.layers import embed, layer, layer_options, rms_norm
 from topd_jax.models.rope import rope_table
+from topd_jax.parallel.sharding import mesh_in_use
 
 
 @struct.dataclass
@@ -46,14 +47,16 @@ class Layerwise:
         """Read tokens as ``Decoder.__call__``, with one cache per layer."""
         c = self.config
         hidden = embed(self.embedding, tokens, c)
-        rope = rope_table(positions, c)
+        # Without the barrier every product of a layer would compute sines and
+        # cosines of its own.
+        rope = jax.lax.optimization_barrier(rope_table(positions, c))
         spec, noted = prepare_mask(c, positions, mask, caches[0])
         options = layer_options(c)
         updated = []
         for i, (weights, cache) in enumerate(
             zip(self.layers, caches, strict=True)
         ):
-            own = {name: x[i] for name, x in options.items()} | {"index": 0}
+            own = {name: x[i] for name, x in options.items()} | {"index": None}
             carry = (hidden, cache.replace(positions=noted.positions))
             hidden, cache = layer(
                 c, carry, weights, own,
@@ -94,9 +97,12 @@ def unstack(model: Any, cache: Any) -> tuple[Any, Any]:
 
 
 def _cache_of(cache: Any, index: int) -> Any:
-    # A cache of one layer, which ``layer`` finds at index 0.
-    one = slice(index, index + 1)
-    return cache.replace(keys=cache.keys[one], values=cache.values[one])
+    keys, values = cache.keys[index], cache.values[index]
+    if mesh_in_use() is None:
+        # As the products of attention take them. What lies between a write
+        # and its reader, XLA would write twice, and copy the cache for it.
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (keys, values))
+    return cache.replace(keys=keys, values=values)
 
 
 def repeat_rows(model: Any, cache: Any, times: int) -> Any:
@@ -140,7 +146,9 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
     leaves, structure = jax.tree.flatten(cache)
     grown = []
     for i, x in enumerate(leaves):
-        pad = [(0, extra * more) for more in growth[i % len(growth)]]
+        # One per layer lacks leading dimensions, which do not grow.
+        own = growth[i % len(growth)][-x.ndim :]
+        pad = [(0, extra * more) for more in own]
         grown.append(jnp.pad(x, pad) if x.ndim else x)
     return jax.tree.unflatten(structure, grown)
 

@@ -88,11 +88,10 @@ def _read(config: DecoderConfig) -> float:
     mask = branch_intervals(exists, start, jnp.ones((1, 4, _STEPS), bool))
     if config.sliding:
         mask = mask.within(_WINDOW)
-    shapes = [
-        (*mask.last.shape, heads, config.head_dim)
-        for heads in (config.heads, *[config.kv_heads] * 2, config.heads)
-    ]
-    *given, cotangent = _normal(0, config.dtype, *shapes)
+    (rows, length), size = mask.last.shape, config.head_dim
+    tokens = rows, length, config.heads, size
+    keys = rows, config.kv_heads, length, size
+    *given, cotangent = _normal(0, config.dtype, tokens, keys, keys, tokens)
     # Padding attends to nothing: there the two need not agree.
     cotangent = cotangent.at[:, :_PADDING].set(0)
 
@@ -103,8 +102,9 @@ def _read(config: DecoderConfig) -> float:
             lambda *x: core.attend(*x, spec, jnp.int32(_COLUMNS * 2), config),
             *given,
         )
-        every = out, *pull(cotangent.astype(out.dtype))
-        return [x[:, _PADDING:] for x in every]
+        query, *of_keys = pull(cotangent.astype(out.dtype))
+        of_keys = [jnp.swapaxes(x, 1, 2) for x in of_keys]
+        return [x[:, _PADDING:] for x in (out, query, *of_keys)]
 
     result = read(mask, *given)
     with jax.default_matmul_precision("highest"):
@@ -118,7 +118,7 @@ def _decode(config: DecoderConfig) -> float:
     column = jnp.arange(_CACHED)
     exists = column >= _PADDING * jnp.arange(_ROWS)[:, None]
     mask = CachedMask(exists, jnp.int32(_WRITTEN), _CACHED)
-    cached = (2, _ROWS, _CACHED, config.kv_heads, config.head_dim)
+    cached = (2, _ROWS, config.kv_heads, _CACHED, config.head_dim)
     token = (_ROWS, 1, config.heads, config.head_dim)
     given = _normal(1, config.dtype, token, cached, cached)
     keys_at = jnp.broadcast_to(column, exists.shape) if config.sliding else None

@@ -85,7 +85,7 @@ def attend(
 
     Args:
       query: [B, M, heads, head_dim].
-      key: [B, L + M * (K - 1), kv_heads, head_dim]: L keys that were read,
+      key: [B, kv_heads, L + M * (K - 1), head_dim]: L keys that were read,
         then M a step.
       value: the same.
       mask: of :func:`keys_of`.
@@ -97,11 +97,11 @@ def attend(
       [B, M, heads, head_dim] in the query's dtype.
     """
     rows, count, _, size = query.shape
-    grouped = query.reshape(rows, count, key.shape[2], -1, size)
+    grouped = query.reshape(rows, count, key.shape[1], -1, size)
     read = mask.exists.shape[1]
 
     def of_branches(x: jax.Array) -> jax.Array:
-        return x[:, read:].reshape(rows, -1, count, *x.shape[2:])
+        return x[:, :, read:].reshape(*x.shape[:2], -1, count, size)
 
     prefix = functools.partial(_prefix, options=options)
     if kernel:
@@ -111,10 +111,10 @@ def attend(
             default=prefix,
         )
     own = jax.vmap(
-        functools.partial(_part, options), in_axes=(1, 2, 2, 1), out_axes=1
+        functools.partial(_part, options), in_axes=(1, 3, 3, 1), out_axes=1
     )
     parts = (
-        prefix(grouped, key[:, :read], value[:, :read], mask),
+        prefix(grouped, key[:, :, :read], value[:, :, :read], mask),
         own(grouped, of_branches(key), of_branches(value), mask.own),
     )
     outs, normalizers = (jnp.stack(x) for x in zip(*parts, strict=True))
@@ -132,7 +132,7 @@ def _part(
 ) -> _Part:
     """Attend from one branch, [B, G, R, D], to keys of mask bool[B, L]."""
     scores = jnp.einsum(
-        "bgrd,blgd->bgrl", query, key, preferred_element_type=jnp.float32
+        "bgrd,bgld->bgrl", query, key, preferred_element_type=jnp.float32
     )
     scores = soft_cap(scores * options.scale, options.cap)
     mask = mask[:, None, None]
@@ -140,7 +140,7 @@ def _part(
     normalizer = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.where(mask, jnp.exp(scores - normalizer[..., None]), 0.0)
     out = jnp.einsum(
-        "bgrl,blgd->bgrd", weights.astype(value.dtype), value,
+        "bgrl,bgld->bgrd", weights.astype(value.dtype), value,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     return out, normalizer
@@ -154,14 +154,14 @@ def _prefix(
     options: flash.Options,
 ) -> _Part:
     """Attend to the prefixes; some branches at a time where it is long."""
-    keys = jnp.arange(key.shape[1])
+    keys = jnp.arange(key.shape[2])
 
     def of_one(query: jax.Array, begin: jax.Array, end: jax.Array) -> _Part:
         allowed = (begin[:, None] <= keys) & (keys < end[:, None])
         return _part(options, query, key, value, mask.exists & allowed)
 
     given = (query, mask.begin, mask.prefix)
-    together = max(_SCORES // max(key.shape[1], 1), 1)
+    together = max(_SCORES // max(key.shape[2], 1), 1)
     if query.shape[1] <= together:
         return jax.vmap(of_one, in_axes=1, out_axes=1)(*given)
     given = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), given)

@@ -12,7 +12,8 @@ class Cache:
     """Keys and values of the tokens that a model has read.
 
     Attributes:
-      keys: [N, B, L, kv_heads, head_dim] in compute dtype.
+      keys: [N, B, kv_heads, L, head_dim] in compute dtype: as attention
+        reads them, so that a token that is decoded moves no other's.
       values: the same shape.
       length: i32[] tokens of each row written so far.
       positions: i32[1, B, L] rotary position of each token; None where no
@@ -48,7 +49,10 @@ def update_slice(
 
 
 def write_cache(
-    cache: Cache, key: jax.Array, value: jax.Array, index: jax.Array
+    cache: Cache,
+    key: jax.Array,
+    value: jax.Array,
+    index: jax.Array | None,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Write the new keys and values of one layer.
 
@@ -59,13 +63,26 @@ def write_cache(
       cache: of all layers.
       key: [B, S, kv_heads, head_dim] of the new tokens.
       value: the same shape.
-      index: i32[] of the layer in the cache.
+      index: i32[] of the layer in the cache; None where the cache is of one
+        layer: its arrays lack their first dimension, and may have rows and
+        heads in one.
 
     Returns:
-      (cache, keys [B, L, kv_heads, head_dim] of the layer, its values).
+      (cache, keys [B, kv_heads, L, head_dim] of the layer, its values).
     """
-    start = (index, 0, cache.length, 0, 0)
-    keys = update_slice(cache.keys, key[None], start)
-    values = update_slice(cache.values, value[None], start)
+    rows, count, heads, size = key.shape
+    *lead, length, _ = cache.keys.shape
+    start = [0] * len(lead) + [cache.length, 0]
+    if index is not None:
+        lead[0], start[0] = 1, index
+
+    def write(array: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.swapaxes(new, 1, 2).reshape(*lead, count, size)
+        return update_slice(array, new, start)
+
+    keys, values = write(cache.keys, key), write(cache.values, value)
     cache = cache.replace(keys=keys, values=values)
-    return cache, keys[index], values[index]
+    if index is not None:
+        return cache, keys[index], values[index]
+    shape = (rows, heads, length, size)
+    return cache, keys.reshape(shape), values.reshape(shape)

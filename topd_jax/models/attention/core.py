@@ -17,6 +17,7 @@ from topd_jax.models.attention.masks import (
 )
 from topd_jax.models.config import DecoderConfig
 from topd_jax.parallel.collectives import over_cached_heads, over_heads
+from topd_jax.parallel.sharding import mesh_in_use
 from topd_jax.types import soft_cap
 
 # Scores of one head and row that may exist at once (16 MB in float32), and of
@@ -26,6 +27,10 @@ _BLOCK_SCORES = 1 << 21
 
 # Queries from which on the kernels are worth their blocks.
 _KERNEL_QUERIES = 128
+
+# Branches are read with their prefix, other branches masked, where their keys
+# are so few of those that were read: apart, the prefix is copied every time.
+_FEW_BEHIND = 0.5
 
 # Farther than any two keys: a layer that does not slide.
 _EVERYTHING = np.iinfo(np.int32).max
@@ -80,7 +85,12 @@ def prepare_mask(
             exists = flash_decode.as_numbers(mask.exists)
         else:
             mask = mask.dense()[:, None]
-    elif not isinstance(mask, BranchMask):
+    elif isinstance(mask, BranchMask):
+        behind = mask.exists.shape[1] - mask.read
+        kernel = _by_kernel(config, positions.shape[1])
+        if not kernel and behind <= _FEW_BEHIND * mask.read:
+            mask = mask.dense()[:, None]
+    else:
         mask = mask[:, None]
     if not any(config.sliding):
         return MaskSpec(mask, positions, None, exists), cache
@@ -155,7 +165,7 @@ def attend(
 
     Args:
       query: [B, S, heads, head_dim].
-      key: [B, L, kv_heads, head_dim].
+      key: [B, kv_heads, L, head_dim].
       value: the same.
       spec: of the call.
       window: i32[] of the layer.
@@ -185,7 +195,7 @@ def attend(
 def attend_cached(
     query: jax.Array,
     cache: Cache,
-    index: jax.Array,
+    index: jax.Array | None,
     spec: MaskSpec,
     window: jax.Array,
     config: DecoderConfig,
@@ -195,7 +205,7 @@ def attend_cached(
     Args:
       query: [B, 1, heads, head_dim].
       cache: that holds the tokens' own keys already.
-      index: i32[] of the layer in the cache.
+      index: i32[] of the layer in the cache; None of one of one layer.
       spec: of the call.
       window: i32[] of the layer.
       config: as in :func:`attend`.
@@ -224,8 +234,12 @@ def attend_cached(
         allowed = layer_mask(spec, window)[:, 0, 0]
         mask = flash_decode.as_numbers(allowed)
         first = jnp.argmax(allowed, axis=1).astype(jnp.int32)
+    keys, values = cache.keys, cache.values
+    if index is None:
+        shape = (1, query.shape[0], -1, *keys.shape[-2:])
+        index, keys, values = 0, keys.reshape(shape), values.reshape(shape)
     return over_cached_heads(
-        read, query, cache.keys, cache.values, jnp.asarray(index),
+        read, query, keys, values, jnp.asarray(index),
         mask, first, cached.length - 1,
     )  # fmt: skip
 
@@ -247,7 +261,7 @@ def _attend_long(
     A block takes queries from all over the sequence, so that each device of a
     mesh that spreads them has its share of every block.
     """
-    length, keys = query.shape[1], key.shape[1]
+    length, keys = query.shape[1], key.shape[2]
     if not _is_long(length, keys):
         return _attend(query, key, value, _dense(mask), config)
     block = _block(keys)
@@ -300,23 +314,26 @@ def _attend(
     config: DecoderConfig,
 ) -> jax.Array:
     """Attend with all scores at once."""
-    scale = _scale(config)
-    if config.attention_softcap is None:
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, scale=scale
-        )
-    # jax.nn's attention has no soft-cap.
-    rows, length, heads, size = query.shape
-    grouped = query.reshape(rows, length, key.shape[2], -1, size)
+    rows, length, _, size = query.shape
+    groups, keys = key.shape[1:3]
+    # Queries that share keys are the rows of one product. One dimension of
+    # products where no mesh spreads both of these.
+    products = (rows, groups) if mesh_in_use() else (rows * groups,)
+    grouped = query.reshape(rows, length, groups, -1, size)
+    grouped = jnp.moveaxis(grouped, 1, 3).reshape(*products, -1, size)
+    key, value = (x.reshape(*products, keys, size) for x in (key, value))
     scores = jnp.einsum(
-        "bsngd,blnd->bngsl", grouped, key, preferred_element_type=jnp.float32
+        "...qd,...ld->...ql", grouped, key, preferred_element_type=jnp.float32
     )
-    scores = soft_cap(scores * scale, config.attention_softcap)
+    scores = soft_cap(scores * _scale(config), config.attention_softcap)
+    scores = scores.reshape(rows, groups, -1, length, keys)
     # Finite: a row of padding must not be nan.
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bngsl,blnd->bsngd", weights, value)
-    return out.reshape(rows, length, heads, size)
+    weights = weights.reshape(*products, -1, keys)
+    out = jnp.einsum("...ql,...ld->...qd", weights, value)
+    out = out.reshape(rows, groups, -1, length, size)
+    return jnp.moveaxis(out, 3, 1).reshape(query.shape)
 
 
 def _scale(config: DecoderConfig) -> float:

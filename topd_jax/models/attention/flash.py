@@ -56,7 +56,7 @@ def attend(
 
     Args:
       query: [B, S, heads, head_dim].
-      key: [B, L, kv_heads, head_dim].
+      key: [B, kv_heads, L, head_dim].
       value: the same.
       mask: which keys each query attends to.
       options: of the kernels.
@@ -115,7 +115,7 @@ def forward(
 
     Args:
       query: [B, S, heads, head_dim].
-      key: [B, L, kv_heads, head_dim]; ``heads`` is a multiple of kv_heads.
+      key: [B, kv_heads, L, head_dim]; ``heads`` is a multiple of kv_heads.
       value: the same.
       mask: which keys each query attends to.
       options: see :class:`Options`.
@@ -188,7 +188,5 @@ def backward(
         outputs={n: arrays[n] for n in ("key", "value")},
         sums=[(keys, size), (keys, size)],
     )  # fmt: skip
-    on_key, on_value = (
-        jnp.swapaxes(x, 1, 2)[:, : key.shape[1]] for x in (on_key, on_value)
-    )
+    on_key, on_value = (x[:, :, : key.shape[2]] for x in (on_key, on_value))
     return ungrouped(sizes, on_query), on_key, on_value

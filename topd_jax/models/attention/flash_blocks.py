@@ -33,9 +33,9 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(query: jax.Array, key: jax.Array) -> Sizes:
-    """Choose blocks for query [B, S, heads, D] and key [B, L, kv_heads, D]."""
+    """Choose blocks for query [B, S, heads, D] and key [B, kv_heads, L, D]."""
     rows, length, heads, size = query.shape
-    keys, groups = key.shape[1:3]
+    groups, keys = key.shape[1:3]
     shared = heads // groups
     wide = 128 * max(_ROWS // shared // 128, 1)
     queries = min(wide, 128 * -(-length // 128))
@@ -74,8 +74,7 @@ def arranged(
     keys = sizes.key_blocks * sizes.keys
 
     def of_keys(x: jax.Array) -> jax.Array:
-        more = ((0, 0), (0, keys - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
-        return jnp.pad(x, more)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, keys - x.shape[2]), (0, 0)))
 
     def of_queries(x: jax.Array, empty: int = 0) -> jax.Array:
         more = ((0, 0), (0, length - x.shape[1]))
@@ -89,9 +88,11 @@ def arranged(
     }
     arrays = {
         "query": grouped(sizes, query),
-        "key": jnp.swapaxes(of_keys(key), 1, 2),
-        "value": jnp.swapaxes(of_keys(value), 1, 2),
-        "exists": of_keys(mask.exists).astype(jnp.int32)[..., None],
+        "key": of_keys(key),
+        "value": of_keys(value),
+        "exists": of_keys(mask.exists[:, None, :, None].astype(jnp.int32))[
+            :, 0
+        ],
     }
     for name, x in ends.items():
         arrays[name] = jnp.repeat(x, sizes.shared, axis=1)[:, None]

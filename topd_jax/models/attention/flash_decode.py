@@ -66,7 +66,7 @@ def attend(
 
     Args:
       query: [B, 1, heads, head_dim].
-      keys: [N, B, L, kv_heads, head_dim].
+      keys: [N, B, kv_heads, L, head_dim].
       values: the same.
       index: i32[] which of the N layers.
       mask: :func:`as_numbers` of the keys of each row, of those
@@ -112,7 +112,7 @@ def read(
 
     Args:
       query: [B, 1, heads, head_dim]; ``heads`` is a multiple of kv_heads.
-      keys: [N, B, L, kv_heads, head_dim].
+      keys: [N, B, kv_heads, L, head_dim].
       values: the same.
       index: i32[] which of the N layers.
       mask: :func:`as_numbers` of the keys of each row, of those
@@ -131,7 +131,7 @@ def read(
     from jax.experimental.pallas import tpu as pltpu
 
     rows, _, heads, _ = query.shape
-    groups, sizes = keys.shape[3], sizes_of(query, keys)
+    groups, sizes = keys.shape[2], sizes_of(query, keys)
     grouped = query.reshape(rows, groups, heads // groups, sizes.size)
     more = sizes.shared - heads // groups
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, more), (0, 0)))
@@ -147,9 +147,8 @@ def read(
     )(
         jnp.stack([index, jnp.min(first), last]).astype(jnp.int32),
         grouped,
-        # As they lie in memory: the compiler makes no copy of it.
-        jnp.swapaxes(keys, 2, 3),
-        jnp.swapaxes(values, 2, 3),
+        keys,
+        values,
         mask,
     )
     return out[:, :, : heads // groups].reshape(query.shape)
@@ -161,9 +160,9 @@ def as_numbers(mask: jax.Array) -> jax.Array:
 
 
 def sizes_of(query: jax.Array, keys: jax.Array) -> Sizes:
-    """Choose blocks for query [B, 1, heads, D], keys [N, B, L, kv_heads, D]."""
+    """Choose blocks for query [B, 1, heads, D], keys [N, B, kv_heads, L, D]."""
     rows, _, heads, size = query.shape
-    length, groups = keys.shape[2:4]
+    groups, length = keys.shape[2:4]
     tile = 8 * 4 // query.dtype.itemsize
     shared = tile * -(-(heads // groups) // tile)
     # Two blocks of rows at the least, for a chip of two cores.
@@ -242,8 +241,8 @@ def _estimate(
     rows, _, heads, size = query.shape
     count = min(usual + sizes.keys // 2, sizes.length)
     scores = rows * heads * count
-    read = 2 * rows * count * keys.shape[3] * size * keys.dtype.itemsize
-    read += rows * count * 4 * keys.shape[3] // sizes.groups
+    read = 2 * rows * count * keys.shape[2] * size * keys.dtype.itemsize
+    read += rows * count * 4 * keys.shape[2] // sizes.groups
     moved = 2 * math.prod(query.shape) * query.dtype.itemsize
     return pl.CostEstimate(
         flops=4 * scores * size,
