@@ -1,15 +1,14 @@
 """Grading: answers right and wrong, and answers that will not be graded."""
 
-import os
 import signal
+import subprocess
 import sys
-import time
 
 import pytest
 
 from topd_jax.data.settings import DataSettings
 from topd_jax.evaluation import grading
-from topd_jax.evaluation.grading import grade_answers, reference_answer
+from topd_jax.evaluation.grading import grade_answers
 
 # As GSM8K writes its answers.
 GSM8K = "She sold 48/2 = <<48/2=24>>24 clips, 48+24 = 72 in all.\n#### 72"
@@ -107,6 +106,7 @@ TABLE = [
     (GSM8K, "", False),
     (GSM8K, "\x00\n\ud800 \\boxed{72}", True),
     ("#### 1,000", "It is $1000$", True),
+    ("#### 5 #### 6\n", "6", True),
     ("#### 0.5", "It is $\\frac{1}{2}$", True),
 ]  # fmt: skip
 # Each of these costs memory or time without end where nothing stops it.
@@ -137,44 +137,30 @@ def test_the_table_is_graded_as_it_says():
 
 def test_hostile_answers_are_wrong_and_the_next_one_is_graded(monkeypatch):
     """Each costs its deadline, or its worker, and no more."""
-    waits, plain = [], grading._Worker.ask
+    workers, plain = [], subprocess.run
 
-    def ask(self, reference, text, deadline):
-        if text == "die":
-            os.kill(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        started = time.perf_counter()
-        grade = plain(self, reference, text, deadline)
-        waits.append(time.perf_counter() - started)
-        return grade
+    def run(*arguments, **options):
+        workers.append(plain(*arguments, **options))
+        return workers[-1]
 
-    monkeypatch.setattr(grading._Worker, "ask", ask)
-    texts = [t for bad in (*HOSTILE, "die") for t in (bad, "$72$")]
-    grades = grade_answers([record("72")] * len(texts), texts, deadline=3.0)
-    assert grades == [False, True] * (len(texts) // 2)
-    assert max(waits) < 5
+    monkeypatch.setattr(subprocess, "run", run)
+    texts = [t for bad in HOSTILE for t in (bad, "$72$")]
+    grades = grade_answers([record("72")] * len(texts), texts, deadline=2.0)
+    assert grades == [False, True] * len(HOSTILE)
+    assert -signal.SIGALRM in [w.returncode for w in workers[:-1]]
+    assert workers[-1].returncode == 0
 
 
-def test_a_worker_is_small_and_stopped(monkeypatch):
-    started, plain = [], grading._Worker.__init__
-
-    def init(self):
-        plain(self)
-        with open(f"/proc/{self._process.pid}/maps") as maps:
-            started.append((self._process, maps.read()))
-
-    monkeypatch.setattr(grading._Worker, "__init__", init)
-    grade_answers([record("1")], ["1"])
-    ((process, libraries),) = started
-    assert process.returncode is not None
-    assert "python" in libraries and "jaxlib" not in libraries
+def test_a_worker_imports_no_jax():
+    code = grading._BEGIN + "sys.exit(5 + ('jax' in sys.modules))"
+    worker = subprocess.run(
+        [sys.executable, "-c", code, grading._CHECKOUT, "1"], input=b""
+    )
+    assert worker.returncode == 5
 
 
 def test_without_reference_answers_there_are_no_grades(monkeypatch):
-    def forbidden(self):
-        raise AssertionError("a worker was started for nothing")
-
-    monkeypatch.setattr(grading._Worker, "__init__", forbidden)
+    monkeypatch.setattr(subprocess, "run", None)  # no worker for nothing
     assert grade_answers([record("1"), record("")], ["1", "2"]) is None
     assert grade_answers([], []) == []
 
@@ -183,14 +169,6 @@ def test_a_worker_that_does_not_start_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ChildProcessError, match="math-verify"):
         grade_answers([record("1")], ["1"])
-
-
-@pytest.mark.parametrize(
-    ("text", "reference"),
-    [(GSM8K, "72"), (" 1,234 ", "1,234"), ("#### 5 #### 6\n", "6")],
-)
-def test_the_reference_is_what_follows_the_mark(text, reference):
-    assert reference_answer(text) == reference
 
 
 def test_the_source_of_the_prompts_chooses_the_grader():

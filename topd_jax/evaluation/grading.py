@@ -6,15 +6,15 @@ is the reference's (:func:`topd_jax.evaluation.answers.normal`) or math-verify
 proves the two equal.
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import pathlib
 import re
 import resource
-import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ _BEGIN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from topd_jax.evaluation import grading
-grading._serve()
+grading._serve(float(sys.argv[2]))
 """
 # An answer that nothing announces is near the end, if anywhere.
 _TAIL = 2000  # characters
@@ -83,18 +83,6 @@ def math_grader() -> Grader:
     return Grader(grade_answers, final_answer)
 
 
-def reference_answer(text: str) -> str:
-    """Return the final answer of a reference solution.
-
-    Args:
-      text: "... #### 72" as GSM8K writes it, or the answer alone.
-
-    Returns:
-      What follows the last "####"; the whole text where there is none.
-    """
-    return text.rsplit("####", 1)[-1].strip()
-
-
 def final_answer(text: str) -> str:
     """Return the answer that a completion gives, in one spelling.
 
@@ -131,7 +119,8 @@ def grade_answers(
     if not all(r["answer"] for r in records):
         return None
     pairs = [
-        (reference_answer(record["answer"]), text)
+        # GSM8K writes "... #### 72"; others write the answer alone.
+        (record["answer"].rsplit("####", 1)[-1].strip(), text)
         for record, text in zip(records, texts, strict=True)
     ]
     if not pairs:
@@ -149,69 +138,36 @@ def grade_answers(
 def _grade_part(
     pairs: Sequence[tuple[str, str]], deadline: float
 ) -> list[bool]:
-    """Grade (reference, completion) pairs in one worker at a time."""
-    worker = None
-    grades = []
-    try:
-        for reference, text in pairs:
-            worker = worker or _Worker()
-            grade = worker.ask(reference, text, deadline)
-            if grade is None:  # it hangs or died: start another one
-                worker.stop()
-                worker = None
-            grades.append(bool(grade))
-    finally:
-        if worker is not None:
-            worker.stop()
-    return grades
+    """Grade (reference, completion) pairs in one worker at a time.
 
-
-class _Worker:
-    """A process that grades one answer at a time, a JSON line each way.
-
-    A separate program: a fork may deadlock with JAX's threads, and a spawn
-    runs the caller's main module again.
+    A worker is a separate program: a fork may deadlock with JAX's threads, and
+    a spawn runs the caller's main module again.
     """
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _BEGIN, str(_CHECKOUT)],
-            stdin=subprocess.PIPE,
+    grades: list[bool] = []
+    while len(grades) < len(pairs):
+        rest = (json.dumps(pair) + "\n" for pair in pairs[len(grades) :])
+        worker = subprocess.run(
+            [sys.executable, "-c", _BEGIN, str(_CHECKOUT), str(deadline)],
+            input="".join(rest).encode(),
             stdout=subprocess.PIPE,
         )
-        if self._answer(_START) is not True:
-            self.stop()
+        started, *lines = worker.stdout.split() or [None]
+        if started is None:
             raise ChildProcessError(
                 "the grading process does not start; is math-verify "
                 "installed? try: python -c 'import math_verify'"
             )
-
-    def ask(self, reference: str, text: str, deadline: float) -> bool | None:
-        """Return the grade; None where none came in time."""
-        line = json.dumps([reference, text]) + "\n"
-        try:
-            self._process.stdin.write(line.encode())
-            self._process.stdin.flush()
-        except OSError:
-            return None
-        return self._answer(deadline)
-
-    def _answer(self, seconds: float) -> bool | None:
-        # The worker writes short lines whole: what is readable is a line.
-        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-        line = self._process.stdout.readline() if ready else b""
-        return json.loads(line) if line else None
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(OSError):  # a dead worker leaves input unread
-            self._process.stdin.close()
-        self._process.stdout.close()
+        grades += [line == b"true" for line in lines]
+        if len(grades) < len(pairs):  # the next one hung, or killed it
+            grades.append(False)
+    return grades
 
 
-def _serve() -> None:
-    """Serve as the worker: read [reference, completion], write a grade."""
+def _serve(deadline: float) -> None:
+    """Serve as a worker: read [reference, completion] lines, write grades."""
+    # Nothing handles the alarm: it ends the process, even within C code.
+    alarm = functools.partial(signal.setitimer, signal.ITIMER_REAL)
+    alarm(_START)
     # Libraries that print must not write among the grades.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -220,8 +176,9 @@ def _serve() -> None:
     logging.disable(logging.CRITICAL)
     # An answer that would fill the machine's memory fails here instead.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    print("true", file=answers, flush=True)
+    print("started", file=answers, flush=True)
     for line in sys.stdin:
+        alarm(deadline)
         reference, text = json.loads(line)
         try:
             grade = _is_right(reference, text, math_verify)
@@ -237,7 +194,7 @@ def _is_right(reference: str, text: str, math_verify: Any) -> bool:
     if how in ("boxed", "marked") and normal(answer) in same:
         return True
 
-    # The parent has the deadline: no alarms here.
+    # The worker has a deadline: no other alarms here.
     def read(text: str) -> list:
         return math_verify.parse(text, parsing_timeout=None)
 
@@ -252,8 +209,7 @@ def _is_right(reference: str, text: str, math_verify: Any) -> bool:
             readings.append(f"The answer is {latex}")
     else:
         readings = [text[-_TAIL:]]
-    return _any_equal(gold, map(read, readings), math_verify.verify)
-
-
-def _any_equal(gold: list, found: Any, verify: Callable) -> bool:
-    return any(verify(gold, f, timeout_seconds=None) for f in found)
+    return any(
+        math_verify.verify(gold, read(reading), timeout_seconds=None)
+        for reading in readings
+    )
