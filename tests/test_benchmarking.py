@@ -8,7 +8,7 @@ import pytest
 from small_run import settings_with
 
 from topd_jax.evaluation import benchmarking, grading
-from topd_jax.evaluation.benchmarking import benchmark_name, read_benchmark
+from topd_jax.evaluation.benchmarking import read_benchmark
 from topd_jax.training.setup import load_setup
 
 
@@ -17,13 +17,15 @@ def write(path, *rows):
     return path
 
 
-def test_a_benchmark_has_problems_or_questions(tmp_path):
+def test_a_benchmark_has_problems_or_questions(tmp_path, monkeypatch):
     one = write(tmp_path / "one.jsonl", {"problem": "1+1?", "answer": 2})
     two = write(tmp_path / "two.jsonl", {"question": "2?", "answer": "#### 2"})
-    assert read_benchmark(str(one))[0]["answer"] == "2"
-    assert read_benchmark(str(two))[0]["prompt"] == "2?"
-    assert benchmark_name(str(one)) == "one"
-    assert benchmark_name("hub:owner/aime") == "owner/aime"
+    name, (record,) = read_benchmark(str(one))
+    assert (name, record["answer"]) == ("one", "2")
+    _, (record,) = read_benchmark(str(two))
+    assert record["prompt"] == "2?"
+    monkeypatch.setattr(benchmarking, "read_source", lambda *_: [record])
+    assert read_benchmark("hub:owner/aime") == ("owner/aime", [record])
 
 
 @pytest.mark.parametrize(

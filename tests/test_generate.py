@@ -120,8 +120,8 @@ def test_tfds_and_grain_read_the_set(written, solutions):
     raw = grain.sources.ArrayRecordDataSource(paths)
     assert len(raw) == 64
     assert solutions[37]["completion"].encode() in raw[37]
-    fields = sources.Fields(prompt="prompt", answer="completion")
-    records = sources.read_tfds(str(folder), fields)
+    fields = sources.Fields(("prompt",), "completion")
+    records = sources.read_source("tfds", str(folder), fields=fields)
     assert [(r["prompt"], r["answer"]) for r in records] == [
         (s["prompt"], s["completion"]) for s in solutions
     ]
@@ -137,8 +137,8 @@ def test_jsonl_holds_the_same(solutions, settings, tmp_path):
     for a, b in zip(got, solutions[:20], strict=True):
         assert a.keys() == b.keys()
         assert all(np.array_equal(a[name], b[name]) for name in a)
-    fields = sources.Fields(prompt="prompt")
-    first = sources.read_jsonl(folder / files[0], fields)
+    fields = sources.Fields(("prompt",))
+    first = sources.read_source("jsonl", folder / files[0], fields=fields)
     assert [r["prompt"] for r in first] == [s["prompt"] for s in solutions[:16]]
 
 

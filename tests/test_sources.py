@@ -7,16 +7,16 @@ import types
 
 import pytest
 
-from topd_jax.data import sources
 from topd_jax.data.settings import DataSettings, WorldSettings
+from topd_jax.data.sources import Fields, read_records, read_source
 from topd_jax.data.toy_world import problems
 
-TEACHERS = sources.Fields(teacher="by", teachers=("code", "math"))
+TEACHERS = Fields(teacher="by", teachers=("code", "math"))
 
 
-def write_lines(path: pathlib.Path, *lines: str) -> pathlib.Path:
+def write_lines(path: pathlib.Path, *lines: str) -> str:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return str(path)
 
 
 def test_jsonl_keeps_questions_and_answers(tmp_path):
@@ -27,7 +27,7 @@ def test_jsonl_keeps_questions_and_answers(tmp_path):
         '{"question": "Où?", "answer": 7}',
         '{"question": "Who?"}',
     )
-    records = sources.read_jsonl(path)
+    records = read_source("jsonl", path)
     assert [r["prompt"] for r in records] == ["How many?", "Où?", "Who?"]
     assert [r["answer"] for r in records] == ["#### 2", "7", ""]
     assert [r["index"] for r in records] == [0, 1, 2]
@@ -35,8 +35,8 @@ def test_jsonl_keeps_questions_and_answers(tmp_path):
     other = write_lines(
         tmp_path / "p.jsonl", '{"problem": "a", "key": "b", "by": "math"}'
     )
-    fields = sources.Fields("problem", "key", "by", ("code", "math"))
-    (record,) = sources.read_jsonl(other, fields)
+    fields = Fields(("text", "problem"), "key", "by", ("code", "math"))
+    (record,) = read_source("jsonl", other, fields=fields)
     assert list(record.values())[:2] == ["a", "b"]
     assert record["teacher"] == "math"
 
@@ -58,17 +58,15 @@ def test_a_bad_line_is_named(tmp_path, line: bytes, message: str):
     path = tmp_path / "q.jsonl"
     path.write_bytes(b'{"question": "a", "by": "code"}\n' + line)
     with pytest.raises(ValueError, match=message):
-        sources.read_jsonl(path, TEACHERS)
+        read_source("jsonl", path, fields=TEACHERS)
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no file at .*absent.*data.path"):
-        sources.read_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match="no file at"):
-        sources.read_jsonl(tmp_path)
+        read_source("jsonl", tmp_path / "absent.jsonl")
     empty = write_lines(tmp_path / "empty.jsonl", "")
     with pytest.raises(ValueError, match="holds no records"):
-        sources.read_jsonl(empty)
+        read_source("jsonl", empty)
 
 
 def test_prompts_of_a_run(tmp_path):
@@ -78,10 +76,15 @@ def test_prompts_of_a_run(tmp_path):
     )
 
     def read(**data):
-        parts = sources.read_records(
+        parts = read_records(
             DataSettings(**data), WorldSettings(prompts=9), problems=4,
             final_problems=3,
         )  # fmt: skip
+        assert all(
+            record["answer"] == problems.answer(record["prompt"])
+            for record in parts[0]
+            if record["answer"]
+        )
         return [[r["prompt"] for r in part] for part in parts]
 
     assert read() == [
@@ -89,12 +92,10 @@ def test_prompts_of_a_run(tmp_path):
         problems.problems("validation", 4, 0),
         problems.problems("test", 3, 0),
     ]
-    (record, *_) = sources.read_world("test", 3, seed=0)
-    assert record["answer"] == problems.answer(record["prompt"])
-    file = {"source": "jsonl", "path": str(path)}
+    file = {"source": "jsonl", "path": path}
     first, rest = ["0+1?", "1+1?"], ["2+1?", "3+1?", "4+1?"]
     assert read(**file, held_out=2) == [rest, first, first]
-    apart = read(**file, eval_path=str(path))
+    apart = read(**file, eval_path=path)
     assert apart == [first + rest] * 3
     with pytest.raises(ValueError, match="held_out=5 must be below the 5 "):
         read(**file, held_out=5)
@@ -105,7 +106,7 @@ def test_prompts_of_a_run(tmp_path):
 def test_hub_needs_its_package_and_reads_rows(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
-        sources.read_hub("owner/questions")
+        read_source("hub", "owner/questions")
     asked = []
 
     def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
@@ -116,16 +117,14 @@ def test_hub_needs_its_package_and_reads_rows(monkeypatch):
 
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    (record,) = sources.read_source(
-        "hub", "owner/questions:main", "test", sources.Fields()
-    )
+    (record,) = read_source("hub", "owner/questions:main", "test")
     assert asked == [("owner/questions", "main", "test")]
     assert (record["prompt"], record["answer"]) == ("a", "b")
-    with pytest.raises(ValueError, match="cannot read .* hub: no network"):
-        sources.read_hub("owner/questions")
+    with pytest.raises(ValueError, match="cannot read hub .*: no network"):
+        read_source("hub", "owner/questions")
 
 
-def test_tfds_reads_array_record(tmp_path):
+def test_tfds_reads_array_record(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
     class ToyQuestions(tfds.core.GeneratorBasedBuilder):
@@ -149,12 +148,17 @@ def test_tfds_reads_array_record(tmp_path):
 
     builder = ToyQuestions(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()
-    records = sources.read_tfds("toy_questions", data_dir=str(tmp_path))
-    assert {(r["prompt"], r["answer"]) for r in records} == {
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds, "builder", lambda name: builder)
+        named = read_source("tfds", "toy_questions")
+    assert {(r["prompt"], r["answer"]) for r in named} == {
         ("Où 0?", "0"),
         ("Où 1?", "1"),
     }
+    directory = str(builder.data_dir)
+    for a, b in zip(read_source("tfds", directory), named, strict=True):
+        assert a["prompt"] == b["prompt"]
     with pytest.raises(ValueError, match=r"cannot read .*'no_such_name'"):
-        sources.read_tfds("no_such_name", data_dir=str(tmp_path))
+        read_source("tfds", "no_such_name")
     with pytest.raises(ValueError, match=r"split 'dev'"):
-        sources.read_tfds("toy_questions", split="dev", data_dir=str(tmp_path))
+        read_source("tfds", directory, "dev")

@@ -7,9 +7,8 @@ makes batches of them.
 import dataclasses
 import difflib
 import json
-import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from topd_jax.data.settings import DataSettings, WorldSettings
@@ -42,13 +41,13 @@ class Fields:
     """Keys of a row that make a record.
 
     Attributes:
-      prompt: key of the question.
+      prompts: keys of the question; the first that a row has counts.
       answer: key of the answer, kept where it exists.
       teacher: key of the name of the record's teacher; "" for none.
       teachers: the names that it may have.
     """
 
-    prompt: str = "question"
+    prompts: Sequence[str] = ("question",)
     answer: str = "answer"
     teacher: str = ""
     teachers: Sequence[str] = ()
@@ -92,7 +91,7 @@ def read_records(
             "--config.data.path=FILE"
         )
     fields = Fields(
-        data.prompt_field, data.answer_field, data.teacher_field, teachers
+        (data.prompt_field,), data.answer_field, data.teacher_field, teachers
     )
     train = read_source(data.source, data.path, data.split, fields)
     if data.eval_path:
@@ -110,150 +109,86 @@ def read_records(
 
 
 def read_source(
-    source: str, path: str, split: str, fields: Fields
+    source: str, path: str, split: str = "train", fields: Fields = Fields()
 ) -> list[Record]:
     """Read the records of one source.
 
     Args:
-      source: "jsonl", "tfds" or "hub".
-      path: of the file, or name of the dataset.
+      source: "jsonl", one JSON object a line, blank lines skipped; "tfds",
+        ArrayRecord (TensorFlow is not needed); or "hub", Hugging Face's, which
+        needs ``datasets``.
+      path: of the file; or e.g. ``gsm8k:1.0.0`` of TFDS, downloaded where it
+        is missing, or the directory of a prepared dataset; or of the hub
+        ``owner/dataset`` or ``owner/dataset:config``.
       split: of the dataset; a file has none.
       fields: keys of its rows.
 
     Raises:
-      ValueError: where it cannot be read.
+      ValueError: where it cannot be read or is empty, or, with its place, for
+        a row that is no object or lacks the question or its teacher.
     """
-    if source == "tfds":
-        return read_tfds(path, fields, split=split)
-    if source == "hub":
-        return read_hub(path, fields, split=split)
-    return read_jsonl(path, fields)
-
-
-def read_jsonl(
-    path: str | os.PathLike, fields: Fields = Fields()
-) -> list[Record]:
-    """Read a file with one JSON object a line, skipping blank lines.
-
-    Args:
-      path: the file.
-      fields: keys of its objects.
-
-    Raises:
-      ValueError: if the file is missing or empty, or, with file and line, if
-        a line is not a JSON object or lacks the question or its teacher.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"no file at {path}; give data.path the path of a JSONL file, "
-            f'one {{"{fields.prompt}": ..., "{fields.answer}": ...}} a line'
-        )
-    records: list[Record] = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            source = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{source} is not JSON ({error}): "
-                    f"{line[:60]!r}; repair or remove the line"
-                ) from error
-            records.append(_record(row, len(records), source, fields))
+    if source == "jsonl":
+        rows = _read_lines(pathlib.Path(path), fields)
+    else:
+        dataset = _open_dataset(source, path, split)
+        where = f"{path} {split} record"
+        rows = ((f"{where} {i}", row) for i, row in enumerate(dataset))
+    records = [
+        _record(row, i, where, fields) for i, (where, row) in enumerate(rows)
+    ]
     if not records:
         raise ValueError(f"{path} holds no records; it needs at least one")
     return records
 
 
-def read_tfds(
-    name: str,
-    fields: Fields = Fields(),
-    *,
-    split: str = "train",
-    data_dir: str | None = None,
-) -> list[Record]:
-    """Read a TensorFlow dataset (ArrayRecord; TensorFlow is not needed).
+def _read_lines(
+    path: pathlib.Path, fields: Fields
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, object) of each line."""
+    if not path.is_file():
+        raise ValueError(
+            f"no file at {path}; give data.path the path of a JSONL file, "
+            f'one {{"{fields.prompts[0]}": ..., "{fields.answer}": ...}} a line'
+        )
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                yield where, json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{where} is not JSON ({error}): "
+                    f"{line[:60]!r}; repair or remove the line"
+                ) from error
 
-    Args:
-      name: e.g. ``gsm8k`` or ``gsm8k:1.0.0``, downloaded where it is not in
-        ``data_dir``; or a directory that holds a prepared dataset.
-      fields: keys of its rows.
-      split: of the dataset.
-      data_dir: where datasets are kept; None is TFDS's default.
 
-    Raises:
-      ValueError: if there is no such dataset or split, or a record lacks the
-        question.
-    """
-    # Imported here because it takes seconds.
-    import tensorflow_datasets as tfds
-
+def _open_dataset(source: str, name: str, split: str) -> Iterable[Any]:
     try:
+        # Imported here because it takes seconds.
+        if source == "hub":
+            import datasets
+
+            dataset, _, config = name.partition(":")
+            return datasets.load_dataset(dataset, config or None, split=split)
+        import tensorflow_datasets as tfds
+
         if pathlib.Path(name).is_dir():
             builder = tfds.builder_from_directory(name)
         else:
-            builder = tfds.builder(name, data_dir=data_dir)
+            builder = tfds.builder(name)
             builder.download_and_prepare(file_format="array_record")
-        rows = builder.as_data_source(split=split)
-    except (
-        tfds.core.DatasetNotFoundError,
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:
+        return builder.as_data_source(split=split)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        way_out = "check the name and the network"
+        if isinstance(error, ImportError):
+            way_out = f"pip install {error.name}"
         raise ValueError(
-            f"cannot read TFDS dataset {name!r} split {split!r} from "
-            f"{data_dir or 'the default directory'}: {_first_line(error)}; "
-            "check the name, or export the questions to JSONL and set "
-            "data.path"
+            f"cannot read {source} dataset {name!r} split {split!r}: {reason}; "
+            f"{way_out}, or export the questions to JSONL and set data.path"
         ) from error
-    where = f"{name} {split} record"
-    return [
-        _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
-    ]
-
-
-def read_hub(
-    name: str,
-    fields: Fields = Fields(),
-    *,
-    split: str = "train",
-) -> list[Record]:
-    """Read a dataset of the Hugging Face hub; needs ``datasets``.
-
-    Args:
-      name: ``owner/dataset``, or ``owner/dataset:config``.
-      fields: keys of its rows.
-      split: of the dataset.
-
-    Raises:
-      ValueError: if ``datasets`` is not installed, or the dataset cannot be
-        read, or a record lacks the question or its teacher.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"reading {name!r} from the hub needs the package datasets: "
-            "pip install datasets; or export the questions to JSONL and set "
-            "data.path"
-        ) from error
-    dataset, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(dataset, config or None, split=split)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read {name!r} split {split!r} from the hub: "
-            f"{_first_line(error)}; check the name and the network, or "
-            "export the questions to JSONL and set data.path"
-        ) from error
-    where = f"{name} {split} record"
-    return [
-        _record(row, i, f"{where} {i}", fields) for i, row in enumerate(rows)
-    ]
 
 
 def read_world(split: str, count: int, seed: int) -> list[Record]:
@@ -272,15 +207,15 @@ def read_world(split: str, count: int, seed: int) -> list[Record]:
 def _record(
     row: Mapping[str, Any], index: int, source: str, fields: Fields
 ) -> Record:
+    names = '" or "'.join(fields.prompts)
     if not isinstance(row, Mapping):
         raise ValueError(
-            f"{source} is JSON but not an object: it needs the field "
-            f'"{fields.prompt}"'
+            f'{source} is JSON but not an object: it needs the field "{names}"'
         )
-    prompt = _text(row.get(fields.prompt))
+    prompt = next((_text(row[k]) for k in fields.prompts if k in row), None)
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(
-            f'{source} has no text in the field "{fields.prompt}"; its fields '
+            f'{source} has no text in the field "{names}"; its fields '
             f"are {sorted(row)}; set data.prompt_field to the one with the "
             "question"
         )
@@ -314,7 +249,3 @@ def _teacher(row: Mapping[str, Any], source: str, fields: Fields) -> str:
 
 def _text(value: object) -> object:
     return value.decode("utf-8") if isinstance(value, bytes) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,21 +25,13 @@ from topd_jax.models.protocol import LanguageModel
 
 # The problems of data.source, where no benchmark is named.
 TEST = "test"
-# Keys of the problem in published benchmarks, in the order they are tried.
-_PROBLEM_KEYS = ("problem", "question")
+# Of published benchmarks.
+_FIELDS = Fields(("problem", "question"))
 
 
-def benchmark_name(where: str) -> str:
-    """Return a short name: "math500" of "data/math500.jsonl".
-
-    Args:
-      where: as :func:`read_benchmark` takes it.
-    """
-    kind, _, name = where.rpartition(":")
-    return name if kind in ("tfds", "hub") else pathlib.Path(where).stem
-
-
-def read_benchmark(where: str, *, split: str = "test") -> list[Record]:
+def read_benchmark(
+    where: str, *, split: str = "test"
+) -> tuple[str, list[Record]]:
     """Read a benchmark.
 
     Args:
@@ -48,33 +40,32 @@ def read_benchmark(where: str, *, split: str = "test") -> list[Record]:
       split: of the dataset; a file has none.
 
     Returns:
-      Its problems, in order, every one with a reference answer.
+      (its short name, "math500" of "data/math500.jsonl"; its problems, in
+      order, every one with a reference answer).
 
     Raises:
       ValueError: where it cannot be read, or a record lacks the problem or
         the answer.
     """
-    kind, _, name = where.partition(":")
-    source, path = (kind, name) if kind in ("tfds", "hub") else ("jsonl", where)
-    first_error = None
-    for key in _PROBLEM_KEYS:
-        try:
-            records = read_source(source, path, split, Fields(key))
-        except ValueError as error:
-            first_error = first_error or error
-            continue
-        for record in records:
-            if not record["answer"]:
-                raise ValueError(
-                    f'{record["source"]} has nothing in the field "answer"; '
-                    "an evaluation needs every reference answer"
-                )
-        return records
-    raise ValueError(
-        f"eval.benchmarks: {first_error}; a benchmark is a JSONL file whose "
-        'lines have "problem" or "question" and "answer", or tfds:NAME or '
-        "hub:NAME"
-    ) from first_error
+    source, _, path = where.partition(":")
+    name = path
+    if source not in ("tfds", "hub"):
+        source, path, name = "jsonl", where, pathlib.Path(where).stem
+    try:
+        records = read_source(source, path, split, _FIELDS)
+    except ValueError as error:
+        raise ValueError(
+            f"eval.benchmarks: {error}; a benchmark is a JSONL file whose "
+            'lines have "problem" or "question" and "answer", or tfds:NAME or '
+            "hub:NAME"
+        ) from error
+    for record in records:
+        if not record["answer"]:
+            raise ValueError(
+                f'{record["source"]} has nothing in the field "answer"; '
+                "an evaluation needs every reference answer"
+            )
+    return name, records
 
 
 def read_benchmarks(
@@ -95,14 +86,14 @@ def read_benchmarks(
     """
     benchmarks: dict[str, EncodedPrompts] = {}
     for where in places:
-        name = benchmark_name(where)
+        name, records = read_benchmark(where, split=data.eval_split)
         if name in benchmarks or name == TEST:
             raise ValueError(
                 f"eval.benchmarks: {where} is a second benchmark of the name "
                 f"{name!r}; give the file another name"
             )
         benchmarks[name] = encode_prompts(
-            read_benchmark(where, split=data.eval_split),
+            records,
             tokenizer,
             max_length=data.max_prompt_length,
             on_long_prompt=data.on_long_prompt,
