@@ -129,7 +129,7 @@ def evaluate_all(
     return {
         "step": step,
         "temperature": options.temperature,
-        "max_new_tokens": evaluator.max_new_tokens,
+        "max_new_tokens": evaluator.rollout.max_new_tokens,
         "benchmarks": {
             name: run_benchmark(evaluator, student, encoded, grader)
             for name, encoded in asked.items()

@@ -9,7 +9,7 @@ n-grams), so that a collapse shows even where accuracy is at chance.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -126,6 +126,7 @@ class Evaluator:
 
     Attributes:
       options: how many problems, how they are sampled.
+      rollout: length and sharding of completions.
       teachers: frozen models.
       tokenizer: of all models.
       mesh: of devices.
@@ -133,23 +134,41 @@ class Evaluator:
       test: held-out prompts for the end.
       grade: (records, completions) -> which are right, or None where answers
         are not known.
-      key: PRNG key of the run.
-      writer: (student, prompts, key, temperature) -> trajectories, jitted.
-      comparer: (student, teacher, trajectories) -> metrics, jitted.
-      max_new_tokens: limit of a completion.
+      vocab_size: ids from here on are never drawn.
+      seed: of the run.
+      top_k: size of the top sets in the statistics.
     """
 
     options: EvalSettings
+    rollout: RolloutSettings
     teachers: tuple[Teacher, ...]
     tokenizer: Tokenizer
     mesh: Mesh
     validation: prompt_data.EncodedPrompts
     test: prompt_data.EncodedPrompts
     grade: Grader
-    key: jax.Array
-    writer: Callable[..., Trajectories]
-    comparer: Callable[..., dict]
-    max_new_tokens: int
+    vocab_size: int
+    seed: int
+    top_k: int
+
+    @functools.cached_property
+    def writer(self) -> Callable[..., Trajectories]:
+        """Write, jitted: (student, prompts, key, temperature) -> rows."""
+        options = dict(
+            options=self.rollout,
+            vocab_size=self.vocab_size,
+            eos_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+        )
+        return jax.jit(functools.partial(write, **options))
+
+    @functools.cached_property
+    def comparer(self) -> Callable[..., dict]:
+        """Compare, jitted: (student, teacher, trajectories) -> metrics."""
+        layout = loss_layout(self.mesh)
+        return jax.jit(
+            functools.partial(compare, top_k=self.top_k, layout=layout)
+        )
 
     def evaluate(
         self,
@@ -230,8 +249,6 @@ class Evaluator:
         encoded: prompt_data.EncodedPrompts,
         count: int,
         temperature: float,
-        *,
-        writers: Mapping[str, LanguageModel] | None = None,
     ) -> tuple[list[list[int]], dict[str, float | None]]:
         """Let the student complete prompts, one completion each.
 
@@ -240,8 +257,6 @@ class Evaluator:
           encoded: the prompts.
           count: how many of them, from the first on.
           temperature: of the sampler; 0 is greedy.
-          writers: name of a teacher -> the model that writes its prompts in
-            the student's place; for an evaluation of the teachers.
 
         Returns:
           (token ids of each completion, the end included; statistics of the
@@ -251,21 +266,21 @@ class Evaluator:
         """
         size, rows, parts = self.options.batch_size, {}, []
         number = itertools.count()
+        key = stream_key(jax.random.key(self.seed), Stream.EVALUATE)
         for name, teacher, prompts, places in self._groups(encoded, count):
-            model = student if writers is None else writers[name]
             batches = prompt_data.ordered_batches(prompts, batch_size=size)
             last = -(-len(places) // size)
             for batch in itertools.islice(batches, last):
                 written = self.writer(
-                    model,
+                    student,
                     spread_rows(batch.prompts, self.mesh),
-                    jax.random.fold_in(self.key, next(number)),
+                    jax.random.fold_in(key, next(number)),
                     jnp.float32(temperature),
                 )
                 real = (batch.index >= 0) & (batch.index < len(places))
                 written = written.replace(mask=written.mask & real[:, None])
                 if teacher is not None:
-                    found = self.comparer(model, teacher, written)
+                    found = self.comparer(student, teacher, written)
                     parts += [found, by_name({name: found})]
                 done = _completions(written, int(real.sum()))
                 at = [places[j] for j in batch.index[real]]
@@ -288,63 +303,8 @@ class Evaluator:
     def is_cut(self, tokens: list[int]) -> bool:
         """Return whether a completion reached the limit without an end."""
         ends = self.tokenizer.eos_ids
-        return len(tokens) == self.max_new_tokens and tokens[-1] not in ends
-
-
-def make_evaluator(
-    options: EvalSettings,
-    rollout_options: RolloutSettings,
-    teachers: Sequence[Teacher],
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    validation: prompt_data.EncodedPrompts,
-    test: prompt_data.EncodedPrompts,
-    grade: Grader,
-    *,
-    vocab_size: int,
-    seed: int,
-    top_k: int,
-) -> Evaluator:
-    """Make an evaluator with its jitted functions.
-
-    Args:
-      options: how many problems, how they are sampled.
-      rollout_options: length and sharding of completions.
-      teachers: frozen models.
-      tokenizer: of all models.
-      mesh: of devices.
-      validation: held-out prompts for the interval.
-      test: held-out prompts for the end.
-      grade: of completions.
-      vocab_size: ids from here on are never drawn.
-      seed: of the run.
-      top_k: size of the top sets in the statistics.
-
-    Returns:
-      The evaluator.
-    """
-    writer = functools.partial(
-        write,
-        options=rollout_options,
-        vocab_size=vocab_size,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-    )
-    return Evaluator(
-        options=options,
-        teachers=tuple(teachers),
-        tokenizer=tokenizer,
-        mesh=mesh,
-        validation=validation,
-        test=test,
-        grade=grade,
-        key=stream_key(jax.random.key(seed), Stream.EVALUATE),
-        writer=jax.jit(writer),
-        comparer=jax.jit(
-            functools.partial(compare, top_k=top_k, layout=loss_layout(mesh))
-        ),
-        max_new_tokens=rollout_options.max_new_tokens,
-    )
+        limit = self.rollout.max_new_tokens
+        return len(tokens) == limit and tokens[-1] not in ends
 
 
 def _completions(written: Trajectories, count: int) -> list[list[int]]:

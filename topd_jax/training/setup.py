@@ -21,7 +21,7 @@ from topd_jax.data.tokenizers import (
 )
 from topd_jax.data.toy_world.models import world_models
 from topd_jax.data.vocabulary import check_model, require_same_vocabulary
-from topd_jax.evaluation.evaluator import Evaluator, make_evaluator
+from topd_jax.evaluation.evaluator import Evaluator
 from topd_jax.evaluation.grading import make_grader
 from topd_jax.models import Decoder, drop_layers, end_ids, fingerprint, load
 from topd_jax.models.adapters import adapt
@@ -52,7 +52,6 @@ class Setup:
       test: held-out prompts for the end.
       grade: (records, completions) -> which are right, or None where answers
         are not known.
-      final_answer: completion -> the answer it gives, for votes; "" for none.
       teacher_fingerprints: name -> hash of a teacher's config and parameters.
       frozen_fingerprint: hash of what the student does not train; "" where
         it trains everything.
@@ -68,7 +67,6 @@ class Setup:
     validation: prompt_data.EncodedPrompts
     test: prompt_data.EncodedPrompts
     grade: Callable[[Sequence[Record], Sequence[str]], list[bool] | None]
-    final_answer: Callable[[str], str]
     teacher_fingerprints: dict[str, str]
     frozen_fingerprint: str = ""
     student_source: str = ""
@@ -113,7 +111,7 @@ class Setup:
 
     def evaluator(self, settings: Settings) -> Evaluator:
         """Make the evaluator of the run's held-out problems."""
-        return make_evaluator(
+        return Evaluator(
             settings.eval,
             settings.rollout,
             self.teachers,
@@ -161,7 +159,6 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         Teacher(models[f"teachers.{name}"], name, prompts)
         for name, prompts in prompts_of.items()
     )
-    grader = make_grader(settings.data)
     return Setup(
         models["student"],
         teachers,
@@ -171,8 +168,7 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         encoded,
         validation,
         test,
-        grader.grade,
-        grader.final_answer,
+        make_grader(settings.data).grade,
         {t.name: fingerprint(t.model) for t in teachers},
         frozen_fingerprint(models["student"]),
         student_source,
