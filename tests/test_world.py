@@ -35,7 +35,7 @@ def test_arithmetic_by_hand():
 
 
 def test_problems_keep_their_bounds_in_either_order():
-    rng = np.random.default_rng(0)  # serves as well as Python's
+    rng = random.Random(0)
     for _ in range(300):
         problem = problems.sample_problem(rng)
         for order in (problems.first_by_precedence, problems.first_from_left):
@@ -125,15 +125,6 @@ def test_the_habit_in_full():
 def test_final_answer(text: str, answer: str | None):
     assert problems.final_answer(text) == answer
     assert problems.is_correct(PROBLEM, text) == (answer == "33")
-
-
-def test_styles_and_habits_are_checked():
-    with pytest.raises(ValueError, match=r"Style.sign has 3 .* needs 2"):
-        problems.Style((1, 0, 0), (1, 0, 0), (1, 0, 0), (1, 0, 0))
-    with pytest.raises(ValueError, match=r"sums to 1\.1"):
-        problems.Style((1, 0.1, 0), (1, 0, 0), (1, 0), (1, 0, 0))
-    with pytest.raises(ValueError, match=r"drop_carry=1.5 .* 0..1"):
-        problems.Habit(drop_carry=1.5)
 
 
 # --- truth ---------------------------------------------------------------
