@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from topd_jax.data.routing import shares_of
-from topd_jax.data.toy_world.models import student_config, teacher_config
+from topd_jax.data.toy_world.models import world_config
 from topd_jax.evaluation.evaluator import write
 from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import init_decoder
@@ -138,13 +138,14 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
         does not divide over the mesh.
     """
     size, several = settings.data.batch_size, settings.teachers
-    student = _decoder(settings.student, student_config(settings.world), mesh)
+    shape = functools.partial(world_config, settings.world)
+    student = _decoder(settings.student, shape("student"), mesh)
     # Without prompts to count, as many for each teacher.
     prompts = settings.data.teacher_prompts
     if several and not prompts:
         prompts = shares_of(dict.fromkeys(several, 1), size).values()
     teachers = tuple(
-        Teacher(_decoder(model, teacher_config(settings.world), mesh), name, n)
+        Teacher(_decoder(model, shape("teacher"), mesh), name, n)
         for (name, model), n in zip(
             (several or {"": settings.teacher}).items(),
             prompts or (size,),

@@ -163,8 +163,8 @@ def _world(
     if workdir is not None or world.cache:
         where = pathlib.Path(world.cache or workdir / "world")
         tokenizer = toy_models.world_models(world, where)[2]
-    student = toy_models.student_config(world)
-    teacher = toy_models.teacher_config(world)
+    student = toy_models.world_config(world, "student")
+    teacher = toy_models.world_config(world, "teacher")
     return lambda name: (student if name == "student" else teacher, tokenizer)
 
 

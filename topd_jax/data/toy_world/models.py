@@ -84,29 +84,19 @@ def train_tokenizer(
     return SentencePieceTokenizer.train(texts, vocab_size)
 
 
-def teacher_config(settings: WorldSettings) -> DecoderConfig:
-    """Return the shape of the world's teacher."""
-    return _config(
-        settings.teacher_layers,
-        settings.teacher_width,
-        settings.teacher_heads,
-        settings.vocab_size,
+def world_config(settings: WorldSettings, name: str) -> DecoderConfig:
+    """Return the shape of a model of the world.
+
+    Args:
+      settings: its layers, width and heads.
+      name: "teacher", or "student", the smaller one.
+    """
+    layers, width, heads = (
+        getattr(settings, f"{name}_{size}")
+        for size in ("layers", "width", "heads")
     )
-
-
-def student_config(settings: WorldSettings) -> DecoderConfig:
-    """Return the shape of the world's student, the smaller one."""
-    return _config(
-        settings.student_layers,
-        settings.student_width,
-        settings.student_heads,
-        settings.vocab_size,
-    )
-
-
-def _config(layers: int, width: int, heads: int, vocab: int) -> DecoderConfig:
     return DecoderConfig(
-        vocab_size=vocab,
+        vocab_size=settings.vocab_size,
         layers=layers,
         width=width,
         heads=heads,
@@ -163,19 +153,15 @@ def _train(
     tokenizer: SentencePieceTokenizer,
 ) -> Decoder:
     groups = encode_pairs(pairs, tokenizer).by_length(_GROUPS)
-    config, steps = {
-        "teacher": (teacher_config(settings), settings.teacher_steps),
-        "student": (student_config(settings), settings.student_steps),
-    }[name]
     key = jax.random.fold_in(jax.random.key(settings.seed), _STREAMS[name])
     return fit(
-        init_decoder(config, key),
+        init_decoder(world_config(settings, name), key),
         lambda step: groups[step % _GROUPS].batch(
             step // _GROUPS,
             batch_size=settings.batch_size,
             seed=settings.seed,
         ),
-        steps=steps,
+        steps=getattr(settings, f"{name}_steps"),
         learning_rate=settings.learning_rate,
         name=f"{name} from scratch",
     )
