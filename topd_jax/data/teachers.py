@@ -9,6 +9,7 @@ Teachers come in the order of their names everywhere; JAX keeps a dict's keys
 in that order too.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,28 +36,6 @@ def shared_vocab(student: Any, teachers: Sequence[Teacher]) -> int:
     return min(model.head.shape[0] for model in models)
 
 
-def teacher_rows(teachers: Sequence[Teacher], rows: int) -> list[int]:
-    """Return how many rows of a batch each teacher reads.
-
-    Args:
-      teachers: in the order of the rows.
-      rows: of the batch, one or more a prompt.
-
-    Raises:
-      ValueError: where the prompts of the teachers do not divide the rows.
-    """
-    prompts = sum(t.prompts for t in teachers)
-    if len(teachers) == 1:
-        return [rows]
-    if rows % prompts:
-        spelled = ", ".join(f"{t.name}: {t.prompts}" for t in teachers)
-        raise ValueError(
-            f"the batch has {rows} rows, which its {prompts} prompts "
-            f"({spelled}) must divide"
-        )
-    return [t.prompts * (rows // prompts) for t in teachers]
-
-
 def split_rows(rows: Any, teachers: Sequence[Teacher]) -> list[Any]:
     """Split a batch into the rows of each teacher.
 
@@ -67,35 +46,32 @@ def split_rows(rows: Any, teachers: Sequence[Teacher]) -> list[Any]:
     Returns:
       The same tree for every teacher, spread over the whole mesh again where
       its rows divide over it.
+
+    Raises:
+      ValueError: where the prompts of the teachers do not divide the rows.
     """
     if len(teachers) == 1:
         return [rows]
     (count,) = {x.shape[0] for x in jax.tree.leaves(rows)}
+    prompts = sum(t.prompts for t in teachers)
+    if count % prompts:
+        spelled = ", ".join(f"{t.name}: {t.prompts}" for t in teachers)
+        raise ValueError(
+            f"the batch has {count} rows, which its {prompts} prompts "
+            f"({spelled}) must divide"
+        )
     out, begin = [], 0
-    for size in teacher_rows(teachers, count):
-        out.append(slice_rows(rows, begin, size))
-        begin += size
+    for teacher in teachers:
+        end = begin + teacher.prompts * (count // prompts)
+        # Sliced from the batch, they lie on some of the devices only.
+        part = functools.partial(_slice, begin=begin, end=end)
+        out.append(jax.tree.map(part, rows))
+        begin = end
     return out
 
 
-def slice_rows(rows: Any, begin: int, size: int) -> Any:
-    """Slice consecutive rows of a batch, spread over the whole mesh again.
-
-    Args:
-      rows: a tree of arrays [B, ...].
-      begin: the first.
-      size: how many; all of them pass through.
-    """
-
-    def part(x: jax.Array) -> jax.Array:
-        if size == x.shape[0]:
-            return x
-        # Sliced from the batch, they lie on some of the devices only.
-        return constrain(
-            x[begin : begin + size], "batch", *[None] * (x.ndim - 1)
-        )
-
-    return jax.tree.map(part, rows)
+def _slice(x: jax.Array, begin: int, end: int) -> jax.Array:
+    return constrain(x[begin:end], "batch", *[None] * (x.ndim - 1))
 
 
 def by_name(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
