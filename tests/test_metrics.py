@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import VOCAB, make_model
-from scipy.stats import binomtest
 
 from topd_jax.evaluation.evaluator import compare
 from topd_jax.evaluation.metrics import (
     distinct_ngrams,
     merge,
     read_metrics,
-    wilson,
 )
 from topd_jax.models import init_decoder
 from topd_jax.models.decoder import causal_mask
@@ -135,26 +133,6 @@ def test_a_padded_teacher_is_cut_and_the_dropped_mass_is_told(
 )
 def test_distinct_ngrams_by_hand(rows, n, share):
     assert distinct_ngrams(rows, n) == share
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        # Newcombe, "Two-sided confidence intervals for the single
-        # proportion", 1998, table I, method 3.
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_by_the_book(correct, total, low, high):
-    interval = wilson(correct, total)
-    assert interval == pytest.approx((low, high), abs=6e-5)
-    mirrored = wilson(total - correct, total)
-    assert mirrored == pytest.approx((1 - interval[1], 1 - interval[0]))
-    peer = binomtest(correct, total).proportion_ci(method="wilson")
-    assert interval == pytest.approx((peer.low, peer.high), abs=1e-6)
 
 
 def test_sums_are_added_and_divided_once():

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import binomtest
 
 from topd_jax.losses import divergences, estimators, fused, log_probs
 from topd_jax.parallel.collectives import top_k as top_k_of
@@ -117,26 +118,6 @@ def distinct_ngrams(rows: list[list[int]], n: int = 3) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """Compute the 95 % interval of a proportion (Wilson, 1927).
-
-    Args:
-      correct: successes.
-      total: trials, above 0.
-
-    Returns:
-      (low, high), 0..1.
-    """
-    z = 1.959964
-    share = correct / total
-    center = share + z * z / (2 * total)
-    spread = z * math.sqrt(
-        share * (1 - share) / total + z * z / (4 * total * total)
-    )
-    scale = 1 + z * z / total
-    return (center - spread) / scale, (center + spread) / scale
-
-
 def read_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Wait for metrics and divide each sum by its count.
 
@@ -186,12 +167,13 @@ def accuracy(grades: list[bool] | None) -> dict[str, Any]:
         return {"exact_match": None}
     correct = sum(grades)
     bits = "".join("1" if g else "0" for g in grades)
-    low, high = wilson(correct, len(grades))
+    # Wilson's interval (1927).
+    low, high = binomtest(correct, len(grades)).proportion_ci(method="wilson")
     return {
         "exact_match": correct / len(grades),
         "correct": correct,
-        "exact_match_low": low,
-        "exact_match_high": high,
+        "exact_match_low": float(low),
+        "exact_match_high": float(high),
         # One bit a problem, in order: paired comparisons need them.
         "grades": f"{int(bits, 2):0{-(-len(bits) // 4)}x}",
     }
