@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from flax import struct
 
-from topd_jax.data import solutions as solution_data
+from topd_jax.data.prompts import fingerprint
 from topd_jax.data.solutions import Solution
 from topd_jax.models.attention.masks import IntervalMask, packed_intervals
 from topd_jax.types import Trajectories
@@ -248,7 +248,11 @@ class SolutionStream:
                 "%d of %d solutions are truncated to offline.pack_length=%d",
                 cut, len(solutions), length,
             )  # fmt: skip
-        self._fingerprint = solution_data.fingerprint(solutions)
+        self._fingerprint = fingerprint(
+            s[name]
+            for s in solutions
+            for name in ("prompt_tokens", "completion_tokens")
+        )
         self._packed, self._unit, self._pad_id = length > 0, unit, pad_id
         longest = max(len(p) + len(c) for p, c, _ in self._pairs)
         # The same for every batch and process: one program serves all.

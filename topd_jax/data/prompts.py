@@ -9,7 +9,7 @@ nor another number of processes changes what a step sees.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -41,10 +41,7 @@ class EncodedPrompts:
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with any prompt or its place."""
-        digest = hashlib.sha256()
-        for ids in self.ids:
-            digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.ids)
 
     def take(self, places: Sequence[int]) -> "EncodedPrompts":
         """Return some of the prompts, in the order of ``places``."""
@@ -87,12 +84,8 @@ def encode_prompts(
 
     Raises:
       ValueError: for a prompt that is too long, with its source, length and
-        the ways out; if none is left; for another ``on_long_prompt``.
+        the ways out; if none is left.
     """
-    if on_long_prompt not in ("error", "skip"):
-        raise ValueError(
-            f'on_long_prompt={on_long_prompt!r} must be "error" or "skip"'
-        )
     kept, encoded = [], []
     for record in records:
         ids = np.asarray(tokenizer.chat(record["prompt"]), np.int32)
@@ -215,6 +208,18 @@ def ordered_batches(
         )
 
 
+def fingerprint(rows: Iterable[np.ndarray]) -> str:
+    """Return 16 hex digits that change with any id or its place.
+
+    Args:
+      rows: ids, i32[its length] each.
+    """
+    digest = hashlib.sha256()
+    for ids in rows:
+        digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _batch(encoded: EncodedPrompts, index: np.ndarray) -> PromptBatch:
     prompts = pad_prompts(
         [encoded.ids[i] for i in index],
@@ -262,15 +267,11 @@ def _routed(
 
 def _rows_of(batch_size: int, process_index: int, process_count: int) -> slice:
     """Return the rows of the global batch that belong to a process."""
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size % process_count:
         near = max(1, round(batch_size / process_count)) * process_count
         raise ValueError(
             f"batch_size={batch_size} must be divisible by the number of "
             f"processes ({process_count}); try {near}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index={process_index} must be in 0..{process_count - 1}"
         )
     size = batch_size // process_count
     return slice(process_index * size, (process_index + 1) * size)

@@ -7,7 +7,6 @@ any reader of ArrayRecord), "jsonl" has one JSON object a line.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -244,15 +243,6 @@ def read_solutions(
             f'solutions in {files.folder}; choose "all"'
         )
     return kept
-
-
-def fingerprint(solutions: Sequence[Solution]) -> str:
-    """Return sixteen hex digits that change with any token or its place."""
-    digest = hashlib.sha256()
-    for s in solutions:
-        for ids in (s["prompt_tokens"], s["completion_tokens"]):
-            digest.update(np.int64(len(ids)).tobytes() + ids.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _read_about(folder: pathlib.Path) -> dict[str, Any]:
