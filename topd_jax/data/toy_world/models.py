@@ -91,12 +91,13 @@ def world_config(settings: WorldSettings, name: str) -> DecoderConfig:
       settings: its layers, width and heads.
       name: "teacher", or "student", the smaller one.
     """
-    layers, width, heads = (
-        getattr(settings, f"{name}_{size}")
-        for size in ("layers", "width", "heads")
-    )
+    s = settings
+    layers, width, heads = {
+        "teacher": (s.teacher_layers, s.teacher_width, s.teacher_heads),
+        "student": (s.student_layers, s.student_width, s.student_heads),
+    }[name]
     return DecoderConfig(
-        vocab_size=settings.vocab_size,
+        vocab_size=s.vocab_size,
         layers=layers,
         width=width,
         heads=heads,
@@ -153,6 +154,10 @@ def _train(
     tokenizer: SentencePieceTokenizer,
 ) -> Decoder:
     groups = encode_pairs(pairs, tokenizer).by_length(_GROUPS)
+    steps = {
+        "teacher": settings.teacher_steps,
+        "student": settings.student_steps,
+    }[name]
     key = jax.random.fold_in(jax.random.key(settings.seed), _STREAMS[name])
     return fit(
         init_decoder(world_config(settings, name), key),
@@ -161,7 +166,7 @@ def _train(
             batch_size=settings.batch_size,
             seed=settings.seed,
         ),
-        steps=getattr(settings, f"{name}_steps"),
+        steps=steps,
         learning_rate=settings.learning_rate,
         name=f"{name} from scratch",
     )
