@@ -149,7 +149,6 @@ rollout.top_p=1.5               at most 1
 offline.top_p=0.0               above 0
 offline.shard_size=0            at least 1
 offline.pack_length=-1          at least 0
-offline.format='csv'            one of 'array_record', 'jsonl'
 offline.keep='good'             one of 'all', 'correct', 'complete'
 train.steps=-3                  at least 1
 train.steps=10**21              at most 1000000000

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import settings_with
+from small_run import changed, settings_with
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data import sources
 from topd_jax.data.toy_world import problems
-from topd_jax.training.config import Settings
 from topd_jax.training.generation import generate
 from topd_jax.training.setup import load_setup
 
@@ -25,24 +24,18 @@ import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])
 from small_run import settings_with
 from topd_jax.training import generation
-from topd_jax.data import solutions
 
-plain = solutions._into_place
+plain = pathlib.Path.replace
 
 def deadly(partial, path):
     if "00002-of" in path.name:
         os.kill(os.getpid(), signal.SIGKILL)
-    plain(partial, path)
+    return plain(partial, path)
 
-solutions._into_place = deadly
+pathlib.Path.replace = deadly
 settings = settings_with(sys.argv[2], offline__shard_size=16)
 generation.generate(settings, pathlib.Path(sys.argv[3]))
 """
-
-
-def changed(settings: Settings, section: str, **fields: object) -> Settings:
-    part = dataclasses.replace(getattr(settings, section), **fields)
-    return dataclasses.replace(settings, **{section: part})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -107,28 +100,12 @@ def test_a_killed_job_ends_with_the_same_bytes(written, settings, tmp_path):
     assert 0 < told["tokens_now"] < told["tokens"]
     want = contents(workdir / "solutions")
     assert contents(tmp_path / "solutions") == want
-    assert sum(".array_record-" in name for name in want) == 4
+    assert sum(name.endswith(".jsonl") for name in want) == 4
     # And once more there is nothing to do.
     assert generate(settings, tmp_path)["tokens_now"] == 0
 
 
-def test_tfds_and_grain_read_the_set(written, solutions):
-    import grain
-
-    folder = written[0] / "solutions"
-    paths = sorted(str(p) for p in folder.glob("*.array_record-*"))
-    raw = grain.sources.ArrayRecordDataSource(paths)
-    assert len(raw) == 64
-    assert solutions[37]["completion"].encode() in raw[37]
-    fields = sources.Fields(("prompt",), "completion")
-    records = sources.read_source("tfds", str(folder), fields=fields)
-    assert [(r["prompt"], r["answer"]) for r in records] == [
-        (s["prompt"], s["completion"]) for s in solutions
-    ]
-
-
-def test_jsonl_holds_the_same(solutions, settings, tmp_path):
-    settings = changed(settings, "offline", format="jsonl")
+def test_a_part_of_the_set_is_the_same(solutions, settings, tmp_path):
     folder = Path(generate(settings, tmp_path, 20)["path"])
     files = [f"solutions-train-0000{i}-of-00002.jsonl" for i in range(2)]
     assert {p.name for p in folder.iterdir()} == {"set.json", *files}
@@ -137,9 +114,12 @@ def test_jsonl_holds_the_same(solutions, settings, tmp_path):
     for a, b in zip(got, solutions[:20], strict=True):
         assert a.keys() == b.keys()
         assert all(np.array_equal(a[name], b[name]) for name in a)
-    fields = sources.Fields(("prompt",))
+    # A shard serves as prompts.
+    fields = sources.Fields(("prompt",), "completion")
     first = sources.read_source("jsonl", folder / files[0], fields=fields)
-    assert [r["prompt"] for r in first] == [s["prompt"] for s in solutions[:16]]
+    assert [(r["prompt"], r["answer"]) for r in first] == [
+        (s["prompt"], s["completion"]) for s in solutions[:16]
+    ]
 
 
 def test_several_solutions_of_prompts_without_answers(settings, tmp_path):
@@ -175,7 +155,7 @@ def test_what_to_keep_is_chosen_when_it_is_read(written, solutions, tmp_path):
     assert [s["index"] for s in kept] == [
         s["index"] for s in solutions if not s["truncated"]
     ]
-    about = {"format": "jsonl", "shards": 1, "tokenizer": ""}
+    about = {"shards": 1, "tokenizer": ""}
     files = solution_data.open_set(tmp_path / "solutions", about)
     graded = [s | {"correct": i == 2} for i, s in enumerate(solutions[:4])]
     files.write(0, graded)

@@ -53,11 +53,6 @@ class OfflineSettings:
     )
     temperature: float = setting(0.6, "App. B", least=0, most=1e3)
     top_p: float = setting(0.95, "App. B", above=0, most=1)
-    format: str = setting(
-        "array_record",
-        "what topd generate writes: a TFDS set, or JSONL",
-        choices=("array_record", "jsonl"),
-    )
     shard_size: int = setting(256, "solutions a shard, at least", least=1)
     path: str = setting(
         "",

@@ -2,8 +2,7 @@
 
 ``topd generate`` writes a directory. ``set.json`` describes it, and each shard
 appears in one rename: a job that was killed resumes with the missing shards.
-Format "array_record" is a TFDS dataset (``tfds.builder_from_directory``, or
-any reader of ArrayRecord), "jsonl" has one JSON object a line.
+A shard has one JSON object a line.
 """
 
 import dataclasses
@@ -14,9 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-
-# ``correct`` of an ungraded completion, in formats without None.
-_UNGRADED = -1
 
 
 class Solution(TypedDict):
@@ -54,20 +50,16 @@ class SolutionFiles:
 
     Attributes:
       folder: the directory.
-      format: "array_record" or "jsonl".
       shards: how many there are.
     """
 
     folder: pathlib.Path
-    format: str
     shards: int
 
     def path(self, shard: int) -> pathlib.Path:
-        """Return the path of a shard, named as TFDS names ArrayRecord files."""
-        part = f"{shard:05d}-of-{self.shards:05d}"
-        if self.format == "jsonl":
-            return self.folder / f"solutions-train-{part}.jsonl"
-        return self.folder / f"solutions-train.array_record-{part}"
+        """Return the path of a shard."""
+        name = f"solutions-train-{shard:05d}-of-{self.shards:05d}.jsonl"
+        return self.folder / name
 
     def missing(self) -> list[int]:
         """Return the shards that are still to be written."""
@@ -75,61 +67,17 @@ class SolutionFiles:
 
     def write(self, shard: int, solutions: Sequence[Solution]) -> None:
         """Write a shard; it exists whole or not at all."""
-        partial = self.folder / f"{self.path(shard).name}.part"
-        if self.format == "jsonl":
-            lines = (json.dumps(_plain(s)) + "\n" for s in solutions)
-            partial.write_text("".join(lines), encoding="utf-8")
-        else:
-            _write_array_record(partial, solutions)
-        _into_place(partial, self.path(shard))
+        lines = (json.dumps(_plain(s)) + "\n" for s in solutions)
+        _write_whole(self.path(shard), "".join(lines))
 
     def read(self, shard: int) -> Iterator[Solution]:
         """Yield the solutions of a shard, in order."""
-        if self.format == "jsonl":
-            with self.path(shard).open(encoding="utf-8") as lines:
-                for line in lines:
-                    yield _solution(json.loads(line))
-            return
-        # Imported here because it takes seconds.
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        decode = _features().deserialize_example_np
-        reader = ArrayRecordReader(str(self.path(shard)))
-        for record in reader.read_all():
-            yield _solution(decode(record))
-        reader.close()
-
-    def finish(self, lengths: Sequence[int]) -> None:
-        """Write the metadata of TFDS, once all shards exist.
-
-        Args:
-          lengths: solutions of each shard.
-        """
-        if self.format == "jsonl":
-            return
-        import tensorflow_datasets as tfds
-
-        sizes = [self.path(i).stat().st_size for i in range(self.shards)]
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=self.folder,
-            dataset_name="solutions",
-            split="train",
-            filetype_suffix="array_record",
-        )
-        tfds.folder_dataset.write_metadata(
-            data_dir=self.folder,
-            features=_features(),
-            split_infos=[
-                tfds.core.SplitInfo(
-                    name="train",
-                    shard_lengths=list(lengths),
-                    num_bytes=sum(sizes),
-                    filename_template=template,
-                )
-            ],
-            description="Solutions that a teacher wrote; see set.json.",
-            check_data=False,  # the check needs TensorFlow
-        )
+        with self.path(shard).open(encoding="utf-8") as lines:
+            for line in lines:
+                solution = json.loads(line)
+                for name in ("prompt_tokens", "completion_tokens"):
+                    solution[name] = np.asarray(solution[name], np.int32)
+                yield solution
 
 
 def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
@@ -137,7 +85,7 @@ def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
 
     Args:
       folder: of the set; created where it is missing.
-      about: JSON-able; what the set is made of, and "format" and "shards".
+      about: JSON-able; what the set is made of, and "shards".
 
     Returns:
       Its files.
@@ -161,10 +109,8 @@ def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "set.json.part"
-        partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        _into_place(partial, path)
-    return SolutionFiles(folder, about["format"], about["shards"])
+        _write_whole(path, json.dumps(about, indent=1))
+    return SolutionFiles(folder, about["shards"])
 
 
 def find_set(path: str) -> tuple[SolutionFiles, dict[str, Any]]:
@@ -188,7 +134,7 @@ def find_set(path: str) -> tuple[SolutionFiles, dict[str, Any]]:
             "the directory of topd generate"
         )
     about = _read_about(folder)
-    files = SolutionFiles(folder, about["format"], about["shards"])
+    files = SolutionFiles(folder, about["shards"])
     missing = files.missing()
     if missing:
         raise ValueError(
@@ -249,9 +195,12 @@ def _read_about(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / "set.json").read_text(encoding="utf-8"))
 
 
-def _into_place(partial: pathlib.Path, path: pathlib.Path) -> None:
-    # Synced before it is renamed: a power cut leaves no torn shard.
-    with partial.open("rb") as file:
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        # Synced before it is renamed: a power cut leaves no torn shard.
+        file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
@@ -261,68 +210,3 @@ def _plain(solution: Solution) -> dict[str, Any]:
         k: v.tolist() if isinstance(v, np.ndarray) else v
         for k, v in solution.items()
     }
-
-
-def _solution(row: Mapping[str, Any]) -> Solution:
-    def text(name: str) -> str:
-        value = row[name]
-        return value.decode("utf-8") if isinstance(value, bytes) else value
-
-    correct = row["correct"]
-    if correct is not None:
-        correct = None if correct == _UNGRADED else bool(correct)
-    return Solution(
-        index=int(row["index"]),
-        sample=int(row["sample"]),
-        prompt=text("prompt"),
-        answer=text("answer"),
-        completion=text("completion"),
-        prompt_tokens=np.asarray(row["prompt_tokens"], np.int32),
-        completion_tokens=np.asarray(row["completion_tokens"], np.int32),
-        truncated=bool(row["truncated"]),
-        logp_mean=float(row["logp_mean"]),
-        correct=correct,
-    )
-
-
-def _features() -> Any:
-    """Return the features of a set, as TFDS writes and reads them."""
-    import tensorflow_datasets as tfds
-
-    features = tfds.features
-    ids = features.Tensor(shape=(None,), dtype=np.int32)
-    return features.FeaturesDict(
-        {
-            "index": features.Scalar(np.int64),
-            "sample": features.Scalar(np.int64),
-            "prompt": features.Text(),
-            "answer": features.Text(),
-            "completion": features.Text(),
-            "prompt_tokens": ids,
-            "completion_tokens": ids,
-            "truncated": features.Scalar(np.bool_),
-            "logp_mean": features.Scalar(np.float32),
-            # 1, 0, or -1 where it is not known.
-            "correct": features.Scalar(np.int64),
-        }
-    )
-
-
-def _write_array_record(
-    path: pathlib.Path, solutions: Sequence[Solution]
-) -> None:
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-
-    features = _features()
-    serializer = ExampleSerializer(features.get_serialized_info())
-    # One record a group, for random access.
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for solution in solutions:
-        row = dict(solution)
-        if row["correct"] is None:
-            row["correct"] = _UNGRADED
-        example = serializer.get_tf_example(features.encode_example(row))
-        # The order of a proto's map differs between processes.
-        writer.write(example.SerializeToString(deterministic=True))
-    writer.close()

@@ -26,9 +26,8 @@ FORMAT = 2
 # Settings that may differ between a run and its continuation: they change
 # what is logged, not what is computed.
 _FREE = (
-    *("log", "checkpoint", "sweep", "world.cache"),
+    *("log", "checkpoint", "sweep", "world.cache", "offline.shard_size"),
     *NO_IDENTITY,
-    *("offline.format", "offline.shard_size"),
 )
 # Settings that may change when a run is resumed, with a line in the log: the
 # ways out of an unstable run.

@@ -62,7 +62,6 @@ def generate(
     files = solution_data.open_set(workdir / "solutions", about)
     with jax.set_mesh(setup.mesh):
         tokens, seconds = _write_missing(settings, setup, encoded, files)
-    files.finish(_shard_lengths(settings, len(encoded.ids), files.shards))
     return {
         "path": str(files.folder),
         **_summary(files),
@@ -79,7 +78,6 @@ def _about(
     data, offline = settings.data, settings.offline
     batches = -(-len(encoded.ids) // data.batch_size)
     return {
-        "format": offline.format,
         "shards": -(-batches // _batches_a_shard(settings)),
         "shard_size": offline.shard_size,
         "prompts": len(encoded.ids),
@@ -98,15 +96,6 @@ def _about(
 def _batches_a_shard(settings: Settings) -> int:
     rows = settings.data.batch_size * settings.data.samples
     return -(-settings.offline.shard_size // rows)
-
-
-def _shard_lengths(settings: Settings, prompts: int, shards: int) -> list[int]:
-    """Return the number of solutions of each shard."""
-    most = _batches_a_shard(settings) * settings.data.batch_size
-    return [
-        min(most, prompts - i * most) * settings.data.samples
-        for i in range(shards)
-    ]
 
 
 def _write_missing(
