@@ -179,7 +179,6 @@ class HuggingFaceTokenizer:
         tokenizer: Any,
         *,
         eos_ids: Sequence[int] = (),
-        chat_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap a ``PreTrainedTokenizerBase``.
@@ -187,7 +186,6 @@ class HuggingFaceTokenizer:
         Args:
           tokenizer: the object, e.g. a ``PreTrainedTokenizerFast``.
           eos_ids: ids that end a completion, besides the tokenizer's own.
-          chat_template: replaces the tokenizer's template.
           template_options: given to the template, e.g.
             ``{"enable_thinking": False}``.
 
@@ -195,7 +193,6 @@ class HuggingFaceTokenizer:
           ValueError: if no id is known to end a completion.
         """
         self._tokenizer = tokenizer
-        self._template = chat_template
         self._options = dict(template_options or {})
         ends = [*eos_ids, tokenizer.eos_token_id]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
@@ -239,41 +236,29 @@ class HuggingFaceTokenizer:
             before = self.decode(ids[begin:end])
         return pieces
 
-    def chat(self, question: str | Messages) -> list[int]:
-        """Return the chat template's prompt for a question or a dialogue.
-
-        Raises:
-          ValueError: if there is no chat template.
-        """
-        return self.render(question)
-
-    def render(
-        self, question: str | Messages, *, ask: bool = True, **options: Any
-    ) -> list[int]:
+    def chat(self, question: str | Messages, *, ask: bool = True) -> list[int]:
         """Apply the chat template to a question or a dialogue.
 
         Args:
           question: the user's, or all messages.
           ask: open the assistant's turn.
-          **options: of the template; they replace the constructor's.
 
         Raises:
           ValueError: if there is no chat template.
         """
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
-        template = self._template or self._tokenizer.chat_template
-        if template is None:
+        if self._tokenizer.chat_template is None:
             raise ValueError(
-                "the tokenizer has no chat template; pass chat_template"
+                "the tokenizer has no chat template; put chat_template.jinja "
+                "beside its files"
             )
         return self._tokenizer.apply_chat_template(
             list(question),
-            chat_template=template,
             tokenize=True,
             add_generation_prompt=ask,
             return_dict=False,
-            **self._options | options,
+            **self._options,
         )
 
     @property

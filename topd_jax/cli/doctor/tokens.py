@@ -200,7 +200,7 @@ def _other_ends(context: Context) -> dict[str, Sequence[int | None]]:
 def _turn_end(tokenizer: Tokenizer) -> Sequence[int]:
     """Return the id that the chat template puts behind an answer, or none."""
     try:
-        whole = tokenizer.render(_DIALOGUE, ask=False)
+        whole = tokenizer.chat(_DIALOGUE, ask=False)
     except Exception:  # no template, or one that wants other turns
         return ()
     answer = tokenizer.encode(_DIALOGUE[1]["content"])
