@@ -1,5 +1,6 @@
 """A whole run in seconds: the tiny world with barely trained models."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from ml_collections import ConfigDict
 
 from topd_jax.configs import tiny
@@ -66,6 +68,24 @@ def changed(settings: Settings, section: str, **fields: object) -> Settings:
     """The settings with other values in one section."""
     part = dataclasses.replace(getattr(settings, section), **fields)
     return dataclasses.replace(settings, **{section: part})
+
+
+@contextlib.contextmanager
+def interrupted(step: int):
+    """What trains within is stopped before a step."""
+    from topd_jax.training import loop
+
+    plain = loop.Run._one_step
+
+    def stopping(self: loop.Run, at: int) -> object:
+        if at == step:
+            raise KeyboardInterrupt
+        return plain(self, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "_one_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def without_times(path: Path) -> list[dict]:

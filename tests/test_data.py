@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from topd_jax.data import prompts, sources
-from topd_jax.data.toy_world import problems, truth
+from topd_jax.data.toy_world import truth
 from topd_jax.data.toy_world.pretraining import encode_pairs
 
 PROMPTS = {"code": 3, "math": 5}
@@ -213,45 +213,28 @@ def test_batches_learn_completions_alone(pairs, tokenizer):
 # --- truth, token by token ------------------------------
 
 
-def test_labels_of_a_batch(pairs, tokenizer):
-    data = encode_pairs(pairs[:64], tokenizer)
-    width = int((data.length - data.prompt_length).max()) + 2
-    tokens, mask = np.zeros((64, width), np.int32), np.zeros((64, width), bool)
-    for row, (begin, end) in enumerate(
-        zip(data.prompt_length, data.length, strict=True)
-    ):
-        tokens[row, : end - begin] = data.tokens[row, begin:end]
-        mask[row, : end - begin] = True
+def test_labels_of_a_batch_by_hand(tokenizer):
+    """An early end, a wrong digit, a solution that is cut off."""
+    texts, ends = ("= 5", "= 6#6.", "= 5#"), ([2], [2], [])
+    rows = [
+        [*tokenizer.encode(text), *end]
+        for text, end in zip(texts, ends, strict=True)
+    ]
+    width = max(map(len, rows))
+    tokens = np.array([row + [0] * (width - len(row)) for row in rows])
     labels = truth.label_batch(
-        [problem for problem, _ in pairs[:64]], tokens, mask, tokenizer,
-        window=10,
-    )  # fmt: skip
-    assert (labels.token[~mask] == truth.AFTER).all()
-    for row, (problem, text) in enumerate(pairs[:64]):
-        fork = labels.fork[row]
-        forks = np.flatnonzero(labels.token[row] == truth.FORK)
-        at = truth.fork_index(problem, [*text, None])
-        if at is None:
-            assert fork == width and not len(forks)
-            assert problems.is_correct(problem, text)
-            continue
-        assert forks.tolist() == [fork]
-        # The token with the first wrong character.
-        before = len(tokenizer.decode(tokens[row, :fork]))
-        assert before <= at < len(tokenizer.decode(tokens[row, : fork + 1]))
-        near = np.flatnonzero(labels.window[row] == truth.FORK)
-        assert near.tolist() == list(range(max(0, fork - 9), fork + 1))
-        assert (labels.token[row, fork + 1 :] == truth.AFTER).all()
-    assert 10 < (labels.fork < width).sum() < 54
-
-
-def test_an_early_end_of_sequence_is_a_fork(tokenizer):
-    ids = [*tokenizer.encode("= 5"), *tokenizer.eos_ids, tokenizer.pad_id]
-    mask = np.array([[True, True, True, False]])
-    labels = truth.label_batch(
-        ["2+3?"], np.array([ids]), mask, tokenizer, window=2
+        ["2+3?"] * 3, tokens, tokens > 0, tokenizer, window=2
     )
     ok, fork, after = truth.OK, truth.FORK, truth.AFTER
-    assert labels.token.tolist() == [[ok, ok, fork, after]]
-    assert labels.window.tolist() == [[ok, fork, fork, after]]
-    assert labels.fork.tolist() == [2]
+    rest = [after] * (width - 3)
+    assert labels.token.tolist() == [
+        [ok, ok, fork, *rest],
+        [ok, fork, after, *rest],
+        [ok, ok, ok, *rest],
+    ]
+    assert labels.window.tolist() == [
+        [ok, fork, fork, *rest],
+        [fork, fork, after, *rest],
+        [ok, ok, ok, *rest],
+    ]
+    assert labels.fork.tolist() == [2, 1, width]

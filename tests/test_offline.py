@@ -1,12 +1,16 @@
 """Stage 1 on stored solutions: streams of rows, and a run."""
 
-import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from small_run import settings_with
+from small_run import (
+    assert_same_run,
+    changed,
+    interrupted,
+    settings_with,
+)
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.packing import SolutionStream
@@ -31,11 +35,6 @@ def finished(settings, tmp_path_factory):
     return workdir
 
 
-def changed(settings, **offline):
-    part = dataclasses.replace(settings.offline, **offline)
-    return dataclasses.replace(settings, offline=part)
-
-
 def test_a_run_reads_the_set(finished, written):
     rows = read_jsonl(finished / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -52,45 +51,22 @@ def test_a_run_reads_the_set(finished, written):
             0.5 * row["divergence"] + 0.5 * row["cross_entropy"], rel=1e-5
         )
         assert row["length_mean"] == row["num_tokens"] / 8
-    assert rows[2]["forward_kl"] == pytest.approx(
-        rows[2]["divergence"], rel=1e-4
-    )
+    divergence = pytest.approx(rows[2]["divergence"], rel=1e-4)
+    assert rows[2]["forward_kl"] == divergence
 
 
-def test_a_stopped_run_resumes_bit_identically(
-    settings, finished, tmp_path, monkeypatch
-):
-    plain = loop.Run._one_step
-
-    def stopping(self, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return plain(self, step)
-
-    monkeypatch.setattr(loop.Run, "_one_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_stopped_run_resumes_bit_identically(settings, finished, tmp_path):
+    with interrupted(4):
         loop.train(settings, tmp_path)
-    monkeypatch.undo()
     loop.train(settings, tmp_path)
-    for name in ("metrics", "evals"):
-        one, other = (
-            [
-                {k: v for k, v in row.items() if "second" not in k
-                 and "rate" not in k}
-                for row in read_jsonl(workdir / f"{name}.jsonl")
-            ]
-            for workdir in (finished, tmp_path)
-        )  # fmt: skip
-        assert one and one == other
+    assert_same_run(finished, tmp_path)
 
 
 def test_what_does_not_fit_is_refused_early(settings, tmp_path):
     with pytest.raises(ValueError, match="pack_length=64 packs what topd gen"):
-        loop.train(changed(settings, path=""), tmp_path)
+        loop.train(changed(settings, "offline", path=""), tmp_path)
     with pytest.raises(ValueError, match="no solutions"):
-        loop.train(changed(settings, path=str(tmp_path)), tmp_path)
-    with pytest.raises(ValueError, match="needs train.stage=offline"):
-        settings_with(offline__path="here")
+        loop.train(changed(settings, "offline", path=str(tmp_path)), tmp_path)
 
 
 def solutions(count=20, seed=0):

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 import pytest
-from small_run import assert_same_run, changed, settings_with
+from small_run import (
+    assert_same_run,
+    changed,
+    interrupted,
+    settings_with,
+)
 
 from topd_jax.data.toy_world import problems
 from topd_jax.models import DecoderConfig, init_decoder, save_model
@@ -86,19 +90,10 @@ def test_a_run_logs_every_teacher_apart(finished):
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(
-    finished, settings, tmp_path, monkeypatch
+    finished, settings, tmp_path
 ):
-    plain = loop.Run._one_step
-
-    def stopping(self, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return plain(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_one_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(settings, tmp_path)
+    with interrupted(4):
+        loop.train(settings, tmp_path)
     loop.train(settings, tmp_path)
     assert_same_run(finished, tmp_path)
 
@@ -136,20 +131,13 @@ def test_offline_each_teacher_writes_its_own(settings, tmp_path):
     )
 
 
-def test_what_does_not_fit_is_refused_with_its_place(settings, tmp_path):
+def test_what_does_not_fit_is_refused_before_models_are_made(
+    settings, tmp_path
+):
     path = tmp_path / "bad.jsonl"
-    names = "one of config.teachers: rest, world"
-    for line, message in (
-        ('{"question": "a", "teacher": "wrold"}',
-         f"bad.jsonl line 2: the field \"teacher\" is 'wrold'; it must name "
-         f"{names}; the nearest is 'world'"),
-        ('{"question": "a"}',
-         "bad.jsonl line 2 has no field \"teacher\" (data.teacher_field); its "
-         f"fields are ['question']; it must name {names}"),
-    ):  # fmt: skip
-        path.write_text('{"question": "a", "teacher": "rest"}\n' + line)
-        with pytest.raises(ValueError, match=re.escape(message)):
-            load_setup(changed(settings, "data", path=str(path)), tmp_path)
+    path.write_text('{"question": "a", "teacher": "wrold"}\n')
+    with pytest.raises(ValueError, match="line 1.* the nearest is 'world'"):
+        load_setup(changed(settings, "data", path=str(path)), tmp_path)
     path.write_text('{"question": "a", "teacher": "world"}\n' * 9)
     with pytest.raises(ValueError, match="no training record .* 'rest'"):
         load_setup(changed(settings, "data", path=str(path)), tmp_path)
