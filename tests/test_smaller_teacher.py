@@ -60,22 +60,3 @@ def test_an_fp32_student_learns_from_it(world_cache, tmp_path, changes):
         assert np.isfinite(x).all(), name
     assert np.abs(state.student.arrays["q"] - before).max() > 0
     assert setup.teacher_fingerprints == {"": fingerprint(teacher)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"teacher__quantize": "int2"}, "quantize='int2' must be one of '', "),
-        (
-            {"teacher__quantize_tile": 32},
-            "teacher.quantize_tile=32 must be 0 .* where",
-        ),
-        (
-            {"student__quantize": "int8"},
-            "student.quantize='int8' would freeze what is to learn",
-        ),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        settings_with(tmp_path, **changes)
