@@ -86,18 +86,11 @@ WINDOW = 3
 @pytest.fixture(scope="module")
 def texts():
     """A correct solution, one with a wrong digit, and where it is."""
-    right = truth.PrefixChecker(PROBLEM).completion()
-    for at, character in enumerate(right):
-        wrong = right[:at] + "7" + right[at + 1 :]
-        if (
-            character.isdigit()
-            and not truth.PrefixChecker(PROBLEM)
-            .read(wrong[: at + 1])
-            .completable
-            and at > 4
-        ):
-            return right, wrong, at
-    raise AssertionError("no digit to spoil")
+    right = "= 3+20= 23#23."
+    wrong, at = "= 3+20= 27#23.", 9
+    assert truth.fork_index(PROBLEM, [*right, None]) is None
+    assert truth.fork_index(PROBLEM, [*wrong, None]) == at
+    return right, wrong, at
 
 
 def as_rows(texts, candidates):

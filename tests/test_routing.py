@@ -58,9 +58,7 @@ def test_prompts_of_each_teacher():
     assert prompts(teacher_prompts=(4, 4)) == {"code": 4, "math": 4}
     with pytest.raises(ValueError, match="no training record .* 'code'"):
         prompts(train=records("math"))
-    with pytest.raises(
-        ValueError, match="3 of the 8 prompts .* 6 rows"
-    ):
+    with pytest.raises(ValueError, match="3 of the 8 prompts .* 6 rows"):
         prompts(teacher_prompts=(3, 5))
 
 

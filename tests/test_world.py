@@ -247,23 +247,15 @@ def test_forks_are_those_of_the_written_out_language(problem: str):
     assert len({f for f in forks if f is not None}) > 5
 
 
-def test_wrong_solutions_have_a_fork_that_can_be_repaired():
+def test_wrong_solutions_have_a_fork():
     sample = problems.problems("validation", 150, seed=0)
     for style in (problems.TEACHER_STYLE, problems.STUDENT_STYLE):
         for problem, text in problems.world_pairs(sample, style, seed=0):
             assert fork_of(problem, text) is None
-    wrong = 0
+    forks = []
     for problem, text in problems.world_pairs(
         sample, problems.STUDENT_STYLE, problems.STUDENT_HABIT, seed=0
     ):
-        fork = fork_of(problem, text)
-        assert (fork is None) == problems.is_correct(problem, text)
-        if fork is not None:
-            wrong += 1
-            checker = truth.PrefixChecker(problem).read(text[:fork])
-            assert checker.completable
-            assert not checker.read(text[fork]).completable
-            repaired = text[:fork] + checker.completion()
-            assert problems.is_correct(problem, repaired)
-            assert fork_of(problem, repaired) is None
-    assert wrong > 40
+        forks.append(fork_of(problem, text))
+        assert (forks[-1] is None) == problems.is_correct(problem, text)
+    assert 40 < sum(fork is not None for fork in forks) < 150

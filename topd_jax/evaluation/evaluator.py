@@ -203,13 +203,14 @@ class Evaluator:
         problems = encoded.records[: len(rows)]
         texts = [self.tokenizer.decode(r) for r in rows]
         grades = self.grade(problems, texts)
-        by_teacher = {}
-        if len(self.teachers) > 1:
-            for name, places in places_of(problems).items():
-                by_teacher[name] = self._summary(
-                    [rows[i] for i in places],
-                    grades and [grades[i] for i in places],
-                )
+        by_teacher = {
+            name: self._summary(
+                [rows[i] for i in places],
+                grades and [grades[i] for i in places],
+            )
+            for name, places in places_of(problems).items()
+            if name
+        }
         row = {
             "step": step,
             "final": final,

@@ -99,46 +99,6 @@ def phrases(expression: Expression) -> tuple[State, ...]:
     return tuple(sorted(states))
 
 
-class PrefixChecker:
-    """Read a solution piece by piece and tell if it can still be correct.
-
-    Immutable: :meth:`read` returns the checker after the text.
-    """
-
-    def __init__(self, problem: str) -> None:
-        """Make a checker that has read nothing after ``problem``."""
-        self._states: frozenset[State] = frozenset(
-            {("", problems.parse(problem))}
-        )
-
-    def read(self, text: str) -> "PrefixChecker":
-        """Return the checker after some more text."""
-        after = object.__new__(PrefixChecker)
-        after._states = self._states
-        for character in text:
-            after._states = _advance(after._states, character)
-        return after
-
-    @property
-    def completable(self) -> bool:
-        """Whether some correct solution begins with the text read so far."""
-        return bool(self._states)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the text read so far is a correct solution."""
-        return ("", None) in self._states
-
-    def completion(self) -> str | None:
-        """Return a text that completes the solution; None if none does."""
-        for rest, expression in sorted(self._states):
-            while expression is not None:
-                phrase, expression = phrases(expression)[0]
-                rest += phrase
-            return rest
-        return None
-
-
 def _advance(states: frozenset[State], character: str) -> frozenset[State]:
     if character in problems.SIGNS:
         character = problems.SIGNS[0]
@@ -167,12 +127,13 @@ def fork_index(problem: str, token_pieces: Sequence[str | None]) -> int | None:
       left; None if there is always one. Ending before the solution is
       complete is a fork; being cut off is not.
     """
-    checker = PrefixChecker(problem)
+    states = frozenset({("", problems.parse(problem))})
     for index, piece in enumerate(token_pieces):
         if piece is None:
-            return None if checker.complete else index
-        checker = checker.read(piece)
-        if not checker.completable:
+            return None if ("", None) in states else index
+        for character in piece:
+            states = _advance(states, character)
+        if not states:
             return index
     return None
 
