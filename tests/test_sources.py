@@ -50,7 +50,7 @@ def test_jsonl_keeps_questions_and_answers(tmp_path):
         (b'{"problem": "a"}', r'line 2 has no text .*"question".*problem'),
         (b'{"question": 3}', r"line 2 has no text"),
         (b'{"question": ""}', r"line 2 has no text"),
-        (b'{"question": "a"}', r'line 2 has no field "by".* code, math'),
+        (b'{"question": "a"}', r'line 2: .* "by" .* is None; .* code, math'),
         (b'{"question": "a", "by": "mat"}', r"line 2.* the nearest is 'math'"),
     ],
 )

@@ -232,18 +232,12 @@ def _teacher(row: Mapping[str, Any], source: str, fields: Fields) -> str:
     name = _text(row.get(fields.teacher))
     if name in fields.teachers:
         return name
-    choices = f"one of config.teachers: {', '.join(fields.teachers)}"
-    if name is None:
-        raise ValueError(
-            f'{source} has no field "{fields.teacher}" (data.teacher_field); '
-            f"its fields are {sorted(row)}; it must name {choices}"
-        )
-    (near,) = difflib.get_close_matches(
-        str(name), fields.teachers, n=1, cutoff=0
-    )
+    near = difflib.get_close_matches(str(name), fields.teachers, 1, cutoff=0)
     raise ValueError(
-        f'{source}: the field "{fields.teacher}" is {name!r}; it must name '
-        f"{choices}; the nearest is {near!r}"
+        f'{source}: the field "{fields.teacher}" (data.teacher_field) is '
+        f"{name!r}; it must name one of config.teachers: "
+        f"{', '.join(fields.teachers)}; the nearest is {near[0]!r}; the "
+        f"record's fields are {sorted(row)}"
     )
 
 

@@ -52,14 +52,13 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece model with explicit pad, bos, eos and unk ids 0..3."""
 
-    FILE = "tokenizer.model"
     # What :meth:`chat` does, for readers of a saved directory.
     _TEMPLATE = (
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
 
     def __init__(self, model: bytes) -> None:
-        """Wrap a serialized model; see :meth:`train` and :meth:`load`."""
+        """Wrap a serialized model; see :meth:`train`."""
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor(
             model_proto=model
@@ -115,26 +114,11 @@ class SentencePieceTokenizer:
             ) from error
         return cls(model.getvalue())
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "SentencePieceTokenizer":
-        """Read a model file; a missing one is a ValueError."""
-        path = pathlib.Path(path)
-        if not path.is_file():
-            raise ValueError(
-                f"no tokenizer at {path}; give the path of a SentencePiece "
-                "model, or delete the cached world to train it again"
-            )
-        return cls(path.read_bytes())
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the model file; :meth:`load` reads it."""
-        pathlib.Path(path).write_bytes(self.model)
-
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write the model file and the chat template into a directory."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.save(directory / self.FILE)
+        (directory / "tokenizer.model").write_bytes(self.model)
         (directory / "chat_template.jinja").write_text(self._TEMPLATE)
 
     def encode(self, text: str) -> list[int]:

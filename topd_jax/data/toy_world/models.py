@@ -56,7 +56,7 @@ def world_models(
             *corpora.values(), vocab_size=settings.vocab_size
         )
         partial = file.with_suffix(".new")
-        tokenizer.save(partial)
+        partial.write_bytes(tokenizer.model)
         partial.replace(file)  # atomic: the file is whole or absent
         for name in missing:
             model = _train(settings, name, corpora[name], tokenizer)
@@ -64,7 +64,7 @@ def world_models(
     return (
         paths["teacher"],
         paths["student"],
-        SentencePieceTokenizer.load(file),
+        SentencePieceTokenizer(file.read_bytes()),
     )
 
 
