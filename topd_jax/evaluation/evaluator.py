@@ -9,7 +9,7 @@ n-grams), so that a collapse shows even where accuracy is at chance.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -265,49 +265,39 @@ class Evaluator:
           several teachers these are against each prompt's own, and of every
           teacher's prompts as "name/teacher"; prompts without one have none.
         """
-        size, rows, parts = self.options.batch_size, {}, []
+        rows: dict[int, list[int]] = {}
+        parts: list[dict] = []
         number = itertools.count()
         key = stream_key(jax.random.key(self.seed), Stream.EVALUATE)
-        for name, teacher, prompts, places in self._groups(encoded, count):
-            batches = prompt_data.ordered_batches(prompts, batch_size=size)
-            last = -(-len(places) // size)
-            for batch in itertools.islice(batches, last):
+        records = encoded.records[:count]
+        models = {t.name: t.model for t in self.teachers}
+        groups = places_of(records)
+        if len(models) == 1:  # it reads all, whatever they name
+            models = {"": self.teachers[0].model}
+            groups = {"": list(range(len(records)))}
+        for name, places in groups.items():
+            for batch in prompt_data.ordered_batches(
+                encoded.take(places), batch_size=self.options.batch_size
+            ):
                 written = self.writer(
                     student,
                     spread_rows(batch.prompts, self.mesh),
                     jax.random.fold_in(key, next(number)),
                     jnp.float32(temperature),
                 )
-                real = (batch.index >= 0) & (batch.index < len(places))
+                real = batch.index >= 0
                 written = written.replace(mask=written.mask & real[:, None])
-                if teacher is not None:
-                    found = self.comparer(student, teacher, written)
-                    parts += [found, by_name({name: found})]
-                done = _completions(written, int(real.sum()))
-                at = [places[j] for j in batch.index[real]]
-                rows |= zip(at, done, strict=True)
+                if name in models:
+                    metrics = self.comparer(student, models[name], written)
+                    parts += [metrics, by_name({name: metrics})]
+                tokens, mask = on_host((written.tokens, written.mask))
+                for row, place in enumerate(batch.index[real]):
+                    rows[places[place]] = tokens[row][mask[row]].tolist()
         numbers = read_metrics(merge(parts))
         return [rows[i] for i in sorted(rows)], numbers
-
-    def _groups(
-        self, encoded: prompt_data.EncodedPrompts, count: int
-    ) -> Iterator[tuple[str, Any, prompt_data.EncodedPrompts, list[int]]]:
-        """Yield (teacher's name, its model or None, prompts, their places)."""
-        if len(self.teachers) == 1:
-            places = list(range(min(count, len(encoded.records))))
-            yield "", self.teachers[0].model, encoded, places
-            return
-        models = {t.name: t.model for t in self.teachers}
-        for name, places in places_of(encoded.records[:count]).items():
-            yield name, models.get(name), encoded.take(places), places
 
     def is_cut(self, tokens: list[int]) -> bool:
         """Return whether a completion reached the limit without an end."""
         ends = self.tokenizer.eos_ids
         limit = self.rollout.max_new_tokens
         return len(tokens) == limit and tokens[-1] not in ends
-
-
-def _completions(written: Trajectories, count: int) -> list[list[int]]:
-    tokens, mask = on_host((written.tokens, written.mask))
-    return [tokens[i][mask[i]].tolist() for i in range(count)]
