@@ -70,7 +70,6 @@ def test_every_problem_is_answered_as_often_as_asked(
         evaluation = benchmarking.evaluate_all(
             evaluator, setup.student, settings.data, 7
         )
-        final, _ = evaluator.evaluate(setup.student, 7, final=True)
     assert evaluation["step"] == 7
     assert list(evaluation["benchmarks"]) == ["test"]
     records = evaluation["benchmarks"]["test"]["records"]
@@ -86,7 +85,6 @@ def test_every_problem_is_answered_as_often_as_asked(
         assert all(1 <= n <= 16 for n in record["lengths"])
     assert len({t for r in records for t in r["completions"]}) > 5
     summary = evaluation["benchmarks"]["test"]["summary"]
-    assert summary["runs"][0] == final["exact_match"]
     brief = benchmarking.summaries(evaluation)["benchmarks"]
     assert brief == {"test": summary}
     assert {"pass@1", "pass@2", "pass@3", "maj@3", "cut_off"} <= set(summary)

@@ -137,6 +137,7 @@ data.batch_size=0               at least 1
 data.batch_size=10**6           at most 100000
 data.samples=0                  at least 1
 data.held_out=0                 at least 1
+data.teacher_prompts=(32, 0)    at least 1
 data.max_prompt_length=0        at least 1
 data.end_ids=(3, -1)            at least 0
 data.source='csv'               one of 'world', 'jsonl', 'tfds', 'hub'

@@ -23,6 +23,7 @@ class DataSettings:
         (),
         "prompts a step of each of config.teachers, by name; (): as many as "
         "their share of the records, at least one",
+        least=1,
     )
     batch_size: int = setting(
         32, "prompts a step (paper, App. B: 1)", least=1, most=100_000

@@ -67,7 +67,9 @@ class SolutionFiles:
 
     def write(self, shard: int, solutions: Sequence[Solution]) -> None:
         """Write a shard; it exists whole or not at all."""
-        lines = (json.dumps(_plain(s)) + "\n" for s in solutions)
+        lines = (
+            json.dumps(s, default=np.ndarray.tolist) + "\n" for s in solutions
+        )
         _write_whole(self.path(shard), "".join(lines))
 
     def read(self, shard: int) -> Iterator[Solution]:
@@ -203,10 +205,3 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _plain(solution: Solution) -> dict[str, Any]:
-    return {
-        k: v.tolist() if isinstance(v, np.ndarray) else v
-        for k, v in solution.items()
-    }

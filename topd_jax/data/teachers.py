@@ -153,13 +153,9 @@ def check_teachers(data: DataSettings, names: Sequence[str]) -> None:
             f"{len(names)}, one prompt for each of config.teachers"
         )
     fixed = data.teacher_prompts
-    if fixed and (
-        len(fixed) != len(names)
-        or min(fixed) < 1
-        or sum(fixed) != data.batch_size
-    ):
+    if fixed and (len(fixed), sum(fixed)) != (len(names), data.batch_size):
         raise ValueError(
             f"data.teacher_prompts={fixed} must be {len(names)} numbers "
-            f"above 0 (for {', '.join(names) or 'no teachers'}) whose sum "
+            f"(for {', '.join(names) or 'no teachers'}) whose sum "
             f"is data.batch_size={data.batch_size}"
         )
