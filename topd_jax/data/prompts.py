@@ -149,8 +149,7 @@ def prompt_stream(
     """Return an endless iterator over batches, each epoch shuffled anew.
 
     The iterator is grain's: ``get_state()`` gives a small JSON-able dict and
-    ``set_state`` continues from there with the identical batches; orbax saves
-    it through ``grain.checkpoint``.
+    ``set_state`` continues from there with the identical batches.
 
     Args:
       encoded: the prompts.

@@ -150,9 +150,7 @@ def summarize(problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     n = len(problems[0]["right"])
     right = np.array([p["right"] for p in problems], dtype=float)
-    ks = [k for k in (1 << i for i in range(n.bit_length())) if k <= n]
-    if n not in ks:
-        ks.append(n)
+    ks = sorted({n, *(1 << i for i in range(n.bit_length()))})
     numbers = {
         f"pass@{k}": [pass_at_k(n, sum(p["right"]), k) for p in problems]
         for k in ks
