@@ -32,17 +32,15 @@ def test_a_benchmark_has_problems_or_questions(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"task": "1+1?", "answer": "2"}], "line 1 has no text in the field"),
+        ([{"task": "1+1?", "answer": "2"}],
+         'line 1 has no text in the field "problem" or "question"'),
         ([{"problem": "1?", "answer": "1"}, {"problem": "1+1?"}],
          'line 2 has nothing in the field "answer"'),
-        ([], "holds no records"),
     ],
 )  # fmt: skip
 def test_a_benchmark_that_cannot_be_used(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         read_benchmark(str(write(tmp_path / "x.jsonl", *rows)))
-    with pytest.raises(ValueError, match="no file at nowhere.jsonl"):
-        read_benchmark("nowhere.jsonl")
 
 
 @pytest.fixture(scope="module")
