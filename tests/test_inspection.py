@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from html_page import Page
+from small_logs import HOSTILE, text_of
 from small_run import settings_with
 
 from topd_jax.experiments.observe import looking_ahead, observe
@@ -62,46 +62,46 @@ def test_rows_say_what_the_arrays_hold(seen, rows):
     ]
     row, scored = rows[4], batches[1].scored[0]  # the second batch's first
     written = batches[1].trajectories
-    count = int(written.mask[0].sum())
-    assert len(row["tokens"]) == len(row["loss"]) == len(row["truth"]) == count
-    ids = written.tokens[0][:count].tolist()
-    text = "".join(row["tokens"]).replace("<end>", "")
+    ids = written.tokens[0][written.mask[0]].tolist()
+    texts = [token["text"] for token in row["tokens"]]
+    assert len(texts) == len(ids)
+    text = "".join(texts).replace("<end>", "")
     assert text == setup.tokenizer.decode(ids)
     assert row["right"] is setup.grade(batches[1].records[:1], [text])[0]
-    for slot, found in enumerate(row["candidates"]):
-        at = scored.candidates.positions[0, slot]
-        assert found["at"] == at
-        assert found["distance"] == pytest.approx(
+    found = {
+        at: token["candidate"]
+        for at, token in enumerate(row["tokens"])
+        if token["candidate"]
+    }
+    assert sorted(found) == sorted(scored.candidates.positions[0])
+    for slot, at in enumerate(scored.candidates.positions[0]):
+        assert found[at]["distance"] == pytest.approx(
             float(scored.distance[0, slot]), abs=1e-4
         )
-        assert found["divergent"] == scored.divergent[0, slot]
-        assert found["student"] == row["tokens"][at : at + 4]
-        plan = np.array(found["plan"])
-        assert plan.shape == (len(found["student"]), len(found["teacher"]))
+        assert found[at]["divergent"] == scored.divergent[0, slot]
+        assert found[at]["student"] == texts[at : at + 4]
+        plan = np.array(found[at]["plan"])
+        assert plan.shape == (len(texts[at : at + 4]), 4)
         np.testing.assert_allclose(plan.sum(1), 1.0, atol=0.01)
-    losses = [row["loss"][c["at"]] for c in row["candidates"]]
-    assert sorted(losses) == sorted(row["loss"])[-len(losses) :]
+    losses = [token["loss"] for token in row["tokens"]]
+    assert sorted(losses[at] for at in found) == sorted(losses)[-len(found) :]
 
 
 def test_the_page_carries_all_and_asks_for_nothing(rows, tmp_path):
-    hostile = "</script><!--<b>&\u2028"
-    candidate = dict(rows[0]["candidates"][0], teacher=[hostile])
-    rows = [dict(rows[0], problem=hostile, candidates=[candidate]), *rows[1:]]
+    for token in rows[0]["tokens"]:
+        if token["candidate"]:
+            token["candidate"]["teacher"] = [HOSTILE]
+    rows[0]["problem"] = HOSTILE
     path = tmp_path / "page.html"
     write_page(rows, ABOUT, path)
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
-    assert text.count("</script>") == 1 and "<!--" not in text
-    assert page.addresses == ["data:,"]
-    assert "default-src 'none'" in text
-    assert "A <page>" in page.text and "start & more" in page.text
-    assert hostile in page.text
+    page = path.read_text(encoding="utf-8")
+    assert page.count("</script>") == 1 and "<!--" not in page
+    assert "default-src 'none'" in page
+    shown = text_of(page)
+    assert "A <page>" in shown and "start & more" in shown and HOSTILE in shown
     for row in rows:
-        written = "".join(row["tokens"]).replace("\n", "⏎\n")
-        assert written in page.text
-    assert text.count("data-candidate=") == sum(
-        len(row["candidates"]) for row in rows
-    )
+        written = "".join(token["text"] for token in row["tokens"])
+        assert written.replace("\n", "⏎\n") in shown
 
 
 def test_inspect_from_the_command_line(trained, small_arguments, topd):

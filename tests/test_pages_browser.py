@@ -6,7 +6,6 @@ import pytest
 from small_logs import records
 
 from topd_jax.experiments.run_page import write_page as run_page_of
-from topd_jax.experiments.run_records import RunRecords
 from topd_jax.experiments.token_map import write_page
 
 pytest.importorskip("selenium", reason="selenium is not installed")
@@ -112,42 +111,44 @@ def _brightness(colour: str) -> float:
 # The page of trajectories
 
 
-def candidate(at, student, teacher, *, divergent, distance):
-    share = round(1 / len(teacher), 3)
+def candidate(student, teacher, *, divergent, distance):
+    truth = "fork" if divergent else "surface"
     return {
-        "at": at, "distance": distance, "divergent": divergent,
-        "student": student, "teacher": teacher,
-        "plan": [[share] * len(teacher)] * len(student),
-        "truth": "fork" if divergent else "surface",
-        "window_truth": "fork" if divergent else "surface",
+        "distance": distance, "divergent": divergent, "student": student,
+        "teacher": teacher, "window_truth": truth,
+        "plan": [[1 / len(teacher)] * len(teacher)] * len(student),
     }  # fmt: skip
 
 
-def trajectory(problem, tokens, candidates, *, right, truth):
+def trajectory(problem, texts, candidates, *, right, truth):
+    """A row; candidates at their positions, the loss grows by 0.25 a token."""
     return {
         "problem": problem, "reference": "work #### 10", "right": right,
-        "cut": False, "tokens": tokens,
-        "loss": [round(0.25 * i, 3) for i in range(len(tokens))],
-        "truth": truth, "candidates": candidates,
+        "cut": False,
+        "tokens": [
+            {"text": text, "loss": 0.25 * at, "truth": truth[at],
+             "candidate": candidates.get(at)}
+            for at, text in enumerate(texts)
+        ],
     }  # fmt: skip
 
 
 ROWS = [
     trajectory(
         "2+2*4?", ["= ", "16", "\n", "</script><!--", "<end>"],
-        [candidate(1, ["16", "\n"], ["2", "+", "8"], divergent=True,
-                   distance=0.875),
-         candidate(3, ["</script><!--"], ["<b>né</b>"], divergent=False,
-                   distance=0.125)],
+        {1: candidate(["16", "\n"], ["2", "+", "8"], divergent=True,
+                      distance=0.875),
+         3: candidate(["</script><!--"], ["<b>né</b>"], divergent=False,
+                      distance=0.125)},
         right=False, truth=["surface", "fork", "after", "after", "after"],
     ),
     trajectory(
         "3+7?", ["so ", "10"],
-        [candidate(0, ["so ", "10"], ["= ", "10"], divergent=False,
-                   distance=0.5)],
+        {0: candidate(["so ", "10"], ["= ", "10"], divergent=False,
+                      distance=0.5)},
         right=True, truth=["surface"] * 2,
     ),
-    trajectory("1+9?", ["10"], [], right=True, truth=["surface"]),
+    trajectory("1+9?", ["10"], {}, right=True, truth=["surface"]),
 ]  # fmt: skip
 
 
@@ -160,10 +161,10 @@ def trajectories(browser, tmp_path):
     return browser
 
 
-def assert_shows(driver: WebDriver, row: int, slot: int) -> None:
+def assert_shows(driver: WebDriver, row: int, at: int) -> None:
     """The detail is that candidate's, and there is no other."""
     (detail,) = all_of(driver, ".detail")
-    want = ROWS[row]["candidates"][slot]
+    want = ROWS[row]["tokens"][at]["candidate"]
     sides = [
         p.get_property("textContent").replace("⏎\n", "\n")
         for p in detail.find_elements(By.CSS_SELECTOR, ".sides p")
@@ -171,9 +172,7 @@ def assert_shows(driver: WebDriver, row: int, slot: int) -> None:
     assert sides == ["".join(want["student"]), "".join(want["teacher"])]
     kind = "divergent" if want["divergent"] else "false alarm"
     facts = detail.find_element(By.TAG_NAME, "p").text
-    assert facts.startswith(
-        f"token {want['at']}, loss {ROWS[row]['loss'][want['at']]:.3f} nats"
-    )
+    assert facts.startswith(f"token {at}, loss {0.25 * at:.3f} nats")
     assert f"{kind}, distance {want['distance']:.3f}" in facts
     cells = detail.find_elements(By.TAG_NAME, "td")
     assert len(cells) == len(want["student"]) * len(want["teacher"])
@@ -186,39 +185,41 @@ def tip_of(driver: WebDriver, token) -> str:
     )
 
 
-def test_a_click_shows_that_candidate_and_another_click_hides_it(trajectories):
+def test_click_keyboard_and_pointer_show_candidates(trajectories):
     tokens = all_of(trajectories, "button.t")
     assert len(tokens) == 3
-    for place, (row, slot) in enumerate([(0, 0), (0, 1)]):
-        tokens[place].click()
-        assert_shows(trajectories, row, slot)
-    assert tokens[1].get_attribute("aria-expanded") == "true"
+    for token, at in zip(tokens, (1, 3), strict=False):
+        token.click()
+        assert_shows(trajectories, 0, at)
     tokens[1].click()
     assert not all_of(trajectories, ".detail")
     tokens[2].click()
     assert_shows(trajectories, 1, 0)
-
-
-def test_the_keyboard_does_what_a_click_does(trajectories):
-    keys = ActionChains(trajectories)
-    keys.send_keys(Keys.TAB * 3).send_keys(Keys.ENTER).perform()
-    assert_shows(trajectories, 0, 0)  # past the search and the filter
-    keys.send_keys(Keys.TAB).perform()
-    (token,) = all_of(trajectories, ":focus")
-    assert "distance 0.125" in tip_of(trajectories, token)
-    keys.send_keys(Keys.SPACE).perform()
+    tokens[2].click()
+    keys = ActionChains(trajectories).key_down(Keys.SHIFT)
+    keys.send_keys(Keys.TAB * 2).key_up(Keys.SHIFT).send_keys(Keys.ENTER)
+    keys.perform()
     assert_shows(trajectories, 0, 1)
-
-
-def test_hovering_tells_a_tokens_loss(trajectories):
-    token = all_of(trajectories, "article .t")[2]
+    assert tokens[0].get_attribute("aria-expanded") == "true"
+    (focused,) = all_of(trajectories, ":focus")
+    assert "distance 0.875" in tip_of(trajectories, focused)
+    token = all_of(trajectories, "article .t")[4]
     assert tip_of(trajectories, token) == "none"
     ActionChains(trajectories).move_to_element(token).perform()
     tip = tip_of(trajectories, token)
-    assert "token 2, loss 0.500 nats" in tip and "after the fork" in tip
+    assert "token 4, loss 1.000 nats" in tip and "after the fork" in tip
 
 
-def test_search_and_filters_leave_what_was_asked_for(trajectories):
+def test_the_loss_is_the_color_of_a_token(trajectories):
+    shares = [
+        float(color.rstrip(")").split(",")[3])
+        for t in all_of(trajectories, "article .t")[1:5]
+        for color in [t.value_of_css_property("background-color")]
+    ]
+    assert shares == pytest.approx([0.1875, 0.375, 0.5625, 0.75], abs=0.01)
+
+
+def test_search_and_filters_on_a_desk_then_a_phone(trajectories):
     def shown():
         return [a.text[:4] for a in all_of(trajectories, "article")]
 
@@ -236,9 +237,7 @@ def test_search_and_filters_leave_what_was_asked_for(trajectories):
                          ("cut", 0)):  # fmt: skip
         choose.select_by_value(value)
         assert len(shown()) == count, value
-
-
-def test_trajectories_on_a_phone_in_the_dark(trajectories):
+    choose.select_by_value("all")
     all_of(trajectories, "button.t")[0].click()
     assert_fits_and_turns_dark(trajectories)
 
@@ -266,18 +265,6 @@ def figure(driver: WebDriver, title: str):
         if f.find_element(By.TAG_NAME, "h3").text.startswith(title)
     ]
     return found
-
-
-def test_answers_of_a_problem_stand_side_by_side(run_page):
-    page = run_page(records())
-    (learned, *_) = all_of(page, "#problems article")
-    answers = learned.find_elements(By.CSS_SELECTOR, ".answer")
-    assert len(answers) == 11
-    assert answers[0].text == "step 0 ✗ wrong cut off\nlearned at 0"
-    shown = [e.text[:9] for e in all_of(page, "#problems .problem")]
-    assert shown == ["learned", "lost", "</script>", "2+8?"]
-    # Nothing of a completion became a part of the page.
-    assert not page.find_elements(By.CSS_SELECTOR, "main img")
 
 
 def test_curves_tell_their_values_and_hide_on_a_click(run_page):
@@ -320,10 +307,7 @@ def test_smoothing_and_a_log_scale_redraw_the_curves(run_page):
     assert smooth not in lines()
     ticks = chart.find_elements(By.CSS_SELECTOR, ".ytick")
     assert {"0.1", "1"} <= {t.text for t in ticks}
-
-
-def test_charts_below_the_fold_fill_their_card(run_page):
-    page = run_page(records())
+    # A chart below the fold fills its card once that is open.
     all_of(page, "summary")[0].click()
     drawn = figure(page, "skipped").find_element(By.TAG_NAME, "svg")
     WebDriverWait(page, 5).until(lambda _: 250 < drawn.size["width"] < 400)
@@ -331,6 +315,12 @@ def test_charts_below_the_fold_fill_their_card(run_page):
 
 def test_texts_and_settings_by_choice_and_by_search(run_page):
     page = run_page(records())
+    (learned, *_) = all_of(page, "#problems article")
+    answers = learned.find_elements(By.CSS_SELECTOR, ".answer")
+    assert len(answers) == 11
+    assert answers[0].text == "step 0 ✗ wrong cut off\nlearned at 0"
+    # Nothing of a completion became a part of the page.
+    assert not page.find_elements(By.CSS_SELECTOR, "main img")
     (shown,) = all_of(page, "#written article")
     assert "= 40 </script>" in shown.text and "cut off" in shown.text
     Select(page.find_element(By.ID, "step")).select_by_value("10")
@@ -344,13 +334,6 @@ def test_texts_and_settings_by_choice_and_by_search(run_page):
     form.find_element(By.CSS_SELECTOR, "[type=search]").send_keys("window")
     (row,) = all_of(page, "#values tbody tr")
     assert row.text == "objective topd(window=20) topd"
-
-
-def test_a_run_that_logged_nothing(run_page):
-    page = run_page(RunRecords("nothing"))
-    assert "Nothing is logged yet." in text_of(page, "#Curves")
-    assert "None yet." in text_of(page, "#Evaluations")
-    assert_fits_and_turns_dark(page)
 
 
 def test_two_runs_on_a_phone_in_the_dark(run_page):

@@ -182,7 +182,7 @@ COMMANDS = {
     ),
     "report": Command(
         "write an HTML page of a run, finished or not",
-        "cli.report:report",
+        "experiments.run_page:report",
         (
             WORKDIR, _AGAIN,
             _flag(

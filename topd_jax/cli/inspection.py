@@ -51,5 +51,7 @@ def inspect(
         "page": str(page),
         "step": step,
         "trajectories": len(rows),
-        "candidates": sum(len(r["candidates"]) for r in rows),
+        "candidates": sum(
+            bool(t["candidate"]) for r in rows for t in r["tokens"]
+        ),
     }

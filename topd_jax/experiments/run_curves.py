@@ -8,14 +8,12 @@ import plotly.io
 
 from topd_jax.experiments.pages import number, number_text, range_text
 from topd_jax.experiments.run_records import RunRecords
-from topd_jax.objectives.loading import parse
 
 # Metric -> title and unit; every other metric has a chart below the fold.
 _CHARTS = {
     "loss": ("Loss", "nats a token"),
     "exact_match": ("Right answers", "share, 95 % interval"),
     "reverse_kl": ("Reverse KL", "nats a token"),
-    "divergent": ("Divergent candidates", "share"),
     "distance": ("Transport distance of windows", "0 to 2"),
     "guidance": ("Guidance loss", "nats a token"),
     "length_mean": ("Length of completions", "tokens, mean"),
@@ -47,9 +45,6 @@ _NAME = 30  # letters of a legend
 def curves_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     """Chart every number that was logged.
 
-    The share of divergent candidates is left out where a percentile of the
-    distances fixes it.
-
     Args:
       runs: one, or several to lay over each other.
 
@@ -76,8 +71,6 @@ def curves_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
 def _traces(runs: Sequence[RunRecords], name: str) -> list[dict[str, Any]]:
     lines = []
     for run in runs:
-        if name == "divergent" and _share_is_fixed(run):
-            continue
         kinds = {
             "training": run.metrics,
             "validation": [r for r in run.evals if not r.get("final")],
@@ -120,12 +113,6 @@ def _traces(runs: Sequence[RunRecords], name: str) -> list[dict[str, Any]]:
         )
         named.add(name)
     return traces
-
-
-def _share_is_fixed(run: RunRecords) -> bool:
-    """Whether a percentile, not a threshold, decides what is divergent."""
-    objective = run.settings.get("objective")
-    return isinstance(objective, str) and "threshold" not in parse(objective)[1]
 
 
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:

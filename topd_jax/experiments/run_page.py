@@ -4,10 +4,10 @@ Curves, evaluations, answers to the same problems over time, and the
 settings that differ. A run that still goes on, or lacks parts, has a page too.
 """
 
-import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from plotly.offline import get_plotlyjs
@@ -27,9 +27,6 @@ _EVALUATED = {
     "truncated": "cut off",
     "distinct_3": "distinct 3-grams",
 }
-# What rows of logs may lack.
-_TEXTS = {"prompt": "", "completion": "", "teacher": "", "right": None,
-          "truncated": False}  # fmt: skip
 
 
 def write_page(runs: Sequence[RunRecords], path: pathlib.Path) -> None:
@@ -43,19 +40,16 @@ def write_page(runs: Sequence[RunRecords], path: pathlib.Path) -> None:
         "run.html", path,
         title=f"{'Runs' if len(runs) > 1 else 'Run'} "
         + ", ".join(run.name for run in runs),
-        facts=facts_of(runs),
+        facts={run.name: state_of(run) for run in runs},
         runs=[run.name for run in runs],
         plotly=get_plotlyjs(),
-        charts=[
-            chart
-            | {"html": run_curves.html_of(chart),
-               "summary": run_curves.summary_of(chart)}
-            for chart in run_curves.curves_of(runs)
-        ],
+        charts=run_curves.curves_of(runs),
+        html_of=run_curves.html_of,
+        summary_of=run_curves.summary_of,
         tables=tables_of(runs),
         problems=problems_of(runs),
         completions=[
-            {"run": run.name, **_TEXTS, **row}
+            {"run": run.name, **row}
             for run in runs
             for row in sorted(run.completions, key=lambda r: r["step"])
         ],
@@ -64,13 +58,16 @@ def write_page(runs: Sequence[RunRecords], path: pathlib.Path) -> None:
 
 
 def report(
-    workdirs: Iterable[pathlib.Path], output: pathlib.Path | None
+    workdir: pathlib.Path,
+    b: Sequence[pathlib.Path] = (),
+    output: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Read runs and write their page.
+    """Write a page of a run, or of several beside each other.
 
     Args:
-      workdirs: of the runs, the first one's first.
-      output: the HTML file; None is ``report.html`` in the first.
+      workdir: of the run.
+      b: of further runs.
+      output: the HTML file; None is ``report.html`` in ``workdir``.
 
     Returns:
       "page", its path; "runs", name -> how far it is.
@@ -78,64 +75,38 @@ def report(
     Raises:
       ValueError: where there is no run, or the same one twice.
     """
-    workdirs = [pathlib.Path(d) for d in workdirs]
-    runs = [read_run(d) for d in workdirs]
+    workdirs = [workdir, *b]
     places = [d.resolve() for d in workdirs]
     if len(set(places)) < len(places):
         raise ValueError(
             f"the same run is given twice: {', '.join(map(str, workdirs))}"
         )
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):  # a/run and b/run
-        runs = [
-            dataclasses.replace(run, name=f"{place.parent.name}/{run.name}")
-            for run, place in zip(runs, places, strict=True)
-        ]
-    page = output or workdirs[0] / "report.html"
+    above = os.path.commonpath([place.parent for place in places])
+    runs = [
+        read_run(workdir, str(place.relative_to(above)))
+        for workdir, place in zip(workdirs, places, strict=True)
+    ]
+    page = output or workdir / "report.html"
     write_page(runs, page)
     return {
         "page": str(page),
-        "runs": {run.name: _state(run) for run in runs},
+        "runs": {run.name: state_of(run) for run in runs},
     }
 
 
-def facts_of(runs: Sequence[RunRecords]) -> dict[str, str]:
-    """Return what stands at the top of the page.
-
-    Args:
-      runs: of the page.
-
-    Returns:
-      name -> text: the only run's objective, models and state, or the names of
-      several and their states.
-    """
-    if len(runs) > 1:
-        return {run.name: _state(run) for run in runs}
-    (run,) = runs
+def state_of(run: RunRecords) -> str:
+    """Tell a run's objective and how far it is."""
     settings = flat(run.settings)
-    facts = {"run": run.name}
-    for fact, setting in (
-        ("objective", "objective"),
-        ("student", "student.source"),
-        ("teacher", "teacher.source"),
-        ("seed", "seed"),
-    ):
-        if setting in settings:
-            facts[fact] = str(settings[setting])
-    return facts | {"state": _state(run)}
-
-
-def _state(run: RunRecords) -> str:
     step = max((r["step"] for r in (*run.metrics, *run.evals)), default=0)
-    steps = flat(run.settings).get("train.steps")
-    progress = f"step {step}" + (f" of {steps}" if steps else "")
-    ends = [r for r in run.evals if r.get("final")]
-    if not ends:
-        return f"{progress}, not finished"
-    right = pages.number(ends[-1].get("exact_match"))
-    if right is None:
-        return f"{progress}, finished"
-    return f"{progress}, finished with {100 * right:.1f} % right"
+    steps = settings.get("train.steps")
+    finished = any(r.get("final") for r in run.evals)
+    return ", ".join(
+        [
+            *([str(settings["objective"])] if "objective" in settings else []),
+            f"step {step}" + (f" of {steps}" if steps else ""),
+            "finished" if finished else "not finished",
+        ]
+    )
 
 
 def tables_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
@@ -150,15 +121,21 @@ def tables_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     text, ends = pages.number_text, pages.range_text
     logged = {name for run in runs for row in run.evals for name in row}
     names = [name for name in _EVALUATED if name in logged]
+    several = len(runs) > 1
+    run_head = ["run"] * several
+
+    def run_cell(run: RunRecords) -> list[str]:
+        return [run.name] * several
+
     on_the_way = [
-        [str(row["step"]), run.name,
+        [str(row["step"]), *run_cell(run),
          "test" if row.get("final") else "validation",
          *(_evaluated(row, name) for name in names)]
         for run in runs
         for row in sorted(run.evals, key=lambda r: r["step"])
     ]  # fmt: skip
     benchmarks = [
-        [name, run.name, which, text(scores.get("step")), score,
+        [name, *run_cell(run), which, text(scores.get("step")), score,
          text(value["value"]) + ends(*value["interval"])]
         for run in runs
         for which, scores in run.benchmarks.items()
@@ -169,15 +146,10 @@ def tables_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
     columns = [_EVALUATED[name] for name in names]
     tables = [
         {"label": "Evaluations on the way", "rows": on_the_way,
-         "heads": ["step", "run", "problems of", *columns]},
-        {"label": "topd eval", "rows": benchmarks,
-         "heads": ["benchmark", "run", "student", "step", "number", "value"]},
+         "heads": ["step", *run_head, "problems of", *columns]},
+        {"label": "topd eval", "rows": benchmarks, "heads":
+         ["benchmark", *run_head, "student", "step", "number", "value"]},
     ]  # fmt: skip
-    if len(runs) == 1:  # its name is in the title
-        for table in tables:
-            del table["heads"][1]
-            for row in table["rows"]:
-                del row[1]
     return [table for table in tables if table["rows"]]
 
 
@@ -198,21 +170,17 @@ def problems_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
       "problem", "answer", "final", and "answers" (rows of the log with their
       "run") by step and run.
     """
-    problems: dict[tuple, dict[str, Any]] = {}
+    problems: dict[tuple, list[dict[str, Any]]] = {}
     for run in runs:
-        for row in sorted(run.problems, key=lambda r: r["step"]):
-            key = {
-                "final": bool(row.get("final")),
-                "problem": str(row.get("problem", "")),
-                "answer": str(row.get("answer", "")),
-            }
-            entry = problems.setdefault(
-                tuple(key.values()), key | {"answers": []}
-            )
-            entry["answers"].append({"run": run.name, **_TEXTS, **row})
-    for entry in problems.values():
-        entry["answers"].sort(key=lambda row: row["step"])
-    return sorted(problems.values(), key=lambda entry: entry["final"])
+        for row in run.problems:
+            key = tuple(row.get(k) for k in ("final", "problem", "answer"))
+            problems.setdefault(key, []).append({"run": run.name, **row})
+    return [
+        {"final": final, "problem": problem, "answer": answer,
+         "answers": sorted(answers, key=lambda row: row["step"])}
+        for (final, problem, answer), answers
+        in sorted(problems.items(), key=lambda item: bool(item[0][0]))
+    ]  # fmt: skip
 
 
 def settings_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:

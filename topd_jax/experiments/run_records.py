@@ -10,7 +10,6 @@ from topd_jax.models.io.runs import SETTINGS
 from topd_jax.training.logging import read_jsonl
 
 Row = Mapping[str, Any]
-_BENCHMARKED = ("latest", "best", "start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +17,7 @@ class RunRecords:
     """The records of a run; every part may be empty.
 
     Attributes:
-      name: of its work directory.
+      name: what the page calls it.
       settings: what ``Settings.to_dict`` gave.
       metrics: lines of ``metrics.jsonl``.
       evals: lines of ``evals.jsonl``.
@@ -36,11 +35,12 @@ class RunRecords:
     benchmarks: Mapping[str, Row] = dataclasses.field(default_factory=dict)
 
 
-def read_run(workdir: pathlib.Path) -> RunRecords:
+def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
     """Read a work directory, whether the run is finished or not.
 
     Args:
       workdir: the directory.
+      name: of the run.
 
     Returns:
       Its records; a last line that is only half written is skipped.
@@ -53,8 +53,8 @@ def read_run(workdir: pathlib.Path) -> RunRecords:
             f"no directory at {workdir}; give the --workdir of topd train"
         )
     logs = {
-        name: _read_log(workdir / f"{name}.jsonl")
-        for name in ("metrics", "evals", "completions", "problems")
+        log: _read_log(workdir / f"{log}.jsonl")
+        for log in ("metrics", "evals", "completions", "problems")
     }
     path = workdir / SETTINGS
     if not path.is_file() and not any(logs.values()):
@@ -63,11 +63,11 @@ def read_run(workdir: pathlib.Path) -> RunRecords:
             "topd train writes them"
         )
     return RunRecords(
-        name=workdir.resolve().name,
+        name=name,
         settings=_read_json(path),
         benchmarks={
             which: scores
-            for which in _BENCHMARKED
+            for which in ("latest", "best", "start")
             if (scores := _read_json(workdir / f"eval-{which}.json"))
         },
         **logs,
