@@ -7,6 +7,7 @@ import pytest
 from topd_jax.data.toy_world import truth
 from topd_jax.experiments import detectors
 from topd_jax.experiments.detectors import LabeledCandidates, auc
+from topd_jax.experiments.observe import Observed
 from topd_jax.types import Candidates, Scored, Trajectories
 
 
@@ -80,89 +81,54 @@ class Letters:
 
 
 PROBLEM = "3+4*5?"
+RIGHT = truth.PrefixChecker(PROBLEM).completion()
+FORK = 5  # where the other solution has a digit that is wrong
 WINDOW = 3
 
 
-@pytest.fixture(scope="module")
-def texts():
-    """A correct solution, one with a wrong digit, and where it is."""
-    right = "= 3+20= 23#23."
-    wrong, at = "= 3+20= 27#23.", 9
-    assert truth.fork_index(PROBLEM, [*right, None]) is None
-    assert truth.fork_index(PROBLEM, [*wrong, None]) == at
-    return right, wrong, at
+def label(text, positions):
+    """The candidates at the positions of one solution.
+
+    A token's loss is its position, a distance a thousandth of it, and those at
+    even positions are divergent.
+    """
+    tokens = np.array([[*map(ord, text), 0]])
+    mask, at = np.ones(tokens.shape, bool), np.array([positions])
+    written = Trajectories(
+        prompt=tokens[:, :1], prompt_mask=mask[:, :1], tokens=tokens,
+        mask=mask, logp=np.zeros(tokens.shape), truncated=np.zeros(1, bool),
+    )  # fmt: skip
+    scored = Scored(
+        None, None,
+        teacher_token_loss=np.arange(tokens.size, dtype=np.float32)[None],
+        candidates=Candidates(at, np.ones(at.shape, bool)),
+        distance=at / 1000,
+        divergent=at % 2 == 0,
+    )  # fmt: skip
+    seen = Observed([{"prompt": PROBLEM}], written, [scored])
+    return detectors.label_candidates(seen, Letters(), window=WINDOW)
 
 
-def as_rows(texts, candidates):
-    """Trajectories and annotations of rows with given candidates."""
-    width = max(map(len, texts)) + 1
-    tokens = np.zeros((len(texts), width), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = [ord(c) for c in text]
-        mask[row, : len(text) + 1] = True
-    slots = max(map(len, candidates))
-    positions = np.zeros((len(texts), slots), np.int32)
-    used = np.zeros(positions.shape, bool)
-    for row, found in enumerate(candidates):
-        positions[row, : len(found)] = found
-        used[row, : len(found)] = True
-    column = np.arange(width, dtype=np.float32)
-    row = 100 * np.arange(len(texts), dtype=np.float32)[:, None]
-    return (
-        Trajectories(
-            prompt=np.zeros((len(texts), 1), np.int32),
-            prompt_mask=np.ones((len(texts), 1), bool),
-            tokens=tokens,
-            mask=mask,
-            logp=np.zeros(tokens.shape, np.float32),
-            truncated=np.zeros(len(texts), bool),
-        ),
-        Scored(
-            teacher_head=None,
-            teacher_hidden=None,
-            teacher_token_loss=row + column,
-            candidates=Candidates(positions=positions, mask=used),
-            distance=(row + positions) / 1000,
-            divergent=positions % 2 == 0,
-        ),
-    )
-
-
-def test_candidates_are_held_against_the_truth(texts):
-    right, wrong, fork = texts
-    places = [
-        [0, len(right)],  # the second is the end, rightly there
-        [fork - WINDOW, fork - WINDOW + 1, fork, fork + 1, len(wrong)],
-    ]
-    rows, scored = as_rows([right, wrong], places)
-    found = detectors.label_candidates(
-        [PROBLEM] * 2, rows, scored, Letters(), window=WINDOW
-    )
-    kept = [0, len(right), fork - WINDOW, fork - WINDOW + 1, fork]
-    of_row = [0, 0, 1, 1, 1]
-    np.testing.assert_array_equal(found.fork, [0, 0, 0, 0, 1])
-    np.testing.assert_array_equal(found.window_fork, [0, 0, 0, 1, 1])
-    expected = np.array(of_row) * 100 + np.array(kept)
-    np.testing.assert_allclose(found.loss, expected)
+def test_candidates_are_held_against_the_truth():
+    end = len(RIGHT)
+    found = label(RIGHT, [0, end])  # the end is rightly there
+    assert not found.fork.any() and not found.window_fork.any()
+    np.testing.assert_array_equal(found.loss, [0, end])
     # The mean over the window, as far as the row goes.
-    ends = [len(right), len(wrong)]
-    lengths = [
-        min(WINDOW, ends[row] + 1 - at)
-        for row, at in zip(of_row, kept, strict=True)
-    ]
-    mean = expected + (np.array(lengths) - 1) / 2
-    np.testing.assert_allclose(found.future_loss, mean, rtol=1e-6)
-    np.testing.assert_allclose(found.distance, expected / 1000)
-    np.testing.assert_array_equal(found.divergent, np.array(kept) % 2 == 0)
+    np.testing.assert_allclose(found.future_loss, [1, end], rtol=1e-6)
+
+    wrong = RIGHT[:FORK] + "7" + RIGHT[FORK + 1 :]
+    places = [FORK - WINDOW, FORK - WINDOW + 1, FORK, FORK + 1, len(wrong)]
+    found = label(wrong, places)
+    # What comes after the fork is left out.
+    np.testing.assert_array_equal(found.loss, places[:3])
+    np.testing.assert_array_equal(found.fork, [0, 0, 1])
+    np.testing.assert_array_equal(found.window_fork, [0, 1, 1])
+    np.testing.assert_allclose(found.distance, found.loss / 1000)
+    np.testing.assert_array_equal(found.divergent, found.loss % 2 == 0)
 
 
-def test_a_solution_that_ends_early_forks_at_its_end(texts):
-    right, _, _ = texts
-    cut = right[:5]
-    rows, scored = as_rows([cut], [[2, 5]])
-    found = detectors.label_candidates(
-        [PROBLEM], rows, scored, Letters(), window=WINDOW
-    )
+def test_a_solution_that_ends_early_forks_at_its_end():
+    found = label(RIGHT[:5], [2, 5])
     np.testing.assert_array_equal(found.fork, [0, 1])
     np.testing.assert_array_equal(found.window_fork, [0, 1])

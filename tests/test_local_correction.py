@@ -1,6 +1,8 @@
 """Local corrections: each from the same start, on its own window alone."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,16 @@ import numpy as np
 import optax
 import pytest
 from conftest import EOS, PAD, make_trajectories
+from matplotlib import image
+from small_run import settings_with
 
 from topd_jax.experiments import local_correction
 from topd_jax.experiments.divergent_points import choose
-from topd_jax.experiments.local_correction import make_correction, methods_of
+from topd_jax.experiments.local_correction import (
+    correct_points,
+    methods_of,
+    report,
+)
 from topd_jax.experiments.observe import Observed
 from topd_jax.models import causal_mask, unembed
 from topd_jax.models.config import Lora
@@ -60,11 +68,12 @@ def measured(student, reader, points):
     )
 
 
-def step_of(objective, optimizer=ADAM):
-    """(state, trajectories, scored) -> (state, metrics), jitted."""
-    return jax.jit(
-        functools.partial(train_step, objective=objective, optimizer=optimizer)
+def corrected(objective, *arguments, optimizer=ADAM):
+    """What jitted corrections return."""
+    run = functools.partial(
+        correct_points, objective=objective, optimizer=optimizer, **IDS
     )
+    return jax.jit(run)(*arguments)
 
 
 def one(points, i):
@@ -228,7 +237,14 @@ def test_a_correction_is_m_updates_on_the_window_alone(
     student, reader, points, method
 ):
     objective = METHODS[method]
-    run, step = make_correction(objective, ADAM, **IDS), step_of(objective)
+    step = jax.jit(
+        functools.partial(train_step, objective=objective, optimizer=ADAM)
+    )
+    run = jax.jit(
+        functools.partial(
+            correct_points, objective=objective, optimizer=ADAM, **IDS
+        )
+    )
     point = one(points, 2)
     batch = local_correction.as_batch(reader, point)
     state = init_state(student, ADAM)
@@ -253,15 +269,13 @@ def test_a_correction_is_m_updates_on_the_window_alone(
 def test_every_point_starts_from_the_same_student(
     student, reader, points, measured
 ):
-    start = jax.tree.map(np.array, student)
     backwards = jax.tree.map(lambda x: x[::-1], points)
     again = local_correction.measure(
-        student, reader, backwards, METHODS, ADAM, UPDATES, **IDS
-    )
-    for name, of_method in measured.items():
-        for key, values in of_method.items():
-            np.testing.assert_array_equal(again[name][key][::-1], values)
-    jax.tree.map(np.testing.assert_array_equal, start, student)
+        student, reader, backwards, {"topd": METHODS["topd"]}, ADAM, UPDATES,
+        **IDS,
+    )  # fmt: skip
+    for key, values in measured["topd"].items():
+        np.testing.assert_array_equal(again["topd"][key][::-1], values)
 
 
 def test_enough_updates_towards_the_teacher_mend_all(measured):
@@ -276,17 +290,98 @@ def test_enough_updates_towards_the_teacher_mend_all(measured):
 
 def test_an_update_that_is_not_finite_is_counted(student, reader, points):
     endless = presets.opd(lambda s, t: jnp.sum(s * t * jnp.inf, axis=-1))
-    run = make_correction(endless, ADAM, **IDS)
-    windows, skipped = run(student, reader, one(points, 0), jnp.int32(2))
+    windows, skipped = corrected(
+        endless, student, reader, one(points, 0), jnp.int32(2)
+    )
     assert skipped == 2
     assert window_of(windows, 0) == greedy(student, prefix_of(points, 0))
 
 
 def test_adapters_alone_are_corrected(student, reader, points):
     adapted = add_lora(student, Lora(2, 4.0, ("q", "v"), False))
-    run = make_correction(METHODS[TEACHER], optax.adam(0.1), **IDS)
     point = one(points, 0)
-    before, _ = run(adapted, reader, point, jnp.int32(0))
-    after, _ = run(adapted, reader, point, jnp.int32(20))
+    before, after = (
+        corrected(METHODS[TEACHER], adapted, reader, point, jnp.int32(count),
+                  optimizer=optax.adam(0.1))[0]
+        for count in (0, 20)
+    )  # fmt: skip
     assert window_of(before, 0) == greedy(student, prefix_of(points, 0))
     assert window_of(after, 0) != window_of(before, 0)
+
+
+# What is reported, and refused
+
+
+def of_method(distance, first=1, same=1):
+    count = len(distance)
+    return {
+        "distance": np.array(distance, np.float32),
+        "first": np.arange(count) < first,
+        "same": np.arange(count) < same,
+        "skipped": np.zeros(count, int),
+    }
+
+
+NUMBERS = {
+    "before": of_method([0.4, 0.5, 0.6, 0.9], first=0, same=0),
+    "opd": of_method([0.2, 0.3, 0.6, 0.5], first=2),
+    "topd": of_method([0.0, 0.3, 0.7, 0.2], first=3, same=2),
+}
+
+
+def test_the_numbers_by_hand():
+    numbers = report(NUMBERS)
+    led = numbers["topd"]
+    assert led["mean"] == pytest.approx(0.3)
+    assert (led["first"], led["same"], led["skipped"]) == (0.75, 0.5, 0)
+    low, high = led["interval"]
+    assert 0.0 <= low < 0.3 < high <= 0.7
+    against = led["against_opd"]
+    assert against["difference"] == pytest.approx(-0.1)
+    # Paired: differences of 0 and 0.1 up, 0.2 and 0.3 down.
+    low, high = against["interval"]
+    assert -0.3 <= low < -0.1 < high <= 0.1
+    assert "against_opd" not in numbers["opd"]
+    json.dumps(numbers, allow_nan=False)
+
+
+def test_several_teachers_are_refused_before_any_is_made(tmp_path):
+    settings = settings_with()
+    settings = dataclasses.replace(
+        settings,
+        teachers={"a": settings.teacher, "b": settings.teacher},
+        data=dataclasses.replace(
+            settings.data, source="jsonl", path="x", teacher_field="subject"
+        ),
+    )
+    with pytest.raises(ValueError, match="one teacher .* names a, b; leave"):
+        local_correction.correct(settings, tmp_path, "start", 1, 1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_correct_from_the_command_line(trained, small_arguments, topd):
+    result = json.loads(
+        topd(
+            "correct", *small_arguments, f"--workdir={trained}", "--count=3",
+            "--which=latest", "--updates=2",
+            "--config.optimizer.learning_rate=0.01",
+        )
+    )  # fmt: skip
+    assert result["count"] == 3 and result["updates"] == 2
+    assert result["step"] == 6 and result["window"] == K
+    assert result["config"]["optimizer"]["learning_rate"] == 0.01
+    assert list(result["methods"]) == ["before", *METHODS]
+    assert image.imread(result["figure"]).std() > 0.01
+    folder = trained / "correct-latest"
+    prefixes = json.loads((folder / "correct.json").read_text())["prefixes"]
+    for name, numbers in result["methods"].items():
+        distances = prefixes[name]["distance"]
+        assert len(distances) == 3
+        assert np.mean(distances) == pytest.approx(numbers["mean"])
+        assert numbers["skipped"] == 0
+
+
+def test_a_run_without_a_checkpoint_is_refused(small_arguments, tmp_path,
+                                               refused):  # fmt: skip
+    line = refused("correct", *small_arguments, f"--workdir={tmp_path}")
+    assert "no checkpoint in" in line

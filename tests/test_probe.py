@@ -7,15 +7,11 @@ import pytest
 from conftest import EOS, make_trajectories
 from matplotlib import image
 
-from topd_jax.cli import main
-from topd_jax.experiments import plots
-from topd_jax.experiments.probe import (
-    GROUPS,
-    PAPER,
-    ranked,
-    report,
-)
+from topd_jax.experiments import probe
+from topd_jax.experiments.observe import Observed
+from topd_jax.experiments.probe import GROUPS, ranked, report
 from topd_jax.objectives.objective import NearFuture, Objective
+from topd_jax.types import Candidates, Scored
 
 
 def group(loss, distance):
@@ -28,7 +24,6 @@ FOUND = {
     "random": group([0.5, 0.6], [0.2, 0.4]),
     "low": group([0.0, 0.0, 0.0, 0.1, 0.1], [0.0, 0.1, 0.2, 0.4, 0.8]),
 }
-NOTHING = {g: group([], []) for g in GROUPS}
 
 
 def test_the_numbers_by_hand():
@@ -46,13 +41,20 @@ def test_the_numbers_by_hand():
     assert found["spearman"] == pytest.approx(0.8)
 
 
-def test_what_does_not_exist_is_none():
-    found = report(NOTHING)
-    assert found["median"]["high"] is None and found["pearson"] is None
-    assert found["false_alarm_fraction"] is None
+def test_no_correlation_where_nothing_varies():
     alike = {**FOUND, "high": group([1.0, 1.0, 1.0], [0.1, 0.2, 0.3])}
-    assert report(alike)["spearman"] is None
+    assert report(alike)["spearman"] is report(alike)["pearson"] is None
     json.dumps(report(alike), allow_nan=False)
+
+
+def test_where_all_are_cut_off_is_said():
+    none = Candidates(np.zeros((1, 1), int), np.zeros((1, 1), bool))
+    scored = Scored(
+        None, None, np.zeros((1, 4)), candidates=none, distance=np.zeros((1, 1))
+    )
+    seen = Observed([], make_trajectories(rows=1), [scored] * len(GROUPS))
+    with pytest.raises(ValueError, match="raise rollout.max_new_tokens or"):
+        probe.collect([seen])
 
 
 def test_positions_are_ranked_three_ways():
@@ -81,20 +83,12 @@ def test_positions_are_ranked_three_ways():
     assert (np.asarray(other) != lot).any()
 
 
-@pytest.mark.parametrize("groups", [FOUND, NOTHING])
-def test_the_figure_is_a_picture(groups, tmp_path):
-    path = plots.probe(groups, tmp_path / "probe.png")
-    assert image.imread(path).std() > 0.01
-
-
-def test_probe_from_the_command_line(trained, small_arguments, capsys):
-    capsys.readouterr()
-    main.run(["probe", *small_arguments, f"--workdir={trained}",
-              "--which=start", "--count=8"])  # fmt: skip
-    found = json.loads(capsys.readouterr().out)
-    assert found["paper"] == PAPER
+def test_probe_from_the_command_line(trained, small_arguments, topd):
+    found = json.loads(topd("probe", *small_arguments, f"--workdir={trained}",
+                            "--which=start", "--count=8"))  # fmt: skip
     assert found["loss"]["high"] > found["loss"]["random"]
     assert found["loss"]["random"] > found["loss"]["low"]
+    assert image.imread(found["figure"]).std() > 0.01
     written = json.loads((trained / "probe-start" / "probe.json").read_text())
     assert written["median"] == found["median"]
     positions = written["positions"]["high"]

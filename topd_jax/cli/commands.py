@@ -210,10 +210,6 @@ COMMANDS = {
                 "updates", metavar="N", type=_at_least(0), default=5,
                 help="of each correction (5)",
             ),
-            _flag(
-                "learning_rate", metavar="RATE", type=_number,
-                help="of the corrections (config.optimizer.learning_rate)",
-            ),
         ),
         f"{_EXAMPLE} --which start --count 400",
     ),

@@ -15,15 +15,13 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from topd_jax.data.toy_world import truth
-from topd_jax.experiments.observe import looking_ahead, observe
+from topd_jax.experiments.observe import Observed, looking_ahead, observe
 from topd_jax.losses.near_future import future_loss
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup
-from topd_jax.types import Scored, Trajectories
 
 # Test problems that detectors are measured on.
 _PROBLEMS = 1000
-_DETECTORS = ("distance", "loss", "future_loss")
 
 
 class LabeledCandidates(NamedTuple):
@@ -47,34 +45,25 @@ class LabeledCandidates(NamedTuple):
 
 
 def label_candidates(
-    problems: list[str],
-    trajectories: Trajectories,
-    scored: Scored,
-    tokenizer: Any,
-    *,
-    window: int,
+    seen: Observed, tokenizer: Any, *, window: int
 ) -> LabeledCandidates:
     """Label the candidates of some rollouts with the truth.
 
     Args:
-      problems: B problems of the tiny world.
-      trajectories: the student's rollouts, B rows.
-      scored: what the teacher says of them, with candidates.
+      seen: rollouts on problems of the tiny world, scored with one objective
+        that looks ahead.
       tokenizer: of the rollouts' tokens.
       window: K.
 
     Returns:
       The candidates that do not come after a fork.
     """
-    trajectories, scored = jax.device_get((trajectories, scored))
+    written, (scored,) = seen.trajectories, seen.scored
     labels = truth.label_batch(
-        problems,
-        trajectories.tokens,
-        trajectories.mask,
-        tokenizer,
-        window=window,
-    )
-    candidates = scored.candidates
+        [r["prompt"] for r in seen.records],
+        written.tokens, written.mask, tokenizer, window=window,
+    )  # fmt: skip
+    candidates, loss = scored.candidates, scored.teacher_token_loss
 
     def at_candidates(values: np.ndarray) -> np.ndarray:
         return np.take_along_axis(values, candidates.positions, axis=1)
@@ -82,13 +71,8 @@ def label_candidates(
     token_labels = at_candidates(labels.token)
     values = LabeledCandidates(
         distance=scored.distance,
-        loss=at_candidates(scored.teacher_token_loss),
-        future_loss=future_loss(
-            scored.teacher_token_loss,
-            trajectories.mask,
-            candidates,
-            length=window,
-        ),
+        loss=at_candidates(loss),
+        future_loss=future_loss(loss, written.mask, candidates, length=window),
         divergent=scored.divergent,
         fork=token_labels == truth.FORK,
         window_fork=at_candidates(labels.window) == truth.FORK,
@@ -133,24 +117,23 @@ def report(candidates: LabeledCandidates) -> dict[str, Any]:
       and "window_fork" the "share" of positives, and for "distance", "loss"
       and "future_loss" the "auc", "precision" and "recall", 0..1 or None.
     """
-    flagged = int(candidates.divergent.sum())
-    numbers: dict[str, Any] = {
-        "candidates": candidates.fork.size,
-        "flagged": flagged,
+    count = int(candidates.divergent.sum())
+    flagged = {
+        "distance": candidates.divergent,
+        "loss": _highest(candidates.loss, count),
+        "future_loss": _highest(candidates.future_loss, count),
     }
+    numbers = {"candidates": candidates.fork.size, "flagged": count}
     for target in ("fork", "window_fork"):
         positive = getattr(candidates, target)
-        numbers[target] = {"share": _share(positive)}
-        for name in _DETECTORS:
-            score = getattr(candidates, name)
-            called = _highest(score, flagged)
-            if name == "distance":
-                called = candidates.divergent
-            numbers[target][name] = {
-                "auc": auc(score, positive),
-                "precision": _share(positive[called]),
-                "recall": _share(called[positive]),
+        numbers[target] = {"share": _share(positive)} | {
+            name: {
+                "auc": auc(getattr(candidates, name), positive),
+                "precision": _share(positive[of_name]),
+                "recall": _share(of_name[positive]),
             }
+            for name, of_name in flagged.items()
+        }
     return numbers
 
 
@@ -177,13 +160,7 @@ def measure_detectors(settings: Settings, setup: Setup) -> dict[str, Any]:
     """
     ahead = looking_ahead(settings)
     batches = [
-        label_candidates(
-            [r["prompt"] for r in batch.records],
-            batch.trajectories,
-            batch.scored[0],
-            setup.tokenizer,
-            window=ahead.near_future.window,
-        )
-        for batch in observe(settings, setup, setup.student, _PROBLEMS, [ahead])
+        label_candidates(seen, setup.tokenizer, window=ahead.near_future.window)
+        for seen in observe(settings, setup, setup.student, _PROBLEMS, [ahead])
     ]
     return report(jax.tree.map(lambda *x: np.concatenate(x), *batches))

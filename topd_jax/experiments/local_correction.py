@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from topd_jax.experiments.divergent_points import Points, choose
 from topd_jax.experiments.observe import looking_ahead, observe
 from topd_jax.experiments.plots import Groups
 from topd_jax.experiments.records import machine
-from topd_jax.experiments.variants import BASELINE
+from topd_jax.experiments.sweep_report import BASELINE
 from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.models.lora import join, merge_lora, split
 from topd_jax.models.passes import trajectory_states
@@ -39,23 +39,9 @@ from topd_jax.training.compiled import make_optimizer
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 from topd_jax.training.step import init_state, train_step
-from topd_jax.types import (
-    Candidates,
-    Scored,
-    Teacher,
-    Trajectories,
-    Windows,
-)
+from topd_jax.types import Candidates, Scored, Teacher, Trajectories, Windows
 
 BEFORE = "before"
-# METHOD §5: means over 1000 prefixes, K = 50, M = 5. §5.2 describes what is
-# called context "teacher" here.
-PAPER = {
-    "mean": {BEFORE: 0.538, "opd": 0.350, "topd": 0.204},
-    "count": 1000,
-    "window": 50,
-    "updates": 5,
-}
 
 
 def correct(
@@ -64,41 +50,29 @@ def correct(
     which: str,
     count: int,
     updates: int,
-    learning_rate: float | None = None,
 ) -> dict[str, Any]:
     """Choose divergent points and correct each of them by every method.
 
     Args:
-      settings: of the run.
+      settings: of the run; the learning rate is held constant.
       workdir: of the run; ``correct-WHICH`` with ``correct.json`` and the
         figure is written there.
       which: "latest", "best" or "start".
       count: divergent points, one a test prompt; fewer where there are none.
       updates: M, on each point.
-      learning_rate: above 0, held constant; None takes
-        ``optimizer.learning_rate``.
 
     Returns:
-      JSON-able: what was done, the numbers of :func:`report`, those of the
-      "paper" and the "figure".
+      JSON-able: what was done, the numbers of :func:`report` and the "figure".
 
     Raises:
-      ValueError: for several teachers, a learning rate that is not above 0,
-        without a checkpoint, or where nothing diverges.
+      ValueError: for several teachers, without a checkpoint, or where nothing
+        diverges.
     """
-    options = settings.optimizer
-    if learning_rate is not None:
-        options = dataclasses.replace(options, learning_rate=learning_rate)
     if settings.teachers:
         raise ValueError(
             "topd correct corrects towards one teacher and config.teachers "
             f"names {', '.join(settings.teachers)}; leave one, as "
             "config.teacher"
-        )
-    if not options.learning_rate > 0:
-        raise ValueError(
-            f"--learning_rate={options.learning_rate} must be above 0; "
-            "--updates=0 leaves the student as it is"
         )
     ahead = looking_ahead(settings)
     methods = methods_of(make_objective(settings.objective), ahead)
@@ -110,7 +84,7 @@ def correct(
         points = choose(batches, count, ids[1])
         measured = measure(
             student, setup.teachers[0], points, methods,
-            make_optimizer(options, None), updates, *ids,
+            make_optimizer(settings.optimizer, None), updates, *ids,
         )  # fmt: skip
     figure = plots.corrections(measured, folder / "correction-figure5.png")
     result = {
@@ -122,10 +96,9 @@ def correct(
         "window": ahead.near_future.window,
         "updates": updates,
         "methods": report(measured),
-        "paper": PAPER,
         "config": {
             "objective": settings.objective,
-            "optimizer": dataclasses.asdict(options),
+            "optimizer": dataclasses.asdict(settings.optimizer),
         },
     }
     prefixes = jax.tree.map(lambda x: x.tolist(), measured)
@@ -200,60 +173,59 @@ def as_batch(
     return written, (jax.lax.stop_gradient(scored),)
 
 
-def make_correction(
+def correct_points(
+    student: Any,
+    teacher: Teacher,
+    points: Points,
+    updates: jax.Array,
+    *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> Callable[..., tuple[Windows, jax.Array]]:
-    """Return a jitted correction of points, each by itself.
+) -> tuple[Windows, jax.Array]:
+    """Correct points, each by itself.
 
     Args:
+      student: where each correction starts; not changed.
+      teacher: the frozen model.
+      points: N of them.
+      updates: i32[], M on each point; data, so that 0 needs no other program.
       objective: of a method.
       optimizer: its state is fresh for every point.
       eos_ids: end-of-sequence ids.
       pad_id: id of the padding.
 
     Returns:
-      (student, teacher, points, updates i32[]) -> (the corrected students'
-      greedy continuations of their prefixes [N, K]; i32[N], updates skipped
-      because something was not finite). The student is not changed.
+      (the corrected students' greedy continuations of their prefixes [N, K];
+      i32[N], updates skipped because something was not finite).
     """
+    frozen = split(student)[1]
 
-    @jax.jit
-    def correct_points(
-        student: Any, teacher: Teacher, points: Points, updates: jax.Array
-    ) -> tuple[Windows, jax.Array]:
-        frozen = split(student)[1]
+    def correct_one(point: Points) -> tuple[Windows, jax.Array]:
+        point = jax.tree.map(lambda x: x[None], point)
+        batch = as_batch(teacher, point)
 
-        def correct_one(point: Points) -> tuple[Windows, jax.Array]:
-            point = jax.tree.map(lambda x: x[None], point)
-            batch = as_batch(teacher, point)
+        def step(_: jax.Array, state: Any) -> Any:
+            return train_step(
+                state, *batch, frozen, objective=objective, optimizer=optimizer
+            )[0]
 
-            def step(_: jax.Array, state: Any) -> Any:
-                return train_step(
-                    state, *batch, frozen, objective=objective,
-                    optimizer=optimizer,
-                )[0]  # fmt: skip
+        state = init_state(student, optimizer)
+        state = jax.lax.fori_loop(0, updates, step, state)
+        written = rollout(
+            in_compute_dtype(merge_lora(join(state.student, frozen))),
+            point.prefix,
+            jax.random.key(0),  # unused: greedy
+            max_new_tokens=point.student.tokens.shape[-1],
+            temperature=0.0,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            vocab_size=shared_vocab(student, [teacher]),
+        )
+        return Windows(written.tokens[0], written.mask[0]), state.skipped
 
-            # The number of updates is data, so that 0 needs no other program.
-            state = init_state(student, optimizer)
-            state = jax.lax.fori_loop(0, updates, step, state)
-            written = rollout(
-                in_compute_dtype(merge_lora(join(state.student, frozen))),
-                point.prefix,
-                jax.random.key(0),  # unused: greedy
-                max_new_tokens=point.student.tokens.shape[-1],
-                temperature=0.0,
-                eos_ids=eos_ids,
-                pad_id=pad_id,
-                vocab_size=shared_vocab(student, [teacher]),
-            )
-            return Windows(written.tokens[0], written.mask[0]), state.skipped
-
-        return jax.lax.map(correct_one, points)
-
-    return correct_points
+    return jax.lax.map(correct_one, points)
 
 
 def measure(
@@ -288,7 +260,12 @@ def measure(
     detector = methods["topd"].near_future.detector
     measured = {}
     for name, objective in methods.items():
-        run = make_correction(objective, optimizer, eos_ids, pad_id)
+        run = jax.jit(
+            functools.partial(
+                correct_points, objective=objective, optimizer=optimizer,
+                eos_ids=eos_ids, pad_id=pad_id,
+            )
+        )  # fmt: skip
         steps = {name: updates}
         if name == BASELINE:
             steps = {BEFORE: 0} | steps
@@ -327,16 +304,20 @@ def report(measured: Groups) -> dict[str, dict[str, Any]]:
     for name, values in measured.items():
         distance = values["distance"]
         numbers[name] = {
-            "mean": float(distance.mean()),
-            "interval": bootstrap_interval(distance[None]),
+            **_mean("mean", distance),
             "first": float(values["first"].mean()),
             "same": float(values["same"].mean()),
             "skipped": int(values["skipped"].sum()),
         }
         if name != BASELINE:
-            difference = distance - measured[BASELINE]["distance"]
-            numbers[name]["against_opd"] = {
-                "difference": float(difference.mean()),
-                "interval": bootstrap_interval(difference[None]),
-            }
+            numbers[name]["against_opd"] = _mean(
+                "difference", distance - measured[BASELINE]["distance"]
+            )
     return numbers
+
+
+def _mean(name: str, values: np.ndarray) -> dict[str, Any]:
+    return {
+        name: float(values.mean()),
+        "interval": bootstrap_interval(values[None]),
+    }

@@ -1,4 +1,7 @@
-"""Pictures of sweeps, of the probe and of local corrections."""
+"""Pictures of sweeps, of the probe and of local corrections.
+
+Each function writes a PNG file and returns its path.
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,15 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe & Ito: distinct for color-blind readers, and in print.
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+          "#000000")  # fmt: skip
 # Group or method -> name -> f32[N].
 Groups = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -37,8 +33,7 @@ def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
 
 
 def curves(
-    rows: Sequence[dict[str, Any]],
-    folder: pathlib.Path,
+    rows: Sequence[Mapping[str, Any]], path: pathlib.Path
 ) -> pathlib.Path:
     """Draw accuracy and reverse KL against steps, one line a variant.
 
@@ -47,10 +42,10 @@ def curves(
     Args:
       rows: lines of a record; those with a "curve" are drawn, of many variants
         the first ones.
-      folder: where ``curves.png`` is written.
+      path: of the PNG file.
 
     Returns:
-      The picture's path.
+      The path.
     """
     figure, axes = _figure(11, 4.2, columns=2)
     trained = [r for r in rows if "curve" in r]
@@ -70,36 +65,7 @@ def curves(
     axes[1].set(xlabel="step", ylabel="reverse KL, validation (nats a token)")
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
-    return _save(figure, folder / "curves.png")
-
-
-def gains(
-    variants: Sequence[Mapping[str, Any]], folder: pathlib.Path
-) -> pathlib.Path:
-    """Draw gains over the baseline with their intervals, the best on top.
-
-    Args:
-      variants: those with "name", "gain", "gain_interval" and "p" are drawn.
-      folder: where ``gains.png`` is written.
-
-    Returns:
-      The picture's path.
-    """
-    compared = [v for v in variants if "gain" in v]
-    compared.sort(key=lambda v: v["gain"])
-    figure, (axis,) = _figure(8.6, 1.4 + 0.22 * len(compared))
-    for i, v in enumerate(compared):
-        color = COLORS[1] if v["p"] < 0.05 else COLORS[0]
-        axis.plot(v["gain_interval"], [i, i], color=color)
-        axis.plot(v["gain"], i, "o", color=color, markersize=4)
-    axis.axvline(0, color=COLORS[-1], linewidth=0.8)
-    names = [v["name"] for v in compared]
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_xlabel(
-        "gain over opd in exact match, 95 % interval (orange: p < 0.05 after "
-        "Holm)"
-    )
-    return _save(figure, folder / "gains.png")
+    return _save(figure, path)
 
 
 def probe(groups: Groups, path: pathlib.Path) -> pathlib.Path:
@@ -121,16 +87,13 @@ def probe(groups: Groups, path: pathlib.Path) -> pathlib.Path:
         distance = values["distance"]
         style = {"color": color, "label": f"{name} ({distance.size})"}
         right.scatter(values["loss"], distance, s=9, alpha=0.45, **style)
-        if distance.size:
-            counts, _ = np.histogram(distance, edges)
-            left.stairs(counts / distance.size, edges, **style)
-            left.axvline(np.median(distance), color=color, linestyle=":")
-    low = groups["low"]["distance"]
-    if low.size:
-        quartile = np.quantile(low, 0.75)
-        label = "upper quartile of low loss"
-        left.axvline(quartile, color=COLORS[-1], linestyle="--", label=label)
-        left.legend()
+        counts, _ = np.histogram(distance, edges)
+        left.stairs(counts / distance.size, edges, **style)
+        left.axvline(np.median(distance), color=color, linestyle=":")
+    quartile = np.quantile(groups["low"]["distance"], 0.75)
+    label = "upper quartile of low loss"
+    left.axvline(quartile, color=COLORS[-1], linestyle="--", label=label)
+    left.legend()
     left.set(xlabel="transport distance of the two futures (dotted: median)")
     left.set(ylabel="share of positions")
     right.set(xlabel="teacher token loss, −log p(y), nats")

@@ -18,11 +18,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from topd_jax.experiments import plots
-from topd_jax.experiments.observe import (
-    Observed,
-    looking_ahead,
-    observe,
-)
+from topd_jax.experiments.observe import Observed, looking_ahead, observe
 from topd_jax.experiments.plots import Groups
 from topd_jax.experiments.records import machine
 from topd_jax.objectives.objective import Objective
@@ -30,13 +26,6 @@ from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 
 GROUPS = ("high", "random", "low")
-# METHOD §5: what the paper measured at K = 50 (§2.1).
-PAPER = {
-    "median": {"high": 0.566, "random": 0.361, "low": 0.315},
-    "pearson": 0.126,
-    "spearman": 0.143,
-    "false_alarm_fraction": 0.2923,
-}
 
 
 def probe(
@@ -53,11 +42,11 @@ def probe(
       count: test prompts that the student completes.
 
     Returns:
-      JSON-able: what was measured, the numbers of :func:`report`, those of
-      the "paper" and the "figure".
+      JSON-able: what was measured, the numbers of :func:`report` and the
+      "figure".
 
     Raises:
-      ValueError: where there is no checkpoint.
+      ValueError: where there is no checkpoint, or no position to choose.
     """
     ahead = looking_ahead(settings)
     with open_run(settings, workdir, which) as (setup, student, step):
@@ -71,7 +60,6 @@ def probe(
         "prompts": count,
         "window": ahead.near_future.window,
         **report(groups),
-        "paper": PAPER,
         "figure": str(plots.probe(groups, folder / "probe.png")),
     }
     positions = jax.tree.map(lambda x: x.tolist(), groups)
@@ -151,6 +139,9 @@ def collect(batches: Iterable[Observed]) -> dict[str, dict[str, np.ndarray]]:
 
     Returns:
       group -> {"loss": f32[N], nats; "distance": f32[N], 0..2}.
+
+    Raises:
+      ValueError: where there is none.
     """
     parts: dict[str, list] = {g: [] for g in GROUPS}
     for batch in batches:
@@ -160,10 +151,16 @@ def collect(batches: Iterable[Observed]) -> dict[str, dict[str, np.ndarray]]:
             parts[group].append(
                 {"loss": loss[used], "distance": scored.distance[used]}
             )
-    return {
+    groups = {
         group: jax.tree.map(lambda *x: np.concatenate(x), *of_group)
         for group, of_group in parts.items()
     }
+    if not groups["high"]["loss"].size:  # the others have as many
+        raise ValueError(
+            "every completion is cut off before a whole window; raise "
+            "rollout.max_new_tokens or lower the objective's window"
+        )
+    return groups
 
 
 def report(groups: Groups) -> dict[str, Any]:
@@ -175,31 +172,25 @@ def report(groups: Groups) -> dict[str, Any]:
     Returns:
       JSON-able: "count", "median", "quartiles" and "loss" (median) a group;
       "pearson" and "spearman" of loss and distance among the high-loss
-      tokens; "false_alarm_fraction", the share of high-loss tokens below the
-      upper quartile of the low-loss distances, with that "threshold". A
-      number that does not exist (no tokens, all alike) is None.
+      tokens, None where either does not vary; "false_alarm_fraction", the
+      share of high-loss tokens below the upper quartile of the low-loss
+      distances, with that "threshold".
     """
 
-    def quantiles(values: np.ndarray, at: Any) -> Any:
-        return np.quantile(values, at).tolist() if values.size else None
-
     def by_group(name: str, at: Any) -> dict[str, Any]:
-        return {g: quantiles(groups[g][name], at) for g in GROUPS}
+        return {g: np.quantile(groups[g][name], at).tolist() for g in GROUPS}
 
-    high = groups["high"]
-    loss, distance = high["loss"], high["distance"]
-    threshold = quantiles(groups["low"]["distance"], 0.75)
-    alarms = None
-    if threshold is not None and distance.size:
-        alarms = float(np.mean(distance < threshold))
+    loss, distance = groups["high"]["loss"], groups["high"]["distance"]
+    quartiles = by_group("distance", [0.25, 0.75])
+    threshold = quartiles["low"][1]
     varied = loss.size > 2 and np.ptp(loss) > 0 and np.ptp(distance) > 0
     return {
         "count": {g: groups[g]["distance"].size for g in GROUPS},
         "median": by_group("distance", 0.5),
-        "quartiles": by_group("distance", [0.25, 0.75]),
+        "quartiles": quartiles,
         "loss": by_group("loss", 0.5),
         "pearson": float(pearsonr(loss, distance)[0]) if varied else None,
         "spearman": float(spearmanr(loss, distance)[0]) if varied else None,
-        "false_alarm_fraction": alarms,
+        "false_alarm_fraction": float(np.mean(distance < threshold)),
         "threshold": threshold,
     }

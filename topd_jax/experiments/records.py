@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from topd_jax.training.logging import read_jsonl
+
 
 def machine() -> str:
     """Return processor, cores, devices and JAX version as text."""
@@ -19,33 +21,16 @@ def machine() -> str:
 
 
 def append_row(record: pathlib.Path, row: dict[str, Any]) -> None:
-    """Append a line and wait until it is on disk.
+    """Append a line: the record has all of it on disk, or nothing.
 
     Args:
       record: a JSONL file; it may not exist yet.
       row: JSON-able.
     """
-    with record.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    fresh = record.with_suffix(".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        for line in (*read_jsonl(record), row):
+            file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def drop_partial_line(record: pathlib.Path) -> None:
-    """Drop a last line that was cut off while it was written.
-
-    A last line that lacks only its newline gets one.
-
-    Args:
-      record: a JSONL file; it may not exist yet.
-    """
-    if not record.exists():
-        return
-    content = record.read_bytes()
-    end = content.rfind(b"\n") + 1
-    try:
-        json.loads(content[end:])
-    except ValueError:
-        os.truncate(record, end)
-    else:
-        record.write_bytes(content + b"\n")
+    fresh.replace(record)

@@ -5,6 +5,8 @@ its settings. A run that the record holds is not repeated, and a run that was
 killed continues from its checkpoint.
 """
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -17,17 +19,15 @@ import jax
 from absl import logging
 
 from topd_jax.experiments.detectors import measure_detectors
-from topd_jax.experiments.records import (
-    append_row,
-    drop_partial_line,
-    machine,
-)
+from topd_jax.experiments.records import append_row, machine
 from topd_jax.experiments.sweep_report import write_report
-from topd_jax.experiments.variants import with_variant
-from topd_jax.training.config import Settings
+from topd_jax.training.config import Settings, settings_from
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.loop import Run
 from topd_jax.training.setup import Setup, load_setup
+
+# What the runs of a sweep may differ in: models and problems are shared.
+_SECTIONS = ("offline", "optimizer", "rollout", "train")
 
 
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -47,24 +47,24 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     cache = settings.world.cache or str(workdir / "world")
     world = dataclasses.replace(settings.world, cache=cache)
     settings = dataclasses.replace(settings, world=world)
-    runs = list(_runs(settings))  # check all of them before the first starts
+    # All of them are checked before the first one starts.
+    runs = {(name, _mark(run)): run for name, run in _runs(settings)}
     record = pathlib.Path(settings.sweep.record or workdir / "record.jsonl")
     record.parent.mkdir(parents=True, exist_ok=True)
-    drop_partial_line(record)
-    recorded = {(r["name"], r["fingerprint"]) for r in read_jsonl(record)}
-    missing = [
-        (name, run) for name, run in runs if (name, _mark(run)) not in recorded
-    ]
+    recorded = {_key(row) for row in read_jsonl(record)}
+    missing = {key: run for key, run in runs.items() if key not in recorded}
     logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),
                  len(runs))  # fmt: skip
-    family = _mark(dataclasses.replace(settings, seed=0))
     if missing:
         setup = load_setup(settings, workdir)
-    for name, run in missing:
-        row = _run(name, run, workdir, setup)
-        append_row(record, row | {"config": family})
-    rows = [r for r in read_jsonl(record) if r["config"] == family]
+    for (name, _), run in missing.items():
+        append_row(record, _run(name, run, workdir, setup))
+    rows = [row for row in read_jsonl(record) if _key(row) in runs]
     return write_report(rows, workdir / "report")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["name"], row["fingerprint"]
 
 
 def _runs(settings: Settings) -> Iterator[tuple[str, Settings]]:
@@ -76,6 +76,42 @@ def _runs(settings: Settings) -> Iterator[tuple[str, Settings]]:
             yield "teacher", at_seed
         for name in settings.sweep.variants:
             yield name, with_variant(at_seed, name)
+
+
+def with_variant(settings: Settings, entry: str) -> Settings:
+    """Return the settings that an entry of ``sweep.variants`` asks for.
+
+    Args:
+      settings: of the sweep.
+      entry: an objective as in ``config.objective``, then any number of
+        ";section.key=value", such as "opd;train.steps=450".
+
+    Returns:
+      The settings of that run.
+
+    Raises:
+      ValueError: for an unknown objective, option or key, a key that all runs
+        of a sweep share, or a value out of bounds.
+    """
+    objective, *changes = map(str.strip, entry.split(";"))
+    tree = settings.to_dict() | {"objective": objective}
+    try:
+        for change in changes:
+            match = re.fullmatch(
+                rf"({'|'.join(_SECTIONS)})\.(\w+)\s*=\s*(.*)", change
+            )
+            if not match:
+                raise ValueError(
+                    f"{change!r} must be section.key=value, the section one "
+                    f"of {', '.join(_SECTIONS)}; all else is shared"
+                )
+            section, key, value = match.groups()
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value)
+            tree[section][key] = value
+        return settings_from(tree)
+    except ValueError as error:
+        raise ValueError(f"sweep.variants: {entry!r}: {error}") from error
 
 
 def _mark(settings: Settings) -> str:
@@ -117,28 +153,18 @@ def _run(
             row["evaluation"] = run.train()
             model = run.student
             row |= _summarize_logs(run.workdir)
-        greedy, _ = evaluate(model, temperature=0.0)
-    row["greedy"] = {
-        k: v for k, v in greedy.items() if k.startswith(("exact", "grad"))
-    }
+        row["greedy"], _ = evaluate(model, temperature=0.0)
     return row
 
 
 def _summarize_logs(folder: pathlib.Path) -> dict[str, Any]:
-    """Return steps, tokens, seconds and the learning curve of a run."""
+    """Return seconds and the learning curve of a run."""
     metrics = read_jsonl(folder / "metrics.jsonl")
-    tokens = {0: 0.0}
-    for m in metrics:
-        tokens[m["step"]] = tokens[m["step"] - 1] + m["num_tokens"]
-    steps = metrics[-1]["step"]
     return {
-        "steps": steps,
-        "tokens": tokens[steps],
         # The median ignores the steps that compile.
         "seconds_step": statistics.median(m["seconds"] for m in metrics),
         "curve": [
-            {"step": e["step"], "tokens": tokens[e["step"]]}
-            | {name: e[name] for name in ("exact_match", "reverse_kl")}
+            {name: e[name] for name in ("step", "exact_match", "reverse_kl")}
             for e in read_jsonl(folder / "evals.jsonl")
             if not e["final"]
         ],

@@ -1,4 +1,4 @@
-"""Tables and pictures of a sweep, from the lines of its record.
+"""Tables and learning curves of a sweep, from the lines of its record.
 
 Accuracies are pooled over seeds. Their 95 % intervals resample seeds and
 problems (a two-level bootstrap), and every variant is compared with plain
@@ -7,7 +7,7 @@ on-policy distillation on the same problems and seeds.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,8 @@ from topd_jax.evaluation.comparisons import (
     unpack_grades,
 )
 from topd_jax.experiments import plots
-from topd_jax.experiments.variants import BASELINE
 
-# With more comparisons than these a picture of the gains is drawn too.
-_FEW = 7
-
+BASELINE = "opd"
 _TARGETS = {
     "fork": "the token is the fork",
     "window_fork": "the fork lies in the window",
@@ -38,7 +35,7 @@ _DETECTORS = {
 def write_report(
     rows: Sequence[dict[str, Any]], folder: pathlib.Path
 ) -> dict[str, Any]:
-    """Write report.json, table.md and the pictures, and print the table.
+    """Write report.json, table.md and the curves, and print the table.
 
     Args:
       rows: lines of a record, all of one sweep.
@@ -57,9 +54,7 @@ def write_report(
     files["report"].write_text(json.dumps(summary, indent=1))
     files["table_file"].write_text(table)
     if any("curve" in r for r in rows):
-        files["curves"] = plots.curves(rows, folder)
-    if sum("gain" in v for v in summary["variants"]) > _FEW:
-        files["gains"] = plots.gains(summary["variants"], folder)
+        files["curves"] = plots.curves(rows, folder / "curves.png")
     print(table, flush=True)
     return {name: str(path) for name, path in files.items()}
 
@@ -74,7 +69,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
       JSON-able: "variants", one entry a name in the order of their first
       line; "detector", averaged over seeds; "machine" and "seeds".
     """
-    names = list(dict.fromkeys(r["name"] for r in rows))
+    names = dict.fromkeys(r["name"] for r in rows)
     base = {r["seed"]: r for r in rows if r["name"] == BASELINE}
     variants = [
         _variant(n, [r for r in rows if r["name"] == n], base) for n in names
@@ -89,7 +84,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "machine": sorted({r["machine"] for r in rows}),
         "variants": variants,
         "detector": {
-            target: _mean_detector([e[target] for e in detectors])
+            target: _means([e[target] for e in detectors])
             for target in _TARGETS
             if detectors
         },
@@ -105,7 +100,6 @@ def _variant(
         "name": name,
         "seeds": [r["seed"] for r in rows],
         "reverse_kl": _mean(e["reverse_kl"] for e in evaluations),
-        "length_mean": _mean(e["length_mean"] for e in evaluations),
     }
     paired = [(r, base[r["seed"]]) for r in rows if r["seed"] in base]
     trained = "curve" in rows[0]
@@ -122,11 +116,10 @@ def _variant(
             last = [r["curve"][-1] for r in rows]
             numbers["validation"] = _mean(p["exact_match"] for p in last)
     if trained:
-        numbers["steps"] = rows[0]["steps"]
-        numbers["tokens"] = _mean(r["tokens"] for r in rows)
         numbers["seconds_step"] = _mean(r["seconds_step"] for r in rows)
-        ratios = [r["seconds_step"] / b["seconds_step"] for r, b in paired]
-        numbers["overhead"] = _mean(ratios) if ratios else None
+        numbers["overhead"] = _mean(
+            r["seconds_step"] / b["seconds_step"] for r, b in paired
+        )
     return numbers
 
 
@@ -134,18 +127,17 @@ def _grades(row: dict[str, Any]) -> np.ndarray:
     return unpack_grades(row["evaluation"]).astype(float)
 
 
-def _mean_detector(entries: Sequence[Any]) -> Any:
-    """Return means over seeds of every number of "detector" entries."""
-
-    def mean(*values: float | None) -> float | None:
-        known = [v for v in values if v is not None]
-        return _mean(known) if known else None
-
-    return jax.tree.map(mean, *entries, is_leaf=lambda x: x is None)
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of what exists, None where nothing does."""
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
 
 
-def _mean(values: Any) -> float:
-    return float(np.mean(list(values)))
+def _means(entries: Sequence[Any]) -> Any:
+    """Return means over trees of numbers, number by number."""
+    return jax.tree.map(
+        lambda *values: _mean(values), *entries, is_leaf=lambda x: x is None
+    )
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -157,23 +149,39 @@ def markdown(summary: dict[str, Any]) -> str:
     Returns:
       Markdown: the variants, then the detectors.
     """
-    head = (
-        "| | seeds | exact match (95 %) | gain over OPD (95 %) | p | greedy "
-        "| validation | reverse KL | s a step | ÷ OPD |\n"
-        "|---|---|---|---|---|---|---|---|---|---|\n"
-    )
-    lines = [_line(v) for v in summary["variants"]]
+    variants = _table(
+        ("", "seeds", "exact match (95 %)", "gain over OPD (95 %)", "p",
+         "greedy", "validation", "reverse KL", "s a step", "÷ OPD"),
+        map(_cells, summary["variants"]),
+    )  # fmt: skip
     seeds = ", ".join(map(str, summary["seeds"]))
     foot = (
         f"\nSeeds {seeds}; {'; '.join(summary['machine'])}. p: adjusted for "
         "the number of comparisons (Holm).\n"
     )
-    detectors = _detector_table(summary["detector"])
-    return head + "\n".join(lines) + "\n" + foot + detectors
+    if not summary["detector"]:
+        return variants + foot
+    detectors = _table(
+        ("detector against the truth", "positives", "AUC", "precision",
+         "recall"),
+        [
+            [f"{_TARGETS[target]}: by "
+             + _DETECTORS.get(name, name.replace("_", " ")),
+             *(_number(x) or "–" for x in (numbers["share"], *found.values()))]
+            for target, numbers in summary["detector"].items()
+            for name, found in numbers.items() if name != "share"
+        ],
+    )  # fmt: skip
+    return f"{variants}{foot}\n{detectors}"
 
 
-def _line(v: dict[str, Any]) -> str:
-    """Return a variant's line; cells of numbers that do not exist are empty."""
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (heads, ["---"] * len(heads), *rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _cells(v: dict[str, Any]) -> list[str]:
+    """Return a variant's cells; those of unknown numbers are empty."""
     accuracy = gain = p = ""
     if "exact_match" in v:
         low, high = v["interval"]
@@ -182,30 +190,13 @@ def _line(v: dict[str, Any]) -> str:
         low, high = v["gain_interval"]
         gain = f"{v['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
         p = f"{v['p']:.3f}" if v["p"] >= 0.001 else "< 0.001"
-    cells = [v["name"], str(len(v["seeds"])), accuracy, gain, p]
-    for name in ("greedy", "validation", "reverse_kl", "seconds_step"):
-        cells.append(_number(v.get(name), missing=""))
-    overhead = v.get("overhead")
-    cells.append("" if overhead is None else f"{overhead:.2f}")
-    return "| " + " | ".join(cells) + " |"
+    names = ("greedy", "validation", "reverse_kl", "seconds_step")
+    return [
+        v["name"], str(len(v["seeds"])), accuracy, gain, p,
+        *(_number(v.get(name)) for name in names),
+        _number(v.get("overhead"), digits=2),
+    ]  # fmt: skip
 
 
-def _detector_table(targets: dict[str, Any]) -> str:
-    lines = [
-        "\n| detector against the truth | positives | AUC | precision "
-        "| recall |",
-        "|---|---|---|---|---|",
-    ]
-    for target, numbers in targets.items():
-        share = numbers["share"]
-        for name in (n for n in numbers if n != "share"):
-            cells = map(_number, (share, *numbers[name].values()))
-            by = _DETECTORS.get(name, name.replace("_", " "))
-            lines.append(
-                f"| {_TARGETS[target]}: by {by} | {' | '.join(cells)} |"
-            )
-    return "\n".join(lines) + "\n" if targets else ""
-
-
-def _number(value: float | None, missing: str = "–") -> str:
-    return missing if value is None else f"{value:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
