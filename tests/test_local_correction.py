@@ -21,6 +21,7 @@ from topd_jax.experiments.local_correction import (
     report,
 )
 from topd_jax.experiments.observe import Observed
+from topd_jax.losses.optimal_transport import window_distance
 from topd_jax.models import causal_mask, unembed
 from topd_jax.models.config import Lora
 from topd_jax.models.lora import add_lora
@@ -39,6 +40,7 @@ METHODS = methods_of(RUN, AHEAD)
 TEACHER, STUDENT = "topd", "topd(context='student')"
 IDS = dict(eos_ids=(EOS,), pad_id=PAD)
 ADAM = optax.adam(1e-2)
+OPTIONS = dict(optimizer=ADAM, **IDS)
 UPDATES = 60  # enough to write what the teacher writes
 
 
@@ -58,22 +60,26 @@ def reader(teacher):
 
 @pytest.fixture(scope="module")
 def points(student, reader):
-    return choose([observed(student, reader)], 3, PAD)
+    def batches():
+        yield observed(student, reader)
+        raise AssertionError("one was enough")
+
+    return choose(batches(), 3, PAD)
 
 
 @pytest.fixture(scope="module")
 def measured(student, reader, points):
     return local_correction.measure(
-        student, reader, points, METHODS, ADAM, UPDATES, **IDS
+        student, reader, points, METHODS, UPDATES, **OPTIONS
     )
 
 
-def corrected(objective, *arguments, optimizer=ADAM):
-    """What jitted corrections return."""
-    run = functools.partial(
-        correct_points, objective=objective, optimizer=optimizer, **IDS
+def correction(objective, **options):
+    """(student, teacher, points, updates) -> what corrections return."""
+    options = OPTIONS | options
+    return jax.jit(
+        functools.partial(correct_points, objective=objective, **options)
     )
-    return jax.jit(run)(*arguments)
 
 
 def one(points, i):
@@ -115,19 +121,11 @@ def greedy(model, prefix):
     return window
 
 
-def sinkhorn(embedding, ours, theirs, epsilon=0.05, weight=0.5):
-    """Transport distance of two lists of tokens, in numpy."""
-    x, y = (np.asarray(embedding, np.float64)[w] for w in (ours, theirs))
-    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
-    cost = 1 - x @ y.T
-    rows, columns = cost.shape
-    apart = np.abs(np.arange(rows)[:, None] - np.arange(columns))
-    kernel = np.exp(-(cost + weight * apart / K) / epsilon)
-    v = np.ones(columns)
-    for _ in range(3000):
-        u = 1 / rows / (kernel @ v)
-        v = 1 / columns / (kernel.T @ u)
-    return np.sum(u[:, None] * kernel * v * cost)
+def as_window(tokens):
+    """One window of K columns."""
+    padded = np.zeros((1, K), int)
+    padded[0, : len(tokens)] = tokens
+    return Windows(jnp.asarray(padded), jnp.arange(K)[None] < len(tokens))
 
 
 def slot(positions, distance, divergent):
@@ -178,14 +176,6 @@ def test_points_are_cut_from_their_trajectories(student, reader, points):
     assert mask[:, -1].all() and (np.diff(mask.astype(int)) >= 0).all()
 
 
-def test_no_more_batches_are_drawn_than_needed(student, reader):
-    def batches():
-        yield observed(student, reader)
-        raise AssertionError("one was enough")
-
-    assert len(choose(batches(), 2, PAD).distance) == 2
-
-
 def test_where_nothing_diverges_is_said():
     written = jax.device_get(make_trajectories(rows=1))
     scored = slot([1], [0.2], [False])
@@ -195,15 +185,17 @@ def test_where_nothing_diverges_is_said():
         choose([Observed([], written, [scored])], 1, PAD)
 
 
-def test_before_is_the_start_by_an_independent_computation(
-    student, teacher, points, measured
-):
+def test_before_is_what_the_start_writes(student, teacher, points, measured):
     before = measured["before"]
     for i in range(3):
         ours = greedy(student, prefix_of(points, i))
         theirs = window_of(points.teacher, i)
-        distance = sinkhorn(student.embedding, ours, theirs)
-        assert before["distance"][i] == pytest.approx(distance, abs=2e-3)
+        distance, _ = window_distance(
+            student.embedding, as_window(ours), as_window(theirs)
+        )
+        assert before["distance"][i] == pytest.approx(
+            float(distance[0]), abs=1e-5
+        )
         assert before["first"][i] == (ours[0] == theirs[0])
         assert before["same"][i] == (ours == theirs)
     assert before["distance"].max() > 0.1
@@ -240,11 +232,7 @@ def test_a_correction_is_m_updates_on_the_window_alone(
     step = jax.jit(
         functools.partial(train_step, objective=objective, optimizer=ADAM)
     )
-    run = jax.jit(
-        functools.partial(
-            correct_points, objective=objective, optimizer=ADAM, **IDS
-        )
-    )
+    run = correction(objective)
     point = one(points, 2)
     batch = local_correction.as_batch(reader, point)
     state = init_state(student, ADAM)
@@ -271,8 +259,8 @@ def test_every_point_starts_from_the_same_student(
 ):
     backwards = jax.tree.map(lambda x: x[::-1], points)
     again = local_correction.measure(
-        student, reader, backwards, {"topd": METHODS["topd"]}, ADAM, UPDATES,
-        **IDS,
+        student, reader, backwards, {"topd": METHODS["topd"]}, UPDATES,
+        **OPTIONS,
     )  # fmt: skip
     for key, values in measured["topd"].items():
         np.testing.assert_array_equal(again["topd"][key][::-1], values)
@@ -290,21 +278,19 @@ def test_enough_updates_towards_the_teacher_mend_all(measured):
 
 def test_an_update_that_is_not_finite_is_counted(student, reader, points):
     endless = presets.opd(lambda s, t: jnp.sum(s * t * jnp.inf, axis=-1))
-    windows, skipped = corrected(
-        endless, student, reader, one(points, 0), jnp.int32(2)
-    )
+    run = correction(endless)
+    windows, skipped = run(student, reader, one(points, 0), jnp.int32(2))
     assert skipped == 2
     assert window_of(windows, 0) == greedy(student, prefix_of(points, 0))
 
 
 def test_adapters_alone_are_corrected(student, reader, points):
     adapted = add_lora(student, Lora(2, 4.0, ("q", "v"), False))
-    point = one(points, 0)
+    run = correction(METHODS[TEACHER], optimizer=optax.adam(0.1))
     before, after = (
-        corrected(METHODS[TEACHER], adapted, reader, point, jnp.int32(count),
-                  optimizer=optax.adam(0.1))[0]
+        run(adapted, reader, one(points, 0), jnp.int32(count))[0]
         for count in (0, 20)
-    )  # fmt: skip
+    )
     assert window_of(before, 0) == greedy(student, prefix_of(points, 0))
     assert window_of(after, 0) != window_of(before, 0)
 

@@ -37,10 +37,8 @@ def arguments(small_arguments):
 
 @pytest.fixture(scope="module")
 def swept(arguments, tmp_path_factory):
-    """A sweep killed before it wrote its last line, then run again.
-
-    Returns the directory, and the record as it lay when the sweep was killed.
-    """
+    """A sweep killed before its last line, then run again: where it is, and
+    the record as the killed one left it."""
     workdir = tmp_path_factory.mktemp("sweep")
     append = sweep.append_row
 
@@ -101,17 +99,22 @@ def test_lines_hold_what_the_report_needs(finished):
 
 
 def test_a_finished_sweep_only_reports(
-    finished, arguments, monkeypatch, capsys
+    finished, arguments, tmp_path, monkeypatch, capsys
 ):
-    text = (finished / "record.jsonl").read_text()
-
     def forbidden(*_):
         raise AssertionError("a recorded run was made again")
 
     monkeypatch.setattr(sweep, "_run", forbidden)
     monkeypatch.setattr(sweep, "load_setup", forbidden)
-    main.run([*arguments, f"--workdir={finished}"])
-    assert (finished / "record.jsonl").read_text() == text
+    # A record may hold the runs of other sweeps.
+    other = json.dumps({"name": "opd", "fingerprint": "another", "seed": 0})
+    text = (finished / "record.jsonl").read_text() + other + "\n"
+    record = tmp_path / "other.jsonl"
+    record.write_text(text)
+    main.run([
+        *arguments, f"--workdir={finished}", f"--config.sweep.record={record}"
+    ])  # fmt: skip
+    assert record.read_text() == text
     out = capsys.readouterr().out
     files = json.loads(out[out.index("\n{") :])
     folder = finished / "report"

@@ -14,16 +14,6 @@ from topd_jax.experiments.sweep_report import (
 )
 
 
-def evaluation(grades, **fields):
-    """An evaluation's line with these grades, as the evaluator packs them."""
-    return {
-        "problems": len(grades),
-        "reverse_kl": 0.5,
-        **accuracy([bool(g) for g in grades]),
-        **fields,
-    }
-
-
 def draw(seed, share, count=200):
     return np.random.default_rng(seed).random(count) < share
 
@@ -33,8 +23,12 @@ def line(name, seed, grades, **fields):
         "name": name,
         "seed": seed,
         "machine": "a machine",
-        "evaluation": evaluation(grades),
-        "greedy": {"exact_match": float(np.mean(grades))},
+        "evaluation": {
+            "problems": len(grades),
+            "reverse_kl": 0.5,
+            **accuracy(grades.tolist()),
+        },
+        "greedy": {"exact_match": float(grades.mean())},
     }
     if name not in ("start", "teacher"):
         row |= {
@@ -80,10 +74,8 @@ def test_variants_are_compared_on_the_same_problems(rows):
     opd, topd = by_name["opd"], by_name["topd:teacher"]
     assert "gain" not in opd and "gain" not in by_name["start"]
     gains = [
-        topd_grades.mean() - opd_grades.mean()
-        for topd_grades, opd_grades in (
-            (draw(s, 0.5) | draw(9, 0.3), draw(s, 0.5)) for s in (0, 1)
-        )
+        (draw(s, 0.5) | draw(9, 0.3)).mean() - draw(s, 0.5).mean()
+        for s in (0, 1)
     ]
     assert topd["gain"] == pytest.approx(np.mean(gains))
     low, high = topd["gain_interval"]
@@ -111,16 +103,10 @@ def test_the_table_has_a_line_a_variant(rows):
 
 
 def test_a_report_without_grades_or_candidates_still_stands(tmp_path, rows):
+    unknown = {"problems": 4, "exact_match": None, "reverse_kl": 0.25}
     ungraded = [
-        line(
-            name,
-            0,
-            [1],
-            evaluation={
-                "problems": 4, "exact_match": None, "reverse_kl": 0.25,
-            },
-            greedy={"exact_match": None},
-        )
+        line(name, 0, draw(0, 1.0), evaluation=unknown,
+             greedy={"exact_match": None})
         for name in ("start", "opd")
     ]  # fmt: skip
     for point in ungraded[1]["curve"]:
@@ -136,7 +122,7 @@ def test_a_report_without_grades_or_candidates_still_stands(tmp_path, rows):
     assert image.imread(files["curves"]).std() > 0.01
 
 
-def test_more_variants_than_colours_are_all_drawn(tmp_path, monkeypatch):
+def test_as_many_curves_are_drawn_as_can_be_told_apart(tmp_path, monkeypatch):
     drawn = []
     plain = Axes.plot
 
@@ -145,10 +131,8 @@ def test_more_variants_than_colours_are_all_drawn(tmp_path, monkeypatch):
         return plain(self, *args, **fields)
 
     monkeypatch.setattr(Axes, "plot", plot)
-    names = [f"v{i}" for i in range(9)]
-    plots.curves([line(n, 0, [1]) for n in names], tmp_path / "c.png")
-    assert sorted(drawn) == sorted(2 * names)
-    drawn.clear()
     names = [f"v{i}" for i in range(20)]
-    plots.curves([line(n, 0, [1]) for n in names], tmp_path / "c.png")
-    assert set(drawn) == set(names[:14])
+    lines = [line(name, 0, draw(0, 1.0)) for name in names]
+    plots.curves(lines, tmp_path / "curves.png")
+    # Seven colors, solid and dashed; both pictures have each.
+    assert sorted(drawn) == sorted(2 * names[:14])

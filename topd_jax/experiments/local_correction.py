@@ -78,13 +78,14 @@ def correct(
     methods = methods_of(make_objective(settings.objective), ahead)
     folder = workdir / f"correct-{which}"
     with open_run(settings, workdir, which) as (setup, student, step):
-        ids = (setup.tokenizer.eos_ids, setup.tokenizer.pad_id)
+        tokenizer = setup.tokenizer
         prompts = len(setup.test.records)
         batches = observe(settings, setup, student, prompts, [ahead])
-        points = choose(batches, count, ids[1])
+        points = choose(batches, count, tokenizer.pad_id)
         measured = measure(
-            student, setup.teachers[0], points, methods,
-            make_optimizer(settings.optimizer, None), updates, *ids,
+            student, setup.teachers[0], points, methods, updates,
+            optimizer=make_optimizer(settings.optimizer, None),
+            eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
         )  # fmt: skip
     figure = plots.corrections(measured, folder / "correction-figure5.png")
     result = {
@@ -233,10 +234,8 @@ def measure(
     teacher: Teacher,
     points: Points,
     methods: Mapping[str, Objective],
-    optimizer: optax.GradientTransformation,
     updates: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
+    **options: Any,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Correct every point by itself, with every method.
 
@@ -245,10 +244,9 @@ def measure(
       teacher: the frozen model.
       points: of :func:`~topd_jax.experiments.divergent_points.choose`.
       methods: of :func:`methods_of`.
-      optimizer: its state is fresh for every point.
       updates: M, on each point.
-      eos_ids: end-of-sequence ids.
-      pad_id: id of the padding.
+      **options: "optimizer", "eos_ids" and "pad_id" of
+        :func:`correct_points`.
 
     Returns:
       :data:`BEFORE`, or a method -> {"distance": f32[N], 0..2, of the greedy
@@ -261,11 +259,8 @@ def measure(
     measured = {}
     for name, objective in methods.items():
         run = jax.jit(
-            functools.partial(
-                correct_points, objective=objective, optimizer=optimizer,
-                eos_ids=eos_ids, pad_id=pad_id,
-            )
-        )  # fmt: skip
+            functools.partial(correct_points, objective=objective, **options)
+        )
         steps = {name: updates}
         if name == BASELINE:
             steps = {BEFORE: 0} | steps

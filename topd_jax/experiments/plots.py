@@ -116,13 +116,9 @@ def corrections(measured: Groups, path: pathlib.Path) -> pathlib.Path:
     """
     figure, (axis,) = _figure(6.8, 4.2)
     distances = [values["distance"] for values in measured.values()]
-    places = range(len(distances))
-    boxes = axis.boxplot(
-        distances, positions=places, patch_artist=True, showmeans=True,
-        meanprops={"marker": "D"}, medianprops={"color": COLORS[-1]},
+    axis.boxplot(
+        distances, tick_labels=list(measured), showmeans=True,
+        meanprops={"marker": "D"},
     )  # fmt: skip
-    for box, color in zip(boxes["boxes"], COLORS, strict=False):
-        box.set(facecolor=color, alpha=0.35)
-    axis.set_xticks(places, list(measured))
     axis.set_ylabel("transport distance to the teacher's continuation")
     return _save(figure, path)
