@@ -26,7 +26,6 @@ _CHARTS = {
     "seconds_update": ("Update", "seconds, in timed steps"),
     "rate_tokens": ("Speed", "tokens a second"),
 }
-_INTERVAL = {"exact_match": ("exact_match_low", "exact_match_high")}
 # Constants, and the ends of an interval.
 _NOT_DRAWN = {"step", "final", "temperature", "problems", "correct",
               "exact_match_low", "exact_match_high"}  # fmt: skip
@@ -53,38 +52,32 @@ def curves_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
       and "traces", plotly's: a line for each run, teacher and kind (training,
       validation, test). Values that are missing or not finite are None.
     """
-    names = {
-        key.partition("/")[0]
-        for run in runs
-        for row in (*run.metrics, *run.evals)
-        for key in row
-    } - _NOT_DRAWN
-    charts = []
-    for name in (*_CHARTS, *sorted(names - set(_CHARTS))):
-        title, unit = _CHARTS.get(name, (name.replace("_", " "), ""))
-        chart = {"title": title, "unit": unit, "more": name not in _CHARTS}
-        if traces := _traces(runs, name):
-            charts.append(chart | {"traces": traces})
-    return charts
-
-
-def _traces(runs: Sequence[RunRecords], name: str) -> list[dict[str, Any]]:
-    lines = []
+    lines: dict[str, list[tuple]] = {}
     for run in runs:
         kinds = {
             "training": run.metrics,
             "validation": [r for r in run.evals if not r.get("final")],
             "test": [r for r in run.evals if r.get("final")],
         }
-        logged = {k for rows in kinds.values() for row in rows for k in row}
-        for key in sorted(k for k in logged if k.partition("/")[0] == name):
-            teacher = key.partition("/")[2]
-            parts = [run.name if len(runs) > 1 else "", teacher]
-            label = ", ".join(filter(None, parts))
-            for kind, rows in kinds.items():
+        for kind, rows in kinds.items():
+            for key in sorted({key for row in rows for key in row}):
+                name, _, teacher = key.partition("/")
+                parts = [run.name if len(runs) > 1 else "", teacher]
+                label = ", ".join(filter(None, parts))
                 values = _values([r for r in rows if key in r], key)
                 if any(value is not None for value in values["y"]):
-                    lines.append((label, kind, values))
+                    lines.setdefault(name, []).append((label, kind, values))
+    more = sorted(lines.keys() - _CHARTS.keys() - _NOT_DRAWN)
+    charts = _CHARTS | {name: (name.replace("_", " "), "") for name in more}
+    return [
+        {"title": title, "unit": unit, "more": name in more,
+         "traces": _traces(lines[name])}
+        for name, (title, unit) in charts.items() if name in lines
+    ]  # fmt: skip
+
+
+def _traces(lines: Sequence[tuple]) -> list[dict[str, Any]]:
+    """Return the traces of (label, kind, values) in one chart."""
     labels = list(dict.fromkeys(label for label, *_ in lines))
     traces, named = [], set()
     for label, kind, values in lines:
@@ -116,15 +109,16 @@ def _traces(runs: Sequence[RunRecords], name: str) -> list[dict[str, Any]]:
 
 
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """Return steps and numbers, those of accuracies with their intervals."""
     rows = sorted(rows, key=lambda r: r["step"])
     values = [number(r[key]) for r in rows]
     trace: dict[str, Any] = {"x": [r["step"] for r in rows], "y": values}
     name, slash, teacher = key.partition("/")
-    if name not in _INTERVAL:
+    if name != "exact_match":
         return trace
     low, high = (
-        [number(r.get(end + slash + teacher)) for r in rows]
-        for end in _INTERVAL[name]
+        [number(r.get(f"{name}_{end}{slash}{teacher}")) for r in rows]
+        for end in ("low", "high")
     )
     bars = {
         "array": list(map(_difference, high, values)),
