@@ -367,7 +367,11 @@ def test_correct_from_the_command_line(trained, small_arguments, topd):
         assert numbers["skipped"] == 0
 
 
-def test_a_run_without_a_checkpoint_is_refused(small_arguments, tmp_path,
-                                               refused):  # fmt: skip
-    line = refused("correct", *small_arguments, f"--workdir={tmp_path}")
-    assert "no checkpoint in" in line
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--which=best", "no checkpoint in"), ("--updates=-1", "updates")],
+)
+def test_bad_input_is_one_line(flag, message, small_arguments, tmp_path,
+                               refused):  # fmt: skip
+    call = ["correct", *small_arguments, f"--workdir={tmp_path}", flag]
+    assert message in refused(*call)

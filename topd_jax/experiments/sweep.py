@@ -49,8 +49,8 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     settings = dataclasses.replace(settings, world=world)
     # All of them are checked before the first one starts.
     runs = {(name, _mark(run)): run for name, run in _runs(settings)}
-    record = pathlib.Path(settings.sweep.record or workdir / "record.jsonl")
-    record.parent.mkdir(parents=True, exist_ok=True)
+    record = workdir / "record.jsonl"
+    workdir.mkdir(parents=True, exist_ok=True)
     recorded = {_key(row) for row in read_jsonl(record)}
     missing = {key: run for key, run in runs.items() if key not in recorded}
     logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),

@@ -119,7 +119,6 @@ class SweepSettings:
         'objectives, with other settings after a ";": "opd;train.steps=450"',
     )
     seeds: tuple[int, ...] = setting((0,), "of the runs")
-    record: str = setting("", 'JSONL; "": WORKDIR/record.jsonl')
 
 
 @dataclasses.dataclass(frozen=True)
