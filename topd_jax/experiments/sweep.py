@@ -97,15 +97,13 @@ def with_variant(settings: Settings, entry: str) -> Settings:
     tree = settings.to_dict() | {"objective": objective}
     try:
         for change in changes:
-            match = re.fullmatch(
-                rf"({'|'.join(_SECTIONS)})\.(\w+)\s*=\s*(.*)", change
-            )
-            if not match:
+            name, equals, value = map(str.strip, change.partition("="))
+            section, _, key = name.partition(".")
+            if section not in _SECTIONS or not equals:
                 raise ValueError(
                     f"{change!r} must be section.key=value, the section one "
                     f"of {', '.join(_SECTIONS)}; all else is shared"
                 )
-            section, key, value = match.groups()
             with contextlib.suppress(ValueError, SyntaxError):
                 value = ast.literal_eval(value)
             tree[section][key] = value
