@@ -157,10 +157,13 @@ def test_of_a_student_with_adapters_only_these_are_in_the_state():
     assert bytes_held(models.teachers) < 0.5 * bytes_held(wide.teachers)
 
 
-def test_solutions_that_were_written_beforehand_are_not_planned():
+def test_what_cannot_be_planned_is_refused():
     settings = settings_with(train__stage="offline", offline__path="somewhere")
     with pytest.raises(ValueError, match="offline.path='somewhere'"):
         calls(settings, None)
+    few = settings_with(student__keep_layers=(4,))
+    with pytest.raises(ValueError, match=r"4.*0\.\.0; for instance"):
+        programs.model_configs(few)
 
 
 def large(**sections):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
-from topd_jax.models.config import LORA_TARGETS, Lora
+from topd_jax.models.config import LORA_TARGETS, DecoderConfig, Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.peft import load_adapter
 from topd_jax.models.lora import add_lora, merge_lora
@@ -97,13 +97,22 @@ def adapt(
         return adapted if train else merge_lora(adapted, donate=True)
     if not settings.lora_rank:
         return model
-    lora = Lora(
-        settings.lora_rank,
+    return add_lora(model, lora_of(settings, model.config), mesh=mesh)
+
+
+def lora_of(settings: ModelSettings, config: DecoderConfig) -> Lora:
+    """Return the adapters that settings ask for.
+
+    Args:
+      settings: of the model; rank 0 counts as 1.
+      config: of the model, whose targets are taken where none are named.
+    """
+    return Lora(
+        settings.lora_rank or 1,
         settings.lora_alpha,
-        settings.lora_targets or model.config.lora_targets,
+        settings.lora_targets or config.lora_targets,
         settings.lora_rank_stabilised,
     )
-    return add_lora(model, lora, mesh=mesh)
 
 
 def require_adapter(settings: ModelSettings) -> None:

@@ -228,7 +228,18 @@ class DecoderConfig:
         return LORA_TARGETS[:4] if self.experts else LORA_TARGETS
 
     def keep_layers(self, keep: Sequence[int]) -> "DecoderConfig":
-        """Return the same decoder with only the layers of these indices."""
+        """Return the same decoder with only the layers of these indices.
+
+        Raises:
+          ValueError: where ``keep`` is empty, unsorted or out of range.
+        """
+        keep, layers = list(keep), self.layers
+        ascending = keep == sorted(set(keep))
+        if not keep or not ascending or keep[0] < 0 or keep[-1] >= layers:
+            raise ValueError(
+                f"keep={keep} must be ascending layer indices, each once, "
+                f"0..{layers - 1}; for instance {list(range(0, layers, 2))}"
+            )
         kept = {
             name: tuple(getattr(self, name)[i] for i in keep)
             for name in _PER_LAYER

@@ -307,13 +307,7 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
       ValueError: where ``keep`` is empty, unsorted or out of range.
     """
     keep = [int(i) for i in keep]
-    layers = model.config.layers
-    ascending = keep == sorted(set(keep))
-    if not keep or not ascending or keep[0] < 0 or keep[-1] >= layers:
-        raise ValueError(
-            f"keep={keep} must be ascending layer indices, each once, "
-            f"0..{layers - 1}; for instance {list(range(0, layers, 2))}"
-        )
+    config = model.config.keep_layers(keep)
     table = parameter_table(model.config)
     arrays = {}
     for name, array in model.arrays.items():
@@ -321,7 +315,7 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
             arrays[name] = _each(lambda x: x[np.asarray(keep)], array)
         else:
             arrays[name] = _each(jnp.copy, array)
-    return Decoder(model.config.keep_layers(keep), arrays)
+    return Decoder(config, arrays)
 
 
 def _each(cut: Callable[[jax.Array], jax.Array], array: Any) -> Any:

@@ -115,24 +115,6 @@ def require_floats(model: Decoder, what: str) -> None:
         )
 
 
-def bytes_a_number(name: str, kind: str) -> float | None:
-    """Return the bytes of a parameter's number once it is quantized.
-
-    Args:
-      name: of the parameter.
-      kind: "int8", "int4", or "" for nothing.
-
-    Returns:
-      Bytes, the scales of the default tile included; None where it stays
-      floats.
-    """
-    if not kind or name not in _MATRICES:
-        return None
-    tile = DEFAULT_TILE[kind]
-    scale = jnp.dtype(_SCALE_DTYPE[kind]).itemsize / tile if tile else 0
-    return jnp.iinfo(kind).bits / 8 + scale
-
-
 def _quantize(
     name: str, array: jax.Array, *, kind: str, tile: int
 ) -> "jax.Array | QArray":

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from topd_jax.data.routing import shares_of
 from topd_jax.data.toy_world.models import world_config
 from topd_jax.evaluation.evaluator import write
-from topd_jax.models.config import DecoderConfig, Lora
+from topd_jax.models.adapters import lora_of
+from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import init_decoder
 from topd_jax.models.io.loading import shape_of
 from topd_jax.models.lora import split
@@ -28,6 +29,7 @@ from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import sharding
 from topd_jax.training.compiled import compile_step, make_optimizer
 from topd_jax.training.config import Settings
+from topd_jax.training.setup import model_settings
 from topd_jax.training.step import init_state
 from topd_jax.types import Prompts, Scored, Teacher
 
@@ -137,21 +139,17 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
       ValueError: for a model whose shape is not known, or a parameter that
         does not divide over the mesh.
     """
-    size, several = settings.data.batch_size, settings.teachers
-    shape = functools.partial(world_config, settings.world)
-    student = _decoder(settings.student, shape("student"), mesh)
-    # Without prompts to count, as many for each teacher.
-    prompts = settings.data.teacher_prompts
-    if several and not prompts:
-        prompts = shares_of(dict.fromkeys(several, 1), size).values()
-    teachers = tuple(
-        Teacher(_decoder(model, shape("teacher"), mesh), name, n)
-        for (name, model), n in zip(
-            (several or {"": settings.teacher}).items(),
-            prompts or (size,),
-            strict=True,
-        )
+    size, configs = settings.data.batch_size, model_configs(settings)
+    student, *models = (
+        _decoder(configs[name], model, mesh)
+        for name, model in model_settings(settings).items()
     )
+    # Without prompts to count, as many for each teacher.
+    names, prompts = tuple(settings.teachers), settings.data.teacher_prompts
+    if names and not prompts:
+        prompts = shares_of(dict.fromkeys(names, 1), size).values()
+    rows = zip(models, names or ("",), prompts or (size,), strict=True)
+    teachers = tuple(Teacher(*row) for row in rows)
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     frozen = jax.eval_shape(lambda s: split(s)[1], student)
     state = jax.eval_shape(lambda s: init_state(s, optimizer), student)
@@ -162,26 +160,39 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
     return Models(student, teachers, frozen, state)
 
 
-def _decoder(model: ModelSettings, world: DecoderConfig, mesh: Mesh) -> Any:
-    options = {
-        name: getattr(model, name)
-        for name in ("dtype", "param_dtype", "remat", "unroll")
-    }
-    if model.source == "world":
-        config = world.replace(**options)
-    else:
-        config = shape_of(model.source, **options)
-    config = config.keep_layers(model.keep_layers or range(config.layers))
-    config = config.replace(attention=model.attention)
-    if model.lora_rank:
-        lora = Lora(
-            model.lora_rank,
-            model.lora_alpha,
-            model.lora_targets or config.lora_targets,
-            model.lora_rank_stabilised,
-        )
-        config = config.replace(lora=lora)
+def model_configs(settings: Settings) -> dict[str, DecoderConfig]:
+    """Return the shape of every model, as the settings have it computed.
 
+    Adapters that are read from a directory count as if of rank 1: only the
+    directory knows theirs.
+
+    Args:
+      settings: of the run.
+
+    Returns:
+      "student", then every teacher's section of the config -> its shape.
+
+    Raises:
+      ValueError: for a model whose shape is not known.
+    """
+    configs = {}
+    for name, model in model_settings(settings).items():
+        student = name == "student"
+        if model.source == "world":
+            size = "student" if student else "teacher"
+            config = world_config(settings.world, size)
+        else:
+            config = shape_of(model.source)
+        config = config.keep_layers(model.keep_layers or range(config.layers))
+        options = ("dtype", "param_dtype", "remat", "unroll", "attention")
+        config = config.replace(**{key: getattr(model, key) for key in options})
+        if model.lora_rank or (model.adapter and student):
+            config = config.replace(lora=lora_of(model, config))
+        configs[name] = config
+    return configs
+
+
+def _decoder(config: DecoderConfig, model: ModelSettings, mesh: Mesh) -> Any:
     def init() -> Any:
         decoder = init_decoder(config, jax.random.key(0))
         if model.quantize:

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from topd_jax.cli.doctor.findings import Finding, refusal
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
-from topd_jax.data.toy_world import models as toy_models
+from topd_jax.data.toy_world.models import world_models
 from topd_jax.data.vocabulary import require_same_vocabulary
 from topd_jax.models import DecoderConfig, Description, describe
-from topd_jax.models.settings import ModelSettings
 from topd_jax.parallel.sharding import make_mesh
+from topd_jax.planning.programs import model_configs
 from topd_jax.training.config import Settings
 from topd_jax.training.loop import require_solutions
 from topd_jax.training.setup import (
@@ -123,18 +123,19 @@ def gather(
         attempt("mesh", check_batches, settings, mesh)
         if parts:
             attempt("teachers", prompts_by_teacher, settings, parts, mesh)
-    world = None
-    if uses_world(settings):
-        if errors:
-            return errors, None  # training it takes minutes
-        world = _world(settings, workdir)
-    described = functools.cache(functools.partial(_describe, settings))
-    models = {
-        name: attempt(name, _read, name, model, described, world)
+    if errors and uses_world(settings):
+        return errors, None  # training it takes minutes
+    read = functools.cache(functools.partial(_read, settings, workdir))
+    files = {
+        name: attempt(name, read, model.source)
         for name, model in model_settings(settings).items()
     }
-    if None in models.values():
+    if None in files.values():
         return errors, None
+    configs = attempt("models", model_configs, settings)
+    if configs is None:
+        return errors, None
+    models = {n: ModelFiles(configs[n], *files[n]) for n in files}
     records = parts[0][:_SAMPLE] if parts else []
     return errors, Context(settings, models, records, mesh)
 
@@ -145,43 +146,17 @@ def uses_world(settings: Settings) -> bool:
     return any(model.source == "world" for model in models)
 
 
-def _describe(
-    settings: Settings, source: str
-) -> tuple[Description, Tokenizer | None]:
+def _read(
+    settings: Settings, workdir: pathlib.Path | None, source: str
+) -> tuple[Tokenizer | None, Description | None]:
+    """Return the tokenizer of a model, and what else its files say."""
+    if source == "world":
+        if workdir is None and not settings.world.cache:
+            return None, None
+        where = pathlib.Path(settings.world.cache or workdir / "world")
+        return world_models(settings.world, where)[2], None
     described = describe(source)
     if described.tokenizer is None:
-        return described, None
+        return None, described
     options = tokenizer_options(settings)
-    return described, wrap_tokenizer(described.tokenizer, **options)
-
-
-def _world(
-    settings: Settings, workdir: pathlib.Path | None
-) -> Callable[[str], tuple[DecoderConfig, Tokenizer | None]]:
-    """Return name of a model -> shape and tokenizer in the tiny world."""
-    tokenizer, world = None, settings.world
-    if workdir is not None or world.cache:
-        where = pathlib.Path(world.cache or workdir / "world")
-        tokenizer = toy_models.world_models(world, where)[2]
-    student = toy_models.world_config(world, "student")
-    teacher = toy_models.world_config(world, "teacher")
-    return lambda name: (student if name == "student" else teacher, tokenizer)
-
-
-def _read(
-    name: str,
-    model: ModelSettings,
-    described: Callable[[str], tuple[Description, Tokenizer | None]],
-    world: Callable[[str], tuple[DecoderConfig, Tokenizer | None]] | None,
-) -> ModelFiles:
-    description = None
-    if model.source == "world":
-        config, tokenizer = world(name)
-    else:
-        description, tokenizer = described(model.source)
-        config = description.config
-    names = ("dtype", "param_dtype", "remat", "unroll", "attention")
-    config = config.replace(**{key: getattr(model, key) for key in names})
-    if model.keep_layers:
-        config = config.keep_layers(model.keep_layers)
-    return ModelFiles(config, tokenizer, description)
+    return wrap_tokenizer(described.tokenizer, **options), described

@@ -1,14 +1,14 @@
 """Checks of dtypes, meshes and memory, from shapes alone.
 
 Memory of a device, a rule of thumb within about a factor of two of the
-compiler (``topd plan`` compiles). With W_s, W_t bytes of parameters, and P + T
-columns, more where branches are read, of the rows that a device has:
+compiler (``topd plan`` compiles). With W the bytes of what the student
+learns, and P + T columns, more where branches are read, of the rows that a
+device has:
 
-* kept: 4 W_s (the student, its start, two moments of Adam) + W_t; with
-  adapters W_s + 4 W_a, and W_a stands for W_s in the update;
+* kept: the models, and two moments of Adam (2 W), of their shapes exactly;
 * rollout: the student's cache, twice (old and grown);
 * score: the teacher's cache, one of its layers, four chunks of logits;
-* update: 4 W_s (gradient, and new student and moments beside the old), every
+* update: 4 W (gradient, and new student and moments beside the old), every
   layer for the backward pass (with remat "full" its input, and one layer) of
   one slice of optimizer.accumulate, the same chunks.
 
@@ -18,24 +18,22 @@ head_dim numbers, and its attention's scores twice: float32, and the weights.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
 
 from topd_jax.cli.doctor.files import Context
-from topd_jax.cli.doctor.findings import Finding, judge
+from topd_jax.cli.doctor.findings import Finding, judge, refusal
 from topd_jax.losses.chunks import chunk_tokens
-from topd_jax.models import DecoderConfig, Lora, parameter_table
-from topd_jax.models.quantization import bytes_a_number
-from topd_jax.models.settings import ModelSettings
+from topd_jax.models import DecoderConfig
 from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import sharding
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.rules import RULES, mesh_axes, reading_rules
+from topd_jax.planning.programs import abstract_models, bytes_held
 from topd_jax.sampling import branch_columns
 from topd_jax.training.config import Settings
-from topd_jax.training.setup import model_settings
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 # Spacing of bfloat16 numbers, relative to the number.
@@ -70,39 +68,25 @@ def meshes(context: Context) -> Iterator[Finding]:
     """Check that every parameter divides among its devices."""
     if context.mesh is None:
         return
-    problems = [
-        f"{who}: {problem}"
-        for who, config in context.configs.items()
-        for problem in _indivisible(config, context.mesh)
-    ]
+    try:
+        abstract_models(context.settings, context.mesh)
+    except ValueError as raised:
+        yield refusal("mesh", raised)
+        return
     sizes = context.mesh.shape.items()
     axes = " x ".join(f"{n}={s}" for n, s in sizes if s > 1) or "1 device"
-    more = f"; and {len(problems) - 4} more" * (len(problems) > 4)
-    yield judge(
-        "mesh",
-        not problems,
-        f"{'; '.join(problems[:4])}{more}" if problems else axes,
-        "choose mesh axes that divide these sizes",
-        "error",
-    )
-
-
-def _indivisible(config: DecoderConfig, mesh: Mesh) -> list[str]:
-    problems = []
-    for name, row in parameter_table(config).items():
-        try:
-            sharding.named(mesh, row.shape, row.axes, name=name)
-        except ValueError as raised:
-            problems.append(str(raised).partition("; ")[0])
-    return problems
+    yield Finding("ok", "mesh", axes)
 
 
 def memory(context: Context) -> Iterator[Finding]:
     """Compare the estimate with what a device has."""
-    mesh, configs = context.mesh, context.configs
-    if mesh is None or any(_indivisible(c, mesh) for c in configs.values()):
+    if context.mesh is None:
         return
-    need, have = estimate(context.settings, configs, mesh), device_bytes(mesh)
+    try:
+        need = estimate(context.settings, context.mesh)
+    except ValueError:
+        return  # the check of the mesh has said it
+    have = device_bytes(context.mesh)
     kept = need.pop("kept")
     largest = max(need, key=need.get)
     peak = kept + need[largest]
@@ -117,35 +101,31 @@ def memory(context: Context) -> Iterator[Finding]:
         text,
         "smaller data.batch_size or rollout.max_new_tokens, more "
         "optimizer.accumulate, student.remat='full', "
-        "teacher.param_dtype='bfloat16', or a larger mesh.fsdp",
+        "teacher.param_dtype='bfloat16', or a larger mesh.fsdp; topd plan "
+        "counts exactly",
     )
 
 
-def estimate(
-    settings: Settings, configs: Mapping[str, DecoderConfig], mesh: Mesh
-) -> dict[str, float]:
+def estimate(settings: Settings, mesh: Mesh) -> dict[str, float]:
     """Estimate the memory of a run on one device, from shapes.
 
     The module's docstring has the formulas.
 
     Args:
       settings: of the run.
-      configs: "student" and every teacher, as their files say.
       mesh: of devices.
 
     Returns:
       Bytes that are "kept", and that "rollout", "score" and "update" add.
+
+    Raises:
+      ValueError: for a parameter that does not divide over the mesh.
     """
     data, objective = settings.data, make_objective(settings.objective)
-    models, student = model_settings(settings), configs["student"]
-    weights = {
-        who: _parameter_bytes(config, mesh, models[who].quantize)
-        for who, config in configs.items()
-    }
-    teacher = configs[max(set(configs) - {"student"}, key=weights.get)]
-    kept, trained = sum(weights.values()), weights["student"]
-    if adapters := _adapter_bytes(student, settings.student, mesh):
-        kept, trained = kept + adapters, adapters
+    models = abstract_models(settings, mesh)
+    student = models.student.config
+    largest = max((t.model for t in models.teachers), key=bytes_held)
+    teacher, state = largest.config, bytes_held(models.state)
     # Rows are spread as far as they divide, where they are written and read.
     batch = data.batch_size * data.samples
     parts = sharding.dividing(mesh, (batch,), (reading_rules()["batch"],))
@@ -167,10 +147,10 @@ def estimate(
         backward = backward / student.layers + inputs * _BYTES[student.dtype]
     cache = bool(branches) * _cache(teacher, rows, length + branches, mesh)
     return {
-        "kept": kept + 3 * trained,
+        "kept": bytes_held((models.state, models.teachers, models.frozen)),
         "rollout": 2 * _cache(student, rows, length, mesh),
         "score": _layer(teacher, rows, length, length, mesh) + cache + logits,
-        "update": 4 * trained + backward + logits,
+        "update": 4 / 3 * state + backward + logits,
     }
 
 
@@ -193,32 +173,6 @@ def _spelled(size: float) -> str:
 
 def _ways(mesh: Mesh, axis: str) -> int:
     return math.prod(mesh.shape[name] for name in mesh_axes(RULES[axis]))
-
-
-def _parameter_bytes(
-    config: DecoderConfig, mesh: Mesh, kind: str = "", only: str = ""
-) -> float:
-    total = 0.0
-    for name, row in parameter_table(config).items():
-        if only in name:
-            ways = math.prod(_ways(mesh, a) for a in row.axes if a is not None)
-            size = bytes_a_number(name, kind) or _BYTES[config.param_dtype]
-            total += math.prod(row.shape) / ways * size
-    return total
-
-
-def _adapter_bytes(
-    config: DecoderConfig, settings: ModelSettings, mesh: Mesh
-) -> float:
-    """Return the bytes of adapters, float32; 0 where everything is trained."""
-    if not settings.lora_rank and not settings.adapter:
-        return 0.0
-    # The rank of adapters that are read from a directory is not known here.
-    rank = settings.lora_rank or 1
-    targets = settings.lora_targets or config.lora_targets
-    lora = Lora(rank, settings.lora_alpha, targets)
-    adapted = config.replace(lora=lora, param_dtype="float32")
-    return _parameter_bytes(adapted, mesh, only="_lora_")
 
 
 def _cache(config: DecoderConfig, rows: int, columns: int, mesh: Mesh) -> float:
