@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from topd_jax.cli.doctor.findings import Finding, judge
 from topd_jax.data.prompts import ordered_batches
 from topd_jax.data.routing import places_of
-from topd_jax.evaluation.evaluator import write
-from topd_jax.losses.fused import fused_divergence, fused_token_logprobs
+from topd_jax.losses.fused import fused_token_logprobs
 from topd_jax.models import Decoder, cast
 from topd_jax.models.attention.masks import causal_intervals
 from topd_jax.parallel import hosts
@@ -28,7 +27,7 @@ from topd_jax.parallel.sharding import row_ways
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup
-from topd_jax.types import Teacher, Trajectories, completion_states
+from topd_jax.types import Prompts, Teacher, positions_of
 
 # Tokens that the student writes, at most, in how many rows at least.
 _TOKENS, _ROWS = 32, 4
@@ -81,71 +80,41 @@ def score(settings: Settings, setup: Setup, teacher: Teacher) -> Scores:
         encoded.take(places or range(len(encoded.ids))), batch_size=rows
     ))  # fmt: skip
     limit = min(settings.rollout.max_new_tokens, _TOKENS)
-    vocab = setup.vocab_size
-    trajectories = write(
-        setup.student,
-        spread_rows(batch.prompts, setup.mesh),
-        stream_key(jax.random.key(settings.seed), Stream.DOCTOR),
-        options=dataclasses.replace(settings.rollout, max_new_tokens=limit),
-        vocab_size=vocab,
-        eos_ids=setup.tokenizer.eos_ids,
-        pad_id=setup.tokenizer.pad_id,
-    )
-    measure = jax.jit(functools.partial(_measure, vocab=vocab))
-    models = (setup.student, teacher.model)
-    means = hosts.on_host(measure(*models, trajectories))
-    dtypes = {t for m in models for t in (m.config.dtype, m.config.param_dtype)}
+    options = dataclasses.replace(settings.rollout, max_new_tokens=limit)
+    evaluator = setup.evaluator(dataclasses.replace(settings, rollout=options))
+    student, model = setup.student, teacher.model
+    key = stream_key(jax.random.key(settings.seed), Stream.DOCTOR)
+    prompts = spread_rows(batch.prompts, setup.mesh)
+    trajectories = evaluator.writer(student, prompts, key)
+    kinds = (model.config.dtype, model.config.param_dtype)
+    twin = cast(student, min(kinds))  # "bfloat16" before "float32"
+    itself = evaluator.comparer(student, twin, trajectories)["reverse_kl"]
+    seen = evaluator.comparer(student, model, trajectories)
+    read = jax.jit(functools.partial(_prompt_nll, vocab=setup.vocab_size))
+    sums = itself, seen["reverse_kl"], seen["teacher_nll"], read(model, prompts)
+    means = [float(total / count) for total, count in hosts.on_host(sums)]
+    dtypes = {*kinds, student.config.dtype, student.config.param_dtype}
     broken = () if all(map(math.isfinite, means)) else tuple(
         f"{who}'s {name}"
-        for who, model in zip(("student", "teacher"), models, strict=True)
-        for name in _not_finite(model)
+        for who, one in (("student", student), ("teacher", model))
+        for name in _not_finite(one)
     )  # fmt: skip
     rounding = max(_ROUNDING[dtype] for dtype in dtypes)
-    uniform = math.log(vocab)
-    return Scores(*map(float, means), uniform, rounding, broken)
+    return Scores(*means, math.log(setup.vocab_size), rounding, broken)
 
 
-def _measure(
-    student: Decoder,
-    teacher: Decoder,
-    trajectories: Trajectories,
-    *,
-    vocab: int,
-) -> tuple[jax.Array, ...]:
-    """Compute the first four fields of :class:`Scores`."""
-    sequence, mask = trajectories.sequence, trajectories.mask
-    causal = causal_intervals(trajectories.sequence_mask)
-    prompt, layout = trajectories.prompt.shape[1], loss_layout()
-
-    def states(model: Decoder) -> jax.Array:
-        return model(sequence, trajectories.positions, causal)[0]
-
-    def mean(values: jax.Array, where: jax.Array) -> jax.Array:
-        total = jnp.sum(jnp.where(where, values, 0.0), dtype=jnp.float32)
-        return total / jnp.maximum(jnp.sum(where), 1)
-
-    def loss(hidden: jax.Array, head: Any) -> jax.Array:
-        divergence = fused_divergence(
-            completion_states(states(student), prompt), student.head,
-            completion_states(hidden, prompt), head,
-            vocab_size=vocab, layout=layout,
-        )  # fmt: skip
-        return mean(divergence, mask)
-
-    kinds = (teacher.config.dtype, teacher.config.param_dtype)
-    twin = cast(student, min(kinds))  # "bfloat16" before "float32"
-    read = states(teacher)
-    nll = -fused_token_logprobs(
-        read[:, :-1], teacher.head, sequence[:, 1:],
-        vocab_size=vocab, layout=layout,
+def _prompt_nll(
+    model: Decoder, prompts: Prompts, *, vocab: int
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the (sum, count) of a model's NLL on prompts."""
+    tokens, mask = prompts.tokens, prompts.mask
+    hidden = model(tokens, positions_of(mask), causal_intervals(mask))[0]
+    logp = fused_token_logprobs(
+        hidden[:, :-1], model.head, tokens[:, 1:],
+        vocab_size=vocab, layout=loss_layout(),
     )  # fmt: skip
-    asked = trajectories.prompt_mask
-    return (
-        loss(states(twin), twin.head),
-        loss(read, teacher.head),
-        mean(nll[:, prompt - 1 :], mask),
-        mean(nll[:, : prompt - 1], asked[:, :-1] & asked[:, 1:]),
-    )
+    real = mask[:, :-1] & mask[:, 1:]
+    return -jnp.sum(jnp.where(real, logp, 0.0)), jnp.sum(real)
 
 
 def _not_finite(model: Decoder) -> list[str]:
