@@ -239,14 +239,18 @@ def test_a_mesh_without_its_devices_is_one_of_several_errors(tmp_path, teacher):
 def test_the_report_is_in_columns():
     report = [
         findings.Finding("ok", "mesh", "1 device"),
-        findings.Finding("warning", "ends", "word " * 30, "try this"),
+        findings.Finding("warning", "ends", "two", "try this"),
         findings.refusal("data", ValueError("no file; give a path")),
     ]
-    text = findings.report(report)
-    assert text.splitlines()[0] == "ok       mesh  1 device"
-    assert text.splitlines()[2].startswith(" " * 15 + "word")
-    assert "               -> try this\nerror    data  no file\n" in text
-    assert text.endswith("-> give a path\n1 ok, 1 warning, 1 error")
+    indent = " " * 15
+    assert findings.report(report).splitlines() == [
+        "ok       mesh  1 device",
+        "warning  ends  two",
+        f"{indent}-> try this",
+        "error    data  no file",
+        f"{indent}-> give a path",
+        "1 ok, 1 warning, 1 error",
+    ]
     with pytest.raises(ValueError, match=r"1 error: data: no file -> give a"):
         findings.require(report)
     findings.require(report[:2])
@@ -292,10 +296,6 @@ def test_the_tiny_world_needs_no_work_directory(capsys, monkeypatch):
     levels = {f["name"]: f["level"] for f in report}
     assert levels == dict.fromkeys(("dtype", "mesh", "memory", "models"), "ok")
     assert "here with --workdir" in report[-1]["text"]
-    with pytest.raises(SystemExit) as exit_:
-        main.run(["doctor", "--config=tiny", "--config.mesh.fsdp=3"])
-    assert exit_.value.code == 2
-    assert "needs 3 devices" in capsys.readouterr().out
 
 
 def test_a_run_with_an_error_does_not_begin(tmp_path, teacher, monkeypatch):

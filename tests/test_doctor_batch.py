@@ -78,7 +78,7 @@ def test_every_teacher_is_looked_at(tmp_path):
     }
     data = dataclasses.replace(settings.data, teacher_field="who")
     settings = dataclasses.replace(settings, teachers=teachers, data=data)
-    found = {f.name: f for f in examine.examine(settings, tmp_path)}
+    found = {f.name: f for f in examine.examine(settings, tmp_path)[0]}
     assert found["one batch (good)"].level == "ok"
     other = found["one batch (other)"]
     assert other.level == "warning"

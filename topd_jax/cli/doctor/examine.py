@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Iterable
 
 import jax
-from absl import logging
 
 from topd_jax.cli.doctor import batch, fit, tokens
 from topd_jax.cli.doctor.files import Context, gather, uses_world
@@ -17,7 +16,6 @@ from topd_jax.cli.doctor.findings import (
     require,
 )
 from topd_jax.cli.doctor.kernels import kernels
-from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
 
@@ -78,7 +76,9 @@ def examine_setup(settings: Settings, setup: Setup) -> list[Finding]:
     return findings
 
 
-def examine(settings: Settings, workdir: pathlib.Path | None) -> list[Finding]:
+def examine(
+    settings: Settings, workdir: pathlib.Path | None
+) -> tuple[list[Finding], Setup | None]:
     """Run both stages; the second only where the first has no error.
 
     Args:
@@ -87,22 +87,23 @@ def examine(settings: Settings, workdir: pathlib.Path | None) -> list[Finding]:
         checks none.
 
     Returns:
-      The findings, in the order of the report.
+      (the findings, in the order of the report; the setup of the run, None
+      where it was not loaded).
     """
     findings = examine_files(settings, workdir)
     if errors(findings):
-        return findings
+        return findings, None
     if workdir is None and uses_world(settings) and not settings.world.cache:
         text = (
             "the tiny world's models are trained when the run begins, or here "
             "with --workdir: tokens and losses are not checked yet"
         )
-        return [*findings, Finding("ok", "models", text)]
+        return [*findings, Finding("ok", "models", text)], None
     try:
         setup = load_setup(settings, workdir or pathlib.Path())
     except (ValueError, OSError) as raised:
-        return [*findings, refusal("loading", raised)]
-    return [*findings, *examine_setup(settings, setup)]
+        return [*findings, refusal("loading", raised)], None
+    return [*findings, *examine_setup(settings, setup)], setup
 
 
 def doctor(
@@ -118,7 +119,7 @@ def doctor(
     Raises:
       SystemExit: with 2 where there is an error, else with 0.
     """
-    findings = examine(settings, workdir)
+    findings, _ = examine(settings, workdir)
     rows = [vars(finding) for finding in findings]
     print(json_format.dumps(rows, indent=1) if json else report(findings))
     raise SystemExit(2 if errors(findings) else 0)
@@ -137,16 +138,6 @@ def preflight(settings: Settings, workdir: pathlib.Path) -> Setup:
     Raises:
       ValueError: naming every error with its way out.
     """
-    _require(examine_files(settings, workdir))
-    setup = load_setup(settings, workdir)
-    _require(examine_setup(settings, setup))
-    return setup
-
-
-def _require(findings: list[Finding]) -> None:
-    for f in findings:
-        if f.level == "warning" and hosts.is_first():
-            logging.warning(
-                "preflight: %s: %s -> %s", f.name, f.text, f.way_out
-            )
+    findings, setup = examine(settings, workdir)
     require(findings)
+    return setup

@@ -1,11 +1,11 @@
 """What a check finds: a level, a sentence, and the way out."""
 
 import dataclasses
-import textwrap
 from collections.abc import Sequence
 
-LEVELS = ("ok", "warning", "error")
-_WIDTH = 100
+from absl import logging
+
+from topd_jax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +50,31 @@ def errors(findings: Sequence[Finding]) -> list[Finding]:
 def report(findings: Sequence[Finding]) -> str:
     """Lay findings out for a terminal: a line each, its way out below."""
     names = max((len(f.name) for f in findings), default=0)
-    indent = " " * (len("warning") + names + 4)
     lines = []
     for f in findings:
-        head = f"{f.level:7}  {f.name.ljust(names)}  "
-        lines.append(textwrap.fill(f.text, _WIDTH, initial_indent=head,
-                                   subsequent_indent=indent))  # fmt: skip
+        lines.append(f"{f.level:7}  {f.name.ljust(names)}  {f.text}")
         if f.way_out:
-            text = textwrap.fill(f"-> {f.way_out}", _WIDTH - len(indent) - 3)
-            lines.append(textwrap.indent(text.replace("\n", "\n   "), indent))
-    number = [sum(f.level == level for f in findings) for level in LEVELS]
-    some = [f"{n} {x}{'s' * (n != 1)}" for n, x in zip(number[1:], LEVELS[1:],
-                                                      strict=True)]  # fmt: skip
-    return "\n".join([*lines, ", ".join([f"{number[0]} ok", *some])])
+            lines.append(f"{'':{names + 11}}-> {f.way_out}")
+    levels = [f.level for f in findings]
+    warnings, wrong = levels.count("warning"), levels.count("error")
+    return "\n".join([
+        *lines,
+        f"{levels.count('ok')} ok, {warnings} warning{'s' * (warnings != 1)}, "
+        f"{wrong} error{'s' * (wrong != 1)}",
+    ])  # fmt: skip
 
 
 def require(findings: Sequence[Finding]) -> None:
-    """Refuse to begin a run where there are errors.
+    """Refuse to begin a run where there are errors; log what is a warning.
 
     Raises:
-      ValueError: with all of them, and their ways out.
+      ValueError: with all errors, and their ways out.
     """
+    for f in findings:
+        if f.level == "warning" and hosts.is_first():
+            logging.warning(
+                "preflight: %s: %s -> %s", f.name, f.text, f.way_out
+            )
     wrong = errors(findings)
     if not wrong:
         return
