@@ -84,7 +84,7 @@ def test_help_of_a_command_has_its_own_flags_and_an_example(name, capsys):
         ("eval --config tiny --workdir x --which=newest",
          "--which: invalid choice: 'newest' (choose from 'latest', 'best'"),
         ("sample --config tiny --workdir x --temperature=hot",
-         "--temperature: 'hot' must be a number"),
+         "--temperature: invalid float value: 'hot'"),
         ("probe --config tiny --workdir x --count=0",
          "--count: '0' must be a whole number, at least 1"),
         ("export --config tiny --workdir x", "required: --output"),
@@ -115,21 +115,15 @@ def test_a_prompt_may_be_any_text(text):
         ("--config.train.steps.n=1", "config.train.steps has no keys; it is 6"),
         ("--config.train.steps=many",
          "steps=many must be of type int; topd settings train.steps explains"),
-        ("--config.train.steps=2.5", "steps=2.5 must be of type int"),
-        ("--config.train.steps=True", "steps=True must be of type int, not bo"),
         ("--config.train.steps", "--config.train.steps needs a value: "),
         ("--config.train=3",
          "config.train is a section; set one of its keys: config.train."),
         ("--config.log.tensorboard=maybe", "=maybe must be of type bool"),
         ("--config.data.thinking=maybe", "=maybe must be of type bool"),
         ("--config.optimizer.clip=low", "clip=low must be of type float"),
-        ("--config.optimizer.clip=nan", "clip=nan must be a finite number"),
         ("--config.sweep.seeds=0,b",
          "seeds='b' must be of type int, not str; topd settings sweep.seeds "),
         ("--config.train.steps=-1", "train.steps=-1 must be at least 1"),
-        ("--config.objective=topd(window=17)",
-         "window=17 must not exceed rollout.max_new_tokens=16"),
-        ("--config.objective.window=3", "config.objective has no keys; it is"),
         ("stray", "unexpected arguments: stray"),
     ],
 )  # fmt: skip
@@ -253,27 +247,6 @@ def test_a_refusal_is_one_line_or_a_traceback_on_request(
         main.run(["report", f"--workdir={tmp_path / 'none'}"])
 
 
-# What does not fit together; the whole list is in test_setup.py.
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["--config.mesh.fsdp=3"], "needs 3 devices and there are 1; set"),
-        (["--config.data.source=jsonl", "--config.data.path=no/such.jsonl"],
-         "no file at no/such.jsonl; give data.path the path of a JSONL file"),
-        (["--config.data.max_prompt_length=5"],
-         "tokens; the limit is 5: raise data.max_prompt_length, or set"),
-        (["--config.student.source=no/such.gguf"], "no/such.gguf"),
-        (["--config.student.keep_layers=4"], "0..0; for instance"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_one_line(
-    trained, refused, command, overrides, message
-):
-    assert message in refused(*command("train", *overrides))
-
-
 @pytest.mark.parametrize(
     ("name", "which", "folder"),
     [("eval", "latest", "checkpoints"), ("sample", "best", "best"),
@@ -300,12 +273,9 @@ def test_settings_are_explained(topd):
     assert "\nconfig.optimizer: AdamW" in everything and line in everything
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_a_checkpoint_of_another_config(
-    refused, trained, small_arguments, name
-):
+def test_a_checkpoint_of_another_config(refused, trained, small_arguments):
     line = refused(
-        name, *small_arguments, f"--workdir={trained}",
+        "eval", *small_arguments, f"--workdir={trained}",
         "--config.optimizer.beta2=0.5", "--config.objective=opd",
     )  # fmt: skip
     assert "optimizer.beta2: 0.98 there, 0.5 here" in line

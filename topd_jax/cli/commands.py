@@ -54,15 +54,6 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be a number"
-        ) from error
-
-
 def _directory(text: str) -> pathlib.Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(
@@ -223,7 +214,7 @@ COMMANDS = {
                 help="text to complete, again for more (three test prompts)",
             ),
             _flag(
-                "temperature", metavar="T", type=_number,
+                "temperature", metavar="T", type=float,
                 help="of the sampler, 0 is greedy (config.rollout.temperature)",
             ),
         ),

@@ -6,16 +6,25 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
 
 import jax
 
 from topd_jax.planning.advice import suggest
-from topd_jax.planning.chips import without_tpu
-from topd_jax.planning.plan import USABLE, Plan, make_plan, roofline
+from topd_jax.planning.chips import Chip, without_tpu
+from topd_jax.planning.plan import (
+    USABLE,
+    Plan,
+    ProgramPlan,
+    make_plan,
+    roofline,
+)
 from topd_jax.training.config import Settings
 
 _GIB = 2.0**30
+_HEAD = (
+    "program          held  temporary      total"
+    "                       TFLOP    HBM GB   sent GB  seconds  bound by"
+)
 _LESS = "more chips, shorter rollouts or fewer rows"
 
 
@@ -66,7 +75,8 @@ def table(plan: Plan) -> str:
         "used; seconds are the roofline of one device,",
         "a lower bound for rollouts of rollout.max_new_tokens.",
         "",
-        *_aligned(_rows(plan)),
+        _HEAD,
+        *(_row(p, plan.chip) for p in plan.programs),
     ]
     if seconds := plan.step_seconds:
         lines += [
@@ -77,30 +87,17 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _rows(plan: Plan) -> list[list[str]]:
-    rows = [
-        ["program", "held", "temporary", "total", ""]
-        + ["TFLOP", "HBM GB", "sent GB", "seconds", "bound by"]
-    ]
-    for p in plan.programs:
-        memory = (p.held, p.temporaries, p.total)
-        row = [p.name, *(f"{x / _GIB:.2f}" for x in memory)]
-        row.append("fits" if p.fits else f"{p.excess / _GIB:.2f} too much")
-        if p.cost is None:
-            row += [""] * 5
-        else:
-            seconds, bound = roofline(p.cost, plan.chip)
-            row += [f"{p.cost.flops / 1e12:.2f}", f"{p.cost.bytes / 1e9:.1f}"]
-            row += [f"{p.cost.sent / 1e9:.2f}", f"{seconds:.2f}", bound]
-        rows.append(row)
-    return rows
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+def _row(p: ProgramPlan, chip: Chip) -> str:
+    memory = "".join(
+        f"{x / _GIB:11.2f}" for x in (p.held, p.temporaries, p.total)
+    )
+    verdict = "fits" if p.fits else f"{p.excess / _GIB:.2f} too much"
+    line = f"{p.name:10}{memory}{verdict:>17}"
+    if p.cost is None:
+        return line
+    seconds, bound = roofline(p.cost, chip)
+    flops, moved, sent = p.cost.flops / 1e12, p.cost.bytes / 1e9, p.cost.sent
+    return (
+        f"{line}{flops:11.2f}{moved:10.1f}{sent / 1e9:10.2f}{seconds:9.2f}  "
+        f"{bound}"
+    )
