@@ -1,9 +1,6 @@
 """What the commands do as a user types them, also where a disk is full."""
 
-import errno
 import json
-import os
-import re
 from pathlib import Path
 
 import jax
@@ -11,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from small_files import LLAMA, assert_same, make, write_gguf
-from small_run import small_config
+from small_run import small_config, without_times
 
 from topd_jax.cli import main
 from topd_jax.models import load
@@ -25,13 +22,6 @@ TESTS = Path(__file__).parent
 
 
 # The happy path.
-
-
-def without_times(path):
-    return [
-        {k: v for k, v in r.items() if not k.startswith(("seconds", "rate"))}
-        for r in read_jsonl(path)
-    ]
 
 
 def test_the_same_command_again_does_nothing(
@@ -213,10 +203,6 @@ def test_questions_are_trained_on_graded_and_exported(
 # A full disk.
 
 
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
-
-
 def full_as_orbax_says_it(*_, **__):
     raise ValueError(
         'RESOURCE_EXHAUSTED: Error writing local file "/disk/4/state": Failed '
@@ -249,15 +235,3 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         assert without_times(run / f"{name}.jsonl") == without_times(
             trained / f"{name}.jsonl"
         )
-
-
-def test_an_export_to_a_full_disk_leaves_nothing(
-    refused, trained, small_arguments, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("topd_jax.models.io.export.save_file", full)
-    line = refused(
-        "export", *small_arguments, f"--workdir={trained}",
-        f"--output={tmp_path / 'out'}",
-    )  # fmt: skip
-    assert re.search("could not write .*out .*No space left", line)
-    assert list(tmp_path.iterdir()) == []

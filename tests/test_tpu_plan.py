@@ -58,11 +58,3 @@ def test_what_does_not_fit_is_told_and_what_may_help():
     (missing,) = re.findall(r"([-\d.]+) too much", done.stdout)
     assert 0 < float(missing) < 8
     assert "change: --config." in done.stdout
-
-
-def test_an_unknown_topology_is_one_line():
-    done = topd("--config=tiny", "--topology=v5e:9x9x9")
-    assert done.returncode == 2
-    assert done.stderr.startswith("topd: --topology v5e:9x9x9")
-    done = topd("--config=tiny")
-    assert "arguments are required: --topology" in done.stderr
