@@ -5,23 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from conftest import EOS, PAD, make_model, make_trajectories
+from conftest import make_model, make_trajectories
 from numpy.testing import assert_allclose
+from small_step import IDS, SGD, logp_of
 
 import topd_jax as topd
-from topd_jax.losses.log_probs import log_softmax
-from topd_jax.models import unembed
 from topd_jax.objectives import pieces
-
-SGD = optax.sgd(1.0)
-
-
-@jax.jit
-def logp_of(model, trajectories):
-    states = topd.trajectory_states(model, trajectories)
-    return log_softmax(unembed(model.head, states))
 
 
 @functools.partial(jax.jit, static_argnames="make")
@@ -30,7 +20,7 @@ def step(student, teachers, trajectories, make):
     objective = make()
     scored = topd.score(
         student, teachers, trajectories, jax.random.key(3),
-        objective=objective, eos_ids=(EOS,), pad_id=PAD,
+        objective=objective, **IDS,
     )  # fmt: skip
     state, metrics = topd.train_step(
         topd.init_state(student, SGD), trajectories, scored,

@@ -2,7 +2,6 @@
 
     python tests/golden/record.py objectives   # writes objectives.npz
     python tests/golden/record.py steps        # writes steps.json
-    python tests/golden/record.py phases       # prints one line of JSON
 
 PYTHONPATH selects the code. The first part, up to "Objectives", is all that
 knows how the code is called: port it, and nothing else, when the calls change.
@@ -10,17 +9,14 @@ knows how the code is called: port it, and nothing else, when the calls change.
 
 import argparse
 import contextlib
-import datetime
 import functools
 import json
 import os
 import pathlib
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,12 +29,10 @@ import numpy as np
 import optax
 
 from topd_jax import (
-    Prompts,
     Teacher,
     Trajectories,
     init_state,
     make_objective,
-    rollout,
     score,
     train_step,
 )
@@ -47,7 +41,6 @@ from topd_jax.data.packing import rows_of
 from topd_jax.models import (
     Decoder,
     DecoderConfig,
-    init_decoder,
     parameter_table,
 )
 from topd_jax.training.sft import read_rows, sft_step
@@ -112,16 +105,13 @@ CASES: dict[str, str] = {
 TEACHER_VOCAB = {"topd, larger teacher vocabulary": VOCAB + 3}
 ACCUMULATE = {"topd, accumulate=2": 2}
 KD_RATIO = {"offline, kd_ratio=0.3": 0.3}
-# What the logs call it -> what the record calls it.
-METRICS = {
-    name: name
-    for name in (
-        "loss", "grad_norm", "skipped", "divergence", "guidance",
-        "cross_entropy", "teacher_token_loss", "distance", "divergent",
-        "candidates", "length_mean", "length_min", "length_max", "truncated",
-        "num_tokens",
-    )
-}  # fmt: skip
+# The metrics that are recorded.
+METRICS = (
+    "loss", "grad_norm", "skipped", "divergence", "guidance",
+    "cross_entropy", "teacher_token_loss", "distance", "divergent",
+    "candidates", "length_mean", "length_min", "length_max", "truncated",
+    "num_tokens",
+)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="case")
@@ -234,40 +224,6 @@ def forget_after(workdir: pathlib.Path, step: int) -> None:
             shutil.rmtree(saved)
 
 
-def make_phases(spelling: str) -> tuple[Any, Any, Any, Any]:
-    """Return (state, write, read, learn) of a step that is timed.
-
-    ``write(state, prompts, key)``, ``read(state, trajectories, key)``,
-    ``learn(state, trajectories, notes)`` -> (state, metrics).
-    """
-
-    def model(seed: int, layers: int, width: int, heads: int, mlp: int) -> Any:
-        config = DecoderConfig(
-            vocab_size=4096, layers=layers, width=width, heads=heads,
-            kv_heads=2, head_dim=64, mlp_width=mlp, unroll=layers,
-        )  # fmt: skip
-        make = jax.jit(init_decoder, static_argnums=0)
-        return make(config, jax.random.key(seed))
-
-    student, teacher = model(0, 4, 256, 4, 768), model(1, 6, 384, 6, 1152)
-    objective = make_objective(spelling)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    ids, teachers = dict(eos_ids=(), pad_id=PAD), (Teacher(teacher),)
-    read = jax.jit(functools.partial(score, objective=objective, **ids))
-    learn = jax.jit(
-        functools.partial(train_step, objective=objective, optimizer=optimizer),
-        donate_argnums=0,
-    )
-    return (
-        init_state(student, optimizer),
-        lambda state, prompts, key: rollout(
-            state.student, prompts, key, max_new_tokens=64, **ids
-        ),
-        lambda state, batch, key: read(state.student, teachers, batch, key),
-        learn,
-    )
-
-
 # --------------------------------------------------------------------------
 # Objectives: loss, sums, gradient, scores of every case.
 
@@ -324,9 +280,7 @@ def compute(case: str, dtype: str, seed: int = SEED) -> dict[str, np.ndarray]:
         case, student, teacher, make_batch(seed), jax.random.key(7)
     )
     out = {
-        f"metric/{METRICS[n]}": np.stack(v)
-        for n, v in metrics.items()
-        if n in METRICS
+        f"metric/{n}": np.stack(v) for n, v in metrics.items() if n in METRICS
     }
     out |= {f"score/{n}": v for n, v in scored.items() if v is not None}
     out |= {f"gradient/{n}": v for n, v in gradient.items()}
@@ -427,77 +381,19 @@ def record_steps(path: pathlib.Path) -> None:
     path.write_text(json.dumps(out, indent=1) + "\n")
 
 
-# --------------------------------------------------------------------------
-# Phases: seconds of rollout, score and train_step.
-
-PHASES = (
-    "opd",
-    "topd(candidates=6, window=12)",
-    "topd(candidates=6, window=12, context='student')",
-)
-
-
-def time_phases(spelling: str, repeats: int) -> dict[str, Any]:
-    """Return the median seconds of each phase after two steps of warm-up."""
-    state, write, read, learn = make_phases(spelling)
-    tokens = jax.random.randint(jax.random.key(1), (16, 32), 3, 4096)
-    prompts = Prompts(tokens, jnp.ones(tokens.shape, bool))
-    times = []
-    for step in range(repeats + 2):
-        key, clock = jax.random.key(step), [time.perf_counter()]
-
-        def done(value: Any, clock: list[float] = clock) -> Any:
-            jax.block_until_ready(value)
-            clock.append(time.perf_counter())
-            return value
-
-        batch = done(write(state, prompts, key))
-        notes = done(read(state, batch, key))
-        state, metrics = done(learn(state, batch, notes))
-        times.append(np.diff(clock))
-    names = ("rollout", "score", "train_step")
-    medians = np.median(times[2:], axis=0)
-    out = {n: round(float(s), 4) for n, s in zip(names, medians, strict=True)}
-    return out | {"first_step": round(float(np.sum(times[0])), 2),
-                  "loss": float(metrics["loss"][0])}  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    """Return where and when something was timed."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [x.split(":")[1].strip() for x in lines if "model name" in x]
-    now = datetime.datetime.now(datetime.UTC)
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "jax": jax.__version__,
-        "date": now.isoformat(timespec="seconds"),
-    }
-
-
 def main() -> None:
     """Record what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", help="objectives, steps, phases or run")
+    parser.add_argument("what", choices=("objectives", "steps", "run"))
     parser.add_argument("rest", nargs="*", help="of run: RUN WORKDIR CACHE")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--objective", action="append", default=None)
     given = parser.parse_args()
     if given.what == "objectives":
         record_objectives(HERE / "objectives.npz")
     elif given.what == "steps":
         record_steps(HERE / "steps.json")
-    elif given.what == "run":
+    else:
         run, workdir, cache = given.rest
         train(run, pathlib.Path(workdir), pathlib.Path(cache))
-    elif given.what == "phases":
-        objectives = given.objective or list(PHASES)
-        out = {v: time_phases(v, given.repeats) for v in objectives}
-        print(json.dumps({"machine": machine(), "seconds": out}))
-    else:
-        parser.error(f"{given.what}: objectives, steps, phases or run")
 
 
 if __name__ == "__main__":
