@@ -129,8 +129,3 @@ def assert_same_rows(got: list[dict], want: list[dict]) -> None:
 @pytest.mark.parametrize("run", STEPS)
 def test_training_keeps_its_curve(steps, run, log):
     assert_same_rows(steps[run][log], STEPS[run][log])
-
-
-@pytest.mark.slow
-def test_a_resumed_run_logs_the_same(steps):
-    assert steps["topd/teacher, resumed"] == steps["topd/teacher"]

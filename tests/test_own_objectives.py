@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, make_trajectories
+from conftest import make_trajectories
 from numpy.testing import assert_allclose
 from small_step import IDS, SGD, logp_of
 
@@ -183,27 +183,6 @@ def test_a_near_future_of_ones_own_trains(student, teacher, trajectories):
         return topd.weighted_mean(each, want, mask) - 0.3 * logp.mean()
 
     assert_step_is(dense, student, run)
-
-
-def test_several_teachers_share_one_mean(student, teacher, trajectories):
-    teachers = (
-        topd.Teacher(teacher, "one", 1), topd.Teacher(make_model(7), "two", 3)
-    )  # fmt: skip
-    run = step(student, teachers, trajectories, topd.opd)
-    parts = [jax.tree.map(lambda x, s=s: x[s], trajectories)
-             for s in (slice(2), slice(2, 8))]  # fmt: skip
-
-    def dense(model):
-        sums = [
-            jnp.sum(jnp.where(part.mask, topd.reverse_kl(
-                logp_of(model, part), logp_of(who.model, part)), 0))
-            for who, part in zip(teachers, parts, strict=True)
-        ]  # fmt: skip
-        return sum(sums) / trajectories.mask.sum()
-
-    assert_step_is(dense, student, run)
-    assert [s.teacher for s in run[0]] == ["one", "two"]
-    assert run[1]["num_tokens/one"][0] == parts[0].mask.sum()
 
 
 def test_a_plan_that_no_detector_makes_is_refused(student, teacher):
