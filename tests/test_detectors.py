@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from topd_jax.data.toy_world import truth
 from topd_jax.experiments import detectors
 from topd_jax.experiments.detectors import LabeledCandidates, auc
 from topd_jax.experiments.observe import Observed
@@ -67,7 +66,7 @@ class Letters:
 
 
 PROBLEM = "3+4*5?"
-RIGHT = truth.PrefixChecker(PROBLEM).completion()
+RIGHT = ", then 23#23."
 FORK = 5  # where the other solution has a digit that is wrong
 WINDOW = 3
 

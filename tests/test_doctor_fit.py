@@ -1,6 +1,7 @@
 """The preflight's estimates: mesh, dtypes, memory."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def sources(tmp_path):
     def write(*shapes):
         names = ("student", "teacher")
         for name, shape in zip(names, shapes, strict=True):
-            save_model(make(shape), tmp_path / name, overwrite=True)
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            save_model(make(shape), tmp_path / name)
         return {f"{n}__source": str(tmp_path / n) for n in names}
 
     return write

@@ -82,13 +82,10 @@ def test_one_objective_has_one_description():
         return topd.describe(objective)
 
     for same, other in (
-        ("topd", topd.topd(context="teacher")),
-        ("topd(branch_fraction=1.0)",
-         topd.topd(near_future=topd.NearFuture())),
+        ("topd", topd.topd(context="teacher", near_future=topd.NearFuture())),
         ("topd", " topd ( window = 10, branch_loss='cross_entropy' ) "),
-        ("topd_suppress(epsilon=0.1)",
-         topd.topd_suppress(
-             near_future=topd.NearFuture(detector=topd.Transport(0.1)))),
+        ("topd(epsilon=0.1)",
+         topd.topd(near_future=topd.NearFuture(detector=topd.Transport(0.1)))),
         ("opd(token_loss='jsd')", topd.opd(topd.generalized_jsd)),
         (f"opd(token_loss='{__name__}:far', strength=3.0)",
          topd.opd(functools.partial(far, strength=3.0))),

@@ -96,6 +96,9 @@ def test_guidance_looks_at_the_candidates_of_highest_future_loss(
 ):
     """A third by default, of whom is said what is said among all."""
     (some,) = scores(student, teacher, trajectories, f"topd({AHEAD})")
+    for text in ("topd({}, context='student')", "topd_suppress({})"):
+        (whole,) = scores(student, teacher, trajectories, text.format(AHEAD))
+        assert whole.candidates.mask.shape == (8, 3)
     (every,) = scores(
         student, teacher, trajectories, f"topd({AHEAD}, branch_fraction=1.0)"
     )

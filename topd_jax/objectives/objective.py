@@ -156,10 +156,11 @@ class NearFuture:
     threshold: float | None = setting(
         None, "fixed distance instead of the percentile", least=0, most=1e6
     )
-    branch_fraction: float = setting(
-        1.0,
+    branch_fraction: float | None = setting(
+        None,
         "share of the candidates that are looked at, those of highest future "
-        "loss; 1: all, as in the paper",
+        "loss; 1: all, as in the paper; None: a third where the student trains "
+        "along their branches and nothing else asks for them, else all",
         above=0,
         most=1,
     )
@@ -169,11 +170,6 @@ class NearFuture:
     ranking: Piece = teacher_loss
     detector: Piece = Transport()
     select: Piece = false_alarms
-
-    @property
-    def branches(self) -> int:
-        """Return the slots a row of candidates that are looked at."""
-        return math.ceil(self.branch_fraction * self.candidates - 1e-9)
 
     def __post_init__(self) -> None:
         check(self)
@@ -291,6 +287,21 @@ class Objective:
         """Return what pieces name that both models' distributions say."""
         names = frozenset().union(*map(needs, pieces))
         return names & {*STATISTICS, *self.statistics, "token_loss"}
+
+    @property
+    def branch_fraction(self) -> float:
+        """Return the share of the candidates that are looked at."""
+        given = self.near_future.branch_fraction
+        if given is not None:
+            return given
+        weighed = any(needs(w) & FUTURES for w in self.token_weights)
+        return 1 / 3 if self.trains_on_branch and not weighed else 1.0
+
+    @property
+    def branches(self) -> int:
+        """Return the slots a row of candidates that are looked at."""
+        count = self.near_future.candidates
+        return math.ceil(self.branch_fraction * count - 1e-9)
 
     @property
     def needs_student(self) -> bool:

@@ -17,9 +17,6 @@ from topd_jax.objectives.guidance import BRANCH_LOSSES, PlanTargets
 from topd_jax.objectives.objective import Guidance, NearFuture, Objective
 
 AHEAD = NearFuture()
-# Guidance acts where futures part, and three candidates in ten or more do not:
-# a third of them, picked by what costs nothing, has most of the gain.
-GUIDED = NearFuture(branch_fraction=1 / 3)
 
 
 def opd(
@@ -63,7 +60,7 @@ def n_step(
 def topd(
     token_loss: TokenLoss = reverse_kl,
     temperature: float = 1.0,
-    near_future: NearFuture = GUIDED,
+    near_future: NearFuture = AHEAD,
     *,
     context: str = "teacher",
     guidance_weight: float = 0.1,

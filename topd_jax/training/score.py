@@ -23,7 +23,7 @@ from topd_jax.objectives.statistics import token_statistics
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.rules import reading_rules, using
 from topd_jax.sampling import branch, branch_columns
-from topd_jax.types import Layout, Scored, Teacher, Trajectories
+from topd_jax.types import Candidates, Layout, Scored, Teacher, Trajectories
 
 
 def score(
@@ -95,7 +95,7 @@ def _score_rows(
     vocab = min(student.head.shape[0], model.head.shape[0])
     if objective.needs_branches:
         ahead = objective.near_future
-        extra = branch_columns(ahead.branches, ahead.window)
+        extra = branch_columns(objective.branches, ahead.window)
         columns = trajectories.sequence.shape[1] + extra
         hidden, cache = trajectory_cache(model, trajectories, columns)
     else:
@@ -156,6 +156,23 @@ def _offered(
     )
 
 
+def _candidates(objective: Objective, offered: dict[str, Any]) -> Candidates:
+    """Select the tokens that are looked at."""
+    ahead, mask = objective.near_future, offered["mask"]
+    candidates = near_future.select_candidates(
+        ask(ahead.ranking, offered), mask, count=ahead.candidates,
+        fraction=ahead.fraction,
+    )  # fmt: skip
+    if objective.branch_fraction == 1:
+        return candidates
+    likely = near_future.future_loss(
+        offered["teacher_token_loss"], mask, candidates, length=ahead.window
+    )
+    return near_future.shortlist(
+        likely, candidates, fraction=objective.branch_fraction
+    )
+
+
 def _look_ahead(
     student: LanguageModel,
     model: LanguageModel,
@@ -174,20 +191,7 @@ def _look_ahead(
     """Select candidates, continue them, and say where futures part."""
     ahead = objective.near_future
     branch_key, select_key = jax.random.split(key)
-    candidates = near_future.select_candidates(
-        ask(ahead.ranking, offered),
-        trajectories.mask,
-        count=ahead.candidates,
-        fraction=ahead.fraction,
-    )
-    if ahead.branch_fraction < 1:
-        likely = near_future.future_loss(
-            scored.teacher_token_loss, trajectories.mask, candidates,
-            length=ahead.window,
-        )  # fmt: skip
-        candidates = near_future.shortlist(
-            likely, candidates, fraction=ahead.branch_fraction
-        )
+    candidates = _candidates(objective, offered)
     windows = near_future.student_windows(
         trajectories, candidates, length=ahead.window
     )

@@ -133,7 +133,7 @@ def estimate(settings: Settings, mesh: Mesh) -> dict[str, float]:
     new = settings.rollout.max_new_tokens
     length, branches = data.max_prompt_length + new, 0
     if ahead := objective.needs_branches and objective.near_future:
-        branches = branch_columns(ahead.branches, ahead.window)
+        branches = branch_columns(objective.branches, ahead.window)
     layout = loss_layout(mesh, chunk_size=settings.train.chunk_size)
     tokens = min(chunk_tokens(student.vocab_size, layout), batch * new)
     vocab = student.vocab_size / _ways(mesh, "vocab")
