@@ -15,7 +15,14 @@ setup(
     license="Apache-2.0",
     # topd_jax/configs is a link to configs, so a plain checkout has it too.
     packages=find_packages(include=["topd_jax", "topd_jax.*"]),
-    package_data={"topd_jax": ["py.typed", "experiments/templates/*"]},
+    package_data={
+        "topd_jax": [
+            "py.typed",
+            "experiments/templates/*",
+            "data/toy_world/trained/*",
+            "data/toy_world/trained/*/*",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

@@ -75,6 +75,9 @@ class WorldSettings:
     """The tiny world's models, trained from scratch and cached."""
 
     seed: int = setting(0, "of problems and models", least=0)
+    from_scratch: bool = setting(
+        False, "train the models also where the package has them"
+    )
     cache: str = setting("", 'directory; "": WORKDIR/world')
     solutions: int = setting(50_000, "of each corpus", least=1)
     prompts: int = setting(
