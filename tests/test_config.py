@@ -212,7 +212,7 @@ def test_a_bad_objective_is_refused_with_the_settings(objective, message):
         ({"teacher.lora_rank": 4}, "be 0: .*teacher.adapter merges"),
         ({"student.quantize": "int8"}, "would freeze what is to learn"),
         ({"teacher.quantize": "int2"}, "quantize='int2' must be one of '', "),
-        ({"teacher.quantize_tile": 32}, "=32 must be at least 0, and 0 .* whe"),
+        ({"teacher.quantize_tile": 32}, "quantize_tile=32 must be 0 .* where"),
         ({"offline.path": "somewhere"}, "needs train.stage=offline"),
         ({"data.end_ids": (999,)}, r"end_ids=\(999,\) must be \(\) in the tin"),
         ({"world.student_heads": 5}, "width=96 must be divisible by .*heads=5"),

@@ -47,8 +47,11 @@ def _call(name: str, *arguments: str) -> Any:
     if "config" in values:
         # Here, not above: the settings import JAX, which takes seconds.
         from topd_jax.cli.config_file import load_settings
+        from topd_jax.parallel.compilation import keep_compiled
 
-        values["settings"] = load_settings(values.pop("config"), overrides)
+        settings = load_settings(values.pop("config"), overrides)
+        keep_compiled(settings.train.compilation_cache)
+        values["settings"] = settings
     return COMMANDS[name].load()(**values)
 
 

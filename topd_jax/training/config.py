@@ -32,7 +32,7 @@ EVAL_ONLY = ("samples", "benchmarks")
 # What may change without making it another run.
 NO_IDENTITY = (
     *(f"eval.{name}" for name in EVAL_ONLY), "train.preflight",
-    "train.heartbeat",
+    "train.heartbeat", "train.compilation_cache",
 )  # fmt: skip
 
 
@@ -74,6 +74,11 @@ class TrainSettings:
         10, "non-finite updates in a row before giving up", least=0
     )
     preflight: bool = setting(True, "topd doctor before the first step")
+    compilation_cache: str = setting(
+        "auto",
+        'of compiled programs; "auto": the user\'s cache directory; "off"; '
+        "or a directory",
+    )
     heartbeat: int = setting(
         100,
         "seconds without a sign of life after which one of several processes "

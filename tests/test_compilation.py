@@ -1,0 +1,106 @@
+"""Compiled programs are kept for machines of one kind, and for no other."""
+
+import json
+import types
+
+import jax
+import pytest
+from children import run_script
+
+from topd_jax.cli import main
+from topd_jax.parallel import compilation
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_users_cache_directory_is_the_default(home):
+    folder = compilation.keep_compiled()
+    assert folder.parent == home / "topd_jax"
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+
+
+def test_another_directory_may_be_named(home):
+    other = home / "other"
+    assert compilation.keep_compiled(str(other)).parent == other
+
+
+def test_off_and_several_devices_keep_nothing(home, monkeypatch):
+    assert compilation.keep_compiled("off") is None
+    assert not jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", True)
+    count = "--xla_force_host_platform_device_count=8"
+    monkeypatch.setenv("XLA_FLAGS", count)
+    assert compilation.keep_compiled() is None
+    assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_directory_that_the_user_set_stays(home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "mine"))
+    assert compilation.keep_compiled() == home / "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.setattr(compilation, "_processor", lambda: ["another"]),
+        lambda m: m.setattr(compilation.jaxlib, "__version__", "0.0.1"),
+        lambda m: m.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"),
+    ],
+    ids=["processor", "jaxlib", "flags"],
+)
+def test_another_machine_version_or_flag_has_another_directory(
+    home, monkeypatch, change
+):
+    before = compilation.machine_key()
+    assert compilation.machine_key() == before
+    change(monkeypatch)
+    assert compilation.machine_key() != before
+
+
+def test_programs_are_read_again_but_none_that_was_cut_short(home):
+    def run():
+        out = run_script(
+            "kept_program.py", XDG_CACHE_HOME=str(home),
+            JAX_COMPILATION_CACHE_DIR="", XLA_FLAGS="",
+        )  # fmt: skip
+        return json.loads(out.splitlines()[-1])
+
+    first = run()
+    assert first["read"] == 0 and first["written"] > 0
+    second = run()
+    assert second["read"] == first["written"]
+    for file in home.rglob("*-cache"):
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2])
+    third = run()
+    assert third["read"] == 0
+    assert first["result"] == second["result"] == third["result"]
+
+
+def test_a_command_asks_as_its_settings_say(monkeypatch):
+    asked, command = [], types.SimpleNamespace(load=lambda: lambda **_: "done")
+    monkeypatch.setattr(compilation, "keep_compiled", asked.append)
+    monkeypatch.setattr(main, "COMMANDS", {"doctor": command})
+    main.run(["doctor", "--config", "tiny"])
+    off = "--config.train.compilation_cache=off"
+    main.run(["doctor", "--config", "tiny", off])
+    assert asked == ["auto", "off"]

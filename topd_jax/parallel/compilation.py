@@ -1,0 +1,81 @@
+"""Keep compiled programs between runs, on this machine.
+
+JAX can read a program that an earlier process compiled. It tells programs
+apart by what they compute and by its own version, not by the processor that
+they were compiled for: a home directory that machines share would hand one
+machine's program to another. Here each kind of machine has a directory of its
+own. A file that was cut short does not decompress, and its program is compiled
+again.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import sys
+
+import jax
+import jaxlib
+
+# Programs that compile faster are not worth a file, seconds.
+_WORTH_KEEPING = 0.2
+
+
+def keep_compiled(choice: str = "auto") -> pathlib.Path | None:
+    """Let JAX keep compiled programs, before it compiles the first.
+
+    Nothing is kept where the processor plays several devices: such a program,
+    once it is read from a file, may wait for itself forever (seen in jaxlib
+    0.10.2). ``JAX_COMPILATION_CACHE_DIR``, where it is set, stays in force.
+
+    Args:
+      choice: "auto" takes the user's cache directory (``XDG_CACHE_HOME``, else
+        ``~/.cache``); "off" keeps nothing; else a directory.
+
+    Returns:
+      The directory; None where nothing is kept.
+    """
+    if choice == "off" or _plays_several_devices():
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return pathlib.Path(given)
+    home = pathlib.Path(
+        os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    )
+    folder = home / "topd_jax" if choice == "auto" else pathlib.Path(choice)
+    folder = folder / machine_key()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING
+    )
+    return folder
+
+
+def machine_key() -> str:
+    """Return 16 hex digits of what a compiled program depends on.
+
+    The processor and what it can do, the versions of Python, jax and jaxlib,
+    the platforms that JAX may take, and the flags of XLA.
+    """
+    names = ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS")
+    told = {name: os.environ.get(name, "") for name in names}
+    versions = [sys.version, jax.__version__, jaxlib.__version__]
+    text = json.dumps([_processor(), versions, told], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _processor() -> list[str]:
+    """Return the processor's name and features; Linux tells them in a file."""
+    about = pathlib.Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    kinds = ("model name", "flags", "Features", "CPU part")
+    found = {line for line in lines if line.startswith(kinds)}
+    return [platform.machine(), platform.processor(), *sorted(found)]
+
+
+def _plays_several_devices() -> bool:
+    flags = os.environ.get("XLA_FLAGS", "")
+    several = "xla_force_host_platform_device_count" in flags
+    return several or (jax.config.jax_num_cpu_devices or 1) > 1
