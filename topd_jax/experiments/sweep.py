@@ -12,7 +12,7 @@ import functools
 import pathlib
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import jax
@@ -59,8 +59,18 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         setup = load_setup(settings, workdir)
     for (name, _), run in missing.items():
         append_row(record, _run(name, run, workdir, setup))
-    rows = [row for row in read_jsonl(record) if _key(row) in runs]
-    return write_report(rows, workdir / "report")
+        # So that there is something to look at while the others train.
+        files = write_report(_rows(record, runs), workdir / "report")
+        logging.info("%s done; see %s", name, list(files.values())[-1])
+    files = write_report(_rows(record, runs), workdir / "report")
+    print(pathlib.Path(files["table_file"]).read_text(), flush=True)
+    return files
+
+
+def _rows(
+    record: pathlib.Path, runs: Container[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    return [row for row in read_jsonl(record) if _key(row) in runs]
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str]:

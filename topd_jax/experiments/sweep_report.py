@@ -35,7 +35,7 @@ _DETECTORS = {
 def write_report(
     rows: Sequence[dict[str, Any]], folder: pathlib.Path
 ) -> dict[str, Any]:
-    """Write report.json, table.md and the curves, and print the table.
+    """Write report.json, table.md and the curves.
 
     Args:
       rows: lines of a record, all of one sweep.
@@ -55,7 +55,6 @@ def write_report(
     files["table_file"].write_text(table)
     if any("curve" in r for r in rows):
         files["curves"] = plots.curves(rows, folder / "curves.png")
-    print(table, flush=True)
     return {name: str(path) for name, path in files.items()}
 
 
