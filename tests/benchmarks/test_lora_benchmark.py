@@ -1,7 +1,7 @@
 """What adapters save in an update, and what merging them does to a rollout.
 
 ``pytest -m benchmark -s tests/benchmarks/test_lora_benchmark.py``. Sizes of
-``test_step_benchmark.py``: student 4 layers of width 256, V 4096. Bytes are the
+``works.py``: student 4 layers of width 256, V 4096. Bytes are the
 compiler's own account of the update, not the process's. Prints JSON lines;
 asserts no time.
 """

@@ -1,0 +1,58 @@
+"""The command of ``tests/benchmarks`` works; no time is asserted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rounds
+import works
+
+ROOT = Path(__file__).parents[2]
+SMALL = dict(
+    layers=1, width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=32,
+    vocab_size=32,
+)  # fmt: skip
+
+
+def test_ours_and_the_bound_take_turns():
+    spec = dict(student=SMALL, prompt=4, new=3)
+    work = works.decode("tunix", 2, spec)
+    row = rounds.measure(work, 2, {"tunix": RuntimeError("no network")})
+    assert row["skipped"] == {"tunix": "no network"}
+    assert row["ours"]["seconds"] > 0
+    assert row["ratios"]["bound/ours"]["seconds"] > 0
+
+
+def test_ratios_are_of_each_round():
+    told = {
+        "ours": [{"seconds": 1.0}, {"seconds": 4.0}, {"seconds": 2.0}],
+        "peer": [{"seconds": 2.0}, {"seconds": 4.0}, {"seconds": 8.0}],
+        "bound": [{"seconds": 0.5}, {"seconds": 1.0}, {"seconds": 1.0}],
+    }
+    assert rounds.ratios(told) == {
+        "ours/peer": {"seconds": 0.5},
+        "bound/ours": {"seconds": 0.5},
+    }
+
+
+def test_a_side_that_ends_is_told_with_its_last_words():
+    side = works.Side("ours.py", "decode", {"student": SMALL, "rows": "x"})
+    row = rounds.measure({"ours": side}, 1, {})
+    assert "TypeError" in row["failed"]["ours"]
+    assert "ratios" not in row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [(["--list"], 0, "decode-8x64-tunix"), (["dekode"], 1, "begins no work")],
+)
+def test_command(arguments, code, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks", *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code
+    assert words in done.stdout + done.stderr
