@@ -166,7 +166,8 @@ def _write(
     branch_mask, written_at = _branch_mask(
         trajectories, candidates, branch_columns(count, length)
     )
-    reader, cache = unstack(model, cache)
+    columns = branch_mask.exists.shape[1]
+    reader, cache = unstack(model, cache, columns + length)
     draw_next = functools.partial(
         draw_token,
         head=model.head[:vocab_size],

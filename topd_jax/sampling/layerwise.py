@@ -29,12 +29,15 @@ class Layerwise:
       layers: parameter name -> array, one dictionary per layer.
       embedding: [V, D].
       final_norm: [D].
+      rope: cos and sin of every position that the loop reads at, of
+        :func:`~topd_jax.models.rope.rope_table`.
       config: static shape.
     """
 
     layers: tuple[dict[str, jax.Array], ...]
     embedding: jax.Array
     final_norm: jax.Array
+    rope: tuple[jax.Array, jax.Array]
     config: DecoderConfig = struct.field(pytree_node=False)
 
     def __call__(
@@ -47,9 +50,9 @@ class Layerwise:
         """Read tokens as ``Decoder.__call__``, with one cache per layer."""
         c = self.config
         hidden = embed(self.embedding, tokens, c)
-        # Without the barrier every product of a layer would compute sines and
-        # cosines of its own.
-        rope = jax.lax.optimization_barrier(rope_table(positions, c))
+        rope = tuple(
+            jnp.take(x[:, 0], positions, axis=1, mode="clip") for x in self.rope
+        )
         spec, noted = prepare_mask(c, positions, mask, caches[0])
         options = layer_options(c)
         updated = []
@@ -67,12 +70,13 @@ class Layerwise:
         return rms_norm(hidden, self.final_norm, c), tuple(updated)
 
 
-def unstack(model: Any, cache: Any) -> tuple[Any, Any]:
+def unstack(model: Any, cache: Any, length: int) -> tuple[Any, Any]:
     """Return the model and cache that a loop over tokens should use.
 
     Args:
       model: any model.
       cache: one that it has written.
+      length: above every position that the loop reads at.
 
     Returns:
       (model, cache) to be called as before: layer by layer where the model is
@@ -85,15 +89,17 @@ def unstack(model: Any, cache: Any) -> tuple[Any, Any]:
         return model, cache
     layers = range(config.layers)
     arrays = layer_arrays(model)
-    # Without the barrier the slices would move into the loop that uses them.
-    weights, caches = jax.lax.optimization_barrier(
+    # Without the barrier the slices would move into the loop that uses them,
+    # and sines and cosines into every product of every layer.
+    weights, caches, rope = jax.lax.optimization_barrier(
         (
             tuple({n: x[i] for n, x in arrays.items()} for i in layers),
             tuple(_cache_of(cache, i) for i in layers),
+            rope_table(jnp.arange(length)[None], config),
         )
     )
     embedding, norm = model.embedding[...], model.final_norm[...]
-    return Layerwise(weights, embedding, norm, config), caches
+    return Layerwise(weights, embedding, norm, rope, config), caches
 
 
 def _cache_of(cache: Any, index: int) -> Any:

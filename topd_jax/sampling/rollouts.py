@@ -168,7 +168,7 @@ def _write(
     prompts = jax.tree.map(lambda x: _repeat(x, samples), prompts)
     rows, width = prompts.tokens.shape
     first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    reader, cache = unstack(model, cache)
+    reader, cache = unstack(model, cache, width + max_new_tokens)
     draw_next = functools.partial(
         draw_token,
         head=model.head[:vocab_size],

@@ -186,16 +186,27 @@ def _sample(
 
 def _invert(noise: jax.Array, weights: jax.Array) -> jax.Array:
     """Return indices i32[...], drawn in proportion to their weights."""
-    size = weights.shape[-1]
-    if size <= _SINGLE_BLOCK:
+    if weights.shape[-1] <= _SINGLE_BLOCK:
         return _invert_once(noise[..., 0], weights)
-    width = 2 ** math.ceil(math.log2(size) / 2)
-    pad = [(0, 0)] * (weights.ndim - 1) + [(0, -size % width)]
-    blocks = jnp.pad(weights, pad).reshape(*weights.shape[:-1], -1, width)
+    blocks = _blocks(weights, 0.0)
     which = _invert_once(noise[..., 0], jnp.sum(blocks, axis=-1))
-    block = jnp.take_along_axis(blocks, which[..., None, None], axis=-2)
-    inside = _invert_once(noise[..., 1], block[..., 0, :])
-    return which * width + inside
+    inside = _invert_once(noise[..., 1], _take(blocks, which))
+    return which * blocks.shape[-1] + inside
+
+
+def _blocks(x: jax.Array, empty: float) -> jax.Array:
+    """Cut [..., V] into blocks of about its square root, [..., N, W]."""
+    size = x.shape[-1]
+    width = 2 ** math.ceil(math.log2(size) / 2)
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -size % width)]
+    x = jnp.pad(x, pad, constant_values=empty)
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def _take(blocks: jax.Array, which: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(blocks, which[..., None, None], axis=-2)[
+        ..., 0, :
+    ]
 
 
 def _invert_once(uniform: jax.Array, weights: jax.Array) -> jax.Array:
@@ -212,7 +223,20 @@ def _invert_once(uniform: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """Return i32[...]; two reductions vectorize on CPU, argmax does not."""
+    """Return i32[...]: the block of the peak, then its place in there.
+
+    All of x is read once. On CPU XLA's own argmax does not vectorize.
+    """
+    size = x.shape[-1]
+    if size <= _SINGLE_BLOCK:
+        return _first_peak(x)
+    blocks = _blocks(x, -jnp.inf)
+    which = _first_peak(jnp.max(blocks, axis=-1))
+    inside = _first_peak(_take(blocks, which))
+    return jnp.minimum(which * blocks.shape[-1] + inside, size - 1)
+
+
+def _first_peak(x: jax.Array) -> jax.Array:
     size = x.shape[-1]
     peak = jnp.max(x, axis=-1, keepdims=True)
     index = jnp.arange(size, dtype=jnp.int32)
