@@ -6,7 +6,7 @@ from topd_jax.configs import default
 
 
 def get_config() -> ConfigDict:
-    """Arithmetic with surface forms and real errors, models from scratch."""
+    """Arithmetic with surface forms and real errors, small models."""
     config = default.get_config()
     # Small stacks are faster unrolled than scanned on a CPU.
     config.student.unroll = 2

@@ -8,8 +8,8 @@ usage: bash launch/local.sh [--setup-only] [ARGUMENT ...]
 
 Install topd_jax (needs Python 3.11 or newer, nothing else), then run
     topd sweep --config configs/tiny.py --workdir runs/tiny ARGUMENT ...
-which trains a teacher and a warm start, then OPD and TOPD in both guidance
-contexts on one seed, prints a table and says where the plots are.
+which trains the tiny world's student by OPD and by TOPD in both guidance
+contexts on one seed, draws its curves after each, and prints a table.
 Rerun the command to resume.
 
   --setup-only   only make the virtual environment and install
