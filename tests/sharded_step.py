@@ -38,7 +38,7 @@ OTHER_RULES = {"batch": "rows", "embed": "rows"} | dict.fromkeys(
      "activation_kv_heads", "activation_mlp"), "columns",
 )  # fmt: skip
 AUTO = AxisType.Auto
-AHEAD = NearFuture(candidates=3, window=4)
+AHEAD = NearFuture(candidates=3, window=4, branch_fraction=1.0)
 TOPD = {
     context: presets.topd(near_future=AHEAD, context=context)
     for context in ("student", "teacher")

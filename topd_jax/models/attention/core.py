@@ -316,24 +316,25 @@ def _attend(
     """Attend with all scores at once."""
     rows, length, _, size = query.shape
     groups, keys = key.shape[1:3]
-    # Queries that share keys are the rows of one product. One dimension of
-    # products where no mesh spreads both of these.
+    # Queries that share keys are the rows of one product, tokens first: a mesh
+    # may spread them. One dimension of products where none spreads both.
     products = (rows, groups) if mesh_in_use() else (rows * groups,)
     grouped = query.reshape(rows, length, groups, -1, size)
-    grouped = jnp.moveaxis(grouped, 1, 3).reshape(*products, -1, size)
+    grouped = jnp.swapaxes(grouped, 1, 2).reshape(*products, -1, size)
     key, value = (x.reshape(*products, keys, size) for x in (key, value))
     scores = jnp.einsum(
         "...qd,...ld->...ql", grouped, key, preferred_element_type=jnp.float32
     )
     scores = soft_cap(scores * _scale(config), config.attention_softcap)
-    scores = scores.reshape(rows, groups, -1, length, keys)
+    scores = scores.reshape(rows, groups, length, -1, keys)
     # Finite: a row of padding must not be nan.
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    mask = mask[:, :, :, None]
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     weights = weights.reshape(*products, -1, keys)
     out = jnp.einsum("...ql,...ld->...qd", weights, value)
-    out = out.reshape(rows, groups, -1, length, size)
-    return jnp.moveaxis(out, 3, 1).reshape(query.shape)
+    out = out.reshape(rows, groups, length, -1, size)
+    return jnp.swapaxes(out, 1, 2).reshape(query.shape)
 
 
 def _scale(config: DecoderConfig) -> float:
