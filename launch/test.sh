@@ -9,8 +9,8 @@ usage: bash launch/test.sh [--setup-only] [ARGUMENT ...]
 Install topd_jax with its test extra (needs Python 3.11 or newer, nothing else),
 then run ruff on the checkout and
     pytest ARGUMENT ...
-Without arguments these are all tests that are neither slow nor benchmarks.
-Two processes share the test files; benchmarks need one (-m benchmark -n 0).
+Without arguments these are all tests that are not slow. Two processes share
+the test files. Benchmarks are a command: python -m tests.benchmarks.
 
   --setup-only   only make the virtual environment and install
   --help         print this text

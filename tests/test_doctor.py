@@ -286,11 +286,12 @@ def test_topd_doctor_prints_and_exits(tmp_path, teacher, capsys):
     assert (first["level"], first["name"]) == ("error", "tokenizers")
 
 
-def test_the_tiny_world_needs_no_work_directory(capsys, monkeypatch):
+def test_a_world_to_train_needs_no_work_directory(capsys, monkeypatch):
     """What it would train in minutes is left out, and said to be."""
     monkeypatch.chdir("/")
     with pytest.raises(SystemExit) as exit_:
-        main.run(["doctor", "--config=tiny", "--json"])
+        anew = "--config.world.from_scratch=True"
+        main.run(["doctor", "--config=tiny", anew, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert exit_.value.code == 0
     levels = {f["name"]: f["level"] for f in report}

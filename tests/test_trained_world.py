@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from topd_jax.cli.doctor.files import gather
 from topd_jax.configs import tiny
 from topd_jax.data.settings import WorldSettings
 from topd_jax.data.toy_world import models
@@ -20,6 +21,18 @@ def test_the_models_are_small_and_no_file_is_trained(tmp_path):
     assert not cache.exists()
     files = [f for f in models.TRAINED.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 2e6
+
+
+def test_a_preflight_reads_them_without_a_directory():
+    errors, context = gather(settings_from(tiny.get_config()), None)
+    assert errors == []
+    assert all(m.tokenizer is not None for m in context.models.values())
+
+
+def test_other_sizes_and_a_wish_are_trained_anew():
+    assert models.comes_trained(WorldSettings(cache="x", prompts=7))
+    assert not models.comes_trained(WorldSettings(student_steps=7))
+    assert not models.comes_trained(WorldSettings(from_scratch=True))
 
 
 def test_the_recorded_accuracy_is_true(tmp_path):

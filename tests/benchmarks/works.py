@@ -20,11 +20,11 @@ TEACHER = STUDENT | dict(layers=6, width=384, heads=6, mlp_width=1152)
 PAIR = dict(student=STUDENT, teacher=TEACHER, rows=16, prompt=32, new=64)
 # configs/tiny.py: data, rollout and world settings.
 TINY_STUDENT = dict(
-    layers=2, width=96, heads=4, kv_heads=4, head_dim=24, mlp_width=384,
+    layers=2, width=96, heads=4, kv_heads=4, head_dim=24, mlp_width=192,
     vocab_size=64,
 )  # fmt: skip
 TINY_TEACHER = TINY_STUDENT | dict(
-    layers=3, width=128, head_dim=32, mlp_width=512
+    layers=3, width=128, head_dim=32, mlp_width=256
 )
 TINY_PAIR = dict(
     student=TINY_STUDENT, teacher=TINY_TEACHER, rows=32, prompt=16, new=48

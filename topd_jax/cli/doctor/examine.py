@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterable
 import jax
 
 from topd_jax.cli.doctor import batch, fit, tokens
-from topd_jax.cli.doctor.files import Context, gather, uses_world
+from topd_jax.cli.doctor.files import (
+    Context,
+    gather,
+    has_world,
+    uses_world,
+)
 from topd_jax.cli.doctor.findings import (
     Finding,
     errors,
@@ -83,8 +88,8 @@ def examine(
 
     Args:
       settings: of the run.
-      workdir: of the run; None trains no models of the tiny world, and then
-        checks none.
+      workdir: of the run; None trains no models of a tiny world, and checks
+        those that come with the package alone.
 
     Returns:
       (the findings, in the order of the report; the setup of the run, None
@@ -93,9 +98,9 @@ def examine(
     findings = examine_files(settings, workdir)
     if errors(findings):
         return findings, None
-    if workdir is None and uses_world(settings) and not settings.world.cache:
+    if uses_world(settings) and not has_world(settings, workdir):
         text = (
-            "the tiny world's models are trained when the run begins, or here "
+            "this tiny world's models are trained when the run begins, or here "
             "with --workdir: tokens and losses are not checked yet"
         )
         return [*findings, Finding("ok", "models", text)], None

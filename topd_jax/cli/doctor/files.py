@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from topd_jax.cli.doctor.findings import Finding, refusal
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
-from topd_jax.data.toy_world.models import world_models
+from topd_jax.data.toy_world.models import comes_trained, world_models
 from topd_jax.data.vocabulary import require_same_vocabulary
 from topd_jax.models import DecoderConfig, Description, describe
 from topd_jax.parallel.sharding import make_mesh
@@ -146,15 +146,21 @@ def uses_world(settings: Settings) -> bool:
     return any(model.source == "world" for model in models)
 
 
+def has_world(settings: Settings, workdir: pathlib.Path | None) -> bool:
+    """Tell whether models of the tiny world are there, or may be trained."""
+    world = settings.world
+    return bool(workdir or world.cache) or comes_trained(world)
+
+
 def _read(
     settings: Settings, workdir: pathlib.Path | None, source: str
 ) -> tuple[Tokenizer | None, Description | None]:
     """Return the tokenizer of a model, and what else its files say."""
     if source == "world":
-        if workdir is None and not settings.world.cache:
+        if not has_world(settings, workdir):
             return None, None
-        where = pathlib.Path(settings.world.cache or workdir / "world")
-        return world_models(settings.world, where)[2], None
+        where = settings.world.cache or (workdir or pathlib.Path()) / "world"
+        return world_models(settings.world, pathlib.Path(where))[2], None
     described = describe(source)
     if described.tokenizer is None:
         return None, described

@@ -52,7 +52,7 @@ def world_models(
     """
     teacher, student, tokenizer = names = _names(settings)
     where = TRAINED
-    if settings.from_scratch or not all((TRAINED / n).exists() for n in names):
+    if not comes_trained(settings):
         where = cache
         if not hosts.is_first():
             hosts.wait_for([cache / name for name in names])
@@ -60,6 +60,14 @@ def world_models(
             _make(settings, cache)
     spm = SentencePieceTokenizer((where / tokenizer).read_bytes())
     return where / teacher, where / student, spm
+
+
+def comes_trained(settings: WorldSettings) -> bool:
+    """Tell whether the package has the models that settings ask for."""
+    names = _names(settings)
+    return not settings.from_scratch and all(
+        (TRAINED / name).exists() for name in names
+    )
 
 
 def _make(
