@@ -89,6 +89,17 @@ def test_zero_temperature_is_greedy_with_certainty():
         np.testing.assert_array_equal(logp, [0.0, 0.0])
 
 
+@pytest.mark.parametrize("size", [256, 257, 1000, 4096])
+def test_greedy_takes_the_first_of_the_likeliest(size):
+    """Whatever blocks a vocabulary is read in; the last id too."""
+    key = jax.random.key(size)
+    logits = jax.random.randint(key, (64, size), -3, 4).astype(jnp.float32)
+    logits = jnp.where(logits == -3, -jnp.inf, logits)  # ties, and no hope
+    logits = logits.at[0].set(-jnp.inf).at[1, size - 1].set(9.0)
+    tokens, _ = draw(key, logits, 0.0)
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_draw_survives_rows_without_hope(temperature):
     logits = jnp.stack([jnp.full(300, -jnp.inf), jnp.full(300, jnp.nan)])

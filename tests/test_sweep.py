@@ -56,6 +56,7 @@ def swept(arguments, tmp_path_factory):
         with pytest.raises(Killed):
             main.run(command)
     before = (workdir / "record.jsonl").read_text()
+    assert (workdir / "report" / "curves.png").is_file()  # of what is done
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep.Run, "_one_step", forbidden)
         main.run(command)
