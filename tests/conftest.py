@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from children import starts_with
+from orbax.checkpoint import type_handlers
 
 from topd_jax.models import Decoder, DecoderConfig, init_decoder
 from topd_jax.types import Trajectories
@@ -215,3 +216,17 @@ def teacher() -> Decoder:
 @pytest.fixture
 def trajectories() -> Trajectories:
     return make_trajectories()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The arrays of checkpoints that are read from now on, by name."""
+    handler, names = type_handlers.ArrayHandler, []
+    plain = handler.deserialize
+
+    async def watched(self, infos, args=None):
+        names.extend(info.name for info in infos)
+        return await plain(self, infos, args)
+
+    monkeypatch.setattr(handler, "deserialize", watched)
+    return names
