@@ -289,8 +289,8 @@ def test_topd_doctor_prints_and_exits(tmp_path, teacher, capsys):
 def test_a_world_to_train_needs_no_work_directory(capsys, monkeypatch):
     """What it would train in minutes is left out, and said to be."""
     monkeypatch.chdir("/")
+    anew = "--config.world.from_scratch=True"
     with pytest.raises(SystemExit) as exit_:
-        anew = "--config.world.from_scratch=True"
         main.run(["doctor", "--config=tiny", anew, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert exit_.value.code == 0
