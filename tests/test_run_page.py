@@ -121,6 +121,12 @@ def test_runs_are_laid_over_each_other():
     assert loss["b, training"]["x"] == list(range(1, 10))
     right = traces("Right answers", one, two, records("c"))
     assert [t["showlegend"] for t in right.values()] == [True, False] * 2
+    # A chart that one run lacks names the other, in its own color.
+    guided = [row | {"guidance": 1.0} for row in metrics(9)]
+    three = records("c", metrics=guided)
+    (own,) = traces("Guidance loss", two, three).values()
+    assert own["showlegend"] and own["name"] == "c"
+    assert own["line"] == traces("Loss", two, three)["c, training"]["line"]
     settings = {s["name"]: s for s in settings_of([one, two])}
     assert settings["optimizer.learning_rate"] == {
         "name": "optimizer.learning_rate", "values": ["0.001", "0.0003"],

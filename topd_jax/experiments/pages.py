@@ -22,6 +22,7 @@ def write(template: str, path: pathlib.Path, **values: object) -> None:
         loader=jinja2.PackageLoader("topd_jax", "experiments/templates"),
         autoescape=True,
         trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template(template).render(values)
     path.parent.mkdir(parents=True, exist_ok=True)

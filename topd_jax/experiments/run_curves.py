@@ -69,20 +69,29 @@ def curves_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
                     lines.setdefault(name, []).append((label, kind, values))
     more = sorted(lines.keys() - _CHARTS.keys() - _NOT_DRAWN)
     charts = _CHARTS | {name: (name.replace("_", " "), "") for name in more}
+    # A run has one color on the page, in charts that others lack too.
+    labels = list(dict.fromkeys(x[0] for of in lines.values() for x in of))
     return [
         {"title": title, "unit": unit, "more": name in more,
-         "traces": _traces(lines[name])}
+         "traces": _traces(lines[name], labels, len(runs) > 1)}
         for name, (title, unit) in charts.items() if name in lines
     ]  # fmt: skip
 
 
-def _traces(lines: Sequence[tuple]) -> list[dict[str, Any]]:
-    """Return the traces of (label, kind, values) in one chart."""
-    labels = list(dict.fromkeys(label for label, *_ in lines))
+def _traces(
+    lines: Sequence[tuple], labels: Sequence[str], several: bool
+) -> list[dict[str, Any]]:
+    """Return the traces of (label, kind, values) in one chart.
+
+    Args:
+      lines: of the chart.
+      labels: of the page.
+      several: whether the page is of several runs.
+    """
+    several |= len({label for label, *_ in lines}) > 1
     traces, named = [], set()
     for label, kind, values in lines:
         # A legend has an entry a label, which hides all of its kinds.
-        several = len(labels) > 1
         name = label if several else kind
         place = labels.index(label) if several else list(_LOOKS).index(kind)
         full = f"{label}, {kind}" if label else kind
@@ -95,7 +104,7 @@ def _traces(lines: Sequence[tuple]) -> list[dict[str, Any]]:
                 "name": html.escape(short, quote=False),
                 "meta": full,
                 "legendgroup": name,
-                "showlegend": len(lines) > 1 and name not in named,
+                "showlegend": (several or len(lines) > 1) and name not in named,
                 "mode": look["mode"],
                 "line": color | {"width": 1.6} | look.get("line", {}),
                 "marker": color | look.get("marker", {}),
