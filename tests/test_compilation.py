@@ -53,6 +53,11 @@ def test_off_and_several_devices_keep_nothing(home, monkeypatch):
     assert not jax.config.jax_enable_compilation_cache
 
 
+def test_no_choice_is_refused(home):
+    with pytest.raises(ValueError, match="'auto', 'off' or a directory"):
+        compilation.keep_compiled("")
+
+
 def test_a_directory_that_the_user_set_stays(home, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "mine"))
     assert compilation.keep_compiled() == home / "mine"

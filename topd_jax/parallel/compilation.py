@@ -35,7 +35,14 @@ def keep_compiled(choice: str = "auto") -> pathlib.Path | None:
 
     Returns:
       The directory; None where nothing is kept.
+
+    Raises:
+      ValueError: for an empty choice.
     """
+    if not choice:
+        raise ValueError(
+            "train.compilation_cache='' must be 'auto', 'off' or a directory"
+        )
     if choice == "off" or _plays_several_devices():
         jax.config.update("jax_enable_compilation_cache", False)
         return None
