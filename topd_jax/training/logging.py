@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 
 from topd_jax.evaluation.metrics import read_metrics
 from topd_jax.parallel import hosts
+from topd_jax.types import Teacher, Trajectories
 
 # Logs of texts, which are no numbers for TensorBoard.
 _TEXTS = ("completions", "problems")
@@ -173,6 +174,48 @@ class Logs:
             file.close()
         if self._board is not None:
             self._board.close()
+
+
+def completion_rows(
+    step: int,
+    trajectories: Any,
+    teachers: Sequence[Teacher],
+    decode: Callable[[list[int]], str],
+    count: int,
+) -> list[dict[str, Any]]:
+    """Spell some completions of a batch, for the log.
+
+    Args:
+      step: that they were written in.
+      trajectories: B rows; rows of solutions have none to spell.
+      teachers: of the rows, which are ordered by them.
+      decode: ids -> text.
+      count: how many completions.
+
+    Returns:
+      One JSON-able row a completion.
+    """
+    if not isinstance(trajectories, Trajectories):
+        return []
+    rows, found = hosts.on_host(trajectories), []
+    size = len(rows.tokens)
+    # Rows are ordered by teacher: from all over the batch, if several.
+    stride = max(size // max(count, 1), 1) if len(teachers) > 1 else 1
+    names = [t.name for t in teachers for _ in range(t.prompts)]
+    for i in range(0, min(count * stride, size), stride):
+        prompt = rows.prompt[i][rows.prompt_mask[i]].tolist()
+        tokens = rows.tokens[i][rows.mask[i]].tolist()
+        teacher = names[i * len(names) // size]
+        found.append(
+            {
+                "step": step,
+                **({"teacher": teacher} if teacher else {}),
+                "prompt": decode(prompt),
+                "completion": decode(tokens),
+                "truncated": bool(rows.truncated[i]),
+            }
+        )
+    return found
 
 
 def cut_log(path: pathlib.Path, step: int) -> None:

@@ -33,9 +33,8 @@ from topd_jax.training.compiled import (
     make_optimizer,
 )
 from topd_jax.training.config import Settings, check_fits, settings_from
-from topd_jax.training.logging import Clock, Logs
+from topd_jax.training.logging import Clock, Logs, completion_rows
 from topd_jax.training.setup import Setup, load_setup, with_models
-from topd_jax.types import Trajectories
 
 
 def train(
@@ -272,7 +271,11 @@ class Run:
         )
         # What the teacher wrote beforehand is in its own files.
         if _is_due(step, settings.log.completions_every) and not packed:
-            self._log_completions(step, trajectories)
+            for line in completion_rows(
+                step, trajectories, teachers, self.setup.tokenizer.decode,
+                settings.log.completions,
+            ):  # fmt: skip
+                self.logs.write("completions", line)
         row = self.logs.later(step, metrics | extra, clock.times, started)
         if timed:
             row = self.logs.flush()
@@ -332,28 +335,6 @@ class Run:
             frozen=self.setup.frozen_fingerprint,
         )
         checkpoints.save(self.step, self.state, self.key, record)
-
-    def _log_completions(self, step: int, trajectories: Any) -> None:
-        if not isinstance(trajectories, Trajectories):
-            return
-        rows = hosts.on_host(trajectories)
-        decode, teachers = self.setup.tokenizer.decode, self.setup.teachers
-        size, count = len(rows.tokens), self.settings.log.completions
-        # Rows are ordered by teacher: from all over the batch, if several.
-        stride = size // max(count, 1) if len(teachers) > 1 else 1
-        names = [t.name for t in teachers for _ in range(t.prompts)]
-        for i in range(0, min(count * max(stride, 1), size), max(stride, 1)):
-            prompt = rows.prompt[i][rows.prompt_mask[i]].tolist()
-            tokens = rows.tokens[i][rows.mask[i]].tolist()
-            teacher = names[i * len(names) // size]
-            row = {
-                "step": step,
-                **({"teacher": teacher} if teacher else {}),
-                "prompt": decode(prompt),
-                "completion": decode(tokens),
-                "truncated": bool(rows.truncated[i]),
-            }
-            self.logs.write("completions", row)
 
     def _watch(self, step: int, trajectories: Any) -> None:
         """Give up, with the batch kept, after too many skipped updates."""
