@@ -65,6 +65,7 @@ setup(
             "nbformat",
             "ipykernel",
             "selenium",
+            "setuptools>=68",  # builds the archives that a test installs
         ],
         # CPU wheels where the index has them; elsewhere several GB.
         "parity": ["torch", "accelerate", "peft"],
