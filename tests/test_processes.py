@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from children import simulated
+from small_run import without_times
 
 from topd_jax.models import load
 from topd_jax.parallel import hosts
@@ -143,6 +144,22 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(
     whole = read_jsonl(alone / "evals.jsonl")[-1]
     again = read_jsonl(tmp_path / "evals.jsonl")[-1]
     assert again["reverse_kl"] == pytest.approx(whole["reverse_kl"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_all_go_back_to_the_same_checkpoint(world, tmp_path):
+    for first in (True, False):
+        for _, err, code in finish(begin(world, tmp_path, 2, devices=2)):
+            assert code == 0, err
+            assert ("6 is damaged: state/" in err) <= (not first)
+        assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+        if first:
+            before = without_times(tmp_path / "metrics.jsonl")
+            files = (tmp_path / "checkpoints" / "6" / "state").rglob("d/*")
+            max(files, key=lambda p: p.stat().st_size).write_bytes(b"")
+    assert without_times(tmp_path / "metrics.jsonl") == before
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"4", "6", "damaged-6"}
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -100,6 +101,17 @@ def meet(name: str) -> None:
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(number: int) -> int:
+    """Return the first process's number to every process.
+
+    Args:
+      number: of this process; below 2**31.
+    """
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def told_to_stop(step: int) -> bool:

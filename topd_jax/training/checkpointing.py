@@ -8,6 +8,7 @@ runs load it (:mod:`topd_jax.models.io.runs`). What is not trained is never
 saved.
 """
 
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +19,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from topd_jax.models import DecoderConfig
+from topd_jax.models.io import checksums
+from topd_jax.parallel import hosts
 from topd_jax.settings import flat
 from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
 
-# Of the record; other numbers are refused by name.
-FORMAT = 2
+# Of the record; other numbers are refused by name. 2 has no checksums.
+FORMAT = 3
+_READABLE = (2, FORMAT)
 # Settings that may differ between a run and its continuation: they change
 # what is logged, not what is computed.
 _FREE = (
@@ -57,16 +61,82 @@ class Checkpoints:
         """
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(
+                    # In the background, of the first process alone.
+                    post_finalization_callback=self._write_checksums
+                ),
             ),
+            # Not by the names that lie beside a checkpoint, unverified.
+            item_handlers={
+                checksums.STATE: ocp.StandardCheckpointHandler(),
+                checksums.RECORD: ocp.JsonCheckpointHandler(),
+            },
         )
+
+    def _write_checksums(self) -> None:
+        # Still under another name: checksums are committed with the rest.
+        (place,) = self._directory.glob(f"{self._saving}.*")
+        checksums.write_checksums(place)
 
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, or None."""
         return self._manager.latest_step()
+
+    def newest_intact(self, *, required: bool = True) -> int | None:
+        """Return the step of the newest checkpoint whose files are intact.
+
+        Newer, damaged ones are renamed to ``damaged-STEP``, so that their
+        steps can be saved again. The first process reads the files, and every
+        process must call this.
+
+        Args:
+          required: whether it is an error if there are checkpoints and none
+            is intact; if not, all of them are renamed.
+
+        Raises:
+          ValueError: naming every checkpoint's damage; nothing is renamed.
+        """
+        self.wait()
+        found, damage = -1, {}
+        if hosts.is_first():
+            for step in sorted(self._manager.all_steps(), reverse=True):
+                fault = checksums.find_damage(self._directory / str(step))
+                if not fault:
+                    found = step
+                    break
+                damage[step] = fault
+            if damage and found < 0 and required:
+                found = -2
+        found = hosts.from_first(found)
+        if found == -2:
+            told = "; ".join(f"{s}: {fault}" for s, fault in damage.items())
+            raise ValueError(
+                f"no checkpoint in {self._directory} is intact ({told}); put "
+                "one back from a backup, or remove the directory to train "
+                "from the start"
+            )
+        for step, fault in damage.items():
+            self._move_aside(step, fault)
+        hosts.meet("damaged checkpoints are moved")
+        self._manager.reload()
+        return None if found < 0 else found
+
+    def _move_aside(self, step: int, fault: str) -> None:
+        place = self._directory / str(step)
+        names = (f"damaged-{step}" + "-again" * n for n in itertools.count())
+        aside = next(
+            path for n in names if not (path := self._directory / n).exists()
+        )
+        place.rename(aside)
+        logging.warning(
+            "the checkpoint %s is damaged: %s; moved to %s", place, fault, aside
+        )
 
     def save(
         self, step: int, state: Any, key: jax.Array, record: dict[str, Any]
@@ -97,6 +167,8 @@ class Checkpoints:
                 lambda x: x if _is_shared(x) else jax.device_get(x), item
             )
         options = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+        self.wait()  # before the name that the one before is under changes
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -120,7 +192,7 @@ class Checkpoints:
         saved = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
-        if saved.get("format", 1) != FORMAT:
+        if saved.get("format", 1) not in _READABLE:
             raise ValueError(
                 f"the checkpoint {self._directory / str(step)} has format "
                 f"{saved.get('format', 1)} and this version of topd_jax reads "

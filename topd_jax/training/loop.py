@@ -147,7 +147,8 @@ class Run:
                 (runs.BEST, 1),
             )
         )
-        latest = self.checkpoints.latest()
+        latest = self.checkpoints.newest_intact()
+        self.best.newest_intact(required=False)
         self.step = 0 if latest is None else self._resume(latest)
         self.logs = Logs(
             workdir,

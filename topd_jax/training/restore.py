@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from topd_jax.models.io import runs
+from topd_jax.models.io import checksums, runs
 from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.pieces import describe
@@ -16,6 +16,12 @@ from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
 
 _FOLDERS = {"latest": runs.LATEST, "best": runs.BEST, "start": ""}
+# Of a damaged checkpoint.
+_WAYS_OUT = {
+    "latest": "resume the run, which goes back to an older one and repeats "
+    "its steps, or say --which best",
+    "best": "say --which latest",
+}
 
 
 def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
@@ -73,7 +79,8 @@ def load_student(
       (student, step it was saved at; 0 for the start).
 
     Raises:
-      ValueError: where there is no checkpoint, or it is another run's.
+      ValueError: where there is no checkpoint, or it is damaged or another
+        run's.
     """
     require_checkpoint(workdir, which)
     if which == "start":
@@ -81,6 +88,7 @@ def load_student(
     where = workdir / _FOLDERS[which]
     checkpoints = checkpointing.Checkpoints(where, settings.checkpoint.keep)
     step = checkpoints.latest()
+    checksums.require_intact(where / str(step), _WAYS_OUT[which])
     saved = checkpoints.record(step)
     checkpoints.close()
     checkpointing.require_same_run(

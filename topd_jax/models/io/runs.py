@@ -19,8 +19,10 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.io import checksums
 from topd_jax.models.io.weights import Placement, build
 from topd_jax.models.parameters import parameter_table
+from topd_jax.parallel import hosts
 
 # Folders of a work directory: "latest" and "best" on the command line.
 LATEST, BEST = "checkpoints", "best"
@@ -63,10 +65,12 @@ def run_decoder(
 
     Raises:
       ValueError: where there is no such checkpoint, naming those there are,
-        or it says too little of itself or holds only a part of its student.
+        or it is damaged, says too little of itself or holds only a part of
+        its student.
     """
     folder, step = _find(Path(source))
     where, dtype = folder / str(step), config.param_dtype
+    _require_intact(where, checksums.STATE)
     with _opened(folder) as manager:
         paths = _paths(manager, step, config, where)
 
@@ -87,6 +91,7 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
       ValueError: as there.
     """
     folder, step = _find(Path(source))
+    _require_intact(folder / str(step), checksums.RECORD)
     with _opened(folder) as manager:
         record = manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -101,6 +106,12 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
     return DecoderConfig.from_dict(record["student"])
 
 
+def _require_intact(where: Path, item: str) -> None:
+    if hosts.is_first():  # it ends the others
+        out = "resume its run, or give another checkpoint: WORKDIR/best"
+        checksums.require_intact(where, out, [item])
+
+
 def _opened(folder: Path) -> ocp.CheckpointManager:
     """Open checkpoints to read alone: nothing is saved, nothing is dropped."""
     process = jax.process_index()
@@ -113,8 +124,8 @@ def _opened(folder: Path) -> ocp.CheckpointManager:
             ),
         ),
         item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
-            "record": ocp.JsonCheckpointHandler(),
+            checksums.STATE: ocp.PyTreeCheckpointHandler(),
+            checksums.RECORD: ocp.JsonCheckpointHandler(),
         },
     )
 

@@ -1,0 +1,174 @@
+"""Storage that lies: damaged checkpoints and logs, and what becomes of runs."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small_run import assert_same_run, settings_with
+from small_step import assert_trees_equal
+
+from topd_jax.models import load
+from topd_jax.training import checkpointing, loop
+from topd_jax.training.checkpointing import Checkpoints
+
+SUMS = "SHA256SUMS"
+
+
+def state(value: float) -> dict:
+    return {"weights": jnp.full((40, 20), value), "step": jnp.int32(value)}
+
+
+def save(directory, *steps):
+    checkpoints = Checkpoints(directory, 3)
+    for step in steps:
+        record = checkpointing.record(
+            settings_with(), {"name": "opd"}, {}, {"next_index": step}, None
+        )
+        checkpoints.save(step, state(step), jax.random.key(step), record)
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Three checkpoints; read only."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save(directory, 2, 4, 6)
+    return directory
+
+
+def files_of(directory):
+    return sorted(p for p in directory.rglob("*") if p.is_file())
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x20
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, truncate, empty, lambda path: path.unlink()],
+    ids=["flip", "truncate", "empty", "delete"],
+)  # fmt: skip
+def test_every_file_is_verified_or_needed_by_nobody(
+    saved, tmp_path, damage, caplog
+):
+    names = [p.relative_to(saved / "6") for p in files_of(saved / "6")]
+    assert len(names) > 10
+    needed_by_nobody = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+    for number, name in enumerate(names):
+        directory = tmp_path / str(number)
+        shutil.copytree(saved, directory)
+        damage(directory / "6" / name)
+        checkpoints = Checkpoints(directory, 3)
+        caplog.clear()
+        step = checkpoints.newest_intact()
+        assert step == checkpoints.latest()
+        if str(name) in needed_by_nobody:
+            assert step == 6 and "is damaged" not in caplog.text
+        else:
+            assert step == 4, name
+            assert f"{directory}/6 is damaged: " in caplog.text
+            assert f"moved to {directory}/damaged-6" in caplog.text
+            # A changed list accuses the file that it no longer describes.
+            assert str(name) in caplog.text or (name.name == SUMS)
+        restored, key = checkpoints.restore(step, state(0))
+        assert_trees_equal(restored, state(step))
+        assert jax.random.key_data(key).tolist() == [0, step]
+        assert checkpoints.record(step)["data"] == {"next_index": step}
+        checkpoints.close()
+        save(directory, 6)
+        assert Checkpoints(directory, 3).newest_intact() == 6
+
+
+def test_damaged_checkpoints_are_named_and_moved_only_if_one_is_intact(
+    saved, tmp_path, caplog
+):
+    shutil.copytree(saved, tmp_path / "run")
+    for step in ("4", "6"):
+        empty(tmp_path / "run" / step / "record" / "metadata")
+    assert Checkpoints(tmp_path / "run", 3).newest_intact() == 2
+    save(tmp_path / "run", 4, 6)
+    empty(tmp_path / "run" / "6" / SUMS)
+    assert Checkpoints(tmp_path / "run", 3).newest_intact() == 4
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"2", "4", "damaged-4", "damaged-6", "damaged-6-again"}
+    for step in ("2", "4"):
+        shutil.rmtree(tmp_path / "run" / step / "state")
+    checkpoints = Checkpoints(tmp_path / "run", 3)
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint in .*/run is intact \(4: state/_.* is missing; "
+        r"2: state/_.*\); put one back .* or remove the directory",
+    ):
+        checkpoints.newest_intact()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == names
+    assert checkpoints.newest_intact(required=False) is None
+
+
+def test_one_without_checksums_is_older_or_damaged(saved, tmp_path, caplog):
+    shutil.copytree(saved, tmp_path / "run")
+    record = tmp_path / "run" / "6" / "record" / "metadata"
+    older = json.loads(record.read_text()) | {"format": 2}
+    record.write_text(json.dumps(older))
+    (tmp_path / "run" / "6" / SUMS).unlink()
+    checkpoints = Checkpoints(tmp_path / "run", 3)
+    assert checkpoints.newest_intact() == 6
+    assert "6 has no checksums, as older versions wrote it" in caplog.text
+    assert checkpoints.record(6)["format"] == 2
+    record.write_text("{")
+    assert checkpoints.newest_intact() == 4
+
+
+# --- runs, and who reads them ---------------------------------------------
+
+
+def data_file(checkpoint):
+    """The largest file: arrays."""
+    return max(files_of(checkpoint), key=lambda p: p.stat().st_size)
+
+
+def test_a_run_repeats_the_steps_of_a_damaged_checkpoint(
+    trained, world_cache, tmp_path, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    flip(data_file(run / "checkpoints" / "6"))
+    flip(data_file(next((run / "best").iterdir())))
+    loop.train(settings_with(world_cache), run)
+    assert caplog.text.count(" is damaged: state/") == 2
+    assert_same_run(trained, run)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {
+        "4", "6", "damaged-6"
+    }  # fmt: skip
+
+
+def test_readers_refuse_a_damaged_checkpoint(
+    trained, tmp_path, small_arguments, refused
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    flip(data_file(run / "checkpoints" / "6"))
+    line = refused("eval", *small_arguments, f"--workdir={run}")
+    assert f"checkpoint {run}/checkpoints/6 is damaged: state/" in line
+    assert "resume the run" in line and line.endswith("or say --which best")
+    (best,) = (run / "best").iterdir()
+    flip(data_file(best))
+    line = refused("eval", *small_arguments, f"--workdir={run}", "--which=best")
+    assert f"{best} is damaged" in line and line.endswith("say --which latest")
+    with pytest.raises(ValueError, match=r"6 is damaged: state/.* resume its"):
+        load(run)
+    flip(run / "checkpoints" / "6" / "record" / "metadata")
+    with pytest.raises(ValueError, match=r"6 is damaged: record/metadata dif"):
+        load(run)
+    assert not list(run.glob("*/damaged*")), "a reader moves nothing"

@@ -1,0 +1,117 @@
+"""Checksums of a checkpoint's files, written before it is committed.
+
+orbax does not notice a flipped byte in an array. ``SHA256SUMS`` lies in the
+checkpoint's directory in the format of coreutils, so that ``sha256sum --check
+SHA256SUMS`` there verifies it too. The two files of orbax that are written
+later, beside it, are needed by nobody.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from absl import logging
+
+NAME = "SHA256SUMS"
+# The items of a checkpoint: folders of its directory.
+STATE, RECORD = "state", "record"
+# The first format of a record whose checkpoint has checksums.
+_FORMAT = 3
+_THREADS = 8  # files read at a time
+
+
+def write_checksums(directory: Path) -> None:
+    """Write the checksums of every file of a checkpoint.
+
+    Args:
+      directory: of one step, before it gets its final name.
+    """
+    hashes = _hashes(directory, _files(directory, (STATE, RECORD)))
+    lines = (f"{digest}  {name}\n" for name, digest in hashes.items())
+    (directory / NAME).write_text("".join(lines))
+
+
+def find_damage(
+    directory: Path, items: Iterable[str] = (STATE, RECORD)
+) -> str | None:
+    """Compare the files of a checkpoint with their checksums.
+
+    A checkpoint from before checksums is taken as it is, with a warning.
+
+    Args:
+      directory: of one step.
+      items: whose files are read.
+
+    Returns:
+      A file that is missing, unexpected or different, and which of these it
+      is; None if there is no such file.
+    """
+    if not (directory / NAME).is_file():
+        if _format(directory) >= _FORMAT:
+            return f"{NAME} is missing"
+        logging.warning(
+            "the checkpoint %s has no checksums, as older versions wrote it: "
+            "whether its files are intact is not known", directory,
+        )  # fmt: skip
+        return None
+    text = (directory / NAME).read_bytes().decode(errors="replace")
+    lines = (line.partition("  ") for line in text.splitlines())
+    known = {name: digest for digest, _, name in lines}
+    items = tuple(items)
+    wanted = {name for name in known if name.startswith(items)}
+    there = set(_files(directory, items))
+    for name in sorted(wanted ^ there):
+        return f"{name} is {'missing' if name in wanted else f'not in {NAME}'}"
+    for name, digest in _hashes(directory, sorted(there)).items():
+        if digest != known[name]:
+            return f"{name} differs from its checksum in {NAME}"
+    return None
+
+
+def require_intact(
+    directory: Path, out: str, items: Iterable[str] = (STATE, RECORD)
+) -> None:
+    """Refuse a damaged checkpoint.
+
+    Args:
+      directory: of one step.
+      out: the way out, for the error.
+      items: whose files are read.
+
+    Raises:
+      ValueError: naming the file, what is wrong with it, and the way out.
+    """
+    damage = find_damage(directory, items)
+    if damage:
+        raise ValueError(
+            f"the checkpoint {directory} is damaged: {damage}; {out}"
+        )
+
+
+def _files(directory: Path, items: Iterable[str]) -> list[str]:
+    return sorted(
+        path.relative_to(directory).as_posix()
+        for item in items
+        for path in (directory / item).rglob("*")
+        if path.is_file()
+    )
+
+
+def _hashes(directory: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (directory / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _format(directory: Path) -> int:
+    """Return the format that a record names; that of today if it is unread."""
+    try:
+        record = json.loads((directory / RECORD / "metadata").read_bytes())
+        return record.get("format", 1)
+    except (OSError, ValueError, AttributeError):
+        return _FORMAT
