@@ -12,6 +12,7 @@ from small_step import assert_trees_equal
 from topd_jax.models import load
 from topd_jax.training import checkpointing, loop
 from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.logging import read_jsonl
 
 SUMS = "SHA256SUMS"
 
@@ -151,6 +152,22 @@ def test_a_run_repeats_the_steps_of_a_damaged_checkpoint(
     assert {p.name for p in (run / "checkpoints").iterdir()} == {
         "4", "6", "damaged-6"
     }  # fmt: skip
+
+
+def test_a_run_resumes_without_its_logs_or_with_garbage_in_them(
+    trained, world_cache, tmp_path, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for name in ("evals", "problems", "completions"):
+        (run / f"{name}.jsonl").unlink()
+    with (run / "metrics.jsonl").open("ab") as log:
+        log.write(b"\xff\x00\n[]\n")
+    final = loop.train(settings_with(world_cache), run)
+    assert final == read_jsonl(trained / "evals.jsonl")[-1]
+    assert f"{run}/metrics.jsonl: dropped 2 damaged line(s)" in caplog.text
+    kept = (run / "metrics.jsonl").read_bytes()
+    assert kept == (trained / "metrics.jsonl").read_bytes()
 
 
 def test_readers_refuse_a_damaged_checkpoint(

@@ -60,13 +60,13 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
 
-    def full(self: Path, text: str, **_: object) -> None:
-        with self.open("w") as file:
-            file.write(text[:3])
+    def full(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[:3])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
             cut_log(path, 1)
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
@@ -75,11 +75,43 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_line_that_is_not_json_is_named(tmp_path):
+GARBAGE = {
+    b"\x00\x93\xff\x07": "is not JSON",
+    '{"step": 2, "text": "é"}'.encode()[:-3]: "is not JSON",
+    b'{"step": 2, "lo': "is not JSON",
+    b"nonsense": "is not JSON",
+    b"[1, 2]": "is not a JSON object",
+    b"3": "is not a JSON object",
+    b'{"loss": 2.0}': 'has no "step" of type int',
+    b'{"step": "2"}': 'has no "step" of type int',
+}
+
+
+def test_resuming_drops_garbage_and_says_so(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    rows = [b'{"step": 1}', *GARBAGE, b"", b'{"step": 2}', b'{"step": 3}']
+    path.write_bytes(b"\n".join(rows))
+    cut_log(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    (told,) = caplog.messages
+    assert told == f"{path}: dropped {len(GARBAGE)} damaged line(s)"
+    cut_log(path, 1)
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(("line", "said"), GARBAGE.items())
+def test_readers_name_the_line_that_is_garbage(tmp_path, line, said):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl line 3 {said}.*rem"):
+        read_jsonl(path, fields={"step": int})
+
+
+def test_a_last_line_may_be_half_written(tmp_path):
     path = tmp_path / "record.jsonl"
-    path.write_text('{"a": 1}\n\n{"a": \n{"a": 2}\n')
-    with pytest.raises(ValueError, match=r"record\.jsonl line 3 is not JSON"):
-        read_jsonl(path)
-    path.write_text('{"a": 1}\n{"a": ')
+    path.write_bytes('{"a": 1}\n{"a": "é'.encode()[:-1])
     assert read_jsonl(path, torn=True) == [{"a": 1}]
+    with pytest.raises(ValueError, match="record.jsonl line 2 is not JSON"):
+        read_jsonl(path)
     assert read_jsonl(tmp_path / "none.jsonl") == []

@@ -183,7 +183,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert "is not JSON" in refused(one)
     (one / "eval-best.json").unlink()
     (one / "evals.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
-    assert "evals.jsonl: record 2 has no step" in refused(one)
+    assert 'evals.jsonl line 2 has no "step"' in refused(one)
     (one / "evals.jsonl").write_text("nonsense\n")
     assert "evals.jsonl line 1 is not JSON" in refused(one)
 

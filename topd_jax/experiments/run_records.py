@@ -53,7 +53,9 @@ def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
             f"no directory at {workdir}; give the --workdir of topd train"
         )
     logs = {
-        log: _read_log(workdir / f"{log}.jsonl")
+        log: read_jsonl(
+            workdir / f"{log}.jsonl", torn=True, fields={"step": int}
+        )
         for log in ("metrics", "evals", "completions", "problems")
     }
     path = workdir / SETTINGS
@@ -72,17 +74,6 @@ def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
         },
         **logs,
     )
-
-
-def _read_log(path: pathlib.Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(path, torn=True)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(
-                f"{path}: record {number} has no step; topd train writes one "
-                "on every line: remove the line"
-            )
-    return rows
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from topd_jax.training.setup import Setup, load_setup
 
 # What the runs of a sweep may differ in: models and problems are shared.
 _SECTIONS = ("offline", "optimizer", "rollout", "train")
+# Of a line of the record: the run that it is of.
+_KEY = {"name": str, "fingerprint": str}
 
 
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     runs = {(name, _mark(run)): run for name, run in _runs(settings)}
     record = workdir / "record.jsonl"
     workdir.mkdir(parents=True, exist_ok=True)
-    recorded = {_key(row) for row in read_jsonl(record)}
+    recorded = {_key(row) for row in read_jsonl(record, fields=_KEY)}
     missing = {key: run for key, run in runs.items() if key not in recorded}
     logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),
                  len(runs))  # fmt: skip

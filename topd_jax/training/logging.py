@@ -9,10 +9,12 @@ import math
 import os
 import pathlib
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from tensorboardX import SummaryWriter
 
 from topd_jax.evaluation.metrics import read_metrics
@@ -221,28 +223,35 @@ def completion_rows(
 def cut_log(path: pathlib.Path, step: int) -> None:
     """Drop the lines of a JSONL log that are past a step.
 
+    Damaged lines, and one that was cut off while it was written, are dropped
+    too, with a warning.
+
     Args:
       path: the log; nothing happens where it does not exist.
-      step: the checkpoint's step; a line's own is its field "step". A line
-        that was cut off while it was written is dropped too.
+      step: the checkpoint's step; a line's own is its field "step".
     """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    kept, damaged = [], 0
+    for line in lines:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
+            if _read_row(line, {"step": int})["step"] <= step:
+                kept.append(line + b"\n")
+        except ValueError:
+            damaged += 1
+    if damaged:
+        logging.warning("%s: dropped %d damaged line(s)", path, damaged)
     fresh = path.with_suffix(path.suffix + ".new")
-    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.write_bytes(b"".join(kept))
     fresh.replace(path)
 
 
 def read_jsonl(
-    path: pathlib.Path, *, torn: bool = False
+    path: pathlib.Path,
+    *,
+    torn: bool = False,
+    fields: Mapping[str, type] = types.MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Read the lines of a JSONL file; [] where it does not exist.
 
@@ -250,9 +259,10 @@ def read_jsonl(
       path: of the file.
       torn: whether to pass over a last line without its end, as one who
         reads while another writes has to.
+      fields: that every line has, with their types.
 
     Raises:
-      ValueError: naming the file and the line that is not JSON.
+      ValueError: naming the file and the line that is no such JSON object.
     """
     if not path.exists():
         return []
@@ -261,14 +271,26 @@ def read_jsonl(
     text = path.read_bytes()
     if torn:
         text = text[: text.rfind(b"\n") + 1]
-    lines = text.decode("utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(_read_row(line, fields))
+        except ValueError as error:
             raise ValueError(
-                f"{path} line {number} is not JSON ({error}); remove the line"
+                f"{path} line {number} {error}; remove the line"
             ) from error
     return rows
+
+
+def _read_row(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    for name, kind in fields.items():
+        if not isinstance(row.get(name), kind):
+            raise ValueError(f'has no "{name}" of type {kind.__name__}')
+    return row
