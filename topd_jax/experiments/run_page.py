@@ -99,7 +99,9 @@ def state_of(run: RunRecords) -> str:
     settings = flat(run.settings)
     step = max((r["step"] for r in (*run.metrics, *run.evals)), default=0)
     steps = settings.get("train.steps")
-    finished = any(r.get("final") for r in run.evals)
+    finished = any(
+        r.get("final") and r["step"] >= (steps or 0) for r in run.evals
+    )
     return ", ".join(
         [
             *([str(settings["objective"])] if "objective" in settings else []),

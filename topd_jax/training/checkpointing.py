@@ -34,11 +34,12 @@ _FREE = (
     *NO_IDENTITY,
 )
 # Settings that may change when a run is resumed, with a line in the log: the
-# ways out of an unstable run.
+# ways out of an unstable run, and its length. So may the floors of losses.
 MAY_CHANGE = (
     "optimizer.learning_rate",
     "optimizer.end_learning_rate",
     "optimizer.clip",
+    "train.steps",
     "train.max_skipped",
     "train.chunk_size",
     "rollout.sharding",
@@ -305,6 +306,12 @@ def record(
     } | shape
 
 
+def _may_change(name: str) -> bool:
+    return name in MAY_CHANGE or (
+        name.startswith("objective.") and name.endswith(".log_floor")
+    )
+
+
 def require_same_run(
     saved: dict[str, Any],
     settings: Settings,
@@ -337,7 +344,9 @@ def require_same_run(
     now = flat(settings.to_dict())
     for tree, known in ((saved["objective"], before), (objective, now)):
         known.pop("objective", None)  # one objective has several spellings
-        known |= flat({"objective": tree})
+        # A function has its name under "" where options are beside it.
+        options = flat({"objective": tree}).items()
+        known |= {name.rstrip("."): value for name, value in options}
     differing = {
         name: f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())
@@ -346,7 +355,7 @@ def require_same_run(
             name == f or name.startswith(f + ".") for f in (*_FREE, *free)
         )
     }
-    changed = [differing.pop(n) for n in MAY_CHANGE if n in differing]
+    changed = [differing.pop(n) for n in tuple(differing) if _may_change(n)]
     if differing:
         raise ValueError(
             f"the checkpoint in {where} belongs to a run with other settings "

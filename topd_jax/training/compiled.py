@@ -55,10 +55,33 @@ class Compiled(NamedTuple):
     statistics: Callable[..., Metrics]
 
 
+def make_schedule(
+    settings: OptimizerSettings, steps: int | None
+) -> optax.Schedule:
+    """Make the learning rate: linear warm-up, then cosine decay (App. B).
+
+    Args:
+      settings: rates and warm-up.
+      steps: length of the run; None keeps the rate where it is.
+
+    Returns:
+      updates made so far -> rate of the next one.
+    """
+    if steps is None:
+        return optax.constant_schedule(settings.learning_rate)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=max(round(settings.warmup_fraction * steps), 1),
+        decay_steps=max(steps, 2),
+        end_value=settings.end_learning_rate,
+    )
+
+
 def make_optimizer(
     settings: OptimizerSettings, steps: int | None
 ) -> optax.GradientTransformation:
-    """Make AdamW with clipping, linear warm-up and cosine decay (App. B).
+    """Make AdamW with clipping and :func:`make_schedule` (App. B).
 
     Args:
       settings: rates and betas.
@@ -67,19 +90,10 @@ def make_optimizer(
     Returns:
       The transformation.
     """
-    schedule = optax.constant_schedule(settings.learning_rate)
-    if steps is not None:
-        schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=settings.learning_rate,
-            warmup_steps=max(round(settings.warmup_fraction * steps), 1),
-            decay_steps=max(steps, 2),
-            end_value=settings.end_learning_rate,
-        )
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(
-            schedule,
+            make_schedule(settings, steps),
             b1=settings.beta1,
             b2=settings.beta2,
             eps=settings.eps,

@@ -26,7 +26,7 @@ from topd_jax.objectives.loading import make_objective, parse
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
 from topd_jax.parallel import batches, hosts
-from topd_jax.training import checkpointing
+from topd_jax.training import checkpointing, recovery
 from topd_jax.training.compiled import (
     compile_step,
     initial_state,
@@ -170,12 +170,14 @@ class Run:
 
     def _resume(self, step: int) -> int:
         saved = self.checkpoints.record(step)
+        where = self.workdir / runs.LATEST
+        recovery.require_steps(self.settings, step, where)
         checkpointing.require_same_run(
             saved,
             self.settings,
             describe(self.objective),
             self.setup.teacher_fingerprints,
-            str(self.workdir / runs.LATEST),
+            str(where),
             frozen=self.setup.frozen_fingerprint,
         )
         like = jax.tree.map(
@@ -187,6 +189,7 @@ class Run:
         self.state = None  # never two states on the devices
         self.state, self.key = self.checkpoints.restore(step, like)
         self.data.set_state(saved["data"])
+        recovery.tell_schedule(saved, self.settings, self.state)
         return step
 
     @property
@@ -302,7 +305,9 @@ class Run:
 
     def _finished(self) -> dict[str, Any] | None:
         """Return the final evaluation of a finished run that is rerun."""
-        return next((r for r in self.logs.evals if r["final"]), None)
+        # A run that was made longer has one of its earlier end too.
+        ends = (r for r in self.logs.evals if r["final"])
+        return next((r for r in ends if r["step"] == self.step), None)
 
     def evaluate(self, final: bool = False) -> dict[str, Any]:
         """Evaluate the student as it is, and log the result."""
@@ -313,7 +318,8 @@ class Run:
             final=final,
             keep=self.settings.log.problems,
         )
-        best = all(better(row, r) for r in self.logs.evals)
+        others = (r for r in self.logs.evals if not r["final"])
+        best = all(better(row, r) for r in others)
         self.logs.write("evals", row)
         for problem in problems:
             self.logs.write("problems", problem)
