@@ -110,14 +110,13 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert logged or name == "completions"
 
 
-def saved_arrays(workdir: Path) -> tuple[dict[str, np.ndarray], int]:
+def saved_arrays(
+    workdir: Path, folder: str = "checkpoints"
+) -> tuple[dict[str, np.ndarray], int]:
     """All that the latest checkpoint holds by its path, and its step."""
-    step = max(
-        int(p.name)
-        for p in (workdir / "checkpoints").iterdir()
-        if p.name.isdigit()
-    )
-    state = (workdir / "checkpoints" / str(step) / "state").absolute()
+    steps = (workdir / folder).iterdir()
+    step = max(int(p.name) for p in steps if p.name.isdigit())
+    state = (workdir / folder / str(step) / "state").absolute()
     with ocp.PyTreeCheckpointer() as reader:
         leaves = jax.tree_util.tree_leaves_with_path(reader.restore(state))
     names = jax.tree_util.keystr

@@ -8,15 +8,21 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from topd_jax.training.config import GuardSettings
 from topd_jax.training.logging import Logs, cut_log, read_jsonl
+from topd_jax.training.watch import Watch
 
 METRICS = {"num_tokens": (jnp.float32(6.0), jnp.float32(1.0))}
+
+
+def watch():
+    return Watch(GuardSettings(), max_skipped=10)
 
 
 def test_seconds_are_those_of_the_step_that_they_stand_at(
     tmp_path, monkeypatch
 ):
-    logs = Logs(tmp_path, step=-1, tensorboard=False)
+    logs = Logs(tmp_path, step=-1, tensorboard=False, watch=watch())
     times = {"seconds_statistics": 0.5}
     clock = iter((13.0, 14.0, 37.0))  # when the metrics of each are known
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
@@ -30,18 +36,18 @@ def test_seconds_are_those_of_the_step_that_they_stand_at(
     assert [r["rate_tokens"] for r in rows] == pytest.approx([2.0, 6.0, 2.4])
 
 
-def test_the_longest_row_of_skipped_updates_is_counted(tmp_path):
-    logs = Logs(tmp_path, step=-1, tensorboard=False, every=4)
-    counts = []
+def test_the_metrics_of_every_step_are_watched(tmp_path):
+    logs = Logs(tmp_path, step=-1, tensorboard=False, every=4, watch=watch())
     for step, skipped in enumerate([1, 0, 1, 1, 0, 1, 0, 0], start=1):
         metrics = METRICS | {"skipped": (jnp.float32(skipped), jnp.ones(()))}
         logs.later(step, metrics, {}, 0.0)
-        logs.flush()
-        counts.append(logs.skipped)
     logs.close()
-    assert counts == [1, 1, 1, 2, 2, 2, 2, 2]
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in rows] == [4, 8]
+    alarms = read_jsonl(tmp_path / "alarms.jsonl")
+    assert [(r["step"], r["alarm"]) for r in alarms] == [
+        (step, "non_finite") for step in (1, 3, 4, 6)
+    ]
 
 
 def test_cutting_drops_later_and_torn_lines(tmp_path):

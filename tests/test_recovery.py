@@ -2,8 +2,16 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
-from small_run import assert_same_run, changed, interrupted, settings_with
+from small_run import (
+    assert_same_run,
+    changed,
+    interrupted,
+    saved_arrays,
+    settings_with,
+)
+from small_step import assert_trees_equal
 
 from topd_jax.training import loop, recovery
 from topd_jax.training.logging import read_jsonl
@@ -86,3 +94,111 @@ def test_a_floor_may_change(settings, setup, tmp_path, caplog):
         {"settings": deeper.to_dict()}, deeper,
         run_in(deeper, tmp_path, setup).state,
     ) == ""  # fmt: skip
+
+
+# --- rolled back ----------------------------------------------------------
+
+
+def breaking(run, steps, tries=1):
+    """Let the updates of these steps fail until a run has rolled back."""
+    train_step = run.compiled.train_step
+
+    def step(state, *arguments):
+        state, metrics = train_step(state, *arguments)
+        if int(state.step) in steps and run.rollbacks < tries:
+            metrics |= {"skipped": (jnp.ones(()), jnp.ones(()))}
+        return state, metrics
+
+    run.compiled = run.compiled._replace(train_step=step)
+    return run
+
+
+@pytest.fixture(scope="module")
+def strict(settings):
+    """Two skipped updates are too many; evaluations on the way."""
+    settings = changed(settings, "train", max_skipped=1, steps=8)
+    return changed(settings, "eval", every=3)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(strict, setup, tmp_path_factory):
+    """A run whose steps 5 and 6 fail once, and one that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("rolled-back")
+    breaking(run_in(strict, folder / "one", setup), {5, 6}).train()
+    run_in(strict, folder / "plain", setup).train()
+    return folder
+
+
+def test_skipped_updates_roll_a_run_back(rolled_back, capsys):
+    one, plain = (
+        read_jsonl(rolled_back / name / "metrics.jsonl")
+        for name in ("one", "plain")
+    )
+    assert [r["step"] for r in one] == [*range(1, 9)]
+    losses, same = ([r["loss"] for r in rows] for rows in (one, plain))
+    # From the checkpoint of step 4 on everything is other than before.
+    assert losses[:4] == same[:4]
+    assert not set(losses[4:]) & set(same[4:])
+    assert not any(r["skipped"] for r in one)
+    evals = read_jsonl(rolled_back / "one" / "evals.jsonl")
+    assert [r["step"] for r in evals] == [0, 3, 6, 8]
+    (alarm,) = read_jsonl(rolled_back / "one" / "alarms.jsonl")
+    assert alarm == {
+        "step": 5, "alarm": "rollback", "text": "to step 4, from the 2 "
+        "skipped updates up to step 6",
+    }  # fmt: skip
+    assert (rolled_back / "one" / "dumps" / "5-non_finite").is_dir()
+    assert not (rolled_back / "plain" / "dumps").exists()
+
+
+@pytest.mark.parametrize(("at", "after"), [(6, 0), (6, 1), (8, 1)])
+def test_a_run_that_is_stopped_about_a_roll_back_ends_with_the_same_bits(
+    rolled_back, strict, setup, tmp_path, monkeypatch, at, after
+):
+    plain = loop.Run._one_step
+
+    def stopping(self, step):
+        if step == at and self.rollbacks == after:
+            raise KeyboardInterrupt
+        return plain(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_one_step", stopping)
+        run = breaking(run_in(strict, tmp_path, setup), {5, 6})
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    run.checkpoints.wait()
+    run = run_in(strict, tmp_path, setup)
+    assert run.rollbacks == (at == 8)
+    breaking(run, {5, 6}).train()
+    assert_same_run(rolled_back / "one", tmp_path)
+    assert read_jsonl(tmp_path / "alarms.jsonl") == read_jsonl(
+        rolled_back / "one" / "alarms.jsonl"
+    )
+    (best, step), (other, at) = (
+        saved_arrays(workdir, "best")
+        for workdir in (rolled_back / "one", tmp_path)
+    )
+    assert step == at
+    assert_trees_equal(best, other)
+
+
+def test_a_run_that_roll_backs_do_not_help_is_given_up(
+    strict, setup, tmp_path, capsys
+):
+    run = breaking(run_in(strict, tmp_path, setup), {5, 6}, tries=2)
+    with pytest.raises(FloatingPointError) as error:
+        run.train()
+    assert str(error.value) == (
+        "2 updates in a row had a non-finite loss or gradient, more than "
+        "train.max_skipped=1, also after 1 roll-back(s); topd replay "
+        f"{tmp_path}/dumps/6-given_up shows where it began; resume with a "
+        "lower optimizer.learning_rate or optimizer.clip"
+    )
+    said = capsys.readouterr().err
+    assert said.count("topd: rolled back to step 4, from the 2 skipped") == 1
+    assert said.count("topd: alarm non_finite at step 5: loss or gradient") == 2
+    run.checkpoints.wait()
+    # The advice can be followed.
+    lower = changed(strict, "optimizer", learning_rate=1e-4)
+    assert run_in(lower, tmp_path, setup).train()["step"] == 8

@@ -118,6 +118,40 @@ def distinct_ngrams(rows: list[list[int]], n: int = 3) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def repeated_tokens(
+    tokens: jax.Array, mask: jax.Array, longest: int = 32
+) -> jax.Array:
+    """Count tokens that continue a loop of their completion.
+
+    A token counts where it and the one before it are those of a period
+    earlier; a row's period is the one with the most of them.
+
+    Args:
+      tokens: i32[B, T].
+      mask: bool[B, T] tokens that exist, from the first of each row on.
+      longest: period, tokens.
+
+    Returns:
+      f32[] their number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loop = jnp.array([[7, 1, 2, 1, 2, 1, 2]])
+      >>> float(repeated_tokens(loop, loop > 0))
+      3.0
+    """
+    places = jnp.arange(tokens.shape[1])
+
+    def count(period: jax.Array) -> jax.Array:
+        same = tokens == jnp.roll(tokens, period, axis=1)
+        same &= mask & (places >= period)
+        pairs = same & jnp.roll(same, 1, axis=1) & (places > 0)
+        return jnp.sum(pairs, axis=1, dtype=jnp.float32)
+
+    counts = jax.lax.map(count, jnp.arange(1, longest + 1))
+    return jnp.sum(jnp.max(counts, axis=0))
+
+
 def read_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Wait for metrics and divide each sum by its count.
 
@@ -177,3 +211,15 @@ def accuracy(grades: list[bool] | None) -> dict[str, Any]:
         # One bit a problem, in order: paired comparisons need them.
         "grades": f"{int(bits, 2):0{-(-len(bits) // 4)}x}",
     }
+
+
+def better(row: dict[str, Any], than: dict[str, Any]) -> bool:
+    """Return whether an evaluation beats another: accuracy, else reverse KL.
+
+    Args:
+      row: an evaluation.
+      than: another one.
+    """
+    if row.get("exact_match") is not None:
+        return row["exact_match"] > than["exact_match"]
+    return row["reverse_kl"] < than["reverse_kl"]

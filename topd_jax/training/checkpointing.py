@@ -28,11 +28,11 @@ from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
 FORMAT = 3
 _READABLE = (2, FORMAT)
 # Settings that may differ between a run and its continuation: they change
-# what is logged, not what is computed.
+# what is logged or done in trouble, not what is computed.
 _FREE = (
-    *("log", "checkpoint", "sweep", "world.cache", "offline.shard_size"),
+    "log", "checkpoint", "guard", "sweep", "world.cache", "offline.shard_size",
     *NO_IDENTITY,
-)
+)  # fmt: skip
 # Settings that may change when a run is resumed, with a line in the log: the
 # ways out of an unstable run, and its length. So may the floors of losses.
 MAY_CHANGE = (
@@ -138,6 +138,12 @@ class Checkpoints:
         logging.warning(
             "the checkpoint %s is damaged: %s; moved to %s", place, fault, aside
         )
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints that are younger than a step."""
+        for saved in self._manager.all_steps():
+            if saved > step:
+                self._manager.delete(saved)
 
     def save(
         self, step: int, state: Any, key: jax.Array, record: dict[str, Any]

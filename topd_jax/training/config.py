@@ -71,8 +71,9 @@ class TrainSettings:
         choices=("on_policy", "offline"),
     )
     max_skipped: int = setting(
-        10, "non-finite updates in a row before giving up", least=0
-    )
+        10, "non-finite updates in a row before rolling back or giving up",
+        least=0,
+    )  # fmt: skip
     preflight: bool = setting(True, "topd doctor before the first step")
     compilation_cache: str = setting(
         "auto",
@@ -113,6 +114,34 @@ class CheckpointSettings:
 
     every: int = setting(50, "steps; 0: only at the end", least=0)
     keep: int = setting(2, "latest ones, beside the best", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardSettings:
+    """When numbers raise an alarm, and what a run that goes wrong may do."""
+
+    window: int = setting(
+        50,
+        "steps whose median is compared with: the last ones for loss and "
+        "gradient, the first ones for lengths, repetition and entropy",
+        least=2,
+        most=10_000,
+    )
+    factor: float = setting(
+        5.0, "above or below that median that is a spike or a collapse",
+        above=1, most=1e6,
+    )  # fmt: skip
+    rise: float = setting(
+        0.5, "share of truncated rows or repeated tokens above the median",
+        above=0, most=1,
+    )  # fmt: skip
+    rollbacks: int = setting(
+        1,
+        "after train.max_skipped, to the newest checkpoint, with other data "
+        "and keys: one tells a bad batch from bad settings; 0: never",
+        least=0,
+    )
+    dumps: int = setting(2, "newest directories in dumps that stay", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +188,7 @@ class Settings:
     checkpoint: CheckpointSettings = dataclasses.field(
         default_factory=CheckpointSettings
     )
+    guard: GuardSettings = dataclasses.field(default_factory=GuardSettings)
     world: WorldSettings = dataclasses.field(default_factory=WorldSettings)
     sweep: SweepSettings = dataclasses.field(default_factory=SweepSettings)
 

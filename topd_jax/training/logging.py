@@ -19,10 +19,11 @@ from tensorboardX import SummaryWriter
 
 from topd_jax.evaluation.metrics import read_metrics
 from topd_jax.parallel import hosts
+from topd_jax.training.watch import Watch
 from topd_jax.types import Teacher, Trajectories
 
 # Logs of texts, which are no numbers for TensorBoard.
-_TEXTS = ("completions", "problems")
+_TEXTS = ("alarms", "completions", "problems")
 
 
 class Clock:
@@ -56,15 +57,15 @@ class Logs:
     """The log files of one run, written by the first process alone.
 
     ``metrics.jsonl`` has one line a logged step, ``evals.jsonl`` one an
-    evaluation, ``completions.jsonl`` one a completion, ``problems.jsonl`` one
-    a problem that an evaluation wrote down; ``tensorboard/`` has the numbers
-    again. Keys that begin with "seconds" or "rate" are times;
-    every other number is reproduced bit for bit by the same command.
+    evaluation, ``alarms.jsonl`` one an alarm, ``completions.jsonl`` one a
+    completion, ``problems.jsonl`` one a problem that an evaluation wrote down;
+    ``tensorboard/`` has the numbers again. Keys that begin with "seconds" or
+    "rate" are times; every other number is reproduced bit for bit by the same
+    command.
 
     Attributes:
       evals: the lines of ``evals.jsonl``, known to every process.
-      skipped: the most updates in a row that were left out because something
-        was not finite, up to the last known one.
+      watch: what judges the metrics of every step once they are known.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Logs:
         *,
         step: int,
         tensorboard: bool,
+        watch: Watch,
         every: int = 1,
     ) -> None:
         """Open the files, cut back to what happened up to ``step``.
@@ -81,6 +83,7 @@ class Logs:
           workdir: the run's directory; made where it is missing.
           step: the step the run goes on from, -1 for a fresh one.
           tensorboard: whether to write for TensorBoard too.
+          watch: of the run.
           every: steps between two lines of metrics.
         """
         workdir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ class Logs:
                 str(workdir / "tensorboard"), purge_step=step + 1
             )
         self._pending: tuple[int, dict, dict, float] | None = None
-        self.skipped, self._in_a_row, self._every = 0, 0, every
+        self.watch, self._every = watch, every
         self._known = -math.inf  # when the last step's numbers were there
 
     def later(
@@ -143,10 +146,11 @@ class Logs:
             "seconds": seconds,
             "rate_tokens": row["num_tokens"] / seconds,
         }
-        self._in_a_row = self._in_a_row + 1 if row.get("skipped") else 0
-        self.skipped = max(self.skipped, self._in_a_row)
         if step % self._every == 0:
             self.write("metrics", {"step": step, **row})
+        for alarm in self.watch.look(step, row):
+            line = {"step": step, "alarm": alarm.name, "text": alarm.text}
+            self.write("alarms", line)
         return row
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:

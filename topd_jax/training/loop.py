@@ -9,17 +9,16 @@ are cut back to the checkpoint.
 import json
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.packing import PackedRows
+from topd_jax.evaluation.metrics import better
 from topd_jax.models.io import runs
 from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective, parse
@@ -34,7 +33,9 @@ from topd_jax.training.compiled import (
 )
 from topd_jax.training.config import Settings, check_fits, settings_from
 from topd_jax.training.logging import Clock, Logs, completion_rows
+from topd_jax.training.recovery import say
 from topd_jax.training.setup import Setup, load_setup, with_models
+from topd_jax.training.watch import Watch
 
 
 def train(
@@ -131,6 +132,10 @@ class Run:
         self.data = setup.stream(settings)
         self.key = jax.random.key(settings.seed)
         self.state = initial_state(setup.student, optimizer, setup.mesh)
+        self.rollbacks, self.restart = 0, None
+        self.watch = Watch(settings.guard, settings.train.max_skipped)
+        # The last two steps': an alarm is known one step late.
+        self.batches: dict[int, Any] = {}
         self.compiled = compile_step(
             settings, self.objective, optimizer,
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
@@ -149,13 +154,10 @@ class Run:
         )
         latest = self.checkpoints.newest_intact()
         self.best.newest_intact(required=False)
-        self.step = 0 if latest is None else self._resume(latest)
-        self.logs = Logs(
-            workdir,
-            step=-1 if latest is None else latest,
-            every=settings.log.every,
-            tensorboard=settings.log.tensorboard,
-        )
+        self.step = 0
+        if latest is not None:
+            self.resume(latest)
+        self.logs = self.open_logs()
         self.evaluator = setup.evaluator(settings)
         self._record_settings()
 
@@ -168,7 +170,16 @@ class Run:
         tokenizer = self.setup.hub_tokenizer or self.setup.tokenizer
         tokenizer.save_pretrained(self.workdir / runs.TOKENIZER)
 
-    def _resume(self, step: int) -> int:
+    def open_logs(self) -> Logs:
+        """Open the logs, cut back to the step that the run goes on from."""
+        log = self.settings.log
+        return Logs(
+            self.workdir, step=self.step or -1, every=log.every,
+            tensorboard=log.tensorboard, watch=self.watch,
+        )  # fmt: skip
+
+    def resume(self, step: int, restart: dict[str, Any] | None = None) -> None:
+        """Take up a checkpoint; ``restart`` is of a roll-back."""
         saved = self.checkpoints.record(step)
         where = self.workdir / runs.LATEST
         recovery.require_steps(self.settings, step, where)
@@ -188,9 +199,15 @@ class Run:
         )
         self.state = None  # never two states on the devices
         self.state, self.key = self.checkpoints.restore(step, like)
-        self.data.set_state(saved["data"])
-        recovery.tell_schedule(saved, self.settings, self.state)
-        return step
+        self.step = step
+        recovery.take_up(self, saved, restart)
+
+    def repeat(self, last: int) -> None:
+        """Make and log the steps up to one; evaluate and save nothing."""
+        for step in range(self.step + 1, last + 1):
+            self._one_step(step)
+            self.step = step
+        self.logs.flush()
 
     @property
     def student(self) -> Any:
@@ -211,23 +228,28 @@ class Run:
         with jax.set_mesh(self.setup.mesh), bar:
             first, started = self.step + 1, time.perf_counter()
             if first <= steps:
-                _say(
+                say(
                     bar, "compiling rollout, score, train_step and evaluation; "
                     "later steps are fast",
                 )  # fmt: skip
             if self.step == 0:
                 self.evaluate()
-            for step in range(first, steps + 1):
+            while self.step < steps:
+                step = self.step + 1
                 row = self._one_step(step)
+                if recovery.attend(self):
+                    bar.n, first = self.step, None
+                    continue
                 bar.update()
                 if step == first:
                     jax.block_until_ready(self.state.step)
                     seconds = time.perf_counter() - started
-                    _say(bar, f"compiled, step {step} done in {seconds:.1f} s")
+                    say(bar, f"compiled, step {step} done in {seconds:.1f} s")
                 if row:
                     bar.set_postfix(
-                        loss=row["loss"], kl=row["divergence"], refresh=False
-                    )
+                        loss=row["loss"], kl=row["divergence"], refresh=False,
+                        **self.watch.counts,
+                    )  # fmt: skip
                 self.step, last = step, step == steps
                 if _is_due(step, settings.eval.every):
                     self.evaluate()
@@ -241,6 +263,10 @@ class Run:
         self._close()
         return final
 
+    def keys(self, step: int) -> jax.Array:
+        """Return the keys of a step's rollout and of its scores."""
+        return jax.random.split(jax.random.fold_in(self.key, step))
+
     def _one_step(self, step: int) -> dict[str, float] | None:
         """Dispatch a step; return the metrics of the one before."""
         settings, compiled = self.settings, self.compiled
@@ -249,9 +275,7 @@ class Run:
         if timed:  # its stages are waited for, so nothing else may be pending
             self.logs.flush()
         started, clock = time.perf_counter(), Clock(timed)
-        rollout_key, score_key = jax.random.split(
-            jax.random.fold_in(self.key, step)
-        )
+        rollout_key, score_key = self.keys(step)
         batch = next(self.data)
         packed = isinstance(batch, PackedRows)
         prompts = batches.place_rows(
@@ -283,7 +307,8 @@ class Run:
         row = self.logs.later(step, metrics | extra, clock.times, started)
         if timed:
             row = self.logs.flush()
-        self._watch(step, trajectories)
+        before = self.batches.get(step - 1)
+        self.batches = {step - 1: before, step: trajectories}
         return row
 
     def _stop(self) -> None:
@@ -293,9 +318,9 @@ class Run:
         """
         self.save()
         self._close()
-        _say(
-            tqdm, f"stopped by SIGTERM and saved after step {self.step}; "
-            "rerun the command to resume",
+        say(
+            tqdm, "stopped by SIGTERM and saved after step "
+            f"{self.checkpoints.latest() or 0}; rerun the command to resume",
         )  # fmt: skip
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -319,7 +344,8 @@ class Run:
             keep=self.settings.log.problems,
         )
         others = (r for r in self.logs.evals if not r["final"])
-        best = all(better(row, r) for r in others)
+        # After a roll-back there may be none.
+        best = self.best.latest() is None or all(better(row, r) for r in others)
         self.logs.write("evals", row)
         for problem in problems:
             self.logs.write("problems", problem)
@@ -328,9 +354,17 @@ class Run:
         return row
 
     def save(self) -> None:
-        """Save a checkpoint of the step that was just made."""
+        """Save a checkpoint of the step that was just made.
+
+        Not while updates are left out, before the end: what a run rolls back
+        to has made one.
+        """
         self.logs.sync()
+        recovery.tell(self)
+        if self.watch.in_a_row and self.step < self.settings.train.steps:
+            return
         self._save_to(self.checkpoints)
+        self.restart = None
 
     def _save_to(self, checkpoints: checkpointing.Checkpoints) -> None:
         record = checkpointing.record(
@@ -340,43 +374,9 @@ class Run:
             self.data.get_state(),
             self.shape,
             frozen=self.setup.frozen_fingerprint,
-        )
+        ) | {"guard": {"rollbacks": self.rollbacks, "watch": self.watch.state}}
         checkpoints.save(self.step, self.state, self.key, record)
-
-    def _watch(self, step: int, trajectories: Any) -> None:
-        """Give up, with the batch kept, after too many skipped updates."""
-        skipped, most = self.logs.skipped, self.settings.train.max_skipped
-        if skipped <= most:
-            return
-        path = self.workdir / f"skipped-{step}.npz"
-        batch = hosts.on_host(vars(trajectories))
-        if hosts.is_first():
-            np.savez(path, **batch)
-        self.logs.sync()
-        raise FloatingPointError(
-            f"{skipped} updates in a row had a non-finite loss or gradient, "
-            f"more than train.max_skipped={most}; the last batch is in {path}; "
-            "resume with a lower optimizer.learning_rate or optimizer.clip"
-        )
-
-
-def _say(bar: Any, text: str) -> None:
-    """Print one line above the progress bar, from the first process."""
-    if hosts.is_first():
-        bar.write(f"topd: {text}", file=sys.stderr)
 
 
 def _is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def better(row: dict[str, Any], than: dict[str, Any]) -> bool:
-    """Return whether an evaluation beats another: accuracy, else reverse KL.
-
-    Args:
-      row: an evaluation.
-      than: another one.
-    """
-    if row.get("exact_match") is not None:
-        return row["exact_match"] > than["exact_match"]
-    return row["reverse_kl"] < than["reverse_kl"]

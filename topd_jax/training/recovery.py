@@ -2,13 +2,17 @@
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
+import jax
 from absl import logging
+from tqdm import tqdm
 
 from topd_jax.parallel import hosts
 from topd_jax.training.compiled import make_schedule
 from topd_jax.training.config import OptimizerSettings, Settings
+from topd_jax.training.dumps import write_dump
 
 
 def require_steps(settings: Settings, step: int, where: pathlib.Path) -> None:
@@ -64,3 +68,96 @@ def tell_schedule(saved: dict[str, Any], settings: Settings, state: Any) -> str:
     )
     logging.warning("%s", line)
     return line
+
+
+def say(bar: Any, text: str) -> None:
+    """Print one line above the progress bar, from the first process."""
+    if hosts.is_first():
+        bar.write(f"topd: {text}", file=sys.stderr)
+
+
+def take_up(run: Any, saved: dict[str, Any], restart: Any = None) -> None:
+    """Go on from a checkpoint whose state has just been restored.
+
+    Args:
+      run: that resumes, or rolls back.
+      saved: the record of the checkpoint.
+      restart: of a roll-back: "rollbacks", how many with this one, and "data",
+        the position in the data to go on from.
+    """
+    guard = saved.get("guard", {"rollbacks": 0, "watch": None})
+    run.watch.set_state(guard["watch"])
+    run.rollbacks, run.restart = guard["rollbacks"], restart
+    if restart:
+        run.rollbacks = restart["rollbacks"]
+        # No step has such a number, so no key of a step comes twice.
+        run.key = jax.random.fold_in(run.key, 2**32 - run.rollbacks)
+    run.data.set_state((restart or saved)["data"])
+    tell_schedule(saved, run.settings, run.state)
+
+
+def attend(run: Any) -> bool:
+    """Tell of new alarms; after too many skipped updates roll back or give up.
+
+    Args:
+      run: that has just dispatched a step.
+
+    Returns:
+      Whether it was rolled back.
+
+    Raises:
+      FloatingPointError: where roll-backs do not help.
+    """
+    tell(run)
+    watch, guard = run.watch, run.settings.guard
+    if not watch.hopeless:
+        return False
+    if run.rollbacks < guard.rollbacks and run.checkpoints.latest():
+        _roll_back(run)
+        return True
+    path = write_dump(run, watch.last_skipped._replace(name="given_up"))
+    run.logs.sync()
+    most, tries = run.settings.train.max_skipped, run.rollbacks
+    raise FloatingPointError(
+        f"{most + 1} updates in a row had a non-finite loss or gradient, more "
+        f"than train.max_skipped={most}"
+        + f", also after {tries} roll-back(s)"
+        * bool(tries)
+        + f"; topd replay {path} shows where it began; resume with a lower "
+        "optimizer.learning_rate or optimizer.clip"
+    )
+
+
+def tell(run: Any) -> None:
+    """Print the first alarm of each name, and dump its step."""
+    fresh, run.watch.fresh = run.watch.fresh, []
+    for alarm in fresh:
+        path = write_dump(run, alarm)
+        say(
+            tqdm, f"alarm {alarm.name} at step {alarm.step}: {alarm.text}; "
+            f"topd replay {path} repeats it",
+        )  # fmt: skip
+
+
+def _roll_back(run: Any) -> None:
+    """Return to the newest checkpoint; go on with other data and keys.
+
+    A run that is killed and resumed makes the same steps, and so the same
+    roll-back, again.
+    """
+    alarm, most = run.watch.last_skipped, run.settings.train.max_skipped
+    run.logs.close()
+    run.checkpoints.wait()
+    # The data go on where they are.
+    restart = {"rollbacks": run.rollbacks + 1, "data": run.data.get_state()}
+    run.resume(run.checkpoints.latest(), restart)
+    # What later steps left is undone; the next evaluation is the best.
+    run.best.drop_after(run.step)
+    run.logs = run.open_logs()
+    text = (
+        f"to step {run.step}, from the {most + 1} skipped updates up to step "
+        f"{alarm.step}"
+    )
+    line = {"step": run.step + 1, "alarm": "rollback", "text": text}
+    run.logs.write("alarms", line)
+    say(tqdm, f"rolled back {text}; other data and keys follow")

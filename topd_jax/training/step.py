@@ -19,6 +19,7 @@ import optax
 from flax import struct
 
 from topd_jax.data.teachers import by_name, total_metrics
+from topd_jax.evaluation.metrics import repeated_tokens
 from topd_jax.models.lora import join, split
 from topd_jax.objectives.objective import Objective
 from topd_jax.parallel.layouts import loss_layout
@@ -288,6 +289,9 @@ def _metrics(
         "length_min": (jnp.min(lengths), one),
         "length_max": (jnp.max(lengths), one),
         "truncated": (jnp.sum(trajectories.truncated, dtype=jnp.float32), rows),
+        "repetition": (repeated_tokens(trajectories.tokens, mask), tokens),
+        # An estimate, of the distribution that the sampler drew from.
+        "rollout_entropy": (-jnp.sum(trajectories.logp), tokens),
         "num_tokens": (tokens, one),
     }
     if scored.candidates is not None:
