@@ -10,7 +10,8 @@ import pytest
 from small_run import changed, saved_arrays, settings_with
 from small_step import assert_trees_equal
 
-from topd_jax.training import restore
+from topd_jax.cli import main
+from topd_jax.training import loop, restore
 from topd_jax.training.checkpointing import Checkpoints, restore_student
 from topd_jax.training.setup import load_setup
 
@@ -66,6 +67,38 @@ def test_what_only_a_run_needs_may_differ_and_the_rest_not(
     named = dataclasses.replace(settings, objective="opd")
     with pytest.raises(ValueError, match="other settings .*objective"):
         restore.load_student(named, trained, setup, "latest")
+
+
+@pytest.mark.parametrize("which", ["latest", "best", "start"])
+def test_another_config_is_refused_before_anything_is_loaded(
+    trained, small_arguments, tmp_path, refused, monkeypatch, which
+):
+    def forbidden(*_):
+        raise AssertionError("loaded")
+
+    for module in (restore, loop):
+        monkeypatch.setattr(module, "load_setup", forbidden)
+    before = sorted(p.name for p in trained.iterdir())
+    run = [*small_arguments, f"--workdir={trained}"]
+    other = [*run, "--config.world.student_steps=4"]
+    commands = {
+        "eval": [], "sample": [], "inspect": [], "probe": [], "correct": [],
+        "export": [f"--output={tmp_path / 'out'}"],
+    }  # fmt: skip
+    for name, more in commands.items():
+        line = refused(name, *other, f"--which={which}", *more)
+        assert "world.student_steps: 3 there, 4 here" in line
+    assert "student_steps: 3 there" in refused("train", *other)
+    assert sorted(p.name for p in trained.iterdir()) == before
+    # The start of a run is that of its siblings too.
+    sibling = [
+        *run,
+        "--config.objective=opd",
+        "--config.seed=1",
+        "--which=start",
+    ]
+    with pytest.raises(AssertionError, match="loaded"):
+        main.run(["sample", *sibling])
 
 
 def test_a_run_without_a_checkpoint_is_refused(settings, setup, tmp_path):

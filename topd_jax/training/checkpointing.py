@@ -322,7 +322,7 @@ def require_same_run(
     saved: dict[str, Any],
     settings: Settings,
     objective: Any,
-    teachers: Mapping[str, str],
+    teachers: Mapping[str, str] | None,
     where: str,
     *,
     frozen: str = "",
@@ -334,7 +334,8 @@ def require_same_run(
       saved: the record of the checkpoint.
       settings: of the run that wants to continue it.
       objective: its description.
-      teachers: name -> fingerprint of its teachers.
+      teachers: name -> fingerprint of its teachers; None before models are
+        loaded, which compares settings alone.
       where: the checkpoint's directory, for the error.
       frozen: fingerprint of what its student does not train.
       free: sections that may differ besides those that change nothing: a
@@ -367,6 +368,8 @@ def require_same_run(
             f"the checkpoint in {where} belongs to a run with other settings "
             f"({'; '.join(differing.values())}){out}"
         )
+    if teachers is None:
+        return
     for line in changed:
         logging.warning("resumed with another setting: %s", line)
     there = saved["teachers"]

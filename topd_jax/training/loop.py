@@ -34,6 +34,7 @@ from topd_jax.training.compiled import (
 from topd_jax.training.config import Settings, check_fits, settings_from
 from topd_jax.training.logging import Clock, Logs, completion_rows
 from topd_jax.training.recovery import say
+from topd_jax.training.restore import require_same_settings
 from topd_jax.training.setup import Setup, load_setup, with_models
 from topd_jax.training.watch import Watch
 
@@ -72,6 +73,8 @@ def train(
     settings = config if isinstance(config, Settings) else settings_from(config)
     workdir = pathlib.Path(workdir)
     require_solutions(settings)
+    if objective is None:
+        require_same_settings(settings, workdir)
     setup = setup or load_setup(settings, workdir)
     if student is not None or teacher is not None:
         setup = with_models(setup, student=student, teacher=teacher)

@@ -22,6 +22,14 @@ _WAYS_OUT = {
     "its steps, or say --which best",
     "best": "say --which latest",
 }
+# What may differ between a run and one that reads its student: how that is
+# used, and of the start what changes it later.
+_USE = ("data", "rollout", "eval", "mesh")
+_FREE = {
+    "latest": _USE,
+    "best": _USE,
+    "start": (*_USE, "seed", "objective", "optimizer", "offline", "train"),
+}
 
 
 def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
@@ -41,6 +49,62 @@ def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
         )
 
 
+def require_same_settings(
+    settings: Settings, workdir: pathlib.Path, which: str = ""
+) -> None:
+    """Refuse the work directory of another run, before any model is made.
+
+    Args:
+      settings: of the run.
+      workdir: of the run; one without a checkpoint is anybody's, and whose a
+        damaged one is shows when it is loaded.
+      which: the student to read, "latest", "best" or "start", for which some
+        settings may differ; "" to train on.
+
+    Raises:
+      ValueError: naming every setting that differs.
+    """
+    where = workdir / (_FOLDERS.get(which) or runs.LATEST)
+    if checkpointing.has_steps(where):
+        _, saved = _newest(where, settings)
+        if saved is not None:
+            _require(saved, settings, where, _FREE.get(which, ()))
+
+
+def _newest(
+    where: pathlib.Path, settings: Settings
+) -> tuple[int, dict[str, Any] | None]:
+    """Return step and record of the newest checkpoint; None: it is damaged."""
+    checkpoints = checkpointing.Checkpoints(where, settings.checkpoint.keep)
+    step, saved = checkpoints.latest(), None
+    if not checksums.find_damage(where / str(step), [checksums.RECORD]):
+        saved = checkpoints.record(step)
+    checkpoints.close()
+    return step, saved
+
+
+def _require(
+    saved: dict[str, Any],
+    settings: Settings,
+    where: pathlib.Path,
+    free: tuple[str, ...],
+    setup: Setup | None = None,
+) -> None:
+    """Refuse another run's checkpoint; without a setup, by settings alone."""
+    checkpointing.require_same_run(
+        saved,
+        settings,
+        # An objective given in Python is known to its run alone.
+        saved["objective"]
+        if saved["settings"]["objective"] == settings.objective
+        else describe(make_objective(settings.objective)),
+        setup and setup.teacher_fingerprints,
+        str(where),
+        frozen=setup.frozen_fingerprint if setup else "",
+        free=free,
+    )
+
+
 @contextlib.contextmanager
 def open_run(
     settings: Settings, workdir: pathlib.Path, which: str
@@ -56,9 +120,11 @@ def open_run(
       (setup, student, step of the checkpoint).
 
     Raises:
-      ValueError: where there is no checkpoint, before models are loaded.
+      ValueError: where there is no checkpoint, or it is another run's, before
+        models are loaded.
     """
     require_checkpoint(workdir, which)
+    require_same_settings(settings, workdir, which)
     setup = load_setup(settings, workdir)
     with jax.set_mesh(setup.mesh):
         yield setup, *load_student(settings, workdir, setup, which)
@@ -86,23 +152,9 @@ def load_student(
     if which == "start":
         return setup.student, 0
     where = workdir / _FOLDERS[which]
-    checkpoints = checkpointing.Checkpoints(where, settings.checkpoint.keep)
-    step = checkpoints.latest()
+    step, saved = _newest(where, settings)
     checksums.require_intact(where / str(step), _WAYS_OUT[which])
-    saved = checkpoints.record(step)
-    checkpoints.close()
-    checkpointing.require_same_run(
-        saved,
-        settings,
-        # An objective given in Python is known to its run alone.
-        saved["objective"]
-        if saved["settings"]["objective"] == settings.objective
-        else describe(make_objective(settings.objective)),
-        setup.teacher_fingerprints,
-        str(where),
-        frozen=setup.frozen_fingerprint,
-        free=("data", "rollout", "eval", "mesh"),
-    )
+    _require(saved, settings, where, _FREE[which], setup)
     trained, frozen = split(setup.student)
     trained = checkpointing.restore_student(where, step, trained)
     return join(trained, frozen), step
