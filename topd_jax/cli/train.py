@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from topd_jax.cli.doctor.examine import preflight
-from topd_jax.parallel import hosts
+from topd_jax.parallel import hosts, lock
 from topd_jax.training import checkpointing, loop
 from topd_jax.training.config import Settings
 
@@ -36,9 +36,10 @@ def train(
     several = (coordinator, processes, process)
     if distributed or several != (None, None, None):
         hosts.start(*several, heartbeat_seconds=settings.train.heartbeat)
-    # A run that resumes has passed it.
-    fresh = not checkpointing.has_steps(workdir / "checkpoints")
-    setup = None
-    if settings.train.preflight and fresh:
-        setup = preflight(settings, workdir)
-    return loop.train(settings, workdir, setup=setup)
+    with lock.held(workdir):
+        # A run that resumes has passed it.
+        fresh = not checkpointing.has_steps(workdir / "checkpoints")
+        setup = None
+        if settings.train.preflight and fresh:
+            setup = preflight(settings, workdir)
+        return loop.train(settings, workdir, setup=setup)

@@ -21,6 +21,7 @@ from absl import logging
 from topd_jax.experiments.detectors import measure_detectors
 from topd_jax.experiments.records import append_row, machine
 from topd_jax.experiments.sweep_report import write_report
+from topd_jax.parallel import lock
 from topd_jax.training.config import Settings, settings_from
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.loop import Run
@@ -52,19 +53,19 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     # All of them are checked before the first one starts.
     runs = {(name, _mark(run)): run for name, run in _runs(settings)}
     record = workdir / "record.jsonl"
-    workdir.mkdir(parents=True, exist_ok=True)
-    recorded = {_key(row) for row in read_jsonl(record, fields=_KEY)}
-    missing = {key: run for key, run in runs.items() if key not in recorded}
-    logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),
-                 len(runs))  # fmt: skip
-    if missing:
-        setup = load_setup(settings, workdir)
-    for (name, _), run in missing.items():
-        append_row(record, _run(name, run, workdir, setup))
-        # So that there is something to look at while the others train.
+    with lock.held(workdir):
+        recorded = {_key(row) for row in read_jsonl(record, fields=_KEY)}
+        missing = {key: run for key, run in runs.items() if key not in recorded}
+        logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),
+                     len(runs))  # fmt: skip
+        if missing:
+            setup = load_setup(settings, workdir)
+        for (name, _), run in missing.items():
+            append_row(record, _run(name, run, workdir, setup))
+            # So that there is something to look at while the others train.
+            files = write_report(_rows(record, runs), workdir / "report")
+            logging.info("%s done; see %s", name, list(files.values())[-1])
         files = write_report(_rows(record, runs), workdir / "report")
-        logging.info("%s done; see %s", name, list(files.values())[-1])
-    files = write_report(_rows(record, runs), workdir / "report")
     print(pathlib.Path(files["table_file"]).read_text(), flush=True)
     return files
 
@@ -159,8 +160,10 @@ def _run(
             row["evaluation"], _ = evaluate(model)
         else:
             folder = re.sub(r"[^\w.]+", "-", f"{name}-{settings.seed}")
-            run = Run(settings, workdir / "runs" / folder, setup)
-            row["evaluation"] = run.train()
+            folder = workdir / "runs" / folder
+            with lock.held(folder):
+                run = Run(settings, folder, setup)
+                row["evaluation"] = run.train()
             model = run.student
             row |= _summarize_logs(run.workdir)
         row["greedy"], _ = evaluate(model, temperature=0.0)

@@ -20,7 +20,7 @@ from absl import logging
 
 from topd_jax.models import DecoderConfig
 from topd_jax.models.io import checksums
-from topd_jax.parallel import hosts
+from topd_jax.parallel import hosts, lock
 from topd_jax.settings import flat
 from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
 
@@ -159,7 +159,11 @@ class Checkpoints:
           state: the train state, any pytree of arrays.
           key: the run's PRNG key.
           record: what :func:`record` returns, and the data's position.
+
+        Raises:
+          ValueError: where another process has taken the work directory.
         """
+        lock.confirm()
         latest = self.latest()
         if latest is not None and latest >= step:
             return

@@ -22,6 +22,7 @@ from topd_jax.data import vocabulary
 from topd_jax.data.prompts import EncodedPrompts, PromptBatch
 from topd_jax.data.solutions import Solution, SolutionFiles
 from topd_jax.evaluation.evaluator import write
+from topd_jax.parallel import lock
 from topd_jax.parallel.batches import spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.sampling.settings import RolloutSettings
@@ -54,14 +55,15 @@ def generate(
             f"config.teachers names {', '.join(settings.teachers)}; topd "
             "generate lets one teacher write: config.teacher"
         )
-    setup = load_setup(settings, workdir)
-    # It was checked against the teacher, and writes nothing.
-    setup.student = None
-    encoded = setup.encoded.take(range(len(setup.encoded.ids))[:count])
-    about = _about(settings, setup, encoded)
-    files = solution_data.open_set(workdir / "solutions", about)
-    with jax.set_mesh(setup.mesh):
-        tokens, seconds = _write_missing(settings, setup, encoded, files)
+    with lock.held(workdir):
+        setup = load_setup(settings, workdir)
+        # It was checked against the teacher, and writes nothing.
+        setup.student = None
+        encoded = setup.encoded.take(range(len(setup.encoded.ids))[:count])
+        about = _about(settings, setup, encoded)
+        files = solution_data.open_set(workdir / "solutions", about)
+        with jax.set_mesh(setup.mesh):
+            tokens, seconds = _write_missing(settings, setup, encoded, files)
     return {
         "path": str(files.folder),
         **_summary(files),
@@ -130,6 +132,7 @@ def _write_missing(
             )
             last = place + 1 == len(batches)
             if last or batches[place + 1][0] // size != i // size:
+                lock.confirm()
                 files.write(i // size, shard)
                 shard = []
             rate = tokens / (time.perf_counter() - started)

@@ -18,7 +18,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from topd_jax.evaluation.metrics import read_metrics
-from topd_jax.parallel import hosts
+from topd_jax.parallel import hosts, lock
 from topd_jax.training.watch import Watch
 from topd_jax.types import Teacher, Trajectories
 
@@ -154,7 +154,12 @@ class Logs:
         return row
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one line to a log, and its numbers to TensorBoard."""
+        """Append one line to a log, and its numbers to TensorBoard.
+
+        Raises:
+          ValueError: where another process has taken the work directory.
+        """
+        lock.confirm()
         if name == "evals":
             self.evals.append(dict(row))
         if name in self._files:

@@ -24,7 +24,7 @@ from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective, parse
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
-from topd_jax.parallel import batches, hosts
+from topd_jax.parallel import batches, hosts, lock
 from topd_jax.training import checkpointing, recovery
 from topd_jax.training.compiled import (
     compile_step,
@@ -75,13 +75,14 @@ def train(
     require_solutions(settings)
     if objective is None:
         require_same_settings(settings, workdir)
-    setup = setup or load_setup(settings, workdir)
-    if student is not None or teacher is not None:
-        setup = with_models(setup, student=student, teacher=teacher)
-    with jax.set_mesh(setup.mesh):
-        run = Run(settings, workdir, setup, objective)
-        setup.student = None  # the run's own copy is the only one
-        return run.train()
+    with lock.held(workdir):
+        setup = setup or load_setup(settings, workdir)
+        if student is not None or teacher is not None:
+            setup = with_models(setup, student=student, teacher=teacher)
+        with jax.set_mesh(setup.mesh):
+            run = Run(settings, workdir, setup, objective)
+            setup.student = None  # the run's own copy is the only one
+            return run.train()
 
 
 def require_solutions(settings: Settings) -> None:

@@ -1,0 +1,192 @@
+"""One process at a time in a work directory; the dead are in nobody's way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import settings_with
+
+from topd_jax.parallel import lock
+from topd_jax.training import loop
+
+# Holds a directory until it is killed; it imports what the command does.
+HOLDER = """
+import pathlib, sys, time
+from topd_jax.parallel import lock
+lock._BEAT = float(sys.argv[2])
+with lock.held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+ELSEWHERE = ["elsewhere", "its-boot", "pid:[1]"]
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the directory ``run``."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "run", "0.1"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout.readline() == "held\n"
+    yield child
+    child.kill()
+    child.wait()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(lock, "_PATIENCE", 1.0)
+    monkeypatch.setattr(lock, "_POLL", 0.05)
+    monkeypatch.setattr(lock, "_BEAT", 0.1)
+
+
+def contents(directory: Path) -> dict:
+    return json.loads((directory / lock.NAME).read_text())
+
+
+def leave_behind(directory: Path, **changes: object) -> None:
+    """A lock file whose holder does not beat."""
+    directory.mkdir(exist_ok=True)
+    owner = lock._identity() | changes
+    (directory / lock.NAME).write_text(json.dumps(owner))
+
+
+def test_a_living_holder_refuses_others_by_name(
+    holder, world_cache, tmp_path, topd, refused, small_arguments
+):
+    workdir = tmp_path / "run"
+    line = refused("train", *small_arguments, f"--workdir={workdir}")
+    assert f"{workdir} is in use by process {holder.pid} on " in line
+    assert "since 20" in line and "(-c " in line
+    assert refused(
+        "generate", *small_arguments, f"--workdir={workdir}"
+    ).startswith(f"topd: {workdir} is in use by process {holder.pid}")
+    assert [p.name for p in workdir.iterdir()] == [lock.NAME]
+    # Who reads is not refused.
+    topd("sample", *small_arguments, f"--workdir={workdir}", "--which=start")
+    # Once it is killed, nothing is in the way, and nothing stays behind.
+    holder.kill()
+    holder.wait()
+    loop.train(settings_with(world_cache, train__steps=1), workdir)
+    assert not (workdir / lock.NAME).exists()
+
+
+@pytest.mark.parametrize("how", ["stopped", "zombie"])
+def test_who_may_go_on_holds_and_who_cannot_does_not(holder, tmp_path, how):
+    if how == "stopped":
+        os.kill(holder.pid, signal.SIGSTOP)
+        with pytest.raises(ValueError, match="is in use by process"):
+            lock.held(tmp_path / "run").__enter__()
+        return
+    holder.kill()  # and nobody has waited for it yet
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    with lock.held(tmp_path / "run"):
+        assert contents(tmp_path / "run")["pid"] == os.getpid()
+
+
+def test_a_holder_elsewhere_is_known_by_its_beats(
+    holder, impatient, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lock, "_machine", lambda: ELSEWHERE)
+    with pytest.raises(ValueError, match=f"process {holder.pid} on"):
+        lock.held(tmp_path / "run").__enter__()
+    holder.kill()
+    with lock.held(tmp_path / "run"):
+        assert contents(tmp_path / "run")["machine"] == ELSEWHERE
+
+
+@pytest.mark.parametrize("text", ["", '{"pid": 1, "mach'])
+def test_a_lock_that_was_cut_off_is_free(tmp_path, text):
+    (tmp_path / lock.NAME).write_text(text)
+    with lock.held(tmp_path):
+        assert contents(tmp_path)["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
+    leave_behind(tmp_path, pid=os.getppid(), started="1")
+    with lock.held(tmp_path):
+        assert contents(tmp_path)["pid"] == os.getpid()
+
+
+def test_within_a_process_a_lock_is_held_once(tmp_path):
+    with lock.held(tmp_path):
+        token = contents(tmp_path)["token"]
+        with lock.held(tmp_path):
+            assert contents(tmp_path)["token"] == token
+        assert contents(tmp_path)["token"] == token
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_lost_its_lock_writes_nothing_more(
+    world_cache, tmp_path, monkeypatch
+):
+    plain = loop.Run._one_step
+
+    def taken(run, step):
+        if step == 3:
+            leave_behind(tmp_path, machine=ELSEWHERE, pid=77)
+            for held in lock._held.values():  # as after a long suspension
+                held.beaten -= lock._PATIENCE
+        return plain(run, step)
+
+    monkeypatch.setattr(loop.Run, "_one_step", taken)
+    with pytest.raises(ValueError, match="taken over by process 77 on elsewh"):
+        loop.train(settings_with(world_cache), tmp_path)
+    steps = (tmp_path / "metrics.jsonl").read_text().count("\n")
+    assert steps == 2  # the third is not written
+    assert contents(tmp_path)["pid"] == 77  # and left alone
+
+
+def test_takers_at_once_are_one_after_the_other(tmp_path):
+    leave_behind(tmp_path, pid=2**22 + 1)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, tmp_path, "5"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    try:
+        refusals = 0
+        for child in children:
+            if child.stdout.readline() == "":
+                refusals += "is in use by process" in child.stderr.read()
+        assert refusals == 3
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
+def test_whoever_makes_a_world_is_waited_for(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_POLL", 0.05)
+    monkeypatch.setattr(
+        lock.logging, "warning", lambda *_: (holder.kill(), holder.wait())
+    )
+    with lock.held(tmp_path / "run", wait=True):
+        assert contents(tmp_path / "run")["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_where_nothing_can_be_written_one_line_says_so(
+    tmp_path, refused, small_arguments, monkeypatch, full
+):
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    def read_only(path, *_):
+        raise OSError(30, "Read-only file system", str(path))
+
+    if full:
+        monkeypatch.setattr(lock.os, "pwrite", broken)
+    else:
+        monkeypatch.setattr(lock.os, "open", read_only)
+    line = refused("train", *small_arguments, f"--workdir={tmp_path}")
+    assert str(tmp_path / lock.NAME) in line
+    assert ("make room" if full else "Read-only file system") in line
