@@ -70,5 +70,5 @@ setup(
         # CPU wheels where the index has them; elsewhere several GB.
         "parity": ["torch", "accelerate", "peft"],
     },
-    entry_points={"console_scripts": ["topd = topd_jax.cli.main:run"]},
+    entry_points={"console_scripts": ["topd = topd_jax.cli.main:main"]},
 )

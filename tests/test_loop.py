@@ -215,13 +215,16 @@ def test_the_advice_after_skipped_updates_can_be_followed(
 
 
 def test_sigterm_saves_and_says_how_to_resume(
-    short, setup, tmp_path, monkeypatch, capsys
+    short, setup, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(loop.hosts, "told_to_stop", lambda step: step == 1)
+    number = signal.SIGTERM
+    monkeypatch.setattr(
+        loop.hosts, "told_to_stop", lambda step: number * (step == 1)
+    )
     with pytest.raises(SystemExit) as stopped:
         run_in(short, tmp_path, setup).train()
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert "saved after step 1; rerun the command" in capsys.readouterr().err
+    assert "saved after step 1; rerun the command" in capfd.readouterr().err
     again = run_in(short, tmp_path, setup)
     assert again.step == 1 and again.train()["step"] == 3
 

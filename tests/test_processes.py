@@ -20,7 +20,6 @@ from topd_jax.parallel import hosts
 from topd_jax.training.logging import read_jsonl
 
 TESTS = Path(__file__).parent
-CHILD = "import sys; from topd_jax.cli.main import run; run(sys.argv[1:])"
 
 
 def free_port() -> int:
@@ -36,7 +35,7 @@ def begin(world, workdir, count, *, devices, more=()):
         "XLA_FLAGS": simulated(devices),
     }
     line = [
-        sys.executable, "-c", CHILD, "train",
+        sys.executable, "-m", "topd_jax.cli", "train",
         f"--config={TESTS / 'small_run.py'}",
         f"--config.world.cache={world}",
         f"--workdir={workdir}",
@@ -163,13 +162,14 @@ def test_all_go_back_to_the_same_checkpoint(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_saves_and_stops_all(world, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_saves_and_stops_all(world, tmp_path, number):
     children = begin(
         world, tmp_path, 2, devices=1,
         more=["--config.train.steps=4000", "--config.checkpoint.every=4000"],
     )  # fmt: skip
     await_file(tmp_path / "metrics.jsonl", children)
-    children[1].send_signal(signal.SIGTERM)
+    children[1].send_signal(number)
     (_, err, code), (_, _, other) = finish(children)
     assert code == other == 128 + signal.SIGTERM, err
     steps = steps_of(tmp_path)

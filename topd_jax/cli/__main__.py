@@ -1,5 +1,5 @@
 """Run the command line: ``python -m topd_jax.cli COMMAND``."""
 
-from topd_jax.cli.main import run
+from topd_jax.cli.main import main
 
-run()
+main()

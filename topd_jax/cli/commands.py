@@ -29,6 +29,7 @@ class Command:
       flags: all that it takes.
       example: what a user may type after "topd COMMAND".
       details: more to know, after the flags; "" for nothing.
+      resumes: whether it goes on where it was stopped when it is run again.
     """
 
     summary: str
@@ -36,6 +37,7 @@ class Command:
     flags: tuple[Flag, ...]
     example: str
     details: str = ""
+    resumes: bool = False
 
     def load(self) -> Callable[..., Any]:
         """Import the function that does it."""
@@ -132,8 +134,10 @@ COMMANDS = {
             ),
         ),
         f"{_EXAMPLE} --config.train.steps=100",
-        "Several processes run the same command. SIGTERM to any of them makes "
-        "all save after the current step and stop.",
+        "SIGTERM or SIGINT (Ctrl-C) saves after the current step and stops; a "
+        "second one stops at once. Several processes run the same command, and "
+        "all stop if one is told to.",
+        resumes=True,
     ),
     "generate": Command(
         "let the teacher write solutions for stage 1",
@@ -148,6 +152,7 @@ COMMANDS = {
         "--config tiny --workdir runs/solutions --count 2000",
         "config.offline.path names the solutions for topd train. Rerun the "
         "command to resume.",
+        resumes=True,
     ),
     "eval": Command(
         "evaluate a student on test problems or benchmarks",
@@ -252,7 +257,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         "train every objective on every seed of config.sweep, then report",
-        "experiments.sweep:sweep", RUN, _EXAMPLE,
+        "experiments.sweep:sweep", RUN, _EXAMPLE, resumes=True,
     ),
     "plan": Command(
         "compute memory and time on a TPU topology, without the TPU",

@@ -15,8 +15,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from topd_jax.cli.commands import COMMANDS, parse, usage
+from topd_jax.parallel import stopping
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Run the command line of this process, which signals stop at any time."""
+    stopping.watch()
+    run()
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +51,7 @@ def _call(name: str, *arguments: str) -> Any:
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}; one of {', '.join(COMMANDS)}")
     values, overrides = parse(name, list(arguments))
+    stopping.set_resumes(COMMANDS[name].resumes)
     if "config" in values:
         # Here, not above: the settings import JAX, which takes seconds.
         from topd_jax.cli.config_file import load_settings
@@ -116,4 +124,4 @@ def _is_refusal(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    run()
+    main()

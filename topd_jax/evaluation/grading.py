@@ -36,6 +36,9 @@ _MEMORY = 4 << 30  # bytes that a worker may ask for
 _CHECKOUT = pathlib.Path(__file__).parents[2]
 _BEGIN = """
 import sys
+if sys.platform == "linux":  # end with the process that began it
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 sys.path.insert(0, sys.argv[1])
 from topd_jax.evaluation import grading
 grading._serve(float(sys.argv[2]))
@@ -150,6 +153,7 @@ def _grade_part(
             [sys.executable, "-c", _BEGIN, str(_CHECKOUT), str(deadline)],
             input="".join(rest).encode(),
             stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is not for it
         )
         started, *lines = worker.stdout.split() or [None]
         if started is None:

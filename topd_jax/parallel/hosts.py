@@ -7,6 +7,7 @@ tiny world's models. All must see the same work directory.
 
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+
+from topd_jax.parallel import stopping
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10
@@ -62,6 +65,7 @@ def start(
     jax.distributed.initialize(
         coordinator, count, index, heartbeat_timeout_seconds=heartbeat_seconds
     )
+    stopping.pass_to_jax()
 
 
 def leave(error: BaseException) -> NoReturn:
@@ -114,19 +118,22 @@ def from_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def told_to_stop(step: int) -> bool:
-    """Return whether any process received SIGTERM (preemption, or a user).
+def told_to_stop(step: int) -> int:
+    """Return the signal that asks to stop now (preemption, or a user).
 
-    JAX catches the signal in processes that :func:`start` joined.
-    Single-process runs exit immediately.
+    In processes that :func:`start` joined, JAX catches the signal of any and
+    tells all after the same step; alone, see
+    :func:`~topd_jax.parallel.stopping.asked`.
 
     Args:
       step: just taken; every process must ask after every step.
 
     Returns:
-      True after the same step in all processes.
+      The signal's number, 0 for none.
     """
-    return multihost_utils.reached_preemption_sync_point(step)
+    if multihost_utils.reached_preemption_sync_point(step):
+        return signal.SIGTERM
+    return stopping.asked()
 
 
 def on_host(tree: Any) -> Any:

@@ -6,12 +6,12 @@ randomness comes from (run key, step), the data's position is saved, and logs
 are cut back to the checkpoint.
 """
 
+import contextlib
 import json
 import pathlib
-import signal
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective, parse
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
-from topd_jax.parallel import batches, hosts, lock
+from topd_jax.parallel import batches, hosts, lock, stopping
 from topd_jax.training import checkpointing, recovery
 from topd_jax.training.compiled import (
     compile_step,
@@ -229,14 +229,14 @@ class Run:
             total=steps, initial=self.step, unit="step", mininterval=1.0,
             desc=self.name, disable=not hosts.is_first(),
         )  # fmt: skip
-        with jax.set_mesh(self.setup.mesh), bar:
+        with jax.set_mesh(self.setup.mesh), bar, contextlib.ExitStack() as calm:
             first, started = self.step + 1, time.perf_counter()
             if first <= steps:
                 say(
                     bar, "compiling rollout, score, train_step and evaluation; "
                     "later steps are fast",
                 )  # fmt: skip
-            if self.step == 0:
+            if self._owes_evaluation():
                 self.evaluate()
             while self.step < steps:
                 step = self.step + 1
@@ -249,22 +249,23 @@ class Run:
                     jax.block_until_ready(self.state.step)
                     seconds = time.perf_counter() - started
                     say(bar, f"compiled, step {step} done in {seconds:.1f} s")
+                    calm.enter_context(stopping.after_the_step())
                 if row:
                     bar.set_postfix(
                         loss=row["loss"], kl=row["divergence"], refresh=False,
                         **self.watch.counts,
                     )  # fmt: skip
-                self.step, last = step, step == steps
+                self.step = step
+                if number := hosts.told_to_stop(step):
+                    self._stop(number)
                 if _is_due(step, settings.eval.every):
                     self.evaluate()
-                if _is_due(step, settings.checkpoint.every) and not last:
+                if _is_due(step, settings.checkpoint.every) and step < steps:
                     self.save()
-                if not last and hosts.told_to_stop(step):
-                    self._stop()
             final = self._finished() or self.evaluate(final=True)
             if self.checkpoints.latest() != self.step:
                 self.save()
-        self._close()
+            self._close()
         return final
 
     def keys(self, step: int) -> jax.Array:
@@ -315,18 +316,24 @@ class Run:
         self.batches = {step - 1: before, step: trajectories}
         return row
 
-    def _stop(self) -> None:
-        """Save and leave, with the exit code of a process that SIGTERM ends.
+    def _stop(self, number: int) -> NoReturn:
+        """Save and leave by a signal; from a thread, while it evaluates.
 
         Not with 0: whoever restarts failed jobs must not think this one done.
         """
-        self.save()
+        if self.step:
+            self.save()
         self._close()
-        say(
-            tqdm, "stopped by SIGTERM and saved after step "
-            f"{self.checkpoints.latest() or 0}; rerun the command to resume",
-        )  # fmt: skip
-        raise SystemExit(128 + signal.SIGTERM)
+        saved = self.checkpoints.latest()
+        done = f" and saved after step {saved}" if saved else ""
+        stopping.leave(number, done)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the step to begin at is still to be evaluated."""
+        due = self.step == 0 or _is_due(self.step, self.settings.eval.every)
+        return due and not any(
+            r["step"] == self.step and not r["final"] for r in self.logs.evals
+        )
 
     def _close(self) -> None:
         for part in (self.logs, self.checkpoints, self.best):
@@ -341,12 +348,13 @@ class Run:
     def evaluate(self, final: bool = False) -> dict[str, Any]:
         """Evaluate the student as it is, and log the result."""
         self.logs.flush()
-        row, problems = self.evaluator.evaluate(
-            self.student,
-            self.step,
-            final=final,
-            keep=self.settings.log.problems,
-        )
+        with stopping.answered_by(self._stop):
+            row, problems = self.evaluator.evaluate(
+                self.student,
+                self.step,
+                final=final,
+                keep=self.settings.log.problems,
+            )
         others = (r for r in self.logs.evals if not r["final"])
         # After a roll-back there may be none.
         best = self.best.latest() is None or all(better(row, r) for r in others)
@@ -367,6 +375,7 @@ class Run:
         recovery.tell(self)
         if self.watch.in_a_row and self.step < self.settings.train.steps:
             return
+        self.best.wait()  # the run that resumes here will not save it again
         self._save_to(self.checkpoints)
         self.restart = None
 
