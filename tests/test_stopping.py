@@ -121,6 +121,7 @@ def test_as_a_function_nothing_is_watched(monkeypatch):
 
 def test_a_signal_that_waits_is_answered_by_what_comes_next(monkeypatch, capfd):
     monkeypatch.setattr(stopping, "_asked", 0)
+    monkeypatch.setattr(stopping, "_resumes", False)
 
     def stop():
         with stopping.after_the_step():

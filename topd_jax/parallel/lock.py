@@ -239,9 +239,10 @@ def _opened(path: pathlib.Path, flags: int = 0) -> Iterator[int]:
 def _read(file: int) -> dict[str, Any] | None:
     """Return the holder; None where none is named, or only in part."""
     try:
-        return json.loads(os.pread(file, 4 * _SIZE, 0))
+        owner = json.loads(os.pread(file, 4 * _SIZE, 0))
     except ValueError:
         return None
+    return owner if isinstance(owner, dict) and "token" in owner else None
 
 
 def _write(file: int, owner: dict[str, Any], path: pathlib.Path) -> None:
