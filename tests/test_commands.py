@@ -5,10 +5,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from small_files import LLAMA, assert_same, make, write_gguf
-from small_run import small_config, without_times
+from small_run import small_config
 
 from topd_jax.cli import main
 from topd_jax.models import load
@@ -198,40 +197,3 @@ def test_questions_are_trained_on_graded_and_exported(
     ))  # fmt: skip
     assert start["benchmarks"]["test"]["reverse_kl"] == row["reverse_kl"]
     assert start["benchmarks"]["test"]["length_mean"] == row["length_mean"]
-
-
-# A full disk.
-
-
-def full_as_orbax_says_it(*_, **__):
-    raise ValueError(
-        'RESOURCE_EXHAUSTED: Error writing local file "/disk/4/state": Failed '
-        "to write 11967\nbytes: No space left on device [os_error_code='28']"
-    )
-
-
-def test_a_full_disk_stops_the_run_and_loses_nothing(
-    refused, topd, command, tmp_path, trained, monkeypatch
-):
-    plain, calls = ocp.CheckpointManager.save, []
-
-    def filling(*args, **kwargs):
-        calls.append(None)
-        save = full_as_orbax_says_it if len(calls) >= 3 else plain
-        return save(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "save", filling)
-        line = refused(*command("train"), bars=True)
-    assert "No space left on device" in line
-    assert line.endswith(
-        "make room and rerun the command: it resumes from the last checkpoint"
-    )
-    run = tmp_path / "run"
-    assert any(p.name == "2" for p in (run / "checkpoints").iterdir())
-    assert not any(p.name == "6" for p in (run / "checkpoints").iterdir())
-    topd(*command("train"))
-    for name in ("metrics", "evals", "completions"):
-        assert without_times(run / f"{name}.jsonl") == without_times(
-            trained / f"{name}.jsonl"
-        )

@@ -224,15 +224,26 @@ def test_a_mistake_of_the_program_keeps_its_traceback(
         main.run(["report", "--workdir=x"])
 
 
-def test_a_full_disk_is_one_line(refused, monkeypatch):
-    def full(**_):
+@pytest.mark.parametrize(
+    ("number", "way_out"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room, or raise the quota"),
+        (errno.EFBIG, "raise the limit on the size of a file (ulimit -f)"),
+        (errno.EROFS, "mount it for writing"),
+        (errno.EACCES, "allow access to it"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_storage_that_fails_is_one_line(refused, monkeypatch, number, way_out):
+    def failing(**_):
         raise RuntimeError("a library's") from OSError(
-            errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file"
+            number, os.strerror(number), "/disk/file"
         )
 
-    monkeypatch.setattr(commands.Command, "load", lambda _: full)
+    monkeypatch.setattr(commands.Command, "load", lambda _: failing)
     assert refused("report", "--workdir=x") == (
-        "topd: a library's; make room and rerun the command: it resumes from "
+        f"topd: a library's; {way_out} and rerun the command: it resumes from "
         "the last checkpoint"
     )
 

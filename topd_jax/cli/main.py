@@ -18,6 +18,15 @@ from topd_jax.cli.commands import COMMANDS, parse, usage
 from topd_jax.parallel import stopping
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
+# What the system says of storage -> the way out.
+_STORAGE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "mount it for writing",
+    errno.EACCES: "allow access to it",
+    errno.EIO: "check the disk",
+}
 
 
 def main() -> None:
@@ -93,16 +102,16 @@ def _one_line(error: Exception) -> str | None:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ or chain[-1].__context__:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)
-    # Libraries that write files wrap the system's error in one of their own.
-    if any(
-        getattr(e, "errno", None) == errno.ENOSPC
-        or os.strerror(errno.ENOSPC) in str(e)
-        for e in chain
-    ):
-        return (
-            f"{text}; make room and rerun the command: it resumes from the "
-            "last checkpoint"
-        )
+    for number, way_out in _STORAGE.items():
+        # Libraries that write files wrap the system's error in their own.
+        if any(
+            getattr(e, "errno", None) == number or os.strerror(number) in str(e)
+            for e in chain
+        ):
+            return (
+                f"{text}; {way_out} and rerun the command: it resumes from "
+                "the last checkpoint"
+            )
     names_a_file = isinstance(error, OSError) and error.filename is not None
     return text if names_a_file or _is_refusal(error) else None
 

@@ -1,7 +1,12 @@
 """``topd train``: the preflight, then the run."""
 
+import logging
+import os
 import pathlib
+import sys
 from typing import Any
+
+from absl.logging import get_absl_logger
 
 from topd_jax.cli.doctor.examine import preflight
 from topd_jax.parallel import hosts, lock
@@ -36,6 +41,8 @@ def train(
     several = (coordinator, processes, process)
     if distributed or several != (None, None, None):
         hosts.start(*several, heartbeat_seconds=settings.train.heartbeat)
+    if not os.environ.get("TOPD_TRACEBACK"):
+        _tell_failed_saves_once()
     with lock.held(workdir):
         # A run that resumes has passed it.
         fresh = not checkpointing.has_steps(workdir / "checkpoints")
@@ -43,3 +50,23 @@ def train(
         if settings.train.preflight and fresh:
             setup = preflight(settings, workdir)
         return loop.train(settings, workdir, setup=setup)
+
+
+def _tell_failed_saves_once() -> None:
+    """Silence orbax about errors of the background that it raises later.
+
+    It logs each up to three times with a traceback; and once the first write
+    has failed, every other failed one ends in an event loop that is closed.
+    """
+    get_absl_logger().addFilter(_is_news)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    plain = sys.unraisablehook
+    sys.unraisablehook = lambda failed: (
+        None
+        if "Event loop is closed" in str(failed.exc_value)
+        else plain(failed)
+    )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or not record.exc_info

@@ -191,8 +191,12 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Wait until every checkpoint is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until every checkpoint is on disk, or raise what went wrong."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            error.filename = error.filename or str(self._directory)
+            raise
 
     def record(self, step: int) -> dict[str, Any]:
         """Read the record of a checkpoint alone.
@@ -237,6 +241,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written, and release the directory."""
+        self.wait()
         self._manager.close()
 
 
