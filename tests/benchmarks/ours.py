@@ -1,7 +1,9 @@
 """Our side: decoding, one step, a fused loss."""
 
 import functools
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from serving import Skip, loss_arrays, serve
 
 import topd_jax as topd
 from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.training.checkpointing import Checkpoints
 
 # No end of sequence: every row writes all its tokens.
 IDS = dict(eos_ids=(), pad_id=0)
@@ -62,8 +65,8 @@ def smollm2(rows, prompt, new):
     return greedy(student, rows, prompt, new)
 
 
-def step(student, teacher, rows, prompt, new, objective):
-    """Make one on-policy step: rollout, score, train_step."""
+def step(student, teacher, rows, prompt, new, objective, save=False):
+    """Make one on-policy step: rollout, score, train_step, and save it."""
     try:
         goal = topd.make_objective(objective)
     except ValueError as error:
@@ -78,6 +81,8 @@ def step(student, teacher, rows, prompt, new, objective):
     )
     state = topd.init_state(model(student), optimizer)
     vocab = student["vocab_size"]
+    directory = tempfile.TemporaryDirectory()
+    checkpoints = Checkpoints(Path(directory.name), 1)
 
     def run():
         nonlocal state
@@ -90,11 +95,15 @@ def step(student, teacher, rows, prompt, new, objective):
         told, a = timed(write, state.student, asked, key)
         scored, b = timed(read, state.student, teachers, told, key)
         (state, metrics), c = timed(learn, state, told, scored)
+        start = time.perf_counter()
+        if save:  # what the step waits for; the rest is in the background
+            checkpoints.save(number + 1, state, key, {})
+        d = time.perf_counter() - start
         loss = float(metrics["loss"][0] / metrics["loss"][1])
         assert np.isfinite(loss)
         return {
-            "seconds": a + b + c, "rollout": a, "score": b, "train_step": c,
-            "loss": loss,
+            "seconds": a + b + c + d, "rollout": a, "score": b,
+            "train_step": c, "loss": loss, **({"save": d} if save else {}),
         }  # fmt: skip
 
     return run

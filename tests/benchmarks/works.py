@@ -133,6 +133,11 @@ def all_works() -> dict[str, Work]:
         "trl": Side("theirs_torch.py", "step", PAIR, "torch", "trl"),
         "bound": Side("bounds.py", "step", PAIR),
     }
+    saving = {"objective": "opd", "save": True}
+    out["save-16x64"] = {
+        "ours": Side("ours.py", "step", PAIR | saving),
+        "unsaved": Side("ours.py", "step", PAIR | saving | {"save": False}),
+    }
     for size, spec, window in (("16x64", PAIR, 12), ("tiny", TINY_PAIR, 9)):
         for context in ("teacher", "student"):
             options = (
