@@ -121,6 +121,9 @@ def test_within_a_process_a_lock_is_held_once(tmp_path):
             assert contents(tmp_path)["token"] == token
         assert contents(tmp_path)["token"] == token
     assert list(tmp_path.iterdir()) == []
+    with lock.held(tmp_path / "new"):
+        assert contents(tmp_path / "new")["token"] != token
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_who_lost_its_lock_writes_nothing_more(

@@ -90,7 +90,7 @@ def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
     Of several processes that are one program, the first holds it.
 
     Args:
-      directory: made where it is missing.
+      directory: made where it is missing, and removed if it stays empty.
       wait: whether to wait for a living holder instead of refusing.
 
     Raises:
@@ -103,6 +103,7 @@ def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
     if path in _held or (several and not hosts.is_first()):
         yield
         return
+    fresh = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     lock, done = _acquire(path, wait), threading.Event()
     _held[path] = lock
@@ -115,6 +116,9 @@ def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
         beats.join()
         del _held[path]
         lock.release()
+        if fresh:  # a run that was refused leaves nothing
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
 
 def confirm() -> None:

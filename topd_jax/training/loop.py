@@ -6,11 +6,11 @@ randomness comes from (run key, step), the data's position is saved, and logs
 are cut back to the checkpoint.
 """
 
-import contextlib
 import json
 import pathlib
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import jax
@@ -229,7 +229,7 @@ class Run:
             total=steps, initial=self.step, unit="step", mininterval=1.0,
             desc=self.name, disable=not hosts.is_first(),
         )  # fmt: skip
-        with jax.set_mesh(self.setup.mesh), bar, contextlib.ExitStack() as calm:
+        with jax.set_mesh(self.setup.mesh), bar, ExitStack() as signals:
             first, started = self.step + 1, time.perf_counter()
             if first <= steps:
                 say(
@@ -249,7 +249,7 @@ class Run:
                     jax.block_until_ready(self.state.step)
                     seconds = time.perf_counter() - started
                     say(bar, f"compiled, step {step} done in {seconds:.1f} s")
-                    calm.enter_context(stopping.after_the_step())
+                    signals.enter_context(stopping.after_the_step())
                 if row:
                     bar.set_postfix(
                         loss=row["loss"], kl=row["divergence"], refresh=False,
