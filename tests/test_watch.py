@@ -13,12 +13,12 @@ from topd_jax.training.watch import Watch
 GOOD = {
     "loss": 1.0, "grad_norm": 2.0, "skipped": 0.0, "num_tokens": 64.0,
     "length_mean": 8.0, "truncated": 0.25, "teacher_token_loss": 3.0,
-    "repetition": 0.1, "rollout_entropy": 1.5,
+    "repetition": 0.1, "student_entropy": 1.5, "teacher_entropy": 2.5,
 }  # fmt: skip
 
 
-def watch(max_skipped=1, **settings):
-    return Watch(GuardSettings(window=3, **settings), max_skipped)
+def watch(max_skipped=1):
+    return Watch(GuardSettings(window=3, factor=5.0), max_skipped)
 
 
 def names(watching, *rows):
@@ -39,7 +39,8 @@ def names(watching, *rows):
         ({"loss": None, "skipped": 1.0}, ["non_finite"]),
         ({"truncated": 0.8}, ["truncation"]),
         ({"repetition": 0.7}, ["repetition"]),
-        ({"rollout_entropy": 0.2}, ["entropy_collapse"]),
+        ({"student_entropy": 0.4}, ["entropy_collapse"]),
+        ({"student_entropy": 0.4, "teacher_entropy": 1.9}, []),
         ({"length_mean": 1.0}, ["all_eos"]),
         ({"num_tokens": 0.0, "loss": 0.0, "length_mean": 0.0}, ["no_tokens"]),
         ({"teacher_token_loss": None}, ["teacher_impossible"]),

@@ -290,8 +290,6 @@ def _metrics(
         "length_max": (jnp.max(lengths), one),
         "truncated": (jnp.sum(trajectories.truncated, dtype=jnp.float32), rows),
         "repetition": (repeated_tokens(trajectories.tokens, mask), tokens),
-        # An estimate, of the distribution that the sampler drew from.
-        "rollout_entropy": (-jnp.sum(trajectories.logp), tokens),
         "num_tokens": (tokens, one),
     }
     if scored.candidates is not None:

@@ -1,8 +1,9 @@
 """Alarms: numbers of a step that say that a run goes wrong, each by name.
 
-Judged on the host from the metrics that a step logs anyway, once they are
-known: no step waits for an alarm. An update that is not finite was left out by
-the step itself; every other alarm changes nothing in the run.
+Judged on the host from the metrics that a step logs, once they are known: no
+step waits for an alarm. Entropies are known where ``log.statistics_every``
+asks for them. An update that is not finite was left out by the step itself;
+every other alarm changes nothing in the run.
 """
 
 import statistics
@@ -15,7 +16,6 @@ from topd_jax.training.config import GuardSettings
 _SPIKES = {"loss": "loss_spike", "grad_norm": "gradient_spike"}
 # Compared with the first steps, because they may go wrong slowly.
 _RISES = {"truncated": "truncation", "repetition": "repetition"}
-_ENTROPY = "rollout_entropy"
 # Nats a token that only log 0 in place of a probability explains.
 _IMPOSSIBLE = 1e9
 Row = Mapping[str, Any]
@@ -121,9 +121,13 @@ class Watch:
             value, usual = self._compared(row, name, keep="first")
             if usual is not None and value > usual + rise:
                 yield alarm, f"{value:.2f} of all, at the start {usual:.2f}"
-        value, usual = self._compared(row, _ENTROPY, keep="first")
-        if usual is not None and value < usual / factor:
-            yield "entropy_collapse", f"{value:.3g}, at the start {usual:.3g}"
+        entropy, teacher = (
+            row.get("student_entropy"),
+            row.get("teacher_entropy"),
+        )
+        if None not in (entropy, teacher) and entropy < teacher / factor:
+            text = f"{entropy:.3g} nats a token, the teacher's {teacher:.3g}"
+            yield "entropy_collapse", text
 
     def _compared(
         self, row: Row, name: str, keep: str
