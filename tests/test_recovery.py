@@ -1,6 +1,7 @@
 """Runs that are made longer, go wrong, roll back or are given up."""
 
 import dataclasses
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -13,6 +14,7 @@ from small_run import (
 )
 from small_step import assert_trees_equal
 
+from topd_jax.cli.replay import repeat
 from topd_jax.training import loop, recovery
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.setup import load_setup
@@ -193,12 +195,18 @@ def test_a_run_that_roll_backs_do_not_help_is_given_up(
         "2 updates in a row had a non-finite loss or gradient, more than "
         "train.max_skipped=1, also after 1 roll-back(s); topd replay "
         f"{tmp_path}/dumps/6-given_up shows where it began; resume with a "
-        "lower optimizer.learning_rate or optimizer.clip"
+        "lower optimizer.learning_rate or optimizer.clip; remove "
+        f"{tmp_path}/checkpoints/4 to resume from step 2"
     )
     said = capsys.readouterr().err
     assert said.count("topd: rolled back to step 4, from the 2 skipped") == 1
     assert said.count("topd: alarm non_finite at step 5: loss or gradient") == 2
     run.checkpoints.wait()
+    # The dump leads through the roll-back; what was pretended alone differs.
+    found = repeat(tmp_path / "dumps" / "6-given_up", setup=setup)["metrics"]
+    assert [n for n, (a, b) in found.items() if a != b] == ["skipped"]
     # The advice can be followed.
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
     lower = changed(strict, "optimizer", learning_rate=1e-4)
-    assert run_in(lower, tmp_path, setup).train()["step"] == 8
+    run = run_in(lower, tmp_path, setup)
+    assert run.step == 2 and run.train()["step"] == 8

@@ -188,6 +188,21 @@ COMMANDS = {
         ),
         "--workdir runs/one --b runs/two",
     ),
+    "replay": Command(
+        "repeat a step that raised an alarm, and say where it went wrong",
+        "cli.replay:replay",
+        (
+            (
+                "dump",
+                dict(
+                    type=_directory,
+                    help="directory that a run names in its alarm",
+                ),
+            ),
+        ),
+        "runs/tiny/dumps/120-non_finite",
+        "The run and its directory are left alone.",
+    ),
     "inspect": Command(
         "write an HTML page of trajectories and what the detector sees",
         "cli.inspection:inspect", (*STUDENT, COUNT), _EXAMPLE,

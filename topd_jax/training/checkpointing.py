@@ -106,7 +106,7 @@ class Checkpoints:
         self.wait()
         found, damage = -1, {}
         if hosts.is_first():
-            for step in sorted(self._manager.all_steps(), reverse=True):
+            for step in reversed(self.steps()):
                 fault = checksums.find_damage(self._directory / str(step))
                 if not fault:
                     found = step
@@ -139,9 +139,13 @@ class Checkpoints:
             "the checkpoint %s is damaged: %s; moved to %s", place, fault, aside
         )
 
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps())
+
     def drop_after(self, step: int) -> None:
-        """Delete the checkpoints that are younger than a step."""
-        for saved in self._manager.all_steps():
+        """Delete the checkpoints of later steps."""
+        for saved in self.steps():
             if saved > step:
                 self._manager.delete(saved)
 

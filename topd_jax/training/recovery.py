@@ -9,6 +9,7 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
+from topd_jax.models.io import runs
 from topd_jax.parallel import hosts
 from topd_jax.training.compiled import make_schedule
 from topd_jax.training.config import OptimizerSettings, Settings
@@ -118,6 +119,7 @@ def attend(run: Any) -> bool:
     path = write_dump(run, watch.last_skipped._replace(name="given_up"))
     run.logs.sync()
     most, tries = run.settings.train.max_skipped, run.rollbacks
+    saved = run.checkpoints.steps()
     raise FloatingPointError(
         f"{most + 1} updates in a row had a non-finite loss or gradient, more "
         f"than train.max_skipped={most}"
@@ -125,6 +127,12 @@ def attend(run: Any) -> bool:
         * bool(tries)
         + f"; topd replay {path} shows where it began; resume with a lower "
         "optimizer.learning_rate or optimizer.clip"
+        + (
+            f"; remove {run.workdir / runs.LATEST / str(saved[-1])} to resume "
+            f"from step {saved[-2]}"
+            if len(saved) > 1
+            else ""
+        )
     )
 
 

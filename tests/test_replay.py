@@ -1,0 +1,165 @@
+"""Faults in the numbers of a run: the alarm, the dump, the step again."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import changed, settings_with
+
+import topd_jax
+from topd_jax.cli.replay import repeat
+from topd_jax.losses.divergences import reverse_kl
+from topd_jax.training import loop
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.setup import load_setup, with_models
+
+# The token that the objective below cannot bear.
+UNBEARABLE = 9
+
+
+@pytest.fixture(scope="module")
+def settings(world_cache):
+    return settings_with(
+        world_cache, objective="opd", train__steps=4, train__max_skipped=1,
+        checkpoint__every=1, eval__every=0, eval__problems=4,
+        eval__final_problems=4, log__statistics_every=0, guard__window=2,
+        guard__rollbacks=0, guard__dumps=9,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setup(settings, tmp_path_factory):
+    return load_setup(settings, tmp_path_factory.mktemp("setup"))
+
+
+def train(settings, workdir, setup):
+    return loop.Run(settings, workdir, dataclasses.replace(setup)).train()
+
+
+def alarms(workdir):
+    rows = read_jsonl(workdir / "alarms.jsonl")
+    return {row["alarm"] for row in rows}
+
+
+def with_nan(model):
+    """The model with one number that is none."""
+    arrays = dict(model.arrays)
+    arrays["final_norm"] = arrays["final_norm"].at[3].set(jnp.nan)
+    return type(model)(model.config, arrays)
+
+
+def of_head(setup, favorite=None, impossible=()):
+    """A model of constant states, with a say in some logits."""
+    size = setup.tokenizer.vocab_size
+    rows = np.random.default_rng(0).normal(size=(size, 4)).astype(np.float32)
+    rows[list(impossible), 0] = -np.inf
+    if favorite is not None:
+        rows[favorite, 0] = 100.0
+
+    def apply(rows, tokens, positions, mask, cache):
+        return jnp.ones((*tokens.shape, rows.shape[1])), None
+
+    return topd_jax.from_function(apply, jnp.asarray(rows), head=lambda r: r)
+
+
+def unbearable(student_logp, teacher_logp, tokens):
+    scale = jnp.where(tokens == UNBEARABLE, jnp.nan, 1.0)
+    return scale * reverse_kl(student_logp, teacher_logp)
+
+
+def own():
+    return topd_jax.Objective(unbearable)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_model_that_is_not_finite_is_named(settings, setup, tmp_path, whose):
+    model = {"student": setup.student, "teacher": setup.teachers[0].model}
+    broken = with_models(setup, **{whose: with_nan(model[whose])})
+    with pytest.raises(FloatingPointError) as error:
+        train(settings, tmp_path, broken)
+    dump = tmp_path / "dumps" / "2-given_up"
+    assert f"topd replay {dump} shows where it began" in str(error.value)
+    assert "non_finite" in alarms(tmp_path)
+    assert ("teacher_impossible" in alarms(tmp_path)) == (whose == "teacher")
+    found = repeat(dump, setup=broken)
+    assert found["same"] and found["metrics"]["loss"] == [None, None]
+    began = found["began"]
+    assert began["parameters"] == [f"{whose} final_norm"]
+    assert began["num_tokens"] == found["metrics"]["num_tokens"][0]
+    first = began["tokens"][0]
+    assert (first["row"], first["place"], first["loss"]) == (0, 0, "nan")
+    assert (first["teacher_logp"] == "nan") == (whose == "teacher")
+    assert len(began["gradients"]) == len(setup.student.arrays)
+
+
+def test_the_token_that_began_it_is_found(settings, setup, tmp_path, topd):
+    config = dataclasses.replace(settings, objective="test_replay:own")
+    config = changed(config, "train", max_skipped=0)
+    with pytest.raises(FloatingPointError):
+        train(config, tmp_path, setup)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    (dump,) = tmp_path.glob("dumps/*-non_finite")
+    found = json.loads(topd("replay", dump))
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    assert found["step"] == int(dump.name.partition("-")[0])
+    assert found["same"] and found["metrics"]["skipped"] == [1.0, 1.0]
+    began = found["began"]
+    tokens = np.load(dump / "batch.npz")["tokens"]
+    mask = np.load(dump / "batch.npz")["mask"]
+    places = np.argwhere((tokens == UNBEARABLE) & mask)
+    assert began["num_tokens"] == len(places) > 0
+    assert [began["tokens"][0][k] for k in ("row", "place", "id")] == [
+        *places[0], UNBEARABLE
+    ]  # fmt: skip
+    assert float(began["tokens"][0]["teacher_logp"]) < 0
+    assert began["parameters"] == []
+    assert len(began["gradients"]) == len(setup.student.arrays)
+
+
+def test_a_step_of_stage_1_is_repeated_too(settings, setup, tmp_path):
+    config = changed(settings, "train", stage="offline", max_skipped=0)
+    broken = with_models(setup, student=with_nan(setup.student))
+    with pytest.raises(FloatingPointError):
+        train(config, tmp_path, broken)
+    found = repeat(tmp_path / "dumps" / "1-given_up", setup=broken)
+    assert found["same"]
+    began = found["began"]
+    assert began["parameters"] == ["student final_norm"]
+    assert began["num_tokens"] == found["metrics"]["num_tokens"][0]
+
+
+def test_impossible_tokens_and_empty_completions_are_alarms(
+    settings, setup, tmp_path
+):
+    (end,) = setup.tokenizer.eos_ids
+    broken = with_models(
+        setup,
+        student=of_head(setup, favorite=end),
+        teacher=of_head(setup, impossible=[end]),
+    )
+    config = changed(settings, "train", steps=1)
+    assert train(config, tmp_path, broken)["step"] == 1
+    assert alarms(tmp_path) == {"all_eos", "teacher_impossible"}
+
+
+def test_a_rate_that_explodes_raises_alarms_and_is_repeated(
+    settings, setup, tmp_path, capsys
+):
+    wild = changed(settings, "optimizer", learning_rate=10.0, clip=1e9)
+    wild = changed(wild, "train", steps=6)
+    train(wild, tmp_path, setup)
+    found = alarms(tmp_path)
+    assert found and "non_finite" not in found
+    said = capsys.readouterr().err
+    for name in found:
+        assert said.count(f"topd: alarm {name} at step ") == 1
+        (dump,) = tmp_path.glob(f"dumps/*-{name}")
+    found = repeat(dump, setup=setup)
+    assert found["same"] and "began" not in found
+
+
+def test_what_is_no_dump_is_refused(refused, tmp_path):
+    message = refused("replay", tmp_path)
+    assert message.endswith("is no dump; a run writes them to WORKDIR/dumps")

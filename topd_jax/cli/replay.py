@@ -1,0 +1,223 @@
+"""``topd replay``: a dumped step again, and where it stopped being finite."""
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from topd_jax.data.packing import PackedRows
+from topd_jax.losses.divergences import forward_kl
+from topd_jax.losses.fused import fused_weighted_sum
+from topd_jax.models.io import runs
+from topd_jax.models.passes import trajectory_states
+from topd_jax.objectives.objective import Objective
+from topd_jax.objectives.pieces import describe
+from topd_jax.objectives.statistics import pick
+from topd_jax.parallel.compilation import keep_compiled
+from topd_jax.parallel.layouts import loss_layout
+from topd_jax.training.compiled import compile_step
+from topd_jax.training.config import settings_from
+from topd_jax.training.dumps import read_dump
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.loop import Run
+from topd_jax.training.setup import Setup, load_setup
+from topd_jax.training.sft import row_states
+from topd_jax.training.step import TrainState, rows_by_teacher
+
+_TIMES = ("seconds", "rate")
+_SHOWN = 5  # tokens
+
+
+def replay(dump: pathlib.Path) -> dict[str, Any]:
+    """Repeat a dumped step from its checkpoint; the run is left alone.
+
+    Args:
+      dump: the directory, as a run names it in its alarm.
+
+    Returns:
+      What :func:`repeat` returns.
+
+    Raises:
+      ValueError: where there is no dump, or its models or objective were
+        given in Python.
+    """
+    return repeat(dump)
+
+
+def repeat(
+    dump: pathlib.Path,
+    *,
+    setup: Setup | None = None,
+    objective: Objective | None = None,
+) -> dict[str, Any]:
+    """Repeat a dumped step, also with what the run was given in Python.
+
+    Args:
+      dump: the directory.
+      setup: of the run; None loads the models that its settings name.
+      objective: of the run; None makes the one that its settings name.
+
+    Returns:
+      "step", "alarm" and "text" of the dump; "same", whether batch and metrics
+      came again bit for bit; "metrics", name -> [dumped, repeated]; of an
+      update that was left out "began", see :func:`_began`.
+
+    Raises:
+      ValueError: for no dump, or one of other models or another objective.
+    """
+    about = read_dump(dump)
+    settings = settings_from(about["settings"])
+    log = dataclasses.replace(
+        settings.log, every=1, completions_every=0, tensorboard=False
+    )
+    settings = dataclasses.replace(settings, log=log)
+    keep_compiled(settings.train.compilation_cache)
+    setup = setup or load_setup(settings, dump)
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(setup.mesh):
+        workdir = pathlib.Path(folder)
+        if about["checkpoint"] is not None:
+            (workdir / runs.LATEST).symlink_to((dump / runs.LATEST).absolute())
+        run = Run(settings, workdir, setup, objective)
+        if describe(run.objective) != about["objective"]:
+            raise ValueError(
+                f"the objective of {dump} was given in Python; repeat the step "
+                "there: topd_jax.cli.replay.repeat(dump, objective=...)"
+            )
+        if about["restart"]:
+            run.resume(run.step, about["restart"])
+        run.repeat(about["step"])
+        again = read_jsonl(workdir / "metrics.jsonl")[-1]
+        metrics = {
+            name: [value, again.get(name)]
+            for name, value in about["metrics"].items()
+            if not name.startswith(_TIMES)
+        }
+        batch = jax.device_get(vars(run.batches[about["step"]]))
+        same = all(a == b for a, b in metrics.values()) and all(
+            # Bytes: what is not a number equals itself too.
+            about["batch"][name].tobytes() == np.asarray(x).tobytes()
+            for name, x in batch.items()
+        )
+        out = {name: about[name] for name in ("step", "alarm", "text")} | {
+            "same": same,
+            "metrics": metrics,
+        }
+        if again["skipped"]:
+            out["began"] = _began(run)
+        for part in (run.logs, run.checkpoints, run.best):
+            part.close()
+    return out
+
+
+def _began(run: Run) -> dict[str, Any]:
+    """Find what was not finite in the last step.
+
+    An update that is left out changes nothing, so the student is still the one
+    of the step.
+
+    Returns:
+      "parameters", those of student and teachers that are not finite;
+      "num_tokens", how many tokens have a loss that is not, and the first of
+      them as "tokens": row, place, id and text, loss, and the teacher's
+      log-probability; "gradients", the parameters whose gradient is not.
+    """
+    rows = run.batches[run.step]
+    teachers = run.setup.teachers
+    scored = run.compiled.score(
+        run.student, teachers, rows, run.keys(run.step)[1]
+    )
+    models = {"student": run.student} | {
+        f"teacher {t.name}".rstrip(): t.model for t in teachers
+    }
+    losses = np.asarray(_token_losses(run, rows, scored))
+    teacher = -np.concatenate([s.teacher_token_loss for s in scored])
+    places = np.argwhere(np.asarray(rows.mask) & ~np.isfinite(losses))
+    tokens = np.asarray(rows.tokens)
+    return {
+        "parameters": [
+            f"{model} {name}"
+            for model, tree in models.items()
+            for name in _not_finite(tree)
+        ],
+        "num_tokens": len(places),
+        "tokens": [
+            {
+                "row": int(row),
+                "place": int(place),
+                "id": int(tokens[row, place]),
+                "text": run.setup.tokenizer.decode([int(tokens[row, place])]),
+                "loss": str(losses[row, place]),
+                "teacher_logp": str(teacher[row, place]),
+            }
+            for row, place in places[:_SHOWN]
+        ],
+        "gradients": _not_finite(_gradients(run, rows, scored)),
+    }
+
+
+def _not_finite(tree: Any) -> list[str]:
+    """Return the names of the arrays in which something is not finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [
+        # Without what nnx calls the array of a parameter.
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(
+            ".value"
+        )
+        for path, x in leaves
+        if jnp.issubdtype(x.dtype, jnp.floating) and not jnp.isfinite(x).all()
+    ]
+
+
+def _token_losses(run: Run, rows: Any, scored: Any) -> jax.Array:
+    """Compute the loss of every token [B, T], unweighted."""
+    packed = isinstance(rows, PackedRows)
+    states = row_states if packed else trajectory_states
+    loss = forward_kl if packed else run.objective.token_loss
+    layout = loss_layout(chunk_size=run.settings.train.chunk_size)
+
+    @jax.jit
+    def losses_of(student: Any, rows: Any, scored: Any) -> jax.Array:
+        losses = []
+        parts = rows_by_teacher(rows, scored, 1, layout)
+        for (own, notes), teacher in zip(parts, scored, strict=True):
+            offered = {"tokens": own.tokens, "uniforms": notes.uniforms}
+            _, of_rows = fused_weighted_sum(
+                states(student, own), student.head,
+                notes.teacher_hidden, teacher.teacher_head,
+                own.mask.astype(jnp.float32), loss, layout=layout,
+                rows=pick(loss, offered),
+                temperature=1.0 if packed else run.objective.temperature,
+            )  # fmt: skip
+            losses.append(of_rows)
+        return jnp.concatenate(losses)
+
+    return losses_of(run.student, rows, scored)
+
+
+def _gradients(run: Run, rows: Any, scored: Any) -> Any:
+    """Compute the gradients of the step, as its optimizer is given them."""
+    kept: list[Any] = []
+
+    def update(gradients: Any, state: Any, params: Any = None) -> Any:
+        jax.debug.callback(kept.append, gradients)
+        return gradients, state
+
+    # The step would keep the old student, and no trace of them.
+    keeping = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    tokenizer = run.setup.tokenizer
+    step = compile_step(
+        run.settings, run.objective, keeping, eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id, mesh=run.setup.mesh,
+    ).train_step  # fmt: skip
+    zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    state = TrainState(
+        jax.tree.map(jnp.copy, run.state.student), optax.EmptyState(), *zeros
+    )
+    jax.block_until_ready(step(state, rows, scored, run.frozen))
+    jax.effects_barrier()
+    return kept[0]
