@@ -20,7 +20,7 @@ from topd_jax.objectives.pieces import describe
 from topd_jax.objectives.statistics import pick
 from topd_jax.parallel.compilation import keep_compiled
 from topd_jax.parallel.layouts import loss_layout
-from topd_jax.training.compiled import compile_step
+from topd_jax.training.compiled import compile_step, step_keys
 from topd_jax.training.config import settings_from
 from topd_jax.training.dumps import read_dump
 from topd_jax.training.logging import read_jsonl
@@ -129,7 +129,7 @@ def _began(run: Run) -> dict[str, Any]:
     rows = run.batches[run.step]
     teachers = run.setup.teachers
     scored = run.compiled.score(
-        run.student, teachers, rows, run.keys(run.step)[1]
+        run.student, teachers, rows, step_keys(run.key, run.step)[1]
     )
     models = {"student": run.student} | {
         f"teacher {t.name}".rstrip(): t.model for t in teachers

@@ -9,13 +9,12 @@ n-grams), so that a collapse shows even where accuracy is at chance.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data.routing import places_of
@@ -36,6 +35,7 @@ from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.hosts import on_host
 from topd_jax.parallel.layouts import loss_layout
+from topd_jax.parallel.sharding import spec_on
 from topd_jax.sampling import Stream, rollout, stream_key
 from topd_jax.sampling.settings import RolloutSettings
 from topd_jax.types import ONE_DEVICE, Layout, Prompts, Teacher, Trajectories
@@ -92,6 +92,7 @@ def compare(
     student: LanguageModel,
     teacher: LanguageModel,
     trajectories: Trajectories,
+    real: jax.Array | None = None,
     *,
     top_k: int,
     layout: Layout = ONE_DEVICE,
@@ -102,12 +103,16 @@ def compare(
       student: the model.
       teacher: the frozen model.
       trajectories: that both read.
+      real: bool[B] rows that count; None counts all.
       top_k: size of the top sets.
       layout: of the fused pass.
 
     Returns:
       name -> (sum, count).
     """
+    if real is not None:
+        mask = trajectories.mask & real[:, None]
+        trajectories = trajectories.replace(mask=mask)
     return statistics(
         trajectory_states(student, trajectories),
         student.head,
@@ -160,11 +165,12 @@ class Evaluator:
             eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
         )
-        return jax.jit(functools.partial(write, **options))
+        rows = NamedSharding(self.mesh, spec_on(self.mesh, ("batch",)))
+        return jax.jit(functools.partial(write, **options), out_shardings=rows)
 
     @functools.cached_property
     def comparer(self) -> Callable[..., dict]:
-        """Compare, jitted: (student, teacher, trajectories) -> metrics."""
+        """Compare, jitted: (student, teacher, rows, real) -> metrics."""
         layout = loss_layout(self.mesh)
         return jax.jit(
             functools.partial(compare, top_k=self.top_k, layout=layout)
@@ -268,7 +274,6 @@ class Evaluator:
         rows: dict[int, list[int]] = {}
         parts: list[dict] = []
         number = itertools.count()
-        key = stream_key(jax.random.key(self.seed), Stream.EVALUATE)
         records = encoded.records[:count]
         models = {t.name: t.model for t in self.teachers}
         groups = places_of(records)
@@ -279,22 +284,46 @@ class Evaluator:
             for batch in prompt_data.ordered_batches(
                 encoded.take(places), batch_size=self.options.batch_size
             ):
-                written = self.writer(
-                    student,
-                    spread_rows(batch.prompts, self.mesh),
-                    jax.random.fold_in(key, next(number)),
-                    jnp.float32(temperature),
-                )
+                asked = self._asked(batch, next(number), temperature)
+                written = self.writer(student, *asked)
                 real = batch.index >= 0
-                written = written.replace(mask=written.mask & real[:, None])
                 if name in models:
-                    metrics = self.comparer(student, models[name], written)
+                    metrics = self.comparer(
+                        student, models[name], written, real
+                    )
                     parts += [metrics, by_name({name: metrics})]
                 tokens, mask = on_host((written.tokens, written.mask))
                 for row, place in enumerate(batch.index[real]):
                     rows[places[place]] = tokens[row][mask[row]].tolist()
         numbers = read_metrics(merge(parts))
         return [rows[i] for i in sorted(rows)], numbers
+
+    def _asked(
+        self, batch: prompt_data.PromptBatch, number: int, temperature: float
+    ) -> tuple[Prompts, jax.Array, np.float32]:
+        """Return what the writer is called with, after the student."""
+        key = stream_key(jax.random.key(self.seed), Stream.EVALUATE)
+        return (
+            spread_rows(batch.prompts, self.mesh),
+            jax.random.fold_in(key, number),
+            np.float32(temperature),
+        )
+
+    def trace(
+        self, student: LanguageModel
+    ) -> Iterator[tuple[str, list[jax.stages.Traced]]]:
+        """Yield the programs of an evaluation, traced: (name, programs)."""
+        size = self.options.batch_size
+        batch = next(prompt_data.ordered_batches(self.test, batch_size=size))
+        asked = self._asked(batch, 0, self.options.temperature)
+        writer = self.writer.trace(student, *asked)
+        yield "evaluation", [writer]
+        read = (writer.out_info, batch.index >= 0)
+        models = [t.model for t in self.teachers]
+        yield (
+            "comparison",
+            [self.comparer.trace(student, model, *read) for model in models],
+        )
 
     def is_cut(self, tokens: list[int]) -> bool:
         """Return whether a completion reached the limit without an end."""

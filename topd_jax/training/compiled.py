@@ -3,6 +3,7 @@
 Each compiles at its first call, and lowers from shapes alone, on any device.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from topd_jax.data.packing import PackedRows, rows_of
 from topd_jax.data.teachers import (
@@ -23,7 +24,7 @@ from topd_jax.evaluation.evaluator import compare, write
 from topd_jax.evaluation.metrics import statistics as compare_tokens
 from topd_jax.objectives.objective import Objective
 from topd_jax.parallel.layouts import loss_layout
-from topd_jax.parallel.sharding import tree_shardings
+from topd_jax.parallel.sharding import spec_on, tree_shardings
 from topd_jax.training.config import OptimizerSettings, Settings
 from topd_jax.training.score import score
 from topd_jax.training.sft import read_rows, row_states, sft_step
@@ -124,6 +125,12 @@ def initial_state(
     return jax.jit(make, out_shardings=shardings)(student)
 
 
+@jax.jit
+def step_keys(key: jax.Array, step: int) -> tuple[jax.Array, ...]:
+    """Return the keys of a step's rollout and score, of the run's key."""
+    return tuple(jax.random.split(jax.random.fold_in(key, step)))
+
+
 def compile_step(
     settings: Settings,
     objective: Objective,
@@ -133,6 +140,7 @@ def compile_step(
     pad_id: int,
     mesh: Mesh | None = None,
     shardings: Any = None,
+    teachers: Sequence[Teacher] = (),
 ) -> Compiled:
     """Bind a run's settings to the stages of its step, and jit them.
 
@@ -145,6 +153,8 @@ def compile_step(
       mesh: of the run; None takes the one in use now.
       shardings: of the train state, which a step then keeps; None lets XLA
         choose others, for which the second step compiles again.
+      teachers: of the run, where rows and scores shall be spread over the
+        mesh as is known before they compile; () lets XLA choose.
 
     Returns:
       The stages.
@@ -178,11 +188,31 @@ def compile_step(
             functools.partial(_compare, **look),
         )  # fmt: skip
     rollout, read, step, statistics = stages
+    rows, scored = _row_shardings(mesh, teachers)
     return Compiled(
-        jax.jit(rollout),
-        jax.jit(read),
+        jax.jit(rollout, out_shardings=rows),
+        jax.jit(read, out_shardings=scored),
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         jax.jit(statistics),
+    )
+
+
+def _row_shardings(
+    mesh: Mesh | None, teachers: Sequence[Teacher]
+) -> tuple[Any, Any]:
+    """Return the shardings of rows and of scores: heads as XLA has them."""
+    if mesh is None or not teachers:
+        return None, None
+    rows = NamedSharding(mesh, spec_on(mesh, ("batch",)))
+    heads = [rows] * len(teachers)  # on one device all are the same
+    if mesh.size > 1:
+        heads = jax.jit(lambda models: [m.head for m in models])
+        heads = heads.lower([t.model for t in teachers]).compile()
+        heads = heads.output_shardings
+    every = {field.name: rows for field in dataclasses.fields(Scored)}
+    return rows, tuple(
+        Scored(**every | {"teacher_head": head, "teacher": teacher.name})
+        for teacher, head in zip(teachers, heads, strict=True)
     )
 
 

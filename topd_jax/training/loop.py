@@ -26,10 +26,12 @@ from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
 from topd_jax.parallel import batches, hosts, lock, stopping
 from topd_jax.training import checkpointing, recovery
+from topd_jax.training.ahead import compile_ahead, trace_run
 from topd_jax.training.compiled import (
     compile_step,
     initial_state,
     make_optimizer,
+    step_keys,
 )
 from topd_jax.training.config import Settings, check_fits, settings_from
 from topd_jax.training.logging import Clock, Logs, completion_rows
@@ -144,7 +146,7 @@ class Run:
             settings, self.objective, optimizer,
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
             shardings=jax.tree.map(lambda x: x.sharding, self.state),
-            mesh=setup.mesh,
+            mesh=setup.mesh, teachers=setup.teachers,
         )  # fmt: skip
         # Shared with the setup: a step neither changes nor donates it.
         self.frozen = split(setup.student)[1]
@@ -236,6 +238,7 @@ class Run:
                     bar, "compiling rollout, score, train_step and evaluation; "
                     "later steps are fast",
                 )  # fmt: skip
+                compiled = compile_ahead(trace_run(self))
             if self._owes_evaluation():
                 self.evaluate()
             while self.step < steps:
@@ -247,8 +250,8 @@ class Run:
                 bar.update()
                 if step == first:
                     jax.block_until_ready(self.state.step)
-                    seconds = time.perf_counter() - started
-                    say(bar, f"compiled, step {step} done in {seconds:.1f} s")
+                    took = time.perf_counter() - started
+                    say(bar, f"{compiled}, step {step} done in {took:.1f} s")
                     signals.enter_context(stopping.after_the_step())
                 if row:
                     bar.set_postfix(
@@ -268,9 +271,10 @@ class Run:
             self._close()
         return final
 
-    def keys(self, step: int) -> jax.Array:
-        """Return the keys of a step's rollout and of its scores."""
-        return jax.random.split(jax.random.fold_in(self.key, step))
+    def place(self, batch: Any) -> Any:
+        """Spread the rows of a batch over the mesh."""
+        rows = batch if isinstance(batch, PackedRows) else batch.prompts
+        return batches.place_rows(rows, self.setup.mesh)
 
     def _one_step(self, step: int) -> dict[str, float] | None:
         """Dispatch a step; return the metrics of the one before."""
@@ -280,12 +284,10 @@ class Run:
         if timed:  # its stages are waited for, so nothing else may be pending
             self.logs.flush()
         started, clock = time.perf_counter(), Clock(timed)
-        rollout_key, score_key = self.keys(step)
+        rollout_key, score_key = step_keys(self.key, step)
         batch = next(self.data)
         packed = isinstance(batch, PackedRows)
-        prompts = batches.place_rows(
-            batch if packed else batch.prompts, self.setup.mesh
-        )
+        prompts = self.place(batch)
         trajectories = clock(
             "rollout", compiled.rollout(student, teachers, prompts, rollout_key)
         )

@@ -1,0 +1,66 @@
+"""A small run that counts what it compiles; also a script on many devices.
+
+python compiled_once.py WORKDIR
+"""
+
+import collections
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from small_run import interrupted, settings_with
+
+from topd_jax.training import loop
+
+# The stages of a step, and of an evaluation.
+PROGRAMS = ("_write", "score", "train_step", "_compare", "write", "compare")
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the programs that are compiled within, or read back."""
+    names: list[str] = []
+
+    def listen(event: str, _: float, **about: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about["fun_name"].removeprefix("jit(")[:-1])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def check(run: loop.Run) -> None:
+    """Each program compiles once, and none after the first step."""
+    step, late = run._one_step, []
+    with compilations() as names:
+
+        def counted(number: int) -> object:
+            row = step(number)
+            late.append(len(names))
+            return row
+
+        run._one_step = counted
+        run.train()
+    times = collections.Counter(names)
+    assert [times[name] for name in PROGRAMS] == [1] * len(PROGRAMS), times
+    assert not names[late[0] :], names[late[0] :]
+
+
+def main(workdir: str) -> None:
+    """Run on all devices, and resume."""
+    settings = settings_with(mesh__fsdp=4, mesh__tensor=2)
+    setup = loop.load_setup(settings, Path(workdir))
+    with jax.set_mesh(setup.mesh), interrupted(4):
+        loop.Run(settings, Path(workdir), setup).train()
+    with jax.set_mesh(setup.mesh):
+        check(loop.Run(settings, Path(workdir), setup))
+    print("each program once")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

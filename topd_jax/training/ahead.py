@@ -1,0 +1,88 @@
+"""Compile a run's programs before their first calls, several at a time.
+
+Python traces one program after another. XLA compiles without Python's lock,
+so those that are traced compile in threads meanwhile.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from topd_jax.training.compiled import step_keys
+
+# A name, and programs that compile one after the other.
+Programs = tuple[str, Sequence[jax.stages.Traced]]
+
+
+def compile_ahead(programs: Iterable[Programs]) -> str:
+    """Compile traced programs in parallel, and wait for all.
+
+    A jitted function then finds its program at the first call with arguments
+    of these shapes, dtypes and shardings; others compile at their own. No
+    thread outlives this function, whatever is raised: an interpreter that
+    ends while XLA compiles crashes.
+
+    Args:
+      programs: the next is asked for, and so traced, while those before it
+        compile.
+
+    Returns:
+      For the log: the seconds of each, from the begin of its tracing, and of
+      all together.
+    """
+    seconds: dict[str, float] = {}
+
+    def finish(name: str, lowered: list[Any], begin: float) -> None:
+        for program in lowered:
+            program.compile()
+        seconds[name] = time.perf_counter() - begin
+
+    pool, jobs, start = ThreadPoolExecutor(), [], time.perf_counter()
+    begin = start
+    try:
+        for name, traced in programs:
+            lowered = [program.lower() for program in traced]
+            jobs.append(pool.submit(finish, name, lowered, begin))
+            begin = time.perf_counter()
+        for job in jobs:
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    each = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
+    total = time.perf_counter() - start
+    return f"compiled {each} (in parallel: {total:.1f} s)"
+
+
+def trace_run(run: Any) -> Iterator[Programs]:
+    """Trace the programs of a run, each from what the one before returns.
+
+    Args:
+      run: that is about to make its next step; nothing of it changes.
+
+    Yields:
+      A stage's name and its programs.
+    """
+    position = run.data.get_state()
+    prompts = run.place(next(run.data))
+    run.data.set_state(position)
+    compiled, models = run.compiled, (run.student, run.setup.teachers)
+    key, _ = step_keys(run.key, 0)
+    rollout = compiled.rollout.trace(*models, prompts, key)
+    yield "rollout", [rollout]
+    rows = rollout.out_info
+    score = compiled.score.trace(*models, rows, key)
+    yield "score", [score]
+    yield (
+        "train_step",
+        [
+            compiled.train_step.trace(
+                run.state, rows, score.out_info, run.frozen
+            )
+        ],
+    )
+    if 0 < run.settings.log.statistics_every <= run.settings.train.steps:
+        yield "statistics", [compiled.statistics.trace(*models, rows)]
+    yield from run.evaluator.trace(run.student)
