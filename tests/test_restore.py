@@ -12,7 +12,8 @@ from small_step import assert_trees_equal
 
 from topd_jax.cli import main
 from topd_jax.training import loop, restore
-from topd_jax.training.checkpointing import Checkpoints, restore_student
+from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.restore import restore_student
 from topd_jax.training.setup import load_setup
 
 

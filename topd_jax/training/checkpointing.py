@@ -258,33 +258,6 @@ def _is_shared(x: Any) -> bool:
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
-def restore_student(directory: pathlib.Path, step: int, student: Any) -> Any:
-    """Read the trained part of a student, and nothing of the optimizer.
-
-    Args:
-      directory: of the checkpoints.
-      step: which one.
-      student: of the right shapes, dtypes and shardings.
-
-    Returns:
-      The same pytree, restored.
-    """
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, student)
-    # As plain dictionaries: a module has nodes that hold no array.
-    plain = ocp.tree.serialize_tree(target, keep_empty_nodes=False)
-    item = {"train": {"student": plain}}
-    with ocp.PyTreeCheckpointer() as reader:
-        saved = reader.restore(
-            (directory / str(step) / "state").absolute(),
-            args=ocp.args.PyTreeRestore(
-                item,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                partial_restore=True,
-            ),
-        )["train"]["student"]
-    return ocp.tree.deserialize_tree(saved, target, keep_empty_nodes=False)
-
-
 def has_steps(directory: pathlib.Path) -> bool:
     """Return whether a directory holds a complete checkpoint."""
     # One that is being written has a longer name.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from topd_jax.models.io import checksums, runs
 from topd_jax.models.lora import join, split
@@ -156,5 +157,32 @@ def load_student(
     checksums.require_intact(where / str(step), _WAYS_OUT[which])
     _require(saved, settings, where, _FREE[which], setup)
     trained, frozen = split(setup.student)
-    trained = checkpointing.restore_student(where, step, trained)
+    trained = restore_student(where, step, trained)
     return join(trained, frozen), step
+
+
+def restore_student(directory: pathlib.Path, step: int, student: Any) -> Any:
+    """Read the trained part of a student, and nothing of the optimizer.
+
+    Args:
+      directory: of the checkpoints.
+      step: which one.
+      student: of the right shapes, dtypes and shardings.
+
+    Returns:
+      The same pytree, restored.
+    """
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, student)
+    # As plain dictionaries: a module has nodes that hold no array.
+    plain = ocp.tree.serialize_tree(target, keep_empty_nodes=False)
+    item = {"train": {"student": plain}}
+    with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.restore(
+            (directory / str(step) / "state").absolute(),
+            args=ocp.args.PyTreeRestore(
+                item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
+            ),
+        )["train"]["student"]
+    return ocp.tree.deserialize_tree(saved, target, keep_empty_nodes=False)
