@@ -88,9 +88,9 @@ def test_prompts_of_a_run(tmp_path):
         return [[r["prompt"] for r in part] for part in parts]
 
     assert read() == [
-        problems.problems("train", 9, 0),
-        problems.problems("validation", 4, 0),
-        problems.problems("test", 3, 0),
+        list(problems.problems("train", 9, 0)),
+        list(problems.problems("validation", 4, 0)),
+        list(problems.problems("test", 3, 0)),
     ]
     file = {"source": "jsonl", "path": path}
     first, rest = ["0+1?", "1+1?"], ["2+1?", "3+1?", "4+1?"]

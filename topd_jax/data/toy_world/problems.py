@@ -20,6 +20,7 @@ which.
 """
 
 import dataclasses
+import functools
 import hashlib
 import random
 import re
@@ -296,7 +297,8 @@ def split_of(problem: str) -> str:
     return {8: "validation", 9: "test"}.get(bucket, "train")
 
 
-def problems(split: str, count: int, seed: int) -> list[str]:
+@functools.cache  # seconds; the preflight and the run ask for the same
+def problems(split: str, count: int, seed: int) -> tuple[str, ...]:
     """Sample distinct problems of a split, the same for the same arguments.
 
     Args:
@@ -315,7 +317,7 @@ def problems(split: str, count: int, seed: int) -> list[str]:
         problem = sample_problem(rng)
         if split_of(problem) == split:
             sample[problem] = None
-    return list(sample)
+    return tuple(sample)
 
 
 def world_pairs(
