@@ -46,15 +46,19 @@ def fingerprint(model: Any) -> str:
         for path, x in jax.tree_util.tree_leaves_with_path(arrays[name])
     }
     # Known to every process, also those without devices of the model's.
-    sums = on_host([_bit_sums(x) for x in parts.values()])
+    sums = on_host(_bit_sums(list(parts.values())))
     for label, total in zip(parts, sums, strict=True):
         digest.update(label.encode())
         digest.update(total.astype("<u4").tobytes())
     return digest.hexdigest()
 
 
-@jax.jit
-def _bit_sums(x: jax.Array) -> jax.Array:
+@jax.jit  # one program for all
+def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_bit_sum(x) for x in arrays]
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.int4:
         x = x.astype(jnp.int8)
     sizes = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
