@@ -15,9 +15,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from topd_jax.evaluation.metrics import read_metrics
 from topd_jax.parallel import hosts, lock
@@ -100,7 +97,10 @@ class Logs:
         hosts.meet("logs are cut")
         self.evals = read_jsonl(workdir / "evals.jsonl")
         if tensorboard and first:
-            self._open_board(workdir / "tensorboard", step + 1)
+            # Slow to import: where torch is installed, it comes along.
+            from topd_jax.training.tensorboard import Board
+
+            self._board = Board(workdir / "tensorboard", step + 1)
         self._pending: tuple[int, dict, dict, float] | None = None
         self.watch, self._every = watch, every
         self._known = -math.inf  # when the last step's numbers were there
@@ -173,23 +173,7 @@ class Logs:
         if self._board is not None and name not in _TEXTS:
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "step":
-                    self._to_board(
-                        row["step"], summary=scalar(f"{name}/{key}", value)
-                    )
-
-    def _open_board(self, directory: pathlib.Path, step: int) -> None:
-        # Not a SummaryWriter, whose thread dies of a full disk and leaves
-        # whoever writes the next number waiting for it.
-        directory.mkdir(exist_ok=True)
-        self._board = EventsWriter(str(directory / "events"))
-        # What an earlier process wrote from this step on is void.
-        start = SessionLog(status=SessionLog.START)
-        self._to_board(step, session_log=start)
-
-    def _to_board(self, step: int, **event: Any) -> None:
-        self._board.write_event(
-            Event(wall_time=time.time(), step=step, **event)
-        )
+                    self._board.add(f"{name}/{key}", value, row["step"])
 
     def sync(self) -> None:
         """Write what is pending and wait until it is on disk."""
