@@ -86,7 +86,7 @@ def grade(_: object) -> None:
 
     threading.Timer(3.0, say_and_send).start()
     record = {"prompt": "", "answer": "1", "source": "", "index": 0}
-    grading.grade_answers([record], [HOSTILE], deadline=FOREVER)
+    grading.grade_answers([record], [HOSTILE], deadline=20 * FOREVER)
 
 
 def evaluate_long(_: Evaluator, student: Any, step: int) -> None:

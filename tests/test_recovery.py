@@ -111,6 +111,7 @@ def breaking(run, steps, tries=1):
             metrics |= {"skipped": (jnp.ones(()), jnp.ones(()))}
         return state, metrics
 
+    step.trace = train_step.trace
     run.compiled = run.compiled._replace(train_step=step)
     return run
 
