@@ -147,6 +147,7 @@ def check(settings=SETTINGS, saved=None, objective=OBJECTIVE, **options):
         SETTINGS,
         changed(SETTINGS, "log", every=7, tensorboard=True),
         changed(SETTINGS, "checkpoint", keep=9),
+        changed(SETTINGS, "guard", window=9, rollbacks=3),
         changed(SETTINGS, "sweep", seeds=(1, 2)),
         changed(SETTINGS, "world", cache="elsewhere"),
         changed(SETTINGS, "eval", samples=16, benchmarks=("aime24.jsonl",)),
