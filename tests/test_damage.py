@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +62,10 @@ def empty(path):
     "damage", [flip, truncate, empty, lambda path: path.unlink()],
     ids=["flip", "truncate", "empty", "delete"],
 )  # fmt: skip
-def test_every_file_is_verified_or_needed_by_nobody(
-    saved, tmp_path, damage, caplog
-):
+def test_every_file_is_verified_or_unused(saved, tmp_path, damage, caplog):
     names = [p.relative_to(saved / "6") for p in files_of(saved / "6")]
     assert len(names) > 10
-    needed_by_nobody = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+    unused = {"_CHECKPOINT_METADATA", "commit_success.txt"}
     for number, name in enumerate(names):
         directory = tmp_path / str(number)
         shutil.copytree(saved, directory)
@@ -75,7 +74,7 @@ def test_every_file_is_verified_or_needed_by_nobody(
         caplog.clear()
         step = checkpoints.newest_intact()
         assert step == checkpoints.latest()
-        if str(name) in needed_by_nobody:
+        if str(name) in unused:
             assert step == 6 and "is damaged" not in caplog.text
         else:
             assert step == 4, name
@@ -92,6 +91,12 @@ def test_every_file_is_verified_or_needed_by_nobody(
         assert Checkpoints(directory, 3).newest_intact() == 6
 
 
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum")
+def test_coreutils_read_the_checksums(saved):
+    line = ["sha256sum", "--check", "--strict", "--quiet", SUMS]
+    subprocess.run(line, cwd=saved / "6", check=True)
+
+
 def test_damaged_checkpoints_are_named_and_moved_only_if_one_is_intact(
     saved, tmp_path, caplog
 ):
@@ -104,13 +109,14 @@ def test_damaged_checkpoints_are_named_and_moved_only_if_one_is_intact(
     assert Checkpoints(tmp_path / "run", 3).newest_intact() == 4
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"2", "4", "damaged-4", "damaged-6", "damaged-6-again"}
-    for step in ("2", "4"):
-        shutil.rmtree(tmp_path / "run" / step / "state")
+    for file in files_of(tmp_path / "run" / "4"):
+        file.unlink()
+    shutil.rmtree(tmp_path / "run" / "2" / "state")
     checkpoints = Checkpoints(tmp_path / "run", 3)
     with pytest.raises(
         ValueError,
-        match=r"no checkpoint in .*/run is intact \(4: state/_.* is missing; "
-        r"2: state/_.*\); put one back .* or remove the directory",
+        match=r"no checkpoint in .*/run is intact \(4: SHA256SUMS is missing; "
+        r"2: state/_.* is missing\); put one back .* or remove the directory",
     ):
         checkpoints.newest_intact()
     assert {p.name for p in (tmp_path / "run").iterdir()} == names

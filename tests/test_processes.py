@@ -198,6 +198,7 @@ def test_flags_that_do_not_go_together(arguments, message, tmp_path, refused):
 def test_one_process_is_first_and_waits_for_nobody(tmp_path):
     assert hosts.is_first()
     hosts.meet("here")
+    assert hosts.from_first(4) == 4
     assert not hosts.told_to_stop(1)
     hosts.wait_for([tmp_path])
     tree = {"a": jax.numpy.arange(3), "b": 4}

@@ -82,8 +82,8 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         # Still under another name: checksums are committed with the rest.
-        (place,) = self._directory.glob(f"{self._saving}.*")
-        checksums.write_checksums(place)
+        (place,) = self._manager.directory.glob(f"{self._saving}.*")
+        checksums.write_checksums(pathlib.Path(place))
 
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, or None."""

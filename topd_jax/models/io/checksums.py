@@ -1,9 +1,9 @@
 """Checksums of a checkpoint's files, written before it is committed.
 
-orbax does not notice a flipped byte in an array. ``SHA256SUMS`` lies in the
-checkpoint's directory in the format of coreutils, so that ``sha256sum --check
-SHA256SUMS`` there verifies it too. The two files of orbax that are written
-later, beside it, are needed by nobody.
+orbax does not notice a flipped byte in an array. ``SHA256SUMS`` is in the
+checkpoint's directory, in the format of coreutils: ``sha256sum --check
+SHA256SUMS`` verifies a checkpoint too. Two files of orbax beside it are written
+later and have no checksum; restoring does not depend on them.
 """
 
 import hashlib

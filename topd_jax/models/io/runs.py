@@ -1,8 +1,8 @@
 """Students of runs, read from their checkpoints.
 
 A work directory of ``topd train`` holds ``checkpoints/STEP`` and
-``best/STEP``. Of a checkpoint the student alone is read, one parameter at a
-time, straight into its shards; the optimizer's state stays on disk. Its shape
+``best/STEP``. Of a checkpoint, once its files are verified, the student alone
+is restored, one parameter at a time, straight into its shards. Its shape
 stands in the checkpoint's record, so the model that the run started from is
 not needed.
 """
