@@ -155,10 +155,9 @@ def _roll_back(run: Any) -> None:
     """
     alarm, most = run.watch.last_skipped, run.settings.train.max_skipped
     run.logs.close()
-    run.checkpoints.wait()
     # The data go on where they are.
     restart = {"rollbacks": run.rollbacks + 1, "data": run.data.get_state()}
-    run.resume(run.checkpoints.latest(), restart)
+    run.resume(run.checkpoints.newest_intact(), restart)
     # What later steps left is undone; the next evaluation is the best.
     run.best.drop_after(run.step)
     run.logs = run.open_logs()
