@@ -4,6 +4,7 @@ Python traces one program after another. XLA compiles without Python's lock,
 so those that are traced compile in threads meanwhile.
 """
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,16 @@ from topd_jax.training.compiled import step_keys
 # A name, and programs that compile one after the other.
 Programs = tuple[str, Sequence[jax.stages.Traced]]
 
+# XLA compiles even one program in several threads: as many programs as cores
+# would wait for one another.
+_AT_ONCE = max((os.cpu_count() or 1) // 2, 1)
+
 
 def compile_ahead(programs: Iterable[Programs]) -> str:
     """Compile traced programs in parallel, and wait for all.
 
     A jitted function then finds its program at the first call with arguments
-    of these shapes, dtypes and shardings; others compile at their own. No
+    of these shapes, dtypes and shardings; any other call compiles anew. No
     thread outlives this function, whatever is raised: an interpreter that
     ends while XLA compiles crashes.
 
@@ -30,22 +35,24 @@ def compile_ahead(programs: Iterable[Programs]) -> str:
         compile.
 
     Returns:
-      For the log: the seconds of each, from the begin of its tracing, and of
-      all together.
+      For the log: the seconds of tracing and compiling each, and those that
+      passed in all.
     """
     seconds: dict[str, float] = {}
 
-    def finish(name: str, lowered: list[Any], begin: float) -> None:
+    def finish(name: str, lowered: list[Any], tracing: float) -> None:
+        begin = time.perf_counter()
         for program in lowered:
             program.compile()
-        seconds[name] = time.perf_counter() - begin
+        seconds[name] = tracing + time.perf_counter() - begin
 
-    pool, jobs, start = ThreadPoolExecutor(), [], time.perf_counter()
-    begin = start
+    pool, jobs = ThreadPoolExecutor(_AT_ONCE), []
+    start = begin = time.perf_counter()
     try:
         for name, traced in programs:
             lowered = [program.lower() for program in traced]
-            jobs.append(pool.submit(finish, name, lowered, begin))
+            tracing = time.perf_counter() - begin
+            jobs.append(pool.submit(finish, name, lowered, tracing))
             begin = time.perf_counter()
         for job in jobs:
             job.result()
