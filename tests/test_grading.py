@@ -1,6 +1,5 @@
 """Grading: answers right and wrong, and answers that will not be graded."""
 
-import signal
 import subprocess
 import sys
 
@@ -8,7 +7,8 @@ import pytest
 
 from topd_jax.data.settings import DataSettings
 from topd_jax.evaluation import grading
-from topd_jax.evaluation.grading import grade_answers
+from topd_jax.evaluation.answers import is_costly
+from topd_jax.evaluation.grading import _is_right, grade_answers
 
 # As GSM8K writes its answers.
 GSM8K = "She sold 48/2 = <<48/2=24>>24 clips, 48+24 = 72 in all.\n#### 72"
@@ -110,12 +110,27 @@ TABLE = [
     ("#### 0.5", "It is $\\frac{1}{2}$", True),
 ]  # fmt: skip
 # Each of these costs memory or time without end where nothing stops it.
-HOSTILE = [
-    "\\boxed{" + "(" * 20_000 + "}",
-    "\\boxed{" * 20_000,
-    "\\boxed{10000000!!!}",
-    "the answer is " + "answer is " * 20_000,
+COSTLY = [
+    "(" * 20_000,
+    "{" * 900 + "1" + "}" * 900,
+    "\\frac{1}{" * 200 + "2" + "}" * 200,
+    "10000000!!!",
+    "9^{9^{9^{9}}}",
+    "2^{1000000000}",
+    "10^{-999999999}",
+    "1e999999999",
+    "\\binom{1000000}{500000}",
 ]
+HOSTILE = [
+    *(f"\\boxed{{{answer}}}" for answer in COSTLY),
+    *(f"The answer is {answer}" for answer in COSTLY),
+    "\\boxed{" * 20_000,
+    "the answer is " + "answer is " * 20_000,
+    "9" * 100_000,
+    "72 = 9^9^9^9",
+]
+# Its terms are summed one by one.
+ENDLESS = "\\boxed{(x+y+z)^{300}}"
 
 
 def record(answer, prompt="?"):
@@ -136,7 +151,7 @@ def test_the_table_is_graded_as_it_says():
 
 
 def test_hostile_answers_are_wrong_and_the_next_one_is_graded(monkeypatch):
-    """Each costs its deadline, or its worker, and no more."""
+    """One endless answer costs its deadline, none of them the worker."""
     workers, plain = [], subprocess.run
 
     def run(*arguments, **options):
@@ -144,11 +159,25 @@ def test_hostile_answers_are_wrong_and_the_next_one_is_graded(monkeypatch):
         return workers[-1]
 
     monkeypatch.setattr(subprocess, "run", run)
-    texts = [t for bad in HOSTILE for t in (bad, "$72$")]
+    texts = [t for bad in (*HOSTILE, ENDLESS) for t in (bad, "$72$")]
+    monkeypatch.setattr(grading.os, "cpu_count", lambda: 1)
     grades = grade_answers([record("72")] * len(texts), texts, deadline=2.0)
-    assert grades == [False, True] * len(HOSTILE)
-    assert -signal.SIGALRM in [w.returncode for w in workers[:-1]]
-    assert workers[-1].returncode == 0
+    assert grades == [False, True] * (len(HOSTILE) + 1)
+    assert [w.returncode for w in workers] == [0]
+
+
+@pytest.mark.parametrize("answer", COSTLY)
+def test_a_costly_answer_is_right_where_it_is_spelled_alike(answer):
+    assert is_costly(answer)
+    if len(answer) < 200:
+        texts = [f"\\boxed{{{answer}}}", f"The answer is ${answer}$"]
+        assert all(_is_right(answer, text, None) for text in texts)
+
+
+@pytest.mark.parametrize("answer", sorted({r for r, _, _ in TABLE}))
+def test_answers_of_benchmarks_are_not_costly(answer):
+    assert not is_costly(answer)
+    assert not is_costly("So it costs $5^2, [1,3) (see above)! 72" + answer)
 
 
 def test_a_worker_imports_no_jax():

@@ -15,6 +15,14 @@ _LONGEST = 2000
 _JOIN = re.compile(r"[\s,;$.]*(?:and|or)?[\s$]*")
 _STATED = re.compile(r"answers?\W{0,4}\s*(?:is|are|:|=)[\s:*]*([^\n]+)", re.I)
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:/\d+)?(?:e[+-]?\d+)?", re.I)
+# What only an exact spelling is compared of: brackets within brackets without
+# end, and powers and factorials with more digits than a machine holds.
+_DEEPEST = 50
+_BRACKETS = re.compile(r"[(\[{]|[)\]}]")
+_HUGE = re.compile(
+    r"\^[\s{]*[-+]?(?:\d[\d,]{4,}|\d+[\s}]*\^)|\de[-+]?\d{4,}"
+    r"|(?:\d{4,}|!)[\s)}]*!|\\binom\s*\{?\d{5,}", re.I,
+)  # fmt: skip
 _WORDS = r"(?:text|mbox|mathrm|textbf|mathbf|operatorname)"
 # Spellings and their replacements, in the order in which they are applied.
 _SPELLINGS = tuple(
@@ -107,6 +115,19 @@ def normal(answer: str) -> str:
     if choice:
         return choice[1]
     return key.lower() if re.fullmatch(r"[A-Za-z]{2,}", key) else key
+
+
+def is_costly(latex: str) -> bool:
+    """Return whether computing an answer could take time without end.
+
+    Args:
+      latex: of the answer.
+    """
+    depth = deepest = 0
+    for match in _BRACKETS.finditer(latex):
+        depth = max(0, depth + (1 if match[0] in "([{" else -1))
+        deepest = max(deepest, depth)
+    return deepest > _DEEPEST or _HUGE.search(latex) is not None
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:

@@ -1,9 +1,9 @@
 """Grade completions: the tiny world's, and mathematics with math-verify.
 
 Mathematics is graded in worker processes: a hostile or endless answer costs
-its deadline and the worker, never the run. An answer is right if its spelling
-is the reference's (:func:`topd_jax.evaluation.answers.normal`) or math-verify
-proves the two equal.
+its deadline and one fork of a worker, never the run. An answer is right if its
+spelling is the reference's (:func:`topd_jax.evaluation.answers.normal`) or
+math-verify proves the two equal.
 """
 
 import dataclasses
@@ -19,12 +19,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 from topd_jax.data.settings import DataSettings
 from topd_jax.data.sources import Record
 from topd_jax.data.toy_world import problems
-from topd_jax.evaluation.answers import normal, plain_latex, stated_answer
+from topd_jax.evaluation.answers import (
+    is_costly,
+    normal,
+    plain_latex,
+    stated_answer,
+)
 
 DEADLINE = 10.0  # seconds an answer
 _START = 120.0  # seconds a fresh worker may need for its imports
@@ -178,17 +183,44 @@ def _serve(deadline: float) -> None:
     import math_verify
 
     logging.disable(logging.CRITICAL)
+    # What is loaded at its first use is loaded before any fork.
+    _is_right("1", "\\boxed{\\frac{2}{2}}", math_verify)
+    alarm(0)
+    print("started", file=answers, flush=True)
+    lines, graded = sys.stdin.readlines(), 0
+    while graded < len(lines):
+        # A fork ends with the answer that it cannot grade, and the next one is
+        # ready at once: this process has no threads.
+        reader, writer = os.pipe()
+        if not os.fork():
+            os.close(reader)
+            _grade_lines(lines[graded:], writer, deadline, math_verify)
+        os.close(writer)
+        with os.fdopen(reader) as told:
+            grades = told.read().split()
+        os.wait()
+        graded += len(grades)
+        if graded < len(lines):
+            grades.append("false")
+            graded += 1
+        print(*grades, file=answers, flush=True)
+
+
+def _grade_lines(
+    lines: Sequence[str], writer: int, deadline: float, math_verify: Any
+) -> NoReturn:
+    """Write the grade of each line to a pipe, and end this process."""
     # An answer that would fill the machine's memory fails here instead.
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    print("started", file=answers, flush=True)
-    for line in sys.stdin:
-        alarm(deadline)
+    for line in lines:
+        signal.setitimer(signal.ITIMER_REAL, deadline)
         reference, text = json.loads(line)
         try:
             grade = _is_right(reference, text, math_verify)
         except Exception:  # an answer that raises anything is wrong
             grade = False
-        print(json.dumps(grade), file=answers, flush=True)
+        os.write(writer, b"true " if grade else b"false ")
+    os._exit(0)
 
 
 def _is_right(reference: str, text: str, math_verify: Any) -> bool:
@@ -202,7 +234,6 @@ def _is_right(reference: str, text: str, math_verify: Any) -> bool:
     def read(text: str) -> list:
         return math_verify.parse(text, parsing_timeout=None)
 
-    gold = read(f"${plain_latex(reference)}$")
     latex = plain_latex(answer)
     if how == "boxed":
         readings = [f"\\boxed{{{latex}}}"]
@@ -212,7 +243,11 @@ def _is_right(reference: str, text: str, math_verify: Any) -> bool:
         if _PROSE.fullmatch(latex):
             readings.append(f"The answer is {latex}")
     else:
-        readings = [text[-_TAIL:]]
+        tail = text[-_TAIL:]
+        readings = [answer if is_costly(tail) else tail]
+    if any(is_costly(reading) for reading in (reference, *readings)):
+        return False
+    gold = read(f"${plain_latex(reference)}$")
     return any(
         math_verify.verify(gold, read(reading), timeout_seconds=None)
         for reading in readings
