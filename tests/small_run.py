@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
+from topd_jax.cli.refusals import is_refusal
 from topd_jax.configs import tiny
 from topd_jax.objectives.loading import spell
 from topd_jax.training.config import Settings, settings_from
@@ -68,6 +70,27 @@ def changed(settings: Settings, section: str, **fields: object) -> Settings:
     """The settings with other values in one section."""
     part = dataclasses.replace(getattr(settings, section), **fields)
     return dataclasses.replace(settings, **{section: part})
+
+
+class Refusal(str):
+    """One line of the command line's."""
+
+
+def attempt(call: Callable[[], object]) -> object:
+    """What it returns, or the line that refuses what the user gave."""
+    try:
+        return call()
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return Refusal(" ".join(str(error).split()))
+
+
+def refusal_of(call: Callable[[], object]) -> str:
+    """The line that refuses what the user gave."""
+    line = attempt(call)
+    assert isinstance(line, Refusal), line
+    return line
 
 
 @contextlib.contextmanager

@@ -2,15 +2,21 @@
 
 Each room declares its own with :func:`setting`; :func:`build` turns nested
 mappings into them and refuses unknown keys, wrong types and values out of
-bounds, before anything is loaded.
+bounds, before anything is loaded. :func:`parse_json` does so for files.
 """
 
+import collections
 import dataclasses
 import difflib
+import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+
+# Counts, sizes and seeds that the libraries below take.
+_LARGEST = 2**32 - 1
 
 
 def setting(
@@ -78,11 +84,12 @@ def check(instance: object, path: str = "") -> None:
                 f"{', '.join(map(repr, limits['choices']))}"
             )
         bounds = {k: limits[k] for k in _TESTS if limits[k] is not None}
-        if not bounds:
-            continue
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(type(n) is int and n > _LARGEST for n in numbers):
+            bounds.setdefault("most", _LARGEST)
         if not all(
             _TESTS[kind][0](number, bound)
-            for number in (value if isinstance(value, tuple) else (value,))
+            for number in numbers
             for kind, bound in bounds.items()
         ):
             spelled = " and ".join(
@@ -229,7 +236,8 @@ def _checked(value: object, kind: object, name: str) -> object:
     is_bool = isinstance(value, bool)
     if kind is float and isinstance(value, int) and not is_bool:
         value = float(value)
-    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
+    digits = kind is int and isinstance(value, str)
+    if digits and re.fullmatch("-?[0-9]{1,20}", value):
         value = int(value)
     # Python's True is an int, a setting's is not.
     if not isinstance(value, kind) or (is_bool and kind is not bool):
@@ -237,4 +245,46 @@ def _checked(value: object, kind: object, name: str) -> object:
         raise ValueError(wrong_type(name, repr(value), kinds))
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} must be a finite number")
+    if kind is str and "\0" in value:
+        raise ValueError(f"{name}={value!r} must have no zero bytes")
     return value
+
+
+def parse_json(data: bytes, where: str, way_out: str = "") -> typing.Any:
+    """Parse JSON of a file that others wrote.
+
+    Args:
+      data: the file, or a line of it, in UTF-8.
+      where: it is, for the error.
+      way_out: for the error; "": repair it, or convert it to UTF-8.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: for another encoding, what is no JSON, brackets that nest
+        too deeply, and an object that has a key twice.
+    """
+    encoding, converted = json.detect_encoding(data), "convert it to UTF-8"
+    try:
+        if encoding.startswith("utf-8"):
+            return json.loads(
+                data.decode("utf-8-sig"), object_pairs_hook=_without_twins
+            )
+        fault, advice = f"UTF-8, but looks like {encoding}", converted
+    except UnicodeDecodeError as error:
+        fault, advice = f"UTF-8 ({error})", converted
+    except (ValueError, RecursionError) as error:
+        fault, advice = f"JSON ({error})", "repair or remove it"
+    raise ValueError(
+        f"{where} is not {fault}: {data[:60]!r}; {way_out or advice}"
+    )
+
+
+def _without_twins(pairs: list[tuple[str, typing.Any]]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        twin = counts.most_common(1)[0][0]
+        raise ValueError(f"an object has the key {twin!r} twice")
+    return values

@@ -80,7 +80,7 @@ def _value(section: ConfigDict, key: str, text: str) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
         value = float(text) if kind is float else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         if text == "None":
             return None
         if kind is not tuple:

@@ -4,20 +4,20 @@ Bad input is one clear line and exit code 2; a mistake of the program shows its
 traceback. Nothing heavy is imported before a command runs.
 """
 
-import dis
 import errno
 import json
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from topd_jax.cli.commands import COMMANDS, parse, usage
+from topd_jax.cli.refusals import is_refusal
 from topd_jax.parallel import stopping
 
-_PACKAGE = pathlib.Path(__file__).parents[1]
+# Characters of an error that are shown, from its begin and before its end.
+_SHOWN = 2000, 500
 # What the system says of storage -> the way out.
 _STORAGE = {
     errno.ENOSPC: "make room",
@@ -112,24 +112,12 @@ def _one_line(error: Exception) -> str | None:
                 f"{text}; {way_out} and rerun the command: it resumes from "
                 "the last checkpoint"
             )
-    names_a_file = isinstance(error, OSError) and error.filename is not None
-    return text if names_a_file or _is_refusal(error) else None
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether a ``raise`` of this package refuses what the user gave.
-
-    A library's error of the same type ends in a frame of the library; or, as
-    JAX hides its own, in one of this package that calls and does not raise.
-    """
-    if not isinstance(error, ValueError | FloatingPointError | OSError):
-        return False
-    last = error.__traceback__
-    while last.tb_next:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    raises = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raises and _PACKAGE in pathlib.Path(code.co_filename).parents
+    if not is_refusal(error):
+        return None
+    begin, end = _SHOWN
+    if len(text) > begin + end:  # a value of any length; its way out is last
+        text = f"{text[:begin]} [...] {text[-end:]}"
+    return text
 
 
 if __name__ == "__main__":

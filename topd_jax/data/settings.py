@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from topd_jax.settings import setting
+from topd_jax.settings import check, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,12 @@ class WorldSettings:
     learning_rate: float = setting(2e-3, "peak", least=0, most=1)
 
     def __post_init__(self) -> None:
+        check(self, "world")
         for name in ("teacher", "student"):
             width = getattr(self, f"{name}_width")
             heads = getattr(self, f"{name}_heads")
             # Rotary positions turn pairs of a head's numbers.
-            if heads > 0 and width % (2 * heads):
+            if width % (2 * heads):
                 raise ValueError(
                     f"world.{name}_width={width} must be divisible by "
                     f"2 x world.{name}_heads={heads}"

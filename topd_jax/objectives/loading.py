@@ -63,6 +63,8 @@ def make_objective(text: str) -> Objective:
     function = PRESETS.get(name) or _imported(name, "objective", PRESETS)
     unused = set(options)
     try:
+        if not callable(function):
+            raise ValueError(f"{name} is {function!r}; it must be a function")
         objective = _build(function, options, unused)
     except ValueError as error:
         raise ValueError(f"objective={text!r}: {error}") from error
@@ -88,14 +90,18 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for anything else.
     """
-    match = re.fullmatch(r"\s*([\w.]+(?::[\w.]+)?)\s*(\(.*\))?\s*", text, re.S)
+    match = re.fullmatch(
+        r"\s*(\w[\w.]*(?::[\w.]+)?)\s*(\(.*\))?\s*", text, re.S
+    )
     try:
         name, arguments = match.groups()
         call = ast.parse(f"f{arguments or '()'}", mode="eval").body
         if call.args or not isinstance(call.func, ast.Name):
             raise SyntaxError
         options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (AttributeError, SyntaxError, ValueError) as error:
+    except (
+        AttributeError, SyntaxError, ValueError, RecursionError, MemoryError,
+    ) as error:  # fmt: skip
         raise ValueError(
             f"objective={text!r} cannot be read; write NAME or "
             "NAME(option=value, ...), for instance topd(context='student')"

@@ -87,7 +87,7 @@ def topd(
     """
     given = {"branch_loss": branch_loss, "anchor_first": anchor_first}
     own = {"teacher": "branch_loss", "student": "anchor_first"}
-    if context not in own:
+    if context not in (*own,):
         raise ValueError(f"context={context!r} must be 'teacher' or 'student'")
     for name, value in given.items():
         if value is not None and name != own[context]:
@@ -97,7 +97,7 @@ def topd(
             )
     if context == "student":
         loss = PlanTargets(True if anchor_first is None else anchor_first)
-    elif (branch_loss or "cross_entropy") in BRANCH_LOSSES:
+    elif branch_loss in (None, *BRANCH_LOSSES):
         loss = BRANCH_LOSSES[branch_loss or "cross_entropy"]
     else:
         raise ValueError(

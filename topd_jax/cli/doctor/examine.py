@@ -21,6 +21,7 @@ from topd_jax.cli.doctor.findings import (
     require,
 )
 from topd_jax.cli.doctor.kernels import kernels
+from topd_jax.cli.refusals import is_refusal
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
 
@@ -107,6 +108,8 @@ def examine(
     try:
         setup = load_setup(settings, workdir or pathlib.Path())
     except (ValueError, OSError) as raised:
+        if not is_refusal(raised):
+            raise
         return [*findings, refusal("loading", raised)], None
     return [*findings, *examine_setup(settings, setup)], setup
 

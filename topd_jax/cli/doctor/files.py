@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from topd_jax.cli.doctor.findings import Finding, refusal
+from topd_jax.cli.refusals import is_refusal
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
 from topd_jax.data.toy_world.models import comes_trained, world_models
@@ -112,6 +113,8 @@ def gather(
         try:
             return call(*args)
         except (ValueError, OSError) as raised:
+            if not is_refusal(raised):
+                raise
             errors.append(refusal(name, raised))
             return None
 

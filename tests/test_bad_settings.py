@@ -1,0 +1,147 @@
+"""Settings that nobody can mean: generated from the settings' own bounds."""
+
+import dataclasses
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as fuzzing
+from hypothesis import strategies as st
+from small_run import Refusal, attempt, changed, refusal_of
+
+from topd_jax.cli.config_file import load_settings
+from topd_jax.objectives.loading import make_objective, options_of
+from topd_jax.objectives.objective import Objective
+from topd_jax.objectives.presets import PRESETS
+from topd_jax.training.config import Settings, settings_from
+
+WRONG = {
+    int: ("many", 2.5, True, [1], {}, b"1", "²", "--5", "9" * 5000, 2**32),
+    float: ("low", False, [0.5], {}, float("nan"), float("inf"), -float("inf")),
+    str: (3, 0.5, True, ["x"], {}, b"x", "x\0y"),
+    bool: (1, 0.0, "true", [True], {}),
+    tuple: (3, None, True, {}, {3}, [None], [[1]], [{}]),
+}
+
+
+def leaves(kind: type, prefix: str = "") -> typing.Iterator[tuple]:
+    """(dotted name, type, field) of every setting."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, name = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{name}.")
+        elif field.metadata:
+            hint = (
+                next(
+                    (t for t in typing.get_args(hint) if t is not type(None)),
+                    hint,
+                )
+                if field.default is None
+                else typing.get_origin(hint) or hint
+            )
+            yield name, hint, field
+
+
+LEAVES = list(leaves(Settings))
+
+
+def out_of_bounds(field: dataclasses.Field, kind: type) -> list:
+    """Values just outside, in a tuple where the setting is one."""
+    limits = field.metadata
+    step = 1e-9 if kind is float else 1
+    values = ["no such"] if limits["choices"] else []
+    for name, sign in (("least", -1), ("most", 1), ("above", 0), ("below", 0)):
+        if (bound := limits[name]) is not None:
+            values.append(bound + sign * max(step, step * abs(bound)))
+    return [(v,) for v in values] if kind is tuple else values
+
+
+CASES = [
+    (name, value)
+    for name, kind, field in LEAVES
+    for value in (
+        *WRONG[kind],
+        *(() if field.default is None else (None,)),
+        *out_of_bounds(field, kind),
+    )
+]
+
+
+def nested(name: str, value: object) -> dict:
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), CASES, ids=[f"{n}={v!r:.20}" for n, v in CASES]
+)
+def test_a_value_that_cannot_be_is_refused(name, value):
+    """With its name, the value, and what it must be."""
+    line = refusal_of(lambda: settings_from(nested(name, value)))
+    shown = value[0] if isinstance(value, list | tuple) and value else value
+    assert name in line and f"{shown!r:.9}" in line and " must " in line
+    section, _, key = name.rpartition(".")
+    if section:  # from Python too, past every config file
+        made = tuple(value) if isinstance(value, list) else value
+        line = refusal_of(lambda: changed(Settings(), section, **{key: made}))
+        assert name in line
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in LEAVES])
+def test_a_key_that_does_not_exist_is_refused_with_the_nearest(name):
+    wrong = f"{name[:-1]}{'x' if name[-1] != 'x' else 'y'}"
+    line = refusal_of(lambda: settings_from(nested(wrong, 1)))
+    assert f"unknown config key config.{wrong}; the nearest is config." in line
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], (1,), {"x": 1}, {3: 1}])
+@pytest.mark.parametrize(
+    "section", [f.name for f in dataclasses.fields(Settings) if not f.metadata]
+)
+def test_a_section_that_is_none_is_refused(section, value):
+    line = refusal_of(lambda: settings_from({section: value}))
+    assert f"config.{section}" in line
+
+
+@fuzzing(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from([name for name, *_ in LEAVES]),
+    st.text(max_size=20)
+    | st.sampled_from(["(" * 200, "-" * 50_000, "1+" * 20_000 + "1", "{{}}"]),
+)
+def test_any_text_of_an_override_is_understood_or_refused(name, text):
+    override = f"--config.{name}={text}"
+    made = attempt(lambda: load_settings("default", [override]))
+    assert isinstance(made, Settings | Refusal)
+
+
+OPTIONS = [
+    f"{name}({option}={value})"
+    for name, preset in PRESETS.items()
+    for option in sorted(options_of(preset))
+    for value in ("'x'", "[1]", "{}", "-1e308", "1e999")
+]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_any_value_of_an_option_is_taken_or_refused(name):
+    for text in [t for t in OPTIONS if t.startswith(f"{name}(")]:
+        made = attempt(lambda text=text: make_objective(text))
+        assert isinstance(made, Objective) or text in made
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "topd(", "topd(1)", "topd(window=)", "topd(**{'a': 1})", "topd(*[1])",
+     "topd()()", "topd.x", "topd;", "1", ":x", "x:", "..:x", "a.b.c:d",
+     "math:nothing", "os:getcwd", "math:pi", "\0", "\ud800",
+     "topd(window='\0')", f"topd({'(' * 200})", f"topd(window={'[' * 9000})",
+     f"topd(window={'9' * 5000})", f"topd(window={'1+' * 20_000}1)",
+     "topd(detector=3)", "opd(token_loss='math:pi')", "opd(token_loss=3)"],
+)  # fmt: skip
+def test_an_objective_that_means_nothing_is_refused(text):
+    assert "objective=" in refusal_of(
+        lambda: settings_from({"objective": text})
+    )
