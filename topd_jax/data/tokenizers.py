@@ -8,12 +8,15 @@ tokenizer.
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import sentencepiece
 
 Messages = Sequence[Mapping[str, str]]
+# A character for private use: no template and no vocabulary has it.
+_MARK = "\ue000"
 
 
 class Tokenizer(Protocol):
@@ -155,7 +158,9 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A ``transformers`` tokenizer with its chat template.
 
-    Code that comes with a tokenizer is never run (``trust_remote_code``).
+    Code that comes with a tokenizer is never run (``trust_remote_code``). A
+    special token that a message spells out stays text: it ends no turn and
+    opens none.
     """
 
     def __init__(
@@ -188,6 +193,8 @@ class HuggingFaceTokenizer:
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
         self.bos_id: int | None = tokenizer.bos_token_id
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = [token.content for token in added if token.special]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special ids."""
@@ -228,22 +235,48 @@ class HuggingFaceTokenizer:
           ask: open the assistant's turn.
 
         Raises:
-          ValueError: if there is no chat template.
+          ValueError: if there is no chat template, or it fails.
         """
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
+        texts = [message["content"] for message in question]
+        if not any(name in text for text in texts for name in self._special):
+            return self._apply(question, ask, tokenize=True)
+        # The template gets marks in the place of the texts, which are then
+        # tokenized apart: only what the template writes becomes special ids.
+        marked = [
+            {**message, "content": f"{_MARK}{i}{_MARK}"}
+            for i, message in enumerate(question)
+        ]
+        whole = self._apply(marked, ask, tokenize=False)
+        ids = []
+        for i, part in enumerate(re.split(f"{_MARK}([0-9]+){_MARK}", whole)):
+            ids += self._tokenizer.encode(
+                texts[int(part)] if i % 2 else part,
+                add_special_tokens=False,
+                split_special_tokens=bool(i % 2),
+            )
+        return ids
+
+    def _apply(self, messages: Messages, ask: bool, *, tokenize: bool) -> Any:
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 "the tokenizer has no chat template; put chat_template.jinja "
                 "beside its files"
             )
-        return self._tokenizer.apply_chat_template(
-            list(question),
-            tokenize=True,
-            add_generation_prompt=ask,
-            return_dict=False,
-            **self._options,
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=tokenize,
+                add_generation_prompt=ask,
+                return_dict=False,
+                **self._options,
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise ValueError(
+                f"the tokenizer's chat template fails: "
+                f"{type(error).__name__}: {error}; correct chat_template.jinja"
+            ) from error
 
     @property
     def special_ids(self) -> frozenset[int]:
