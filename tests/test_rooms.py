@@ -98,3 +98,23 @@ def test_files_and_functions_are_short():
                 if size > 60:
                     long.append(f"{path.name}: {node.name} has {size} lines")
     assert not long, "\n".join(long)
+
+
+def test_nothing_is_unpickled_and_no_shell_is_started():
+    """Nor is code run that comes with a model or a dataset."""
+    forbidden = ("shell", "allow_pickle", "trust_remote_code")
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {
+            alias.name.split(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        } | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+        assert not imported & {"pickle", "marshal", "shelve", "torch"}, path
+        calls = [n for n in nodes if isinstance(n, ast.Call)]
+        called = {ast.unparse(call.func) for call in calls}
+        assert not called & {"os.system", "os.popen", "eval", "exec"}, path
+        for keyword in (k for call in calls for k in call.keywords):
+            if keyword.arg in forbidden:
+                assert ast.unparse(keyword.value) == "False", path

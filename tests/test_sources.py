@@ -11,8 +11,6 @@ from topd_jax.data.settings import DataSettings, WorldSettings
 from topd_jax.data.sources import Fields, read_records, read_source
 from topd_jax.data.toy_world import problems
 
-TEACHERS = Fields(teacher="by", teachers=("code", "math"))
-
 
 def write_lines(path: pathlib.Path, *lines: str) -> str:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -39,34 +37,6 @@ def test_jsonl_keeps_questions_and_answers(tmp_path):
     (record,) = read_source("jsonl", other, fields=fields)
     assert list(record.values())[:2] == ["a", "b"]
     assert record["teacher"] == "math"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"question": "a"', r"q.jsonl line 2 is not JSON"),
-        (b'{"question": "\xff\xfe"}', "line 2 is not JSON"),
-        (b"[1, 2]", r"q.jsonl line 2 is JSON but not an object"),
-        (b'{"problem": "a"}', r'line 2 has no text .*"question".*problem'),
-        (b'{"question": 3}', r"line 2 has no text"),
-        (b'{"question": ""}', r"line 2 has no text"),
-        (b'{"question": "a"}', r'line 2: .* "by" .* is None; .* code, math'),
-        (b'{"question": "a", "by": "mat"}', r"line 2.* the nearest is 'math'"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line: bytes, message: str):
-    path = tmp_path / "q.jsonl"
-    path.write_bytes(b'{"question": "a", "by": "code"}\n' + line)
-    with pytest.raises(ValueError, match=message):
-        read_source("jsonl", path, fields=TEACHERS)
-
-
-def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no file at .*absent.*data.path"):
-        read_source("jsonl", tmp_path / "absent.jsonl")
-    empty = write_lines(tmp_path / "empty.jsonl", "")
-    with pytest.raises(ValueError, match="holds no records"):
-        read_source("jsonl", empty)
 
 
 def test_prompts_of_a_run(tmp_path):

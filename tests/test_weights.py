@@ -113,7 +113,7 @@ def test_tied_head_is_tolerated_only_if_it_is_the_embedding(saved):
     np.testing.assert_array_equal(model.head, tensors["lm_head.weight"])
 
 
-def test_missing_and_broken_files(saved, tmp_path):
+def test_missing_files(saved, tmp_path):
     with pytest.raises(ValueError, match="no such directory"):
         load(tmp_path / "absent")
     with pytest.raises(ValueError, match="is a file"):
@@ -121,16 +121,6 @@ def test_missing_and_broken_files(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no file .*config.json"):
         load(tmp_path / "empty")
-    path = saved / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="cut short"):
-        load(saved)
-    path.rename(saved / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"convert pytorch_model.bin"):
-        load(saved)
-    (saved / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        load(saved)
 
 
 def test_experts_in_one_tensor_are_read_as_well(tmp_path):
@@ -152,14 +142,6 @@ def test_experts_in_one_tensor_are_read_as_well(tmp_path):
         tensors[f"{stem}down_proj"] = down
     save_file(tensors, out / "model.safetensors")
     assert_same(load(out)[0], make(config))
-
-
-def test_missing_shards_are_named(tmp_path):
-    out = save_model(make(LLAMA), tmp_path / "m", max_shard_bytes=20_000)
-    shards = sorted(out.glob("model-*.safetensors"))
-    shards[1].unlink()
-    with pytest.raises(ValueError, match=f"lacks 1 of.*{shards[1].name}"):
-        load(out)
 
 
 def test_hub_names(monkeypatch, saved):

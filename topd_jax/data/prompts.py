@@ -89,6 +89,11 @@ def encode_prompts(
     kept, encoded = [], []
     for record in records:
         ids = np.asarray(tokenizer.chat(record["prompt"]), np.int32)
+        if not len(ids):
+            raise ValueError(
+                f"prompt {record['index']} ({record['source']}) has no "
+                "tokens; the chat template must write at least one"
+            )
         if len(ids) <= max_length:
             kept.append(record)
             encoded.append(ids)

@@ -14,6 +14,13 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from topd_jax.settings import parse_json
+
+# Five digits name a shard.
+_MOST_SHARDS = 99_999
+# The way out of a set that is damaged.
+_AGAIN = "remove the file and rerun topd generate"
+
 
 class Solution(TypedDict):
     """One completion of one prompt.
@@ -74,12 +81,11 @@ class SolutionFiles:
 
     def read(self, shard: int) -> Iterator[Solution]:
         """Yield the solutions of a shard, in order."""
-        with self.path(shard).open(encoding="utf-8") as lines:
-            for line in lines:
-                solution = json.loads(line)
-                for name in ("prompt_tokens", "completion_tokens"):
-                    solution[name] = np.asarray(solution[name], np.int32)
-                yield solution
+        path = self.path(shard)
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{path} line {number}"
+                yield _solution(parse_json(line, where, _AGAIN), where)
 
 
 def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
@@ -161,14 +167,15 @@ def read_solutions(
       The solutions to keep, in order.
 
     Raises:
-      ValueError: where the set is not complete, has another tokenizer's ids,
-        "correct" is not known of some solution, or none is left.
+      ValueError: where the set is not complete or damaged, has another
+        tokenizer's ids, "correct" is not known of some solution, or none is
+        left.
     """
     files, about = find_set(path)
-    if tokenizer not in (None, about["tokenizer"]):
+    if tokenizer not in (None, about.get("tokenizer")):
         raise ValueError(
             f"offline.path={path} was written with another tokenizer "
-            f"(fingerprint {about['tokenizer']} there, {tokenizer} here); "
+            f"(fingerprint {about.get('tokenizer')} there, {tokenizer} here); "
             "generate with this run's teacher"
         )
     solutions = [s for i in range(files.shards) for s in files.read(i)]
@@ -194,7 +201,35 @@ def read_solutions(
 
 
 def _read_about(folder: pathlib.Path) -> dict[str, Any]:
-    return json.loads((folder / "set.json").read_text(encoding="utf-8"))
+    path = folder / "set.json"
+    about = parse_json(path.read_bytes(), str(path), _AGAIN)
+    shards = about.get("shards") if isinstance(about, dict) else None
+    if type(shards) is not int or not 1 <= shards <= _MOST_SHARDS:
+        raise ValueError(
+            f"{path} has shards={shards!r}; it must be a number from 1 to "
+            f"{_MOST_SHARDS}: {_AGAIN}"
+        )
+    return about
+
+
+def _solution(row: Any, where: str) -> Solution:
+    """Return a line of a shard with its ids as arrays, all keys there."""
+    keys = Solution.__annotations__.keys()
+    absent = sorted(keys - row.keys()) if isinstance(row, dict) else ["object"]
+    if absent:
+        raise ValueError(f"{where} has no {', '.join(absent)}; {_AGAIN}")
+    for name in ("prompt_tokens", "completion_tokens"):
+        ids = row[name]
+        is_filled = isinstance(ids, list) and ids
+        if not is_filled or not all(
+            type(i) is int and 0 <= i < 2**31 for i in ids
+        ):
+            raise ValueError(
+                f"{where}: {name}={ids!r:.60} must be a list of token ids, at "
+                f"least one; {_AGAIN}"
+            )
+        row[name] = np.asarray(ids, np.int32)
+    return row
 
 
 def _write_whole(path: pathlib.Path, text: str) -> None:

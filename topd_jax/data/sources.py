@@ -6,13 +6,15 @@ makes batches of them.
 
 import dataclasses
 import difflib
-import json
+import math
+import numbers
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from topd_jax.data.settings import DataSettings, WorldSettings
 from topd_jax.data.toy_world import problems
+from topd_jax.settings import parse_json
 
 # Seed of the tiny world's held-out problems: the same in every run.
 _HELD_OUT_SEED = 0
@@ -155,13 +157,7 @@ def _read_lines(
             if not line.strip():
                 continue
             where = f"{path} line {number}"
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{where} is not JSON ({error}): "
-                    f"{line[:60]!r}; repair or remove the line"
-                ) from error
+            yield where, parse_json(line, where)
 
 
 def _open_dataset(source: str, name: str, split: str) -> Iterable[Any]:
@@ -212,14 +208,24 @@ def _record(
         raise ValueError(
             f'{source} is JSON but not an object: it needs the field "{names}"'
         )
-    prompt = next((_text(row[k]) for k in fields.prompts if k in row), None)
-    if not isinstance(prompt, str) or not prompt:
+    prompt = next((row[k] for k in fields.prompts if k in row), None)
+    prompt = _text(prompt, source)
+    if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(
             f'{source} has no text in the field "{names}"; its fields '
             f"are {sorted(row)}; set data.prompt_field to the one with the "
             "question"
         )
-    answer = _text(row.get(fields.answer, ""))
+    answer = _text(row.get(fields.answer), source)
+    # Tables that are made into JSON spell what is missing as null or NaN.
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+        answer = ""
+    if not isinstance(answer, str | numbers.Real):
+        raise ValueError(
+            f'{source} has the answer {answer!r} in the field "'
+            f'{fields.answer}"; it must be text or a number: repair it, or set '
+            "data.answer_field to another field, or to one that is not there"
+        )
     record = Record(
         prompt=prompt, answer=str(answer), index=index, source=source
     )
@@ -229,7 +235,7 @@ def _record(
 
 
 def _teacher(row: Mapping[str, Any], source: str, fields: Fields) -> str:
-    name = _text(row.get(fields.teacher))
+    name = _text(row.get(fields.teacher), source)
     if name in fields.teachers:
         return name
     near = difflib.get_close_matches(str(name), fields.teachers, 1, cutoff=0)
@@ -241,5 +247,15 @@ def _teacher(row: Mapping[str, Any], source: str, fields: Fields) -> str:
     )
 
 
-def _text(value: object) -> object:
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+def _text(value: object, source: str) -> object:
+    """Decode bytes; refuse text that no file and no tokenizer can hold."""
+    try:
+        if isinstance(value, bytes):
+            return value.decode("utf-8")
+        if isinstance(value, str):
+            value.encode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(
+            f"{source} is not Unicode text ({error}); repair or remove it"
+        ) from error
+    return value

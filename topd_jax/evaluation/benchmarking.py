@@ -6,7 +6,6 @@ more pass over the problems.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from topd_jax.evaluation.evaluator import Evaluator
 from topd_jax.evaluation.grading import Grader, make_grader, math_grader
 from topd_jax.evaluation.settings import EvalSettings
 from topd_jax.models.protocol import LanguageModel
+from topd_jax.settings import parse_json
 
 # The problems of data.source, where no benchmark is named.
 TEST = "test"
@@ -266,7 +266,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no file at {path}; run topd eval there first")
     try:
-        return json.loads(path.read_text())["benchmarks"]
+        return parse_json(path.read_bytes(), path.name)["benchmarks"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not what topd eval writes ({error!r}); run it again"

@@ -1,12 +1,12 @@
 """Read what a run of ``topd train`` left in its work directory."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from topd_jax.models.io.runs import SETTINGS
+from topd_jax.settings import parse_json
 from topd_jax.training.logging import read_jsonl
 
 Row = Mapping[str, Any]
@@ -79,9 +79,9 @@ def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    value = parse_json(path.read_bytes(), str(path))
+    if not isinstance(value, dict):
         raise ValueError(
-            f"{path} is not JSON ({error}); remove it, or write it again"
-        ) from error
+            f"{path} must hold a JSON object; remove it, or write it again"
+        )
+    return value

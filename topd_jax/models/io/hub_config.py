@@ -14,6 +14,7 @@ fields that differ between layers (``sliding_window``, ``layer_types``,
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ _REQUIRED = {
     "num_attention_heads": "heads",
     "intermediate_size": "mlp_width",
 }
+
+# Of counts that a file gives; a decoder names each tensor of each of them.
+_MOST = {"num_hidden_layers": 1000, "num_experts": 1000}
 
 _COMMON = {
     "num_key_value_heads": "kv_heads",
@@ -126,6 +130,11 @@ def decoder_config(
         for name in _REQUIRED
         if fields.get(name) is None
     ]
+    problems += [
+        f"{name}={fields[name]!r} must be at most {most}"
+        for name, most in _MOST.items()
+        if is_number(fields.get(name)) and fields[name] > most
+    ]
     problems += _unread(fields, family, frozenset(ignore))
     _refuse(where, problems)
     hub = _hub_class_read(fields, family, where)
@@ -134,7 +143,8 @@ def decoder_config(
         value = getattr(hub, name, None)
         if name == "head_dim" and value is None:
             value = hub.hidden_size // hub.num_attention_heads
-        if is_number(value) and value <= 0:
+        number = isinstance(value, int | float) and value is not False
+        if number and not 0 < value < math.inf:
             problems.append(f"{name}={value!r} must be a positive number")
         options |= dict.fromkeys(targets, value)
     activation = getattr(hub, family.activation)

@@ -75,7 +75,7 @@ def _base(rope: Mapping[str, Any], problems: list[str]) -> float:
 def _scaling(
     rope: Mapping[str, Any], problems: list[str]
 ) -> RopeScaling | None:
-    kind = rope.get("rope_type", "default")
+    kind = str(rope.get("rope_type", "default"))
     given = {
         k: v
         for k, v in rope.items()
@@ -145,5 +145,7 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is an int or a float, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Tell whether a value is a finite int or float, and no bool."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -math.inf < value < math.inf

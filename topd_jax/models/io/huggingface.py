@@ -4,7 +4,6 @@ transformers itself is used for tokenizers only.
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from topd_jax.models.io.weights import (
     TensorInfo,
     assemble,
 )
+from topd_jax.settings import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +142,9 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        return AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many unrelated types
         raise ValueError(
             f"the tokenizer in {directory} cannot be read: {error}"
@@ -162,11 +164,9 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: where the file is missing or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise ValueError(f"no file {path}; is this a model?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {value!r:.40}")
     return value
@@ -255,6 +255,11 @@ def _weight_files(directory: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, Mapping) or not names:
         raise ValueError(f'{index} has no "weight_map"; is it cut short?')
+    if odd := [name for name in names.values() if not isinstance(name, str)]:
+        raise ValueError(
+            f'{index}: "weight_map" names {odd[0]!r}; each tensor must have '
+            "the name of a file: download it again"
+        )
     shards = sorted(set(names.values()))
     absent = [name for name in shards if not (directory / name).exists()]
     if absent:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from topd_jax.models.config import DecoderConfig
@@ -156,7 +157,7 @@ def describe(
             gguf_config(file),
             of(gguf_tokenizer, file),
             of(gguf_decoder, file),
-            _ids(file.metadata, _GGUF_ENDS),
+            _ids(file.metadata, _GGUF_ENDS, name),
         )
     elif is_run(source):
         described = Description(
@@ -169,12 +170,13 @@ def describe(
         path = directory / "config.json"
         generation = directory / "generation_config.json"
         fields = read_json(path)
-        config_ends = _ids(fields, ("eos_token_id",))
+        ends = ("eos_token_id",)
+        config_ends = _ids(fields, ends, str(path))
         described = Description(
             decoder_config(fields, where=str(path), ignore=ignore),
             of(load_tokenizer, directory),
             of(hub_decoder, directory),
-            _ids(read_json(generation), ("eos_token_id",))
+            _ids(read_json(generation), ends, str(generation))
             if generation.exists()
             else config_ends,
             config_ends,
@@ -218,12 +220,21 @@ def _run_tokenizer(directory: Path) -> "Tokenizer | None":
     return load_tokenizer(directory)
 
 
-def _ids(fields: Mapping, names: tuple[str, ...]) -> tuple[int, ...]:
-    ids: list[int | None] = []
+def _ids(
+    fields: Mapping, names: tuple[str, ...], where: str
+) -> tuple[int, ...]:
+    ids: list[int] = []
     for name in names:
         value = fields.get(name)
-        ids += value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+        given = value if isinstance(value, list) else [value]
+        for i in (i for i in given if i is not None):
+            if not isinstance(i, int | np.integer) or not 0 <= i < 2**31:
+                raise ValueError(
+                    f"{where}: {name}={value!r} must be a token's id, or a "
+                    "list of them; correct the file"
+                )
+            ids.append(int(i))
+    return tuple(dict.fromkeys(ids))
 
 
 def _qwen3(

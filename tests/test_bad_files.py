@@ -1,0 +1,384 @@
+"""Files that are damaged or hostile: prompts, solutions, models, tokenizers."""
+
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as fuzzing
+from hypothesis import strategies as st
+from small_files import LLAMA, make
+from small_hub import hub_directory
+from small_run import Refusal, attempt, refusal_of
+
+from topd_jax.data.prompts import encode_prompts
+from topd_jax.data.solutions import read_solutions
+from topd_jax.data.sources import Fields, read_source
+from topd_jax.data.tokenizers import wrap_tokenizer
+from topd_jax.models import load, save_model
+from topd_jax.models.io.loading import describe
+
+DEEP = b"[" * 100_000
+ROW = '{"question": "Où?", "answer": "b"}\n'
+FUZZING = dict(deadline=None, derandomize=True, database=None)
+
+# Prompts.
+
+READ = {
+    "bom": (b"\xef\xbb\xbf" + ROW.encode(), "b"),
+    "crlf": (ROW.replace("\n", "\r\n").encode() * 2, "b"),
+    "no end": (ROW.strip().encode(), "b"),
+    "blank lines": (b"\n  \n" + ROW.encode() + b"\r\n\n", "b"),
+    "one long line": (b'{"question": "' + b"a" * 5_000_000 + b'"}', ""),
+    "no answer": (b'{"question": "a"}', ""),
+    "null": (b'{"question": "a", "answer": null}', ""),
+    "NaN": (b'{"question": "a", "answer": NaN}', ""),
+    "number": (b'{"question": "a", "answer": 0.5}', "0.5"),
+    "truth": (b'{"question": "a", "answer": true}', "True"),
+    "more": (b'{"question": "a", "answer": "b", "x": [{"y": null}]}', "b"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_prompts_of_any_spelling_are_read(name, tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(READ[name][0])
+    records = read_source("jsonl", str(tmp_path / "q.jsonl"))
+    assert {r["answer"] for r in records} == {READ[name][1]}
+
+
+REFUSED = [
+    (b"", "holds no records"),
+    (b"\n \n", "holds no records"),
+    (bytes(range(256)), "line 1 is not UTF-8, but looks like utf-16-be"),
+    (b"\xfe" * 99, "line 1 is not UTF-8"),
+    (b"\0" * 1000, "line 1 is not "),
+    (ROW.encode("utf-16"), "looks like utf-16: .* convert it to UTF-8$"),
+    (ROW.encode("utf-16-le"), "looks like utf-16-le"),
+    (ROW.encode("utf-32"), "looks like utf-32"),
+    (ROW.encode("latin-1"), "is not UTF-8 .*0xf9.* convert it to UTF-8$"),
+    (ROW.replace("\n", "\r").encode() * 2, r"line 1 is not JSON \(Extra"),
+    (DEEP, r"is not JSON \(maximum recursion .*; repair or remove it$"),
+    (b'{"question": "a", "answer": ' + DEEP, "is not JSON"),
+    (b'{"question": "a", "x": ' * 9000, "is not JSON"),
+    (b"x" * 5_000_000, "line 1 is not JSON"),
+    (b'{"question": "a"', r"line 1 is not JSON"),
+    (b'{"question": "a"} {"question": "b"}', r"line 1 is not JSON"),
+    (b"{'question': 'a'}", "line 1 is not JSON"),
+    (json.dumps({"question": "a"}, indent=1).encode(), "line 1 is not JSON"),
+    (b"\x1f\x8b\x08\x00", "line 1 is not UTF-8"),
+    (b'{"question": "a", "answer": ' + b"9" * 5000 + b"}", "4300 digits"),
+    (b'{"question": "a", "question": "b"}', "has the key 'question' twice"),
+    (b'{"question": "a", "x": {"y": 1, "y": 1}}', "has the key 'y' twice"),
+    (b"[1]", 'line 1 is JSON but not an object: .* field "question"'),
+    (json.dumps([{"question": "a"}]).encode(), "JSON but not an object"),
+    (b"3", "JSON but not an object"),
+    (b"null", "JSON but not an object"),
+    (b'"a"', "JSON but not an object"),
+    (b"NaN", "JSON but not an object"),
+    (b"{}", r'has no text in the field "question"; its fields are \[\]'),
+    (b'{"problem": "a"}', r"fields are \['problem'\]; set data.prompt_field"),
+    (b'{"question": null}', "has no text"),
+    (b'{"question": ["a"]}', "has no text"),
+    (b'{"question": 3}', "has no text"),
+    (b'{"question": ""}', "has no text"),
+    (b'{"question": " \\n"}', "has no text"),
+    (b'{"question": "a\\ud800"}', "is not Unicode text"),
+    (b'{"question": "a", "answer": "\\udfff"}', "is not Unicode text"),
+    (b'{"question": "a", "answer": ["1"]}', r"answer \['1'\] .*; it must be"),
+    (b'{"question": "a", "answer": {"x": 1}}', "must be text or a number: "),
+    (b'{"question": "a", "by": null}', '"by" .* is None; .* of .*: code, math'),
+    (b'{"question": "a", "by": ["x"]}', "the nearest is"),
+    (b'{"question": "a", "by": "mat"}', "the nearest is 'math'"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), REFUSED)
+def test_prompts_that_cannot_be_read_are_refused(data, message, tmp_path):
+    """By place, also after a line that can."""
+    path = tmp_path / "q.jsonl"
+    by = b'"by"' in data
+    fields = Fields(teacher="by" * by, teachers=("code", "math"))
+
+    def refused(data: bytes) -> str:
+        path.write_bytes(data)
+        read = functools.partial(read_source, "jsonl", str(path))
+        return refusal_of(functools.partial(read, fields=fields))
+
+    line = refused(data)
+    assert str(path) in line and re.search(message, line), line
+    if "line 1" in line:
+        line = refused(b'{"question": "a", "by": "code"}\n' + data)
+        assert f"{path} line 2" in line
+
+
+@fuzzing(max_examples=300, **FUZZING)
+@given(st.binary(max_size=40) | st.from_regex(r'\{"question": ?"?.{0,9}"?\}'))
+def test_any_bytes_are_records_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    records = attempt(lambda: read_source("jsonl", str(path)))
+    assert isinstance(records, Refusal) or all(r["prompt"] for r in records)
+
+
+def test_paths_that_hold_no_file_are_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path, tmp_path / "loop", tmp_path / "absent", "\0"):
+        line = refusal_of(lambda path=path: read_source("jsonl", str(path)))
+        assert "no file at" in line and "give data.path" in line
+    assert "too long" in refusal_of(lambda: read_source("jsonl", "a" * 5000))
+
+
+# Solutions.
+
+SOLUTION = {
+    "index": 0, "sample": 0, "prompt": "a", "answer": "b", "completion": "c",
+    "prompt_tokens": [1], "completion_tokens": [2, 3], "truncated": False,
+    "logp_mean": -1.0, "correct": None,
+}  # fmt: skip
+LINE = json.dumps(SOLUTION).encode() + b"\n"
+ABOUT = b'{"shards": 1, "tokenizer": "t"}'
+BAD_SETS = [
+    *((about, LINE, r"set.json is not (JSON|UTF-8) .*remove the file and rerun")
+      for about in (b"", b"x", b"\xff", DEEP, b'{"shards": 1, "shards": 2}')),
+    *((about, LINE, r"set.json has shards=.*must be a number from 1 to 99999")
+      for about in (b"[]", b"{}", b"3", b'{"shards": "a"}', b'{"shards": -1}',
+                    b'{"shards": 0}', b'{"shards": true}', b'{"shards": 1e3}',
+                    b'{"shards": 10000000000}', b'{"shards": null}')),
+    (b'{"shards": 2}', LINE, "has 1 of 2 shards; rerun topd generate"),
+    (b'{"shards": 1}', LINE, "written with another tokenizer"),
+    (ABOUT, b"", "leaves none of the 0 solutions"),
+    *((ABOUT, LINE + bad, r"line 2 is not .*; remove the file and rerun topd")
+      for bad in (LINE[:-30], LINE[:9], b"\xff", b"\0", DEEP, b"\n",
+                  LINE.decode().encode("utf-16"))),
+    *((ABOUT, LINE + bad, r"line 2 has no object; remove the file and rerun")
+      for bad in (b"[]", b"3", b"null")),
+    *((ABOUT, json.dumps({k: v for k, v in SOLUTION.items() if k != name})
+       .encode(), f"line 1 has no {name}; remove the file")
+      for name in SOLUTION),
+    *((ABOUT, json.dumps(SOLUTION | {name: value}).encode(),
+       f"line 1: {name}=.* must be a list of token ids, at least one; remove")
+      for name in ("prompt_tokens", "completion_tokens")
+      for value in ("abc", [1.5], [2**40], [-5], [[1]], [[1], 2], None, [],
+                    [True], [float("nan")], {"a": 1}, 3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("about", "shard", "message"), BAD_SETS)
+def test_a_damaged_set_of_solutions_is_refused(about, shard, message, tmp_path):
+    (tmp_path / "set.json").write_bytes(about)
+    (tmp_path / "solutions-train-00000-of-00001.jsonl").write_bytes(shard)
+    (tmp_path / "solutions-train-00000-of-00002.jsonl").write_bytes(shard)
+    path = str(tmp_path)
+    line = refusal_of(lambda: read_solutions(path, tokenizer="t"))
+    assert path in line and re.search(message, line), line
+
+
+# Models.
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = "model-0000{}-of-00003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One file, several files, and one with a tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(make(LLAMA), folder / "one")
+    save_model(make(LLAMA), folder / "shards", max_shard_bytes=60_000)
+    hub_directory(folder / "chat")
+    return folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """(name) -> a copy of a directory, to be damaged."""
+
+    def copy(name: str) -> Path:
+        return shutil.copytree(whole / name, tmp_path / name)
+
+    return copy
+
+
+NUMBERS = (-1, 0, 1.5, "x", [1], {"a": 1}, float("nan"), float("inf"), True)
+FIELDS = [
+    ("num_hidden_layers", (*NUMBERS, None, 2**31, 10**30)),
+    ("vocab_size", (*NUMBERS, None)),
+    ("hidden_size", (*NUMBERS, None)),
+    ("intermediate_size", (*NUMBERS, None)),
+    ("num_attention_heads", (*NUMBERS, None, 3)),
+    ("num_key_value_heads", (*NUMBERS[:-1], 3)),
+    ("head_dim", (*NUMBERS, 7)),
+    ("rms_norm_eps", (-1, 0, "x", [1], {}, float("nan"), float("inf"))),
+    ("tie_word_embeddings", (1, "x", [1], {})),
+    ("attention_bias", (1, "x", [1], {})),
+    ("hidden_act", (3, "relu", [1], {}, None)),
+    ("model_type", (None, 3, "nope", "bert", [], {}, "")),
+    ("quantization_config", ({"bits": 4}, 3)),
+    ("rope_parameters",
+     ([], "x", 3, {"rope_type": []}, {"rope_type": "x"}, {"rope_theta": -1},
+      {"rope_theta": float("nan")},
+      {"rope_theta": 1e4, "rope_type": "linear", "factor": 0},
+      {"rope_theta": 1e4, "rope_type": "linear", "factor": float("nan")},
+      {"rope_theta": 1e4, "rope_type": "linear"})),
+    ("new_field", (1, None, "x", [])),
+    ("eos_token_id", (-1, "x", 1.5, [[1]], {}, float("nan"), float("inf"),
+                      2**31, ["x"])),
+]  # fmt: skip
+FIELD_CASES = [(name, value) for name, values in FIELDS for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), FIELD_CASES)
+def test_a_field_of_a_config_that_means_nothing(name, value, copied):
+    path = copied("one") / "config.json"
+    fields = json.loads(path.read_text())
+    (path.parent / "generation_config.json").unlink()
+    path.write_text(json.dumps(fields | {name: value}))
+    line = refusal_of(lambda: describe(path.parent))
+    assert str(path) in line
+    assert name in line or "cannot be read" in line
+
+
+@pytest.mark.parametrize("name", [CONFIG, GENERATION, INDEX])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x", b"[]", b"null", b"3", b"{", b"\xff\xfe", DEEP, b"\0",
+     b'{"a": 1} {}', b'{"a": 1, "a": 2}', '{"é": 1}'.encode("latin-1")],
+)  # fmt: skip
+def test_a_file_of_a_model_that_is_no_object(name, data, copied):
+    folder = copied("shards")
+    (folder / name).write_bytes(data)
+    line = refusal_of(lambda: load(folder))
+    assert str(folder / name) in line
+    assert "is not JSON (" in line or "not UTF-8" in line or "object" in line
+
+
+def edited(folder: Path, **changes: object) -> bytes:
+    """The file of weights whose header says otherwise of one tensor."""
+    data = (folder / WEIGHTS).read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    header["model.norm.weight"] |= changes
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[begin:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(dtype="XX"), dict(dtype="I64"), dict(dtype="F64"), dict(dtype="BOOL"),
+     dict(shape=[-1, 2]), dict(shape=[2**62, 4]), dict(shape=[0]),
+     dict(shape=[4, 8]), dict(shape="x"), dict(data_offsets=[5, 1]),
+     dict(data_offsets=[0, 2**60]), dict(data_offsets=[])],
+)  # fmt: skip
+def test_a_header_that_lies_is_refused(change, copied):
+    folder = copied("one")
+    (folder / WEIGHTS).write_bytes(edited(folder, **change))
+    assert str(folder) in refusal_of(lambda: load(folder))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, 5000, -1])
+def test_weights_that_are_cut_short(size, copied):
+    folder = copied("one")
+    data = (folder / WEIGHTS).read_bytes()
+    for part in (data[:size], b"\xff" * max(size, 9), data + b"x"):
+        (folder / WEIGHTS).write_bytes(part)
+        line = refusal_of(lambda: load(folder))
+        assert f"{folder / WEIGHTS} cannot be read" in line
+        assert line.endswith("was its download cut short?")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"weight_map": []}', 'has no "weight_map"'),
+     ('{"weight_map": {}}', 'has no "weight_map"'),
+     ("{}", 'has no "weight_map"'),
+     *((f'{{"weight_map": {{"a": {name}, "b": "x"}}}}', "the name of a file")
+       for name in ("1", "null", '["x"]', "{}", "true")),
+     *((f'{{"weight_map": {{"a": {json.dumps(name)}}}}}', "")
+       for name in ("absent", "", ".", "..", "/etc/passwd", "\0",
+                    "../../../etc/passwd", "a" * 5000))],
+)  # fmt: skip
+def test_an_index_that_names_no_shards(text, message, copied):
+    folder = copied("shards")
+    (folder / INDEX).write_text(text)
+    assert message in refusal_of(lambda: load(folder))
+
+
+def test_files_that_are_missing_or_are_no_files(copied, tmp_path):
+    def refused(name: str, change) -> str:
+        folder = copied(name)
+        change(folder)
+        line = refusal_of(lambda: load(folder))
+        shutil.rmtree(folder)
+        return line
+
+    def loop(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(path)
+
+    def folder_instead(path: Path) -> None:
+        path.unlink()
+        path.mkdir()
+
+    first, second = SHARD.format(1), SHARD.format(2)
+    for suffix in ("pytorch_model.bin", "training_args.bin"):
+        line = refused("one", lambda f, s=suffix: (f / WEIGHTS).rename(f / s))
+        assert f"convert {suffix} to safetensors" in line
+    for name in (CONFIG, WEIGHTS):
+        for change in (Path.unlink, loop, folder_instead):
+            line = refused("one", lambda f, n=name, c=change: c(f / n))
+            assert name in line
+    line = refused("shards", lambda f: (f / second).unlink())
+    assert f"lacks 1 of its 3 shards: {second}; download" in line
+    assert second in refused("shards", lambda f: loop(f / second))
+    line = refused("shards", lambda f: (f / second).write_bytes(b"\x80\x04."))
+    assert f"{second} cannot be read" in line
+    line = refused("shards", lambda f: shutil.copy(f / first, f / second))
+    assert "missing (" in line
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("tokenizer.json", data) for data in
+     (b"", b"x", b"[]", b"{}", b"null", b"\xff", DEEP, b'{"version": "1.0"')]
+    + [("tokenizer_config.json", data) for data in
+       (b"", b"x", b"[]", b"null", b"\xff", DEEP, b'{"eos_token": 3}',
+        b'{"added_tokens_decoder": {"x": 1}}')]
+    + [("chat_template.jinja", data) for data in
+       (b"{{", b"{% for %}", b"{{ messages.x.y }}", b"{{ 1 / 0 }}",
+        b"{{ raise_exception('no') }}", b"{{ ''.__class__.__mro__ }}")],
+)  # fmt: skip
+def test_a_tokenizer_that_is_damaged(name, data, copied):
+    folder = copied("chat")
+    (folder / name).write_bytes(data)
+    line = refusal_of(lambda: wrap_tokenizer(load(folder)[1]).chat("hi"))
+    assert "tokenizer" in line
+
+
+def test_code_beside_a_tokenizer_is_not_run(copied, tmp_path):
+    folder, ran = copied("chat"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: 0")
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    for kind in ("Evil", fields["tokenizer_class"]):
+        path.write_text(json.dumps(fields | {
+            "tokenizer_class": kind,
+            "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        }))  # fmt: skip
+        attempt(lambda: load(folder))
+    assert not ran.exists()
+
+
+def test_a_prompt_without_a_token_is_refused(copied):
+    folder = copied("chat")
+    (folder / "chat_template.jinja").write_text("")
+    wrapped = wrap_tokenizer(load(folder)[1])
+    records = [{"prompt": "a", "answer": "", "index": 0, "source": "q line 1"}]
+    line = refusal_of(lambda: encode_prompts(records, wrapped, max_length=9))
+    assert "prompt 0 (q line 1) has no tokens" in line
