@@ -85,7 +85,7 @@ def test_sample_completes_prompts(topd, trained, small_arguments, refused):
     message = refused(*line, "--prompt=" + "+".join(["12"] * 9))
     assert "(--prompt) has " in message and "the limit is 16" in message
     message = refused(*line, "--temperature=-1")
-    assert "temperature=-1.0 must lie in 0 (greedy)" in message
+    assert "rollout.temperature=-1.0 must be at least 0" in message
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,12 @@ def evaluate(
 
     Returns:
       The evaluation without the records.
+
+    Raises:
+      ValueError: for a benchmark that cannot be read, before models are loaded.
     """
+    for where in settings.eval.benchmarks:
+        benchmarking.read_benchmark(where, split=settings.data.eval_split)
     with open_run(settings, workdir, which) as (setup, student, step):
         evaluation = benchmarking.evaluate_all(
             setup.evaluator(settings), student, settings.data, step

@@ -7,6 +7,7 @@ import jax
 
 from topd_jax.data.prompts import encode_prompts, ordered_batches
 from topd_jax.evaluation.evaluator import write
+from topd_jax.settings import check
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 
@@ -29,10 +30,14 @@ def sample(
 
     Returns:
       One dictionary a prompt, with "prompt" and "completion".
+
+    Raises:
+      ValueError: for a temperature out of bounds, before models are loaded.
     """
     options = settings.rollout
     if temperature is not None:
         options = dataclasses.replace(options, temperature=temperature)
+        check(options, "rollout")
     with open_run(settings, workdir, which) as (setup, student, _):
         texts = prompt or [r["prompt"] for r in setup.test.records[:3]]
         records = [
