@@ -102,7 +102,9 @@ def test_programs_are_read_again_but_none_that_was_cut_short(home):
 
 
 def test_a_command_asks_as_its_settings_say(monkeypatch):
-    asked, command = [], types.SimpleNamespace(load=lambda: lambda **_: "done")
+    asked, command = [], types.SimpleNamespace(
+        load=lambda: lambda **_: "done", resumes=False
+    )  # fmt: skip
     monkeypatch.setattr(compilation, "keep_compiled", asked.append)
     monkeypatch.setattr(main, "COMMANDS", {"doctor": command})
     main.run(["doctor", "--config", "tiny"])
