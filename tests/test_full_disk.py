@@ -11,7 +11,9 @@ from small_run import assert_same_run
 
 from topd_jax.training import loop
 from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.config import GuardSettings
 from topd_jax.training.logging import Logs
+from topd_jax.training.watch import Watch
 
 
 @contextlib.contextmanager
@@ -112,7 +114,10 @@ def test_a_file_in_the_way_of_a_directory(refused, command, tmp_path):
 
 
 def test_no_log_waits_for_a_disk_that_is_full(tmp_path):
-    logs = Logs(tmp_path, step=-1, tensorboard=True)
+    logs = Logs(
+        tmp_path, step=-1, tensorboard=True,
+        watch=Watch(GuardSettings(), max_skipped=10),
+    )  # fmt: skip
     row = {f"number_{i}": 0.0 for i in range(20)}
 
     def write():

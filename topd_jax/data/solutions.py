@@ -18,6 +18,7 @@ from topd_jax.settings import parse_json
 
 # Five digits name a shard.
 _MOST_SHARDS = 99_999
+_LARGEST_ID = np.iinfo(np.int32).max
 # The way out of a set that is damaged.
 _AGAIN = "remove the file and rerun topd generate"
 
@@ -222,7 +223,7 @@ def _solution(row: Any, where: str) -> Solution:
         ids = row[name]
         is_filled = isinstance(ids, list) and ids
         if not is_filled or not all(
-            type(i) is int and 0 <= i < 2**31 for i in ids
+            type(i) is int and 0 <= i <= _LARGEST_ID for i in ids
         ):
             raise ValueError(
                 f"{where}: {name}={ids!r:.60} must be a list of token ids, at "

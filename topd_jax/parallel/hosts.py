@@ -111,7 +111,7 @@ def from_first(number: int) -> int:
     """Return the first process's number to every process.
 
     Args:
-      number: of this process; below 2**31.
+      number: of this process, of 32 bits with its sign.
     """
     if jax.process_count() == 1:
         return number

@@ -17,6 +17,7 @@ class Stream(enum.IntEnum):
     GENERATE = 2**31 - 2
     OBSERVE = 2**31 - 3
     DOCTOR = 2**31 - 6
+    ROLLBACK = 2**31 - 7
 
 
 def stream_key(key: jax.Array, stream: Stream) -> jax.Array:

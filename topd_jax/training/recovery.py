@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from topd_jax.models.io import runs
 from topd_jax.parallel import hosts
+from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.compiled import make_schedule
 from topd_jax.training.config import OptimizerSettings, Settings
 from topd_jax.training.dumps import write_dump
@@ -91,8 +92,8 @@ def take_up(run: Any, saved: dict[str, Any], restart: Any = None) -> None:
     run.rollbacks, run.restart = guard["rollbacks"], restart
     if restart:
         run.rollbacks = restart["rollbacks"]
-        # No step has such a number, so no key of a step comes twice.
-        run.key = jax.random.fold_in(run.key, 2**32 - run.rollbacks)
+        key = stream_key(run.key, Stream.ROLLBACK)
+        run.key = jax.random.fold_in(key, run.rollbacks)
     run.data.set_state((restart or saved)["data"])
     tell_schedule(saved, run.settings, run.state)
 

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 _PACKAGE = "package:"
 _SENTENCEPIECE = "tokenizer.model"
+# Token ids are int32.
+_LARGEST_ID = np.iinfo(np.int32).max
 _GGUF_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
@@ -228,7 +230,7 @@ def _ids(
         value = fields.get(name)
         given = value if isinstance(value, list) else [value]
         for i in (i for i in given if i is not None):
-            if not isinstance(i, int | np.integer) or not 0 <= i < 2**31:
+            if not isinstance(i, int | np.integer) or not 0 <= i <= _LARGEST_ID:
                 raise ValueError(
                     f"{where}: {name}={value!r} must be a token's id, or a "
                     "list of them; correct the file"
