@@ -6,6 +6,7 @@ The process sends itself the signal; where the first is to end it at once, what
 follows would take a minute.
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from topd_jax.training.loop import Run
 FOREVER = 60.0  # seconds
 NUMBER = signal.Signals[sys.argv[2]]
 # As hard to read as math-verify can be made to.
-HOSTILE = "\\boxed{10000000!!!}"
+HOSTILE = "\\boxed{(x+y+z)^{300}}"
 
 
 def send(_: object = None) -> None:
@@ -89,6 +90,15 @@ def grade(_: object) -> None:
     grading.grade_answers([record], [HOSTILE], deadline=20 * FOREVER)
 
 
+def fill_and_evaluate_long(run: Any, student: Any, step: int) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/full")
+
+    if step == 4:
+        Checkpoints.save = full
+        send_and_wait()
+
+
 def evaluate_long(_: Evaluator, student: Any, step: int) -> None:
     if step == 4:
         send_and_wait(student)
@@ -100,6 +110,7 @@ PHASES = {
     "twice": (Run, "_one_step", at_step(3, send_twice)),
     "compile": (Run, "_one_step", at_step(1, compile_long)),
     "save": (Checkpoints, "save", at_step(2, send)),
+    "full": (Evaluator, "evaluate", fill_and_evaluate_long),
     "evaluate": (Evaluator, "evaluate", evaluate_long),
     "grade": (Run, "_one_step", at_step(1, grade)),
     "world": (pretraining.Corpus, "batch", send_and_wait),

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -50,7 +51,9 @@ def begin(
         "log.tensorboard": False, **changes,
     }  # fmt: skip
 
-    def limit() -> None:
+    def prepare() -> None:
+        # A shell lets what runs in its background ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))
 
@@ -62,7 +65,7 @@ def begin(
     # A file: a pipe that nobody reads would stop the run when it is full.
     with said(workdir).open("w") as errors:
         return subprocess.Popen(
-            line, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=limit,
+            line, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=prepare,
             cwd=RESULTS.parents[1],
         )  # fmt: skip
 
@@ -92,7 +95,9 @@ def ended(child: subprocess.Popen, workdir: Path) -> tuple[int, str]:
     child.wait()
     err = said(workdir).read_text()
     assert "Traceback" not in err, err
-    return child.returncode, (err.strip().splitlines() or [""])[-1]
+    # The progress bar's name is topd too.
+    told = re.findall(r"^topd: \S.*", err, re.MULTILINE) or [""]
+    return child.returncode, told[-1]
 
 
 def flip(workdir: Path, chance: random.Random) -> str:

@@ -18,16 +18,17 @@ HERE = Path(__file__).parent
 BOTH = ("SIGINT", "SIGTERM")
 
 
-def stopped(arguments, workdir, phase, name):
+def stopped(arguments, workdir, phase, name, code=None):
     """Runs a training that a signal reaches; what it says of that."""
     done = subprocess.run(
         [sys.executable, HERE / "small_stop.py", phase, name, "train",
          *arguments, f"--workdir={workdir}"],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 128 + signal.Signals[name], done.stderr[-3000:]
+    code = code or 128 + signal.Signals[name]
+    assert done.returncode == code, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and done.stdout == ""
-    said = ("topd: stop", "topd: SIG", "workers ")
+    said = ("topd: stop", "topd: SIG", "topd: [", "workers ")
     return [x for x in done.stderr.splitlines() if x.startswith(said)]
 
 
@@ -69,6 +70,15 @@ def test_a_stopped_run_is_saved_and_ends_bit_identical(
 
 
 @pytest.mark.slow
+def test_a_save_that_fails_is_one_line(small_arguments, tmp_path):
+    said = stopped(small_arguments, tmp_path, "full", "SIGTERM", code=2)
+    assert said == [
+        "topd: [Errno 28] No space left on device: '/full'; make room and "
+        "rerun the command: it resumes from the last checkpoint"
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("phase", ["compile", "twice", "grade", "world"])
 def test_elsewhere_a_signal_stops_at_once(
@@ -88,7 +98,7 @@ WATCHED = """
 import os, signal, sys, time
 from topd_jax.parallel import lock, stopping
 signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
-stopping.watch()
+stopping.watch(str)
 os.kill(os.getpid(), signal.SIGINT)
 print("still here", flush=True)
 time.sleep(60)

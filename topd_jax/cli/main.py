@@ -31,7 +31,7 @@ _STORAGE = {
 
 def main() -> None:
     """Run the command line of this process, which signals stop at any time."""
-    stopping.watch()
+    stopping.watch(_one_line)
     run()
 
 

@@ -6,6 +6,7 @@ spelling is the reference's (:func:`topd_jax.evaluation.answers.normal`) or
 math-verify proves the two equal.
 """
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -41,9 +42,6 @@ _MEMORY = 4 << 30  # bytes that a worker may ask for
 _CHECKOUT = pathlib.Path(__file__).parents[2]
 _BEGIN = """
 import sys
-if sys.platform == "linux":  # end with the process that began it
-    import ctypes
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 sys.path.insert(0, sys.argv[1])
 from topd_jax.evaluation import grading
 grading._serve(float(sys.argv[2]))
@@ -174,6 +172,7 @@ def _grade_part(
 
 def _serve(deadline: float) -> None:
     """Serve as a worker: read [reference, completion] lines, write grades."""
+    _end_with_parent()
     # Nothing handles the alarm: it ends the process, even within C code.
     alarm = functools.partial(signal.setitimer, signal.ITIMER_REAL)
     alarm(_START)
@@ -193,6 +192,7 @@ def _serve(deadline: float) -> None:
         # ready at once: this process has no threads.
         reader, writer = os.pipe()
         if not os.fork():
+            _end_with_parent()
             os.close(reader)
             _grade_lines(lines[graded:], writer, deadline, math_verify)
         os.close(writer)
@@ -204,6 +204,12 @@ def _serve(deadline: float) -> None:
             grades.append("false")
             graded += 1
         print(*grades, file=answers, flush=True)
+
+
+def _end_with_parent() -> None:
+    """Let this process be killed when the one that began it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _grade_lines(

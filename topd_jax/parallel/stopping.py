@@ -22,6 +22,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _lock = threading.Lock()
 # What the first signal does; None leaves.
 _answer: Callable[[int], None] | None = None
+# Says in one line why an answer failed; None where a traceback must.
+_explain: Callable[[Exception], str | None] = str
 # The signal that a loop of steps is asked to stop by; 0 for none.
 _asked = 0
 # Whether the command resumes when it is run again.
@@ -30,12 +32,18 @@ _resumes = False
 _several = False
 
 
-def watch() -> None:
+def watch(explain: Callable[[Exception], str | None]) -> None:
     """Stop this process by signals; call it once, in the main thread.
 
     The first signal does what :func:`answered_by` says, the second leaves at
     once. A signal that the parent process ignores stays ignored.
+
+    Args:
+      explain: says in one line why an answer failed; None where its traceback
+        must be shown.
     """
+    global _explain
+    _explain = explain
     heard, told = os.pipe()
     os.set_blocking(told, False)
     for number in _SIGNALS:
@@ -135,7 +143,10 @@ def _respond(number: int) -> None:
             return
         with _lock:
             (_answer or leave)(number)
-    except BaseException:
+    except Exception as error:
+        if line := _explain(error):
+            _say(line)
+            os._exit(2)
         traceback.print_exc()
         os._exit(1)
 
