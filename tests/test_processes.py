@@ -75,29 +75,26 @@ def world(tmp_path_factory):
     return tmp_path_factory.mktemp("processes") / "world"
 
 
+def run_alone(world, workdir, devices):
+    ((_, err, code),) = finish(begin(world, workdir, 1, devices=devices))
+    assert code == 0, err
+    return workdir
+
+
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("alone")
-    ((_, err, code),) = finish(begin(world, workdir, 1, devices=4))
-    assert code == 0, err
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def alone_on_two(world, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("alone_on_two")
-    ((_, err, code),) = finish(begin(world, workdir, 1, devices=2))
-    assert code == 0, err
-    return workdir
+    return run_alone(world, tmp_path_factory.mktemp("alone"), 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_are_one_program(
-    alone, alone_on_two, world, tmp_path, count
+    alone, world, tmp_path_factory, tmp_path, count
 ):
     """The same bits on two devices; on four, sums come in another order."""
-    alone, rel = (alone_on_two, 0) if count == 2 else (alone, 1e-5)
+    rel = 0 if count == 2 else 1e-5
+    if count == 2:
+        alone = run_alone(world, tmp_path_factory.mktemp("alone-on-two"), 2)
     done = finish(
         begin(
             world, tmp_path, count, devices=1,

@@ -163,3 +163,15 @@ def test_a_rate_that_explodes_raises_alarms_and_is_repeated(
 def test_what_is_no_dump_is_refused(refused, tmp_path):
     message = refused("replay", tmp_path)
     assert message.endswith("is no dump; a run writes them to WORKDIR/dumps")
+
+
+def test_a_damaged_dump_is_named(refused, tmp_path):
+    about = tmp_path / "dump.json"
+    about.write_text('{"step": 3')
+    (tmp_path / "settings.json").write_text("{}")
+    assert refused("replay", tmp_path).startswith(f"topd: {about} is not JSON")
+    about.write_text("{}")
+    batch = tmp_path / "batch.npz"
+    for text in (b"", b"rows", b"PK\x03\x04 cut"):
+        batch.write_bytes(text)
+        assert f"{batch} is damaged (" in refused("replay", tmp_path)

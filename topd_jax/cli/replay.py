@@ -34,7 +34,7 @@ _SHOWN = 5  # tokens
 
 
 def replay(dump: pathlib.Path) -> dict[str, Any]:
-    """Repeat a dumped step from its checkpoint; the run is left alone.
+    """Repeat a dumped step, with the models and objective of its settings.
 
     Args:
       dump: the directory, as a run names it in its alarm.
@@ -43,8 +43,7 @@ def replay(dump: pathlib.Path) -> dict[str, Any]:
       What :func:`repeat` returns.
 
     Raises:
-      ValueError: where there is no dump, or its models or objective were
-        given in Python.
+      ValueError: as there.
     """
     return repeat(dump)
 
@@ -55,10 +54,10 @@ def repeat(
     setup: Setup | None = None,
     objective: Objective | None = None,
 ) -> dict[str, Any]:
-    """Repeat a dumped step, also with what the run was given in Python.
+    """Repeat a dumped step from its checkpoint; the run is left alone.
 
     Args:
-      dump: the directory.
+      dump: the directory, as a run names it in its alarm.
       setup: of the run; None loads the models that its settings name.
       objective: of the run; None makes the one that its settings name.
 
@@ -92,26 +91,30 @@ def repeat(
             run.resume(run.step, about["restart"])
         run.repeat(about["step"])
         again = read_jsonl(workdir / "metrics.jsonl")[-1]
-        metrics = {
-            name: [value, again.get(name)]
-            for name, value in about["metrics"].items()
-            if not name.startswith(_TIMES)
-        }
-        batch = jax.device_get(vars(run.batches[about["step"]]))
-        same = all(a == b for a, b in metrics.values()) and all(
-            # Bytes: what is not a number equals itself too.
-            about["batch"][name].tobytes() == np.asarray(x).tobytes()
-            for name, x in batch.items()
-        )
-        out = {name: about[name] for name in ("step", "alarm", "text")} | {
-            "same": same,
-            "metrics": metrics,
-        }
+        out = {name: about[name] for name in ("step", "alarm", "text")}
+        out |= _compared(about, again, run.batches[about["step"]])
         if again["skipped"]:
             out["began"] = _began(run)
         for part in (run.logs, run.checkpoints, run.best):
             part.close()
     return out
+
+
+def _compared(
+    about: dict[str, Any], again: dict[str, Any], batch: Any
+) -> dict[str, Any]:
+    """Lay the metrics side by side; "same" says whether batch and they are."""
+    metrics = {
+        name: [value, again.get(name)]
+        for name, value in about["metrics"].items()
+        if not name.startswith(_TIMES)
+    }
+    same = all(a == b for a, b in metrics.values()) and all(
+        # Bytes: what is not a number equals itself too.
+        about["batch"][name].tobytes() == np.asarray(x).tobytes()
+        for name, x in jax.device_get(vars(batch)).items()
+    )
+    return {"same": same, "metrics": metrics}
 
 
 def _began(run: Run) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 import shutil
+import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from topd_jax.models.io import runs
 from topd_jax.objectives.pieces import describe
 from topd_jax.parallel import hosts
+from topd_jax.settings import parse_json
 from topd_jax.training.watch import Alarm
 
 DUMPS, ABOUT, BATCH = "dumps", "dump.json", "batch.npz"
@@ -88,13 +91,21 @@ def read_dump(path: pathlib.Path) -> dict[str, Any]:
       What ``dump.json`` holds; "settings" and "batch" (name -> array) beside.
 
     Raises:
-      ValueError: where it is no dump.
+      ValueError: where it is no dump, or a file of it is damaged.
     """
     if not (path / ABOUT).is_file():
         raise ValueError(
             f"{path} is no dump; a run writes them to WORKDIR/{DUMPS}"
         )
-    about = json.loads((path / ABOUT).read_text())
-    with np.load(path / BATCH) as batch:
-        about["batch"] = dict(batch)
-    return about | {"settings": json.loads((path / runs.SETTINGS).read_text())}
+    names = (ABOUT, runs.SETTINGS)
+    about, settings = (
+        parse_json((path / n).read_bytes(), str(path / n)) for n in names
+    )
+    try:
+        with np.load(path / BATCH) as batch:
+            arrays = dict(batch)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path / BATCH} is damaged ({error}); let the run write it again"
+        ) from error
+    return about | {"batch": arrays, "settings": settings}
