@@ -34,7 +34,6 @@ FILE_CHECKS: tuple[Callable[[Context], Iterable[Finding]], ...] = (
     tokens.ends,
     fit.dtypes,
     fit.meshes,
-    fit.memory,
 )
 
 
