@@ -1,17 +1,16 @@
-"""Train the tiny world for long, disturbed or not, and say what became of it.
+"""Train the tiny world for long, twice at once, and compare.
 
-    python -m tests.soak faults --minutes 60   kill, stop, fill, flip, slow
-    python -m tests.soak flat --minutes 60     one process, watched
+    python -m tests.soak --minutes 60 --steps 8000
 
-``faults`` trains twice: once in peace, once under a supervisor that injects a
-fault every few steps and starts the same command again. Both must end with the
-same bits. ``flat`` samples memory, files, threads and the time of a step.
-Appends a JSON line to ``notebooks/results/soak.jsonl``; ``flat`` draws
-``soak.png`` beside it.
+One run is left in peace, in one process whose memory, files, threads and
+processor time are watched. The other gets a fault every few minutes and the
+same command again. Both must end with the same bits. Appends a JSON line to
+``notebooks/results/soak.jsonl`` and draws ``soak.png`` beside it.
 """
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -36,25 +36,23 @@ import numpy as np
 from small_run import assert_same_run
 
 RESULTS = Path(__file__).resolve().parents[1] / "notebooks" / "results"
-CODES = {"kill": -9, "interrupt": 130, "terminate": 143, "full": 2}
-KINDS = ("kill", "terminate", "interrupt", "full", "flip", "slow")
+CODES = {"kill": -9, "interrupt": 130, "terminate": 143, "full": 2, "slow": 143}
+KINDS = ("kill", "terminate", "interrupt", "full", "flip", "slow", "stop")
 FULL = 256 << 10  # bytes that a file may have where the disk is full
 
 
-def begin(
-    workdir: Path, steps: int, full: bool = False, **changes: object
-) -> subprocess.Popen:
-    """Start ``topd train`` on the tiny world."""
+def begin(workdir: Path, steps: int, disk: str = "good") -> subprocess.Popen:
+    """Start ``topd train`` on the tiny world, on a good, full or slow disk."""
     settings = {
         "train.steps": steps, "train.preflight": False, "checkpoint.every": 20,
         "eval.every": 50, "eval.problems": 64, "eval.final_problems": 64,
-        "log.tensorboard": False, **changes,
+        "log.tensorboard": False,
     }  # fmt: skip
 
     def prepare() -> None:
         # A shell lets what runs in its background ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if full:
+        if disk == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))
 
     line = [
@@ -62,12 +60,23 @@ def begin(
         f"--workdir={workdir}",
         *(f"--config.{key}={value}" for key, value in settings.items()),
     ]  # fmt: skip
+    slower = {"LD_PRELOAD": slow_disk()} if disk == "slow" else {}
     # A file: a pipe that nobody reads would stop the run when it is full.
     with said(workdir).open("w") as errors:
         return subprocess.Popen(
             line, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=prepare,
-            cwd=RESULTS.parents[1],
+            cwd=RESULTS.parents[1], env=os.environ | slower,
         )  # fmt: skip
+
+
+@functools.cache
+def slow_disk() -> str:
+    """Compile the library that makes a process's writes slow."""
+    path = Path(tempfile.mkdtemp(prefix="topd-soak-")) / "slow_disk.so"
+    source = Path(__file__).with_name("slow_disk.c")
+    line = ["cc", "-shared", "-fPIC", "-o", str(path), str(source)]
+    subprocess.run(line, check=True)
+    return str(path)
 
 
 def last_step(workdir: Path) -> int:
@@ -115,7 +124,7 @@ def flip(workdir: Path, chance: random.Random) -> str:
     return str(path.relative_to(workdir))
 
 
-def slow(child: subprocess.Popen) -> None:
+def stop(child: subprocess.Popen) -> None:
     """Let a process run one tenth of the time, for ten seconds."""
     for _ in range(20):
         child.send_signal(signal.SIGSTOP)
@@ -124,24 +133,27 @@ def slow(child: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def disturb(options: argparse.Namespace, workdir: Path) -> dict[str, int]:
+def disturb(
+    options: argparse.Namespace, workdir: Path, watch: Callable[[], None]
+) -> dict[str, int]:
     """Train under faults until the time is up, then to the end in peace."""
     chance, counts = random.Random(options.seed), Counter()
     steps, until = options.steps, time.monotonic() + 60 * options.minutes
     while time.monotonic() < until and last_step(workdir) < steps:
         kind = KINDS[counts.total() % len(KINDS)]
-        child = begin(workdir, steps, full=kind == "full")
+        disk = kind if kind in ("full", "slow") else "good"
+        child = begin(workdir, steps, disk)
         if kind != "full":
             await_steps(child, workdir, 1)
             time.sleep(options.every * chance.uniform(0, 2))
         told = ""
-        if kind == "slow":
-            slow(child)
-        if kind in ("kill", "flip", "slow"):
+        if kind == "stop":
+            stop(child)
+        if kind in ("kill", "flip", "stop"):
             child.kill()
         elif kind != "full":
-            number = {"terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
-            child.send_signal(number[kind])
+            number = {"interrupt": signal.SIGINT}
+            child.send_signal(number.get(kind, signal.SIGTERM))
         code, line = ended(child, workdir)
         if kind == "flip":
             told = flip(workdir, chance)
@@ -149,6 +161,7 @@ def disturb(options: argparse.Namespace, workdir: Path) -> dict[str, int]:
             expected = CODES.get(kind, -9)
             assert code == expected, (kind, code, line)
         counts[kind] += 1
+        watch()
         print(json.dumps({"fault": kind, "step": last_step(workdir),
                           "code": code, "line": line, "file": told}),
               flush=True)  # fmt: skip
@@ -157,14 +170,61 @@ def disturb(options: argparse.Namespace, workdir: Path) -> dict[str, int]:
     return dict(counts)
 
 
-def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+class Watch(threading.Thread):
+    """Samples what a process holds every ten seconds, until it ends."""
+
+    def __init__(self, child: subprocess.Popen, workdir: Path) -> None:
+        super().__init__(daemon=True)
+        self.child, self.workdir, self.rows = child, workdir, []
+
+    def run(self) -> None:
+        await_steps(self.child, self.workdir, 60)  # evaluated and saved once
+        while self.child.poll() is None:
+            self.rows.append(sample(self.child, self.workdir))
+            time.sleep(10)
+
+    def held(self) -> dict[str, list[float]]:
+        """The first value, the largest and the last of what is watched."""
+        return {
+            name: [self.rows[0][name], max(row[name] for row in self.rows),
+                   self.rows[-1][name]]
+            for name in ("memory_mb", "threads", "files", "maps")
+        }  # fmt: skip
+
+    def seconds(self) -> list[float]:
+        """Processor seconds of a step, between two samples."""
+        pairs = zip(self.rows[:-1], self.rows[1:], strict=True)
+        return [(b["busy"] - a["busy"]) / max(b["step"] - a["step"], 1)
+                for a, b in pairs]  # fmt: skip
+
+
+def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Compare a disturbed run with one in peace, bit for bit."""
     quiet, disturbed = folder / "quiet", folder / "disturbed"
-    counts = disturb(options, disturbed)
-    code, line = ended(begin(quiet, options.steps), quiet)
+    peace = begin(quiet, options.steps)
+    watch = Watch(peace, quiet)
+    watch.start()
+    try:
+        counts = disturb(options, disturbed, lambda: draw(watch))
+        code, line = ended(peace, quiet)
+    finally:
+        peace.kill()
     assert code == 0, line
+    watch.join()
     assert_same_run(quiet, disturbed)
-    return {"faults": counts, "steps": options.steps, "same_bits": True}
+    draw(watch)
+    rows, seconds = watch.rows, watch.seconds()
+    tenth = max(len(rows) // 10, 1)
+    return {
+        "faults": counts,
+        "steps": options.steps,
+        "same_bits": True,
+        "watched_minutes": (watch.rows[-1]["time"] - watch.rows[0]["time"])
+        / 60,
+        "first_most_last": watch.held(),
+        "cpu_seconds_first_tenth": float(np.median(seconds[:tenth])),
+        "cpu_seconds_last_tenth": float(np.median(seconds[-tenth:])),
+    }
 
 
 def sample(child: subprocess.Popen, workdir: Path) -> dict[str, float]:
@@ -172,8 +232,10 @@ def sample(child: subprocess.Popen, workdir: Path) -> dict[str, float]:
     about = Path(f"/proc/{child.pid}")
     lines = (about / "status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
+    used = (about / "stat").read_text().rsplit(")", 1)[1].split()[11:13]
     return {
         "time": time.monotonic(),
+        "busy": sum(map(int, used)) / os.sysconf("SC_CLK_TCK"),
         "step": last_step(workdir),
         "memory_mb": int(status["VmRSS"].split()[0]) / 1024,
         "threads": int(status["Threads"]),
@@ -182,65 +244,40 @@ def sample(child: subprocess.Popen, workdir: Path) -> dict[str, float]:
     }
 
 
-def flat(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Watch one undisturbed process."""
-    workdir, rows = folder / "flat", []
-    child = begin(workdir, 1_000_000)
-    await_steps(child, workdir, 60)  # evaluated and saved once
-    until = time.monotonic() + 60 * options.minutes
-    while time.monotonic() < until:
-        assert child.poll() is None, ended(child, workdir)
-        rows.append(sample(child, workdir))
-        time.sleep(min(10.0, 6 * options.minutes))
-    child.send_signal(signal.SIGTERM)
-    ended(child, workdir)
-    log = (workdir / "metrics.jsonl").read_text().splitlines()
-    seconds = [json.loads(line)["seconds"] for line in log][60:]
-    draw(rows, seconds)
-    tenth = max(len(seconds) // 10, 1)
-    held = {
-        name: [rows[0][name], max(r[name] for r in rows), rows[-1][name]]
-        for name in ("memory_mb", "threads", "files", "maps")
-    }
-    return {
-        "steps": len(seconds),
-        "first_most_last": held,
-        "seconds_first_tenth": float(np.median(seconds[:tenth])),
-        "seconds_last_tenth": float(np.median(seconds[-tenth:])),
-    }
-
-
-def draw(rows: list[dict[str, float]], seconds: list[float]) -> None:
+def draw(watch: Watch) -> None:
     """Draw what was watched over the minutes."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = list(watch.rows)
+    if len(rows) < 3:
+        return
     minutes = [(row["time"] - rows[0]["time"]) / 60 for row in rows]
+    curves = {
+        name: [row[key] for row in rows]
+        for key, name in (("memory_mb", "memory, MB"), ("threads", "threads"),
+                          ("files", "open files"))
+    }  # fmt: skip
+    curves["CPU seconds a step"] = watch.seconds()[: len(rows) - 1]
     figure, axes = pyplot.subplots(4, 1, figsize=(7, 8), sharex=True)
-    kinds = {"memory_mb": "memory, MB", "threads": "threads",
-             "files": "open files"}  # fmt: skip
-    for axis, (name, title) in zip(axes, kinds.items(), strict=False):
-        axis.plot(minutes, [row[name] for row in rows])
+    for axis, (title, values) in zip(axes, curves.items(), strict=True):
+        axis.plot(minutes[-len(values) :], values)
         axis.set_ylabel(title)
         axis.set_ylim(bottom=0)
-    size = max(len(seconds) // 200, 1)
-    middle = [np.median(seconds[i : i + size])
-              for i in range(0, len(seconds), size)]  # fmt: skip
-    axes[3].plot(np.linspace(0, minutes[-1], len(middle)), middle)
-    axes[3].set_ylabel("seconds a step")
-    axes[3].set_ylim(bottom=0)
-    axes[3].set_xlabel("minutes")
+    axes[-1].set_xlabel("minutes")
     axes[0].set_title("One undisturbed process, the tiny world, TOPD")
     figure.tight_layout()
     figure.savefig(RESULTS / "soak.png", dpi=100)
+    pyplot.close(figure)
 
 
 def main() -> None:
     """Run the command; an assertion says what went wrong."""
     parser = argparse.ArgumentParser("python -m tests.soak")
-    parser.add_argument("kind", choices=("faults", "flat"))
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=20_000, help="of faults")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="how long faults come"
+    )
+    parser.add_argument("--steps", type=int, default=8_000, help="of a run")
     parser.add_argument(
         "--every",
         type=float,
@@ -249,13 +286,11 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     options = parser.parse_args()
-    run: Callable[..., dict] = {"faults": faults, "flat": flat}[options.kind]
     folder = Path(tempfile.mkdtemp(prefix="topd-soak-"))
     started = time.monotonic()
-    row = run(options, folder)
+    row = soak(options, folder)
     shutil.rmtree(folder)
     row = {
-        "soak": options.kind,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seed": options.seed,

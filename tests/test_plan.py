@@ -47,6 +47,7 @@ def test_a_core_that_is_a_device_has_its_part_of_the_chip():
     assert whole.memory == 95 * GIB and whole.flops == 459e12
     half = chip_of(devices("TPU7x", 4, 2))
     assert half.memory == 96 * GIB and half.flops == 2307e12 / 2
+    assert half.part == 0.5 and half.trained == 0.43  # a share stays one
     with pytest.raises(ValueError, match=r"no figures for a 'cpu'.*v5e"):
         chip_of(devices("cpu", 1, 1))
 
@@ -84,7 +85,7 @@ def test_what_a_refusal_says_of_temporaries(text, size):
 def test_the_table_says_what_fits_and_by_how_much_not():
     rollout = program("rollout", cost=Cost(0, 819e9))
     refused = program("evaluate", temporaries=10.5 * GIB, cost=None)
-    plan = plan_of(rollout, program("score"), program(), refused)
+    plan = plan_of(rollout, program("score"), program(calls=100), refused)
     lines = command.table(plan).splitlines()
     (step,), (evaluate,) = (
         [line.split() for line in lines if line.startswith(name)]
@@ -93,13 +94,15 @@ def test_the_table_says_what_fits_and_by_how_much_not():
     assert step == [
         "train_step", "6.00", "3.00", "9.00", "fits",
         "394.00", "819.0", "100.00", "2.00", "compute",
+        # 2 s at 0.61 of the peak, 100 calls, eight chips
+        "3.28", "100", "0.7",
     ]  # fmt: skip
     assert evaluate[-3:] == ["1.50", "too", "much"]
-    # One second of reading and two of computing, twice.
-    assert "5.00 s; 64 tokens generated, 13 a second" in lines[-1]
+    # One second of reading and two of computing, twice; 0.4 and 0.61 of it.
+    assert "5.00 s, about 9.06; 64 tokens generated, 13 a second" in lines[-1]
     # Of a step that did not compile nothing is promised.
     plan = plan_of(program("rollout"), program("score", cost=None))
-    assert plan.step_seconds == 0 and "generated" not in command.table(plan)
+    assert plan.step_seconds == (0, 0) and "generated" not in command.table(plan)
 
 
 def test_the_command_writes_json_and_names_flags(monkeypatch, tmp_path):

@@ -5,6 +5,13 @@ Google Cloud, "TPU architecture" pages of each version
 peak, memory bandwidth, and the bidirectional bandwidth of the links between
 chips, of which one direction (half) is taken. No program reaches these peaks:
 times computed from them are lower bounds.
+
+What such programs reach in practice is published too. Training of dense models
+in bfloat16: MaxText's performance tables (22B on v4-128 0.567, 16B on v5e-256
+0.61, 32B on v5p-128 0.71 of the peak; 2B to 8B on v6e and TPU7x 0.39 to 0.47,
+the middle is taken). Decoding: tpu-inference's published runs, Qwen3-8B on four
+chips of v6e with 64 rows, 5,297 tokens a second, 0.4 of the bandwidth. For
+links nothing is published: they are taken as bandwidth.
 """
 
 import dataclasses
@@ -25,6 +32,8 @@ class Chip:
       flops: bfloat16 operations a second.
       bandwidth: HBM bytes a second.
       link: bytes a second to other chips, in one direction, over all links.
+      trained: share of ``flops`` that training is published to reach.
+      part: of a chip; a core that is a device of its own is half of one.
     """
 
     name: str
@@ -33,16 +42,20 @@ class Chip:
     flops: float
     bandwidth: float
     link: float
+    trained: float
+    part: float = 1.0
 
 
 _GIB = 2.0**30
+# Share of the bandwidth that decoding is published to reach.
+DECODED = 0.4
 
 CHIPS = (
-    Chip("v4", "TPU v4", 32 * _GIB, 275e12, 1200e9, 300e9),
-    Chip("v5e", "TPU v5 lite", 16 * _GIB, 197e12, 819e9, 200e9),
-    Chip("v5p", "TPU v5", 95 * _GIB, 459e12, 2765e9, 600e9),
-    Chip("v6e", "TPU v6 lite", 32 * _GIB, 918e12, 1638e9, 400e9),
-    Chip("TPU7x", "TPU7x", 192 * _GIB, 2307e12, 7380e9, 600e9),
+    Chip("v4", "TPU v4", 32 * _GIB, 275e12, 1200e9, 300e9, 0.567),
+    Chip("v5e", "TPU v5 lite", 16 * _GIB, 197e12, 819e9, 200e9, 0.61),
+    Chip("v5p", "TPU v5", 95 * _GIB, 459e12, 2765e9, 600e9, 0.71),
+    Chip("v6e", "TPU v6 lite", 32 * _GIB, 918e12, 1638e9, 400e9, 0.43),
+    Chip("TPU7x", "TPU7x", 192 * _GIB, 2307e12, 7380e9, 600e9, 0.43),
 )
 
 # libtpu asks for the machine it is on, and complains if that is none.
@@ -73,7 +86,7 @@ def chip_of(devices: Sequence[jax.Device]) -> Chip:
             cores = len(devices) / len({tuple(d.coords) for d in devices})
             figures = ("memory", "flops", "bandwidth", "link")
             part = {name: getattr(chip, name) / cores for name in figures}
-            return dataclasses.replace(chip, **part)
+            return dataclasses.replace(chip, part=1 / cores, **part)
     raise ValueError(
         f"no figures for a {kind!r}; known: "
         f"{', '.join(chip.name for chip in CHIPS)}"

@@ -10,11 +10,12 @@ import sys
 import jax
 
 from topd_jax.planning.advice import suggest
-from topd_jax.planning.chips import Chip, without_tpu
+from topd_jax.planning.chips import DECODED, Chip, without_tpu
 from topd_jax.planning.plan import (
     USABLE,
     Plan,
     ProgramPlan,
+    expected,
     make_plan,
     roofline,
 )
@@ -23,7 +24,8 @@ from topd_jax.training.config import Settings
 _GIB = 2.0**30
 _HEAD = (
     "program          held  temporary      total"
-    "                       TFLOP    HBM GB   sent GB  seconds  bound by"
+    "                       TFLOP    HBM GB   sent GB  seconds bound by"
+    "    about   calls  chip-hours"
 )
 _LESS = "more chips, shorter rollouts or fewer rows"
 
@@ -73,21 +75,27 @@ def table(plan: Plan) -> str:
         f"{plan.topology}: {devices} devices ({plan.chip.kind}), mesh {shape}",
         f"Memory in GiB, {USABLE:.0%} of {plan.chip.memory / _GIB:.0f} may be "
         "used; seconds are the roofline of one device,",
-        "a lower bound for rollouts of rollout.max_new_tokens.",
+        "a lower bound for rollouts of rollout.max_new_tokens; about: what is "
+        "published of such",
+        f"programs, {plan.chip.trained:.0%} of the peak (compute) or "
+        f"{DECODED:.0%} of the bandwidth; chip-hours: of all calls, so.",
         "",
         _HEAD,
-        *(_row(p, plan.chip) for p in plan.programs),
+        *(_row(p, plan.chip, devices) for p in plan.programs),
     ]
-    if seconds := plan.step_seconds:
+    least, about = plan.step_seconds
+    if least:
         lines += [
             "",
-            f"rollout, score and train_step: {seconds:.2f} s; {plan.generated} "
-            f"tokens generated, {plan.generated / seconds:.0f} a second",
+            f"rollout, score and train_step: {least:.2f} s, about {about:.2f}; "
+            f"{plan.generated} tokens generated, "
+            f"{plan.generated / least:.0f} a second, about "
+            f"{plan.generated / about:.0f}",
         ]
     return "\n".join(lines)
 
 
-def _row(p: ProgramPlan, chip: Chip) -> str:
+def _row(p: ProgramPlan, chip: Chip, devices: int) -> str:
     memory = "".join(
         f"{x / _GIB:11.2f}" for x in (p.held, p.temporaries, p.total)
     )
@@ -97,7 +105,9 @@ def _row(p: ProgramPlan, chip: Chip) -> str:
         return line
     seconds, bound = roofline(p.cost, chip)
     flops, moved, sent = p.cost.flops / 1e12, p.cost.bytes / 1e9, p.cost.sent
+    about = expected(p.cost, chip)
+    hours = about * p.calls * devices * chip.part / 3600
     return (
-        f"{line}{flops:11.2f}{moved:10.1f}{sent / 1e9:10.2f}{seconds:9.2f}  "
-        f"{bound}"
+        f"{line}{flops:11.2f}{moved:10.1f}{sent / 1e9:10.2f}{seconds:9.2f} "
+        f"{bound:8}{about:9.2f}{p.calls:8}{hours:12.1f}"
     )

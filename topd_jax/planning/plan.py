@@ -8,11 +8,13 @@ at least
 
     max(operations / peak, bytes / HBM bandwidth, bytes sent / link bandwidth)
 
-seconds, the roofline, with a chip's published peaks. Loops over tokens run to
+seconds, the roofline, with a chip's published peaks, and about
+:func:`expected` seconds in practice. Loops over tokens run to
 ``rollout.max_new_tokens``, as if no row ended earlier.
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 import tempfile
@@ -22,7 +24,7 @@ from typing import Any
 import jax
 
 from topd_jax.parallel import sharding
-from topd_jax.planning.chips import Chip, chip_of, topology_devices
+from topd_jax.planning.chips import DECODED, Chip, chip_of, topology_devices
 from topd_jax.planning.hlo import parse
 from topd_jax.planning.hlo_cost import Cost, count
 from topd_jax.planning.programs import Call, bytes_held, calls
@@ -46,6 +48,7 @@ class ProgramPlan:
         argument's place, and of the program itself.
       capacity: bytes that may be used.
       cost: what it does; None if the compiler refused it for its memory.
+      calls: how often the whole run calls it.
     """
 
     name: str
@@ -53,6 +56,7 @@ class ProgramPlan:
     temporaries: float
     capacity: float
     cost: Cost | None
+    calls: int = 1
 
     @property
     def total(self) -> float:
@@ -94,11 +98,13 @@ class Plan:
         return tuple(p for p in self.programs if not p.fits)
 
     @property
-    def step_seconds(self) -> float:
-        """Return the least seconds of a step; 0 if not all of it compiled."""
+    def step_seconds(self) -> tuple[float, float]:
+        """Return a step's (least, expected) seconds; 0 if not all compiled."""
         costs = [p.cost for p in self.programs if p.name in _STEP]
-        known = None not in costs
-        return sum(roofline(c, self.chip)[0] for c in costs) if known else 0.0
+        if None in costs:
+            return 0.0, 0.0
+        least = sum(roofline(cost, self.chip)[0] for cost in costs)
+        return least, sum(expected(cost, self.chip) for cost in costs)
 
 
 def make_plan(
@@ -130,7 +136,9 @@ def make_plan(
     with jax.set_mesh(mesh):
         for name, call in calls(settings, mesh).items():
             log(f"compiling {name}")
-            programs.append(_compile(name, call, USABLE * chip.memory))
+            program = _compile(name, call, USABLE * chip.memory)
+            times = _times(settings, name)
+            programs.append(dataclasses.replace(program, calls=times))
     rows = settings.data.batch_size * settings.data.samples
     return Plan(
         topology=topology,
@@ -158,6 +166,32 @@ def roofline(cost: Cost, chip: Chip) -> tuple[float, str]:
     }
     bound = max(times, key=times.__getitem__)
     return times[bound], bound
+
+
+def expected(cost: Cost, chip: Chip) -> float:
+    """Return the seconds that work takes at what such programs reach.
+
+    The roofline, divided by the published share of what bounds it (sources in
+    :mod:`topd_jax.planning.chips`).
+
+    Args:
+      cost: of one device.
+      chip: the device.
+    """
+    seconds, bound = roofline(cost, chip)
+    return seconds / (chip.trained if bound == "compute" else DECODED)
+
+
+def _times(settings: Settings, name: str) -> int:
+    """Return how often a run calls a program; "evaluate" as ``topd eval``."""
+    if name == "evaluate":
+        options = settings.eval
+        batches = math.ceil(options.final_problems / options.batch_size)
+        return batches * options.samples
+    if name == "statistics":
+        every = settings.log.statistics_every
+        return settings.train.steps // every if every else 0
+    return settings.train.steps
 
 
 def _compile(name: str, call: Call, capacity: float) -> ProgramPlan:
