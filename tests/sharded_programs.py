@@ -26,9 +26,10 @@ from topd_jax.objectives.loading import spell
 from topd_jax.parallel import sharding
 from topd_jax.planning import hlo
 from topd_jax.planning.chips import topology_devices, without_tpu
-from topd_jax.planning.programs import abstract_models, calls
+from topd_jax.planning.programs import calls
 from topd_jax.sampling import branch_columns
 from topd_jax.training.config import Settings, settings_from
+from topd_jax.training.shapes import abstract_models
 
 MESHES = {
     "dense": (1, 4, 2, 1, 1),

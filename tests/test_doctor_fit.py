@@ -14,7 +14,7 @@ from topd_jax.cli.doctor import fit
 from topd_jax.cli.doctor.files import Context, ModelFiles
 from topd_jax.models import save_model
 from topd_jax.parallel import sharding
-from topd_jax.planning.programs import model_configs
+from topd_jax.training.shapes import model_configs
 
 
 def mesh_of(*sizes):

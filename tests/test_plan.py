@@ -9,13 +9,18 @@ from small_run import changed, settings_with
 
 from topd_jax.configs import qwen3_8b_to_1p7b
 from topd_jax.parallel import sharding
-from topd_jax.planning import command, programs
+from topd_jax.planning import command
 from topd_jax.planning.advice import suggest
 from topd_jax.planning.chips import CHIPS, chip_of, topology_devices
 from topd_jax.planning.hlo_cost import Cost
 from topd_jax.planning.plan import Plan, ProgramPlan, refused_bytes, roofline
-from topd_jax.planning.programs import bytes_held, calls
+from topd_jax.planning.programs import calls
 from topd_jax.training.config import settings_from
+from topd_jax.training.shapes import (
+    abstract_models,
+    bytes_held,
+    model_configs,
+)
 
 GIB = 2**30
 V5E = CHIPS[1]
@@ -102,7 +107,8 @@ def test_the_table_says_what_fits_and_by_how_much_not():
     assert "5.00 s, about 9.06; 64 tokens generated, 13 a second" in lines[-1]
     # Of a step that did not compile nothing is promised.
     plan = plan_of(program("rollout"), program("score", cost=None))
-    assert plan.step_seconds == (0, 0) and "generated" not in command.table(plan)
+    assert plan.step_seconds == (0, 0)
+    assert "generated" not in command.table(plan)
 
 
 def test_the_command_writes_json_and_names_flags(monkeypatch, tmp_path):
@@ -124,7 +130,7 @@ def test_the_command_writes_json_and_names_flags(monkeypatch, tmp_path):
 def run_of(settings):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return programs.abstract_models(settings, mesh), calls(settings, mesh)
+        return abstract_models(settings, mesh), calls(settings, mesh)
 
 
 @pytest.mark.parametrize("stage", ["on_policy", "offline"])
@@ -166,7 +172,7 @@ def test_what_cannot_be_planned_is_refused():
         calls(settings, None)
     few = settings_with(student__keep_layers=(4,))
     with pytest.raises(ValueError, match=r"4.*0\.\.0; for instance"):
-        programs.model_configs(few)
+        model_configs(few)
 
 
 def large(**sections):

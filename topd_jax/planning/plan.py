@@ -27,8 +27,9 @@ from topd_jax.parallel import sharding
 from topd_jax.planning.chips import DECODED, Chip, chip_of, topology_devices
 from topd_jax.planning.hlo import parse
 from topd_jax.planning.hlo_cost import Cost, count
-from topd_jax.planning.programs import Call, bytes_held, calls
+from topd_jax.planning.programs import Call, calls
 from topd_jax.training.config import Settings
+from topd_jax.training.shapes import bytes_held
 
 # The runtime keeps some of a device's memory; the compiler of v5e counts with
 # 15.75 of 16 GiB.

@@ -30,10 +30,10 @@ from topd_jax.models.quantization import quantizer
 from topd_jax.models.settings import ModelSettings
 from topd_jax.parallel import sharding
 from topd_jax.training.config import Settings
+from topd_jax.training.shapes import model_settings
 from topd_jax.types import Teacher
 
 # Its section of the config, where there is one teacher.
-_ONLY = "teacher"
 
 
 @dataclasses.dataclass
@@ -154,7 +154,7 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         )
         for part in parts
     )
-    teachers = (Teacher(models[_ONLY]),) if not prompts_of else ()
+    teachers = (Teacher(models["teacher"]),) if not prompts_of else ()
     teachers += tuple(
         Teacher(models[f"teachers.{name}"], name, prompts)
         for name, prompts in prompts_of.items()
@@ -317,14 +317,6 @@ def _models(
     )
     source = str(paths.get("student", settings.student.source))
     return models, tokenizer, hub_tokenizer, source
-
-
-def model_settings(settings: Settings) -> dict[str, ModelSettings]:
-    """Return section of the config -> its model, the student first."""
-    teachers = {_ONLY: settings.teacher}
-    if settings.teachers:
-        teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
-    return {"student": settings.student} | teachers
 
 
 def tokenizer_options(settings: Settings) -> dict[str, Any]:

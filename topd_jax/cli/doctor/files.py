@@ -16,16 +16,15 @@ from topd_jax.data.toy_world.models import comes_trained, world_models
 from topd_jax.data.vocabulary import require_same_vocabulary
 from topd_jax.models import DecoderConfig, Description, describe
 from topd_jax.parallel.sharding import make_mesh
-from topd_jax.planning.programs import model_configs
 from topd_jax.training.config import Settings
 from topd_jax.training.loop import require_solutions
 from topd_jax.training.setup import (
     check_batches,
-    model_settings,
     prompts_by_teacher,
     read_prompts,
     tokenizer_options,
 )
+from topd_jax.training.shapes import model_configs, model_settings
 
 # Records that are tokenized to look at lengths and at other encodings.
 _SAMPLE = 200

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from topd_jax.cli.doctor.files import Context
 from topd_jax.cli.doctor.findings import Finding, judge, refusal
-from topd_jax.planning.programs import abstract_models, bytes_held
+from topd_jax.training.shapes import abstract_models, bytes_held
 
 # Spacing of bfloat16 numbers, relative to the number.
 _BFLOAT16_STEP = 2.0**-8
