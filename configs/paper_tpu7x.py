@@ -1,8 +1,8 @@
 """The paper's pair and stage 2 on 4 chips (8 devices) of TPU7x:2x2x1.
 
 topd plan --config paper_tpu7x --topology TPU7x:2x2x1 shows memory and time. As
-in configs/paper.py but for the mesh, and for 2 prompts a step in the place of
-one, each on chips of its own: the global batch is 2 times the paper's (ours).
+in configs/paper.py but for 2 prompts a step in the place of one, each on chips
+of its own: the global batch is 2 times the paper's (ours).
 """
 
 from ml_collections import ConfigDict
@@ -13,10 +13,8 @@ PROMPTS = 2  # a step
 
 
 def get_config() -> ConfigDict:
-    """Heads over four devices, prompts and parameters over 2."""
+    """The mesh that is chosen: heads over 4 devices, prompts over 2."""
     config = paper.get_config()
-    config.mesh.tensor = 4  # the teacher's kv heads
-    config.mesh.fsdp = PROMPTS
     config.rollout.sharding = "tensor"  # no parameter is gathered (ours)
     config.data.batch_size = PROMPTS
     config.train.steps = paper.PROMPTS // PROMPTS

@@ -15,7 +15,6 @@ from topd_jax.objectives.loading import spell
 def get_config() -> ConfigDict:
     """Rollouts of 1024 tokens, eight prompts a step, a chip each."""
     config = default.get_config()
-    config.mesh.fsdp = 8
 
     config.student.source = "Qwen/Qwen3-1.7B"
     config.student.dtype = "bfloat16"

@@ -7,7 +7,7 @@ from topd_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Devices on each axis; their product is the number of devices."""
+    """Devices on each axis; chosen for the run if all are left as here."""
 
     data: int = setting(-1, "rows; -1: all that the others leave", least=-1)
     fsdp: int = setting(1, "rows and parameters", least=1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from topd_jax.parallel.sharding import mesh_in_use
 from topd_jax.training.compiled import step_keys
 
 # A name, and programs that compile one after the other.
@@ -60,7 +61,13 @@ def compile_ahead(programs: Iterable[Programs]) -> str:
         pool.shutdown(cancel_futures=True)
     each = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
     total = time.perf_counter() - start
-    return f"compiled {each} (in parallel: {total:.1f} s)"
+    mesh = mesh_in_use()
+    axes = mesh.shape.items() if mesh else ()
+    where = ", ".join(f"{axis}={size}" for axis, size in axes if size > 1)
+    return (
+        f"compiled {each} (in parallel: {total:.1f} s)"
+        f"{where and f' for the mesh {where}'}"
+    )
 
 
 def trace_run(run: Any) -> Iterator[Programs]:

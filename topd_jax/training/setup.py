@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from topd_jax.data import packing, vocabulary
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import solutions as solution_data
-from topd_jax.data.routing import check_rows, teacher_prompts
+from topd_jax.data.routing import teacher_prompts
 from topd_jax.data.sources import Record, read_records
 from topd_jax.data.teachers import shared_vocab
 from topd_jax.data.tokenizers import (
@@ -30,6 +30,7 @@ from topd_jax.models.quantization import quantizer
 from topd_jax.models.settings import ModelSettings
 from topd_jax.parallel import sharding
 from topd_jax.training.config import Settings
+from topd_jax.training.placement import check_batches, make_run_mesh
 from topd_jax.training.shapes import model_settings
 from topd_jax.types import Teacher
 
@@ -139,7 +140,7 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
     Raises:
       ValueError: for whatever does not fit together, by name and number.
     """
-    mesh = sharding.make_mesh(**dataclasses.asdict(settings.mesh))
+    mesh = make_run_mesh(settings)
     # What is cheap to refuse comes before models are trained or read.
     check_batches(settings, mesh)
     parts = read_prompts(settings)
@@ -173,20 +174,6 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         frozen_fingerprint(models["student"]),
         student_source,
     )
-
-
-def check_batches(settings: Settings, mesh: Mesh) -> None:
-    """Refuse batch sizes that do not divide over the mesh.
-
-    Args:
-      settings: of the run.
-      mesh: of devices.
-
-    Raises:
-      ValueError: naming a size that does.
-    """
-    check_rows(settings.data.batch_size, mesh, "data.batch_size")
-    check_rows(settings.eval.batch_size, mesh, "eval.batch_size")
 
 
 def read_prompts(

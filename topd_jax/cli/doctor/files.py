@@ -15,11 +15,10 @@ from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
 from topd_jax.data.toy_world.models import comes_trained, world_models
 from topd_jax.data.vocabulary import require_same_vocabulary
 from topd_jax.models import DecoderConfig, Description, describe
-from topd_jax.parallel.sharding import make_mesh
 from topd_jax.training.config import Settings
 from topd_jax.training.loop import require_solutions
+from topd_jax.training.placement import check_batches, make_run_mesh
 from topd_jax.training.setup import (
-    check_batches,
     prompts_by_teacher,
     read_prompts,
     tokenizer_options,
@@ -117,8 +116,7 @@ def gather(
             errors.append(refusal(name, raised))
             return None
 
-    axes = dataclasses.asdict(settings.mesh)
-    mesh = attempt("mesh", lambda: make_mesh(**axes))
+    mesh = attempt("mesh", make_run_mesh, settings)
     parts = attempt("data", read_prompts, settings)
     attempt("solutions", require_solutions, settings)
     if mesh is not None:

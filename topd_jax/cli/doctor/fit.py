@@ -5,14 +5,11 @@ for what the student learns, of their shapes exactly. Caches, activations and
 logits come on top; ``topd plan`` compiles the programs and counts those too.
 """
 
-import os
 from collections.abc import Iterator
-
-import jax
-from jax.sharding import Mesh
 
 from topd_jax.cli.doctor.files import Context
 from topd_jax.cli.doctor.findings import Finding, judge, refusal
+from topd_jax.training.placement import device_bytes
 from topd_jax.training.shapes import abstract_models, bytes_held
 
 # Spacing of bfloat16 numbers, relative to the number.
@@ -56,7 +53,7 @@ def meshes(context: Context) -> Iterator[Finding]:
     axes = " x ".join(f"{n}={s}" for n, s in sizes if s > 1) or "1 device"
     yield Finding("ok", "mesh", axes)
     kept = bytes_held((models.state, models.teachers, models.frozen))
-    have = device_bytes(context.mesh)
+    have = device_bytes(list(context.mesh.devices.flat))
     yield judge(
         "memory",
         have is None or kept < _MOST * have,
@@ -66,19 +63,6 @@ def meshes(context: Context) -> Iterator[Finding]:
         "teacher.param_dtype='bfloat16', student.lora_rank, or a larger "
         "mesh.fsdp; topd plan counts the rest",
     )
-
-
-def device_bytes(mesh: Mesh) -> float | None:
-    """Return the bytes of one device, None where it does not tell them.
-
-    A CPU has its share of the machine's.
-    """
-    index = jax.process_index()
-    device = next(d for d in mesh.devices.flat if d.process_index == index)
-    if device.platform == "cpu":
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total / jax.local_device_count()
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _spelled(size: float) -> str:
