@@ -23,10 +23,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "divergences.npz"
 STUDENT, TEACHER = np.log([0.5, 0.3, 0.2]), np.log([0.1, 0.6, 0.3])
 
 reverse_kl, forward_kl = divergences.reverse_kl, divergences.forward_kl
-top_k_reverse, top_k_forward = (
-    functools.partial(fn, k=2)
-    for fn in (divergences.top_k_reverse_kl, token_losses.top_k_forward_kl)
-)
+top_k_forward = functools.partial(token_losses.top_k_forward_kl, k=2)
 aware = functools.partial(token_losses.entropy_aware_kl, top_k=2, alpha=0.5)
 
 
@@ -60,12 +57,6 @@ LOSSES = {
     "jsd": (functools.partial(generalized_jsd, beta=0.25), JSD),
     "jsd 0": (functools.partial(generalized_jsd, beta=0), FORWARD),
     "jsd 1": (functools.partial(generalized_jsd, beta=1.0), REVERSE),
-    # The student's first two; the rest is a bin of 0.2 and 0.3.
-    "top-k reverse": (top_k_reverse, REVERSE),
-    "top-1 reverse": (
-        functools.partial(divergences.top_k_reverse_kl, k=1),
-        0.5 * np.log(5) + 0.5 * np.log(5 / 9),
-    ),
     "top-k forward": (top_k_forward, FORWARD_2),
     # The teacher's entropy is 0.8979 nats.
     "undecided": (
@@ -267,14 +258,8 @@ def test_token_logprobs_without_gather():
     assert "scatter" not in used
 
 
-def test_top_k_bins_refine_to_the_whole():
+def test_the_top_k_of_everything_and_of_blocks():
     student, teacher = log_softmax(logits_of(0)), log_softmax(logits_of(1))
-    whole, last = reverse_kl(student, teacher), np.zeros(4)
-    for k in range(1, 9):
-        now = divergences.top_k_reverse_kl(student, teacher, k)
-        assert np.all(now >= last - 1e-6)  # finer bins only add
-        last = now
-    assert_allclose(last, whole, 1e-5)  # k = V - 1
     every = token_losses.top_k_forward_kl(student, teacher, 99)
     assert_allclose(every, forward_kl(student, teacher), 1e-5)
     # Within blocks of the vocabulary first, ties with the k-th included.
@@ -355,10 +340,10 @@ def test_weighted_mean():
         (generalized_jsd, {"beta": "no"}, "beta='no' must"),
         (reverse_kl, {"log_floor": 0}, "log_floor=0 must be a finite"),
         (top_k_forward, {"log_floor": "no"}, "log_floor='no' must"),
-        (top_k_reverse, {"log_floor": -np.inf}, "log_floor=-inf must"),
+        (top_k_forward, {"log_floor": -np.inf}, "log_floor=-inf must"),
         (estimators.k2, {"log_floor": 1}, "log_floor=1 must"),
         (reverse_kl, {"where": jnp.ones(3)}, "boolean"),
-        (top_k_reverse, {"k": 0}, "k=0 must be a whole number"),
+        (top_k_forward, {"k": 0}, "k=0 must be a whole number"),
         (top_k_forward, {"k": 2.5}, "k=2.5 must be a whole number"),
         (aware, {"alpha": -1}, "alpha=-1 must"),
         (aware, {"entropy_threshold": np.nan}, "threshold=nan must"),

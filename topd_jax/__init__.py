@@ -16,8 +16,7 @@ _ROOMS = {
     ),
     "losses.log_probs": "cross_entropy entropy log_softmax token_logprobs",
     "losses.divergences": (
-        "forward_kl generalized_jsd on_logits reverse_kl top_k_reverse_kl "
-        "weighted_mean"
+        "forward_kl generalized_jsd on_logits reverse_kl weighted_mean"
     ),
     "losses.estimators": "k1 k2 k3",
     "losses.fused": (
@@ -25,7 +24,7 @@ _ROOMS = {
         "fused_map fused_token_logprobs fused_weighted_sum"
     ),
     "losses.near_future": (
-        "divergence_mask false_alarm_mask future_loss matched_control_mask "
+        "divergence_mask future_loss matched_control_mask "
         "select_candidates student_windows"
     ),
     "losses.optimal_transport": (

@@ -18,13 +18,11 @@ import jax.numpy as jnp
 
 from topd_jax.losses.log_probs import (
     LOG_FLOOR,
-    LOWEST,
     accumulation_dtype,
     check_log_floor,
     check_pair,
     floored,
     is_finite_number,
-    log_normalizer,
     log_softmax,
 )
 
@@ -69,8 +67,8 @@ def reverse_kl(
       0.1438
 
     See also:
-      :func:`forward_kl`, :func:`generalized_jsd`, :func:`top_k_reverse_kl`;
-      without logits in memory :func:`topd_jax.losses.fused.fused_divergence`.
+      :func:`forward_kl`, :func:`generalized_jsd`; without logits in memory
+      :func:`topd_jax.losses.fused.fused_divergence`.
     """
     check_pair(student_logp, teacher_logp)
     check_log_floor(log_floor)
@@ -230,53 +228,6 @@ def check_temperature(temperature: float | jax.Array) -> None:
             f"temperature={temperature} must be positive and finite; 1 leaves "
             "the logits as they are"
         )
-
-
-def top_k_reverse_kl(
-    student_logp: jax.Array,
-    teacher_logp: jax.Array,
-    k: int,
-    *,
-    log_floor: float = LOG_FLOOR,
-) -> jax.Array:
-    """Compute reverse KL over the student's top k tokens and one tail bin.
-
-    Both distributions are coarsened to k tokens and "all others", so this is
-    a KL of its own: never negative, at most :func:`reverse_kl`, and equal to
-    it at k >= V - 1. Tokens that tie with the k-th are kept as well.
-
-    Args:
-      student_logp: [..., V] log-probabilities.
-      teacher_logp: [..., V] log-probabilities.
-      k: tokens kept, at least 1.
-      log_floor: stands for smaller log-probabilities of the teacher.
-
-    Returns:
-      f32[...] (f64 for f64).
-
-    Raises:
-      ValueError: for k below 1, or a floor of 0 or more.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> student = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-      >>> teacher = jnp.log(jnp.array([0.25, 0.25, 0.5]))
-      >>> round(float(top_k_reverse_kl(student, teacher, 1)), 4)
-      0.1438
-    """
-    check_pair(student_logp, teacher_logp)
-    check_log_floor(log_floor)
-    student, teacher = floored(student_logp), floored(teacher_logp)
-    inside = top_k_mask(student, k)
-    head = jnp.where(
-        inside, jnp.exp(student) * (student - floored(teacher, log_floor)), 0
-    )
-    student_tail = sum(log_normalizer(jnp.where(inside, LOWEST, student)))
-    teacher_tail = sum(log_normalizer(jnp.where(inside, LOWEST, teacher)))
-    tail = jnp.exp(student_tail) * (
-        student_tail - floored(teacher_tail, log_floor)
-    )
-    return jnp.sum(head, axis=-1) + tail[..., 0]
 
 
 def top_k_mask(values: jax.Array, k: int) -> jax.Array:

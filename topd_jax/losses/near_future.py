@@ -315,35 +315,6 @@ def divergence_mask(
     return jax.lax.stop_gradient(candidates.mask & (distance > threshold))
 
 
-def false_alarm_mask(
-    distance: jax.Array,
-    candidates: Candidates,
-    *,
-    percentile: float = 30.0,
-    threshold: float | None = None,
-) -> jax.Array:
-    """Mark the candidates whose near future is the teacher's all the same.
-
-    Every valid candidate that is not divergent (arXiv:2606.00305, §2.1, §5.1).
-
-    Args:
-      distance: f32[..., M] transport distance, 0..2.
-      candidates: [..., M].
-      percentile: as in :func:`divergence_mask`.
-      threshold: as in :func:`divergence_mask`.
-
-    Returns:
-      bool[..., M], False in unused slots.
-
-    Raises:
-      ValueError: as :func:`divergence_mask`.
-    """
-    divergent = divergence_mask(
-        distance, candidates, percentile=percentile, threshold=threshold
-    )
-    return candidates.mask & ~divergent
-
-
 def matched_control_mask(
     key: jax.Array, divergent: jax.Array, false_alarm: jax.Array
 ) -> jax.Array:
@@ -356,7 +327,7 @@ def matched_control_mask(
     Args:
       key: PRNG key.
       divergent: bool[..., M] of :func:`divergence_mask`.
-      false_alarm: bool[..., M] of :func:`false_alarm_mask`.
+      false_alarm: bool[..., M] the other valid candidates (§2.1).
 
     Returns:
       bool[..., M], a subset of ``divergent``.
