@@ -171,7 +171,6 @@ def student_context_logprobs(
     student_head: Head,
     candidates: Candidates,
     teacher_windows: Windows,
-    log_normalizer: jax.Array | None = None,
     *,
     vocab_size: int | None = None,
     layout: Layout = ONE_DEVICE,
@@ -188,8 +187,6 @@ def student_context_logprobs(
       student_head: [V, D].
       candidates: [..., M].
       teacher_windows: tokens [..., M, K].
-      log_normalizer: f32[..., T]; unless given,
-        :func:`~topd_jax.losses.fused.fused_log_normalizer`.
       vocab_size: ids that exist, the first of the head's rows; all unless
         given.
       layout: of :func:`~topd_jax.losses.fused.fused_log_normalizer`.
@@ -198,13 +195,9 @@ def student_context_logprobs(
       f32[..., M, K, K]: row i is the rollout's position t + i, column j the
       token T[j]. Rows past the rollout's end mean nothing, but are finite.
     """
-    if log_normalizer is None:
-        log_normalizer = fused_log_normalizer(
-            student_hidden,
-            student_head,
-            vocab_size=vocab_size,
-            layout=layout,
-        )
+    log_normalizer = fused_log_normalizer(
+        student_hidden, student_head, vocab_size=vocab_size, layout=layout
+    )
     chex.assert_type(teacher_windows.tokens, int)
     length = teacher_windows.tokens.shape[-1]
     starts = candidates.positions
