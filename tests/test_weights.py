@@ -211,7 +211,7 @@ _CHILD = """
 import sys
 import jax
 from topd_jax.models import drop_layers, fingerprint, load
-from topd_jax.parallel.rules import RULES
+from topd_jax.parallel.rules import RULES, using
 from topd_jax.parallel.sharding import make_mesh
 
 assert jax.device_count() == 8
@@ -222,7 +222,8 @@ for name, array in model.arrays.items():
     assert (array == one.arrays[name]).all(), name
 shard = model.arrays["gate"].sharding.shard_shape((3, 32, 64))
 assert shard == (3, 16, 32), shard
-teacher, _ = load(sys.argv[1], mesh=mesh, rules=RULES | {"embed": None})
+with using(RULES | {"embed": None}):
+    teacher, _ = load(sys.argv[1], mesh=mesh)
 shard = teacher.arrays["gate"].sharding.shard_shape((3, 32, 64))
 assert shard == (3, 32, 32), shard
 assert fingerprint(one) == fingerprint(model) == fingerprint(teacher)

@@ -31,7 +31,6 @@ from topd_jax.models.parameters import (
     parameter_shardings,
     parameter_table,
 )
-from topd_jax.parallel.rules import Rules
 
 
 class Adapters(nnx.Module):
@@ -95,11 +94,7 @@ def join(trained: Any, frozen: Any) -> Any:
 
 
 def add_lora(
-    model: Decoder,
-    lora: Lora,
-    *,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    model: Decoder, lora: Lora, *, mesh: Mesh | None = None
 ) -> Decoder:
     """Put adapters beside a decoder's linear maps.
 
@@ -109,7 +104,6 @@ def add_lora(
         always the same numbers, and B is zero: the model computes what it
         did before.
       mesh: where to spread them; None is one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
 
     Returns:
       The model with adapters, float32 whatever the other parameters are:
@@ -121,7 +115,7 @@ def add_lora(
     """
     config = adapted_config(model, lora)
     table, shardings = (
-        parameter_table(config), parameter_shardings(config, mesh, rules)
+        parameter_table(config), parameter_shardings(config, mesh)
     )  # fmt: skip
     # NumPy: the same numbers whatever the devices, in every process.
     draw = np.random.default_rng(0)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from topd_jax.models.config import DecoderConfig
-from topd_jax.parallel.rules import RULES, Rules
 from topd_jax.parallel.sharding import named
 
 if TYPE_CHECKING:
@@ -56,14 +55,13 @@ def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
 
 
 def parameter_shardings(
-    config: DecoderConfig, mesh: Mesh | None, rules: Rules | None
+    config: DecoderConfig, mesh: Mesh | None
 ) -> dict[str, NamedSharding | None]:
-    """Return where each parameter of a decoder goes.
+    """Return where each parameter of a decoder goes, by the rules in force.
 
     Args:
       config: the decoder's shape.
       mesh: of devices; None is one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
 
     Returns:
       parameter -> sharding, or None without a mesh.
@@ -74,9 +72,8 @@ def parameter_shardings(
     table = parameter_table(config)
     if mesh is None:
         return dict.fromkeys(table)
-    rules = RULES if rules is None else rules
     return {
-        name: named(mesh, row.shape, row.axes, rules, name=name)
+        name: named(mesh, row.shape, row.axes, name=name)
         for name, row in table.items()
     }
 

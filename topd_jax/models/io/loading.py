@@ -37,7 +37,6 @@ from topd_jax.models.io.runs import (
     tokenizer_directory,
 )
 from topd_jax.models.io.weights import Finish, Placement
-from topd_jax.parallel.rules import Rules
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -60,7 +59,6 @@ def load(
     remat: str = "none",
     unroll: int = 1,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
     ignore: Sequence[str] = (),
     finish: Finish | None = None,
 ) -> "tuple[Decoder, Tokenizer | None]":
@@ -76,8 +74,8 @@ def load(
       param_dtype: dtype in which parameters are kept.
       remat: see :class:`~topd_jax.models.config.DecoderConfig`.
       unroll: see the same.
-      mesh: where to spread the parameters; None is one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
+      mesh: where to spread the parameters, by the rules in force
+        (:func:`topd_jax.parallel.rules.using`); None is one device.
       ignore: unknown fields of a config.json to skip.
       finish: (parameter, array) -> what the model holds instead; called as
         soon as each is placed, before the next one is read.
@@ -96,7 +94,7 @@ def load(
         source, ignore=ignore, dtype=dtype, param_dtype=param_dtype,
         remat=remat, unroll=unroll,
     )  # fmt: skip
-    placement = Placement(Path(source).name, mesh, rules, finish)
+    placement = Placement(Path(source).name, mesh, finish)
     model = files.read_decoder(files.config, placement)
     tokenizer = files.tokenizer
     if tokenizer is not None and len(tokenizer) > files.config.vocab_size:

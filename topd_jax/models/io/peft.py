@@ -33,7 +33,6 @@ from topd_jax.models.io.weights import (
 )
 from topd_jax.models.lora import adapted_config
 from topd_jax.models.parameters import parameter_shardings, parameter_table
-from topd_jax.parallel.rules import Rules
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -67,7 +66,6 @@ def load_adapter(
     source: str | os.PathLike,
     *,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
 ) -> Decoder:
     """Put the adapters of a PEFT directory beside a decoder's linear maps.
 
@@ -75,7 +73,6 @@ def load_adapter(
       model: the decoder that they belong to, without adapters.
       source: a directory, or a hub name.
       mesh: where to spread them; None is one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
 
     Returns:
       The model with adapters, which are float32.
@@ -98,7 +95,7 @@ def load_adapter(
             f"{_MERGE}",
         )
         table = parameter_table(config)
-        shardings = parameter_shardings(config, mesh, rules)
+        shardings = parameter_shardings(config, mesh)
         arrays = {
             name: stream(
                 name, table[name].shape, "float32", rows, read, shardings[name]

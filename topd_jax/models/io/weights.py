@@ -25,7 +25,6 @@ from topd_jax.models.io.families import WEIGHTS, file_shape, hub_name
 from topd_jax.models.io.streaming import Read, Rows, stream
 from topd_jax.models.parameters import parameter_shardings, parameter_table
 from topd_jax.parallel import hosts
-from topd_jax.parallel.rules import Rules
 
 # What becomes of a parameter once it is placed, by name.
 Finish = Callable[[str, jax.Array], object]
@@ -50,14 +49,12 @@ class Placement(NamedTuple):
     Attributes:
       label: the model's name, for the progress bar.
       mesh: where to spread the parameters; None keeps them on one device.
-      rules: logical axis -> mesh axis; None takes the default rules.
       finish: (parameter, array) -> what the decoder holds instead; called as
         soon as the parameter is placed, before the next one is read.
     """
 
     label: str = "model"
     mesh: Mesh | None = None
-    rules: Rules | None = None
     finish: Finish | None = None
 
 
@@ -184,7 +181,7 @@ def build(
       ValueError: where a parameter does not divide over the mesh.
     """
     # Shardings first: a mesh that does not fit is refused before any reading.
-    shardings = parameter_shardings(config, placement.mesh, placement.rules)
+    shardings = parameter_shardings(config, placement.mesh)
     width = jnp.dtype(config.param_dtype).itemsize
     sizes = {
         name: math.prod(row.shape) * width
