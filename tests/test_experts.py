@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import on_eight_devices
 from small_files import make
 
 from topd_jax.models import DecoderConfig, causal_mask, unembed
@@ -103,9 +102,3 @@ def test_layers_scanned_and_unrolled():
         assert np.isfinite(slope).all(), name
         each = np.abs(slope).reshape(len(slope), -1).max(-1)
         assert name in ("embedding", "final_norm") or each.all(), name
-
-
-@pytest.mark.slow
-def test_eight_devices_say_what_one_says():
-    said = on_eight_devices("sharded_experts.py")
-    assert said.count("same on") == 5

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import LIBTPU, on_eight_devices, run_script
+from children import LIBTPU, run_script
 from dense_attention import dense_attention
 from interpreted import interpreted_kernels
 
@@ -128,12 +128,6 @@ def test_a_rollout_by_the_kernel_has_the_same_tokens(options):
     usual = 110 + 15
     told = {(shapes[1][3], keywords["usual"]) for _, shapes, keywords in calls}
     assert told == {(140, (usual + 20) // 2 if options else usual)}
-
-
-@pytest.mark.slow
-def test_eight_devices_write_by_the_kernel_what_one_writes_without():
-    said = on_eight_devices("sharded_decode.py")
-    assert said.count("same on") == 4
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from children import on_eight_devices
 from conftest import VOCAB, make_model, make_trajectories
 from foreign_model import apply, init_params, make_foreign, words
 from small_step import IDS, gradient, scores, step
@@ -216,11 +215,6 @@ def test_an_nnx_module_is_its_own_parameters():
     rows = greedy(bag, prompts_of(make_trajectories(rows=2)), 5)
     likeliest = unembed(bag.head, states(bag, rows)).argmax(-1)
     np.testing.assert_array_equal(rows.tokens[rows.mask], likeliest[rows.mask])
-
-
-@pytest.mark.slow
-def test_eight_devices_take_the_step_of_one():
-    assert on_eight_devices("sharded_foreign.py").count("same on") == 2
 
 
 def not_of_rows(params, tokens, positions, mask, cache):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import on_eight_devices
 from small_files import LLAMA, QWEN2, logits_of, make, write_gguf
 
 from topd_jax.models import (
@@ -198,9 +197,3 @@ def test_what_cannot_be_done_is_said(tmp_path):
     with pytest.raises(ValueError, match="tile=-1 at least 0"):
         quantizer("int4", -1)
     assert quantizer("") is None
-
-
-@pytest.mark.slow
-def test_eight_devices_say_what_one_says():
-    said = on_eight_devices("sharded_quantized.py")
-    assert said.count("same on") == 2

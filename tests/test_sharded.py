@@ -14,10 +14,20 @@ OTHER = jax.sharding.AbstractMesh((4, 2), ("x", "y"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("which", "count"), [("meshes", 15), ("objectives", 7), ("columns", 2)]
+    ("script", "which", "count"),
+    [
+        ("step", "meshes", 15),
+        ("step", "objectives", 7),
+        ("step", "columns", 2),
+        ("models", "experts", 5),
+        ("models", "quantized", 2),
+        ("models", "foreign", 2),
+        ("models", "flash", 3),
+        ("models", "decode", 4),
+    ],
 )
-def test_eight_devices_take_the_step_of_one(which, count):
-    printed = on_eight_devices("sharded_step.py", which)
+def test_eight_devices_compute_what_one_does(script, which, count):
+    printed = on_eight_devices(f"sharded_{script}.py", which)
     assert printed.count("same on") == count
     assert printed.count("nobody computes") == (which == "columns")
 
