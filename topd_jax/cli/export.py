@@ -6,6 +6,7 @@ from typing import Any
 from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.models import save_adapter, save_model
 from topd_jax.models.adapters import require_adapter
+from topd_jax.models.io.export import check_free
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run, require_checkpoint
 
@@ -35,11 +36,7 @@ def export(
       ValueError: where ``output`` is not free, there is no checkpoint, or no
         adapter to write.
     """
-    if output.exists() and not (output.is_dir() and not [*output.iterdir()]):
-        raise ValueError(
-            f"--output {output} exists and is not empty; choose another "
-            "directory, or empty it"
-        )
+    check_free(output)
     require_checkpoint(workdir, which)
     if adapter:
         require_adapter(settings.student)

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from topd_jax.models.io.huggingface import read_json
 from topd_jax.models.io.runs import SETTINGS
-from topd_jax.settings import parse_json
 from topd_jax.training.logging import read_jsonl
 
 Row = Mapping[str, Any]
@@ -66,22 +66,11 @@ def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
         )
     return RunRecords(
         name=name,
-        settings=_read_json(path),
+        settings=read_json(path) if path.is_file() else {},
         benchmarks={
-            which: scores
+            which: read_json(file)
             for which in ("latest", "best", "start")
-            if (scores := _read_json(workdir / f"eval-{which}.json"))
+            if (file := workdir / f"eval-{which}.json").is_file()
         },
         **logs,
     )
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = parse_json(path.read_bytes(), str(path))
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} must hold a JSON object; remove it, or write it again"
-        )
-    return value
