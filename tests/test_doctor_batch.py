@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_hub
@@ -46,14 +45,6 @@ def test_the_dtypes_of_a_run_bound_its_loss(tmp_path):
         teacher__param_dtype="bfloat16",
     ))  # fmt: skip
     assert 1e-6 < seen.itself < seen.rounding == 0.1
-
-
-def test_weights_that_are_no_numbers(tmp_path):
-    broken = copier(6.0)
-    broken.final_norm[...] = broken.final_norm[...].at[:2].set(jnp.nan)
-    found = examine.examine_setup(*loaded(tmp_path, broken, copier(10.0)))
-    assert [f.level for f in found] == ["error", "error"]
-    assert found[1].way_out.endswith("are broken: student's final_norm")
 
 
 def test_every_teacher_is_looked_at(tmp_path):
