@@ -52,6 +52,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
         "test": [
             "pytest",
             "pytest-xdist",

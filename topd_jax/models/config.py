@@ -132,10 +132,10 @@ class DecoderConfig:
         "dots" (keep matrix products).
       unroll: layers unrolled in the scan; ``layers`` for small stacks on CPU.
       attention: of many queries: "blocks" of them at a time, or "flash", by
-        the kernels of :mod:`topd_jax.models.attention.flash` on TPU, and of
-        the one of
-        a token that is decoded by
-        :mod:`topd_jax.models.attention.flash_decode`.
+        the kernels of :mod:`topd_jax.models.attention.flash` on TPU and by
+        :mod:`topd_jax.models.attention.cudnn` on GPU, and of the one of a
+        token that is decoded by
+        :mod:`topd_jax.models.attention.flash_decode` on TPU.
     """
 
     vocab_size: int

@@ -36,7 +36,7 @@ class ModelSettings:
     attention: str = setting(
         "blocks",
         'of many queries: "blocks" of them, or "flash", TPU kernels that skip '
-        "what is masked (arXiv:2205.14135, 2307.08691)",
+        "what is masked (arXiv:2205.14135, 2307.08691), on a GPU cuDNN's",
         choices=("blocks", "flash"),
     )
     quantize: str = setting(

@@ -33,6 +33,7 @@ FILE_CHECKS: tuple[Callable[[Context], Iterable[Finding]], ...] = (
     tokens.prompt_lengths,
     tokens.ends,
     fit.dtypes,
+    fit.repeatable,
     fit.meshes,
 )
 

@@ -40,6 +40,18 @@ def dtypes(context: Context) -> Iterator[Finding]:
     yield judge("dtype", not lost, text, "--config.student.param_dtype=float32")
 
 
+def repeatable(context: Context) -> Iterator[Finding]:
+    """Check that a GPU is told to compute the same bits each time."""
+    if jax.default_backend() != "gpu":
+        return
+    flag = "--xla_gpu_deterministic_ops=true"
+    told = flag in os.environ.get("XLA_FLAGS", "").split()
+    text = "the same bits from run to run" if told else (
+        "a resumed run may differ in its last bits from one never stopped"
+    )  # fmt: skip
+    yield judge("repeatable", told, text, f"export XLA_FLAGS={flag}")
+
+
 def meshes(context: Context) -> Iterator[Finding]:
     """Check that every parameter divides among its devices, and fits them."""
     if context.mesh is None:

@@ -1,6 +1,7 @@
-"""Compare the TPU attention kernels with plain attention, on the run's chip.
+"""Compare the attention kernels with plain attention, on the run's chip.
 
-The tests interpret the kernels and compile them for chips that are not there.
+The tests interpret the kernels of TPUs, compile them for chips that are not
+there, and lower cuDNN's for GPUs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from topd_jax.cli.doctor.findings import Finding, judge
 from topd_jax.models import Cache, DecoderConfig
-from topd_jax.models.attention import core, flash_decode
+from topd_jax.models.attention import core, cudnn, flash_decode
 from topd_jax.models.attention.masks import CachedMask, branch_intervals
 
 # Columns of a rollout, of which some are padding; tokens of a branch; window
@@ -31,9 +32,10 @@ def kernels(models: Mapping[str, Any]) -> Iterator[Finding]:
 
     Yields:
       A finding for each shape of heads that ``attention=flash`` asks for; none
-      where the platform is no TPU, which takes blocks.
+      where the platform is no TPU and no GPU, which takes blocks.
     """
-    if jax.default_backend() != "tpu":
+    platform = jax.default_backend()
+    if platform not in ("tpu", "gpu"):
         return
     shapes: dict[DecoderConfig, str] = {}
     for name, model in models.items():
@@ -41,6 +43,14 @@ def kernels(models: Mapping[str, Any]) -> Iterator[Finding]:
         if getattr(config, "attention", "blocks") == "flash":
             shapes.setdefault(_shape(config), name)
     for config, name in shapes.items():
+        heads = jax.ShapeDtypeStruct((1, 2, 1, config.head_dim), config.dtype)
+        if platform == "gpu" and not cudnn.takes(
+            heads, config.attention_softcap
+        ):
+            text = f"{name}: in blocks of queries; cuDNN takes bfloat16 heads "
+            text += "of at most 128, no soft cap, NVIDIA Ampere or later"
+            yield Finding("ok", "attention", text)
+            continue
         off, most = max(_read(config), _decode(config)), _MOST[config.dtype]
         yield judge(
             "attention",

@@ -1,13 +1,14 @@
 """Attention behind one function, and the mask of each layer."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topd_jax.models.attention import branches, flash, flash_decode
+from topd_jax.models.attention import branches, cudnn, flash, flash_decode
 from topd_jax.models.attention.cache import Cache, update_slice
 from topd_jax.models.attention.masks import (
     BranchMask,
@@ -157,11 +158,11 @@ def attend(
 ) -> jax.Array:
     """Attend with grouped heads: the single attention entry point.
 
-    By the kernels of :mod:`topd_jax.models.attention.flash` where the config
-    asks for them, the platform is a TPU and a mesh leaves a device its heads'
-    keys. Otherwise long sequences are read a block of queries at a time, whose
-    scores alone exist: at 8800 keys all scores of one row and 32 heads are
-    9.9 GB.
+    By the kernels of :mod:`topd_jax.models.attention.flash` on a TPU, and by
+    :mod:`topd_jax.models.attention.cudnn` on a GPU, where the config asks for
+    them and a mesh leaves a device its heads' keys. Otherwise long sequences
+    are read a block of queries at a time, whose scores alone exist: at 8800
+    keys all scores of one row and 32 heads are 9.9 GB.
 
     Args:
       query: [B, S, heads, head_dim].
@@ -183,8 +184,9 @@ def attend(
         by_kernel = functools.partial(blocks, kernel=True)
     elif isinstance(mask, IntervalMask):
         mask = mask.within(window)
+        fused = functools.partial(_attend_long, config, read=_attend_fused)
         by_kernel = functools.partial(
-            flash.attend, options=_options(config), blocks=blocks
+            flash.attend, options=_options(config), blocks=fused
         )
     else:
         mask, kernels = layer_mask(spec, window), False
@@ -255,6 +257,7 @@ def _attend_long(
     key: jax.Array,
     value: jax.Array,
     mask: IntervalMask | jax.Array,
+    read: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """Attend, a block of queries at a time where there are many.
 
@@ -262,8 +265,9 @@ def _attend_long(
     mesh that spreads them has its share of every block.
     """
     length, keys = query.shape[1], key.shape[2]
+    read = read or _attend
     if not _is_long(length, keys):
-        return _attend(query, key, value, _dense(mask), config)
+        return read(query, key, value, _dense(mask), config)
     block = _block(keys)
     count = -(-length // block)
     # The cotangents of a loop's constants are summed in their own type.
@@ -275,7 +279,7 @@ def _attend_long(
         # once, ahead of the loop and kept for the backward pass.
         query, mask = jax.lax.optimization_barrier((query, mask))
         narrow = (x.astype(query.dtype) for x in wide)
-        return _attend(query, *narrow, _dense(whole(mask)), config)
+        return read(query, *narrow, _dense(whole(mask)), config)
 
     def split(x: jax.Array, axis: int = 1) -> jax.Array:
         widths = [(0, 0)] * x.ndim
@@ -335,6 +339,19 @@ def _attend(
     out = jnp.einsum("...ql,...ld->...qd", weights, value)
     out = out.reshape(rows, groups, length, -1, size)
     return jnp.swapaxes(out, 1, 2).reshape(query.shape)
+
+
+def _attend_fused(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    config: DecoderConfig,
+) -> jax.Array:
+    """Attend by cuDNN where it is there, else with all scores at once."""
+    if cudnn.takes(query, config.attention_softcap):
+        return cudnn.attend(query, key, value, mask, _scale(config))
+    return _attend(query, key, value, mask, config)
 
 
 def _scale(config: DecoderConfig) -> float:

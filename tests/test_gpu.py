@@ -1,0 +1,151 @@
+"""Programs lowered for CUDA, and cuDNN's attention; no GPU has run them."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import VOCAB, make_trajectories
+from small_step import step
+
+from topd_jax.cli.doctor import fit
+from topd_jax.cli.doctor import kernels as doctor
+from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.models.attention import core, cudnn
+from topd_jax.models.attention.masks import causal_intervals
+
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, layers=2, width=32, heads=4, kv_heads=2, head_dim=16,
+    mlp_width=32, experts=4, experts_per_token=2, expert_width=16,
+    window=60, sliding=(True, False), attention="flash", dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """Has a process without a GPU trace for one with cuDNN 9.10."""
+    internals = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+
+    class Versions:
+        def cudnn_get_version():
+            return 91000
+
+    monkeypatch.setattr(internals, "cuda_versions", Versions)
+    monkeypatch.setattr(cudnn, "is_there", lambda: True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def lowered_step():
+    """A TOPD step of a mixture, rows of 128 tokens, as StableHLO for CUDA."""
+    make = jax.jit(init_decoder, static_argnums=0)
+    student, teacher = (make(CONFIG, jax.random.key(i)) for i in (0, 1))
+    rows = make_trajectories(rows=2, prompt=20, completion=108)
+    text = "topd(context='teacher', candidates=3, window=4)"
+    trace = step.trace(student, teacher, rows, text)
+    return trace.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_step_for_cuda_has_attention_of_cudnn_and_no_tpu_kernel(with_cudnn):
+    text = lowered_step()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
+    assert "tpu_custom_call" not in text
+
+
+def test_a_step_for_cuda_without_cudnn_is_in_blocks():
+    text = lowered_step()
+    assert "__cudnn" not in text and "tpu_custom_call" not in text
+
+
+def problem(dtype, size=16, queries=140, keys=160):
+    """Arrays of 4 heads, 2 of keys, and a mask of 2 left-padded rows."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, queries, 4, size))
+    key, value = rng.normal(size=(2, 2, 2, keys, size))
+    mask = causal_intervals(jnp.arange(queries) >= jnp.array([[0], [7]]))
+    arrays = [jnp.asarray(x, dtype) for x in (query, key, value)]
+    return arrays, mask.widen(keys).dense()[:, None]
+
+
+@pytest.mark.parametrize("lengths", [(140, 160), (139, 141)])
+def test_dot_product_attention_is_attention_of_all_scores(lengths):
+    arrays, mask = problem("float32", 16, *lengths)
+    real = mask.any(-1)[:, 0, :, None, None]  # padding attends to nothing
+
+    def gradients(read):
+        def loss(*x):
+            out = read(*x)
+            return jnp.sum(jnp.where(real, out, 0) ** 2), out
+
+        slopes, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+        return [jnp.where(real, out, 0), *slopes]
+
+    got = gradients(
+        lambda *x: cudnn.attend(*x, mask, 0.3, implementation="xla")
+    )
+    config = CONFIG.replace(query_scalar=1 / 0.09)
+    want = gradients(lambda *x: core._attend(*x, mask, config))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "cap"),
+    [
+        ("float32", 16, None),
+        ("bfloat16", 136, None),
+        ("bfloat16", 12, None),
+        ("bfloat16", 16, 5.0),
+    ],
+)
+def test_what_cudnn_does_not_take(monkeypatch, dtype, size, cap):
+    query, fine = (problem(*x)[0][0] for x in ((dtype, size), ("bfloat16",)))
+    assert not cudnn.takes(fine, None)  # no GPU is here
+    monkeypatch.setattr(cudnn, "is_there", lambda: True)
+    assert cudnn.takes(fine, None) and not cudnn.takes(query, cap)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Has the preflight see a GPU, and attention by XLA for cuDNN's."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "is_there", lambda: True)
+    by_xla = functools.partial(cudnn.attend, implementation="xla")
+    monkeypatch.setattr(cudnn, "attend", by_xla)
+
+
+def attention_of(config):
+    """The preflight's finding about a student."""
+    model = types.SimpleNamespace(config=config)
+    (found,) = doctor.kernels({"student": model})
+    return found
+
+
+def test_the_preflight_compares_what_a_gpu_takes(on_gpu, monkeypatch):
+    fine = attention_of(CONFIG)
+    assert fine.level == "ok" and "the limit is 0.03" in fine.text
+    blocks = attention_of(CONFIG.replace(dtype="float32"))
+    assert blocks.level == "ok" and "in blocks of queries" in blocks.text
+    plain = cudnn.attend
+
+    def broken(*args):
+        return plain(*args) * 1.2
+
+    monkeypatch.setattr(cudnn, "attend", broken)
+    assert attention_of(CONFIG).level == "error"
+
+
+def test_the_preflight_names_the_flag_of_repeatable_runs(on_gpu, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    (found,) = fit.repeatable(None)
+    assert found.level == "warning"
+    monkeypatch.setenv(
+        "XLA_FLAGS", found.way_out.removeprefix("export XLA_FLAGS=")
+    )
+    assert [f.level for f in fit.repeatable(None)] == ["ok"]
+    monkeypatch.undo()
+    assert [*fit.repeatable(None)] == []
