@@ -24,30 +24,36 @@ setup(
         ]
     },
     python_requires=">=3.11",
+    # .ci/versions tests both ends: 3.11 with each lower bound below, and 3.13
+    # with the newest of everything.
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.13",
+    ],
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",
         "optax>=0.2.5",
         "chex>=0.1.88",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.35",
         "transformers>=5.0",
-        "tokenizers",
+        "tokenizers>=0.22",
         "tensorflow-datasets>=4.9.7",
-        "importlib_resources",  # tensorflow-datasets imports it unasked
+        "importlib_resources>=6.4",  # tensorflow-datasets imports it unasked
         "ml-collections>=1.0",
         "sentencepiece>=0.2",
         "ott-jax>=0.6",
         "grain>=0.2.10",
         "safetensors>=0.4.5",
-        "gguf>=0.10",
+        "gguf>=0.16",
         "qwix>=0.1.8",
         "math-verify>=0.8",
         "matplotlib>=3.8",
         "plotly>=6.0",
-        "absl-py",
-        "numpy",
-        "jinja2",
-        "tqdm",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "jinja2>=3.1",
+        "tqdm>=4.66",
         "tensorboardX>=2.6",
     ],
     extras_require={

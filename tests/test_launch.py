@@ -18,7 +18,7 @@ SNIPPETS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
 
 def test_scripts_pass_shellcheck() -> None:
-    scripts = [*sorted((TOP / "launch").glob("*.sh")), TOP / ".ci" / "run"]
+    scripts = [*(TOP / "launch").glob("*.sh"), *(TOP / ".ci").iterdir()]
     result = subprocess.run(
         [find_shellcheck(), "-x", *scripts],
         cwd=TOP,
@@ -172,6 +172,23 @@ def test_ci_runs_everything_and_fails_if_anything_does(
     tests = [c[3:5] for c in calls if c[2] == "pytest"]
     assert tests == [[], ["-m", "slow"]]
     assert (desk.top / ".venv" / "bin" / "topd").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"), [("newest", "3.13"), ("oldest", "3.11")]
+)
+def test_versions_are_installed_and_tested(
+    desk: Desk, kind: str, version: str
+) -> None:
+    result = desk.run(".ci/versions", kind, "-k", "a b")
+    assert result.returncode == 0, result.stderr
+    calls = desk.calls("-m", f"python{version}")
+    made = [f"python{version}", "-m", "venv", f"{desk.top}/.venv-{kind}"]
+    lowest = [c[2:5] for c in calls if "lowest-direct" in c]
+    assert made in calls
+    assert lowest == [["uv", "pip", "install"]] * (kind == "oldest")
+    assert calls[-1][2:] == ["pytest", "-k", "a b"]
+    assert desk.run(".ci/versions", "other").returncode == 2
 
 
 # launch/README.md

@@ -1,5 +1,6 @@
 """What users install: the archives, and the licences of what comes along."""
 
+import ast
 import os
 import re
 import shutil
@@ -59,6 +60,16 @@ def test_dependencies_may_be_used_for_anything():
         or RESTRICTIVE.search(licence_of(name))
     }
     assert not odd
+
+
+def test_every_dependency_has_a_lower_bound():
+    tree = ast.walk(ast.parse((TOP / "setup.py").read_text()))
+    (needs,) = (
+        ast.literal_eval(node.value)
+        for node in tree
+        if isinstance(node, ast.keyword) and node.arg == "install_requires"
+    )
+    assert [need for need in needs if ">=" not in need] == []
 
 
 @pytest.fixture(scope="module")
