@@ -5,7 +5,10 @@ for what the student learns, of their shapes exactly. Caches, activations and
 logits come on top; ``topd plan`` compiles the programs and counts those too.
 """
 
+import os
 from collections.abc import Iterator
+
+import jax
 
 from topd_jax.cli.doctor.files import Context
 from topd_jax.cli.doctor.findings import Finding, judge, refusal
