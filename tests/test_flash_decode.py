@@ -42,23 +42,27 @@ def check(
     read = jax.jit(
         functools.partial(flash_decode.read, options=options, usual=length)
     )
-    columns = flash_decode.sizes_of(query, cache[0]).keys
+    sizes = flash_decode.sizes_of(query, cache[0])
     column, padding = np.arange(length), np.array([0, 37, 5, length] * rows)
     for count in written:
-        start = max(0, count - window) if window else 0
-        mask = (column >= padding[:rows, None]) & (column < count)
-        mask &= column >= start
+        start = np.minimum(padding[:rows], count)
+        if window:
+            start = np.maximum(start, count - window)
+        mask = (column >= start[:, None]) & (column < count)
         wanted = dense_attention(
             *map(jnp.asarray, (query, cache[0][LAYER], cache[1][LAYER])),
             mask[:, None], options.scale, cap,
         )  # fmt: skip
         poisoned = [np.full_like(x, np.nan) for x in cache]
-        begin = start // columns * columns
-        for x, y in zip(poisoned, cache, strict=True):
-            x[LAYER, :, :, begin:count] = y[LAYER, :, :, begin:count]
+        for row in range(rows):
+            block = row // sizes.rows * sizes.rows
+            begin = start[block : block + sizes.rows].min()
+            begin = begin // sizes.keys * sizes.keys
+            for x, y in zip(poisoned, cache, strict=True):
+                x[LAYER, row, :, begin:count] = y[LAYER, row, :, begin:count]
         found = read(
             query, *poisoned, LAYER, flash_decode.as_numbers(mask),
-            np.full(rows, start), count - 1,
+            start, count - 1,
         )  # fmt: skip
         assert found.dtype == query.dtype and np.isfinite(found).all()
         np.testing.assert_allclose(

@@ -231,11 +231,9 @@ def attend_cached(
         usual=_usual(config, cached.usual),
         plain=plain,
     )
-    first = jnp.zeros(query.shape[0], jnp.int32)
     if spec.key_positions is not None:
-        allowed = layer_mask(spec, window)[:, 0, 0]
-        mask = flash_decode.as_numbers(allowed)
-        first = jnp.argmax(allowed, axis=1).astype(jnp.int32)
+        mask = flash_decode.as_numbers(layer_mask(spec, window)[:, 0, 0])
+    first = jnp.argmax(mask[:, 0], axis=1).astype(jnp.int32)
     keys, values = cache.keys, cache.values
     if index is None:
         shape = (1, query.shape[0], -1, *keys.shape[-2:])

@@ -4,8 +4,8 @@ A token that is decoded needs the keys written so far of one layer. XLA reads
 all keys of the cache, also those that are yet to be written, and where a
 layer's keys do not fit a chip's fast memory it first copies them out of the
 cache of all layers. This kernel takes the cache of all layers and the layer's
-index, and fetches the blocks of keys from the first of a row to its last, with
-the online softmax of ``flash``.
+index, and fetches the blocks of keys from the first of some rows to the last,
+with the online softmax of ``flash``.
 
 Query heads that share keys are the rows of a product, padded to the tile of
 their type. Blocks hold several rows and heads, since each step of a grid has a
@@ -135,6 +135,8 @@ def read(
     grouped = query.reshape(rows, groups, heads // groups, sizes.size)
     more = sizes.shared - heads // groups
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, more), (0, 0)))
+    starts = jnp.min(first.reshape(-1, sizes.rows), axis=1)
+    table = jnp.concatenate([jnp.stack([index, last]), starts])
     out = pl.pallas_call(
         functools.partial(_visit, sizes, options),
         grid_spec=_grid(sizes, rows, groups),
@@ -145,7 +147,7 @@ def read(
         cost_estimate=_estimate(sizes, query, keys, usual),
         interpret=options.interpret,
     )(
-        jnp.stack([index, jnp.min(first), last]).astype(jnp.int32),
+        table.astype(jnp.int32),
         grouped,
         keys,
         values,
@@ -188,9 +190,9 @@ def _divisor(number: int, most: int) -> int:
 def _grid(sizes: Sizes, rows: int, groups: int) -> Any:
     """Lay out the steps, the blocks of each, and the sums that they share.
 
-    Behind the layer, and the first and last key, the arrays are queries,
-    keys, values and mask; rows and heads may go to a core each, all blocks of
-    keys follow one another.
+    Behind the layer, the last key, and the first one of every block of rows,
+    the arrays are queries, keys, values and mask; rows and heads may go to a
+    core each, all blocks of keys follow one another.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -199,10 +201,10 @@ def _grid(sizes: Sizes, rows: int, groups: int) -> Any:
         return row, group, 0, 0
 
     def of_keys(row: Any, group: Any, step: Any, table: Any) -> tuple:
-        return table[0], row, group, _block(sizes, table, step)[0], 0
+        return table[0], row, group, _block(sizes, table, row, step)[0], 0
 
     def of_mask(row: Any, group: Any, step: Any, table: Any) -> tuple:
-        return row, 0, _block(sizes, table, step)[0]
+        return row, 0, _block(sizes, table, row, step)[0]
 
     block = (sizes.rows, sizes.groups, sizes.shared, sizes.size)
     wide = (None, sizes.rows, sizes.groups, sizes.keys, sizes.size)
@@ -222,13 +224,13 @@ def _grid(sizes: Sizes, rows: int, groups: int) -> Any:
     )
 
 
-def _block(sizes: Sizes, table: Any, step: Any) -> tuple:
+def _block(sizes: Sizes, table: Any, row: Any, step: Any) -> tuple:
     """Return the block of keys of a step, and whether there is one.
 
     Behind the last one it stays the same, which fetches nothing.
     """
-    at = table[1] // sizes.keys + step
-    end = table[2] // sizes.keys
+    at = table[2 + row] // sizes.keys + step
+    end = table[1] // sizes.keys
     return jnp.minimum(at, end), at <= end
 
 
@@ -266,8 +268,8 @@ def _visit(
     from jax.experimental import pallas as pl
 
     step = pl.program_id(2)
-    at, needed = _block(sizes, table, step)
-    left = table[2] - at * sizes.keys  # the last one, in its block
+    at, needed = _block(sizes, table, pl.program_id(0), step)
+    left = table[1] - at * sizes.keys  # the last one, in its block
 
     @pl.when(step == 0)
     def _() -> None:
