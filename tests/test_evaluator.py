@@ -138,3 +138,14 @@ def test_temperature_zero_is_greedy(watched, setup, monkeypatch):
     assert first == again
     for a, b in zip(written, watched.written, strict=True):
         np.testing.assert_array_equal(a, b.tokens)
+
+
+def test_slots_change_no_completion(watched, setup, monkeypatch):
+    """Four rows in three slots, compared three at a time."""
+    plain, kept = watched(setup.student, keep=7)
+    options = dataclasses.replace(watched.evaluator.rollout, slots=3)
+    evaluator = dataclasses.replace(watched.evaluator, rollout=options)
+    monkeypatch.setattr(watched, "evaluator", evaluator)
+    row, same = watched(setup.student, keep=7)
+    assert same == kept
+    assert row == pytest.approx(plain, rel=1e-4, abs=1e-6)

@@ -122,6 +122,16 @@ def test_a_part_of_the_set_is_the_same(solutions, settings, tmp_path):
     ]
 
 
+def test_slots_write_the_same_solutions(solutions, settings, tmp_path):
+    generate(changed(settings, "rollout", slots=3), tmp_path, 20)
+    got = solution_data.read_solutions(str(tmp_path))
+    for a, b in zip(got, solutions[:20], strict=True):
+        assert a["completion"] == b["completion"]
+        assert a["logp_mean"] == pytest.approx(b["logp_mean"], abs=1e-5)
+    with pytest.raises(ValueError, match="slots: .* there"):
+        generate(settings, tmp_path, 20)
+
+
 def test_several_solutions_of_prompts_without_answers(settings, tmp_path):
     lines = [
         {"question": "1+2?", "answer": "3"},

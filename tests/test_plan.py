@@ -166,6 +166,16 @@ def test_of_a_student_with_adapters_only_these_are_in_the_state():
     assert bytes_held(models.teachers) < 0.5 * bytes_held(wide.teachers)
 
 
+def test_slots_are_planned_as_batches_of_so_many_rows():
+    plain = run_of(settings_with(eval__batch_size=16))[1]
+    _, run = run_of(settings_with(eval__batch_size=16, rollout__slots=4))
+    rows = {n: (c.args[1].tokens.shape[0], c.times) for n, c in run.items()
+            if n in ("rollout", "evaluate")}  # fmt: skip
+    assert rows == {"rollout": (4, 2), "evaluate": (4, 4)}
+    assert run["score"].args[2].tokens.shape == (8, 16)
+    assert {c.times for c in plain.values()} == {1}
+
+
 def test_what_cannot_be_planned_is_refused():
     settings = settings_with(train__stage="offline", offline__path="somewhere")
     with pytest.raises(ValueError, match="offline.path='somewhere'"):

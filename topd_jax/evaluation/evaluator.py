@@ -35,7 +35,7 @@ from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.hosts import on_host
 from topd_jax.parallel.layouts import loss_layout
-from topd_jax.parallel.sharding import spec_on
+from topd_jax.parallel.sharding import constrain, spec_on
 from topd_jax.sampling import Stream, rollout, stream_key
 from topd_jax.sampling.settings import RolloutSettings
 from topd_jax.types import ONE_DEVICE, Layout, Prompts, Teacher, Trajectories
@@ -83,6 +83,7 @@ def write(
         samples=samples,
         vocab_size=vocab_size,
         sharding=options.sharding,
+        slots=options.slots,
         eos_ids=eos_ids,
         pad_id=pad_id,
     )
@@ -93,6 +94,7 @@ def compare(
     teacher: LanguageModel,
     trajectories: Trajectories,
     real: jax.Array | None = None,
+    start: jax.Array | None = None,
     *,
     top_k: int,
     layout: Layout = ONE_DEVICE,
@@ -104,12 +106,20 @@ def compare(
       teacher: the frozen model.
       trajectories: that both read.
       real: bool[B] rows that count; None counts all.
+      start: i32[] reads only the rows from here on that ``real`` is about.
       top_k: size of the top sets.
       layout: of the fused pass.
 
     Returns:
       name -> (sum, count).
     """
+    if start is not None:
+
+        def part(x: jax.Array) -> jax.Array:
+            x = jax.lax.dynamic_slice_in_dim(x, start, len(real))
+            return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+        trajectories = jax.tree.map(part, trajectories)
     if real is not None:
         mask = trajectories.mask & real[:, None]
         trajectories = trajectories.replace(mask=mask)
@@ -287,9 +297,9 @@ class Evaluator:
                 asked = self._asked(batch, next(number), temperature)
                 written = self.writer(student, *asked)
                 real = batch.index >= 0
-                if name in models:
+                for part in self._parts(real) if name in models else ():
                     metrics = self.comparer(
-                        student, models[name], written, real
+                        student, models[name], written, *part
                     )
                     parts += [metrics, by_name({name: metrics})]
                 tokens, mask = on_host((written.tokens, written.mask))
@@ -297,6 +307,17 @@ class Evaluator:
                     rows[places[place]] = tokens[row][mask[row]].tolist()
         numbers = read_metrics(merge(parts))
         return [rows[i] for i in sorted(rows)], numbers
+
+    def _parts(self, real: np.ndarray) -> Iterator[tuple]:
+        """Yield what is compared at once: no more rows than are written."""
+        count = len(real)
+        size = min(self.rollout.slots or count, count)
+        if size == count:
+            yield (real,)
+            return
+        for begin in range(0, count, size):
+            rows = np.arange(size) + min(begin, count - size)
+            yield real[rows] & (rows >= begin), rows[0].astype(np.int32)
 
     def _asked(
         self, batch: prompt_data.PromptBatch, number: int, temperature: float
@@ -318,7 +339,7 @@ class Evaluator:
         asked = self._asked(batch, 0, self.options.temperature)
         writer = self.writer.trace(student, *asked)
         yield "evaluation", [writer]
-        read = (writer.out_info, batch.index >= 0)
+        read = (writer.out_info, *next(self._parts(batch.index >= 0)))
         models = [t.model for t in self.teachers]
         yield (
             "comparison",

@@ -197,6 +197,56 @@ def over_cached_heads(
     return attend(query, keys, values, index, mask, first, last)
 
 
+def row_parts(rows: int) -> tuple[tuple[str, ...], int]:
+    """Return the mesh axes that so many rows are spread over, and the parts."""
+    mesh = mesh_in_use()
+    if mesh is None:
+        return (), 1
+    axes = mesh_axes(divisible_spec(mesh, (rows,), ("batch",))[0])
+    return axes, math.prod(mesh.shape[axis] for axis in axes)
+
+
+def over_rows(
+    write: Callable[..., list[jax.Array]],
+    rows: int,
+    held: list[jax.Array],
+    new: list[jax.Array],
+    dims: list[int | None],
+    *places: jax.Array,
+) -> list[jax.Array]:
+    """Write rows into arrays, each device those that it has.
+
+    The compiler would gather arrays whose rows are written by number.
+
+    Args:
+      write: (held, new, *places) -> held, of one device's part.
+      rows: of the arrays that are written to.
+      held: these arrays.
+      new: arrays that are written, of as many dimensions.
+      dims: the dimension of each that rows are; None where all have it whole.
+      *places: i32[rows of new] by rows, or i32[].
+
+    Returns:
+      The arrays.
+    """
+    axes, _ = row_parts(rows)
+    if not axes:
+        return write(held, new, *places)
+
+    def spec(dim: int | None) -> PartitionSpec:
+        whole = PartitionSpec()
+        return whole if dim is None else PartitionSpec(*(None,) * dim, axes)
+
+    specs = [spec(dim) for dim in dims]
+    return jax.shard_map(
+        write,
+        in_specs=(specs, specs, *(spec(0 if x.ndim else None) for x in places)),
+        out_specs=specs,
+        axis_names=set(axes),
+        check_vma=False,
+    )(held, new, *places)
+
+
 def _head_specs(
     mesh: AbstractMesh, query: tuple[int, ...], key: tuple[int, ...]
 ) -> tuple[PartitionSpec, PartitionSpec]:

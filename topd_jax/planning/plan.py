@@ -210,7 +210,7 @@ def _compile(name: str, call: Call, capacity: float) -> ProgramPlan:
             results = memory.output_size_in_bytes - memory.alias_size_in_bytes
             temporaries = memory.temp_size_in_bytes + max(results, 0)
             temporaries += memory.generated_code_size_in_bytes
-            cost = count(parse(text))
+            cost = Cost().plus(count(parse(text)), call.times)
     held = max(live, arguments)
     return ProgramPlan(name, held, temporaries, capacity, cost)
 

@@ -6,6 +6,7 @@ any devices, also those of a topology that is not at hand. This is the only
 module of planning that knows the trainer.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,11 +32,14 @@ class Call(NamedTuple):
       args: trees of ``ShapeDtypeStruct``.
       live: trees of everything that is on the devices while it runs, its
         arguments among them.
+      times: how often the program runs for what is planned: for a batch that
+        is written in slots, one of full slots.
     """
 
     fn: Callable[..., Any]
     args: tuple
     live: tuple
+    times: float = 1.0
 
 
 def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
@@ -59,6 +63,9 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
             "solutions are not known; offline.path='' plans the step in which "
             "the teacher writes"
         )
+    slots = settings.rollout.slots
+    whole = dataclasses.replace(settings.rollout, slots=0)
+    settings = dataclasses.replace(settings, rollout=whole)
     models = abstract_models(settings, mesh)
     student, teachers = models.student, models.teachers
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
@@ -92,12 +99,40 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     # Teachers and train state are always there.
     held = (models.state, teachers, models.frozen)
     during = (*held, prompts, rows)
-    return {
+    every = {
         "rollout": Call(step.rollout, written, (*held, prompts)),
         "score": Call(step.score, read, during),
         "train_step": Call(step.train_step, learned, (*during, scored)),
         "statistics": Call(step.statistics, read[:3], (*during, scored)),
         "evaluate": Call(jax.jit(sampler), asked, (*held, questions)),
+    }
+    if slots and not settings.is_offline:
+        every |= _in_slots(every, settings, mesh, slots, sampler)
+    return every
+
+
+def _in_slots(
+    run: dict[str, Call],
+    settings: Settings,
+    mesh: Mesh,
+    slots: int,
+    sampler: Callable[..., Any],
+) -> dict[str, Call]:
+    """Return the programs that write rows in slots, as if all were full."""
+    batches = {
+        "rollout": settings.data.batch_size * settings.data.samples,
+        "evaluate": settings.eval.batch_size,
+    }
+    key, prompts = run["rollout"].args[-1], _prompts(settings, mesh, slots)
+    return {
+        name: Call(
+            jax.jit(sampler),
+            (run[name].args[0], prompts, key),
+            run[name].live,
+            rows / slots,
+        )
+        for name, rows in batches.items()
+        if slots < rows
     }
 
 

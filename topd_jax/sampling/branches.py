@@ -171,7 +171,7 @@ def _write(
     draw_next = functools.partial(
         draw_token,
         head=model.head[:vocab_size],
-        noise=row_noise(key, rows, (length, count, 2)),
+        noise=row_noise(key, jnp.arange(rows), (length, count, 2)),
         temperature=temperature,
         eos_ids=eos_ids,
         pad_id=pad_id,

@@ -87,6 +87,7 @@ def draw_token(
     top_k: int = 0,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    limits: jax.Array | None = None,
 ) -> Drawn:
     """Draw the next token of every sequence that has not ended.
 
@@ -100,23 +101,17 @@ def draw_token(
       top_k: 0 turns it off.
       eos_ids: tokens that end a sequence.
       pad_id: put after the end.
+      limits: i32[B, ...] tokens of each sequence at the most; None is T.
 
     Returns:
       With one token more.
     """
-    inner = (None,) * (hidden.ndim - 2)
     uniform = jax.lax.dynamic_index_in_dim(noise, drawn.step, 1, False)
-    logits = unembed(head, to_products(hidden, *inner, "activation_embed"))
-    # Logits are computed where the head's rows are and drawn from where each
-    # row is whole. Told the second alone, the compiler gathers the head at
-    # every token.
-    logits = constrain(logits, "product_batch", *inner, "vocab")
-    logits = constrain(logits, "draws", *inner, None)
-    token, logp = choose(uniform, logits, temperature, top_p, top_k)
+    token, logp = next_token(hidden, uniform, head, temperature, top_p, top_k)
     token = jnp.where(drawn.done, pad_id, token)
-    ended = jnp.zeros(token.shape, bool)
-    for eos in eos_ids:
-        ended |= token == eos
+    ended = is_end(token, eos_ids)
+    if limits is not None:
+        ended |= drawn.step + 1 >= limits
     put = functools.partial(
         jax.lax.dynamic_update_index_in_dim, index=drawn.step, axis=token.ndim
     )
@@ -135,6 +130,45 @@ def draw_token(
         logp=None if drawn.logp is None else logp,
         states=states,
     )
+
+
+def next_token(
+    hidden: jax.Array,
+    uniform: jax.Array,
+    head: Head,
+    temperature: jax.Array,
+    top_p: jax.Array | None,
+    top_k: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Draw a token of every sequence.
+
+    Args:
+      hidden: [B, ..., D] the newest states.
+      uniform: f32[B, ..., 2] in [0, 1).
+      head: [V, D] rows that may be drawn.
+      temperature: f32[]; 0 is greedy.
+      top_p: f32[]; None turns it off.
+      top_k: 0 turns it off.
+
+    Returns:
+      (tokens i32[B, ...], logp f32[B, ...]).
+    """
+    inner = (None,) * (hidden.ndim - 2)
+    logits = unembed(head, to_products(hidden, *inner, "activation_embed"))
+    # Logits are computed where the head's rows are and drawn from where each
+    # row is whole. Told the second alone, the compiler gathers the head at
+    # every token.
+    logits = constrain(logits, "product_batch", *inner, "vocab")
+    logits = constrain(logits, "draws", *inner, None)
+    return choose(uniform, logits, temperature, top_p, top_k)
+
+
+def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    """Return bool[...]: which tokens end a sequence."""
+    ended = jnp.zeros(tokens.shape, bool)
+    for eos in eos_ids:
+        ended |= tokens == eos
+    return ended
 
 
 def _by_rows(x: jax.Array) -> jax.Array:

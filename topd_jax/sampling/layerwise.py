@@ -7,6 +7,7 @@ weight and every layer's cache is an array of its own. Deep models (``unroll``
 below ``layers``) stay stacked and compile in constant time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ from topd_jax.models.decoder import Decoder, layer_arrays
 from topd_jax.models.layers import embed, layer, layer_options, rms_norm
 from topd_jax.models.rope import rope_table
 from topd_jax.parallel.sharding import mesh_in_use
+
+# A shorter cache than this is not worth a loop of its own.
+_SHORTEST = 64
 
 
 @struct.dataclass
@@ -82,24 +86,42 @@ def unstack(model: Any, cache: Any, length: int) -> tuple[Any, Any]:
       (model, cache) to be called as before: layer by layer where the model is
       a decoder whose config unrolls the stack, else what was given.
     """
-    if not isinstance(model, Decoder):
+    if not _unrolls(model):
         return model, cache
-    config = model.config
-    if config.unroll < config.layers:
-        return model, cache
-    layers = range(config.layers)
-    arrays = layer_arrays(model)
+    config, arrays = model.config, layer_arrays(model)
     # Without the barrier the slices would move into the loop that uses them,
     # and sines and cosines into every product of every layer.
     weights, caches, rope = jax.lax.optimization_barrier(
         (
-            tuple({n: x[i] for n, x in arrays.items()} for i in layers),
-            tuple(_cache_of(cache, i) for i in layers),
+            tuple(
+                {n: x[i] for n, x in arrays.items()}
+                for i in range(config.layers)
+            ),
+            unstack_cache(model, cache),
             rope_table(jnp.arange(length)[None], config),
         )
     )
     embedding, norm = model.embedding[...], model.final_norm[...]
     return Layerwise(weights, embedding, norm, rope, config), caches
+
+
+def unstack_cache(model: Any, cache: Any) -> Any:
+    """Return a cache as the model of :func:`unstack` takes it.
+
+    Args:
+      model: any model.
+      cache: of that model.
+    """
+    if not _unrolls(model):
+        return cache
+    return tuple(_cache_of(cache, i) for i in range(model.config.layers))
+
+
+def _unrolls(model: Any) -> bool:
+    return (
+        isinstance(model, Decoder)
+        and model.config.unroll >= model.config.layers
+    )
 
 
 def _cache_of(cache: Any, index: int) -> Any:
@@ -128,7 +150,7 @@ def repeat_rows(model: Any, cache: Any, times: int) -> Any:
         jnp.repeat(x, times, axis=per_row.index(1)) if 1 in per_row else x
         for x, per_row in zip(
             jax.tree.leaves(cache),
-            _growth(model, (1, 1), (2, 1)),
+            growth(model.init_cache, (1, 1), (2, 1)),
             strict=True,
         )
     ]
@@ -148,23 +170,45 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
     """
     if extra == 0:
         return cache
-    growth = _growth(model, (1, 1), (1, 2))
+    per_column = growth(model.init_cache, (1, 1), (1, 2))
     leaves, structure = jax.tree.flatten(cache)
     grown = []
     for i, x in enumerate(leaves):
         # One per layer lacks leading dimensions, which do not grow.
-        own = growth[i % len(growth)][-x.ndim :]
+        own = per_column[i % len(per_column)][-x.ndim :]
         pad = [(0, extra * more) for more in own]
         grown.append(jnp.pad(x, pad) if x.ndim else x)
     return jax.tree.unflatten(structure, grown)
 
 
-def _growth(
-    model: Any, small: tuple[int, int], large: tuple[int, int]
+def stretches(length: int) -> list[int]:
+    """Return where the cache grows: T, and its half, quarter, eighth.
+
+    A step costs as many columns as the cache has, not as many as are written:
+    rows that end early never pay for the limit. Each stretch is a loop to
+    compile, so there are few, none below 64 columns.
+    """
+    ends = [-(-length // part) for part in (8, 4, 2)]
+    return [end for end in ends if end >= _SHORTEST] + [length]
+
+
+def growth(
+    make: Callable[[int, int], Any],
+    small: tuple[int, int],
+    large: tuple[int, int],
 ) -> list[list[int]]:
-    """Return how much each dimension grows from a small to a large cache."""
+    """Tell the dimensions of caches from how they grow.
+
+    Args:
+      make: (rows, columns) -> cache.
+      small: rows and columns of one.
+      large: of another.
+
+    Returns:
+      Of every leaf, how much each of its dimensions grows.
+    """
     one, two = (
-        jax.tree.leaves(jax.eval_shape(lambda s=size: model.init_cache(*s)))
+        jax.tree.leaves(jax.eval_shape(lambda s=size: make(*s)))
         for size in (small, large)
     )
     return [

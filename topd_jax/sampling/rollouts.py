@@ -7,7 +7,7 @@ an inference engine; the interface here follows those.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +24,22 @@ from topd_jax.sampling.checks import (
     check_prompts,
     check_vocab_size,
 )
-from topd_jax.sampling.drawing import Drawn, draw_token, nothing_drawn
-from topd_jax.sampling.layerwise import add_columns, repeat_rows, unstack
+from topd_jax.sampling.drawing import (
+    Drawn,
+    draw_token,
+    is_end,
+    next_token,
+    nothing_drawn,
+)
+from topd_jax.sampling.layerwise import (
+    add_columns,
+    repeat_rows,
+    stretches,
+    unstack,
+)
 from topd_jax.sampling.samplers import check_sampler, row_noise, switch_off
+from topd_jax.sampling.slots import write_in_slots
 from topd_jax.types import Prompts, Trajectories, positions_of
-
-# A shorter cache than this is not worth a loop of its own.
-_SHORTEST_STRETCH = 64
 
 
 def rollout(
@@ -48,6 +57,8 @@ def rollout(
     vocab_size: int | None = None,
     buckets: Sequence[int] = (),
     sharding: str = "train",
+    slots: int = 0,
+    limits: jax.Array | None = None,
 ) -> Trajectories:
     """Let a model complete prompts.
 
@@ -74,6 +85,11 @@ def rollout(
       sharding: where parameters and rows are meanwhile, on a mesh, of
         :data:`~topd_jax.parallel.rules.DECODING`. Trajectories are spread by
         rows.
+      slots: rows that are held at once where there are more: the next one
+        begins where one has ended. The tokens are the same; the cache is of
+        so many rows. 0 holds all.
+      limits: i32[B * samples] tokens of each row at the most, 1..T; None is
+        T for all.
 
     Returns:
       Trajectories of ``B * samples`` rows.
@@ -84,6 +100,8 @@ def rollout(
     decoding_rules(sharding)
     ids = check_vocab_size(model.head.shape[0], vocab_size)
     counts = dict(max_new_tokens=max_new_tokens, samples=samples)
+    if slots:
+        counts["slots"] = slots
     check_sampler(temperature, top_p, top_k, vocab_size=ids, **counts)
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
     check_prompts(prompts)
@@ -95,6 +113,7 @@ def rollout(
         key,
         jnp.asarray(temperature, jnp.float32),
         switch_off(top_p),
+        limits,
         max_new_tokens=int(max_new_tokens),
         eos_ids=eos_ids,
         pad_id=int(pad_id),
@@ -102,6 +121,7 @@ def rollout(
         samples=int(samples),
         vocab_size=ids,
         sharding=sharding,
+        slots=int(slots),
     )
 
 
@@ -125,7 +145,7 @@ def _widened(prompts: Prompts, buckets: Sequence[int], pad_id: int) -> Prompts:
     jax.jit,
     static_argnames=(
         "max_new_tokens", "eos_ids", "pad_id", "top_k", "samples", "vocab_size",
-        "sharding",
+        "sharding", "slots",
     ),
 )  # fmt: skip
 def _rollout(
@@ -134,6 +154,7 @@ def _rollout(
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array | None,
+    limits: jax.Array | None,
     *,
     sharding: str,
     **options: Any,
@@ -144,7 +165,7 @@ def _rollout(
     if sharding != "train":
         model = reshard(model, model.logical_axes, rules)
     with using(rules):
-        out = _write(model, prompts, key, temperature, top_p, **options)
+        out = _write(model, prompts, key, temperature, top_p, limits, **options)
     return jax.tree.map(
         lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), out
     )
@@ -156,6 +177,7 @@ def _write(
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array | None,
+    limits: jax.Array | None,
     *,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -163,22 +185,49 @@ def _write(
     top_k: int,
     samples: int,
     vocab_size: int,
+    slots: int,
 ) -> Trajectories:
+    head = model.head[:vocab_size]
+    told = dict(eos_ids=eos_ids, pad_id=pad_id, limits=limits)
+    filters = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    repeated = jax.tree.map(lambda x: _repeat(x, samples), prompts)
+    rows = repeated.tokens.shape[0]
+    if 0 < slots < rows:
+        drawn = write_in_slots(
+            model, repeated, key,
+            functools.partial(next_token, head=head, **filters),
+            slots=slots, length=max_new_tokens, **told,
+        )  # fmt: skip
+    else:
+        noise = row_noise(key, jnp.arange(rows), (max_new_tokens, 2))
+        draw_next = functools.partial(
+            draw_token, head=head, noise=noise, **filters, **told
+        )
+        drawn = nothing_drawn(
+            jnp.zeros(rows, bool), max_new_tokens, pad_id, keep_logp=True
+        )
+        drawn = _write_all(model, prompts, samples, drawn, draw_next)
+    mask = jnp.arange(max_new_tokens) < drawn.length[:, None]
+    ended = jnp.any(is_end(drawn.tokens, eos_ids) & mask, axis=1)
+    return Trajectories(
+        repeated.tokens, repeated.mask, drawn.tokens, mask, drawn.logp,
+        truncated=~ended,
+    )  # fmt: skip
+
+
+def _write_all(
+    model: Any,
+    prompts: Prompts,
+    samples: int,
+    drawn: Drawn,
+    draw_next: Callable[[Drawn, jax.Array], Drawn],
+) -> Drawn:
+    """Let all rows write side by side, until the longest has ended."""
     hidden, cache = _prefill(model, prompts, samples)
     prompts = jax.tree.map(lambda x: _repeat(x, samples), prompts)
-    rows, width = prompts.tokens.shape
+    width, length = prompts.tokens.shape[1], drawn.tokens.shape[1]
     first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    reader, cache = unstack(model, cache, width + max_new_tokens)
-    draw_next = functools.partial(
-        draw_token,
-        head=model.head[:vocab_size],
-        noise=row_noise(key, rows, (max_new_tokens, 2)),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-    )
+    reader, cache = unstack(model, cache, width + length)
 
     def stretch(carry: Any, begin: int, end: int) -> tuple[Drawn, Any]:
         exists = jnp.pad(prompts.mask, ((0, 0), (0, end)), constant_values=True)
@@ -200,17 +249,12 @@ def _write(
 
         return jax.lax.while_loop(more, body, carry)
 
-    ended = jnp.zeros(rows, bool)
-    drawn = nothing_drawn(ended, max_new_tokens, pad_id, keep_logp=True)
     drawn, begin = draw_next(drawn, hidden), 0
-    for end in _stretches(max_new_tokens):
+    for end in stretches(length):
         cache = add_columns(model, cache, end - begin)
         drawn, cache = stretch((drawn, cache), begin, end)
         begin = end
-    return Trajectories(
-        prompts.tokens, prompts.mask, drawn.tokens, drawn.mask, drawn.logp,
-        truncated=~drawn.done,
-    )  # fmt: skip
+    return drawn
 
 
 def _prefill(
@@ -231,14 +275,3 @@ def _prefill(
 
 def _repeat(x: jax.Array, times: int) -> jax.Array:
     return x if times == 1 else jnp.repeat(x, times, axis=0)
-
-
-def _stretches(length: int) -> list[int]:
-    """Return where the cache grows: T, and its half, quarter, eighth.
-
-    A step costs as many columns as the cache has, not as many as are written:
-    rows that end early never pay for the limit. Each stretch is a loop to
-    compile, so there are few, none below 64 columns.
-    """
-    ends = [-(-length // part) for part in (8, 4, 2)]
-    return [end for end in ends if end >= _SHORTEST_STRETCH] + [length]

@@ -137,19 +137,21 @@ def choose(
     return jax.lax.cond(temperature > 0, sampled, greedy, noise)
 
 
-def row_noise(key: jax.Array, rows: int, shape: tuple[int, ...]) -> jax.Array:
+def row_noise(
+    key: jax.Array, rows: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
     """Draw uniform numbers that depend on the key and their row alone.
 
     Args:
       key: PRNG key.
-      rows: B.
+      rows: i32[B] number of each row.
       shape: of each row's numbers.
 
     Returns:
       f32[B, *shape] in [0, 1).
     """
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
-        jnp.arange(rows, dtype=jnp.uint32)
+        rows.astype(jnp.uint32)
     )
     noise = jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32))(keys)
     return constrain(noise, "batch", *(None,) * len(shape))

@@ -20,6 +20,13 @@ class RolloutSettings:
     )
     top_p: float = setting(1.0, "1 is off (paper, App. B)", above=0, most=1)
     top_k: int = setting(0, "0 is off", least=0)
+    slots: int = setting(
+        0,
+        "rows of a batch that are written at once: the next one begins where "
+        "one has ended, and the cache is of so many; 0: all. Training, "
+        "evaluation and topd generate",
+        least=0,
+    )
     sharding: str = setting(
         "train",
         'where parameters are meanwhile: "train", as they are trained, '

@@ -260,13 +260,6 @@ def _write_rows(
     """Let every teacher write solutions of its own prompts."""
     if isinstance(prompts, PackedRows):
         return prompts  # written beforehand
-    offline = settings.offline
-    options = settings.rollout.__class__(
-        max_new_tokens=settings.rollout.max_new_tokens,
-        sharding=settings.rollout.sharding,
-        temperature=offline.temperature,
-        top_p=offline.top_p,
-    )
     parts = []
     for i, (teacher, own) in enumerate(
         zip(teachers, split_rows(prompts, teachers), strict=True)
@@ -274,7 +267,7 @@ def _write_rows(
         own_key = jax.random.fold_in(key, i) if len(teachers) > 1 else key
         parts.append(
             write(
-                teacher.model, own, own_key, options=options,
+                teacher.model, own, own_key, options=settings.writing,
                 vocab_size=shared_vocab(student, teachers),
                 samples=settings.data.samples, **ids,
             )

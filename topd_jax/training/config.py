@@ -216,6 +216,13 @@ class Settings:
                 f"data.batch_size x data.samples = {rows} rows must be "
                 f"divisible by optimizer.accumulate={self.optimizer.accumulate}"
             )
+        most = max(rows, self.eval.batch_size)
+        if self.rollout.slots >= most:
+            raise ValueError(
+                f"rollout.slots={self.rollout.slots} must be below {most}, the "
+                "rows of the largest batch: no other row waits for a slot; 0 "
+                "writes all rows side by side"
+            )
         check_fits(make_objective(self.objective), self)
 
     def _check_offline(self) -> None:
@@ -226,6 +233,14 @@ class Settings:
             needs = "is a set of one teacher; leave config.teachers out"
         if path and needs:
             raise ValueError(f"offline.path={path!r} {needs}")
+
+    @property
+    def writing(self) -> RolloutSettings:
+        """How a teacher writes solutions."""
+        told = dict(temperature=self.offline.temperature, top_k=0)
+        return dataclasses.replace(
+            self.rollout, top_p=self.offline.top_p, **told
+        )
 
     @property
     def is_offline(self) -> bool:

@@ -25,7 +25,6 @@ from topd_jax.evaluation.evaluator import write
 from topd_jax.parallel import lock
 from topd_jax.parallel.batches import spread_rows
 from topd_jax.sampling import Stream, stream_key
-from topd_jax.sampling.settings import RolloutSettings
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
 from topd_jax.types import Trajectories
@@ -92,6 +91,8 @@ def _about(
         "teacher": setup.teacher_fingerprints[""],
         "tokenizer": vocabulary.fingerprint(setup.tokenizer),
         "prompt_tokens": encoded.fingerprint(),
+        # Sets of before slots were have no such entry.
+        **({"slots": slots} if (slots := settings.rollout.slots) else {}),
     }
 
 
@@ -153,16 +154,10 @@ def _written(
     tokenizer = setup.tokenizer
     (teacher,) = setup.teachers
     key = stream_key(jax.random.key(settings.seed), Stream.GENERATE)
-    options = RolloutSettings(
-        max_new_tokens=settings.rollout.max_new_tokens,
-        sharding=settings.rollout.sharding,
-        temperature=settings.offline.temperature,
-        top_p=settings.offline.top_p,
-    )
     writer = jax.jit(
         functools.partial(
             write,
-            options=options,
+            options=settings.writing,
             # Rows beyond it are padding, and may be missing in the student.
             vocab_size=tokenizer.vocab_size,
             eos_ids=tokenizer.eos_ids,

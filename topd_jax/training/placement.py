@@ -91,6 +91,7 @@ def check_batches(settings: Settings, mesh: Mesh) -> None:
     """
     check_rows(settings.data.batch_size, mesh, "data.batch_size")
     check_rows(settings.eval.batch_size, mesh, "eval.batch_size")
+    check_rows(settings.rollout.slots, mesh, "rollout.slots")
 
 
 def device_bytes(devices: Sequence[jax.Device]) -> float | None:
@@ -112,7 +113,11 @@ def _divisors(number: int) -> list[int]:
 
 def _candidates(settings: Settings, devices: int) -> list[tuple[int, int]]:
     """Return (fsdp, tensor) over which rows divide, the best first."""
-    sizes = (settings.data.batch_size, settings.eval.batch_size)
+    sizes = (
+        settings.data.batch_size,
+        settings.eval.batch_size,
+        settings.rollout.slots,
+    )
     found = [
         (fsdp, tensor)
         for tensor in _divisors(devices)

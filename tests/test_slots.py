@@ -1,0 +1,124 @@
+"""Rollouts that hold fewer rows than they write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from children import on_eight_devices
+from conftest import make_model
+from interpreted import interpreted_kernels
+from small_run import refusal_of, settings_with
+from test_rollout import KEY, Bigram, Tape, chain, prompt_of, some_prompts
+
+from topd_jax.models import init_decoder
+from topd_jax.models.protocol import from_function
+from topd_jax.parallel.sharding import MESH_AXES
+from topd_jax.sampling import layerwise, rollout
+from topd_jax.training.setup import check_batches
+
+LENGTHS = (3, 5, 1, 4, 2, 5, 3, 1, 4, 2, 5)
+WIDTH = 5 + 30 + 3  # columns of the cache of slots
+RUN = dict(max_new_tokens=30, eos_ids=(7, 9, 11), pad_id=0)
+WAYS = {
+    "unrolled": {},
+    "scanned": dict(unroll=1),
+    "sliding": dict(sliding=(True, False), window=4),
+}
+
+
+def assert_same(out, fixed):
+    for name in ("prompt", "prompt_mask", "tokens", "mask", "truncated"):
+        np.testing.assert_array_equal(
+            getattr(out, name), getattr(fixed, name), err_msg=name
+        )
+    np.testing.assert_allclose(out.logp, fixed.logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rollout_is_that_of_the_fixed_batch(way, monkeypatch):
+    """By caches of every width, whose columns are dropped again and again."""
+    monkeypatch.setattr(layerwise, "_SHORTEST", 3)
+    jax.clear_caches()
+    config = make_model(0).config.replace(**WAYS[way])
+    model, prompts = init_decoder(config, KEY), some_prompts(LENGTHS)
+    fixed = rollout(model, prompts, KEY, **RUN)
+    lengths = np.asarray(fixed.mask.sum(1))
+    assert lengths.min() < 8 and lengths.sum() > 2 * WIDTH
+    for slots in (1, 4):
+        assert_same(rollout(model, prompts, KEY, slots=slots, **RUN), fixed)
+
+
+def test_samples_limits_and_filters_are_those_of_the_fixed_batch(student):
+    limits = jnp.asarray(np.random.default_rng(0).integers(1, 12, 22))
+    run = RUN | dict(samples=2, limits=limits, top_p=0.9, top_k=30)
+    fixed = rollout(student, some_prompts(LENGTHS), KEY, **run)
+    lengths = np.asarray(fixed.mask.sum(1))
+    assert (lengths <= limits).all() and (lengths < limits).any()
+    ended = np.isin(fixed.tokens, RUN["eos_ids"]) & fixed.mask
+    np.testing.assert_array_equal(fixed.truncated, ~ended.any(1))
+    assert fixed.truncated.any() and (fixed.mask.sum(1) == limits).any()
+    out = rollout(student, some_prompts(LENGTHS), KEY, slots=5, **run)
+    assert_same(out, fixed)
+    run = RUN | dict(temperature=0.0)
+    fixed = rollout(student, some_prompts(LENGTHS), KEY, **run)
+    out = rollout(student, some_prompts(LENGTHS), KEY, slots=3, **run)
+    assert_same(out, fixed)
+
+
+def test_the_kernel_reads_what_slots_hold():
+    config = make_model(0).config.replace(attention="flash")
+    prompts, run = some_prompts(LENGTHS), RUN | dict(max_new_tokens=12)
+    model = init_decoder(config, KEY)
+    fixed = rollout(model, prompts, KEY, **run)
+    with interpreted_kernels() as calls:
+        out = rollout(model, prompts, KEY, slots=3, **run)
+    assert_same(out, fixed)
+    assert {shapes[0][0] for name, shapes, _ in calls if name == "read"} == {3}
+
+
+def test_a_function_without_a_cache_begins_rows_anew(student):
+    def read(params, tokens, positions, mask, cache):
+        return student(tokens, positions, mask)
+
+    model = from_function(read, {}, head=lambda _: student.head)
+    run = RUN | dict(max_new_tokens=9)
+    fixed = rollout(student, some_prompts(LENGTHS), KEY, **run)
+    out = rollout(model, some_prompts(LENGTHS), KEY, slots=2, **run)
+    assert_same(out, fixed)
+
+
+def test_every_slot_is_refilled_at_once():
+    """Rows of 2, 4, 2, 3 and 1 tokens in two slots."""
+    calls = Tape()
+    bigram = Bigram(chain(9, t1=2, t2=3, t3=4, t4=5), calls)
+    run = dict(max_new_tokens=500, eos_ids=(5,), pad_id=0)
+    prompts = prompt_of([3], [1], [3], [2], [4])
+    out = rollout(bigram, prompts, KEY, slots=2, **run)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(out.mask.sum(1), [2, 4, 2, 3, 1])
+    steps = [(2, 1)]
+    one = [(1, 1)]
+    # Rows 0, 2, 4 follow one another, and 1 and 3: five, and seven steps.
+    assert list(calls) == (
+        2 * one + 2 * steps + one + 2 * steps + 2 * one + steps + 2 * steps
+    )
+
+
+def test_slots_that_save_nothing_or_do_not_divide_are_one_line():
+    small = dict(data__batch_size=8, eval__batch_size=16)
+    said = refusal_of(lambda: settings_with(**small, rollout__slots=16))
+    assert "rollout.slots=16 must be below 16, the rows of the" in said
+    assert "0 writes all rows side by side" in said
+    settings = settings_with(**small, rollout__slots=6)
+    mesh = jax.sharding.AbstractMesh((4, 1, 1, 1, 1), MESH_AXES)
+    said = refusal_of(lambda: check_batches(settings, mesh))
+    assert "rollout.slots=6 must be divisible by the mesh's" in said
+    assert "(4); try 8" in said
+    with pytest.raises(ValueError, match="slots=-1 must be at least 1"):
+        rollout(make_model(0), some_prompts(), KEY, slots=-1, **RUN)
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one():
+    assert "equal" in on_eight_devices("sharded_slots.py")
