@@ -223,16 +223,14 @@ def packaged_gguf(requirement: str) -> Path:
             f"{name} {package.version} is installed, {version} is asked for; "
             f"{way_out}"
         )
-    files = [f for f in package.files or () if f.suffix == ".gguf"]
-    if len(files) != 1:
+    paths = [Path(package.locate_file(f)) for f in package.files or ()]
+    paths = [p for p in paths if p.suffix == ".gguf" and p.is_file()]
+    if len(paths) != 1:
         raise ValueError(
             f"the package {requirement} must hold one .gguf file and holds "
-            f"{len(files)}: {[str(f) for f in files]}"
+            f"{len(paths)}: {[str(p) for p in paths]}; {way_out}"
         )
-    path = Path(package.locate_file(files[0]))
-    if not path.is_file():
-        raise ValueError(f"{path} of {requirement} is gone; {way_out}")
-    return path
+    return paths[0]
 
 
 def _config_fields(file: GGUFFile) -> dict[str, Any]:
