@@ -1,8 +1,10 @@
 """Scripts of this directory, run in a process of their own by the tests."""
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -61,3 +63,43 @@ def on_eight_devices(*arguments: object) -> str:
         XLA_FLAGS=simulated(8),
         JAX_ENABLE_COMPILATION_CACHE="false",
     )
+
+
+def start_several(
+    arguments: Sequence[object],
+    count: int,
+    *,
+    devices: int = 1,
+    last: Sequence[str] = (),
+    **of_last: str,
+) -> list[subprocess.Popen]:
+    """Python with these arguments as so many processes of some devices each.
+
+    Of more than one, each is told how to join the others; the last one may
+    have more arguments, and variables of its environment.
+    """
+    lines = [[sys.executable, *map(str, arguments)] for _ in range(count)]
+    if count > 1:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        several = [f"--coordinator={address}", f"--processes={count}"]
+        for i, line in enumerate(lines):
+            line += [*several, f"--process={i}"]
+    lines[-1] += last
+    plain = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": simulated(devices),
+    }
+    return [
+        subprocess.Popen(
+            line, env=plain | (of_last if line is lines[-1] else {}),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for line in lines
+    ]  # fmt: skip
+
+
+def finish(children: list[subprocess.Popen]) -> list[tuple[str, str, int]]:
+    """What each process printed, stdout and stderr, and its exit code."""
+    return [(*c.communicate(timeout=600), c.returncode) for c in children]

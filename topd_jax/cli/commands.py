@@ -30,6 +30,7 @@ class Command:
       example: what a user may type after "topd COMMAND".
       details: more to know, after the flags; "" for nothing.
       resumes: whether it goes on where it was stopped when it is run again.
+      in_steps: whether several processes stop after the same step of it.
     """
 
     summary: str
@@ -38,6 +39,7 @@ class Command:
     example: str
     details: str = ""
     resumes: bool = False
+    in_steps: bool = False
 
     def load(self) -> Callable[..., Any]:
         """Import the function that does it."""
@@ -86,7 +88,27 @@ COUNT = _flag(
     "count", metavar="N", type=_at_least(1), default=32,
     help="test prompts that the student completes for it (32)",
 )  # fmt: skip
-RUN = (CONFIG, WORKDIR)
+# One of several processes that run the same command.
+SEVERAL = (
+    _flag(
+        "distributed", action="store_true",
+        help="one of several processes that JAX finds by itself "
+        "(Cloud TPU, SLURM)",
+    ),
+    _flag(
+        "coordinator", metavar="HOST:PORT",
+        help="of the first of several processes",
+    ),
+    _flag(
+        "processes", metavar="N", type=_at_least(1),
+        help="how many processes run this command",
+    ),
+    _flag(
+        "process", metavar="I", type=_at_least(0),
+        help="which of them this one is, from 0",
+    ),
+)  # fmt: skip
+RUN = (CONFIG, WORKDIR, *SEVERAL)
 STUDENT = (*RUN, WHICH)
 _EXAMPLE = "--config tiny --workdir runs/tiny"
 _AGAIN = _flag(
@@ -106,6 +128,7 @@ COMMANDS = {
                 "own are trained there, and checked",
             ),
             _flag("json", action="store_true", help="print JSON"),
+            *SEVERAL,
         ),
         "--config tiny",
         "Exit code 2 where something does not fit.",
@@ -113,31 +136,12 @@ COMMANDS = {
     "train": Command(
         "train a student; rerun the command to resume",
         "cli.train:train",
-        (
-            *RUN,
-            _flag(
-                "distributed", action="store_true",
-                help="one of several processes that JAX finds by itself "
-                "(Cloud TPU, SLURM)",
-            ),
-            _flag(
-                "coordinator", metavar="HOST:PORT",
-                help="of the first of several processes",
-            ),
-            _flag(
-                "processes", metavar="N", type=_at_least(1),
-                help="how many processes run this command",
-            ),
-            _flag(
-                "process", metavar="I", type=_at_least(0),
-                help="which of them this one is, from 0",
-            ),
-        ),
+        RUN,
         f"{_EXAMPLE} --config.train.steps=100",
         "SIGTERM or SIGINT (Ctrl-C) saves after the current step and stops; a "
         "second one stops at once. Several processes run the same command, and "
         "all stop if one is told to.",
-        resumes=True,
+        resumes=True, in_steps=True,
     ),
     "generate": Command(
         "let the teacher write solutions for stage 1",
@@ -273,6 +277,7 @@ COMMANDS = {
     "sweep": Command(
         "train every objective on every seed of config.sweep, then report",
         "experiments.sweep:sweep", RUN, _EXAMPLE, resumes=True,
+        in_steps=True,
     ),
     "plan": Command(
         "compute memory and time on a TPU topology, without the TPU",

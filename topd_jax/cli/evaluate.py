@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from topd_jax.evaluation import benchmarking
+from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 
@@ -33,8 +34,11 @@ def evaluate(
             setup.evaluator(settings), student, settings.data, step
         )
     evaluation["seed"] = settings.seed
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / f"eval-{which}.json").write_text(
-        json.dumps(evaluation, indent=1)
-    )
+    text = json.dumps(evaluation, indent=1)
+
+    def write() -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / f"eval-{which}.json").write_text(text)
+
+    hosts.from_first(write)
     return benchmarking.summaries(evaluation)

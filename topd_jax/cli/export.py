@@ -7,6 +7,7 @@ from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.models import save_adapter, save_model
 from topd_jax.models.adapters import require_adapter
 from topd_jax.models.io.export import check_free
+from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run, require_checkpoint
 
@@ -53,6 +54,6 @@ def export(
             "pad_token_id": tokenizer.pad_id,
         }
         save_model(student, output, tokenizer=setup.hub_tokenizer, extra=ids)
-        if isinstance(tokenizer, SentencePieceTokenizer):
+        if isinstance(tokenizer, SentencePieceTokenizer) and hosts.is_first():
             tokenizer.save_pretrained(output)
     return {"output": str(output), "step": step}

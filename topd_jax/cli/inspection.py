@@ -5,6 +5,7 @@ from typing import Any
 
 from topd_jax.experiments import token_map
 from topd_jax.experiments.observe import looking_ahead, observe
+from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 
@@ -27,16 +28,7 @@ def inspect(
     ahead = looking_ahead(settings)
     window = ahead.near_future.window
     with open_run(settings, workdir, which) as (setup, student, step):
-        rows = [
-            row
-            for seen in observe(settings, setup, student, count, [ahead])
-            for row in token_map.trajectories_of(
-                seen,
-                setup,
-                window=window,
-                is_world=settings.data.source == "world",
-            )
-        ]
+        batches = list(observe(settings, setup, student, count, [ahead]))
     facts = {
         "student": f"{which}, step {step}",
         "objective": settings.objective,
@@ -44,14 +36,27 @@ def inspect(
         "run": workdir.name,
     }
     page = workdir / f"inspect-{which}.html"
-    token_map.write_page(
-        rows, {"title": "Trajectories under the detector", "facts": facts}, page
-    )
-    return {
-        "page": str(page),
-        "step": step,
-        "trajectories": len(rows),
-        "candidates": sum(
-            bool(t["candidate"]) for r in rows for t in r["tokens"]
-        ),
-    }
+
+    def write() -> dict[str, Any]:
+        rows = [
+            row
+            for seen in batches
+            for row in token_map.trajectories_of(
+                seen,
+                setup,
+                window=window,
+                is_world=settings.data.source == "world",
+            )
+        ]
+        about = {"title": "Trajectories under the detector", "facts": facts}
+        token_map.write_page(rows, about, page)
+        return {
+            "page": str(page),
+            "step": step,
+            "trajectories": len(rows),
+            "candidates": sum(
+                bool(t["candidate"]) for r in rows for t in r["tokens"]
+            ),
+        }
+
+    return hosts.from_first(write)

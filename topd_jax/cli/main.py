@@ -60,7 +60,8 @@ def _call(name: str, *arguments: str) -> Any:
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}; one of {', '.join(COMMANDS)}")
     values, overrides = parse(name, list(arguments))
-    stopping.set_resumes(COMMANDS[name].resumes)
+    command = COMMANDS[name]
+    stopping.set_resumes(command.resumes)
     if "config" in values:
         # Here, not above: the settings import JAX, which takes seconds.
         from topd_jax.cli.config_file import load_settings
@@ -68,8 +69,12 @@ def _call(name: str, *arguments: str) -> Any:
 
         settings = load_settings(values.pop("config"), overrides)
         keep_compiled(settings.train.compilation_cache)
+        if "distributed" in values:
+            from topd_jax.cli.several import join
+
+            values = join(name, command, values, settings)
         values["settings"] = settings
-    return COMMANDS[name].load()(**values)
+    return command.load()(**values)
 
 
 def _fail(error: Exception) -> None:

@@ -1,12 +1,15 @@
 """``topd sample``: what a trained student writes."""
 
 import dataclasses
+import math
 import pathlib
 
 import jax
 
 from topd_jax.data.prompts import encode_prompts, ordered_batches
-from topd_jax.evaluation.evaluator import write
+from topd_jax.parallel import hosts
+from topd_jax.parallel.batches import spread_rows
+from topd_jax.parallel.sharding import row_ways
 from topd_jax.settings import check
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
@@ -48,17 +51,16 @@ def sample(
         encoded = encode_prompts(
             records, tokenizer, max_length=settings.data.max_prompt_length
         )
-        (batch,) = ordered_batches(encoded, batch_size=len(texts))
-        trajectories = write(
+        ways = row_ways(setup.mesh)
+        rows = ways * math.ceil(len(texts) / ways)
+        (batch,) = ordered_batches(encoded, batch_size=rows)
+        settings = dataclasses.replace(settings, rollout=options)
+        trajectories = setup.evaluator(settings).writer(
             student,
-            jax.tree.map(jax.numpy.asarray, batch.prompts),
+            spread_rows(batch.prompts, setup.mesh),
             jax.random.key(settings.seed),
-            options=options,
-            vocab_size=setup.vocab_size,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
         )
-        tokens, mask = jax.device_get((trajectories.tokens, trajectories.mask))
+        tokens, mask = hosts.on_host((trajectories.tokens, trajectories.mask))
     return [
         {
             "prompt": text,

@@ -9,28 +9,17 @@ from typing import Any
 from absl.logging import get_absl_logger
 
 from topd_jax.cli.doctor.examine import preflight
-from topd_jax.parallel import hosts, lock
+from topd_jax.parallel import lock
 from topd_jax.training import checkpointing, loop
 from topd_jax.training.config import Settings
 
 
-def train(
-    settings: Settings,
-    workdir: pathlib.Path,
-    distributed: bool = False,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
-) -> dict[str, Any]:
+def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     """Train a student, or resume; the preflight comes before a fresh run.
 
     Args:
       settings: of the run.
       workdir: of the run.
-      distributed: whether this is one of several processes that JAX finds.
-      coordinator: "HOST:PORT" of the first of several processes.
-      processes: how many there are.
-      process: which of them this is, from 0.
 
     Returns:
       The final evaluation.
@@ -38,9 +27,6 @@ def train(
     Raises:
       ValueError: for what the preflight finds, among others.
     """
-    several = (coordinator, processes, process)
-    if distributed or several != (None, None, None):
-        hosts.start(*several, heartbeat_seconds=settings.train.heartbeat)
     if not os.environ.get("TOPD_TRACEBACK"):
         _tell_failed_saves_once()
     with lock.held(workdir):

@@ -21,6 +21,7 @@ from topd_jax.evaluation.evaluator import Evaluator
 from topd_jax.evaluation.grading import Grader, make_grader, math_grader
 from topd_jax.evaluation.settings import EvalSettings
 from topd_jax.models.protocol import LanguageModel
+from topd_jax.parallel.hosts import from_first
 from topd_jax.settings import parse_json
 
 # The problems of data.source, where no benchmark is named.
@@ -169,7 +170,7 @@ def run_benchmark(
         student, repeated, count * samples, evaluator.options.temperature
     )
     texts = [evaluator.tokenizer.decode(r) for r in rows]
-    grades = grader.grade(repeated.records, texts)
+    grades = from_first(lambda: grader.grade(repeated.records, texts))
     if grades is None:
         summary = {"problems": count, "samples": samples}
         summary |= {"skipped": encoded.skipped, **statistics}

@@ -33,7 +33,7 @@ from topd_jax.models.lora import merge_lora
 from topd_jax.models.passes import trajectory_states
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.batches import spread_rows
-from topd_jax.parallel.hosts import on_host
+from topd_jax.parallel.hosts import from_first, on_host
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.sharding import constrain, spec_on
 from topd_jax.sampling import Stream, rollout, stream_key
@@ -218,7 +218,7 @@ class Evaluator:
         rows, numbers = self.complete(student, encoded, count, temperature)
         problems = encoded.records[: len(rows)]
         texts = [self.tokenizer.decode(r) for r in rows]
-        grades = self.grade(problems, texts)
+        grades = from_first(lambda: self.grade(problems, texts))
         by_teacher = {
             name: self._summary(
                 [rows[i] for i in places],

@@ -34,6 +34,7 @@ from topd_jax.models.passes import trajectory_states
 from topd_jax.objectives import presets
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import Objective
+from topd_jax.parallel import hosts
 from topd_jax.sampling import rollout
 from topd_jax.training.compiled import make_optimizer
 from topd_jax.training.config import Settings
@@ -87,7 +88,7 @@ def correct(
             optimizer=make_optimizer(settings.optimizer, None),
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
         )  # fmt: skip
-    figure = plots.corrections(measured, folder / "correction-figure5.png")
+    figure = folder / "correction-figure5.png"
     result = {
         "machine": machine(),
         "source": settings.student.source,
@@ -103,9 +104,13 @@ def correct(
         },
     }
     prefixes = jax.tree.map(lambda x: x.tolist(), measured)
-    (folder / "correct.json").write_text(
-        json.dumps(result | {"prefixes": prefixes}, indent=1)
-    )
+    text = json.dumps(result | {"prefixes": prefixes}, indent=1)
+
+    def write() -> None:
+        plots.corrections(measured, figure)
+        (folder / "correct.json").write_text(text)
+
+    hosts.from_first(write)
     return result | {"figure": str(figure)}
 
 
@@ -275,7 +280,7 @@ def measure(
                 "same": same.all(axis=1),
                 "skipped": skipped,
             }
-            measured[label] = jax.device_get(values)
+            measured[label] = hosts.on_host(values)
     return measured
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from topd_jax.data.prompts import ordered_batches
 from topd_jax.data.routing import places_of
@@ -18,6 +17,7 @@ from topd_jax.data.sources import Record
 from topd_jax.evaluation.evaluator import write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import NearFuture, Objective, Transport
+from topd_jax.parallel import hosts
 from topd_jax.parallel.batches import spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings, check_fits
@@ -109,8 +109,7 @@ def observe(
             scored.append(notes.replace(teacher_head=None, teacher_hidden=None))
         real = batch.index >= 0
         written, scored = jax.tree.map(
-            lambda x, real=real: np.asarray(x)[real],
-            jax.device_get((written, scored)),
+            lambda x, real=real: x[real], hosts.on_host((written, scored))
         )
         records = [prompts.records[j] for j in batch.index[real]]
         yield Observed(records, written, scored)

@@ -22,6 +22,7 @@ from topd_jax.experiments.observe import Observed, looking_ahead, observe
 from topd_jax.experiments.plots import Groups
 from topd_jax.experiments.records import machine
 from topd_jax.objectives.objective import Objective
+from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 
@@ -60,12 +61,16 @@ def probe(
         "prompts": count,
         "window": ahead.near_future.window,
         **report(groups),
-        "figure": str(plots.probe(groups, folder / "probe.png")),
+        "figure": str(folder / "probe.png"),
     }
     positions = jax.tree.map(lambda x: x.tolist(), groups)
-    (folder / "probe.json").write_text(
-        json.dumps(result | {"positions": positions}, indent=1)
-    )
+    text = json.dumps(result | {"positions": positions}, indent=1)
+
+    def write() -> None:
+        plots.probe(groups, folder / "probe.png")
+        (folder / "probe.json").write_text(text)
+
+    hosts.from_first(write)
     return result
 
 

@@ -21,7 +21,7 @@ from absl import logging
 from topd_jax.experiments.detectors import measure_detectors
 from topd_jax.experiments.records import append_row, machine
 from topd_jax.experiments.sweep_report import write_report
-from topd_jax.parallel import lock
+from topd_jax.parallel import hosts, lock
 from topd_jax.training.config import Settings, settings_from
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.loop import Run
@@ -54,18 +54,29 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     runs = {(name, _mark(run)): run for name, run in _runs(settings)}
     record = workdir / "record.jsonl"
     with lock.held(workdir):
-        recorded = {_key(row) for row in read_jsonl(record, fields=_KEY)}
+        rows = hosts.from_first(lambda: read_jsonl(record, fields=_KEY))
+        recorded = {_key(row) for row in rows}
         missing = {key: run for key, run in runs.items() if key not in recorded}
         logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),
                      len(runs))  # fmt: skip
         if missing:
             setup = load_setup(settings, workdir)
         for (name, _), run in missing.items():
-            append_row(record, _run(name, run, workdir, setup))
-            # So that there is something to look at while the others train.
-            files = write_report(_rows(record, runs), workdir / "report")
-            logging.info("%s done; see %s", name, list(files.values())[-1])
-        files = write_report(_rows(record, runs), workdir / "report")
+            row = _run(name, run, workdir, setup)
+            if hosts.is_first():
+                append_row(record, row)
+                # So that there is something to look at meanwhile.
+                files = write_report(_rows(record, runs), workdir / "report")
+                logging.info("%s done; see %s", name, list(files.values())[-1])
+        return hosts.from_first(lambda: _report(record, runs, workdir))
+
+
+def _report(
+    record: pathlib.Path,
+    runs: Container[tuple[str, str]],
+    workdir: pathlib.Path,
+) -> dict[str, Any]:
+    files = write_report(_rows(record, runs), workdir / "report")
     print(pathlib.Path(files["table_file"]).read_text(), flush=True)
     return files
 
@@ -165,7 +176,7 @@ def _run(
                 run = Run(settings, folder, setup)
                 row["evaluation"] = run.train()
             model = run.student
-            row |= _summarize_logs(run.workdir)
+            row |= hosts.from_first(lambda: _summarize_logs(folder))
         row["greedy"], _ = evaluate(model, temperature=0.0)
     return row
 

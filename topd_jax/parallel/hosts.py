@@ -1,16 +1,18 @@
 """Run several processes as one program, as a pod of several hosts does.
 
 Every process runs the same command and calls the same jitted functions; each
-feeds its own rows of the batch. Only the first writes logs, settings and the
-tiny world's models. All must see the same work directory.
+feeds its own rows of the batch. Only the first grades, prints and writes. All
+must see the same work directory.
 """
 
+import itertools
+import json
 import os
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -22,9 +24,16 @@ from topd_jax.parallel import stopping
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10
+# For which the first stays after an error: without it the others end at once,
+# and could not say what they found.
+_LAST_SECONDS = 2
+# For which the others wait for the first: it may have much to do.
+_PATIENCE_MS = 7 * 24 * 3600 * 1000
 
 # Set by start().
 _heartbeat_seconds = 0
+# Of the calls of from_first: each barrier needs a name of its own.
+_calls = itertools.count()
 
 
 def start(
@@ -33,6 +42,7 @@ def start(
     index: int | None,
     *,
     heartbeat_seconds: int = 100,
+    in_steps: bool = True,
 ) -> None:
     """Join the other processes; call it before anything touches a device.
 
@@ -43,6 +53,8 @@ def start(
       index: of this process; 0 is the first.
       heartbeat_seconds: silence after which a process counts as dead and the
         others stop with an error.
+      in_steps: whether a signal waits until all have made the same step, see
+        :func:`told_to_stop`; if not, it ends the process that it reaches.
 
     Raises:
       ValueError: for arguments that do not go together.
@@ -62,10 +74,50 @@ def start(
         )
     global _heartbeat_seconds
     _heartbeat_seconds = heartbeat_seconds
+    jax.config.update("jax_enable_preemption_service", in_steps)
     jax.distributed.initialize(
         coordinator, count, index, heartbeat_timeout_seconds=heartbeat_seconds
     )
-    stopping.pass_to_jax()
+    if in_steps:
+        stopping.pass_to_jax()
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """Refuse to go on where processes are not the same program.
+
+    Args:
+      facts: name -> what must be the same in every process, JSON-able.
+
+    Raises:
+      ValueError: in every process, naming one that differs from the first,
+        and all in which it does.
+    """
+    first, *others = map(json.loads, _gather(json.dumps(facts)))
+    for index, there in enumerate(others, start=1):
+        differing = [
+            f"{name}: {first.get(name)!r} in the first, {there.get(name)!r} "
+            f"in process {index}"
+            for name in sorted(first.keys() | there.keys())
+            if first.get(name) != there.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"process {index} runs something else than the first "
+                f"({'; '.join(differing)}); give all processes the same "
+                "version, command and config"
+            )
+
+
+def _gather(text: str) -> list[str]:
+    """Return the texts of all processes, the first's first."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.pad(data, (0, sizes.max() - data.size))
+    gathered = multihost_utils.process_allgather(padded)
+    return [
+        bytes(row[:size]).decode()
+        for row, size in zip(gathered, sizes, strict=True)
+    ]
 
 
 def leave(error: BaseException) -> NoReturn:
@@ -89,6 +141,8 @@ def leave(error: BaseException) -> NoReturn:
             flush=True,
         )
         time.sleep(wait)
+    elif is_first():
+        time.sleep(_LAST_SECONDS)
     os._exit(2)
 
 
@@ -107,15 +161,40 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def from_first(number: int) -> int:
-    """Return the first process's number to every process.
+def from_first(call: Callable[[], Any]) -> Any:
+    """Call a function in the first process, and return its result in all.
 
     Args:
-      number: of this process, of 32 bits with its sign.
+      call: what only one process may do, or must decide. Every process must
+        come here; the others do not call it, and wait.
+
+    Returns:
+      What it returned, which must be JSON-able.
+
+    Raises:
+      Exception: what it raised; in the other processes a ValueError with the
+        same text.
     """
     if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+        return call()
+    told, raised = {}, None
+    if is_first():
+        try:
+            told = {"result": call()}
+        except Exception as error:
+            told, raised = {"error": str(error)}, error
+    # No collective, which would time out; it imports the rest of orbax.
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(
+        key=f"topd_from_first_{next(_calls)}", timeout_ms=_PATIENCE_MS
+    )
+    told = json.loads(_gather(json.dumps(told))[0])
+    if raised is not None:
+        raise raised
+    if "error" in told:
+        raise ValueError(told["error"])
+    return told["result"]
 
 
 def told_to_stop(step: int) -> int:

@@ -104,18 +104,19 @@ class Checkpoints:
           ValueError: naming every checkpoint's damage; nothing is renamed.
         """
         self.wait()
-        found, damage = -1, {}
-        if hosts.is_first():
-            for step in reversed(self.steps()):
-                fault = checksums.find_damage(self._directory / str(step))
-                if not fault:
-                    found = step
-                    break
-                damage[step] = fault
-            if damage and found < 0 and required:
-                found = -2
-        found = hosts.from_first(found)
-        if found == -2:
+        found = hosts.from_first(lambda: self._skip_damaged(required))
+        self._manager.reload()
+        return found
+
+    def _skip_damaged(self, required: bool) -> int | None:
+        found, damage = None, {}
+        for step in reversed(self.steps()):
+            fault = checksums.find_damage(self._directory / str(step))
+            if not fault:
+                found = step
+                break
+            damage[step] = fault
+        if damage and found is None and required:
             told = "; ".join(f"{s}: {fault}" for s, fault in damage.items())
             raise ValueError(
                 f"no checkpoint in {self._directory} is intact ({told}); put "
@@ -124,9 +125,7 @@ class Checkpoints:
             )
         for step, fault in damage.items():
             self._move_aside(step, fault)
-        hosts.meet("damaged checkpoints are moved")
-        self._manager.reload()
-        return None if found < 0 else found
+        return found
 
     def _move_aside(self, step: int, fault: str) -> None:
         place = self._directory / str(step)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from topd_jax.data import prompts as prompt_data
@@ -22,7 +23,7 @@ from topd_jax.data import vocabulary
 from topd_jax.data.prompts import EncodedPrompts, PromptBatch
 from topd_jax.data.solutions import Solution, SolutionFiles
 from topd_jax.evaluation.evaluator import write
-from topd_jax.parallel import lock
+from topd_jax.parallel import hosts, lock
 from topd_jax.parallel.batches import spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings
@@ -60,12 +61,18 @@ def generate(
         setup.student = None
         encoded = setup.encoded.take(range(len(setup.encoded.ids))[:count])
         about = _about(settings, setup, encoded)
-        files = solution_data.open_set(workdir / "solutions", about)
+        files = SolutionFiles(workdir / "solutions", about["shards"])
+        missing = hosts.from_first(
+            lambda: solution_data.open_set(files.folder, about).missing()
+        )
         with jax.set_mesh(setup.mesh):
-            tokens, seconds = _write_missing(settings, setup, encoded, files)
+            tokens, seconds = _write_missing(
+                settings, setup, encoded, files, set(missing)
+            )
+        told = hosts.from_first(lambda: _summary(files))
     return {
         "path": str(files.folder),
-        **_summary(files),
+        **told,
         "tokens_now": tokens,
         "seconds": seconds,
         "rate_tokens": tokens / seconds if tokens else None,
@@ -106,9 +113,10 @@ def _write_missing(
     setup: Setup,
     encoded: EncodedPrompts,
     files: SolutionFiles,
+    missing: set[int],
 ) -> tuple[int, float]:
     """Write the shards that are missing; return (tokens, seconds)."""
-    missing, size = set(files.missing()), _batches_a_shard(settings)
+    size = _batches_a_shard(settings)
     batches = [
         (i, batch)
         for i, batch in enumerate(
@@ -120,22 +128,30 @@ def _write_missing(
     ]
     started, tokens = time.perf_counter(), 0
     shard: list[Solution] = []
+
+    def keep(
+        i: int, batch: PromptBatch, rows: Trajectories, ends: bool
+    ) -> None:
+        shard.extend(_solutions(settings, setup, encoded, batch, rows))
+        if ends:
+            lock.confirm()
+            files.write(i // size, shard)
+            shard.clear()
+
     bar = tqdm(
         total=len(encoded.ids), unit="prompt", desc="generate", mininterval=1.0,
         initial=len(encoded.ids) - sum(_real(b) for _, b in batches),
+        disable=not hosts.is_first(),
     )  # fmt: skip
     with bar:
         written = _written(settings, setup, batches)
         for place, (i, batch, rows) in enumerate(written):
-            shard += _solutions(settings, setup, encoded, batch, rows)
+            last = place + 1 == len(batches)
+            ends = last or batches[place + 1][0] // size != i // size
+            hosts.from_first(functools.partial(keep, i, batch, rows, ends))
             tokens += int(
                 rows.mask[: _real(batch) * settings.data.samples].sum()
             )
-            last = place + 1 == len(batches)
-            if last or batches[place + 1][0] // size != i // size:
-                lock.confirm()
-                files.write(i // size, shard)
-                shard = []
             rate = tokens / (time.perf_counter() - started)
             bar.set_postfix(tokens_s=f"{rate:.0f}", refresh=False)
             bar.update(_real(batch))
@@ -163,7 +179,9 @@ def _written(
             eos_ids=tokenizer.eos_ids,
             pad_id=tokenizer.pad_id,
             samples=settings.data.samples,
-        )
+        ),
+        # Whole in every process, before the next batch is dispatched.
+        out_shardings=NamedSharding(setup.mesh, PartitionSpec()),
     )
 
     def begin(place: int) -> Trajectories:
@@ -177,7 +195,7 @@ def _written(
     for place, (i, batch) in enumerate(batches):
         rows = pending
         pending = begin(place + 1) if place + 1 < len(batches) else None
-        yield i, batch, jax.device_get(rows)
+        yield i, batch, hosts.on_host(rows)
 
 
 def _solutions(

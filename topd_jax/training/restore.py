@@ -12,6 +12,7 @@ from topd_jax.models.io import checksums, runs
 from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.pieces import describe
+from topd_jax.parallel import hosts
 from topd_jax.training import checkpointing
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
@@ -154,7 +155,9 @@ def load_student(
         return setup.student, 0
     where = workdir / _FOLDERS[which]
     step, saved = _newest(where, settings)
-    checksums.require_intact(where / str(step), _WAYS_OUT[which])
+    hosts.from_first(
+        lambda: checksums.require_intact(where / str(step), _WAYS_OUT[which])
+    )
     _require(saved, settings, where, _FREE[which], setup)
     trained, frozen = split(setup.student)
     trained = restore_student(where, step, trained)

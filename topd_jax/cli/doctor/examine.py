@@ -22,6 +22,7 @@ from topd_jax.cli.doctor.findings import (
 )
 from topd_jax.cli.doctor.kernels import kernels
 from topd_jax.cli.refusals import is_refusal
+from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
 
@@ -129,7 +130,8 @@ def doctor(
     """
     findings, _ = examine(settings, workdir)
     rows = [vars(finding) for finding in findings]
-    print(json_format.dumps(rows, indent=1) if json else report(findings))
+    if hosts.is_first():
+        print(json_format.dumps(rows, indent=1) if json else report(findings))
     raise SystemExit(2 if errors(findings) else 0)
 
 
