@@ -10,6 +10,7 @@ from small_files import LLAMA, assert_same, make, write_gguf
 from small_run import small_config
 
 from topd_jax.cli import main
+from topd_jax.evaluation import benchmarking, grading
 from topd_jax.models import load
 from topd_jax.training import loop as training
 from topd_jax.training.config import settings_from
@@ -197,3 +198,40 @@ def test_questions_are_trained_on_graded_and_exported(
     ))  # fmt: skip
     assert start["benchmarks"]["test"]["reverse_kl"] == row["reverse_kl"]
     assert start["benchmarks"]["test"]["length_mean"] == row["length_mean"]
+
+
+def test_eval_resumes_after_the_last_finished_benchmark(
+    topd, command, tmp_path, monkeypatch
+):
+    paths = []
+    for name, count in (("one", 3), ("two", 4)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        rows = [{"problem": f"{i}+1?", "answer": f"{i}"} for i in range(count)]
+        paths[-1].write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setattr(grading, "grade_answers", lambda r, _: [True] * len(r))
+    plain, asked = benchmarking.run_benchmark, []
+
+    def run(evaluator, student, encoded, grader):
+        asked.append(len(encoded.records))
+        if asked == [3, 4]:
+            raise KeyboardInterrupt
+        return plain(evaluator, student, encoded, grader)
+
+    monkeypatch.setattr(benchmarking, "run_benchmark", run)
+    places = ",".join(map(str, paths))
+    line = command(
+        "eval", "--which=start", f"--config.eval.benchmarks={places}"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        topd(*line)
+    told = topd(*line)
+    assert asked == [3, 4, 4]
+    assert list(json.loads(told)["benchmarks"]) == ["one", "two"]
+    (written,) = (tmp_path / "run").glob("eval-*")
+    text = written.read_text()
+    # Done, it is read back; but not what depends on anything that changed.
+    assert topd(*line) == told and asked == [3, 4, 4]
+    assert written.read_text() == text
+    paths[0].write_text(paths[0].read_text().replace("+", "*"))
+    topd(*line)
+    assert asked == [3, 4, 4, 3, 4]

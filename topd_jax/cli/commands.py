@@ -162,7 +162,9 @@ COMMANDS = {
         "evaluate a student on test problems or benchmarks",
         "cli.evaluate:evaluate", STUDENT, _EXAMPLE,
         "config.eval.benchmarks and config.eval.samples say on what, and how "
-        "often a problem is answered.",
+        "often a problem is answered. Rerun the command to resume after the "
+        "last benchmark that was finished.",
+        resumes=True,
     ),
     "compare": Command(
         "compare evaluated runs on the same problems, paired",

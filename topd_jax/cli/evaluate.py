@@ -1,10 +1,13 @@
 """``topd eval``: a trained student on test problems or benchmarks."""
 
+import hashlib
 import json
 import pathlib
 from typing import Any
 
+from topd_jax.cli.several import code_fingerprint
 from topd_jax.evaluation import benchmarking
+from topd_jax.models import fingerprint
 from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
@@ -15,10 +18,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a trained student on test problems or benchmarks.
 
+    A benchmark that an earlier call has finished is read back, where nothing
+    has changed that its numbers depend on.
+
     Args:
       settings: of the run; ``settings.eval`` names samples and benchmarks.
       workdir: of the run; ``eval-WHICH.json``, with a record of every
-        problem, is written there.
+        problem, is written there, and ``eval-WHICH.part`` until it is whole.
       which: "latest", "best" or "start".
 
     Returns:
@@ -27,18 +33,53 @@ def evaluate(
     Raises:
       ValueError: for a benchmark that cannot be read, before models are loaded.
     """
-    for where in settings.eval.benchmarks:
+    asked = [
         benchmarking.read_benchmark(where, split=settings.data.eval_split)
+        for where in settings.eval.benchmarks
+    ]
+    path = workdir / f"eval-{which}.json"
+    part = path.with_suffix(".part")
     with open_run(settings, workdir, which) as (setup, student, step):
+        made_from = _hash(
+            code_fingerprint(), settings.to_dict(), fingerprint(student),
+            setup.teacher_fingerprints, asked, setup.test.records,
+        )  # fmt: skip
+        done = hosts.from_first(lambda: _finished((path, part), made_from))
+
+        def keep(evaluation: dict[str, Any]) -> None:
+            about = {"made_from": made_from, "seed": settings.seed}
+            text = json.dumps(evaluation | about, indent=1)
+            hosts.from_first(lambda: _write(part, text))
+
         evaluation = benchmarking.evaluate_all(
-            setup.evaluator(settings), student, settings.data, step
-        )
-    evaluation["seed"] = settings.seed
-    text = json.dumps(evaluation, indent=1)
+            setup.evaluator(settings), student, settings.data, step,
+            done=done, keep=keep,
+        )  # fmt: skip
+    keep(evaluation)
+    hosts.from_first(lambda: part.replace(path) and None)
+    return benchmarking.summaries(evaluation | {"seed": settings.seed})
 
-    def write() -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / f"eval-{which}.json").write_text(text)
 
-    hosts.from_first(write)
-    return benchmarking.summaries(evaluation)
+def _hash(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def _finished(
+    paths: tuple[pathlib.Path, ...], made_from: str
+) -> dict[str, Any]:
+    """Return the benchmarks of an evaluation like this one; {} for none."""
+    for path in paths:
+        try:
+            saved = json.loads(path.read_bytes())
+            if saved["made_from"] == made_from:
+                return saved["benchmarks"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, another's, or of an earlier version
+    return {}

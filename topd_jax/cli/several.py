@@ -52,7 +52,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Return what must be the same in every process of one program."""
     return {
-        "files of topd_jax": _fingerprint(),
+        "files of topd_jax": code_fingerprint(),
         "jax": jax.__version__,
         "command": name,
         **{f"--{flag}": str(value) for flag, value in values.items()},
@@ -60,7 +60,7 @@ def _facts(
     }
 
 
-def _fingerprint() -> str:
+def code_fingerprint() -> str:
     """Return eight hex digits of the package's files."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):

@@ -7,7 +7,8 @@ more pass over the problems.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from topd_jax.data.prompts import EncodedPrompts, encode_prompts
@@ -103,7 +104,13 @@ def read_benchmarks(
 
 
 def evaluate_all(
-    evaluator: Evaluator, student: LanguageModel, data: DataSettings, step: int
+    evaluator: Evaluator,
+    student: LanguageModel,
+    data: DataSettings,
+    step: int,
+    *,
+    done: Mapping[str, Any] = types.MappingProxyType({}),
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a student on the benchmarks, or on its own test problems.
 
@@ -114,6 +121,9 @@ def evaluate_all(
       data: of the run; says how its own problems are graded. Benchmarks are
         mathematics.
       step: of the student, for the record.
+      done: benchmarks that need not be run again, as returned.
+      keep: given what is returned, as far as it is known, after each of
+        several benchmarks.
 
     Returns:
       JSON-able: "step", "temperature", "max_new_tokens" and "benchmarks",
@@ -127,15 +137,19 @@ def evaluate_all(
         grader, count = make_grader(data), options.final_problems
         places = range(len(evaluator.test.ids))[:count]
         asked = {TEST: evaluator.test.take(places)}
-    return {
+    evaluation = {
         "step": step,
         "temperature": options.temperature,
         "max_new_tokens": evaluator.rollout.max_new_tokens,
-        "benchmarks": {
-            name: run_benchmark(evaluator, student, encoded, grader)
-            for name, encoded in asked.items()
-        },
+        "benchmarks": {},
     }
+    for name, encoded in asked.items():
+        if evaluation["benchmarks"]:
+            keep(evaluation)
+        evaluation["benchmarks"][name] = done.get(name) or run_benchmark(
+            evaluator, student, encoded, grader
+        )
+    return evaluation
 
 
 def run_benchmark(
