@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU slice, from this machine, through gcloud.
+# Run topd on a Cloud TPU slice, from this machine, through gcloud.
 #
 # Every worker has in ~/topd_jax: src (the checkout), venv, runs, train.log, and
 # of the last start train.command and train.pid.
@@ -11,7 +11,7 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
 
   create    create the TPU slice NAME                 (needs --type)
   install   copy the checkout to every worker and install it
-  run       start topd train on every worker, detached (needs --config)
+  run       start topd on every worker, detached (needs --config)
   logs      follow the log of one worker
   stop      stop the training on every worker, and the keeper
   delete    delete the slice with its disks, and stop the keeper
@@ -20,6 +20,8 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
             where there is no capacity, resume from the last checkpoint after a
             preemption or a failure. Runs in the background and survives the
             terminal; rerun the command to follow it again
+  paper     keep, of the paper's whole recipe: launch/paper.sh, --config that of
+            its second stage
 
   --name NAME        the slice
   --zone ZONE        for instance us-west4-a
@@ -33,6 +35,7 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
   --branch REF       the commit to install (default: HEAD); uncommitted changes
                      are not copied
   --config FILE      the config, a path in the checkout
+  --topd COMMAND     what to run, for instance generate or eval (default: train)
   --workdir DIR      default runs/NAME. A relative path starts at ~/topd_jax on
                      each worker; several workers need a directory that all of
                      them share (Filestore, or a bucket mounted by gcsfuse)
@@ -47,7 +50,7 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
   --delete-when-done of keep: delete the slice when the training is done
   --foreground       of keep: stay in the foreground
   --dry-run          print every command, run none
-  -- ARG ...         passed to topd train, for instance --config.train.steps=9
+  -- ARG ...         passed to topd, for instance --config.train.steps=9
 
 Exit codes: 2 for wrong usage, else that of the command that failed.
 Example:
@@ -66,7 +69,7 @@ source "$launch/setup.sh"
 # shellcheck source=launch/keep.sh
 source "$launch/keep.sh"
 name="" zone="" project="" type="" version="" branch=HEAD config="" workdir=""
-worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
+topd=train worker=0 follow=yes dry_run="" queued="" capacity=() arguments=()
 prepare="" every=60 restarts=10 delete_when_done="" foreground=""
 
 # Prints its arguments as one line that a shell parses into the same words.
@@ -122,8 +125,8 @@ parse() {
             --help | -h) usage && exit 0 ;;
             --) arguments=("${@:2}") && break ;;
             --name | --zone | --project | --type | --version | --branch | \
-                --config | --workdir | --worker | --prepare | --every | \
-                --restarts)
+                --config | --topd | --workdir | --worker | --prepare | \
+                --every | --restarts)
                 if (($# < 2)) || [[ "$2" == --* || -z "$2" ]]; then
                     die "$1 needs a value, for instance $1=..."
                 fi
@@ -147,7 +150,7 @@ check() {
     case "$command" in
         create | install | run | logs | stop | delete | all | keep) ;;
         *) die "unknown command $command: one of create, install, run, logs," \
-            "stop, delete, all, keep (see --help)" ;;
+            "stop, delete, all, keep, paper (see --help)" ;;
     esac
     required --name my-tpu
     required --zone us-west4-a
@@ -227,7 +230,8 @@ TOPD_VENV="$HOME/topd_jax/venv" TOPD_FETCH_PYTHON=1 bash launch/setup.sh tpu
 touch ../installed' \
     start_on_worker='# A session without a terminal: training outlives ssh. The
 # wrapper logs the exit code; its trap lets topd exit first.
-start() { setsid nohup bash -c '\''trap : TERM; "$@";
+start() { export PATH="$HOME/topd_jax/venv/bin:$PATH"
+setsid nohup bash -c '\''trap : TERM; "$@";
 echo "topd: exit code $?"'\'' topd "$@" >>../train.log 2>&1 </dev/null &
 echo $! >../train.pid; }' \
     stop_on_worker='if ! running; then
@@ -267,13 +271,15 @@ install() {
 $install_on_worker"
 }
 
-# The training's command line, for the worker's shell in the checkout.
-train_command() {
+# What the workers run, for their shell in the checkout.
+worker_command() {
+    local program="topd $topd"
     local home="\"\$HOME\"/topd_jax/" directory="${workdir:-runs/$name}"
     if [[ "$directory" == /* ]]; then
         home=""
     fi
-    printf '%s' "../venv/bin/topd train --distributed" \
+    [[ "$topd" != paper ]] || program="bash launch/paper.sh"
+    printf '%s' "$program --distributed" \
         " --config $(quote "$config") --workdir $home$(quote "$directory")"
     if ((${#arguments[@]})); then
         printf ' %s' "$(quote "${arguments[@]}")"
@@ -281,23 +287,23 @@ train_command() {
 }
 
 run() {
-    local train file
-    train="$(train_command)"
+    local line file
+    line="$(worker_command)"
     file="$(quote "${config%%:*}")" # after a colon comes the config's argument
     on_worker all "$refuse_if_running
 [ -e installed ] || fail 'topd_jax is not installed: run tpu.sh install'
 [ -f src/$file ] || fail 'no config '$file
 # shellcheck disable=SC2016
-printf '%s' $(quote "$train") >train.command
+printf '%s' $(quote "$line") >train.command
 ${prepare:+($prepare)
 }cd src
 $start_on_worker
-start $train"
+start $line"
 }
 
 # What the workers say of the training, for keep.
 report() {
-    on_worker all "wanted=$(quote "$(train_command)")
+    on_worker all "wanted=$(quote "$(worker_command)")
 $report_on_worker"
 }
 
@@ -338,6 +344,7 @@ command="${1:-}"
 case "$command" in
     "") usage >&2 && exit 2 ;;
     --help | -h) usage && exit 0 ;;
+    paper) command=keep && set -- keep --topd paper "${@:2}" ;;
 esac
 given=("${@:2}")
 parse ${given[@]+"${given[@]}"}

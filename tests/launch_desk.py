@@ -129,7 +129,8 @@ class Desk:
         for name in ("launch", ".ci"):
             shutil.copytree(TOP / name, self.top / name)
         (self.top / "setup.py").write_text("# as it was\n")
-        (self.top / "configs" / "tiny.py").touch()
+        for name in ("tiny", "paper_v5p"):
+            (self.top / "configs" / f"{name}.py").touch()
         for name in COMMANDS:
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 
@@ -191,6 +192,63 @@ def test_versions_are_installed_and_tested(
     assert desk.run(".ci/versions", "other").returncode == 2
 
 
+# The paper's recipe
+
+
+def recipe(desk: Desk, plays: str) -> tuple[int, list[list[str]]]:
+    shutil.copy(desk.bin / "python", desk.bin / "topd")
+    result = desk.run(
+        "launch/paper.sh", "--config", "configs/paper_v5p.py", "--distributed",
+        "--workdir=/mnt/d", "--config.data.path=a b.jsonl", PLAYS=plays,
+    )  # fmt: skip
+    return result.returncode, [call[1:] for call in desk.calls("topd")]
+
+
+def test_the_papers_recipe_is_five_commands_that_resume(desk: Desk) -> None:
+    code, begun = recipe(desk, "0:0 0:143")
+    assert code == 143
+    code, calls = recipe(desk, "0:0")
+    assert code == 0 and begun == calls[:2]
+    assert [c[:3] for c in calls] == [
+        ["generate", "--workdir", "/mnt/d/solutions"],
+        ["train", "--workdir", "/mnt/d/stage1"],
+        ["train", "--workdir", "/mnt/d/stage2"],
+        ["eval", "--workdir", "/mnt/d/stage2"],
+        ["report", "--workdir", "/mnt/d/stage2"],
+    ]
+    student = "--config.student.source=/mnt/d/stage1"
+    assert [c[3:-2] for c in calls] == [
+        ["--config", "configs/paper_stage1.py"],
+        ["--config", "configs/paper_stage1.py",
+         "--config.offline.path=/mnt/d/solutions"],
+        *[["--config", "configs/paper_v5p.py", student]] * 2,
+        [],
+    ]  # fmt: skip
+    for call in calls[:4]:
+        assert call[-2:] == ["--distributed", "--config.data.path=a b.jsonl"]
+
+
+def test_a_signal_to_the_recipe_lets_topd_stop_by_itself(desk: Desk) -> None:
+    shutil.copy(desk.bin / "python", desk.bin / "topd")
+    child = subprocess.Popen(
+        ["bash", desk.top / "launch" / "paper.sh", "--config=a", "--workdir=b"],
+        env=desk.environment | {"PLAYS": "60:0"},
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while "topd speaks" not in child.stdout.readline():
+        assert child.poll() is None
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.wait(timeout=30) == 143
+    assert len(desk.calls("topd")) == 1
+
+
+def test_the_recipe_needs_a_config_and_a_place(desk: Desk) -> None:
+    result = desk.run("launch/paper.sh", "--config")
+    assert result.returncode == 2
+    assert "needs --config and --workdir: see --help" in result.stderr
+    assert desk.run("launch/paper.sh", "--help").stdout.startswith("usage")
+
+
 # launch/README.md
 
 
@@ -200,6 +258,7 @@ def test_commands_of_the_readme_run(desk: Desk) -> None:
     for text in SNIPPETS:
         # The disk that --prepare mounts is there.
         text = text.replace("mountpoint -q /mnt/d", "true")
+        text = re.sub(r"tpu.sh (keep|paper)", r"tpu.sh \1 --every 0.1", text)
         snippet.write_text(f"set -eu\ncd {shlex.quote(str(desk.top))}\n{text}")
         result = desk.run("snippet.sh")
         assert result.returncode == 0, text + result.stderr

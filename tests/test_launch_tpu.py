@@ -181,6 +181,23 @@ def test_workdir_of_the_worker(desk: Desk, workdir: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["run", "--topd", "eval"], "start topd eval --distributed --config"),
+        (["paper", "--type=v4-8", "--workdir=/mnt/d"],
+         "start bash launch/paper.sh --distributed --config configs/tiny.py"),
+    ],
+)  # fmt: skip
+def test_any_command_and_the_whole_recipe_run(
+    desk: Desk, args: list[str], expected: str
+) -> None:
+    calls = dry_run(desk, *args, *WHERE, *CONFIG)
+    lines = "".join(worker_scripts(calls)).splitlines()
+    (line,) = [x for x in lines if x.startswith("start ")]
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
     ("fail", "calls"), [("create", 1), ("scp", 2), ("setup.sh", 3)]
 )
 def test_all_stops_at_the_first_failure_with_its_code(
