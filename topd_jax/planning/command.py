@@ -74,11 +74,11 @@ def table(plan: Plan) -> str:
     lines = [
         f"{plan.topology}: {devices} devices ({plan.chip.kind}), mesh {shape}",
         f"Memory in GiB, {USABLE:.0%} of {plan.chip.memory / _GIB:.0f} may be "
-        "used; seconds are the roofline of one device,",
-        "a lower bound for rollouts of rollout.max_new_tokens; about: what is "
-        "published of such",
-        f"programs, {plan.chip.trained:.0%} of the peak (compute) or "
-        f"{DECODED:.0%} of the bandwidth; chip-hours: of all calls, so.",
+        "used. Seconds: the roofline of one device, a lower bound, for",
+        "rollouts of rollout.max_new_tokens; about: at the "
+        f"{plan.chip.trained:.0%} of the peak (compute) or {DECODED:.0%} of "
+        "the bandwidth that",
+        "such programs are published to reach; chip-hours: of all calls, so.",
         "",
         _HEAD,
         *(_row(p, plan.chip, devices) for p in plan.programs),
