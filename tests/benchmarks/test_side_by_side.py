@@ -1,5 +1,6 @@
 """The command of ``tests/benchmarks`` works; no time is asserted."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import rounds
+import slots
 import works
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,19 @@ def test_ours_and_the_bound_take_turns():
     assert row["skipped"] == {"tunix": "no network"}
     assert row["ours"]["seconds"] > 0
     assert row["ratios"]["bound/ours"]["seconds"] > 0
+
+
+def test_slots_take_fewer_steps_than_fixed_batches(monkeypatch, capsys):
+    monkeypatch.setattr(slots, "STUDENT", SMALL)
+    plain = slots.rollouts.write_in_slots
+    monkeypatch.setattr(slots.rollouts, "write_in_slots", plain)
+    slots.main(["--slots=2", "--limit=20", "--prompt=4", "--rounds=2"])
+    row = json.loads(capsys.readouterr().out)
+    steps = row["steps"]
+    assert steps["bound"] <= steps["slots"] < steps["fixed"]
+    assert row["slots/bound"]["steps"] == pytest.approx(
+        steps["bound"] / steps["slots"], abs=1e-3
+    )
 
 
 def test_ratios_are_of_each_round():

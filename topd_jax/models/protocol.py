@@ -48,6 +48,8 @@ class LanguageModel(Protocol):
 
         Which dimensions are rows and tokens is told from how the shapes
         follow the arguments; tokens that are added are zeros behind the others.
+        Integer scalars count the tokens that are written: rollouts in slots
+        move tokens, and the count with them.
 
         Args:
           batch: B rows.

@@ -1,6 +1,8 @@
 """Draw tokens from a model: rollouts, and branches off them.
 
 * ``rollouts``: complete prompts; ``branches``: continue many prefixes at once;
+* ``slots``: rollouts that hold fewer rows than they write; ``slot_cache``:
+  what moves in their cache;
 * ``drawing``: one step of both loops; ``samplers``: temperature, top-k, top-p;
 * ``layerwise``: caches that grow, and layers unstacked for speed on CPU;
 * ``checks``: static checks, and ``checked`` for values;
