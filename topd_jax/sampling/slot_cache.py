@@ -70,7 +70,7 @@ def paste_columns(model: Any, cache: Any, part: Any) -> Any:
 def put_rows(
     model: Any, held: Any, new: Any, slots: jax.Array, at: jax.Array
 ) -> Any:
-    """Put rows into slots, and nothing else of what was there.
+    """Put rows into slots.
 
     Args:
       model: that keeps the cache.
@@ -85,21 +85,26 @@ def put_rows(
     of_rows, of_columns = _growth(model, (2, 1)), _growth(model, (1, 2))
     dims = [r.index(max(r)) if any(r) else None for r in of_rows]
 
-    def put(i: jax.Array, held: list, new: list, slots: jax.Array,
-            at: jax.Array) -> list:  # fmt: skip
+    def put(
+        i: jax.Array, held: list, new: list, slots: jax.Array, at: jax.Array
+    ) -> list:
         out = list(held)
         for n, (x, y, dim) in enumerate(zip(held, new, dims, strict=True)):
             if dim is None:
                 continue
             size = of_rows[n][dim]  # rows and heads may be one dimension
             row = jax.lax.dynamic_slice_in_dim(y, i * size, size, dim)
-            start = [at if more else 0 for more in of_columns[n]]
-            shape = [*x.shape[:dim], size, *x.shape[dim + 1 :]]
-            row = update_slice(jnp.zeros(shape, x.dtype), row, start)
-            place = jnp.maximum(slots[i], 0) * size
-            old = jax.lax.dynamic_slice_in_dim(x, place, size, dim)
-            row = jnp.where(slots[i] < 0, old, row)
-            out[n] = jax.lax.dynamic_update_slice_in_dim(x, row, place, dim)
+            place, inner, shape = [0] * x.ndim, [0] * x.ndim, list(x.shape)
+            place[dim], shape[dim] = jnp.maximum(slots[i], 0) * size, size
+            columns = [d for d, more in enumerate(of_columns[n]) if more]
+            for d in columns[:1]:
+                place[d], shape[d] = at, y.shape[d]
+            for d in columns[1:]:  # of a mask: attends to no other column
+                inner[d] = at
+            row = update_slice(jnp.zeros(shape, x.dtype), row, inner)
+            place = [jnp.asarray(start, jnp.int32) for start in place]
+            old = jax.lax.dynamic_slice(x, place, shape)
+            out[n] = update_slice(x, jnp.where(slots[i] < 0, old, row), place)
         return out
 
     def write(held: list, new: list, *places: jax.Array) -> list:
