@@ -36,7 +36,7 @@ setup(
         "optax>=0.2.5",
         "chex>=0.1.88",
         "orbax-checkpoint>=0.11.35",
-        "transformers>=5.0",
+        "transformers>=5.4",
         "tokenizers>=0.22",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.4",  # tensorflow-datasets imports it unasked
