@@ -217,7 +217,7 @@ keep() {
     if [[ -z "$pid" ]]; then
         rm -f "$record.exit"
         set -m # a process group of its own, which outlives the terminal
-        nohup bash "$launch/tpu.sh" keep "${given[@]}" --foreground \
+        nohup bash "$launch/tpu.sh" keep --foreground "${given[@]}" \
             >>"$record.log" 2>&1 </dev/null &
         pid=$!
         set +m
