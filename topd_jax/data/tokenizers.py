@@ -5,6 +5,7 @@ the tiny world, and :class:`HuggingFaceTokenizer` around any ``transformers``
 tokenizer.
 """
 
+import copy
 import io
 import os
 import pathlib
@@ -159,8 +160,8 @@ class HuggingFaceTokenizer:
     """A ``transformers`` tokenizer with its chat template.
 
     Code that comes with a tokenizer is never run (``trust_remote_code``). A
-    special token that a message spells out stays text: it ends no turn and
-    opens none.
+    special token, or a mark of the template's turns, that a message spells out
+    stays text: it ends no turn and opens none.
     """
 
     def __init__(
@@ -193,8 +194,33 @@ class HuggingFaceTokenizer:
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
         self.bos_id: int | None = tokenizer.bos_token_id
-        added = tokenizer.added_tokens_decoder.values()
-        self._special = [token.content for token in added if token.special]
+        self._reader, self._reserved = self._reserve()
+
+    def _reserve(self) -> tuple[Any, list[str]]:
+        """Return what reads messages, and the tokens that it takes for text.
+
+        Some templates mark turns by added tokens that are not special (those
+        of the models distilled from DeepSeek-R1). What a template may write
+        within a turn, such as <think>, a message may write too.
+        """
+        roles = ("user", "assistant", "user")
+        turns = [{"role": role, "content": _MARK} for role in roles]
+        try:
+            whole = self._apply(turns, ask=False, tokenize=False)
+        except ValueError:  # told where a prompt needs the template
+            whole = ""
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
+        marks = [
+            token.content
+            for token in added
+            if not token.special and token.content in whole
+        ]
+        reader = self._tokenizer
+        if marks:
+            reader = copy.deepcopy(reader)
+            reader.add_tokens(marks, special_tokens=True)
+        return reader, special + marks
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special ids."""
@@ -240,7 +266,7 @@ class HuggingFaceTokenizer:
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
         texts = [message["content"] for message in question]
-        if not any(name in text for text in texts for name in self._special):
+        if not any(name in text for text in texts for name in self._reserved):
             return self._apply(question, ask, tokenize=True)
         # The template gets marks in the place of the texts, which are then
         # tokenized apart: only what the template writes becomes special ids.
@@ -251,11 +277,14 @@ class HuggingFaceTokenizer:
         whole = self._apply(marked, ask, tokenize=False)
         ids = []
         for i, part in enumerate(re.split(f"{_MARK}([0-9]+){_MARK}", whole)):
-            ids += self._tokenizer.encode(
-                texts[int(part)] if i % 2 else part,
-                add_special_tokens=False,
-                split_special_tokens=bool(i % 2),
-            )
+            if i % 2:
+                ids += self._reader.encode(
+                    texts[int(part)],
+                    add_special_tokens=False,
+                    split_special_tokens=True,
+                )
+            else:
+                ids += self.encode(part)
         return ids
 
     def _apply(self, messages: Messages, ask: bool, *, tokenize: bool) -> Any:
