@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from topd_jax.training.config import GuardSettings
-from topd_jax.training.logging import Logs, cut_log, read_jsonl
+from topd_jax.training.logging import FIELDS, Logs, cut_log, read_jsonl
 from topd_jax.training.watch import Watch
 
+EXAMPLES = {
+    "step": 2, "final": False, "seconds": 0.5, "exact_match": None,
+    "reverse_kl": 0.25, "prompt": "2+2?", "problem": "2+2?",
+    "completion": "4", "right": None, "truncated": False,
+}  # fmt: skip
 METRICS = {"num_tokens": (jnp.float32(6.0), jnp.float32(1.0))}
 
 
@@ -90,6 +95,8 @@ GARBAGE = {
     b"3": "is not a JSON object",
     b'{"loss": 2.0}': 'has no "step" of type int',
     b'{"step": "2"}': 'has no "step" of type int',
+    b'{"step": true}': 'has no "step" of type int',
+    b"[" * 100_000: "is not JSON",
 }
 
 
@@ -104,6 +111,22 @@ def test_resuming_drops_garbage_and_says_so(tmp_path, caplog):
     cut_log(path, 1)
     assert path.read_bytes() == b'{"step": 1}\n'
     assert len(caplog.messages) == 1
+
+
+def test_resuming_drops_lines_that_lost_a_field(tmp_path, caplog):
+    for name, fields in FIELDS.items():
+        row = json.loads(json.dumps({n: EXAMPLES[n] for n in fields}))
+        lost = [{n: v for n, v in row.items() if n != f} for f in fields]
+        lines = "".join(json.dumps(r) + "\n" for r in [row, *lost])
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    logs = Logs(tmp_path, step=2, tensorboard=False, watch=watch())
+    logs.close()
+    for name, fields in FIELDS.items():
+        path = tmp_path / f"{name}.jsonl"
+        assert len(read_jsonl(path, fields=fields)) == 1
+        told = f"{path}: dropped {len(fields)} damaged line(s)"
+        assert told in caplog.messages
+    assert [r["final"] for r in logs.evals] == [False]
 
 
 @pytest.mark.parametrize(("line", "said"), GARBAGE.items())

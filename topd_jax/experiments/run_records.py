@@ -7,7 +7,7 @@ from typing import Any
 
 from topd_jax.models.io.huggingface import read_json
 from topd_jax.models.io.runs import SETTINGS
-from topd_jax.training.logging import read_jsonl
+from topd_jax.training.logging import FIELDS, read_jsonl
 
 Row = Mapping[str, Any]
 
@@ -53,9 +53,7 @@ def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
             f"no directory at {workdir}; give the --workdir of topd train"
         )
     logs = {
-        log: read_jsonl(
-            workdir / f"{log}.jsonl", torn=True, fields={"step": int}
-        )
+        log: read_jsonl(workdir / f"{log}.jsonl", torn=True, fields=FIELDS[log])
         for log in ("metrics", "evals", "completions", "problems")
     }
     path = workdir / SETTINGS

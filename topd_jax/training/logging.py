@@ -23,6 +23,23 @@ from topd_jax.types import Teacher, Trajectories
 
 # Logs of texts, which are no numbers for TensorBoard.
 _TEXTS = ("alarms", "completions", "problems")
+_NUMBER = float | int | None
+# What is read again of each log, by a run that resumes or by a report.
+FIELDS = {
+    "metrics": {"step": int, "seconds": float},
+    "evals": {
+        "step": int, "final": bool, "exact_match": _NUMBER,
+        "reverse_kl": _NUMBER,
+    },
+    "alarms": {"step": int},
+    "completions": {
+        "step": int, "prompt": str, "completion": str, "truncated": bool,
+    },
+    "problems": {
+        "step": int, "final": bool, "problem": str, "completion": str,
+        "right": bool | None, "truncated": bool,
+    },
+}  # fmt: skip
 
 
 class Clock:
@@ -92,7 +109,7 @@ class Logs:
         for name in ("metrics", "evals", *_TEXTS):
             path = workdir / f"{name}.jsonl"
             if first:
-                cut_log(path, step)
+                cut_log(path, step, FIELDS[name])
                 self._files[name] = path.open("a", encoding="utf-8")
         hosts.meet("logs are cut")
         self.evals = read_jsonl(workdir / "evals.jsonl")
@@ -235,7 +252,11 @@ def completion_rows(
     return found
 
 
-def cut_log(path: pathlib.Path, step: int) -> None:
+def cut_log(
+    path: pathlib.Path,
+    step: int,
+    fields: Mapping[str, Any] = types.MappingProxyType({"step": int}),
+) -> None:
     """Drop the lines of a JSONL log that are past a step.
 
     Damaged lines, and one that was cut off while it was written, are dropped
@@ -244,6 +265,7 @@ def cut_log(path: pathlib.Path, step: int) -> None:
     Args:
       path: the log; nothing happens where it does not exist.
       step: the checkpoint's step; a line's own is its field "step".
+      fields: that every line has, with their types.
     """
     if not path.exists():
         return
@@ -251,7 +273,7 @@ def cut_log(path: pathlib.Path, step: int) -> None:
     kept, damaged = [], 0
     for line in lines:
         try:
-            if _read_row(line, {"step": int})["step"] <= step:
+            if _read_row(line, fields)["step"] <= step:
                 kept.append(line + b"\n")
         except ValueError:
             damaged += 1
@@ -266,7 +288,7 @@ def read_jsonl(
     path: pathlib.Path,
     *,
     torn: bool = False,
-    fields: Mapping[str, type] = types.MappingProxyType({}),
+    fields: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Read the lines of a JSONL file; [] where it does not exist.
 
@@ -298,14 +320,16 @@ def read_jsonl(
     return rows
 
 
-def _read_row(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
+def _read_row(line: bytes, fields: Mapping[str, Any]) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
     for name, kind in fields.items():
-        if not isinstance(row.get(name), kind):
-            raise ValueError(f'has no "{name}" of type {kind.__name__}')
+        value = row.get(name, ...)  # None is a value of its own
+        if not isinstance(value, kind) or (value is True and kind is int):
+            spelled = getattr(kind, "__name__", kind)
+            raise ValueError(f'has no "{name}" of type {spelled}')
     return row
