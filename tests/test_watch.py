@@ -64,6 +64,16 @@ def test_a_loss_is_compared_with_the_last_steps_a_length_with_the_first():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "alarm"), [("loss", "loss_spike"), ("grad_norm", "gradient_spike")]
+)
+def test_a_few_large_numbers_among_many_small_ones_are_usual(name, alarm):
+    rows = [{name: 6.0 if i % 5 == 0 else 1.0} for i in range(20)]
+    for value, alarms in ((12.0, []), (31.0, [alarm])):
+        watching = Watch(GuardSettings(window=20, factor=5.0), 1)
+        assert names(watching, *rows, {name: value}) == alarms
+
+
 def test_only_the_first_alarm_of_a_name_is_told():
     watching = watch()
     names(watching, {}, {"length_mean": 1.0}, {"length_mean": 1.0})
@@ -78,7 +88,7 @@ def test_a_watch_goes_on_from_a_checkpoint():
     assert names(whole, *rows) == names(half, *rows) == ["all_eos"]
     again = watch()
     again.set_state(json.loads(json.dumps(half.state)))
-    assert names(again, {"loss": 21.0}) == names(whole, {"loss": 21.0})
+    assert names(again, {"loss": 25.0}) == names(whole, {"loss": 25.0})
     assert again.state == whole.state
     assert [a.name for a in again.fresh] == ["loss_spike"]
 

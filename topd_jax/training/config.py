@@ -122,14 +122,15 @@ class GuardSettings:
 
     window: int = setting(
         50,
-        "steps whose median is compared with: the last ones for loss and "
-        "gradient, the first ones for truncation and repetition",
+        "steps that are compared with: the last ones for loss and gradient, "
+        "the first ones for truncation and repetition",
         least=2,
         most=10_000,
     )
     factor: float = setting(
-        8.0, "times that median is a spike; entropy below the teacher's by it "
-        "is a collapse", above=1, most=1e6,
+        8.0, "times the 90th percentile of the last losses or gradients is a "
+        "spike; entropy below the teacher's by it is a collapse",
+        above=1, most=1e6,
     )  # fmt: skip
     rise: float = setting(
         0.5, "share of truncated rows or repeated tokens above the median",

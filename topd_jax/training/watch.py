@@ -6,14 +6,17 @@ asks for them. An update that is not finite was left out by the step itself;
 every other alarm changes nothing in the run.
 """
 
-import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from topd_jax.training.config import GuardSettings
 
-# Compared with the last steps, because they fall as a run learns.
+# Compared with the last steps, because they fall as a run learns; and with the
+# large ones among them, because a few among many small ones are usual.
 _SPIKES = {"loss": "loss_spike", "grad_norm": "gradient_spike"}
+_LARGE = 0.9  # quantile
 # Compared with the first steps, because they may go wrong slowly.
 _RISES = {"truncated": "truncation", "repetition": "repetition"}
 # Nats a token that only log 0 in place of a probability explains.
@@ -143,7 +146,8 @@ class Watch:
         if len(known) < window:
             known.append(abs(value))
             return value, None
-        usual = statistics.median(known)
+        quantile = _LARGE if keep == "last" else 0.5
+        usual = float(np.quantile(known, quantile))
         if keep == "last":
             self._known[name] = [*known[1:], abs(value)]
         return value, usual
