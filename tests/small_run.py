@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from topd_jax.cli.refusals import is_refusal
 from topd_jax.configs import tiny
 from topd_jax.objectives.loading import spell
+from topd_jax.parallel import buckets
 from topd_jax.training.config import Settings, settings_from
 from topd_jax.training.logging import read_jsonl
 
@@ -139,7 +140,7 @@ def saved_arrays(
     """All that the latest checkpoint holds by its path, and its step."""
     steps = (workdir / folder).iterdir()
     step = max(int(p.name) for p in steps if p.name.isdigit())
-    state = (workdir / folder / str(step) / "state").absolute()
+    state = buckets.absolute(workdir / folder / str(step) / "state")
     with ocp.PyTreeCheckpointer() as reader:
         leaves = jax.tree_util.tree_leaves_with_path(reader.restore(state))
     names = jax.tree_util.keystr
@@ -166,7 +167,7 @@ def main(workdir: str, cache: str, kill_at: str, where: str) -> None:
         return value if where == "after_step" else plain(self)
 
     setattr(loop.Run, name, deadly)
-    loop.train(settings_with(Path(cache)), Path(workdir))
+    loop.train(settings_with(Path(cache)), workdir)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,6 @@ def test_a_signal_to_one_saves_and_stops_all(world, tmp_path, number):
           "--process=2"], "--process=2 must be in 0..1"),
         (["eval", "--coordinator=x:1"], "--processes, --process missing"),
         (["plan", "--distributed"], "topd plan has no flag --distributed"),
-        (["train", "--workdir=gs://bucket/run"], "must be a directory; mount"),
     ],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(arguments, message, tmp_path, refused):

@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from topd_jax.parallel import buckets
+
 # A name with two dashes, and what argparse is told of it. The name is a
 # parameter of the command's function.
 Flag = tuple[str, dict[str, Any]]
@@ -58,13 +60,15 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _path(text: str) -> pathlib.Path:
+    try:
+        return buckets.as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _directory(text: str) -> pathlib.Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(
-            f"{text} must be a directory; mount the bucket (gcsfuse) and give "
-            "the place where it is mounted"
-        )
-    return pathlib.Path(text).absolute()
+    return buckets.absolute(_path(text))
 
 
 def _flag(name: str, **options: Any) -> Flag:
@@ -78,7 +82,7 @@ CONFIG = _flag(
 )  # fmt: skip
 WORKDIR = _flag(
     "workdir", metavar="DIR", type=_directory, required=True,
-    help="directory of the run",
+    help="directory of the run, on a disk or in a bucket (gs://...)",
 )  # fmt: skip
 WHICH = _flag(
     "which", choices=("latest", "best", "start"), default="latest",
@@ -188,7 +192,7 @@ COMMANDS = {
         (
             WORKDIR, _AGAIN,
             _flag(
-                "output", metavar="FILE", type=pathlib.Path,
+                "output", metavar="FILE", type=_path,
                 help="where to write it (DIR/report.html)",
             ),
         ),
@@ -252,7 +256,7 @@ COMMANDS = {
         (
             *STUDENT,
             _flag(
-                "output", metavar="DIR", type=pathlib.Path, required=True,
+                "output", metavar="DIR", type=_path, required=True,
                 help="a new or empty directory",
             ),
             _flag(

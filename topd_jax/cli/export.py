@@ -7,7 +7,7 @@ from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.models import save_adapter, save_model
 from topd_jax.models.adapters import require_adapter
 from topd_jax.models.io.export import check_free
-from topd_jax.parallel import hosts
+from topd_jax.parallel import buckets, hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run, require_checkpoint
 
@@ -43,7 +43,8 @@ def export(
         require_adapter(settings.student)
     with open_run(settings, workdir, which) as (setup, student, step):
         if adapter:
-            save_adapter(student, output, base=setup.student_source)
+            with buckets.uploaded(output) as folder:
+                save_adapter(student, folder, base=setup.student_source)
             return {"output": str(output), "step": step}
         tokenizer = setup.tokenizer
         # All ends that the run knew: generation stops where it did here.
@@ -53,7 +54,10 @@ def export(
             "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": tokenizer.pad_id,
         }
-        save_model(student, output, tokenizer=setup.hub_tokenizer, extra=ids)
-        if isinstance(tokenizer, SentencePieceTokenizer) and hosts.is_first():
-            tokenizer.save_pretrained(output)
+        with buckets.uploaded(output) as folder:
+            hub = setup.hub_tokenizer
+            save_model(student, folder, tokenizer=hub, extra=ids)
+            own = isinstance(tokenizer, SentencePieceTokenizer)
+            if own and hosts.is_first():
+                tokenizer.save_pretrained(folder)
     return {"output": str(output), "step": step}

@@ -14,7 +14,7 @@ from typing import Any
 
 from topd_jax.cli.commands import COMMANDS, parse, usage
 from topd_jax.cli.refusals import is_refusal
-from topd_jax.parallel import stopping
+from topd_jax.parallel import buckets, stopping
 
 # Characters of an error that are shown, from its begin and before its end.
 _SHOWN = 2000, 500
@@ -107,6 +107,9 @@ def _one_line(error: Exception) -> str | None:
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ or chain[-1].__context__:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    foreign = isinstance(error, OSError) or not is_refusal(error)
+    if foreign and (line := buckets.explain(chain)):
+        return f"{line}, and rerun the command"
     for number, way_out in _STORAGE.items():
         # Libraries that write files wrap the system's error in their own.
         if any(

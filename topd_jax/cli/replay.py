@@ -18,6 +18,7 @@ from topd_jax.models.passes import trajectory_states
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
 from topd_jax.objectives.statistics import pick
+from topd_jax.parallel import buckets
 from topd_jax.parallel.compilation import keep_compiled
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.training.compiled import compile_step, step_keys
@@ -80,7 +81,8 @@ def repeat(
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(setup.mesh):
         workdir = pathlib.Path(folder)
         if about["checkpoint"] is not None:
-            (workdir / runs.LATEST).symlink_to((dump / runs.LATEST).absolute())
+            saved = buckets.copied(dump / runs.LATEST)
+            (workdir / runs.LATEST).symlink_to(saved.absolute())
         run = Run(settings, workdir, setup, objective)
         if describe(run.objective) != about["objective"]:
             raise ValueError(

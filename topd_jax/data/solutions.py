@@ -7,13 +7,13 @@ A shard has one JSON object a line.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
+from topd_jax.parallel import buckets
 from topd_jax.settings import parse_json
 
 # Five digits name a shard.
@@ -78,7 +78,7 @@ class SolutionFiles:
         lines = (
             json.dumps(s, default=np.ndarray.tolist) + "\n" for s in solutions
         )
-        _write_whole(self.path(shard), "".join(lines))
+        buckets.write_whole(self.path(shard), "".join(lines))
 
     def read(self, shard: int) -> Iterator[Solution]:
         """Yield the solutions of a shard, in order."""
@@ -118,7 +118,7 @@ def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(about, indent=1))
+        buckets.write_whole(path, json.dumps(about, indent=1))
     return SolutionFiles(folder, about["shards"])
 
 
@@ -134,7 +134,7 @@ def find_set(path: str) -> tuple[SolutionFiles, dict[str, Any]]:
     Raises:
       ValueError: where there is none, or shards are missing.
     """
-    folder = pathlib.Path(path)
+    folder = buckets.as_path(path)
     if not (folder / "set.json").exists():
         folder = folder / "solutions"
     if not (folder / "set.json").exists():
@@ -231,13 +231,3 @@ def _solution(row: Any, where: str) -> Solution:
             )
         row[name] = np.asarray(ids, np.int32)
     return row
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        # Synced before it is renamed: a power cut leaves no torn shard.
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -14,6 +14,7 @@ from typing import Any, NotRequired, TypedDict
 
 from topd_jax.data.settings import DataSettings, WorldSettings
 from topd_jax.data.toy_world import problems
+from topd_jax.parallel import buckets
 from topd_jax.settings import parse_json
 
 # Seed of the tiny world's held-out problems: the same in every run.
@@ -130,7 +131,7 @@ def read_source(
         a row that is no object or lacks the question or its teacher.
     """
     if source == "jsonl":
-        rows = _read_lines(pathlib.Path(path), fields)
+        rows = _read_lines(buckets.as_path(path), fields)
     else:
         dataset = _open_dataset(source, path, split)
         where = f"{path} {split} record"

@@ -28,7 +28,8 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple:
 
 def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=130)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from topd_jax.parallel import buckets
 from topd_jax.training.logging import read_jsonl
 
 
@@ -27,10 +28,5 @@ def append_row(record: pathlib.Path, row: dict[str, Any]) -> None:
       record: a JSONL file; it may not exist yet.
       row: JSON-able.
     """
-    fresh = record.with_suffix(".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        for line in (*read_jsonl(record), row):
-            file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(record)
+    lines = (json.dumps(line) + "\n" for line in (*read_jsonl(record), row))
+    buckets.write_whole(record, "".join(lines))

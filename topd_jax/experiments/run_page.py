@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from topd_jax.experiments import pages, run_curves
 from topd_jax.experiments.run_records import Row, RunRecords, read_run
+from topd_jax.parallel import buckets
 from topd_jax.settings import flat
 from topd_jax.training.config import defaults_of
 
@@ -76,7 +77,11 @@ def report(
       ValueError: where there is no run, or the same one twice.
     """
     workdirs = [workdir, *b]
-    places = [d.resolve() for d in workdirs]
+    # In a bucket a path is whole as it is.
+    places = [
+        pathlib.PurePosixPath(d) if buckets.is_remote(d) else d.resolve()
+        for d in workdirs
+    ]
     if len(set(places)) < len(places):
         raise ValueError(
             f"the same run is given twice: {', '.join(map(str, workdirs))}"

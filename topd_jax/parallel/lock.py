@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from topd_jax.parallel import hosts
+from topd_jax.parallel import buckets, hosts
 
 NAME = "run.lock"
 _BEAT = 5.0  # seconds between two beats
@@ -62,22 +62,23 @@ class _Lock:
                     self.taker = _describe(there)
                     return
                 self.owner["beat"] += 1
-                _write(file, self.owner, self.path)
-                self.beaten = now
+                if _write(file, self.owner):
+                    self.beaten = now
         except FileNotFoundError:
             self.taker = f"someone who removed {self.path}"
 
     def keep(self, done: threading.Event) -> None:
         """Beat until done."""
         while not done.wait(_BEAT):
-            with contextlib.suppress(OSError):  # the next one may succeed
+            # The next one may succeed; clients of buckets raise anything.
+            with contextlib.suppress(Exception):
                 self.beat()
 
     def release(self) -> None:
         """Remove the file, unless it is another's by now."""
-        with contextlib.suppress(OSError), _opened(self.path) as file:
+        with contextlib.suppress(Exception), _opened(self.path) as file:
             if (_read(file) or {}).get("token") == self.owner["token"]:
-                self.path.unlink()
+                file.remove()
 
 
 _held: dict[pathlib.Path, _Lock] = {}
@@ -97,14 +98,16 @@ def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
       ValueError: naming the living holder.
       OSError: where nothing can be written.
     """
-    path = directory.resolve() / NAME
+    remote = buckets.is_remote(directory)
+    path = (directory if remote else directory.resolve()) / NAME
     # No device is touched: the holder may have them all.
     several = jax.distributed.is_initialized()
     if path in _held or (several and not hosts.is_first()):
         yield
         return
-    fresh = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    fresh = not remote and not directory.exists()
+    if not remote:  # a bucket has no folders to make
+        directory.mkdir(parents=True, exist_ok=True)
     lock, done = _acquire(path, wait), threading.Event()
     _held[path] = lock
     beats = threading.Thread(target=lock.keep, args=(done,), daemon=True)
@@ -146,9 +149,12 @@ def _acquire(path: pathlib.Path, wait: bool) -> _Lock:
         with _opened(path, os.O_CREAT) as file:
             now, there = _now(), _read(file)
             silent = there == seen and now - since > _PATIENCE
-            if there is None or _has_ended(there) or silent:
-                _write(file, owner, path)
-                return _Lock(path, owner, now)
+            # A write that a bucket did and did not answer was repeated.
+            mine = there and there["token"] == owner["token"]
+            if there is None or mine or _has_ended(there) or silent:
+                if _write(file, owner):
+                    return _Lock(path, owner, now)
+                continue
         if not wait and (_is_here(there) or seen not in (None, there)):
             raise ValueError(
                 f"{path.parent} is in use by {_describe(there)}; stop that "
@@ -224,9 +230,40 @@ def _now() -> float:
     return time.monotonic()
 
 
+class _File:
+    """A lock file on a disk that is open."""
+
+    def __init__(self, path: pathlib.Path, file: int) -> None:
+        self._path, self._file = path, file
+
+    def read(self) -> bytes:
+        return os.pread(self._file, 4 * _SIZE, 0)
+
+    def write(self, data: bytes) -> bool:
+        try:
+            os.ftruncate(self._file, os.pwrite(self._file, data, 0))
+        except OSError as error:
+            raise OSError(
+                error.errno, error.strerror, str(self._path)
+            ) from error
+        return True
+
+    def remove(self) -> None:
+        self._path.unlink()
+
+
 @contextlib.contextmanager
-def _opened(path: pathlib.Path, flags: int = 0) -> Iterator[int]:
-    """Open a lock file for one process at a time, for an instant."""
+def _opened(
+    path: pathlib.Path, flags: int = 0
+) -> Iterator[_File | buckets.Blob]:
+    """Open a lock for an instant.
+
+    On a disk one process at a time has it open; in a bucket a write of any but
+    the first fails.
+    """
+    if buckets.is_remote(path):
+        yield buckets.Blob(path, create=bool(flags))
+        return
     while True:
         file = os.open(path, os.O_RDWR | flags, 0o666)
         try:
@@ -234,24 +271,21 @@ def _opened(path: pathlib.Path, flags: int = 0) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Else its holder removed it meanwhile.
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
-                yield file
+                yield _File(path, file)
                 return
         finally:
             os.close(file)
 
 
-def _read(file: int) -> dict[str, Any] | None:
+def _read(file: _File | buckets.Blob) -> dict[str, Any] | None:
     """Return the holder; None where none is named, or only in part."""
     try:
-        owner = json.loads(os.pread(file, 4 * _SIZE, 0))
+        owner = json.loads(file.read() or b"")
     except ValueError:
         return None
     return owner if isinstance(owner, dict) and "token" in owner else None
 
 
-def _write(file: int, owner: dict[str, Any], path: pathlib.Path) -> None:
-    try:
-        size = os.pwrite(file, json.dumps(owner).ljust(_SIZE).encode(), 0)
-        os.ftruncate(file, size)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def _write(file: _File | buckets.Blob, owner: dict[str, Any]) -> bool:
+    """Write the holder; return False if another did since it was read."""
+    return file.write(json.dumps(owner).ljust(_SIZE).encode())

@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from topd_jax.models import DecoderConfig
-from topd_jax.models.io import checksums
-from topd_jax.parallel import hosts, lock
+from topd_jax.models.io import checksums, runs
+from topd_jax.parallel import buckets, hosts, lock
 from topd_jax.settings import flat
 from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
 
@@ -64,7 +64,7 @@ class Checkpoints:
         self._directory = directory
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            buckets.absolute(directory),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
@@ -81,9 +81,11 @@ class Checkpoints:
         )
 
     def _write_checksums(self) -> None:
-        # Still under another name: checksums are committed with the rest.
-        (place,) = self._manager.directory.glob(f"{self._saving}.*")
-        checksums.write_checksums(pathlib.Path(place))
+        # Not yet complete: checksums are committed with the rest.
+        place = self._directory / str(self._saving)
+        if not buckets.is_remote(place):  # still under another name
+            (place,) = self._directory.glob(f"{self._saving}.*")
+        checksums.write_checksums(place)
 
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, or None."""
@@ -259,8 +261,7 @@ def _is_shared(x: Any) -> bool:
 
 def has_steps(directory: pathlib.Path) -> bool:
     """Return whether a directory holds a complete checkpoint."""
-    # One that is being written has a longer name.
-    return any(p.name.isdigit() for p in directory.glob("*"))
+    return bool(runs.steps(directory))
 
 
 def record(

@@ -6,19 +6,21 @@ checkpoint before it. Steps are deterministic, so ``topd replay`` needs no
 more.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from topd_jax.models.io import runs
 from topd_jax.objectives.pieces import describe
-from topd_jax.parallel import hosts
+from topd_jax.parallel import buckets, hosts
 from topd_jax.settings import parse_json
 from topd_jax.training.watch import Alarm
 
@@ -41,16 +43,64 @@ def write_dump(run: Any, alarm: Alarm) -> pathlib.Path:
     run.checkpoints.wait()
     if not hosts.is_first():
         return path
-    fresh = folder / "unfinished"
-    shutil.rmtree(fresh, ignore_errors=True)
+    with _whole(path) as fresh:
+        checkpoint = run.checkpoints.latest()
+        _write(run, alarm, batch, checkpoint, fresh)
+        saved = pathlib.Path(runs.LATEST, str(checkpoint))
+        if checkpoint is not None and buckets.is_remote(path):
+            buckets.copy_within(run.workdir / saved, path / saved)
+        elif checkpoint is not None:
+            shutil.copytree(
+                run.workdir / saved, fresh / saved, copy_function=_link
+            )
+    by_age = sorted(folder.glob("*-*"), key=_age)
+    for old in by_age[: -run.settings.guard.dumps]:
+        buckets.remove(old)
+    return path
+
+
+@contextlib.contextmanager
+def _whole(path: Any) -> Iterator[pathlib.Path]:
+    """Write a dump in the place of older ones of its name."""
+    name = path.name.partition("-")[2]
+    if buckets.is_remote(path):
+        buckets.remove(path)
+        with buckets.uploaded(path, last=ABOUT) as fresh:
+            yield fresh
+        for old in path.parent.glob(f"*-{name}"):
+            if old != path:
+                buckets.remove(old)
+        return
+    fresh = path.parent / "unfinished"
+    buckets.remove(fresh)
     fresh.mkdir(parents=True)
+    yield fresh
+    for old in (*path.parent.glob(f"*-{name}"), path):
+        buckets.remove(old)
+    fresh.rename(path)
+
+
+def _age(path: Any) -> int:
+    """Return what is higher for a later dump."""
+    if buckets.is_remote(path):  # a folder there has no time
+        return int(path.name.partition("-")[0])
+    return path.stat().st_mtime_ns
+
+
+def _write(
+    run: Any,
+    alarm: Alarm,
+    batch: dict[str, Any],
+    checkpoint: int | None,
+    fresh: pathlib.Path,
+) -> None:
+    """Write all of a dump but the checkpoint."""
     settings = run.settings.to_dict()
     # Wherever the dump is read, the models are here.
     cache = run.settings.world.cache or run.workdir / "world"
     settings["world"]["cache"] = str(cache)
     (fresh / runs.SETTINGS).write_text(json.dumps(settings, indent=1))
     np.savez(fresh / BATCH, **batch)
-    checkpoint = run.checkpoints.latest()
     about = {
         "step": alarm.step,
         "alarm": alarm.name,
@@ -61,16 +111,6 @@ def write_dump(run: Any, alarm: Alarm) -> pathlib.Path:
         "objective": describe(run.objective),
     }
     (fresh / ABOUT).write_text(json.dumps(about, indent=1))
-    if checkpoint is not None:
-        saved = pathlib.Path(runs.LATEST, str(checkpoint))
-        shutil.copytree(run.workdir / saved, fresh / saved, copy_function=_link)
-    for old in (*folder.glob(f"*-{alarm.name}"), path):
-        shutil.rmtree(old, ignore_errors=True)
-    fresh.rename(path)
-    by_age = sorted(folder.glob("*-*/"), key=lambda p: p.stat().st_mtime_ns)
-    for old in by_age[: -run.settings.guard.dumps]:
-        shutil.rmtree(old)
-    return path
 
 
 def _link(source: str, target: str) -> None:
@@ -102,7 +142,7 @@ def read_dump(path: pathlib.Path) -> dict[str, Any]:
         parse_json((path / n).read_bytes(), str(path / n)) for n in names
     )
     try:
-        with np.load(path / BATCH) as batch:
+        with (path / BATCH).open("rb") as file, np.load(file) as batch:
             arrays = dict(batch)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(

@@ -17,7 +17,7 @@ import jax
 from absl import logging
 
 from topd_jax.evaluation.metrics import read_metrics
-from topd_jax.parallel import hosts, lock
+from topd_jax.parallel import buckets, hosts, lock
 from topd_jax.training.watch import Watch
 from topd_jax.types import Teacher, Trajectories
 
@@ -110,7 +110,11 @@ class Logs:
             path = workdir / f"{name}.jsonl"
             if first:
                 cut_log(path, step, FIELDS[name])
-                self._files[name] = path.open("a", encoding="utf-8")
+                self._files[name] = (
+                    buckets.LogParts(path)
+                    if buckets.is_in_parts(path)
+                    else path.open("a", encoding="utf-8")
+                )
         hosts.meet("logs are cut")
         self.evals = read_jsonl(workdir / "evals.jsonl")
         if tensorboard and first:
@@ -196,8 +200,11 @@ class Logs:
         """Write what is pending and wait until it is on disk."""
         self.flush()
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            if isinstance(file, buckets.LogParts):
+                file.upload()
+            else:
+                file.flush()
+                os.fsync(file.fileno())
         if self._board is not None:
             self._board.flush()
 
@@ -267,11 +274,28 @@ def cut_log(
       step: the checkpoint's step; a line's own is its field "step".
       fields: that every line has, with their types.
     """
-    if not path.exists():
-        return
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    if buckets.is_in_parts(path):
+        for part in [path / name for name in buckets.files(path)]:
+            text = part.read_bytes()
+            kept = _kept(text, step, path, fields)
+            if not kept:
+                part.unlink()
+            elif kept != text:
+                part.write_bytes(kept)
+    elif path.exists():
+        fresh = path.with_suffix(path.suffix + ".new")
+        fresh.write_bytes(_kept(path.read_bytes(), step, path, fields))
+        fresh.replace(path)
+
+
+def _kept(
+    text: bytes, step: int, path: pathlib.Path, fields: Mapping[str, Any]
+) -> bytes:
+    """Return the intact lines of a log up to a step."""
     kept, damaged = [], 0
-    for line in lines:
+    for line in text.split(b"\n"):
+        if not line.strip():
+            continue
         try:
             if _read_row(line, fields)["step"] <= step:
                 kept.append(line + b"\n")
@@ -279,9 +303,7 @@ def cut_log(
             damaged += 1
     if damaged:
         logging.warning("%s: dropped %d damaged line(s)", path, damaged)
-    fresh = path.with_suffix(path.suffix + ".new")
-    fresh.write_bytes(b"".join(kept))
-    fresh.replace(path)
+    return b"".join(kept)
 
 
 def read_jsonl(
@@ -301,11 +323,11 @@ def read_jsonl(
     Raises:
       ValueError: naming the file and the line that is no such JSON object.
     """
-    if not path.exists():
+    # Bytes: half a character may be what has been written of the last line.
+    text = buckets.read_log(path)
+    if text is None:
         return []
     rows = []
-    # Bytes: half a character may be what has been written of the last line.
-    text = path.read_bytes()
     if torn:
         text = text[: text.rfind(b"\n") + 1]
     for number, line in enumerate(text.split(b"\n"), start=1):

@@ -24,7 +24,7 @@ from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective, parse
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
-from topd_jax.parallel import batches, hosts, lock, stopping
+from topd_jax.parallel import batches, buckets, hosts, lock, stopping
 from topd_jax.training import checkpointing, recovery
 from topd_jax.training.ahead import compile_ahead, trace_run
 from topd_jax.training.compiled import (
@@ -73,7 +73,7 @@ def train(
       ``topd.train(tiny.get_config(), "runs/mine", objective=topd.opd())``
     """
     settings = config if isinstance(config, Settings) else settings_from(config)
-    workdir = pathlib.Path(workdir)
+    workdir = buckets.as_path(workdir)
     require_solutions(settings)
     if objective is None:
         require_same_settings(settings, workdir)
@@ -174,7 +174,8 @@ class Run:
         (self.workdir / runs.SETTINGS).write_text(text)
         # So that the run can be the source of another one.
         tokenizer = self.setup.hub_tokenizer or self.setup.tokenizer
-        tokenizer.save_pretrained(self.workdir / runs.TOKENIZER)
+        with buckets.uploaded(self.workdir / runs.TOKENIZER) as folder:
+            tokenizer.save_pretrained(folder)
 
     def open_logs(self) -> Logs:
         """Open the logs, cut back to the step that the run goes on from."""

@@ -12,7 +12,7 @@ from topd_jax.models.io import checksums, runs
 from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.pieces import describe
-from topd_jax.parallel import hosts
+from topd_jax.parallel import buckets, hosts
 from topd_jax.training import checkpointing
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
@@ -181,7 +181,7 @@ def restore_student(directory: pathlib.Path, step: int, student: Any) -> Any:
     item = {"train": {"student": plain}}
     with ocp.PyTreeCheckpointer() as reader:
         saved = reader.restore(
-            (directory / str(step) / "state").absolute(),
+            buckets.absolute(directory / str(step) / "state"),
             args=ocp.args.PyTreeRestore(
                 item,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(item),

@@ -28,7 +28,7 @@ from topd_jax.models.adapters import adapt
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantization import quantizer
 from topd_jax.models.settings import ModelSettings
-from topd_jax.parallel import sharding
+from topd_jax.parallel import buckets, sharding
 from topd_jax.training.config import Settings
 from topd_jax.training.placement import check_batches, make_run_mesh
 from topd_jax.training.shapes import model_settings
@@ -280,7 +280,7 @@ def _models(
     if any(m.source == "world" for m in names.values()):
         where = settings.world.cache or str(workdir / "world")
         teacher_path, student_path, tokenizer = world_models(
-            settings.world, pathlib.Path(where)
+            settings.world, buckets.as_path(where)
         )
         paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
     models, tokenizers, behind = {}, {}, {}

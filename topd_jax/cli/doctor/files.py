@@ -15,6 +15,7 @@ from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
 from topd_jax.data.toy_world.models import comes_trained, world_models
 from topd_jax.data.vocabulary import require_same_vocabulary
 from topd_jax.models import DecoderConfig, Description, describe
+from topd_jax.parallel import buckets
 from topd_jax.training.config import Settings
 from topd_jax.training.loop import require_solutions
 from topd_jax.training.placement import check_batches, make_run_mesh
@@ -160,7 +161,7 @@ def _read(
         if not has_world(settings, workdir):
             return None, None
         where = settings.world.cache or (workdir or pathlib.Path()) / "world"
-        return world_models(settings.world, pathlib.Path(where))[2], None
+        return world_models(settings.world, buckets.as_path(where))[2], None
     described = describe(source)
     if described.tokenizer is None:
         return None, described

@@ -28,7 +28,7 @@ from topd_jax.data.toy_world import problems
 from topd_jax.data.toy_world.pretraining import encode_pairs, fit
 from topd_jax.models import Decoder, DecoderConfig, init_decoder, save_model
 from topd_jax.models.decoder import cast
-from topd_jax.parallel import hosts, lock
+from topd_jax.parallel import buckets, hosts, lock
 
 # Models that come with the package.
 TRAINED = pathlib.Path(__file__).parent / "trained"
@@ -57,8 +57,11 @@ def world_models(
         if not hosts.is_first():
             hosts.wait_for([cache / name for name in names])
         elif not all((cache / name).exists() for name in names):
-            with lock.held(cache, wait=True):
-                _make(settings, cache)
+            with (
+                lock.held(cache, wait=True),
+                buckets.uploaded(cache, last=tokenizer) as folder,
+            ):
+                _make(settings, folder)
     spm = SentencePieceTokenizer((where / tokenizer).read_bytes())
     return where / teacher, where / student, spm
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from absl import logging
 
+from topd_jax.parallel import buckets
+
 NAME = "SHA256SUMS"
 # The items of a checkpoint: folders of its directory.
 STATE, RECORD = "state", "record"
@@ -92,10 +94,9 @@ def require_intact(
 
 def _files(directory: Path, items: Iterable[str]) -> list[str]:
     return sorted(
-        path.relative_to(directory).as_posix()
+        f"{item}/{name}"
         for item in items
-        for path in (directory / item).rglob("*")
-        if path.is_file()
+        for name in buckets.files(directory / item)
     )
 
 

@@ -22,6 +22,7 @@ from topd_jax.models.io.weights import (
     TensorInfo,
     assemble,
 )
+from topd_jax.parallel import buckets
 from topd_jax.settings import parse_json
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def resolve(source: str | os.PathLike) -> Path:
     """Find a model's directory, on this disk or on the hub.
 
     Args:
-      source: a directory, or a hub name such as ``Qwen/Qwen3-0.6B``, whose
-        files are then downloaded into the hub's own cache.
+      source: a directory, one in a bucket (``gs://...``), or a hub name such
+        as ``Qwen/Qwen3-0.6B``, whose files are then downloaded into a cache.
 
     Returns:
       A local directory.
@@ -59,9 +60,9 @@ def resolve(source: str | os.PathLike) -> Path:
     Raises:
       ValueError: where it is neither, or the hub cannot be reached.
     """
-    path = Path(source)
+    path = buckets.as_path(source)
     if path.is_dir():
-        return path
+        return buckets.copied(path)
     if path.exists():
         raise ValueError(
             f"{path} is a file; give the directory that holds config.json, or "

@@ -37,6 +37,7 @@ from topd_jax.models.io.runs import (
     tokenizer_directory,
 )
 from topd_jax.models.io.weights import Finish, Placement
+from topd_jax.parallel import buckets
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -151,7 +152,9 @@ def describe(
     if _is_gguf(name):
         packaged = name.startswith(_PACKAGE)
         file = open_gguf(
-            packaged_gguf(name.removeprefix(_PACKAGE)) if packaged else name
+            packaged_gguf(name.removeprefix(_PACKAGE))
+            if packaged
+            else buckets.copied(buckets.as_path(name))
         )
         described = Description(
             gguf_config(file),
@@ -212,6 +215,7 @@ def _is_gguf(source: str) -> bool:
 
 def _run_tokenizer(directory: Path) -> "Tokenizer | None":
     """Read what a run's tokenizer saved of itself."""
+    directory = buckets.copied(directory)
     path = directory / _SENTENCEPIECE
     if path.exists() and not (directory / "tokenizer_config.json").exists():
         from sentencepiece import SentencePieceProcessor
@@ -302,10 +306,10 @@ def shape_of(source: str, **options: Any) -> DecoderConfig:
 
 
 def _config_file(source: str) -> Path | None:
-    path = Path(source) / "config.json"
+    path = buckets.as_path(source) / "config.json"
     if path.is_file():
         return path
-    if Path(source).exists() or source.count("/") != 1:
+    if path.parent.exists() or source.count("/") != 1:
         return None
     import huggingface_hub  # slow to import, and needed here only
 

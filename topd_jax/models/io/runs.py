@@ -22,11 +22,13 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.io import checksums
 from topd_jax.models.io.weights import Placement, build
 from topd_jax.models.parameters import parameter_table
-from topd_jax.parallel import hosts
+from topd_jax.parallel import buckets, hosts
 
 # Folders of a work directory: "latest" and "best" on the command line.
 LATEST, BEST = "checkpoints", "best"
 SETTINGS, TOKENIZER = "settings.json", "tokenizer"
+# What orbax writes last into a checkpoint in a bucket.
+_COMMITTED = "commit_success.txt"
 
 
 def is_run(source: str | os.PathLike) -> bool:
@@ -36,17 +38,18 @@ def is_run(source: str | os.PathLike) -> bool:
       source: the directory itself, its ``checkpoints`` or ``best``, or one
         step in these.
     """
-    if (Path(source) / "config.json").is_file():  # a model's directory
+    source = buckets.as_path(source)
+    if (source / "config.json").is_file():  # a model's directory
         return False
-    root, _, _ = _split(Path(source))
+    root, _, _ = _split(source)
     return (root / SETTINGS).is_file() or any(
-        _steps(root / folder) for folder in (LATEST, BEST)
+        steps(root / folder) for folder in (LATEST, BEST)
     )
 
 
 def tokenizer_directory(source: str | os.PathLike) -> Path:
     """Return where a run (see :func:`is_run`) keeps its tokenizer."""
-    return _split(Path(source))[0] / TOKENIZER
+    return _split(buckets.as_path(source))[0] / TOKENIZER
 
 
 def run_decoder(
@@ -68,7 +71,7 @@ def run_decoder(
         or it is damaged, says too little of itself or holds only a part of
         its student.
     """
-    folder, step = _find(Path(source))
+    folder, step = _find(buckets.as_path(source))
     where, dtype = folder / str(step), config.param_dtype
     _require_intact(where, checksums.STATE)
     with _opened(folder) as manager:
@@ -90,7 +93,7 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
     Raises:
       ValueError: as there.
     """
-    folder, step = _find(Path(source))
+    folder, step = _find(buckets.as_path(source))
     _require_intact(folder / str(step), checksums.RECORD)
     with _opened(folder) as manager:
         record = manager.restore(
@@ -116,7 +119,7 @@ def _opened(folder: Path) -> ocp.CheckpointManager:
     """Open checkpoints to read alone: nothing is saved, nothing is dropped."""
     process = jax.process_index()
     return ocp.CheckpointManager(
-        folder.absolute(),
+        buckets.absolute(folder),
         options=ocp.CheckpointManagerOptions(
             create=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -140,21 +143,31 @@ def _split(path: Path) -> tuple[Path, str, int | None]:
     return path, LATEST, step
 
 
-def _steps(folder: Path) -> list[int]:
-    """List complete checkpoints; one being written has a longer name."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+def steps(folder: Path) -> list[int]:
+    """List the complete checkpoints of a folder, the oldest first.
+
+    Args:
+      folder: of checkpoints; it may not exist.
+    """
+    # On a disk, one that is being written has a longer name.
+    return sorted(
+        int(path.name)
+        for path in folder.glob("*")
+        if path.name.isdigit()
+        and (not buckets.is_remote(path) or (path / _COMMITTED).exists())
+    )
 
 
 def _find(source: Path) -> tuple[Path, int]:
     """Return the folder and step that a source means."""
     root, folder, wanted = _split(source)
-    steps = _steps(root / folder)
-    if steps and wanted in (None, *steps):
-        return root / folder, steps[-1] if wanted is None else wanted
+    saved = steps(root / folder)
+    if saved and wanted in (None, *saved):
+        return root / folder, saved[-1] if wanted is None else wanted
     there = [
-        f"{root / name} (steps {', '.join(map(str, _steps(root / name)))})"
+        f"{root / name} (steps {', '.join(map(str, steps(root / name)))})"
         for name in (LATEST, BEST)
-        if _steps(root / name)
+        if steps(root / name)
     ]
     raise ValueError(
         f"no checkpoint at {source}: "

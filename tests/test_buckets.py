@@ -1,0 +1,296 @@
+"""A run in a bucket: an emulator, real clients, and faults between them."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from bucket_server import serving
+from small_run import (
+    assert_same_run,
+    changed,
+    interrupted,
+    refusal_of,
+    settings_with,
+    without_times,
+)
+from test_damage import save
+from test_processes import begin, finish, run_alone, steps_of
+
+from topd_jax.cli.replay import repeat
+from topd_jax.data import solutions, sources
+from topd_jax.models import load, save_model
+from topd_jax.parallel import buckets, lock
+from topd_jax.training import loop
+from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.logging import cut_log, read_jsonl
+from topd_jax.training.setup import load_setup
+from topd_jax.training.watch import Alarm, Watch
+
+HERE = Path(__file__).parent
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    with serving() as service, pytest.MonkeyPatch.context() as patch:
+        for name, value in service.environment.items():
+            patch.setenv(name, value)
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield service
+
+
+@pytest.fixture
+def bucket(service):
+    """The path of an empty bucket."""
+    service.fault = lambda method, path: 0
+    yield buckets.as_path(service.create(f"bucket-{next(_numbers)}"))
+    service.fault = lambda method, path: 0
+
+
+@pytest.fixture(scope="module")
+def settings(world_cache):
+    return settings_with(world_cache)
+
+
+@pytest.fixture(scope="module")
+def plain(settings, tmp_path_factory):
+    """The run on a disk."""
+    workdir = tmp_path_factory.mktemp("plain")
+    loop.train(settings, workdir)
+    return workdir
+
+
+def now_and_then(every):
+    """Two kinds of overload, each of so many requests."""
+    requests = itertools.count(1)
+
+    def fault(method, path):
+        number = next(requests) % every
+        return {0: 503, every // 2: 429}.get(number, 0)
+
+    return fault
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_parts_of_a_log_are_cut_at_a_step(bucket, tmp_path, copied):
+    """In a bucket, or in a copy of one on a disk."""
+    path = (tmp_path if copied else bucket) / "metrics.jsonl"
+    if copied:
+        path.mkdir()
+    assert read_jsonl(path) == []
+    log = buckets.LogParts(path)
+    for step in (1, 2, 2, 3, 4):
+        log.write(json.dumps({"step": step}) + "\n")
+        if step != 1:
+            log.upload()
+    assert len(buckets.files(path)) == 4
+    for _ in range(2):  # a second time nothing changes
+        cut_log(path, 2)
+        assert [row["step"] for row in read_jsonl(path)] == [1, 2, 2]
+        assert buckets.files(path) == ["000001", "000002"]
+    log = buckets.LogParts(path)
+    log.write('{"step": 3}\n')
+    log.close()
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 2, 3]
+
+
+def test_a_bucket_has_one_holder(bucket, monkeypatch):
+    for name, value in (("_PATIENCE", 1.0), ("_POLL", 0.1), ("_BEAT", 0.2)):
+        monkeypatch.setattr(lock, name, value)
+    run, path = bucket / "run", bucket / "run" / lock.NAME
+    with lock.held(run):
+        ours = json.loads(path.read_text())
+        assert ours["pid"] == os.getpid()
+        monkeypatch.setattr(lock, "_machine", lambda: ["other", "", ""])
+        with pytest.raises(ValueError, match="in use by process"):
+            lock._acquire(path, wait=False)
+        # One that goes on although another has taken it.
+        path.write_text(json.dumps(ours | {"token": "another"}))
+        lock._held[path].beaten = -10
+        with pytest.raises(ValueError, match="was taken over by process"):
+            lock.confirm()
+    assert json.loads(path.read_text())["token"] == "another"
+    with lock.held(run):  # which does not beat
+        assert json.loads(path.read_text())["token"] != "another"
+    assert not path.exists()
+
+
+def test_only_one_of_two_creates_a_lock(bucket):
+    path = bucket / lock.NAME
+    one, two = (buckets.Blob(path, create=True) for _ in range(2))
+    assert one.read() == two.read() == b""
+    assert one.write(b"one") and not two.write(b"two")
+    assert two.read() == b"one" and two.write(b"two")
+    assert not one.write(b"one again")
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_moved_aside(bucket, caplog):
+    folder = bucket / "run" / "checkpoints"
+    save(folder, 2, 4)
+    checkpoints = Checkpoints(folder, 3)
+    assert checkpoints.newest_intact() == 4
+    names = [n for n in buckets.files(folder / "4") if n.startswith("state/")]
+    victim = max(names, key=lambda n: (folder / "4" / n).stat().length)
+    data = bytearray((folder / "4" / victim).read_bytes())
+    data[len(data) // 2] ^= 0x20
+    (folder / "4" / victim).write_bytes(data)
+    assert checkpoints.newest_intact() == 2
+    assert f"{victim} differs from its checksum" in caplog.text
+    assert checkpoints.steps() == [2]
+    assert (folder / "damaged-4" / victim).exists()
+    # As a process leaves it that is killed while it saves.
+    (folder / "2" / "commit_success.txt").unlink()
+    again = Checkpoints(folder, 3)
+    assert again.newest_intact() is None
+    checkpoints.close()
+    again.close()
+    save(folder, 2)
+    assert Checkpoints(folder, 3).newest_intact() == 2
+
+
+def test_data_and_models_are_read_from_a_bucket(bucket, plain, tmp_path):
+    rows = [
+        {"question": "1+1?", "answer": "2"},
+        {"question": "é", "answer": ""},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (bucket / "data.jsonl").write_text(text)
+    records = sources.read_source("jsonl", f"{bucket}/data.jsonl")
+    assert [r["prompt"] for r in records] == ["1+1?", "é"]
+    line = refusal_of(lambda: sources.read_source("jsonl", f"{bucket}/no"))
+    assert f"no file at {bucket}/no" in line
+    files = solutions.open_set(bucket / "set", {"shards": 1})
+    row = dict.fromkeys(solutions.Solution.__annotations__)
+    ids = np.arange(3)
+    files.write(0, [row | {"prompt_tokens": ids, "completion_tokens": ids}])
+    files, _ = solutions.find_set(f"{bucket}/set")
+    assert next(iter(files.read(0)))["prompt_tokens"].tolist() == [0, 1, 2]
+    model, _ = load(str(plain))
+    with buckets.uploaded(bucket / "model") as folder:
+        save_model(model, folder / "x")
+    for source in (f"{bucket}/model/x", f"{bucket}/model/x"):
+        again, _ = load(source)
+        assert jax.tree.all(jax.tree.map(np.array_equal, model, again))
+    line = refusal_of(lambda: load(f"{bucket}/none"))
+    assert f"no model at {bucket}/none" in line
+
+
+def test_a_run_in_a_bucket_ends_as_one_on_a_disk(
+    plain, settings, service, bucket, topd, small_arguments
+):
+    """With overload, and stopped on its way."""
+    workdir = bucket / "a" / "run"
+    service.fault, service.faults = now_and_then(150), 0
+    log = changed(settings, "log", tensorboard=True)
+    with interrupted(6):
+        loop.train(log, str(workdir))
+    # Uploaded with the last checkpoint.
+    assert steps_of(workdir) == [1, 2, 3, 4]
+    loop.train(log, str(workdir))
+    assert service.faults > 4
+    service.fault = lambda method, path: 0
+    assert_same_run(plain, workdir)
+    assert {"settings.json", "tokenizer", "tensorboard"} <= {
+        name.partition("/")[0] for name in buckets.files(workdir)
+    }
+    one, two = (load(str(run))[0] for run in (plain, workdir))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
+    export = ["export", *small_arguments, f"--output={bucket}/out"]
+    topd(*export, f"--workdir={workdir}", "--config.log.tensorboard=True")
+    three, _ = load(f"{bucket}/out")
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, three))
+    assert json.loads(topd("report", f"--workdir={workdir}"))["runs"]
+    assert (workdir / "report.html").exists()
+
+
+def test_a_dump_in_a_bucket_is_replayed(
+    settings, bucket, tmp_path, monkeypatch
+):
+    look = Watch.look
+
+    def alarming(watch, step, row):
+        if step in (3, 4):
+            watch.fresh.append(Alarm(step, "odd", "is odd", row))
+        return look(watch, step, row)
+
+    monkeypatch.setattr(Watch, "look", alarming)
+    setup = load_setup(settings, tmp_path)
+    settings = changed(settings, "train", steps=4)
+    loop.train(settings, bucket / "run", setup=dataclasses.replace(setup))
+    (dump,) = (bucket / "run" / "dumps").glob("*")
+    assert dump.name == "4-odd"  # the newest of a name
+    assert (dump / "checkpoints" / "2" / "SHA256SUMS").exists()
+    assert repeat(dump, setup=setup)["same"]
+
+
+@pytest.mark.parametrize(
+    ("status", "way_out"),
+    [
+        (403, "allow this machine's account to use it"),
+        pytest.param(
+            404, "check that the bucket exists", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_bucket_that_vanishes_loses_nothing(
+    plain, settings, service, bucket, small_arguments, refused, monkeypatch,
+    status, way_out,
+):  # fmt: skip
+    arguments = ["train", *small_arguments, f"--workdir={bucket}/run"]
+    service.fault = lambda method, path: status
+    line = refused(*arguments)
+    assert str(bucket) in line and way_out in line and str(status) in line
+    service.fault = lambda method, path: 0
+    one_step = loop.Run._one_step
+
+    def vanishing(run, step):
+        if step == 4:
+            service.fault = lambda method, path: status
+        return one_step(run, step)
+
+    monkeypatch.setattr(loop.Run, "_one_step", vanishing)
+    line = refused(*arguments, bars=True)
+    assert str(bucket) in line and way_out in line
+    service.fault = lambda method, path: 0
+    monkeypatch.setattr(loop.Run, "_one_step", one_step)
+    loop.train(settings, bucket / "run")
+    assert_same_run(plain, bucket / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kill_at", "where"), [(3, "after_step"), (4, "before_save")]
+)
+def test_a_run_that_was_killed_ends_with_the_same_bits(
+    plain, settings, bucket, world_cache, kill_at, where
+):
+    script = [sys.executable, HERE / "small_run.py", f"{bucket}/run"]
+    done = subprocess.run([*script, world_cache, str(kill_at), where])
+    assert done.returncode == -9
+    loop.train(settings, f"{bucket}/run")
+    assert_same_run(plain, bucket / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket(bucket, service, tmp_path):
+    """The world too is made in the bucket."""
+    service.fault = now_and_then(200)
+    alone = run_alone(tmp_path / "world", tmp_path / "alone", 2)
+    run = bucket / "run"
+    for _, err, code in finish(begin(run / "world", run, 2, devices=1)):
+        assert code == 0, err
+    service.fault = lambda method, path: 0
+    assert steps_of(run) == [1, 2, 3, 4, 5, 6]
+    for name in ("metrics", "evals", "completions", "problems"):
+        there, here = (without_times(x / f"{name}.jsonl") for x in (alone, run))
+        assert there == here and there
+    one, two = (load(str(x))[0] for x in (alone, run))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
