@@ -38,7 +38,7 @@ usage: bash launch/tpu.sh COMMAND --name NAME --zone ZONE [FLAG ...] [-- ARG...]
   --topd COMMAND     what to run, for instance generate or eval (default: train)
   --workdir DIR      default runs/NAME. A relative path starts at ~/topd_jax on
                      each worker; several workers need a directory that all of
-                     them share (Filestore, or a bucket mounted by gcsfuse)
+                     them share: gs://BUCKET/PATH, or Filestore
   --worker N         whose log to show (default 0)
   --no-follow        of logs: print the end of the log and return; of keep:
                      return while the keeper runs
@@ -163,13 +163,10 @@ check() {
     elif ((${#arguments[@]})); then
         die "$command takes no arguments after --; run, all and keep do"
     fi
-    if [[ "$workdir" == *://* ]]; then
-        die "--workdir=$workdir must be a directory on the workers: mount the" \
-            "bucket there (gcsfuse) and give its mount point"
-    fi
-    if [[ "$command" == keep && "$workdir" != /* ]]; then
+    if [[ "$command" == keep && "$workdir" != /* && "$workdir" != *://* ]]; then
         die "--workdir=$workdir is lost with the slice: keep needs the" \
-            "absolute path of a disk that outlives it, mounted by --prepare"
+            "absolute path of a disk that outlives it, mounted by --prepare," \
+            "or gs://BUCKET/PATH"
     fi
     local flag
     for flag in restarts worker every; do
@@ -275,7 +272,7 @@ $install_on_worker"
 worker_command() {
     local program="topd $topd"
     local home="\"\$HOME\"/topd_jax/" directory="${workdir:-runs/$name}"
-    if [[ "$directory" == /* ]]; then
+    if [[ "$directory" == /* || "$directory" == *://* ]]; then
         home=""
     fi
     [[ "$topd" != paper ]] || program="bash launch/paper.sh"

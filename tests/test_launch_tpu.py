@@ -230,10 +230,6 @@ KEEP = ["keep", *WHERE, *CONFIG, "--type=v4-8"]
             "--spot and --reserved exclude each other",
         ),
         (
-            ["run", *WHERE, *CONFIG, "--workdir=gs://bucket/t1"],
-            "--workdir=gs://bucket/t1 must be a directory on the workers",
-        ),
-        (
             ["all", *WHERE, *CONFIG, "--type=v4-8", "--queued"],
             "all cannot wait for a queued resource: use keep",
         ),
