@@ -183,6 +183,10 @@ def test_any_batch_jit_and_vmap(rng):
     for other in (jax.jit(transport), jax.vmap(transport)):
         for got, want in zip(other(cost, a, a), (together, plans), strict=True):
             assert_allclose(got, want, atol=1e-5)
+    with jax.enable_x64(True):
+        wide, _ = transport(cost, a, a)
+    assert wide.dtype == jnp.float32
+    assert_allclose(wide, together, atol=1e-5)
     # A distance does not depend on the rest of its batch.
     for i in np.ndindex(2, 3):
         alone, plan = transport(cost[i], uniform(K), uniform(K))

@@ -239,9 +239,9 @@ def _sinkhorn(
         )
 
     # Half-empty problems never converge: they count as finished.
-    error = jnp.where(solvable, jnp.inf, 0.0)
+    error = jnp.where(solvable, jnp.inf, 0.0).astype(cost.dtype)
     error = jnp.broadcast_to(error, cost.shape[:-2])
-    start = (0, jnp.zeros(cost.shape[:-1]), jnp.zeros_like(cost[..., 0, :]))
+    start = (0, jnp.zeros_like(cost[..., 0]), jnp.zeros_like(cost[..., 0, :]))
     _, f, g, _ = jax.lax.while_loop(unfinished, advance, (*start, error))
     return jnp.exp((f[..., :, None] + g[..., None, :] - cost) / epsilon)
 
@@ -273,7 +273,8 @@ def _sinkhorn_block(
     geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)
     problem = linear_problem.LinearProblem(geom, a, b)
     out = solver(problem, init=(f, g))
-    return *out.potentials, out.errors[-1]
+    # Under jax_enable_x64 the errors are wider than the problem.
+    return *out.potentials, out.errors[-1].astype(cost.dtype)
 
 
 def _check(
