@@ -199,6 +199,7 @@ class Logs:
     def sync(self) -> None:
         """Write what is pending and wait until it is on disk."""
         self.flush()
+        lock.confirm()  # a part would take the place of another process's
         for file in self._files.values():
             if isinstance(file, buckets.LogParts):
                 file.upload()
@@ -211,6 +212,7 @@ class Logs:
     def close(self) -> None:
         """Write what is pending and close the files."""
         self.flush()
+        lock.confirm()
         for file in self._files.values():
             file.close()
         if self._board is not None:
@@ -275,13 +277,16 @@ def cut_log(
       fields: that every line has, with their types.
     """
     if buckets.is_in_parts(path):
-        for part in [path / name for name in buckets.files(path)]:
+        # From the last one, until one is whole: those before it are too.
+        for part in [path / name for name in reversed(buckets.files(path))]:
             text = part.read_bytes()
             kept = _kept(text, step, path, fields)
-            if not kept:
-                part.unlink()
-            elif kept != text:
+            if kept == text:
+                break
+            if kept:
                 part.write_bytes(kept)
+            else:
+                part.unlink()
     elif path.exists():
         fresh = path.with_suffix(path.suffix + ".new")
         fresh.write_bytes(_kept(path.read_bytes(), step, path, fields))
