@@ -142,7 +142,13 @@ def saved_arrays(
     step = max(int(p.name) for p in steps if p.name.isdigit())
     state = buckets.absolute(workdir / folder / str(step) / "state")
     with ocp.PyTreeCheckpointer() as reader:
-        leaves = jax.tree_util.tree_leaves_with_path(reader.restore(state))
+        # Wherever they were: a run may have had more devices.
+        plain = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(state).item_metadata.tree,
+        )
+        saved = reader.restore(state, restore_args=plain)
+    leaves = jax.tree_util.tree_leaves_with_path(saved)
     names = jax.tree_util.keystr
     return {names(path): np.asarray(leaf) for path, leaf in leaves}, step
 

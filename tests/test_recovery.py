@@ -3,8 +3,8 @@
 import dataclasses
 import shutil
 
-import jax.numpy as jnp
 import pytest
+from small_broken import breaking
 from small_run import (
     assert_same_run,
     changed,
@@ -99,21 +99,6 @@ def test_a_floor_may_change(settings, setup, tmp_path, caplog):
 
 
 # --- rolled back ----------------------------------------------------------
-
-
-def breaking(run, steps, tries=1):
-    """Let the updates of these steps fail until a run has rolled back."""
-    train_step = run.compiled.train_step
-
-    def step(state, *arguments):
-        state, metrics = train_step(state, *arguments)
-        if int(state.step) in steps and run.rollbacks < tries:
-            metrics |= {"skipped": (jnp.ones(()), jnp.ones(()))}
-        return state, metrics
-
-    step.trace = train_step.trace
-    run.compiled = run.compiled._replace(train_step=step)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +203,17 @@ def test_a_run_that_roll_backs_do_not_help_is_given_up(
     lower = changed(strict, "optimizer", learning_rate=1e-4)
     run = run_in(lower, tmp_path, setup)
     assert run.step == 2 and run.train()["step"] == 8
+
+
+def test_without_a_checkpoint_a_run_is_given_up(strict, setup, tmp_path):
+    """It would be the same settings from the same start again."""
+    run = breaking(run_in(strict, tmp_path, setup), {1, 2})
+    with pytest.raises(FloatingPointError) as error:
+        run.train()
+    assert str(error.value).endswith(
+        "; nothing is saved yet to roll back to (checkpoint.every=2); start "
+        "again with a lower optimizer.learning_rate or optimizer.clip"
+    )
+    lower = changed(strict, "optimizer", learning_rate=1e-4)
+    run = run_in(lower, tmp_path, setup)
+    assert run.step == 0 and run.train()["step"] == 8

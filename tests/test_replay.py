@@ -50,18 +50,24 @@ def with_nan(model):
     return type(model)(model.config, arrays)
 
 
-def of_head(setup, favorite=None, impossible=()):
+def constant(rows, tokens, positions, mask, cache):
+    """The same state after every token."""
+    return jnp.ones((*tokens.shape, rows.shape[1])), None
+
+
+def themselves(rows):
+    return rows
+
+
+def of_head(setup, favorite=None, impossible=(), scale=1.0):
     """A model of constant states, with a say in some logits."""
     size = setup.tokenizer.vocab_size
     rows = np.random.default_rng(0).normal(size=(size, 4)).astype(np.float32)
+    rows *= scale
     rows[list(impossible), 0] = -np.inf
     if favorite is not None:
         rows[favorite, 0] = 100.0
-
-    def apply(rows, tokens, positions, mask, cache):
-        return jnp.ones((*tokens.shape, rows.shape[1])), None
-
-    return topd_jax.from_function(apply, jnp.asarray(rows), head=lambda r: r)
+    return topd_jax.from_function(constant, jnp.asarray(rows), head=themselves)
 
 
 def unbearable(student_logp, teacher_logp, tokens):
@@ -144,6 +150,56 @@ def test_impossible_tokens_and_empty_completions_are_alarms(
     assert alarms(tmp_path) == {"all_eos", "teacher_impossible"}
 
 
+def write_without_end(run):
+    student = of_head(run.setup, impossible=run.setup.tokenizer.eos_ids)
+    run.state = run.state.replace(student=student)
+
+
+def write_one_token(run):
+    student = of_head(run.setup, favorite=UNBEARABLE)
+    run.state = run.state.replace(student=student)
+
+
+def steepen_teacher(run):
+    (teacher,) = run.setup.teachers
+    steep = dataclasses.replace(teacher, model=of_head(run.setup, scale=100.0))
+    run.setup = dataclasses.replace(run.setup, teachers=(steep,))
+
+
+def mask_all(run):
+    rollout = run.compiled.rollout
+
+    def masked(*arguments):
+        rows = rollout(*arguments)
+        return rows.replace(mask=jnp.zeros_like(rows.mask))
+
+    run.compiled = run.compiled._replace(rollout=masked)
+
+
+@pytest.mark.parametrize(
+    ("alarm", "favorite", "change"),
+    [
+        ("truncation", "end", write_without_end),
+        ("repetition", None, write_one_token),
+        ("gradient_spike", None, steepen_teacher),
+        ("no_tokens", None, mask_all),
+    ],
+)
+def test_a_run_that_changes_on_its_way_raises_the_alarm(
+    settings, setup, tmp_path, alarm, favorite, change
+):
+    (end,) = setup.tokenizer.eos_ids
+    student = of_head(setup, favorite=end if favorite == "end" else None)
+    made_up = with_models(setup, student=student, teacher=of_head(setup))
+    run = loop.Run(settings, tmp_path, made_up)
+    run.repeat(2)
+    change(run)
+    run.repeat(4)
+    run.logs.close()
+    raised = read_jsonl(tmp_path / "alarms.jsonl")
+    assert [r["step"] for r in raised if r["alarm"] == alarm][:1] == [3]
+
+
 def test_a_rate_that_explodes_raises_alarms_and_is_repeated(
     settings, setup, tmp_path, capsys
 ):
@@ -172,6 +228,10 @@ def test_a_damaged_dump_is_named(refused, tmp_path):
     assert refused("replay", tmp_path).startswith(f"topd: {about} is not JSON")
     about.write_text("{}")
     batch = tmp_path / "batch.npz"
+    np.savez(batch, tokens=np.zeros(1))
+    assert refused("replay", tmp_path).endswith(
+        f'{about} has no "step"; let the run write it again'
+    )
     for text in (b"", b"rows", b"PK\x03\x04 cut"):
         batch.write_bytes(text)
         assert f"{batch} is damaged (" in refused("replay", tmp_path)

@@ -68,9 +68,17 @@ def repeat(
       update that was left out "began", see :func:`_began`.
 
     Raises:
-      ValueError: for no dump, or one of other models or another objective.
+      ValueError: for no dump, or one of other models, another objective or
+        another number of devices.
     """
     about = read_dump(dump)
+    there, here = about["devices"], jax.device_count()
+    if there != here:
+        raise ValueError(
+            f"{dump} is of a run on {there} device(s) and here are {here}; "
+            "repeat it on as many, in one process (on CPU: "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={there})"
+        )
     settings = settings_from(about["settings"])
     log = dataclasses.replace(
         settings.log, every=1, completions_every=0, tensorboard=False

@@ -25,6 +25,10 @@ from topd_jax.settings import parse_json
 from topd_jax.training.watch import Alarm
 
 DUMPS, ABOUT, BATCH = "dumps", "dump.json", "batch.npz"
+_KEYS = (
+    "step", "alarm", "text", "metrics", "checkpoint", "restart", "objective",
+    "devices",
+)  # fmt: skip
 
 
 def write_dump(run: Any, alarm: Alarm) -> pathlib.Path:
@@ -109,6 +113,7 @@ def _write(
         "checkpoint": checkpoint,
         "restart": run.restart,
         "objective": describe(run.objective),
+        "devices": run.setup.mesh.size,
     }
     (fresh / ABOUT).write_text(json.dumps(about, indent=1))
 
@@ -148,4 +153,9 @@ def read_dump(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"{path / BATCH} is damaged ({error}); let the run write it again"
         ) from error
+    for name in _KEYS:
+        if name not in about:
+            raise ValueError(
+                f'{path / ABOUT} has no "{name}"; let the run write it again'
+            )
     return about | {"batch": arrays, "settings": settings}

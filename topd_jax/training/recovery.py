@@ -121,19 +121,24 @@ def attend(run: Any) -> bool:
     run.logs.sync()
     most, tries = run.settings.train.max_skipped, run.rollbacks
     saved = run.checkpoints.steps()
+    where, removal = "resume", ""
+    if not saved:
+        where = (
+            "nothing is saved yet to roll back to "
+            f"(checkpoint.every={run.settings.checkpoint.every}); start again"
+        )
+    elif len(saved) > 1:
+        removal = (
+            f"; remove {run.workdir / runs.LATEST / str(saved[-1])} to resume "
+            f"from step {saved[-2]}"
+        )
     raise FloatingPointError(
         f"{most + 1} updates in a row had a non-finite loss or gradient, more "
         f"than train.max_skipped={most}"
         + f", also after {tries} roll-back(s)"
         * bool(tries)
-        + f"; topd replay {path} shows where it began; resume with a lower "
-        "optimizer.learning_rate or optimizer.clip"
-        + (
-            f"; remove {run.workdir / runs.LATEST / str(saved[-1])} to resume "
-            f"from step {saved[-2]}"
-            if len(saved) > 1
-            else ""
-        )
+        + f"; topd replay {path} shows where it began; {where} with a lower "
+        f"optimizer.learning_rate or optimizer.clip{removal}"
     )
 
 
