@@ -71,12 +71,14 @@ def start_several(
     *,
     devices: int = 1,
     last: Sequence[str] = (),
+    scripts: Sequence[Sequence[str]] = (),
     **of_last: str,
 ) -> list[subprocess.Popen]:
     """Python with these arguments as so many processes of some devices each.
 
     Of more than one, each is told how to join the others; the last one may
-    have more arguments, and variables of its environment.
+    have more arguments, and variables of its environment. The last ones run
+    the scripts of the tests, each with its arguments, in the place of ``-m``.
     """
     lines = [[sys.executable, *map(str, arguments)] for _ in range(count)]
     if count > 1:
@@ -87,6 +89,8 @@ def start_several(
         for i, line in enumerate(lines):
             line += [*several, f"--process={i}"]
     lines[-1] += last
+    for number, (script, *words) in enumerate(reversed(scripts), start=1):
+        lines[-number][1:3] = [str(HERE / script), *words]
     plain = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": simulated(devices),

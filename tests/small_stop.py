@@ -47,8 +47,8 @@ def before(owner: Any, name: str, action: Callable[..., None]) -> None:
 
 
 def at_step(step: int, action: Callable[..., None]) -> Callable[..., None]:
-    def acting(run: Any, *arguments: Any) -> None:
-        if step in (getattr(run, "step", None), *arguments[:1]):
+    def acting(run: Any, at: int, *_: Any) -> None:
+        if at == step:
             action(run)
 
     return acting

@@ -220,10 +220,8 @@ def test_the_advice_after_skipped_updates_can_be_followed(
 def test_sigterm_saves_and_says_how_to_resume(
     short, setup, tmp_path, monkeypatch, capfd
 ):
-    number = signal.SIGTERM
-    monkeypatch.setattr(
-        loop.hosts, "told_to_stop", lambda step: number * (step == 1)
-    )
+    told = iter([signal.SIGTERM])
+    monkeypatch.setattr(loop.hosts, "told_to_stop", lambda wait: next(told, 0))
     with pytest.raises(SystemExit) as stopped:
         run_in(short, tmp_path, setup).train()
     assert stopped.value.code == 128 + signal.SIGTERM

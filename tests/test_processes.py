@@ -1,5 +1,6 @@
 """Several processes as one program: real ones, on this machine."""
 
+import json
 import os
 import re
 import signal
@@ -9,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from children import finish, start_several
-from small_run import without_times
+from children import finish, run_script, simulated, start_several
+from small_run import assert_same_run, without_times
 
 from topd_jax.models import load
 from topd_jax.parallel import hosts
@@ -19,7 +20,7 @@ from topd_jax.training.logging import read_jsonl
 TESTS = Path(__file__).parent
 
 
-def begin(world, workdir, count, *, devices, more=()):
+def begin(world, workdir, count, *, devices, more=(), scripts=()):
     """Starts ``topd train`` as ``count`` processes of some devices each."""
     line = [
         "-m", "topd_jax.cli", "train",
@@ -29,7 +30,7 @@ def begin(world, workdir, count, *, devices, more=()):
         "--config.mesh.fsdp=2",
         *more,
     ]  # fmt: skip
-    return start_several(line, count, devices=devices)
+    return start_several(line, count, devices=devices, scripts=scripts)
 
 
 def steps_of(workdir):
@@ -58,15 +59,20 @@ def alone(world, tmp_path_factory):
     return run_alone(world, tmp_path_factory.mktemp("alone"), 4)
 
 
+@pytest.fixture(scope="module")
+def alone_on_two(world, tmp_path_factory):
+    return run_alone(world, tmp_path_factory.mktemp("alone-on-two"), 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_are_one_program(
-    alone, world, tmp_path_factory, tmp_path, count
+    alone, alone_on_two, world, tmp_path, count
 ):
     """The same bits on two devices; on four, sums come in another order."""
     rel = 0 if count == 2 else 1e-5
     if count == 2:
-        alone = run_alone(world, tmp_path_factory.mktemp("alone-on-two"), 2)
+        alone = alone_on_two
     done = finish(
         begin(
             world, tmp_path, count, devices=1,
@@ -130,21 +136,91 @@ def test_all_go_back_to_the_same_checkpoint(world, tmp_path):
     assert names == {"4", "6", "damaged-6"}
 
 
+def said_of_stops(err):
+    said = ("topd: stop", "topd: SIG")
+    return [x for x in err.splitlines() if x.startswith(said)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_saves_and_stops_all(world, tmp_path, number):
-    children = begin(
-        world, tmp_path, 2, devices=1,
-        more=["--config.train.steps=4000", "--config.checkpoint.every=4000"],
-    )  # fmt: skip
-    await_file(tmp_path / "metrics.jsonl", children)
-    children[1].send_signal(number)
-    (_, err, code), (_, _, other) = finish(children)
-    assert code == other == 128 + signal.SIGTERM, err
-    steps = steps_of(tmp_path)
-    assert steps == list(range(1, len(steps) + 1))
-    assert f"saved after step {steps[-1]}; rerun the command" in err
-    assert (tmp_path / "checkpoints" / str(steps[-1])).is_dir()
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_one_saves_and_stops_all(
+    alone_on_two, world, tmp_path, name
+):
+    """After the same step, each with the signal's code; the bits stay."""
+    scripts = [("small_stop.py", "step", name)]
+    done = finish(begin(world, tmp_path, 2, devices=1, scripts=scripts))
+    stopped = (
+        f"topd: stopped by {name} and saved after step 4; rerun the command "
+        "to resume"
+    )
+    waits = f"topd: {name}: stopping after this step; again: at once"
+    for (_, err, code), said in zip(
+        done, [[stopped], [waits, stopped]], strict=True
+    ):
+        assert code == 128 + signal.Signals[name], err
+        assert said_of_stops(err) == said
+        assert "Traceback" not in err
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    for _, err, code in finish(begin(world, tmp_path, 2, devices=1)):
+        assert code == 0, err
+    assert_same_run(alone_on_two, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_stops_one_of_several_at_once(world, tmp_path, name):
+    scripts = [("small_stop.py", "twice", name)]
+    children = begin(world, tmp_path, 2, devices=1, scripts=scripts)
+    ((_, err, code),) = finish(children[1:])
+    children[0].kill()  # it would wait for the heartbeat
+    finish(children[:1])
+    assert code == 128 + signal.Signals[name], err
+    assert said_of_stops(err)[1:] == [
+        f"topd: stopped by {name}; rerun the command to resume"
+    ]
+
+
+@pytest.mark.slow
+def test_processes_roll_back_as_one_does(world, tmp_path):
+    """With the same bits, alarms and dumps, said once; replay as one."""
+    runs = [tmp_path / "one", tmp_path / "two"]
+    more = ["--config.train.max_skipped=1", "--config.train.steps=8"]
+    told = []
+    for workdir, count in zip(runs, (1, 2), strict=True):
+        scripts = [("small_broken.py",)] * count
+        done = finish(
+            begin(
+                world, workdir, count, devices=2 // count, more=more,
+                scripts=scripts,
+            )
+        )  # fmt: skip
+        for _, err, code in done:
+            assert code == 0, err
+        told += [
+            [x.replace(str(workdir), "") for x in err.splitlines()
+             if x.startswith(("topd: alarm", "topd: rolled back"))]
+            for _, err, _ in done
+        ]  # fmt: skip
+    assert told[0] == told[1] and len(told[0]) >= 2 and told[2] == []
+    assert told[0][-1].startswith("topd: rolled back to step 4, from the 2 ")
+    assert_same_run(*runs)
+    alarms, dumps = (
+        [read(run) for run in runs]
+        for read in (
+            lambda run: read_jsonl(run / "alarms.jsonl"),
+            lambda run: sorted(p.name for p in (run / "dumps").iterdir()),
+        )
+    )
+    assert alarms[0] == alarms[1] and alarms[0][0]["alarm"] == "rollback"
+    assert dumps[0] == dumps[1] and "5-non_finite" in dumps[0]
+    replay = "-m", "topd_jax.cli", "replay", runs[1] / "dumps" / "5-non_finite"
+    found = json.loads(run_script(*replay, XLA_FLAGS=simulated(2)))["metrics"]
+    # What was pretended alone differs.
+    assert [n for n, (a, b) in found.items() if a != b] == ["skipped"]
+    with pytest.raises(
+        AssertionError, match=r"on 2 device\(s\) and here are 1"
+    ):
+        run_script(*replay, XLA_FLAGS=simulated(1))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +245,7 @@ def test_one_process_is_first_and_waits_for_nobody(tmp_path):
     hosts.meet("here")
     assert hosts.from_first(lambda: 4) == 4
     hosts.require_same({"command": "train"})
-    assert not hosts.told_to_stop(1)
+    assert not hosts.told_to_stop()
     hosts.wait_for([tmp_path])
     tree = {"a": jax.numpy.arange(3), "b": 4}
     tree = hosts.on_host(tree)

@@ -9,16 +9,17 @@ import itertools
 import json
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from topd_jax.parallel import stopping
 
@@ -34,6 +35,8 @@ _PATIENCE_MS = 7 * 24 * 3600 * 1000
 _heartbeat_seconds = 0
 # Of the calls of from_first: each barrier needs a name of its own.
 _calls = itertools.count()
+# The last answer of told_to_stop(), still being computed.
+_told: jax.Array | None = None
 
 
 def start(
@@ -74,12 +77,13 @@ def start(
         )
     global _heartbeat_seconds
     _heartbeat_seconds = heartbeat_seconds
-    jax.config.update("jax_enable_preemption_service", in_steps)
+    # Its handler would hide SIGTERM, and a second one, from ours.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator, count, index, heartbeat_timeout_seconds=heartbeat_seconds
     )
     if in_steps:
-        stopping.pass_to_jax()
+        stopping.stop_together()
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
@@ -197,22 +201,34 @@ def from_first(call: Callable[[], Any]) -> Any:
     return told["result"]
 
 
-def told_to_stop(step: int) -> int:
-    """Return the signal that asks to stop now (preemption, or a user).
+def told_to_stop(*, wait: bool = False) -> int:
+    """Return the signal that asks any process to stop now; 0 for none.
 
-    In processes that :func:`start` joined, JAX catches the signal of any and
-    tells all after the same step; alone, see
-    :func:`~topd_jax.parallel.stopping.asked`.
+    Every process must call this after every step, and is told the same. The
+    answer of several is computed on their devices after the step, and read
+    after the next one: no step waits for it.
 
     Args:
-      step: just taken; every process must ask after every step.
-
-    Returns:
-      The signal's number, 0 for none.
+      wait: whether to wait for the answer of this step.
     """
-    if multihost_utils.reached_preemption_sync_point(step):
-        return signal.SIGTERM
-    return stopping.asked()
+    global _told
+    number = stopping.asked()
+    if jax.process_count() == 1:
+        return number
+    before, _told = _told, _highest(number)
+    answer = _told if wait or before is None else before
+    return int(answer.addressable_data(0))
+
+
+def _highest(number: int) -> jax.Array:
+    """Compute the highest number of all processes."""
+    mesh = Mesh(np.array(jax.devices()), "devices")
+    parts = multihost_utils.host_local_array_to_global_array(
+        np.full(jax.local_device_count(), number, np.int32),
+        mesh, PartitionSpec("devices"),
+    )  # fmt: skip
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(jnp.max, out_shardings=everywhere)(parts)
 
 
 def on_host(tree: Any) -> Any:

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -28,7 +28,7 @@ _explain: Callable[[Exception], str | None] = str
 _asked = 0
 # Whether the command resumes when it is run again.
 _resumes = False
-# Whether JAX stops several processes after the same step.
+# Whether this is one of several processes, which stop after the same step.
 _several = False
 
 
@@ -59,14 +59,14 @@ def set_resumes(resumes: bool) -> None:
     _resumes = resumes
 
 
-def pass_to_jax() -> None:
-    """Let SIGINT do what JAX does at SIGTERM: stop all processes together."""
-    global _several
-    _several = True
+def stop_together() -> None:
+    """Let the first signal wait from now on: several processes stop as one."""
+    global _several, _answer
+    _several, _answer = True, _wait
 
 
 def asked() -> int:
-    """Return the signal by which to stop after this step; 0 for none."""
+    """Return the signal that asks this process to stop; 0 for none."""
     return _asked
 
 
@@ -74,13 +74,17 @@ def asked() -> int:
 def answered_by(answer: Callable[[int], None]) -> Iterator[None]:
     """Answer the first signal with a function while the block runs.
 
-    If the function ends the process, the block's end waits for it.
+    If the function ends the process, the block's end waits for it. One of
+    several processes answers with none: see :func:`stop_together`.
 
     Args:
       answer: given the signal's number, called in another thread; at once
         where a signal waits already.
     """
     global _answer
+    if _several:
+        yield
+        return
     with _lock:
         before, _answer = _answer, answer
         if _asked:
@@ -114,10 +118,14 @@ def leave(number: int, done: str = "") -> NoReturn:
     Raises:
       SystemExit: in the main thread, so that several processes part in order.
     """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:  # else it would be printed once more
+        for bar in _bars():
+            bar.close()
     name = signal.Signals(number).name
     more = "; rerun the command to resume" if _resumes or done else ""
     _say(f"stopped by {name}{done}{more}")
-    if threading.current_thread() is threading.main_thread():
+    if in_main:
         raise SystemExit(128 + number)
     os._exit(128 + number)
 
@@ -137,10 +145,6 @@ def _listen(pipe: int) -> None:
 
 def _respond(number: int) -> None:
     try:
-        if _several:
-            _say_after_step(number)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
         with _lock:
             (_answer or leave)(number)
     except Exception as error:
@@ -154,21 +158,22 @@ def _respond(number: int) -> None:
 def _wait(number: int) -> None:
     global _asked
     if not _asked:
-        _say_after_step(number)
+        name = signal.Signals(number).name
+        _say(f"{name}: stopping after this step; again: at once")
     _asked = number
-
-
-def _say_after_step(number: int) -> None:
-    name = signal.Signals(number).name
-    _say(f"{name}: stopping after this step; again: at once")
 
 
 def _say(text: str) -> None:
     """Write one line, below a progress bar; no lock may be waited for."""
-    tqdm = sys.modules.get("tqdm")
-    start = "\n" if tqdm and len(getattr(tqdm.tqdm, "_instances", ())) else ""
+    start = "\n" if _bars() else ""
     with contextlib.suppress(OSError):  # nobody reads any longer
         os.write(2, f"{start}topd: {text}\n".encode())
+
+
+def _bars() -> list[Any]:
+    """Return the progress bars that are on the screen."""
+    tqdm = sys.modules.get("tqdm")
+    return list(getattr(tqdm.tqdm, "_instances", ())) if tqdm else []
 
 
 def _start(function: Callable[[int], None], argument: int) -> None:

@@ -260,9 +260,10 @@ class Run:
                         **self.watch.counts,
                     )  # fmt: skip
                 self.step = step
-                if number := hosts.told_to_stop(step):
+                due = _is_due(step, settings.eval.every)
+                if number := hosts.told_to_stop(wait=due or step == steps):
                     self._stop(number)
-                if _is_due(step, settings.eval.every):
+                if due:
                     self.evaluate()
                 if _is_due(step, settings.checkpoint.every) and step < steps:
                     self.save()
