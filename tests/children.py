@@ -35,6 +35,19 @@ def run_script(*arguments: object, **environment: str) -> str:
     return done.stdout
 
 
+def run_topd(*arguments: object, cwd: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line, as a shell sees it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "topd_jax.cli", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
 def starts_with(flags: str) -> bool:
     """Whether XLA knows all of these flags."""
     client = "from jaxlib import xla_client; xla_client.make_cpu_client()"

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from children import run_topd
 from small_files import LLAMA, make
 from small_hub import hub_directory
 
@@ -82,17 +84,49 @@ COMMANDS = [
 ]  # fmt: skip
 
 
+def whole(
+    line: str, small_arguments: list[str], workdir: str = "run"
+) -> list[str]:
+    """The arguments of a command line."""
+    name, *more = line.split(" ")
+    if name != "doctor":
+        more.append(f"--workdir={workdir}")
+    return [name, *small_arguments, *more]
+
+
+def files_in(place: Path) -> dict[Path, int]:
+    return {p: p.stat().st_size for p in place.rglob("*")}
+
+
 @pytest.mark.parametrize(("line", "message"), COMMANDS)
 def test_a_command_that_cannot_be_done_writes_nothing(
     place, refused, small_arguments, line, message
 ):
-    before = {p: p.stat().st_size for p in place.rglob("*")}
-    name, *more = line.split(" ")
-    if name != "doctor":
-        more.append("--workdir=run")
-    said = refused(name, *small_arguments, *more)
+    before = files_in(place)
+    said = refused(*whole(line, small_arguments))
     assert message in said and len(said) < 3000
-    assert {p: p.stat().st_size for p in place.rglob("*")} == before
+    assert files_in(place) == before
+
+
+@pytest.mark.slow
+def test_the_same_of_twenty_commands_in_a_shell(place, small_arguments):
+    before = files_in(place)
+    chosen = [case for i, case in enumerate(COMMANDS) if i % 3]
+    assert len(chosen) == 20
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.map(
+            lambda i: run_topd(
+                *whole(chosen[i][0], small_arguments, f"run{i}"), cwd=place
+            ),
+            range(20),
+        )
+        for (line, message), (code, out, said) in zip(
+            chosen, ended, strict=True
+        ):
+            assert (code, out) == (2, ""), (line, said)
+            assert said.startswith("topd: ") and said.count("\n") == 1, said
+            assert message in said
+    assert files_in(place) == before
 
 
 def test_a_process_ends_with_one_line_or_with_a_traceback(place):
