@@ -111,7 +111,7 @@ def test_another_version_or_config_is_refused_by_name(world_cache, tmp_path):
         PYTHONPATH=str(other.parent), PYTHONSAFEPATH="1",
     )  # fmt: skip
     for out, err, code in finish(children):
-        assert code == 2 and not out, err
+        assert code == 2 and "{" not in out, err  # Gloo speaks there
         (told,) = [x for x in err.splitlines() if x.startswith("topd: ")]
         assert "process 1 runs something else than the first (" in told
         assert "config.eval.samples: 1 in the first, 3 in process 1" in told
