@@ -73,12 +73,13 @@ def table(plan: Plan) -> str:
     shape = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     lines = [
         f"{plan.topology}: {devices} devices ({plan.chip.kind}), mesh {shape}",
-        f"Memory in GiB, {USABLE:.0%} of {plan.chip.memory / _GIB:.0f} may be "
-        "used. Seconds: the roofline of one device, a lower bound, for",
-        "rollouts of rollout.max_new_tokens; about: at the "
-        f"{plan.chip.trained:.0%} of the peak (compute) or {DECODED:.0%} of "
-        "the bandwidth that",
-        "such programs are published to reach; chip-hours: of all calls, so.",
+        f"Memory in GiB: {USABLE:.0%} of {plan.chip.memory / _GIB:.0f} may be "
+        "used.",
+        "Seconds: the roofline of one device, a lower bound; about: at what is "
+        "published of",
+        f"such programs, {plan.chip.trained:.0%} of the peak (compute) or "
+        f"{DECODED:.0%} of the bandwidth.",
+        "Chip-hours: of all calls, so; rollouts are of rollout.max_new_tokens.",
         "",
         _HEAD,
         *(_row(p, plan.chip, devices) for p in plan.programs),
