@@ -211,6 +211,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         peace.kill()
     assert code == 0, line
     watch.join()
+    watch.rows.pop()  # it may have been ending
     assert_same_run(quiet, disturbed)
     draw(watch)
     rows, seconds = watch.rows, watch.seconds()
