@@ -135,7 +135,7 @@ def test_an_export_takes_no_place_that_is_taken(
     line = ["export", *small_arguments, f"--workdir={trained}"]
     before = sorted(p.name for p in exported.iterdir())
     message = refused(*line, f"--output={exported}")
-    assert "is not empty; choose another directory, or empty it" in message
+    assert "is not empty; remove it, or choose another directory" in message
     assert sorted(p.name for p in exported.iterdir()) == before
     (tmp_path / "file").write_text("mine")
     assert "is not empty" in refused(*line, f"--output={tmp_path / 'file'}")

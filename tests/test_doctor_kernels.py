@@ -40,8 +40,8 @@ def scaled(monkeypatch):
 def without_the_first_block(monkeypatch):
     plain = flash_decode._block
 
-    def late(sizes, table, step):
-        block, needed = plain(sizes, table, step)
+    def late(sizes, table, row, step):
+        block, needed = plain(sizes, table, row, step)
         return block, needed & (step > 0)
 
     monkeypatch.setattr(flash_decode, "_block", late)

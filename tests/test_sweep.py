@@ -109,7 +109,8 @@ def test_a_finished_sweep_only_reports(
     monkeypatch.setattr(sweep, "load_setup", forbidden)
     # A record may hold the runs of another sweep.
     record = finished / "record.jsonl"
-    other = {"name": "opd", "fingerprint": "another", "seed": 0}
+    other = json.loads(record.read_text().splitlines()[0])
+    other |= {"fingerprint": "another"}
     sweep.append_row(record, other)
     text = record.read_text()
     main.run([*arguments, f"--workdir={finished}"])

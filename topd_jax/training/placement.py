@@ -63,7 +63,6 @@ def make_run_mesh(
         return sharding.make_mesh(**axes, devices=devices)
     model_configs(settings)  # raises for models that are not known
     kept = {}
-    memory = device_bytes(devices) if memory is None else memory
     for fsdp, tensor in _candidates(settings, len(devices)):
         mesh = sharding.make_mesh(fsdp=fsdp, tensor=tensor, devices=devices)
         try:
@@ -71,6 +70,7 @@ def make_run_mesh(
         except ValueError:  # heads or columns do not divide
             continue
         size = bytes_held((models.state, models.teachers, models.frozen))
+        memory = device_bytes(mesh) if memory is None else memory
         if memory is None or size <= _KEPT * memory:
             return mesh
         kept[size] = mesh
@@ -94,13 +94,13 @@ def check_batches(settings: Settings, mesh: Mesh) -> None:
     check_rows(settings.rollout.slots, mesh, "rollout.slots")
 
 
-def device_bytes(devices: Sequence[jax.Device]) -> float | None:
+def device_bytes(mesh: Mesh) -> float | None:
     """Return the bytes of one device, None where it does not tell them.
 
     A CPU has its share of the machine's.
     """
     index = jax.process_index()
-    device = next(d for d in devices if d.process_index == index)
+    device = next(d for d in mesh.devices.flat if d.process_index == index)
     if device.platform == "cpu":
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total / jax.local_device_count()

@@ -68,7 +68,7 @@ def meshes(context: Context) -> Iterator[Finding]:
     axes = " x ".join(f"{n}={s}" for n, s in sizes if s > 1) or "1 device"
     yield Finding("ok", "mesh", axes)
     kept = bytes_held((models.state, models.teachers, models.frozen))
-    have = device_bytes(list(context.mesh.devices.flat))
+    have = device_bytes(context.mesh)
     yield judge(
         "memory",
         have is None or kept < _MOST * have,
