@@ -361,6 +361,18 @@ def test_a_tokenizer_that_is_damaged(name, data, copied):
     assert "tokenizer" in line
 
 
+def test_an_id_beyond_the_rows_of_the_model_is_refused(copied):
+    """Ids may have gaps: fewer of them than rows proves nothing."""
+    folder = copied("chat")
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    vocabulary = fields["model"]["vocab"]
+    vocabulary["a"] = 500
+    path.write_text(json.dumps(fields))
+    line = refusal_of(lambda: load(folder))
+    assert "ids up to 500 and the model 259 rows" in line
+
+
 def test_code_beside_a_tokenizer_is_not_run(copied, tmp_path):
     folder, ran = copied("chat"), tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: 0")

@@ -144,6 +144,7 @@ CAUTION = {
     "layer_types",
     "tie_word_embeddings",  # where the file holds another head
     "use_bidirectional_attention",  # Gemma 3 without a cache
+    "truncate",  # which Gemma 3 does not read where it stands
 }
 
 

@@ -185,6 +185,18 @@ def test_experts_have_the_familys_defaults():
     assert read("qwen3_moe", num_local_experts=16).experts == 16
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = YARN | {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
 REFUSED = [
     ("gemma3_text", "attn_logit_softcapping", 50.0),
     ("gemma2", "use_bidirectional_attention", True),
@@ -212,6 +224,31 @@ REFUSED = [
     ("llama", "rope_parameters", {"rope_type": "linear"}),
     ("llama", "rope_parameters", {"full_attention": {"rope_theta": 1.0}}),
     ("llama", "'factor'", {"rope_scaling": {"type": "default", "factor": 2}}),
+    *(
+        ("gemma3_text", "the reference ignores", {"rope_parameters": given})
+        for given in (
+            LINEAR,
+            {"rope_theta": 1e5},
+            {"full_attention": LINEAR, "factor": 8.0},
+            {"full_attention": LINEAR, "truncate": False},
+            {"full_attention": YARN | {"truncate": False}},
+        )
+    ),
+    *(
+        ("gemma3_text", "mean nothing here", {"rope_scaling": given})
+        for given in (
+            {"full_attention": LINEAR},
+            {"sliding_attention": {"rope_type": "default"}},
+        )
+    ),
+    *(
+        (
+            "llama",
+            f"low_freq_factor={low} must be below high_freq_factor=4",
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": low}},
+        )
+        for low in (4, 5)
+    ),
     ("llama", "hidden_act", "relu"),
     ("llama", "attention_bias", "yes"),
     ("llama", "mlp_bias", 1),

@@ -110,6 +110,20 @@ MODELS = {
             },
         },
     ),
+    "gemma3-yarn": (
+        "Gemma3",
+        GEMMA
+        | {
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": rope(
+                    "yarn", 1e5, factor=4.0, truncate=True,
+                    original_max_position_embeddings=64,
+                ),
+                "sliding_attention": rope("default", 300.0),
+            },
+        },
+    ),
     "gemma3-capped": ("Gemma3", GEMMA | BIASES | {
         "final_logit_softcapping": 3.0,
         "layer_types": ["full_attention", *["sliding_attention"] * 2],

@@ -39,6 +39,12 @@ class RopeScaling:
             raise ValueError(
                 f"kind={self.kind!r} must be 'linear', 'llama3' or 'yarn'"
             )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.kind == "llama3" and low >= high:
+            raise ValueError(
+                f"low_freq_factor={low:g} must be below "
+                f"high_freq_factor={high:g}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,16 @@ def read_rope(
                 "only {'rope_type': 'default', 'rope_theta': ...}"
             )
         whole = rope[FULL]
+        # The reference reads both kinds alone, and "truncate" from neither.
+        ignored = sorted(set(rope) - {FULL, SLIDING})
+        if whole.get("truncate", True) is not True:
+            ignored.append(f"{FULL}.truncate")
+        if ignored:
+            problems.append(
+                f"rope_parameters={dict(rope)}: the reference ignores "
+                f"{', '.join(ignored)} here; delete what it ignores, and give "
+                f"the scaling in {FULL}"
+            )
     options["rope_theta"] = _base(whole, problems)
     options["rope_scaling"] = _scaling(whole, problems)
     return options
@@ -111,7 +121,11 @@ def _scaling(
         # The paper's factor of cosine and sine (arXiv:2309.00071, eq. 22).
         paper = 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
         scaling.setdefault("attention_factor", paper)
-    return RopeScaling(kind, **scaling)
+    try:
+        return RopeScaling(kind, **scaling)
+    except ValueError as error:
+        problems.append(f"rope_parameters={dict(rope)}: {error}")
+        return None
 
 
 def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:

@@ -89,7 +89,7 @@ def load(
 
     Raises:
       ValueError: for whatever is missing, broken or not supported, and for a
-        tokenizer with more ids than the model has rows.
+        tokenizer with an id that the model has no row for.
     """
     files = describe(
         source, ignore=ignore, dtype=dtype, param_dtype=param_dtype,
@@ -98,10 +98,11 @@ def load(
     placement = Placement(Path(source).name, mesh, finish)
     model = files.read_decoder(files.config, placement)
     tokenizer = files.tokenizer
-    if tokenizer is not None and len(tokenizer) > files.config.vocab_size:
+    rows, largest = files.config.vocab_size, _largest_id(tokenizer)
+    if largest >= rows:
         raise ValueError(
-            f"{source}: the tokenizer has {len(tokenizer)} ids and the model "
-            f"{files.config.vocab_size} rows; they do not belong together"
+            f"{source}: the tokenizer has ids up to {largest} and the model "
+            f"{rows} rows; they do not belong together"
         )
     return model, tokenizer
 
@@ -211,6 +212,13 @@ def end_ids(source: str | os.PathLike) -> tuple[int, ...]:
 
 def _is_gguf(source: str) -> bool:
     return source.startswith(_PACKAGE) or source.endswith(".gguf")
+
+
+def _largest_id(tokenizer: "Tokenizer | None") -> int:
+    """Return a tokenizer's largest id; -1 for none. Ids may have gaps."""
+    if hasattr(tokenizer, "get_vocab"):
+        return max(tokenizer.get_vocab().values(), default=-1)
+    return -1 if tokenizer is None else len(tokenizer) - 1
 
 
 def _run_tokenizer(directory: Path) -> "Tokenizer | None":
