@@ -1,6 +1,7 @@
 """Storage that fails while a run writes: one line, and nothing is lost."""
 
 import contextlib
+import re
 import resource
 import shutil
 import subprocess
