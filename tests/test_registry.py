@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 from small_files import LLAMA, assert_same, make
@@ -218,8 +220,15 @@ REFUSED = [
     ("qwen3_moe", "decoder_sparse_step", 2),
     ("qwen3_moe", "mlp_only_layers", [3]),
     ("qwen3_moe", "decoder_sparse_step", 0),
+    ("qwen3_moe", "decoder_sparse_step", 7),  # no layer with experts
+    ("qwen3_moe", "mlp_only_layers", ["a"]),
+    ("qwen3_moe", "mlp_only_layers", list(range(6))),
     ("qwen3_moe", "norm_topk_prob", 3),
-    ("smollm3", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}),
+    *(
+        ("smollm3", "must have one entry a layer, 6", {"no_rope_layers": given})
+        for given in ([], [1, 0])
+    ),
+    ("gemma2", "entry a layer, 6", {"layer_types": ["full_attention"]}),
     ("llama", "rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
     ("llama", "rope_parameters", {"rope_type": "linear"}),
     ("llama", "rope_parameters", {"full_attention": {"rope_theta": 1.0}}),
@@ -231,8 +240,12 @@ REFUSED = [
             {"rope_theta": 1e5},
             {"full_attention": LINEAR, "factor": 8.0},
             {"full_attention": LINEAR, "truncate": False},
-            {"full_attention": YARN | {"truncate": False}},
         )
+    ),
+    (  # transformers 5.4 does not read this scaling at all
+        "gemma3_text",
+        "the reference ignores full_attention.truncate|transformers refuses",
+        {"rope_parameters": {"full_attention": YARN | {"truncate": False}}},
     ),
     *(
         ("gemma3_text", "mean nothing here", {"rope_scaling": given})
@@ -268,6 +281,64 @@ def test_what_is_not_supported_is_refused_by_name(family, field, value):
     named = "rope" in field or not isinstance(value, dict)
     with pytest.raises(ValueError, match=field):
         read(family, **({field: value} if named else value))
+
+
+NAN, INFINITY = math.nan, math.inf
+VALUES = [
+    ("llama", "rms_norm_eps", "a positive number",
+     (None, NAN, INFINITY, -1, 0.0, "1e-5", True, [1], 10**400)),
+    ("llama", "tie_word_embeddings", "true or false", ("false", 1, None)),
+    ("llama", "num_hidden_layers", "an integer from 1 to 1000", (1001, 6.0)),
+    ("llama", "vocab_size", "an integer from 1 to 2147483647", (2**31, True)),
+    ("llama", "hidden_act", "a name", (["silu"], None, {}, 3)),
+    ("llama", "rope_theta", "a number above 1",
+     (None, "x", True, 1, 10**400, NAN)),
+    ("llama", "rope_scaling", "an object, of objects", ("", ["linear"], 3)),
+    ("gemma3_text", "rope_parameters", "an object, of objects",
+     ({"full_attention": 3}, {"sliding_attention": []}, "x", 3)),
+    ("gemma3_text", "rope_theta", "a number above 1", (None, "x")),
+    ("gemma3_text", "rope_local_base_freq", "a number above 1", (None, 1)),
+    ("gemma3_text", "sliding_window_pattern", "an integer from 1",
+     (0, None, "x", 1.5, -2)),
+    ("gemma3_text", "hidden_activation", "a name", (["silu"],)),
+    ("gemma3_text", "layer_types", "a list of names, one a layer",
+     (3, "full_attention", [["full_attention"]] * 6, [3] * 6)),
+    ("gemma2", "sliding_window", "an integer from 1", (2**31, "x", -3)),
+    *((family, "max_window_layers", "an integer from 0", (None, "x", -1))
+      for family in ("qwen2", "qwen3")),
+    ("smollm3", "no_rope_layers", "a list of 0 or 1, one a layer",
+     ("111111", 3, [[1]] * 6, ["a"] * 6, [2] * 6)),
+    ("smollm3", "no_rope_layer_interval", "an integer from 1", (0, -1, None)),
+    ("qwen3_moe", "moe_intermediate_size", "an integer from 1", (0, None)),
+    *(("qwen3_moe", name, "an integer from 1 to 1000", (10**9, 0, None, "4"))
+      for name in ("num_experts", "num_local_experts")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "bound", "value"),
+    [(*row[:3], value) for row in VALUES for value in row[3]],
+)
+def test_values_of_a_config_have_kinds_and_bounds(family, field, bound, value):
+    line = f"{field}={value!r:.60} must be {bound}"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        read(family, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("factor", None, ".factor=None must be a positive number"),
+        ("factor", "4", ".factor='4' must be a positive number"),
+        ("truncate", "false", ".truncate='false' must be true or false"),
+        ("rope_type", ["yarn"], "rope_type"),
+        ("rope_theta", 1, "rope_theta=1 must be a number above 1"),
+    ],
+)
+def test_values_of_a_scaling_have_kinds_and_bounds(name, value, line):
+    given = YARN | {"rope_theta": 1e4, name: value}
+    with pytest.raises(ValueError, match=re.escape(line)):
+        read("llama", rope_parameters=given)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ fields that differ between layers (``sliding_window``, ``layer_types``,
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,10 +22,10 @@ from topd_jax.models.io.families import FAMILIES, Family, family_of
 from topd_jax.models.io.hub_rope import (
     FULL,
     SLIDING,
-    is_number,
     read_rope,
     write_rope,
 )
+from topd_jax.models.io.hub_values import wrong_value
 
 # Fields that every file must have.
 _REQUIRED = {
@@ -36,9 +35,6 @@ _REQUIRED = {
     "num_attention_heads": "heads",
     "intermediate_size": "mlp_width",
 }
-
-# Of counts that a file gives; a decoder names each tensor of each of them.
-_MOST = {"num_hidden_layers": 1000, "num_experts": 1000}
 
 _COMMON = {
     "num_key_value_heads": "kv_heads",
@@ -125,17 +121,23 @@ def decoder_config(
       ValueError: listing every missing, unsupported and unknown field.
     """
     family = family_of(fields.get("model_type"), where)
+    given = dict.fromkeys(_REQUIRED) | dict(fields)
+    read = _read_names(family)
     problems = [
-        f"{name}={fields.get(name)!r} must be a positive integer"
-        for name in _REQUIRED
-        if fields.get(name) is None
-    ]
-    problems += [
-        f"{name}={fields[name]!r} must be at most {most}"
-        for name, most in _MOST.items()
-        if is_number(fields.get(name)) and fields[name] > most
+        problem
+        for name, value in given.items()
+        if name in read
+        for problem in wrong_value(name, value)
     ]
     problems += _unread(fields, family, frozenset(ignore))
+    _refuse(where, problems)
+    layers = given["num_hidden_layers"]
+    problems += [
+        f"{name}={given[name]!r:.60} must have one entry a layer, {layers}"
+        for name in ("layer_types", "no_rope_layers")
+        if name in read and given.get(name) is not None
+        if len(given[name]) < layers
+    ]
     _refuse(where, problems)
     hub = _hub_class_read(fields, family, where)
     options: dict[str, Any] = dict(family.options)
@@ -143,9 +145,7 @@ def decoder_config(
         value = getattr(hub, name, None)
         if name == "head_dim" and value is None:
             value = hub.hidden_size // hub.num_attention_heads
-        number = isinstance(value, int | float) and value is not False
-        if number and not 0 < value < math.inf:
-            problems.append(f"{name}={value!r} must be a positive number")
+            problems += wrong_value(name, value)
         options |= dict.fromkeys(targets, value)
     activation = getattr(hub, family.activation)
     if activation not in _ACTIVATIONS:
@@ -239,16 +239,22 @@ def _hub_class_read(
         ) from error
 
 
+def _read_names(family: Family) -> set[str]:
+    """Return the fields that change the network and that are read."""
+    defaults = _hub_defaults(family.model_type)
+    read = {"rope_theta", "rope_scaling", family.activation}
+    read |= _spelling(family).keys() | (_LAYERS & defaults.keys())
+    if "_sliding_window_pattern" in defaults:
+        read |= _OLD_SPELLINGS
+    return read
+
+
 def _unread(
     fields: Mapping[str, object], family: Family, ignore: frozenset
 ) -> list[str]:
     """List the fields that change the network and that nobody here reads."""
     defaults = _hub_defaults(family.model_type)
-    read = {"model_type", "rope_theta", "rope_scaling", family.activation}
-    read |= _spelling(family).keys() | _HARMLESS | ignore
-    read |= _LAYERS & defaults.keys()
-    if "_sliding_window_pattern" in defaults:
-        read |= _OLD_SPELLINGS
+    read = _read_names(family) | _HARMLESS | ignore | {"model_type"}
     problems = []
     for name, value in fields.items():
         twice = name == "hidden_act" and value == fields.get(family.activation)
@@ -339,7 +345,7 @@ def _read_layers(hub: Any, problems: list[str]) -> dict[str, object]:
     if SLIDING not in kinds:
         return options
     switched_off = not getattr(hub, "use_sliding_window", True)
-    if switched_off or not is_number(window) or window < 1:
+    if switched_off or window is None:
         problems.append(
             f"sliding_window={window!r} must be a positive integer where "
             f"layer_types has {SLIDING!r}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from topd_jax.models.config import DecoderConfig, RopeScaling
 from topd_jax.models.io.families import Family
+from topd_jax.models.io.hub_values import is_number
 
 # Kinds of layers, as ``layer_types`` spells them.
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -33,6 +34,9 @@ _SCALINGS: dict[str, dict[str, str]] = {
     },
 }
 
+# Those that may be missing or null.
+_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor")
+
 
 def read_rope(
     rope: Mapping[str, Any], family: Family, problems: list[str]
@@ -52,7 +56,9 @@ def read_rope(
     whole = rope
     if family.local_rope:
         local = rope[SLIDING]
-        options["local_rope_theta"] = _base(local, problems)
+        options["local_rope_theta"] = _base(
+            local, "rope_local_base_freq", problems
+        )
         if _scaling(local, problems) is not None:
             problems.append(
                 f"rope_parameters.{SLIDING}={dict(local)} is not supported, "
@@ -69,15 +75,15 @@ def read_rope(
                 f"{', '.join(ignored)} here; delete what it ignores, and give "
                 f"the scaling in {FULL}"
             )
-    options["rope_theta"] = _base(whole, problems)
+    options["rope_theta"] = _base(whole, "rope_theta", problems)
     options["rope_scaling"] = _scaling(whole, problems)
     return options
 
 
-def _base(rope: Mapping[str, Any], problems: list[str]) -> float:
+def _base(rope: Mapping[str, Any], name: str, problems: list[str]) -> float:
     theta = rope.get("rope_theta")
-    if not is_number(theta) or theta <= 0:
-        problems.append(f"rope_theta={theta!r} must be a positive number")
+    if not is_number(theta) or theta <= 1:
+        problems.append(f"{name}={theta!r:.60} must be a number above 1")
         return math.nan
     return float(theta)
 
@@ -106,18 +112,26 @@ def _scaling(
     if kind == "default":
         return None
     values = {
-        field: given[name]
-        for name, field in _SCALINGS[kind].items()
-        if given.get(name) is not None
+        name: given.get(name)
+        for name in _SCALINGS[kind]
+        if given.get(name) is not None or name not in _OPTIONAL
     }
-    if bad := {n: v for n, v in values.items() if not is_number(v) or v <= 0}:
-        problems.append(f"rope_parameters: {bad} must be a positive number")
+    wrong = [
+        f"rope_parameters.{name}={value!r:.60} must be a positive number"
+        for name, value in values.items()
+        if not is_number(value) or value <= 0
+    ]
+    truncate = given.get("truncate", True)
+    if not isinstance(truncate, bool):
+        wrong.append(f"rope_parameters.{truncate=} must be true or false")
+    problems += wrong
+    if wrong:
         return None
     scaling: dict[str, Any] = {
-        field: float(value) for field, value in values.items()
+        _SCALINGS[kind][name]: float(value) for name, value in values.items()
     }
     if kind == "yarn":
-        scaling["truncate"] = bool(given.get("truncate", True))
+        scaling["truncate"] = truncate
         # The paper's factor of cosine and sine (arXiv:2309.00071, eq. 22).
         paper = 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
         scaling.setdefault("attention_factor", paper)
@@ -156,10 +170,3 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
     local = config.local_rope_theta or config.rope_theta
     both = {FULL: new, SLIDING: {"rope_type": "default", "rope_theta": local}}
     return fields | {"rope_local_base_freq": local, "rope_parameters": both}
-
-
-def is_number(value: object) -> bool:
-    """Tell whether a value is a finite int or float, and no bool."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return -math.inf < value < math.inf

@@ -1,0 +1,105 @@
+"""What the values of a ``config.json`` may be: one table of kinds and bounds.
+
+The config classes of ``transformers`` check types, some bounds and no sense;
+here each value is refused by name, with its bound, before they read it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+# Of sizes, which are int32, and of numbers, which are float32.
+_LARGEST = np.iinfo(np.int32).max
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
+
+# How an error names the kind, and its test.
+_Kind = tuple[str, Callable[[object], bool]]
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is an int or float that float32 holds, no bool."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= _LARGEST_NUMBER
+
+
+def _integer(least: int, most: int = _LARGEST) -> _Kind:
+    text = f"an integer from {least} to {most}"
+    return text, lambda v: type(v) is int and least <= v <= most
+
+
+def _list_of(what: str, fits: Callable[[object], bool]) -> _Kind:
+    return (
+        f"a list of {what}, one a layer, or null",
+        lambda v: v is None or (isinstance(v, list) and all(map(fits, v))),
+    )
+
+
+def _or_null(kind: _Kind) -> _Kind:
+    text, fits = kind
+    return f"{text}, or null", lambda v: v is None or fits(v)
+
+
+_COUNT = _integer(1)
+# Of what a decoder names each tensor of.
+_FEW = _integer(1, 1000)
+_FLAG = "true or false", lambda v: isinstance(v, bool)
+_NAME = "a name", lambda v: isinstance(v, str)
+_ROPE = _or_null(
+    (
+        "an object, of objects where it names kinds of layers",
+        lambda v: (
+            isinstance(v, Mapping)
+            and all(
+                isinstance(v[kind], Mapping | None)
+                for kind in v
+                if kind.endswith("_attention")
+            )
+        ),
+    )
+)
+_POSITIVE = "a positive number", lambda v: is_number(v) and v > 0
+
+VALUES: dict[str, _Kind] = {
+    "vocab_size": _COUNT,
+    "num_hidden_layers": _FEW,
+    "hidden_size": _COUNT,
+    "intermediate_size": _COUNT,
+    "num_attention_heads": _COUNT,
+    "num_key_value_heads": _or_null(_COUNT),
+    "head_dim": _or_null(_COUNT),
+    "rms_norm_eps": _POSITIVE,
+    "tie_word_embeddings": _FLAG,
+    "attention_bias": _FLAG,
+    "mlp_bias": _FLAG,
+    "hidden_act": _NAME,
+    "hidden_activation": _NAME,
+    "query_pre_attn_scalar": _POSITIVE,
+    "attn_logit_softcapping": _or_null(_POSITIVE),
+    "final_logit_softcapping": _or_null(_POSITIVE),
+    "num_experts": _FEW,
+    "num_local_experts": _FEW,
+    "num_experts_per_tok": _FEW,
+    "moe_intermediate_size": _COUNT,
+    "norm_topk_prob": _FLAG,
+    "rope_parameters": _ROPE,
+    "rope_scaling": _ROPE,
+    "sliding_window": _or_null(_COUNT),
+    "use_sliding_window": _FLAG,
+    "sliding_window_pattern": _COUNT,
+    "max_window_layers": _integer(0),
+    "layer_types": _list_of("names", _NAME[1]),
+    "no_rope_layers": _list_of("0 or 1", lambda v: v in (0, 1)),
+    "no_rope_layer_interval": _COUNT,
+}
+
+
+def wrong_value(name: str, value: object) -> list[str]:
+    """Return why a field cannot have a value: one line, or none.
+
+    Args:
+      name: of the field; any value fits one that the table does not know.
+      value: as JSON gives it.
+    """
+    text, fits = VALUES.get(name, ("", lambda v: True))
+    return [] if fits(value) else [f"{name}={value!r:.60} must be {text}"]
