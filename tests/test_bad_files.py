@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as fuzzing
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from small_files import LLAMA, make
 from small_hub import hub_directory
 from small_run import Refusal, attempt, refusal_of
@@ -327,17 +329,49 @@ def test_files_that_are_missing_or_are_no_files(copied, tmp_path):
     for suffix in ("pytorch_model.bin", "training_args.bin"):
         line = refused("one", lambda f, s=suffix: (f / WEIGHTS).rename(f / s))
         assert f"convert {suffix} to safetensors" in line
+
+    def pipe(path: Path) -> None:
+        path.unlink()
+        os.mkfifo(path)
+
     for name in (CONFIG, WEIGHTS):
-        for change in (Path.unlink, loop, folder_instead):
-            line = refused("one", lambda f, n=name, c=change: c(f / n))
-            assert name in line
+        line = refused("one", lambda f, n=name: (f / n).unlink())
+        assert f"no file {tmp_path / 'one' / name}" in line or INDEX in line
+    for base, name in (
+        ("one", CONFIG), ("one", GENERATION), ("one", WEIGHTS),
+        ("shards", INDEX), ("shards", SHARD.format(2)),
+        ("chat", "tokenizer.json"), ("chat", "chat_template.jinja"),
+    ):  # fmt: skip
+        for change in (loop, folder_instead, pipe):
+            line = refused(base, lambda f, n=name, c=change: c(f / n))
+            assert name in line and ("is no file" in line or "lacks 1" in line)
     line = refused("shards", lambda f: (f / second).unlink())
     assert f"lacks 1 of its 3 shards: {second}; download" in line
-    assert second in refused("shards", lambda f: loop(f / second))
     line = refused("shards", lambda f: (f / second).write_bytes(b"\x80\x04."))
     assert f"{second} cannot be read" in line
     line = refused("shards", lambda f: shutil.copy(f / first, f / second))
-    assert "missing (" in line
+    assert "names" in line and "that no shard holds: model." in line
+
+
+def test_a_tensor_in_two_shards_must_be_the_same(copied):
+    folder = copied("shards")
+    first, second = folder / SHARD.format(1), folder / SHARD.format(2)
+    name, value = next(iter(load_file(first).items()))
+    tensors = load_file(second)
+    save_file(tensors | {name: value}, second)
+    load(folder)
+    save_file(tensors | {name: value + 1}, second)
+    line = refusal_of(lambda: load(folder))
+    assert f"hold {name}, each with other values" in line
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "id2label", "new_field"])
+def test_a_config_of_deeply_nested_objects(field, copied):
+    path = copied("one") / CONFIG
+    deep = '{"a": ' * 900 + "1" + "}" * 900
+    path.write_text(f'{path.read_text().rstrip()[:-1]}, "{field}": {deep}}}')
+    line = refusal_of(lambda: describe(path.parent))
+    assert f"{path} nests deeper than 50 objects" in line
 
 
 # Tokenizers.

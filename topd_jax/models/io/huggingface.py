@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
 )
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Objects and lists in each other, in JSON.
+_DEEPEST = 50
 # Compared at once, where a file holds a tied head as well.
 _HEAD_ROWS = 1024
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -111,7 +113,13 @@ def hub_decoder(
       ValueError: for a missing or broken file, or tensors that do not fit,
         all of them by name.
     """
-    with open_tensors(_weight_files(directory)) as (tensors, read):
+    paths, named = _weight_files(directory)
+    with open_tensors(paths) as (tensors, read):
+        if lost := sorted(named - tensors.keys()):
+            raise ValueError(
+                f"{directory / INDEX_FILE} names {len(lost)} tensors that no "
+                f"shard holds: {', '.join(lost)}; download them again"
+            )
         # Old files hold inv_freq, which follows from rope_theta.
         tensors = {
             name: info
@@ -138,7 +146,8 @@ def load_tokenizer(
       ValueError: where its files cannot be read.
     """
     directory = Path(directory)
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+    there = [require_regular(directory / name) for name in TOKENIZER_FILES]
+    if not any(there):
         return None
     from transformers import AutoTokenizer
 
@@ -162,14 +171,24 @@ def read_json(path: Path) -> dict[str, Any]:
       The object.
 
     Raises:
-      ValueError: where the file is missing or is not a JSON object.
+      ValueError: where the file is missing or is not a JSON object, or where
+        its objects and lists nest deeper than any model's do.
     """
+    require_regular(path)
     try:
         value = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise ValueError(f"no file {path}; is this a model?") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {value!r:.40}")
+    inner: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        lists = [i.values() if isinstance(i, dict) else i for i in inner]
+        inner = [v for i in lists for v in i if isinstance(v, dict | list)]
+    if inner:
+        raise ValueError(
+            f"{path} nests deeper than {_DEEPEST} objects; correct the file"
+        )
     return value
 
 
@@ -210,11 +229,12 @@ def open_tensors(
       (name -> what the tensor is, (name, slices) -> that part of it).
 
     Raises:
-      ValueError: where a file is broken.
+      ValueError: where a file is broken, or two hold a tensor differently.
     """
     tensors, owner = {}, {}
     with contextlib.ExitStack() as stack:
         for path in paths:
+            require_regular(path)
             try:
                 handle = stack.enter_context(safe_open(path, "np"))
             except (SafetensorError, OSError) as error:
@@ -224,12 +244,37 @@ def open_tensors(
                 ) from error
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 part = handle.get_slice(name)
+                if name in owner and not np.array_equal(
+                    owner[name].get_tensor(name), handle.get_tensor(name)
+                ):
+                    raise ValueError(
+                        f"{path} and another file hold {name}, each with "
+                        "other values; keep the one that the model was saved "
+                        "with"
+                    )
                 kind = part.get_dtype()
                 tensors[name] = TensorInfo(
                     tuple(part.get_shape()), _DTYPES.get(kind, kind)
                 )
                 owner[name] = handle
         yield tensors, lambda name, index: owner[name].get_slice(name)[index]
+
+
+def require_regular(path: Path) -> bool:
+    """Tell whether a file is there; refuse what is there and is no file.
+
+    Args:
+      path: of the file. A pipe would be waited for without end.
+
+    Raises:
+      ValueError: for a folder, a pipe, or a link that leads nowhere.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(
+            f"{path} is no file but a folder, a pipe or a link that leads "
+            "nowhere; put the file in its place, or remove it"
+        )
+    return path.is_file()
 
 
 def require_file(path: Path, other: str = "") -> None:
@@ -242,15 +287,16 @@ def require_file(path: Path, other: str = "") -> None:
     Raises:
       ValueError: naming files of torch that are there, to be converted.
     """
-    if not path.exists():
+    if not require_regular(path):
         bins = sorted(p.name for p in path.parent.glob("*.bin"))
         hint = f"; convert {', '.join(bins)} to safetensors" if bins else ""
         raise ValueError(f"no file {path} {other}".rstrip() + hint)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / SINGLE_FILE).exists():
-        return [directory / SINGLE_FILE]
+def _weight_files(directory: Path) -> tuple[list[Path], set[str]]:
+    """Return the files of tensors, and the tensors that an index names."""
+    if require_regular(directory / SINGLE_FILE):
+        return [directory / SINGLE_FILE], set()
     index = directory / INDEX_FILE
     require_file(index, f"or {SINGLE_FILE}")
     names = read_json(index).get("weight_map")
@@ -268,4 +314,4 @@ def _weight_files(directory: Path) -> list[Path]:
             f"{directory} lacks {len(absent)} of its {len(shards)} shards: "
             f"{', '.join(absent)}; download them"
         )
-    return [directory / name for name in shards]
+    return [directory / name for name in shards], set(names)

@@ -28,6 +28,7 @@ from topd_jax.models.io.huggingface import (
     hub_decoder,
     load_tokenizer,
     read_json,
+    require_regular,
     resolve,
 )
 from topd_jax.models.io.runs import (
@@ -181,7 +182,7 @@ def describe(
             of(load_tokenizer, directory),
             of(hub_decoder, directory),
             _ids(read_json(generation), ends, str(generation))
-            if generation.exists()
+            if require_regular(generation)
             else config_ends,
             config_ends,
         )
