@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from small_files import logits_of
-from tiny_families import MODELS, VOCAB, build, torch, transformers
+from tiny_families import MODELS, SHAPE, VOCAB, build, rope, torch, transformers
 
-from topd_jax.models import load, save_model
+from topd_jax.models import causal_mask, load, save_model, unembed
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts, positions_of
 
@@ -86,6 +86,42 @@ def test_everything_agrees(name, tmp_path):
         assert torch.equal(value, got.pop(key)), key
     assert not got
     assert load(out)[0].config == ours.config
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_long_positions_are_turned_as_in_the_reference(kind, tmp_path):
+    """Logits of one layer, its 65 tokens spread over 8k and 32k positions."""
+    trained = {"original_max_position_embeddings": 8192}
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
+    scaling = {
+        "default": {},
+        "linear": {"factor": 2.0},
+        "llama3": trained | llama3,
+        "yarn": trained | {"factor": 4.0},
+    }[kind]
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE | {
+        "num_hidden_layers": 1,
+        "head_dim": 128,
+        "max_position_embeddings": 32_768,
+        "rope_parameters": rope(kind, 1e6, **scaling),
+    })  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, _ = load(tmp_path)
+    tokens, mask = batch(1, 65, (0,))
+    for length in (8192, 32_768):
+        positions = np.linspace(0, length - 1, 65).astype(int)[None]
+        with torch.no_grad():
+            want = theirs(
+                torch.tensor(tokens), position_ids=torch.tensor(positions)
+            ).logits.numpy()
+        hidden, _ = ours(
+            tokens, jnp.asarray(positions), causal_mask(jnp.asarray(mask))
+        )
+        got = np.asarray(unembed(ours.head, hidden))
+        print(kind, length, "error", np.abs(got - want).max())
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def tensor_of(tensors, key, experts):

@@ -21,11 +21,29 @@ CONFIG = DecoderConfig(
 )
 
 
+# Four frequencies of theta 1e6, as transformers computes them with torch.
+TORCH = [
+    "0x1.9c975a0000000p-1",
+    "0x1.4c7bc00000000p-1",
+    "0x1.0bedde0000000p-1",
+    "0x1.afd1360000000p-2",
+]
+
+
 def test_plain_and_linear():
     # 100 ** (-0 / 4), 100 ** (-2 / 4)
     np.testing.assert_allclose(frequencies(100.0, 4), [1.0, 0.1])
     got = frequencies(100.0, 4, RopeScaling("linear", 4.0))
     np.testing.assert_allclose(got, [0.25, 0.025])
+
+
+def test_frequencies_round_as_the_reference():
+    """To the bit, where exact ones would be turned too far at 32k."""
+    got = frequencies(1e6, 128)
+    assert got.dtype == np.float32
+    assert [float(f).hex() for f in got[1:5]] == TORCH
+    exact = (1e6 ** -(np.arange(128 // 2) / 64)).astype(np.float32)
+    assert np.abs(exact - got).max() * 32_768 > 1e-3  # rad
 
 
 def test_llama3_leaves_fast_pairs_and_stretches_slow_ones():

@@ -19,15 +19,19 @@ def frequencies(
 ) -> np.ndarray:
     """Return the angle per position of every rotary pair.
 
+    Each operation rounds to float32, in the order of the code that the public
+    checkpoints were trained with: the error of a last bit grows with the
+    position.
+
     Args:
       theta: base; pair i turns by theta ** (-2 i / head_dim).
       head_dim: of which half are pairs.
       scaling: how long wavelengths are stretched.
 
     Returns:
-      f64[head_dim / 2].
+      f32[head_dim / 2].
     """
-    plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    plain = 1 / _base_powers(theta, head_dim)
     if scaling is None:
         return plain
     if scaling.kind == "llama3":
@@ -37,12 +41,22 @@ def frequencies(
     return plain / scaling.factor
 
 
+def _base_powers(theta: float, head_dim: int) -> np.ndarray:
+    """Return theta ** (2 i / head_dim), f32[head_dim / 2]."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    # Rounded once: of powers in float32 every library has its own last bit.
+    return (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
+
+
 def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Stretch where few turns fit the original length (Llama 3.1)."""
-    turns = scaling.original_length * plain / (2 * math.pi)
+    length, factor = scaling.original_length, scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    share = np.clip((turns - low) / (high - low), 0, 1)
-    return plain * (share + (1 - share) / scaling.factor)
+    waves = 1 / plain * (2 * math.pi)
+    share = (1 / waves * length - low) / (high - low)
+    mixed = (1 - share) * plain / factor + share * plain
+    stretched = np.where(waves > length / low, plain / factor, mixed)
+    return np.where(waves < length / high, plain, stretched)
 
 
 def _yarn(
@@ -60,8 +74,10 @@ def _yarn(
     first, last = max(first, 0), min(last, head_dim - 1)
     if first == last:
         last += 1e-3
-    ramp = np.clip((np.arange(len(plain)) - first) / (last - first), 0, 1)
-    return plain * (1 - ramp + ramp / scaling.factor)
+    pairs = np.arange(head_dim // 2, dtype=np.float32)
+    keep = 1 - np.clip((pairs - first) / (last - first), 0, 1)
+    stretched = 1 / (scaling.factor * _base_powers(theta, head_dim))
+    return stretched * (1 - keep) + plain * keep
 
 
 def rope_rows(config: DecoderConfig) -> np.ndarray:
@@ -86,9 +102,9 @@ def rope_table(
     if scaling is not None:
         ways[0] = ways[0][0], scaling.attention_factor
     local = config.local_rope_theta or config.rope_theta
-    ways += [(frequencies(local, size), 1.0), (np.zeros(size // 2), 1.0)]
+    ways += [(frequencies(local, size), 1.0), (np.zeros_like(ways[0][0]), 1.0)]
     used = np.unique(_ways(config))  # what no layer uses is left out
-    turn = np.stack([ways[i][0] for i in used]).astype(np.float32)
+    turn = np.stack([ways[i][0] for i in used])
     scale = np.asarray([ways[i][1] for i in used], np.float32)
     scale = scale[:, None, None, None, None]
     turn = turn[:, None, None, None]
