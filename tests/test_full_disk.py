@@ -1,7 +1,6 @@
 """Storage that fails while a run writes: one line, and nothing is lost."""
 
 import contextlib
-import re
 import resource
 import shutil
 import subprocess
@@ -53,6 +52,8 @@ def saving(monkeypatch, at, fault):
 
     def save(self):
         if self.step == at:
+            for before in (self.checkpoints, self.best):
+                before.wait()  # an older one may still be being written
             fault()
         plain(self)
 
@@ -67,8 +68,7 @@ def test_a_failed_background_write_is_told_once_and_the_run_goes_on(
         limit = largest_file(12_000)
         saving(patch, 4, lambda: stack.enter_context(limit))
         line = refused(*train, bars=True)
-    assert re.search(r"/(checkpoints|best)/4", line), line
-    assert "File too large" in line
+    assert "/checkpoints/4" in line and "File too large" in line
     assert "; raise the limit on the size of a file (ulimit -f) and re" in line
     places = (tmp_path / "run" / "checkpoints").iterdir()
     assert {p.name for p in places if p.name.isdigit()} == {"2"}
