@@ -9,6 +9,7 @@ from small_run import settings_with
 from topd_jax.parallel import sharding
 from topd_jax.training import placement
 from topd_jax.training.config import settings_from
+from topd_jax.training.shapes import abstract_models, bytes_held
 
 GIB = 2**30
 
@@ -42,6 +43,12 @@ def test_rows_are_spread_first_and_then_what_memory_asks_for():
     settings = settings_with()  # eight rows, and two heads
     assert chosen(settings, 8, GIB) == (8, 1, 1)
     assert chosen(settings, 16, GIB) == (8, 1, 2)
+    # Half of the memory holds models and optimizer; not quite; and where no
+    # mesh makes them small enough, the one that keeps least is taken.
+    models = abstract_models(settings, sharding.make_mesh(devices=range(1)))
+    kept = bytes_held((models.state, models.teachers))
+    for memory, mesh in ((2.1, (8, 1, 1)), (1.9, (4, 1, 2)), (0.1, (1, 8, 1))):
+        assert chosen(settings, 8, memory * kept) == mesh
 
 
 @pytest.mark.parametrize(
