@@ -153,6 +153,11 @@ def test_every_program_has_its_arguments_on_the_mesh(stage):
     assert teacher.model.config.attention == "flash"
 
 
+def test_statistics_that_are_off_are_no_program():
+    _, run = run_of(settings_with(log__statistics_every=0))
+    assert list(run) == ["rollout", "score", "train_step", "evaluate"]
+
+
 def test_of_a_student_with_adapters_only_these_are_in_the_state():
     models, run = run_of(
         settings_with(student__lora_rank=1, teacher__quantize="int8")

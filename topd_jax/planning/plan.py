@@ -134,12 +134,10 @@ def make_plan(
     programs = []
     with jax.set_mesh(mesh):
         for name, call in calls(settings, mesh).items():
-            times = _times(settings, name)
-            if not times:  # statistics that are off
-                continue
             log(f"compiling {name}")
             program = _compile(name, call, USABLE * chip.memory)
-            programs.append(dataclasses.replace(program, calls=times))
+            often = _calls(settings, name)
+            programs.append(dataclasses.replace(program, calls=often))
     rows = settings.data.batch_size * settings.data.samples
     return Plan(
         topology=topology,
@@ -183,15 +181,14 @@ def expected(cost: Cost, chip: Chip) -> float:
     return seconds / (chip.trained if bound == "compute" else DECODED)
 
 
-def _times(settings: Settings, name: str) -> int:
+def _calls(settings: Settings, name: str) -> int:
     """Return how often a run calls a program; "evaluate" as ``topd eval``."""
     if name == "evaluate":
         options = settings.eval
         batches = math.ceil(options.final_problems / options.batch_size)
         return batches * options.samples
     if name == "statistics":
-        every = settings.log.statistics_every
-        return settings.train.steps // every if every else 0
+        return settings.train.steps // settings.log.statistics_every
     return settings.train.steps
 
 

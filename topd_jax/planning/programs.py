@@ -50,8 +50,8 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
       mesh: set as the mesh in use.
 
     Returns:
-      "rollout", "score", "train_step", "statistics" and "evaluate" (the
-      sampler of evaluations) -> call.
+      "rollout", "score", "train_step", "statistics" unless they are off, and
+      "evaluate" (the sampler of evaluations) -> call.
 
     Raises:
       ValueError: if something does not divide over the mesh, or the run reads
@@ -108,6 +108,8 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     }
     if slots and not settings.is_offline:
         every |= _in_slots(every, settings, mesh, slots, sampler)
+    if not settings.log.statistics_every:
+        del every["statistics"]
     return every
 
 
