@@ -38,6 +38,11 @@ PIECES = {
     "fire": ("reverse_kl", ["Fire"], None, "student"),
     "agreement": ("reverse_kl", ["Agreement"], None, "student"),
     "prefix": ("reverse_kl", ["Prefix"], None, ""),
+    "retain": ("reverse_kl", ["Retain"], None, ""),
+    "suppress_unlikely": ("suppress_unlikely", [], None, ""),
+    "topd(ranking='random')": (
+        "reverse_kl", [], GUIDANCE, "ahead branches along",
+    ),
 }  # fmt: skip
 
 
@@ -154,7 +159,7 @@ def guide(distance, wings):
         ("opd(1)", "cannot be read"),
         ("opd(beta=x)", "cannot be read"),
         ("opdd", "must be one of opd, suppress,.* or 'package.module:fun"),
-        ("opd(window=3)", "no option window; its options: beta, log_fl"),
+        ("opd(window=3)", "no option window; its options: alpha, beta, "),
         ("topd(near_future=3)", "no option near_future"),
         ("opd(beta=0.3)", "beta is an option of token_loss='jsd'; choose that"),
         ("suppress(detector='future_loss', epsilon=1)", "detector='transport'"),
@@ -191,6 +196,8 @@ AHEAD = {
     "detector": ["no", 5],
 }
 LOSS = {
+    "alpha": [-1.0, "no"],
+    "loss_threshold": [-1.0, "no"],
     "token_loss": ["no", 5],
     "temperature": [0.0, -1.0, 1e308, "no"],
     "log_floor": [0.0, 1.0, -1e999, "no"],
@@ -226,7 +233,16 @@ BAD = {
     "fire": LOSS | {"drop": [-0.1, 1.1]},
     "agreement": LOSS | {"quantile": [-0.1, 1.1], "window": [0, 2.5]},
     "prefix": LOSS | {"gamma": [-1.0, 1e999]},
+    "retain": LOSS | {"fraction": [0.0, 1.1]},
+    "suppress_unlikely": {"probability": [0.0, 1.1, "no"]},
 }  # fmt: skip
+
+
+OF_A_LOSS = {
+    "beta": "jsd",
+    "alpha": "forward_kl_at_high_loss",
+    "loss_threshold": "forward_kl_at_high_loss",
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -234,8 +250,9 @@ def test_every_option_is_bounded_at_construction(name):
     assert set(BAD[name]) == loading.options_of(topd.PRESETS[name])
     for option, values in BAD[name].items():
         for value in values:
-            jsd = {"token_loss": "jsd"} if option == "beta" else {}
-            text = loading.spell(name, **jsd, **{option: value})
+            of = OF_A_LOSS.get(option) if name != "entropy_aware" else None
+            loss = {"token_loss": of} if of else {}
+            text = loading.spell(name, **loss, **{option: value})
             text = text.replace("=inf", "=1e999").replace("=-inf", "=-1e999")
             with pytest.raises(ValueError, match=f"objective=.*{name}"):
                 topd.make_objective(text)

@@ -31,8 +31,8 @@ _ROOMS = {
         "cosine_cost transport uniform_marginals window_distance"
     ),
     "losses.token_losses": (
-        "TokenLoss entropy_aware_kl top_k_coverage top_k_forward_kl "
-        "trust_region_loss"
+        "TokenLoss entropy_aware_kl forward_kl_at_high_loss top_k_coverage "
+        "top_k_forward_kl trust_region_loss"
     ),
     "losses.token_weights": (
         "agreement_threshold agreement_weights fire_weights "
@@ -51,8 +51,9 @@ _ROOMS = {
         "BranchDivergence PlanTargets branch_cross_entropy"
     ),
     "objectives.presets": (
-        "PRESETS agreement entropy_aware fire n_step opd prefix suppress "
-        "suppress_control teachability tip topd topd_suppress trust_region"
+        "PRESETS agreement entropy_aware fire n_step opd prefix retain "
+        "suppress suppress_control suppress_unlikely teachability tip topd "
+        "topd_suppress trust_region"
     ),
     "objectives.loading": "make_objective",
     "models.protocol": "LanguageModel from_function",

@@ -225,7 +225,7 @@ class Scored:
         teacher's windows; kept only where the guidance asks for them.
       weights: f32[B, T] product of the token weights that need the whole
         batch.
-      uniforms: f32[B, T] uniform draws in 0..1, for a stochastic token loss.
+      uniforms: f32[B, T] draws in 0..1, where a piece names them.
       teacher: the teacher's name; "" for the only one. Static.
     """
 

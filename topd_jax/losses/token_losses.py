@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from topd_jax.losses.divergences import reverse_kl, top_k_mask
+from topd_jax.losses.divergences import forward_kl, reverse_kl, top_k_mask
 from topd_jax.losses.log_probs import (
     LOG_FLOOR,
     LOWEST,
@@ -145,16 +145,10 @@ def entropy_aware_kl(
       >>> round(float(entropy_aware_kl(student, teacher, top_k=1)), 4)
       1.8274
     """
-    if not (is_finite_number(alpha) and alpha >= 0):
-        raise ValueError(
-            f"alpha={alpha!r} must be a finite number, at least 0; the "
-            "paper's: 1"
-        )
-    if not (is_finite_number(entropy_threshold) and entropy_threshold >= 0):
-        raise ValueError(
-            f"entropy_threshold={entropy_threshold!r} must be a finite "
-            "number, at least 0 nats; the paper's: 0.8"
-        )
+    _check_at_least_0("alpha", alpha, "; the paper's: 1")
+    _check_at_least_0(
+        "entropy_threshold", entropy_threshold, " nats; the paper's: 0.8"
+    )
     undecided = entropy(teacher_logp) > entropy_threshold
     added = top_k_forward_kl(
         student_logp, teacher_logp, top_k, log_floor=log_floor
@@ -212,3 +206,98 @@ def trust_region_loss(
     advantage = jax.lax.stop_gradient(teacher - student)
     inside = uniforms < jnp.exp(jnp.minimum(advantage, 0.0))
     return jnp.where(inside, -advantage * student, outside)
+
+
+def forward_kl_at_high_loss(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    tokens: jax.Array,
+    *,
+    loss_threshold: float = 1.0,
+    alpha: float = 1.0,
+    log_floor: float = LOG_FLOOR,
+) -> jax.Array:
+    """Add forward KL at the tokens that the teacher would not have written.
+
+    ``KL(p_S || p_T) + alpha 1[-log p_T(y) > tau] KL(p_T || p_S)``: where the
+    student is sure of an error, reverse KL hardly moves the right token and
+    forward KL does. It looks at no future, and the paper has no such loss.
+
+    Args:
+      student_logp: [..., V] log-probabilities, differentiated.
+      teacher_logp: [..., V] log-probabilities.
+      tokens: i32[...] the tokens y that the student sampled.
+      loss_threshold: tau, at least 0 nats.
+      alpha: weight of the added term, at least 0.
+      log_floor: stands for smaller log-probabilities of what is divided by.
+
+    Returns:
+      f32[...] token loss, nats.
+
+    Raises:
+      ValueError: for an option out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.9, 0.1]))
+      >>> teacher = jnp.log(jnp.array([0.1, 0.9]))
+      >>> loss = forward_kl_at_high_loss(student, teacher, jnp.array([0, 1]))
+      >>> [round(float(x), 4) for x in loss]
+      [3.5156, 1.7578]
+    """
+    _check_at_least_0("alpha", alpha, "; the default: 1")
+    _check_at_least_0("loss_threshold", loss_threshold, " nats; the default: 1")
+    wrong = -token_logprobs(teacher_logp, tokens) > loss_threshold
+    added = forward_kl(student_logp, teacher_logp, log_floor=log_floor)
+    loss = reverse_kl(student_logp, teacher_logp, log_floor=log_floor)
+    return loss + alpha * jnp.where(wrong, added, 0.0)
+
+
+def suppress_unlikely(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    tokens: jax.Array,
+    *,
+    probability: float = 0.3,
+) -> jax.Array:
+    """Give every token that the student found unlikely one advantage of -1.
+
+    ``1[p_S(y) < tau] log p_S(y)``, a policy gradient that asks no teacher: the
+    control of arXiv:2608.31046, which finds that distillation on policy works
+    largely by suppressing tokens of low probability.
+
+    Args:
+      student_logp: [..., V] log-probabilities, differentiated.
+      teacher_logp: [..., V] ignored.
+      tokens: i32[...] the tokens y that the student sampled.
+      probability: tau, above 0 and at most 1.
+
+    Returns:
+      f32[...] token loss, nats.
+
+    Raises:
+      ValueError: for a probability out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([[0.9, 0.1], [0.9, 0.1]]))
+      >>> loss = suppress_unlikely(student, student, jnp.array([0, 1]))
+      >>> [round(float(x), 4) for x in loss]
+      [0.0, -2.3026]
+    """
+    check_pair(student_logp, teacher_logp)
+    if not (is_finite_number(probability) and 0 < probability <= 1):
+        raise ValueError(
+            f"probability={probability!r} must lie above 0 and at most 1; "
+            "the default: 0.3"
+        )
+    own = token_logprobs(student_logp, tokens)
+    unlikely = jax.lax.stop_gradient(own) < jnp.log(probability)
+    return jnp.where(unlikely, own, 0.0)
+
+
+def _check_at_least_0(name: str, value: float, usual: str) -> None:
+    if not (is_finite_number(value) and value >= 0):
+        raise ValueError(
+            f"{name}={value!r} must be a finite number, at least 0{usual}"
+        )

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from topd_jax.losses import token_losses
 from topd_jax.losses.divergences import (
     forward_kl,
     generalized_jsd,
@@ -27,6 +28,7 @@ from topd_jax.objectives.objective import (
     FutureLoss,
     Objective,
     Transport,
+    at_random,
     own_loss,
     teacher_loss,
 )
@@ -39,8 +41,13 @@ PIECES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "reverse_kl": reverse_kl,
         "forward_kl": forward_kl,
         "jsd": generalized_jsd,
+        "forward_kl_at_high_loss": token_losses.forward_kl_at_high_loss,
     },
-    "ranking": {"teacher_loss": teacher_loss, "token_loss": own_loss},
+    "ranking": {
+        "teacher_loss": teacher_loss,
+        "token_loss": own_loss,
+        "random": at_random,
+    },
     "detector": {"transport": Transport, "future_loss": FutureLoss},
 }
 # Parameters of the divergences that are no options of a run.

@@ -33,7 +33,7 @@ from topd_jax.settings import check, setting
 from topd_jax.types import Candidates, Windows
 
 # What a token weight may name of each token: [B, T].
-TOKENS = frozenset({"mask", "tokens", "teacher_token_loss"})
+TOKENS = frozenset({"mask", "tokens", "teacher_token_loss", "uniforms"})
 # What every piece may name once candidates were looked at: [B, M, ...].
 FUTURES = frozenset(
     {
@@ -121,6 +121,11 @@ def teacher_loss(teacher_token_loss: jax.Array) -> jax.Array:
 def own_loss(token_loss: jax.Array) -> jax.Array:
     """Rank candidates by the objective's token loss (§3)."""
     return token_loss
+
+
+def at_random(uniforms: jax.Array) -> jax.Array:
+    """Rank candidates at random: the control of any ranking."""
+    return uniforms
 
 
 def false_alarms(false_alarm: jax.Array) -> jax.Array:
@@ -254,6 +259,14 @@ class Objective:
         if self.guidance is not None:
             pieces.append(self.guidance.loss)
         return frozenset().union(*map(needs, pieces))
+
+    @property
+    def draws(self) -> bool:
+        """Return whether a piece names ``uniforms``."""
+        named = self.named | needs(self.token_loss, after=2)
+        if self.near_future is not None:
+            named |= needs(self.near_future.ranking)
+        return "uniforms" in named
 
     @property
     def needs_branches(self) -> bool:

@@ -203,11 +203,32 @@ def prefix(
     return Objective(token_loss, temperature, (weight,))
 
 
+def retain(
+    token_loss: TokenLoss = reverse_kl,
+    temperature: float = 1.0,
+    weight: weights.Retain = weights.Retain(),  # noqa: B008 (frozen)
+) -> Objective:
+    """Train on tokens chosen at random, 40 to 90 % of them (DIAL-OPD)."""
+    return Objective(token_loss, temperature, (weight,))
+
+
+def suppress_unlikely(probability: float = 0.3) -> Objective:
+    """Push away what the student found unlikely, without the teacher.
+
+    The control of arXiv:2608.31046: one fixed negative advantage.
+    """
+    return Objective(
+        functools.partial(
+            token_losses.suppress_unlikely, probability=probability
+        )
+    )
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         *(opd, suppress, suppress_control, n_step, topd, topd_suppress),
         *(entropy_aware, trust_region, tip, teachability, fire, agreement),
-        prefix,
+        *(prefix, retain, suppress_unlikely),
     )
 }

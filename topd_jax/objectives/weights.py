@@ -135,6 +135,21 @@ class Agreement:
         return token_weights.renormalized(kept, mask)
 
 
+@dataclasses.dataclass(frozen=True)
+class Retain:
+    """Keep tokens at random: the control of any selection (DIAL-OPD)."""
+
+    fraction: float = setting(0.5, "share of tokens kept", above=0, most=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def __call__(self, uniforms: jax.Array, mask: jax.Array) -> jax.Array:
+        """Compute the weights, f32[B, T]."""
+        kept = mask & (uniforms < self.fraction)
+        return token_weights.renormalized(kept.astype(float), mask)
+
+
 @row_wise
 @dataclasses.dataclass(frozen=True)
 class Prefix:

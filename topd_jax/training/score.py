@@ -18,7 +18,7 @@ from topd_jax.losses.fused import fused_token_logprobs
 from topd_jax.models.passes import trajectory_cache, trajectory_states
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.objectives.objective import Objective
-from topd_jax.objectives.pieces import ask, needs
+from topd_jax.objectives.pieces import ask
 from topd_jax.objectives.statistics import token_statistics
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.rules import reading_rules, using
@@ -46,8 +46,8 @@ def score(
         before it trains (``objective.needs_student``).
       teachers: frozen models; rows are consecutive and in their order.
       trajectories: B rows that the student wrote.
-      key: PRNG key of sampled branches, of the matched control, and of draws
-        that a token loss names.
+      key: PRNG key of sampled branches, of the matched control, and of the
+        draws that pieces name.
       objective: says what is computed.
       eos_ids: end-of-sequence ids.
       pad_id: id put where no token is.
@@ -107,7 +107,7 @@ def _score_rows(
     scored = Scored(
         model.head, hidden, jnp.where(mask, -logp, 0.0), teacher=teacher.name
     )
-    if "uniforms" in needs(objective.token_loss, after=2):
+    if objective.draws:
         uniforms = jax.random.uniform(key, mask.shape)
         scored = scored.replace(uniforms=uniforms)
     offered = _offered(student, trajectories, scored, objective, layout)
@@ -136,6 +136,7 @@ def _offered(
         "mask": trajectories.mask,
         "tokens": trajectories.tokens,
         "teacher_token_loss": scored.teacher_token_loss,
+        "uniforms": scored.uniforms,
     }
     if not objective.needs_student:
         return offered
