@@ -98,6 +98,9 @@ class WorldSettings:
     student_drops_carry: float = setting(
         0.3, "share of additions with a carry", least=0, most=1
     )
+    student_sharpness: float = setting(
+        1.0, "factor of the trained student's logits", above=0, most=100
+    )
     batch_size: int = setting(64, "solutions a step", least=1)
     learning_rate: float = setting(2e-3, "peak", least=0, most=1)
 

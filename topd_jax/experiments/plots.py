@@ -69,6 +69,61 @@ def curves(
     return _save(figure, path)
 
 
+def gains(
+    by_world: Mapping[str, Mapping[str, Any]],
+    path: pathlib.Path,
+    *,
+    below: float | None,
+) -> pathlib.Path:
+    """Draw gains over OPD against how sure the student is of its errors.
+
+    Losses of more than 0.25 are below its edge.
+
+    Args:
+      by_world: world -> :func:`~topd_jax.experiments.sweep_report.summarize`;
+        those where no fork was measured are left out.
+      path: of the PNG file.
+      below: a probability to mark, of
+        :func:`~topd_jax.experiments.certainty.pays_below`.
+
+    Returns:
+      The path.
+    """
+    figure, (axis,) = _figure(9, 7.5)
+    points: dict[str, list[tuple[float, ...]]] = {}
+    for summary in by_world.values():
+        certainty = (summary["right_at_forks"] or {}).get("median")
+        for variant in summary["variants"]:
+            if certainty and "gain" in variant:
+                low, high = variant["gain_interval"]
+                points.setdefault(variant["name"], []).append(
+                    (certainty, variant["gain"], low, high)
+                )
+    for i, (name, measured) in enumerate(points.items()):
+        x, gain, low, high = np.array(sorted(measured)).T
+        # Side by side, so that intervals can be told apart.
+        x = x * 1.04 ** (i - len(points) / 2)
+        line = "-" if i < len(COLORS) else "--"
+        axis.errorbar(
+            x, gain, (gain - low, high - gain), label=name, capsize=2,
+            marker=".", linestyle=line, color=COLORS[i % len(COLORS)],
+        )  # fmt: skip
+    axis.axhline(0.0, color=COLORS[-1], linewidth=0.8)
+    if below is not None:
+        label = "predicted: left of it, guidance pulls harder"
+        axis.axvline(below, color=COLORS[-1], linestyle=":", label=label)
+    axis.set_xscale("log")
+    axis.set(
+        xlabel="student's probability of the right token at forks (median)"
+    )
+    axis.set(ylabel="exact match minus that of OPD (95 %)")
+    if points:
+        # What ends far below would flatten all others.
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], -0.25))
+        figure.legend(loc="outside lower center", fontsize=8)
+    return _save(figure, path)
+
+
 def probe(groups: Groups, path: pathlib.Path) -> pathlib.Path:
     """Redraw figures 2, 4 and 6 of the paper, side by side.
 

@@ -12,12 +12,14 @@ import functools
 import pathlib
 import re
 import statistics
-from collections.abc import Container, Iterator
+import time
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 
+from topd_jax.experiments.certainty import right_at_forks
 from topd_jax.experiments.detectors import measure_detectors
 from topd_jax.experiments.records import append_row, machine
 from topd_jax.experiments.sweep_report import write_report
@@ -54,7 +56,7 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     world = dataclasses.replace(settings.world, cache=cache)
     settings = dataclasses.replace(settings, world=world)
     # All of them are checked before the first one starts.
-    runs = {(name, _mark(run)): run for name, run in _runs(settings)}
+    runs = {(run.name, run.mark): run for run in _runs(settings)}
     record = workdir / "record.jsonl"
     with lock.held(workdir):
         rows = hosts.from_first(lambda: read_jsonl(record, fields=_FIELDS))
@@ -62,16 +64,26 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         missing = {key: run for key, run in runs.items() if key not in recorded}
         logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),
                      len(runs))  # fmt: skip
-        if missing:
-            setup = load_setup(settings, workdir)
-        for (name, _), run in missing.items():
-            row = _run(name, run, workdir, setup)
+        setups: dict[str, Setup] = {}
+        started = time.monotonic()
+        for done, run in enumerate(missing.values()):
+            if run.world not in setups:
+                setups[run.world] = load_setup(run.settings, workdir)
+            row = _measure(run, workdir, setups[run.world])
             if hosts.is_first():
                 append_row(record, row)
                 # So that there is something to look at meanwhile.
                 files = write_report(_rows(record, runs), workdir / "report")
-                logging.info("%s done; see %s", name, list(files.values())[-1])
+                logging.info(
+                    "%s done; about %.0f min for the other %d; see %s",
+                    run.name, _minutes_left(started, done + 1, len(missing)),
+                    len(missing) - done - 1, list(files.values())[-1],
+                )  # fmt: skip
         return hosts.from_first(lambda: _report(record, runs, workdir))
+
+
+def _minutes_left(started: float, done: int, count: int) -> float:
+    return (time.monotonic() - started) / done * (count - done) / 60
 
 
 def _report(
@@ -94,15 +106,38 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
     return row["name"], row["fingerprint"]
 
 
-def _runs(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Yield each run's name and settings, seed by seed."""
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One run of a sweep, before it is made."""
+
+    name: str
+    world: str
+    settings: Settings
+
+    @property
+    def mark(self) -> str:
+        """Return a fingerprint, without paths and intervals of writing."""
+        settings = self.settings
+        plain = {
+            name: type(getattr(settings, name))()
+            for name in ("sweep", "log", "checkpoint")
+        }
+        world = dataclasses.replace(settings.world, cache="")
+        return dataclasses.replace(settings, world=world, **plain).fingerprint()
+
+
+def _runs(settings: Settings) -> Iterator[_Run]:
+    """Yield each run, seed by seed and world by world."""
     for seed in settings.sweep.seeds:
-        at_seed = dataclasses.replace(settings, seed=seed)
-        yield "start", at_seed
-        if not settings.teachers:
-            yield "teacher", at_seed
-        for name in settings.sweep.variants:
-            yield name, with_variant(at_seed, name)
+        for world in settings.sweep.worlds or ("",):
+            where = f"sweep.worlds: {world!r}"
+            at = _changed(settings, where, world, ("world",))
+            at = dataclasses.replace(at, seed=seed)
+            yield _Run("start", world, at)
+            if not settings.teachers:
+                yield _Run("teacher", world, at)
+            for name in settings.sweep.variants:
+                yield _Run(name, world, with_variant(at, name))
 
 
 def with_variant(settings: Settings, entry: str) -> Settings:
@@ -120,43 +155,47 @@ def with_variant(settings: Settings, entry: str) -> Settings:
       ValueError: for an unknown objective, option or key, a key that all runs
         of a sweep share, or a value out of bounds.
     """
-    objective, *changes = map(str.strip, entry.split(";"))
-    tree = settings.to_dict() | {"objective": objective}
+    objective, _, changes = entry.partition(";")
+    where = f"sweep.variants: {entry!r}"
+    return _changed(
+        settings, where, changes, _SECTIONS, objective=objective.strip()
+    )
+
+
+def _changed(
+    settings: Settings,
+    where: str,
+    changes: str,
+    sections: Sequence[str],
+    **top: str,
+) -> Settings:
+    """Return settings with "section.key=value;..." and what ``top`` sets."""
+    tree = settings.to_dict() | top
     try:
-        for change in changes:
+        for change in filter(None, map(str.strip, changes.split(";"))):
             name, equals, value = map(str.strip, change.partition("="))
             section, _, key = name.partition(".")
-            if section not in _SECTIONS or not equals:
+            if section not in sections or not equals:
                 raise ValueError(
                     f"{change!r} must be section.key=value, the section one "
-                    f"of {', '.join(_SECTIONS)}; all else is shared"
+                    f"of {', '.join(sections)}; all else is shared"
                 )
             with contextlib.suppress(ValueError, SyntaxError):
                 value = ast.literal_eval(value)
             tree[section][key] = value
         return settings_from(tree)
     except ValueError as error:
-        raise ValueError(f"sweep.variants: {entry!r}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _mark(settings: Settings) -> str:
-    """Return a run's fingerprint, without paths and intervals of writing."""
-    plain = {
-        name: type(getattr(settings, name))()
-        for name in ("sweep", "log", "checkpoint")
-    }
-    world = dataclasses.replace(settings.world, cache="")
-    return dataclasses.replace(settings, world=world, **plain).fingerprint()
-
-
-def _run(
-    name: str, settings: Settings, workdir: pathlib.Path, setup: Setup
-) -> dict[str, Any]:
+def _measure(run: _Run, workdir: pathlib.Path, setup: Setup) -> dict[str, Any]:
     """Train and evaluate one run; return its line of the record."""
+    name, settings = run.name, run.settings
     row: dict[str, Any] = {
         "name": name,
+        "world": run.world,
         "seed": settings.seed,
-        "fingerprint": _mark(settings),
+        "fingerprint": run.mark,
         "machine": machine(),
     }
     evaluate = functools.partial(
@@ -171,14 +210,15 @@ def _run(
                 model = setup.teachers[0].model
             elif settings.data.source == "world":
                 row["detector"] = measure_detectors(settings, setup)
+                row["right_at_forks"] = right_at_forks(settings, setup)
             row["evaluation"], _ = evaluate(model)
         else:
-            folder = re.sub(r"[^\w.]+", "-", f"{name}-{settings.seed}")
-            folder = workdir / "runs" / folder
+            folder = f"{run.world}-{name}-{settings.seed}".strip("-")
+            folder = workdir / "runs" / re.sub(r"[^\w.]+", "-", folder)
             with lock.held(folder):
-                run = Run(settings, folder, setup)
-                row["evaluation"] = run.train()
-            model = run.student
+                training = Run(settings, folder, setup)
+                row["evaluation"] = training.train()
+            model = training.student
             row |= hosts.from_first(lambda: _summarize_logs(folder))
         row["greedy"], _ = evaluate(model, temperature=0.0)
     return row

@@ -2,10 +2,13 @@
 
 Accuracies are pooled over seeds. Their 95 % intervals resample seeds and
 problems (a two-level bootstrap), and every variant is compared with plain
-on-policy distillation on the same problems and seeds.
+on-policy distillation on the same problems and seeds. Where runs trained in
+several tiny worlds, each has a table, and a picture shows gains by how sure the
+student is of its errors.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,6 +23,8 @@ from topd_jax.evaluation.comparisons import (
     unpack_grades,
 )
 from topd_jax.experiments import plots
+from topd_jax.experiments.certainty import pays_below
+from topd_jax.objectives.loading import make_objective
 
 BASELINE = "opd"
 _TARGETS = {
@@ -45,17 +50,41 @@ def write_report(
       name -> path of each file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    summary = summarize(rows)
-    table = markdown(summary)
+    worlds = dict.fromkeys(r.get("world", "") for r in rows)
+    by_world = {
+        world: summarize([r for r in rows if r.get("world", "") == world])
+        for world in worlds
+    }
+    summary = by_world if len(worlds) > 1 else by_world[next(iter(worlds))]
+    table = "\n".join(
+        (f"## {world}\n\n" if world else "") + markdown(of_world)
+        for world, of_world in by_world.items()
+    )
     files = {
         "report": folder / "report.json",
         "table_file": folder / "table.md",
     }
     files["report"].write_text(json.dumps(summary, indent=1))
     files["table_file"].write_text(table)
-    if any("curve" in r for r in rows):
+    if len(worlds) > 1:
+        files["certainty"] = plots.gains(
+            by_world, folder / "certainty.png", below=_predicted(rows)
+        )
+    elif any("curve" in r for r in rows):
         files["curves"] = plots.curves(rows, folder / "curves.png")
     return {name: str(path) for name, path in files.items()}
+
+
+def _predicted(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return where the first guided objective is predicted to pay."""
+    starts = [r["evaluation"] for r in rows if r["name"] == "start"]
+    tokens = _mean(e["length_mean"] for e in starts) or math.nan
+    for name in dict.fromkeys(r["name"] for r in rows):
+        if name not in ("start", "teacher"):
+            objective = make_objective(name.partition(";")[0])
+            if (found := pays_below(objective, tokens=tokens)) is not None:
+                return found
+    return None
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -66,7 +95,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
       JSON-able: "variants", one entry a name in the order of their first
-      line; "detector", averaged over seeds; "machine" and "seeds".
+      line; "detector" and "right_at_forks", averaged over seeds; "machine"
+      and "seeds".
     """
     names = dict.fromkeys(r["name"] for r in rows)
     base = {r["seed"]: r for r in rows if r["name"] == BASELINE}
@@ -78,10 +108,12 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for variant, p in zip(compared, p_values, strict=True):
         variant["p"] = p
     detectors = [r["detector"] for r in rows if "detector" in r]
+    certainties = [r["right_at_forks"] for r in rows if "right_at_forks" in r]
     return {
         "seeds": sorted({r["seed"] for r in rows}),
         "machine": sorted({r["machine"] for r in rows}),
         "variants": variants,
+        "right_at_forks": _means(certainties) if certainties else None,
         "detector": {
             target: _means([e[target] for e in detectors])
             for target in _TARGETS
@@ -158,6 +190,16 @@ def markdown(summary: dict[str, Any]) -> str:
         f"\nSeeds {seeds}; {'; '.join(summary['machine'])}. p: adjusted for "
         "the number of comparisons (Holm).\n"
     )
+    if summary["right_at_forks"]:
+        low, median, high = (
+            f"{summary['right_at_forks'][name]:.2g}"
+            for name in ("low", "median", "high")
+        )
+        foot += (
+            f"The student gives the teacher's token at forks, before "
+            f"training, a median probability of {median} (quartiles {low} and "
+            f"{high}).\n"
+        )
     if not summary["detector"]:
         return variants + foot
     detectors = _table(

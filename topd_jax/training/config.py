@@ -153,6 +153,11 @@ class SweepSettings:
         ("opd", "topd", "topd(context='student')"),
         'objectives, with other settings after a ";": "opd;train.steps=450"',
     )
+    worlds: tuple[str, ...] = setting(
+        (),
+        "tiny worlds that all variants train in; (): that of the config. As "
+        '"world.student_left_to_right=0.99;world.student_sharpness=2"',
+    )
     seeds: tuple[int, ...] = setting((0,), "of the runs")
 
 

@@ -51,47 +51,60 @@ def world_models(
       (teacher's directory, student's directory, tokenizer).
     """
     teacher, student, tokenizer = names = _names(settings)
-    where = TRAINED
-    if not comes_trained(settings):
-        where = cache
+    where = {
+        name: TRAINED if _comes(settings, name) else cache for name in names
+    }
+    if cache in where.values():
         if not hosts.is_first():
-            hosts.wait_for([cache / name for name in names])
-        elif not all((cache / name).exists() for name in names):
+            hosts.wait_for([where[name] / name for name in names])
+        elif not all((where[name] / name).exists() for name in names):
             with (
                 lock.held(cache, wait=True),
                 buckets.uploaded(cache, last=tokenizer) as folder,
             ):
                 _make(settings, folder)
-    spm = SentencePieceTokenizer((where / tokenizer).read_bytes())
-    return where / teacher, where / student, spm
+    spm = SentencePieceTokenizer((where[tokenizer] / tokenizer).read_bytes())
+    return where[teacher] / teacher, where[student] / student, spm
 
 
 def comes_trained(settings: WorldSettings) -> bool:
     """Tell whether the package has the models that settings ask for."""
-    names = _names(settings)
-    return not settings.from_scratch and all(
-        (TRAINED / name).exists() for name in names
-    )
+    return all(_comes(settings, name) for name in _names(settings))
+
+
+def _comes(settings: WorldSettings, name: str) -> bool:
+    return not settings.from_scratch and (TRAINED / name).exists()
 
 
 def _make(
     settings: WorldSettings, cache: pathlib.Path, dtype: str = "float32"
 ) -> None:
-    """Train what the cache lacks, and the tokenizer."""
+    """Train what package and cache lack, and the tokenizer."""
     logging.info("training the models of the tiny world in %s", cache)
     cache.mkdir(parents=True, exist_ok=True)
     *models, name = _names(settings)
-    corpora = _corpora(settings)
     tokenizer = train_tokenizer(
-        *corpora.values(), vocab_size=settings.vocab_size
+        *_corpora(_usual(settings)).values(), vocab_size=settings.vocab_size
     )
     partial = (cache / name).with_suffix(".new")
     partial.write_bytes(tokenizer.model)
     partial.replace(cache / name)  # atomic: the file is whole or absent
+    corpora = _corpora(settings)
     for part, folder in zip(_STREAMS, models, strict=True):
-        if not (cache / folder).exists():
+        if not _comes(settings, folder) and not (cache / folder).exists():
             model = _train(settings, part, corpora[part], tokenizer)
             save_model(cast(model, dtype), cache / folder, model_type="llama")
+
+
+def _usual(settings: WorldSettings) -> WorldSettings:
+    """Return the same world with the usual student.
+
+    The tokenizer is trained on its corpus, whatever the student's is: worlds
+    that differ in the student alone have one teacher.
+    """
+    usual = dataclasses.asdict(WorldSettings())
+    student = {k: v for k, v in usual.items() if k.startswith("student_")}
+    return dataclasses.replace(settings, **student)
 
 
 def train_tokenizer(
@@ -145,15 +158,18 @@ def _names(settings: WorldSettings) -> list[str]:
 
 def _hash_of(settings: WorldSettings, part: str) -> str:
     """Return eight hex digits that change with what a part is made from."""
+    if part != "student":
+        settings = _usual(settings)
     fields = dataclasses.asdict(settings)
     for name in ("cache", "prompts", "from_scratch"):
         fields.pop(name)
+    if settings.student_sharpness == 1:
+        fields.pop("student_sharpness")  # names are older than this setting
     other = {"teacher": "student_", "student": "teacher_"}.get(part)
     kept = {
         key: value
         for key, value in fields.items()
-        # The tokenizer is trained on both corpora, so the student's habits
-        # enter all names.
+        # Habits are in all names: the tokenizer is trained on both corpora.
         if other is None
         or not key.startswith(other)
         or key in ("student_left_to_right", "student_drops_carry")
@@ -193,7 +209,7 @@ def _train(
         "student": settings.student_steps,
     }[name]
     key = jax.random.fold_in(jax.random.key(settings.seed), _STREAMS[name])
-    return fit(
+    model = fit(
         init_decoder(world_config(settings, name), key),
         lambda step: groups[step % _GROUPS].batch(
             step // _GROUPS,
@@ -204,6 +220,21 @@ def _train(
         learning_rate=settings.learning_rate,
         name=f"{name} from scratch",
     )
+    if name == "student":
+        model = sharpened(model, settings.student_sharpness)
+    return model
+
+
+def sharpened(model: Decoder, factor: float) -> Decoder:
+    """Return a model whose logits are ``factor`` times as large.
+
+    Args:
+      model: whose final states are normalized: their scale is the logits' own.
+      factor: above 0; above 1 the model is surer of whatever it says.
+    """
+    arrays = model.arrays
+    arrays["final_norm"] *= factor
+    return Decoder(model.config, arrays)
 
 
 def main(directory: str) -> None:

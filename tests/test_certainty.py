@@ -1,0 +1,162 @@
+"""A student that is sure of its errors: the mechanism, its worlds, controls."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib import image
+from test_sweep_report import draw, line
+
+import topd_jax as topd
+from topd_jax.data.settings import WorldSettings
+from topd_jax.data.toy_world import models
+from topd_jax.experiments import sweep
+from topd_jax.experiments.certainty import pays_below
+from topd_jax.experiments.sweep_report import write_report
+from topd_jax.losses.token_losses import suppress_unlikely
+from topd_jax.models import init_decoder
+from topd_jax.models.decoder import causal_mask, unembed
+from topd_jax.objectives.loading import make_objective
+from topd_jax.training.config import settings_from
+
+RIGHT = 0.95  # the teacher's probability of the right token
+
+
+def pull(loss, right):
+    """Return minus the gradient of a two-token loss on the right logit."""
+    teacher = jnp.log(jnp.array([1 - RIGHT, RIGHT]))
+
+    def of(logit):
+        logits = jnp.array([0.0, 1.0]) * logit
+        return loss(jax.nn.log_softmax(logits), teacher)
+
+    return -float(jax.grad(of)(jnp.log(right) - jnp.log1p(-right)))
+
+
+def log_odds(p):
+    return np.log(p) - np.log1p(-p)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.1, 0.01, 1e-4])
+def test_reverse_kl_hardly_moves_what_the_student_never_says(p):
+    gap = log_odds(RIGHT) - log_odds(p)
+    assert pull(topd.reverse_kl, p) == pytest.approx(
+        p * (1 - p) * gap, rel=1e-3
+    )
+    assert pull(topd.forward_kl, p) == pytest.approx(RIGHT - p, rel=1e-3)
+    middle = (RIGHT + p) / 2
+    gap = np.log((1 - p) / (1 - middle)) - np.log(p / middle)
+    jsd = p * (1 - p) * gap / 2
+    assert pull(topd.generalized_jsd, p) == pytest.approx(jsd, rel=1e-3)
+
+
+def test_the_pull_on_a_token_of_many_is_its_share_of_the_gap():
+    student, teacher = jax.nn.log_softmax(
+        jax.random.normal(jax.random.key(0), (2, 7)) * 3
+    )
+    found = jax.grad(lambda x: topd.reverse_kl(jax.nn.log_softmax(x), teacher))(
+        student
+    )
+    ratio = student - teacher
+    expected = jnp.exp(student) * (ratio - jnp.sum(jnp.exp(student) * ratio))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_controls_ask_neither_teacher_nor_future():
+    student = jnp.log(jnp.array([[0.9, 0.1], [0.9, 0.1]]))
+    tokens = jnp.array([0, 1])
+    losses = [
+        suppress_unlikely(student, t, tokens) for t in (student, -student)
+    ]
+    np.testing.assert_array_equal(*losses)
+    assert losses[0].tolist() == pytest.approx([0.0, np.log(0.1)])
+    weight = make_objective("retain(fraction=0.25)").token_weights[0]
+    mask = jnp.arange(4000).reshape(4, 1000) % 2 == 0
+    weights = weight(jax.random.uniform(jax.random.key(1), mask.shape), mask)
+    assert float(weights.sum()) == pytest.approx(2000)
+    assert 0.2 < float((weights > 0).sum() / mask.sum()) < 0.3
+    assert not (weights > 0)[~mask].any()
+
+
+@pytest.mark.parametrize(
+    "text", ["retain", "topd(ranking='random', window=4)", "trust_region"]
+)
+def test_draws_are_made_where_a_piece_names_them(text):
+    assert make_objective(text).draws
+    assert not make_objective("topd").draws
+
+
+def test_worlds_that_differ_in_the_student_have_one_teacher():
+    usual = models._names(WorldSettings())
+    other = models._names(
+        WorldSettings(student_left_to_right=1.0, student_sharpness=2.0)
+    )
+    assert (usual[0], usual[2]) == (other[0], other[2])
+    assert usual[1] != other[1]
+
+
+def test_a_sharper_student_has_larger_logits():
+    config = models.world_config(WorldSettings(), "student")
+    plain = init_decoder(config, jax.random.key(0))
+    ids, mask = jnp.array([[3, 1, 2]]), causal_mask(jnp.ones((1, 3), bool))
+    logits = [
+        unembed(model.head, model(ids, jnp.arange(3)[None], mask)[0])
+        for model in (plain, models.sharpened(plain, 2.0))
+    ]
+    np.testing.assert_allclose(logits[1], 2 * logits[0], rtol=1e-5)
+
+
+def test_guidance_pays_where_it_pulls_harder():
+    objective = make_objective("topd(guidance_weight=0.3)")
+    p = pays_below(objective, tokens=28)
+    along = (1 - p) * 0.3 / (0.7 * 10)  # one branch a row, 70 % divergent
+    assert along == pytest.approx(pull(topd.reverse_kl, p) / 28, rel=1e-3)
+    assert 0.3 < p < 0.35
+    # As in the paper: 218 candidates a row of 9688 tokens, K = 50.
+    text = "topd(candidates=218, branch_fraction=1.0, window=50)"
+    assert 0.01 < pays_below(make_objective(text), tokens=9688) < 0.03
+    assert pays_below(make_objective("opd"), tokens=28) is None
+    # More than reverse KL ever pulls: at any probability.
+    strong = make_objective("topd(guidance_weight=9.0)")
+    assert pays_below(strong, tokens=28) > 0.5
+
+
+def swept(**changes):
+    return settings_from({"sweep": changes})
+
+
+def test_every_variant_runs_in_every_world():
+    entries = ("", "world.student_sharpness=2;world.seed=3")
+    settings = swept(worlds=entries, variants=("opd", "retain"))
+    runs = list(sweep._runs(settings))
+    names = ("start", "teacher", "opd", "retain")
+    assert [(r.world, r.name) for r in runs] == [
+        (world, name) for world in entries for name in names
+    ]
+    assert len({r.mark for r in runs if r.name == "opd"}) == 2
+    assert [r.settings.world.seed for r in runs] == [0] * 4 + [3] * 4
+    with pytest.raises(ValueError, match="sweep.worlds.*one of world"):
+        list(sweep._runs(swept(worlds=("train.steps=3",))))
+
+
+def test_gains_are_drawn_by_certainty(tmp_path):
+    rows = []
+    for world, p, gain in (
+        ("world.seed=1", 0.2, 0.0),
+        ("world.seed=2", 0.01, 0.2),
+    ):
+        forks = {"forks": 9, "low": p / 2, "median": p, "high": 2 * p}
+        rows += [
+            line("start", 0, draw(0, 0.3), world=world, right_at_forks=forks),
+            line("opd", 0, draw(1, 0.5), world=world),
+            line("topd", 0, draw(1, 0.5 + gain), world=world),
+        ]
+    files = write_report(rows, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert table.index("## world.seed=1") < table.index("## world.seed=2")
+    assert "median probability of 0.01 (quartiles 0.005 and 0.02)" in table
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["world.seed=2"]["variants"][2]["gain"] > 0.15
+    assert image.imread(files["certainty"]).std() > 0.01
