@@ -1,5 +1,6 @@
 """Every command as several processes: what one process of that mesh does."""
 
+import os
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import pytest
 from children import HERE, finish, start_several
 
 import topd_jax
+from topd_jax.parallel import lock
 
 SMALL = HERE / "small_run.py"
 
@@ -121,3 +123,15 @@ def test_another_version_or_config_is_refused_by_name(world_cache, tmp_path):
         assert "files of topd_jax: '" in told
         assert told.count(" in process 1") == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_all_say_who_has_the_directory_and_end(world_cache, tmp_path):
+    with lock.held(tmp_path / "run"):
+        line = topd("generate", tmp_path / "run", world_cache)
+        for _, err, code in finish(start_several(line, 2)):
+            assert code == 2, err
+            (told,) = [x for x in err.splitlines() if x.startswith("topd: ")]
+            assert f"run is in use by process {os.getpid()} on " in told
+            assert told.endswith("; stop that process first, or use another "
+                                 "--workdir")  # fmt: skip

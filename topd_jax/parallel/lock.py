@@ -81,18 +81,21 @@ class _Lock:
                 file.remove()
 
 
-_held: dict[pathlib.Path, _Lock] = {}
+# Those of this process; None where the first of several has it.
+_held: dict[pathlib.Path, _Lock | None] = {}
 
 
 @contextlib.contextmanager
 def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a directory while the block runs; again within it does nothing.
 
-    Of several processes that are one program, the first holds it.
+    Of several processes that are one program, the first holds it, and all are
+    refused where it is.
 
     Args:
       directory: made where it is missing, and removed if it stays empty.
-      wait: whether to wait for a living holder instead of refusing.
+      wait: whether to wait for a living holder instead of refusing; of several
+        processes the first alone calls this then.
 
     Raises:
       ValueError: naming the living holder.
@@ -100,24 +103,40 @@ def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
     """
     remote = buckets.is_remote(directory)
     path = (directory if remote else directory.resolve()) / NAME
-    # No device is touched: the holder may have them all.
-    several = jax.distributed.is_initialized()
-    if path in _held or (several and not hosts.is_first()):
+    if path in _held:
         yield
         return
+    _held[path] = None
+    with contextlib.ExitStack() as stack:
+        stack.callback(_held.pop, path)
+
+        def take() -> None:
+            _held[path] = stack.enter_context(_taken(path, wait))
+
+        # No device is touched alone: the holder may have them all.
+        if jax.distributed.is_initialized() and not wait:
+            hosts.from_first(take)
+        else:
+            take()
+        yield
+
+
+@contextlib.contextmanager
+def _taken(path: pathlib.Path, wait: bool) -> Iterator[_Lock]:
+    """Hold a lock in this process while the block runs."""
+    directory = path.parent
+    remote = buckets.is_remote(directory)
     fresh = not remote and not directory.exists()
     if not remote:  # a bucket has no folders to make
         directory.mkdir(parents=True, exist_ok=True)
     lock, done = _acquire(path, wait), threading.Event()
-    _held[path] = lock
     beats = threading.Thread(target=lock.keep, args=(done,), daemon=True)
     beats.start()
     try:
-        yield
+        yield lock
     finally:
         done.set()
         beats.join()
-        del _held[path]
         lock.release()
         if fresh:  # a run that was refused leaves nothing
             with contextlib.suppress(OSError):
@@ -130,7 +149,7 @@ def confirm() -> None:
     Raises:
       ValueError: where one was taken while this process was suspended.
     """
-    for lock in list(_held.values()):
+    for lock in filter(None, list(_held.values())):
         if _now() - lock.beaten > _PATIENCE / 2:
             lock.beat()
         if lock.taker:
