@@ -22,6 +22,7 @@ from topd_jax.cli import main
 from topd_jax.data.toy_world import pretraining
 from topd_jax.evaluation import grading
 from topd_jax.evaluation.evaluator import Evaluator
+from topd_jax.parallel import stopping
 from topd_jax.training.checkpointing import Checkpoints
 from topd_jax.training.loop import Run
 
@@ -104,6 +105,14 @@ def evaluate_long(_: Evaluator, student: Any, step: int) -> None:
         send_and_wait(student)
 
 
+def evaluate_asked(_: Evaluator, student: Any, step: int) -> None:
+    """One of several processes, which hear of it between two batches."""
+    if step == 4:
+        send()
+        while not stopping.asked():
+            time.sleep(0.01)
+
+
 PHASES = {
     "step": (Run, "_one_step", at_step(3, send)),
     "last": (Run, "_one_step", at_step(6, send)),
@@ -111,6 +120,7 @@ PHASES = {
     "compile": (Run, "_one_step", at_step(1, compile_long)),
     "save": (Checkpoints, "save", at_step(2, send)),
     "full": (Evaluator, "evaluate", fill_and_evaluate_long),
+    "asked": (Evaluator, "evaluate", evaluate_asked),
     "evaluate": (Evaluator, "evaluate", evaluate_long),
     "grade": (Run, "_one_step", at_step(1, grade)),
     "world": (pretraining.Corpus, "batch", send_and_wait),

@@ -142,12 +142,15 @@ def said_of_stops(err):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("phase", "name"),
+    [("step", "SIGINT"), ("step", "SIGTERM"), ("asked", "SIGTERM")],
+)
 def test_a_signal_to_one_saves_and_stops_all(
-    alone_on_two, world, tmp_path, name
+    alone_on_two, world, tmp_path, phase, name
 ):
-    """After the same step, each with the signal's code; the bits stay."""
-    scripts = [("small_stop.py", "step", name)]
+    """After the same step, or within an evaluation; the bits stay."""
+    scripts = [("small_stop.py", phase, name)]
     done = finish(begin(world, tmp_path, 2, devices=1, scripts=scripts))
     stopped = (
         f"topd: stopped by {name} and saved after step 4; rerun the command "
@@ -161,6 +164,8 @@ def test_a_signal_to_one_saves_and_stops_all(
         assert said_of_stops(err) == said
         assert "Traceback" not in err
     assert steps_of(tmp_path) == [1, 2, 3, 4]
+    evaluated = [row["step"] for row in read_jsonl(tmp_path / "evals.jsonl")]
+    assert evaluated == [0]
     for _, err, code in finish(begin(world, tmp_path, 2, devices=1)):
         assert code == 0, err
     assert_same_run(alone_on_two, tmp_path)

@@ -194,6 +194,7 @@ class Evaluator:
         final: bool = False,
         temperature: float | None = None,
         keep: int = 0,
+        pause: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Evaluate, and keep some of what was written.
 
@@ -203,6 +204,7 @@ class Evaluator:
           final: use the test problems, ``eval.final_problems`` of them.
           temperature: of the sampler; None takes ``eval.temperature``.
           keep: problems to keep, from the first on.
+          pause: called before every batch; it may end the process.
 
         Returns:
           (JSON-able: step, final, problems, and every statistic; exact_match
@@ -215,7 +217,9 @@ class Evaluator:
             temperature = self.options.temperature
         count = self.options.final_problems if final else self.options.problems
         encoded = self.test if final else self.validation
-        rows, numbers = self.complete(student, encoded, count, temperature)
+        rows, numbers = self.complete(
+            student, encoded, count, temperature, pause
+        )
         problems = encoded.records[: len(rows)]
         texts = [self.tokenizer.decode(r) for r in rows]
         grades = from_first(lambda: self.grade(problems, texts))
@@ -266,6 +270,7 @@ class Evaluator:
         encoded: prompt_data.EncodedPrompts,
         count: int,
         temperature: float,
+        pause: Callable[[], None] = lambda: None,
     ) -> tuple[list[list[int]], dict[str, float | None]]:
         """Let the student complete prompts, one completion each.
 
@@ -274,6 +279,7 @@ class Evaluator:
           encoded: the prompts.
           count: how many of them, from the first on.
           temperature: of the sampler; 0 is greedy.
+          pause: called before every batch.
 
         Returns:
           (token ids of each completion, the end included; statistics of the
@@ -294,6 +300,7 @@ class Evaluator:
             for batch in prompt_data.ordered_batches(
                 encoded.take(places), batch_size=self.options.batch_size
             ):
+                pause()
                 asked = self._asked(batch, next(number), temperature)
                 written = self.writer(student, *asked)
                 real = batch.index >= 0

@@ -11,7 +11,7 @@ import pathlib
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -261,8 +261,7 @@ class Run:
                     )  # fmt: skip
                 self.step = step
                 due = _is_due(step, settings.eval.every)
-                if number := hosts.told_to_stop(wait=due or step == steps):
-                    self._stop(number)
+                self._stop(hosts.told_to_stop(wait=due or step == steps))
                 if due:
                     self.evaluate()
                 if _is_due(step, settings.checkpoint.every) and step < steps:
@@ -320,11 +319,13 @@ class Run:
         self.batches = {step - 1: before, step: trajectories}
         return row
 
-    def _stop(self, number: int) -> NoReturn:
-        """Save and leave by a signal; from a thread, while it evaluates.
+    def _stop(self, number: int) -> None:
+        """Save and leave by a signal, if any; from a thread in evaluations.
 
         Not with 0: whoever restarts failed jobs must not think this one done.
         """
+        if not number:
+            return
         if self.step:
             self.save()
         self._close()
@@ -354,11 +355,10 @@ class Run:
         self.logs.flush()
         with stopping.answered_by(self._stop):
             row, problems = self.evaluator.evaluate(
-                self.student,
-                self.step,
-                final=final,
+                self.student, self.step, final=final,
                 keep=self.settings.log.problems,
-            )
+                pause=lambda: self._stop(hosts.told_to_stop(wait=True)),
+            )  # fmt: skip
         others = (r for r in self.logs.evals if not r["final"])
         # After a roll-back there may be none.
         best = self.best.latest() is None or all(better(row, r) for r in others)
