@@ -1,16 +1,21 @@
 """Train the tiny world for long, twice at once, and compare.
 
     python -m tests.soak --minutes 60 --steps 8000
+    python -m tests.soak --saves 300
 
 One run is left in peace, in one process whose memory, files, threads and
 processor time are watched. The other gets a fault every few minutes and the
 same command again. Both must end with the same bits. Appends a JSON line to
 ``notebooks/results/soak.jsonl`` and draws ``soak.png`` beside it.
+
+The second command prints how much memory a process keeps of every save.
 """
 
 import argparse
+import ctypes
 import datetime
 import functools
+import gc
 import json
 import os
 import platform
@@ -228,18 +233,23 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def status(pid: int) -> dict[str, int]:
+    """What the system says of a process, in numbers; memory in KB."""
+    found = Path(f"/proc/{pid}/status").read_text()
+    return {k: int(v) for k, v in re.findall(r"(\w+):\s+(\d+)", found)}
+
+
 def sample(child: subprocess.Popen, workdir: Path) -> dict[str, float]:
     """What a process holds now."""
     about = Path(f"/proc/{child.pid}")
-    lines = (about / "status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
+    held = status(child.pid)
     used = (about / "stat").read_text().rsplit(")", 1)[1].split()[11:13]
     return {
         "time": time.monotonic(),
         "busy": sum(map(int, used)) / os.sysconf("SC_CLK_TCK"),
         "step": last_step(workdir),
-        "memory_mb": int(status["VmRSS"].split()[0]) / 1024,
-        "threads": int(status["Threads"]),
+        "memory_mb": held["VmRSS"] / 1024,
+        "threads": held["Threads"],
         "files": len(list((about / "fd").iterdir())),
         "maps": (about / "maps").read_text().count("\n"),
     }
@@ -272,6 +282,54 @@ def draw(watch: Watch) -> None:
     pyplot.close(figure)
 
 
+def kept_of_saves(count: int) -> dict[str, float]:
+    """KB that a process keeps of every save: of ours, and of orbax alone.
+
+    And of every time that orbax asks tensorstore how much it has written.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+    import tensorstore
+
+    from topd_jax.training.checkpointing import Checkpoints
+
+    key = jax.random.key(0)
+    state = {f"{i}": jax.random.normal(key, (2, 96, 200)) for i in range(30)}
+    trim = ctypes.CDLL("libc.so.6").malloc_trim
+
+    def kept(call: Callable[[int], object]) -> float:
+        def memory() -> float:
+            gc.collect()
+            trim(0)
+            return status(os.getpid())["VmRSS"]
+
+        for step in range(150):
+            call(step)
+        before = memory()
+        for step in range(150, 150 + count):
+            call(step)
+        return (memory() - before) / count
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Checkpoints(Path(folder, "ours"), keep=2)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        alone = ocp.CheckpointManager(Path(folder, "alone"), options=options)
+
+        def save(step: int) -> None:
+            alone.save(step, args=ocp.args.StandardSave(state))
+            alone.wait_until_finished()
+
+        def save_ours(step: int) -> None:
+            ours.save(step, state, key, {})
+            ours.wait()
+
+        ask = tensorstore.experimental_collect_matching_metrics
+        told = {"orbax": kept(save), "ours": kept(save_ours)}
+        alone.close()
+        ours.close()
+    return told | {"metrics": kept(lambda _: ask("/tensorstore/kvstore/"))}
+
+
 def main() -> None:
     """Run the command; an assertion says what went wrong."""
     parser = argparse.ArgumentParser("python -m tests.soak")
@@ -286,7 +344,11 @@ def main() -> None:
         help="seconds between two faults, on average",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--saves", type=int, help="measure so many instead")
     options = parser.parse_args()
+    if options.saves:
+        print(json.dumps(kept_of_saves(options.saves)))
+        return
     folder = Path(tempfile.mkdtemp(prefix="topd-soak-"))
     started = time.monotonic()
     row = soak(options, folder)
