@@ -112,6 +112,23 @@ def test_a_killed_run_ends_bit_identical(
     assert_same_run(trained, tmp_path)
 
 
+def test_rows_in_slots_end_with_the_same_bits(trained, settings, tmp_path):
+    """As those of the fixed batch, and stopped on their way."""
+    slots = changed(settings, "rollout", slots=4)
+    with interrupted(4):
+        loop.train(slots, tmp_path)
+    loop.train(slots, tmp_path)
+    one, two = (saved_arrays(run)[0] for run in (trained, tmp_path))
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, two[name], err_msg=name)
+    # An evaluation sums its statistics in parts of four rows.
+    for name in ("metrics", "completions"):
+        one, two = (
+            without_times(run / f"{name}.jsonl") for run in (trained, tmp_path)
+        )
+        assert one == two and one
+
+
 def test_a_finished_run_is_left_alone(trained, settings, capsys):
     before = (trained / "evals.jsonl").read_bytes()
     final = loop.train(settings, trained)
