@@ -8,9 +8,8 @@ Twice the same file: the teacher's solutions, then the student on them.
         --config.data.path=FILE --config.offline.path=runs/solutions
 
 The pair and the optimiser's betas, clip and end are those of the second stage.
-A solution longer than a row with its prompt is cut off at the row's end. The
-teacher may write fewer prompts at once than the student reads:
---config.data.batch_size=... for the first command alone.
+A solution longer than a row with its prompt is cut off at the row's end. Four
+chips of v5p hold the caches of 64 rows that the teacher writes, not of 128.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +31,7 @@ def get_config() -> ConfigDict:
     config.data.samples = 1  # App. B: a solution a prompt
 
     config.data.batch_size = 128  # App. B: solutions a step
+    config.rollout.slots = 64  # of them at once; ours
     config.offline.pack_length = 16384  # App. B
     config.offline.keep = "all"  # ours: App. B names no filter
 

@@ -181,6 +181,17 @@ def test_slots_are_planned_as_batches_of_so_many_rows():
     assert {c.times for c in plain.values()} == {1}
 
 
+def test_a_teacher_that_writes_in_slots_is_planned():
+    settings = settings_with(train__stage="offline", rollout__slots=4)
+    _, run = run_of(settings)
+    call = run["rollout"]
+    teacher = run["score"].args[1][0].model
+    assert call.args[0] is teacher and call.times == 2
+    options = call.fn.__wrapped__.keywords["options"]
+    assert options.top_p == settings.offline.top_p
+    assert (options.slots, options.max_new_tokens) == (0, 16)
+
+
 def test_what_cannot_be_planned_is_refused():
     settings = settings_with(train__stage="offline", offline__path="somewhere")
     with pytest.raises(ValueError, match="offline.path='somewhere'"):

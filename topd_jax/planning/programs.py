@@ -106,7 +106,7 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
         "statistics": Call(step.statistics, read[:3], (*during, scored)),
         "evaluate": Call(jax.jit(sampler), asked, (*held, questions)),
     }
-    if slots and not settings.is_offline:
+    if slots:
         every |= _in_slots(every, settings, mesh, slots, sampler)
     if not settings.log.statistics_every:
         del every["statistics"]
@@ -121,19 +121,23 @@ def _in_slots(
     sampler: Callable[..., Any],
 ) -> dict[str, Call]:
     """Return the programs that write rows in slots, as if all were full."""
-    batches = {
-        "rollout": settings.data.batch_size * settings.data.samples,
-        "evaluate": settings.eval.batch_size,
+    student, teachers, _, key = run["rollout"].args
+    prompts = _prompts(settings, mesh, slots)
+    rows = settings.data.batch_size * settings.data.samples
+    writers = {
+        "rollout": (student, settings.rollout, rows),
+        "evaluate": (student, settings.rollout, settings.eval.batch_size),
     }
-    key, prompts = run["rollout"].args[-1], _prompts(settings, mesh, slots)
+    if settings.is_offline:
+        writers["rollout"] = teachers[0].model, settings.writing, rows
     return {
         name: Call(
-            jax.jit(sampler),
-            (run[name].args[0], prompts, key),
+            jax.jit(functools.partial(sampler, options=options)),
+            (model, prompts, key),
             run[name].live,
             rows / slots,
         )
-        for name, rows in batches.items()
+        for name, (model, options, rows) in writers.items()
         if slots < rows
     }
 
