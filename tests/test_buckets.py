@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from bucket_server import serving
+from bucket_server import LOST, serving
+from children import run_topd
 from small_run import (
     assert_same_run,
     changed,
@@ -261,6 +263,44 @@ def test_a_bucket_that_vanishes_loses_nothing(
     assert str(bucket) in line and way_out in line
     service.fault = lambda method, path: 0
     monkeypatch.setattr(loop.Run, "_one_step", one_step)
+    loop.train(settings, bucket / "run")
+    assert_same_run(plain, bucket / "run")
+
+
+def lost_for(seconds):
+    """No connection from the first part of checkpoint 4 on."""
+    until = []
+
+    def fault(method, path):
+        if "checkpoints%2F4%2Fstate" in path and not until:
+            until.append(time.monotonic() + seconds)
+        return LOST if until and time.monotonic() < until[0] else 0
+
+    return fault
+
+
+@pytest.mark.slow
+def test_a_connection_that_comes_back_is_waited_for(
+    plain, settings, service, bucket
+):
+    service.fault, service.faults = lost_for(8), 0
+    loop.train(settings, bucket / "run")
+    assert service.faults > 4
+    assert_same_run(plain, bucket / "run")
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_no_connection_comes_back(
+    plain, settings, service, bucket, small_arguments, tmp_path
+):
+    service.fault = lost_for(1e9)
+    train = ["train", *small_arguments, f"--workdir={bucket}/run"]
+    code, _, err = run_topd(*train, cwd=tmp_path)
+    assert code == 2 and "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith(f"topd: {bucket}: ")
+    assert line.endswith("check that it can be reached, and rerun the command")
+    service.fault = lambda method, path: 0
     loop.train(settings, bucket / "run")
     assert_same_run(plain, bucket / "run")
 

@@ -32,7 +32,13 @@ _STORAGE = {
 def main() -> None:
     """Run the command line of this process, which signals stop at any time."""
     stopping.watch(_one_line)
-    run()
+    try:
+        run()
+    except SystemExit as stop:
+        # Threads that write there would ask again for many minutes.
+        if buckets.explain(_chain(stop)):
+            os._exit(2)
+        raise
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -101,12 +107,18 @@ def _process() -> int | None:
     return jax.process_index()
 
 
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an error and its causes."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    return chain
+
+
 def _one_line(error: Exception) -> str | None:
     """Return what to tell the user; None for what a traceback must show."""
     text = " ".join(str(error).split())
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    chain = _chain(error)
     foreign = isinstance(error, OSError) or not is_refusal(error)
     if foreign and (line := buckets.explain(chain)):
         return f"{line}, and rerun the command"
