@@ -1,7 +1,7 @@
-"""The model families, as data: how each spells its config and its weights.
+"""The model families, as data: how each spells its config.
 
-A family is one row of :data:`FAMILIES`; a parameter is one row of
-:data:`WEIGHTS`. What each row composes:
+A family is one row of :data:`FAMILIES`; how files name its tensors is in
+:mod:`topd_jax.models.io.tensors`. What each row composes:
 
 =============  ==============================================================
 model_type     beside pre-norms, rotary positions, grouped heads, gated SiLU
@@ -25,12 +25,8 @@ Defaults, and which layers slide, are those of the families' config classes in
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-from topd_jax.models.config import LORA_TARGETS, DecoderConfig
-from topd_jax.models.parameters import LORA_A, LORA_B
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,83 +122,6 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-class Weight(NamedTuple):
-    """How safetensors files spell one parameter.
-
-    Attributes:
-      hub: its name, ``{}`` for the layer, then the expert. GGUF files have
-        names of their own, which the ``gguf`` package maps to these.
-      inputs: leading dimensions (after the layer's and the expert's) that a
-        linear map reads; files hold it as [out, in]. 0: files hold it flat.
-      expert: the first dimension after the layer's counts experts.
-    """
-
-    hub: str
-    inputs: int
-    expert: bool = False
-
-
-_LAYER = "model.layers.{}."
-
-WEIGHTS: dict[str, Weight] = {
-    "embedding": Weight("model.embed_tokens.weight", 0),
-    "final_norm": Weight("model.norm.weight", 0),
-    "output": Weight("lm_head.weight", 0),
-} | {
-    name: Weight(_LAYER + hub, inputs, ".experts." in hub)
-    for name, hub, inputs in (
-        ("attention_norm", "input_layernorm.weight", 0),
-        ("attention_post_norm", "post_attention_layernorm.weight", 0),
-        ("q", "self_attn.q_proj.weight", 1),
-        ("k", "self_attn.k_proj.weight", 1),
-        ("v", "self_attn.v_proj.weight", 1),
-        ("o", "self_attn.o_proj.weight", 2),
-        ("q_bias", "self_attn.q_proj.bias", 0),
-        ("k_bias", "self_attn.k_proj.bias", 0),
-        ("v_bias", "self_attn.v_proj.bias", 0),
-        ("o_bias", "self_attn.o_proj.bias", 0),
-        ("q_norm", "self_attn.q_norm.weight", 0),
-        ("k_norm", "self_attn.k_norm.weight", 0),
-        ("mlp_norm", "post_attention_layernorm.weight", 0),
-        ("mlp_post_norm", "post_feedforward_layernorm.weight", 0),
-        ("gate", "mlp.gate_proj.weight", 1),
-        ("up", "mlp.up_proj.weight", 1),
-        ("down", "mlp.down_proj.weight", 1),
-        ("gate_bias", "mlp.gate_proj.bias", 0),
-        ("up_bias", "mlp.up_proj.bias", 0),
-        ("down_bias", "mlp.down_proj.bias", 0),
-        ("router", "mlp.gate.weight", 1),
-        ("expert_gate", "mlp.experts.{}.gate_proj.weight", 1),
-        ("expert_up", "mlp.experts.{}.up_proj.weight", 1),
-        ("expert_down", "mlp.experts.{}.down_proj.weight", 1),
-    )
-}
-
-# As PEFT names them: lora_A [r, in] and lora_B [out, r].
-ADAPTER_PREFIX = "base_model.model."
-for _name in LORA_TARGETS:
-    _module = ADAPTER_PREFIX + WEIGHTS[_name].hub.removesuffix("weight")
-    _inputs = WEIGHTS[_name].inputs
-    WEIGHTS[_name + LORA_A] = Weight(f"{_module}lora_A.weight", _inputs)
-    WEIGHTS[_name + LORA_B] = Weight(f"{_module}lora_B.weight", 1)
-
-
-def hub_name(config: DecoderConfig, name: str) -> str:
-    """Return how files of this decoder spell a parameter.
-
-    Args:
-      config: the decoder's shape.
-      name: of the parameter.
-
-    Returns:
-      Its name, as in :class:`Weight`.
-    """
-    if name == "mlp_norm" and config.post_norms:
-        # With norms on both sides the hub calls the feed-forward's first so.
-        return _LAYER + "pre_feedforward_layernorm.weight"
-    return WEIGHTS[name].hub
-
-
 def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
     """Return the family of a ``model_type``.
 
@@ -228,39 +147,3 @@ def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
             f"{', '.join(sorted(known))}"
         )
     return known[model_type]
-
-
-def file_dims(name: str, ndim: int) -> tuple[tuple[int, ...], ...]:
-    """Return which dimensions of a parameter each of its tensor's covers.
-
-    Args:
-      name: of the parameter.
-      ndim: of one layer, the stacking dimensions left out.
-
-    Returns:
-      The outputs, then the inputs of linear maps; all of them, flat, for
-      biases and norms over heads; else one each.
-    """
-    inputs, dims = WEIGHTS[name].inputs, tuple(range(ndim))
-    if inputs:
-        return dims[inputs:], dims[:inputs]
-    if name in ("embedding", "output"):
-        return dims[:1], dims[1:]
-    return (dims,)
-
-
-def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that files give one layer (and expert).
-
-    Args:
-      name: of the parameter.
-      shape: of one layer, the stacking dimensions left out.
-
-    Returns:
-      (out, in) for linear maps, flat for biases and norms over heads, else
-      ``shape``.
-    """
-    return tuple(
-        math.prod(shape[d] for d in dims)
-        for dims in file_dims(name, len(shape))
-    )

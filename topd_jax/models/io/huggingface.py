@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.io.families import WEIGHTS
 from topd_jax.models.io.streaming import Read
+from topd_jax.models.io.tensors import WEIGHTS
 from topd_jax.models.io.weights import (
     Placement,
     TensorInfo,

@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.export import check_free, staged, write_json
-from topd_jax.models.io.families import ADAPTER_PREFIX, WEIGHTS
 from topd_jax.models.io.huggingface import (
     open_tensors,
     read_json,
@@ -26,6 +25,7 @@ from topd_jax.models.io.huggingface import (
     resolve,
 )
 from topd_jax.models.io.streaming import Rows, stream
+from topd_jax.models.io.tensors import ADAPTER_PREFIX, WEIGHTS
 from topd_jax.models.io.weights import (
     disassemble,
     file_tensors,

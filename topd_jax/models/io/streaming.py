@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from topd_jax.models.io.families import file_dims, file_shape
+from topd_jax.models.io.tensors import file_dims, file_shape
 
 # (name in the file, one slice a dimension of it) -> floats.
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
-from topd_jax.models.io.families import WEIGHTS, file_shape, hub_name
 from topd_jax.models.io.streaming import Read, Rows, stream
+from topd_jax.models.io.tensors import WEIGHTS, file_shape, hub_name
 from topd_jax.models.parameters import parameter_shardings, parameter_table
 from topd_jax.parallel import hosts
 
