@@ -11,9 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from small_files import logits_of
-from tiny_families import MODELS, SHAPE, VOCAB, build, rope, torch, transformers
+from tiny_families import (
+    MODELS,
+    SHAPE,
+    VOCAB,
+    WRAPPERS,
+    build,
+    rope,
+    torch,
+    transformers,
+    wrap,
+)
 
 from topd_jax.models import causal_mask, load, save_model, unembed
 from topd_jax.sampling import rollout
@@ -61,19 +70,27 @@ def test_everything_agrees(name, tmp_path):
         logp = jax.nn.log_softmax(logits_of(model, tokens, jnp.asarray(mask)))
         return jnp.sum(logp * weight)
 
-    save_model(jax.grad(loss)(ours), tmp_path / "gradients")
-    got = load_file(tmp_path / "gradients" / "model.safetensors")
+    gradient = jax.grad(loss)(ours)
+    got = exported(gradient, theirs, tmp_path / "gradients")
     for key, value in theirs.named_parameters():
-        slope = value.grad.numpy()
-        found = tensor_of(got, key, len(slope))
+        slope, found = value.grad.numpy(), got.pop(key).detach().numpy()
         error = np.abs(found - slope).max()
         # A bias of keys that are not rotated has no gradient but rounding.
         assert error <= 1e-3 * np.abs(slope).max() + 1e-4, key
     assert not got
     assert_same_greedy(theirs, ours)
 
-    out = save_model(
-        ours, tmp_path / "ours", model_type=theirs.config.model_type,
+    got = exported(ours, theirs, tmp_path / "ours")
+    for key, value in theirs.named_parameters():
+        assert torch.equal(value, got.pop(key)), key
+    assert not got
+    assert load(tmp_path / "ours")[0].config == ours.config
+
+
+def exported(model, theirs, out):
+    """The parameters of a written model, as transformers reads them."""
+    save_model(
+        model, out, model_type=theirs.config.model_type,
         extra={"pad_token_id": 0},
     )  # fmt: skip
     back, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -81,11 +98,29 @@ def test_everything_agrees(name, tmp_path):
     )
     assert type(back) is type(theirs)
     assert not {k: v for k, v in info.items() if v}
-    got = dict(back.named_parameters())
-    for key, value in theirs.named_parameters():
-        assert torch.equal(value, got.pop(key)), key
-    assert not got
-    assert load(out)[0].config == ours.config
+    return dict(back.named_parameters())
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_text_part_beside_images_is_read(name, tmp_path):
+    """Its logits, and as a file of it alone they stay the same."""
+    theirs = wrap(name, tie_word_embeddings=name == "gemma3")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = load(tmp_path / "theirs")
+    tokens, mask = batch()
+    with torch.no_grad():
+        want = reference_logits(theirs, tokens, mask).numpy()
+    got = np.asarray(logits_of(ours, tokens, jnp.asarray(mask)))
+    assert want[mask].std() > 0.3
+    np.testing.assert_allclose(got[mask], want[mask], atol=1e-4)
+    assert_same_greedy(theirs, ours)
+    out = save_model(ours, tmp_path / "ours")
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        out, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        got = reference_logits(back, tokens, mask).numpy()
+    np.testing.assert_allclose(got[mask], want[mask], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
@@ -122,22 +157,6 @@ def test_long_positions_are_turned_as_in_the_reference(kind, tmp_path):
         got = np.asarray(unembed(ours.head, hidden))
         print(kind, length, "error", np.abs(got - want).max())
         np.testing.assert_allclose(got, want, atol=1e-4)
-
-
-def tensor_of(tensors, key, experts):
-    """A tensor of transformers, which stacks the experts that files split."""
-    if ".experts." not in key:
-        return tensors.pop(key)
-    stem = key.removesuffix("gate_up_proj").removesuffix("down_proj")
-    maps = ("gate", "up") if key.endswith("gate_up_proj") else ("down",)
-    return np.stack(
-        [
-            np.concatenate(
-                [tensors.pop(f"{stem}{e}.{m}_proj.weight") for m in maps]
-            )
-            for e in range(experts)
-        ]
-    )
 
 
 def assert_same_greedy(theirs, ours):

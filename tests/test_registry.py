@@ -37,6 +37,12 @@ GEMMA = dataclasses.replace(
     query_scalar=20,
     window=3,
 )
+OLMO = dataclasses.replace(
+    BASE, pre_norms=False, post_norms=True, wide_qk_norm=True
+)
+MIXTURE = dataclasses.replace(
+    BASE, experts=4, experts_per_token=2, expert_width=24
+)
 CONFIGS = {
     "llama": dataclasses.replace(
         BASE,
@@ -44,6 +50,12 @@ CONFIGS = {
         rope_scaling=RopeScaling("llama3", 8.0, 64.0),
     ),
     "mistral": dataclasses.replace(BASE, window=3, sliding=(True,) * 3),
+    "ministral": dataclasses.replace(
+        BASE, window=3, sliding=(True, False, True)
+    ),
+    "ministral3": dataclasses.replace(
+        BASE, rope_scaling=RopeScaling("yarn", 4.0, 64.0, query_beta=0.1)
+    ),
     "qwen2": dataclasses.replace(
         BASE, attention_bias=True, window=3, sliding=(False, False, True)
     ),
@@ -58,13 +70,31 @@ CONFIGS = {
         expert_width=24,
         renormalize=True,
     ),
+    "qwen2_moe": dataclasses.replace(
+        MIXTURE, attention_bias=True, shared_expert_width=20
+    ),
+    "mixtral": dataclasses.replace(MIXTURE, renormalize=True, mlp_width=24),
     "smollm3": dataclasses.replace(
         BASE,
         no_rope=(False, True, False),
         rope_scaling=RopeScaling("yarn", 4.0, 64.0, attention_factor=1.1),
     ),
-    "olmo2": dataclasses.replace(
-        BASE, pre_norms=False, post_norms=True, wide_qk_norm=True
+    "seed_oss": dataclasses.replace(BASE, attention_bias=True, mlp_bias=True),
+    "phi3": dataclasses.replace(BASE, rotary_dim=6),
+    "olmo2": OLMO,
+    "olmo3": dataclasses.replace(
+        OLMO,
+        window=3,
+        sliding=(True, False, True),
+        local_rope_theta=1e4,
+        rope_scaling=RopeScaling("yarn", 4.0, 64.0),
+    ),
+    "olmoe": dataclasses.replace(MIXTURE, wide_qk_norm=True, mlp_width=24),
+    "gemma": dataclasses.replace(
+        BASE,
+        centered_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
     ),
     "gemma2": dataclasses.replace(
         GEMMA,
@@ -303,7 +333,7 @@ VALUES = [
     ("gemma3_text", "hidden_activation", "a name", (["silu"],)),
     ("gemma3_text", "layer_types", "a list of names, one a layer",
      (3, "full_attention", [["full_attention"]] * 6, [3] * 6)),
-    ("gemma2", "sliding_window", "an integer from 1", (2**31, "x", -3)),
+    ("gemma2", "sliding_window", "an integer from 0", (2**31, "x", -3)),
     *((family, "max_window_layers", "an integer from 0", (None, "x", -1))
       for family in ("qwen2", "qwen3")),
     ("smollm3", "no_rope_layers", "a list of 0 or 1, one a layer",

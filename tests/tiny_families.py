@@ -34,6 +34,10 @@ GEMMA = {
     "sliding_window": 5,
     "tie_word_embeddings": True,
 }
+OLMO3 = {
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 EXPERTS = {
     "num_experts": 5,
     "num_experts_per_tok": 2,
@@ -94,6 +98,62 @@ MODELS = {
         },
     ),
     "olmo2": ("Olmo2", BIASES),
+    "olmo3": (
+        "Olmo3",
+        BIASES | OLMO3 | {
+            "rope_parameters": {
+                "full_attention": rope(
+                    "yarn", factor=4.0, original_max_position_embeddings=64,
+                ),
+                "sliding_attention": rope("default"),
+            }
+        },
+    ),
+    "olmoe": (
+        "Olmoe",
+        BIASES | {
+            "num_experts": 5, "num_experts_per_tok": 2,
+            "intermediate_size": 24, "norm_topk_prob": True,
+        },
+    ),
+    "ministral": ("Ministral", OLMO3),
+    "ministral3": (
+        "Ministral3",
+        {
+            "rope_parameters": rope(
+                "yarn", factor=4.0, original_max_position_embeddings=8,
+                llama_4_scaling_beta=0.3, mscale=1.2, mscale_all_dim=0.7,
+                max_position_embeddings=32,
+            )
+        },
+    ),
+    "seed-oss": (
+        "SeedOss",
+        BIASES | {"attention_out_bias": True, "mlp_bias": True},
+    ),
+    "phi3": (
+        "Phi3",
+        {"sliding_window": 7, "partial_rotary_factor": 0.75,
+         "original_max_position_embeddings": 4095},
+    ),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 5, "intermediate_size": 24, "sliding_window": 9},
+    ),
+    "qwen2-moe": (
+        "Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 40}
+    ),
+    "qwen2-moe-window": (
+        "Qwen2Moe",
+        EXPERTS
+        | {
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "gemma": ("Gemma", BIASES | {"tie_word_embeddings": True}),
     "gemma2": (
         "Gemma2",
         GEMMA
@@ -136,14 +196,46 @@ MODELS = {
 }  # fmt: skip
 
 
+IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# name -> (class, model_type of its encoder of images, of MODELS its text)
+WRAPPERS = {
+    "gemma3": ("Gemma3", "siglip_vision_model", "gemma3"),
+    "mistral3": ("Mistral3", "pixtral", "mistral-null"),
+    "mistral3-ministral3": ("Mistral3", "pixtral", "ministral3"),
+}
+
+
 def build(name):
     """A random model, its norms and biases far from where they start."""
     family, fields = MODELS[name]
-    torch.manual_seed(0)
     text = "Text" if family == "Gemma3" else ""
     config = getattr(transformers, f"{family}{text}Config")(**SHAPE | fields)
+    return random(getattr(transformers, f"{family}ForCausalLM"), config)
+
+
+def wrap(name, **fields):
+    """The same beside an encoder of images."""
+    family, images, text = WRAPPERS[name]
+    config = getattr(transformers, f"{family}Config")(
+        text_config=build(text).config.to_dict(),
+        vision_config=IMAGES | {"model_type": images}, **fields,
+    )  # fmt: skip
+    kind = getattr(transformers, f"{family}ForConditionalGeneration")
+    return random(kind, config)
+
+
+def random(kind, config):
+    family = kind.__name__
+    torch.manual_seed(0)
     config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = kind(config).eval()
     for key, value in model.named_parameters():
         if "norm" in key:
             low = -0.5 if "Gemma" in family else 0.5

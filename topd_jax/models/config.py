@@ -21,6 +21,8 @@ class RopeScaling:
       beta_fast: "yarn": pairs that turn more often than this are left alone.
       beta_slow: "yarn": pairs that turn less often are stretched whole.
       attention_factor: "yarn": multiplies cosine and sine.
+      query_beta: "yarn": the query at position p is multiplied by 1 + this *
+        log(1 + floor(p / original_length)) (Ministral 3).
       truncate: "yarn": the two borders are rounded to whole pairs.
     """
 
@@ -32,6 +34,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    query_beta: float = 0.0
     truncate: bool = True
 
     def __post_init__(self) -> None:
@@ -124,12 +127,16 @@ class DecoderConfig:
       rope_scaling: stretching of the rotary frequencies.
       local_rope_theta: base in sliding layers, never stretched; None is the
         same as elsewhere (Gemma 3).
+      rotary_dim: first elements of each head that are turned; None is all of
+        them (Phi-4-mini).
       no_rope: layers whose queries and keys are not turned (SmolLM3).
       window: keys that a sliding layer attends to, the token's included.
       sliding: layers that attend to ``window`` keys only.
       experts: E, feed-forward networks to choose from; 0 is one, dense.
       experts_per_token: how many of them read each token.
       expert_width: inner size of an expert.
+      shared_expert_width: inner size of an expert that reads every token,
+        weighed by a sigmoid; 0: there is none (Qwen2-MoE).
       renormalize: weights of the chosen experts sum to one.
       lora: adapters beside the linear maps; None: there are none.
       dtype: compute dtype of activations, "float32" or "bfloat16".
@@ -169,12 +176,14 @@ class DecoderConfig:
     final_softcap: float | None = None
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None
+    rotary_dim: int | None = None
     no_rope: tuple[bool, ...] = ()
     window: int | None = None
     sliding: tuple[bool, ...] = ()
     experts: int = 0
     experts_per_token: int = 0
     expert_width: int = 0
+    shared_expert_width: int = 0
     renormalize: bool = False
     lora: Lora | None = None
     dtype: str = "float32"
@@ -200,6 +209,14 @@ class DecoderConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} must be even: rotary embedding "
                 "turns pairs"
+            )
+        if self.rotary_dim == self.head_dim:  # one spelling of "all"
+            object.__setattr__(self, "rotary_dim", None)
+        turned = self.rotary_dim or self.head_dim
+        if turned % 2 or not 2 <= turned <= self.head_dim:
+            raise ValueError(
+                f"rotary_dim={turned} must be even and in 2..{self.head_dim}, "
+                "the head_dim"
             )
         for name in _PER_LAYER:
             given = getattr(self, name)

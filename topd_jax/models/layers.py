@@ -22,7 +22,7 @@ from topd_jax.models.parameters import (
     as_floats,
     linear_inputs,
 )
-from topd_jax.models.rope import rope_rows, rotate
+from topd_jax.models.rope import grow, rope_rows, rotate
 from topd_jax.parallel.collectives import to_products, to_rows
 from topd_jax.parallel.sharding import constrain
 
@@ -118,7 +118,7 @@ def layer(
     hidden = hidden + norm(attended, "attention_post_norm")
     normed = norm(hidden, "mlp_norm")
     normed = to_products(normed, "sequence", "activation_embed")
-    out = (mix if config.experts else _mlp)(normed, w, config)
+    out = _feed_forward(normed, w, config)
     out = to_rows(out, "sequence", "activation_embed")
     hidden = hidden + norm(out, "mlp_post_norm")
     return constrain(hidden, "batch", "sequence", "activation_embed"), cache
@@ -154,6 +154,8 @@ def _attention(
     )
     turn = [t[options["rope"]] if len(t) > 1 else t[0] for t in rope]
     query, key = rotate(query, *turn), rotate(key, *turn)
+    if config.rope_scaling is not None and config.rope_scaling.query_beta:
+        query = grow(query, spec.query_positions, config.rope_scaling)
     out = None
     query = constrain(query, "batch", "sequence", "activation_heads", None)
     if cache is None:
@@ -185,16 +187,30 @@ def _wide_norm(
     return rms_norm(flat, scale.reshape(-1), config).reshape(x.shape)
 
 
+def _feed_forward(
+    x: jax.Array, w: dict[str, jax.Array], config: DecoderConfig
+) -> jax.Array:
+    if not config.experts:
+        return _mlp(x, w, config)
+    out = mix(x, w, config)
+    if not config.shared_expert_width:
+        return out
+    weight = jax.nn.sigmoid(_linear(x, w["shared_router"]))
+    names = ("gate", "up", "down")
+    shared = {name: w[f"shared_{name}"] for name in names}
+    return out + weight * _mlp(x, shared, config)
+
+
 def _mlp(
     x: jax.Array, w: dict[str, jax.Array], config: DecoderConfig
 ) -> jax.Array:
     gate, up = (_project(x, w, name, config) for name in ("gate", "up"))
-    if config.mlp_bias:
+    if "gate_bias" in w:
         gate, up = gate + w["gate_bias"], up + w["up_bias"]
     inner = ACTIVATIONS[config.activation](gate) * up
     inner = constrain(inner, "product_batch", "sequence", "activation_mlp")
     out = _project(inner, w, "down", config)
-    return out + w["down_bias"] if config.mlp_bias else out
+    return out + w["down_bias"] if "down_bias" in w else out
 
 
 def _project(

@@ -190,9 +190,17 @@ def _experts(config: DecoderConfig) -> dict[str, Parameter]:
         (n, e, d, f), ("layers", "expert", "embed", "mlp"), d**-0.5
     )
     down_axes = ("layers", "expert", "mlp", "embed")
-    return {
+    table = {
         "router": Parameter((n, d, e), ("layers", "embed", None), d**-0.5),
         "expert_gate": wide,
         "expert_up": wide,
         "expert_down": Parameter((n, e, f, d), down_axes, f**-0.5),
     }
+    if config.shared_expert_width:
+        shared = _dense(
+            config.replace(mlp_width=config.shared_expert_width, mlp_bias=False)
+        )
+        table |= {f"shared_{name}": row for name, row in shared.items()}
+        axes = ("layers", "embed", None)
+        table["shared_router"] = Parameter((n, d, 1), axes, d**-0.5)
+    return table

@@ -32,7 +32,11 @@ KINDS = ("int8", "int4")
 # Inputs that share a scale where nothing else is said; 0: all of them.
 DEFAULT_TILE = {"int8": 0, "int4": 32}
 _SCALE_DTYPE = {"int8": jnp.float32, "int4": jnp.bfloat16}
-_MATRICES = (*LORA_TARGETS, "expert_gate", "expert_up", "expert_down")
+_MATRICES = (
+    *LORA_TARGETS,
+    *(f"{kind}_{name}" for kind in ("expert", "shared")
+      for name in ("gate", "up", "down")),
+)  # fmt: skip
 
 
 def quantizer(

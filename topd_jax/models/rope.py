@@ -88,7 +88,7 @@ def rope_rows(config: DecoderConfig) -> np.ndarray:
 def rope_table(
     positions: jax.Array, config: DecoderConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin of positions: f32[R, B, S, 1, head_dim / 2] each.
+    """Return cos and sin of positions: f32[R, B, S, 1, rotary_dim / 2] each.
 
     Args:
       positions: rotary positions.
@@ -97,7 +97,7 @@ def rope_table(
     Returns:
       (cos, sin), the R ways that the config's layers are turned in.
     """
-    scaling, size = config.rope_scaling, config.head_dim
+    scaling, size = config.rope_scaling, config.rotary_dim or config.head_dim
     ways = [(frequencies(config.rope_theta, size, scaling), 1.0)]
     if scaling is not None:
         ways[0] = ways[0][0], scaling.attention_factor
@@ -123,18 +123,36 @@ def _ways(config: DecoderConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + head_dim / 2) of x.
+    """Rotate the pairs (i, i + n / 2) of the first n elements of each head.
 
     Args:
       x: [B, S, heads, head_dim].
-      cos: f32[B, S, 1, head_dim / 2].
+      cos: f32[B, S, 1, n / 2].
       sin: the same.
 
     Returns:
       [B, S, heads, head_dim] in x's dtype.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return turned.astype(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate([*(t.astype(x.dtype) for t in turned), rest], -1)
+
+
+def grow(
+    query: jax.Array, positions: jax.Array, scaling: RopeScaling
+) -> jax.Array:
+    """Scale queries by their position, for ``scaling.query_beta``.
+
+    Args:
+      query: [B, S, heads, head_dim].
+      positions: i32[B, S].
+      scaling: for ``query_beta`` and ``original_length``.
+
+    Returns:
+      [B, S, heads, head_dim] in the query's dtype.
+    """
+    turns = jnp.floor(positions / scaling.original_length)
+    scale = 1 + scaling.query_beta * jnp.log(1 + turns)
+    return query * scale[..., None, None].astype(query.dtype)

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.families import FAMILIES, Family
+from topd_jax.models.io.fused import join, whole_tensors
 from topd_jax.models.io.hub_config import config_json
 from topd_jax.models.io.huggingface import INDEX_FILE
 from topd_jax.models.io.weights import disassemble, file_tensors
@@ -82,7 +84,8 @@ def save_model(
     fields = config_json(model.config, model_type, others | (extra or {}))
     dtype = dtype or model.config.param_dtype
     fields |= {"dtype": dtype, "torch_dtype": dtype}
-    plan, shards = _shards(model, dtype, max_shard_bytes)
+    family = FAMILIES[fields["model_type"]]
+    plan, shards = _shards(model, family, dtype, max_shard_bytes)
     if jax.process_index() != 0:
         for _ in shards:  # the others' part in gathering
             pass
@@ -119,24 +122,32 @@ def check_free(target: Path) -> None:
 
 
 def _shards(
-    model: Decoder, dtype: str, most: int
+    model: Decoder, family: Family, dtype: str, most: int
 ) -> tuple[Any, Iterator[tuple[str, dict[str, np.ndarray]]]]:
     """Return the hub's plan of the files, and their tensors one by one."""
     # Slow to import, and needed here only.
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    rows, width = file_tensors(model.config), jnp.dtype(dtype).itemsize
+    rows, width = file_tensors(model.config, family), jnp.dtype(dtype).itemsize
+    wholes = whole_tensors(rows, family.fused)
+    keep = max((len(f.parameters) for f in family.fused), default=1)
     plan = split_state_dict_into_shards_factory(
-        rows,
-        get_storage_size=lambda row: math.prod(row[2]) * width,
+        wholes,
+        get_storage_size=lambda whole: math.prod(whole.shape) * width,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=most,
     )
 
     def shards() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         for file, names in plan.filename_to_tensors.items():
-            tensors = disassemble(model, {name: rows[name] for name in names})
-            yield file, {n: x.astype(dtype, copy=False) for n, x in tensors}
+            own = [part for name in names for part in wholes[name].parts]
+            parts = disassemble(model, {n: rows[n] for n in own}, keep)
+            tensors = {}
+            for name in names:
+                arrays = [next(parts)[1] for _ in wholes[name].parts]
+                whole = join(arrays, wholes[name].fused)
+                tensors[name] = whole.astype(dtype, copy=False)
+            yield file, tensors
 
     return plan, shards()
 

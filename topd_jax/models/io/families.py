@@ -1,32 +1,28 @@
-"""The model families, as data: how each spells its config.
+"""The model families, as data: how each spells its config and its tensors.
 
-A family is one row of :data:`FAMILIES`; how files name its tensors is in
-:mod:`topd_jax.models.io.tensors`. What each row composes:
-
-=============  ==============================================================
-model_type     beside pre-norms, rotary positions, grouped heads, gated SiLU
-=============  ==============================================================
-llama          Llama 2 and 3.x, SmolLM2: biases; linear, llama3, yarn scaling
-mistral        sliding window in every layer, or null
-qwen2          Qwen2, Qwen2.5: biases of q, k and v; sliding window
-qwen3          norm of each head's q and k; biases; sliding window
-qwen3_moe      the same with experts in all layers
-smollm3        SmolLM3: layers without rotation; biases; sliding window
-olmo2          norms after and not before; norm of q and k over all heads
-gemma2         norms before and after, scaling by 1 + w; scaled embedding;
-               tanh-GELU; soft-capped scores and logits; every second layer
-               slides
-gemma3_text    the same without soft-capped scores; norm of q and k; five of
-               six layers slide, with a rotary base of their own
-=============  ==============================================================
-
-Defaults, and which layers slide, are those of the families' config classes in
-``transformers``; see :mod:`topd_jax.models.io.hub_config`.
+A family is one row of :data:`FAMILIES`. Defaults, and which layers slide, are
+those of the families' config classes in ``transformers``; see
+:mod:`topd_jax.models.io.hub_config`. What a file of any family names its
+tensors is in :mod:`topd_jax.models.io.tensors`.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Fused(NamedTuple):
+    """A tensor that holds several parameters of a layer.
+
+    Attributes:
+      hub: its name, after the layer's.
+      parameters: whose outputs it holds, one after another.
+      experts: its first dimension counts experts.
+    """
+
+    hub: str
+    parameters: tuple[str, ...]
+    experts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,87 +32,182 @@ class Family:
     Attributes:
       model_type: as ``config.json`` (and ``general.architecture``) spells it.
       architecture: the class that transformers loads it with.
+      checkpoints: of which models, for people.
+      about: what it has beside pre-norms, rotary positions, grouped heads and
+        a gated SiLU, for people.
       options: fields of :class:`DecoderConfig` that the family fixes.
       reads: fields beside the common ones -> fields of the decoder that they
-        set, with the name given.
+        set, with the name given; none where they only change how others are
+        read.
       activation: the field that names it.
-      local_rope: sliding layers have a rotary base of their own.
+      local_rope: sliding layers have a rotary base of their own, which older
+        files give in this field; "": they have not.
+      growing_query: a field of its RoPE scales queries by their position.
+      full_unturned: where layers slide, the others have no rotary positions.
+      names: parameter -> its tensor, after the layer's name, where others
+        name it differently.
+      fused: tensors that hold several parameters.
       gguf: its ``general.architecture`` in GGUF files; "": not read from them.
       gguf_permuted: llama.cpp reorders the rows of q and k in its files.
     """
 
     model_type: str
     architecture: str
+    checkpoints: str
+    about: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=dict
     )
     activation: str = "hidden_act"
-    local_rope: bool = False
+    local_rope: str = ""
+    growing_query: bool = False
+    full_unturned: bool = False
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fused: tuple[Fused, ...] = ()
     gguf: str = ""
     gguf_permuted: bool = False
 
 
 _ALL_BIASES = {"attention_bias": ("attention_bias", "output_bias")}
 _MLP_BIAS = {"mlp_bias": ("mlp_bias",)}
-_GEMMA = {
-    "post_norms": True,
-    "centered_norms": True,
-    "scaled_embedding": True,
-}
+_NORMS_AFTER = {"pre_norms": False, "post_norms": True}
+_GEMMA = {"centered_norms": True, "scaled_embedding": True}
 _GEMMA_READS = _ALL_BIASES | {
     "query_pre_attn_scalar": ("query_scalar",),
     "final_logit_softcapping": ("final_softcap",),
 }
-_EXPERTS = {
+_ROUTED = {
     "num_experts": ("experts",),
     "num_experts_per_tok": ("experts_per_token",),
-    "moe_intermediate_size": ("expert_width",),
     "norm_topk_prob": ("renormalize",),
 }
+_EXPERTS = _ROUTED | {"moe_intermediate_size": ("expert_width",)}
+# The dense width of other families.
+_EXPERT_WIDTH = {"intermediate_size": ("expert_width", "mlp_width")}
+_PARTIAL = {"partial_rotary_factor": ()}
+_GATE_UP = Fused("mlp.gate_up_proj.weight", ("gate", "up"))
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
-            "llama", "LlamaForCausalLM",
+            "llama", "LlamaForCausalLM", "Llama 2 and 3.x, SmolLM2",
+            "biases; linear, llama3 and yarn scaling",
             reads=_ALL_BIASES | _MLP_BIAS,
             gguf="llama", gguf_permuted=True,
         ),
-        Family("mistral", "MistralForCausalLM"),
         Family(
-            "qwen2", "Qwen2ForCausalLM",
+            "mistral", "MistralForCausalLM", "Mistral, Mistral Small 3",
+            "sliding window in every layer, or none",
+        ),
+        Family(
+            "ministral", "MinistralForCausalLM", "Ministral 8B",
+            "some layers slide",
+        ),
+        Family(
+            "ministral3", "Ministral3ForCausalLM", "Ministral 3",
+            "yarn scaling; queries grow with their position",
+            growing_query=True,
+        ),
+        Family(
+            "qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5",
+            "biases of q, k and v; sliding window",
             options={"attention_bias": True}, gguf="qwen2",
         ),
         Family(
-            "qwen3", "Qwen3ForCausalLM",
+            "qwen3", "Qwen3ForCausalLM", "Qwen3",
+            "norm of each head's q and k; biases; sliding window",
             options={"qk_norm": True}, reads=_ALL_BIASES, gguf="qwen3",
         ),
         Family(
-            "qwen3_moe", "Qwen3MoeForCausalLM",
+            "qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3 mixtures",
+            "the same with experts in all layers",
             options={"qk_norm": True},
             reads=_ALL_BIASES | _EXPERTS, gguf="qwen3moe",
         ),
         Family(
-            "smollm3", "SmolLM3ForCausalLM", reads=_ALL_BIASES | _MLP_BIAS
+            "qwen2_moe", "Qwen2MoeForCausalLM", "Qwen1.5 and Qwen2 mixtures",
+            "biases of q, k and v; experts in all layers, and a gated one for "
+            "all tokens",
+            reads=_EXPERTS | {
+                "qkv_bias": ("attention_bias",),
+                "shared_expert_intermediate_size": ("shared_expert_width",),
+            },
         ),
         Family(
-            "olmo2", "Olmo2ForCausalLM",
-            options={
-                "pre_norms": False, "post_norms": True, "wide_qk_norm": True
+            "mixtral", "MixtralForCausalLM", "Mixtral",
+            "experts in all layers; sliding window",
+            options={"renormalize": True},
+            reads=_EXPERT_WIDTH | {
+                "num_local_experts": ("experts",),
+                "num_experts_per_tok": ("experts_per_token",),
             },
+            names={"router": "block_sparse_moe.gate.weight"} | {
+                f"expert_{name}": f"block_sparse_moe.experts.{{}}.{hub}.weight"
+                for name, hub in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+            },
+        ),
+        Family(
+            "smollm3", "SmolLM3ForCausalLM", "SmolLM3",
+            "layers without rotation; biases; sliding window",
+            reads=_ALL_BIASES | _MLP_BIAS,
+        ),
+        Family(
+            "seed_oss", "SeedOssForCausalLM", "Seed-OSS", "biases",
+            reads=_MLP_BIAS | {
+                "attention_bias": ("attention_bias",),
+                "attention_out_bias": ("output_bias",),
+            },
+        ),
+        Family(
+            "phi3", "Phi3ForCausalLM", "Phi-3 and Phi-4 without longrope",
+            "turns a part of each head; sliding window; q, k and v in one "
+            "tensor",
+            reads=_PARTIAL | {"original_max_position_embeddings": ()},
+            fused=(
+                Fused("self_attn.qkv_proj.weight", ("q", "k", "v")), _GATE_UP
+            ),
+        ),
+        Family(
+            "olmo2", "Olmo2ForCausalLM", "OLMo 2",
+            "norms after and not before; norm of q and k over all heads",
+            options=_NORMS_AFTER | {"wide_qk_norm": True},
             reads=_ALL_BIASES,
         ),
         Family(
-            "gemma2", "Gemma2ForCausalLM",
-            options=_GEMMA, activation="hidden_activation",
+            "olmo3", "Olmo3ForCausalLM", "OLMo 3",
+            "the same; three of four layers slide, without scaling of RoPE",
+            options=_NORMS_AFTER | {"wide_qk_norm": True},
+            reads=_ALL_BIASES, local_rope="rope_theta",
+        ),
+        Family(
+            "olmoe", "OlmoeForCausalLM", "OLMoE",
+            "norm of q and k over all heads; experts in all layers",
+            options={"wide_qk_norm": True},
+            reads=_ALL_BIASES | _ROUTED | _EXPERT_WIDTH,
+        ),
+        Family(
+            "gemma", "GemmaForCausalLM", "Gemma",
+            "norms scale by 1 + w; scaled embedding; tanh-GELU",
+            options=_GEMMA, reads=_ALL_BIASES,
+        ),
+        Family(
+            "gemma2", "Gemma2ForCausalLM", "Gemma 2",
+            "the same; norms before and after; soft-capped scores and logits; "
+            "every second layer slides",
+            options=_GEMMA | {"post_norms": True},
+            activation="hidden_activation",
             reads=_GEMMA_READS
             | {"attn_logit_softcapping": ("attention_softcap",)},
         ),
         Family(
-            "gemma3_text", "Gemma3ForCausalLM",
-            options=_GEMMA | {"qk_norm": True}, activation="hidden_activation",
-            reads=_GEMMA_READS, local_rope=True,
+            "gemma3_text", "Gemma3ForCausalLM", "Gemma 3",
+            "the same without soft-capped scores; norm of q and k; five of six "
+            "layers slide, with a rotary base of their own",
+            options=_GEMMA | {"post_norms": True, "qk_norm": True},
+            activation="hidden_activation",
+            reads=_GEMMA_READS, local_rope="rope_local_base_freq",
         ),
     )
 }  # fmt: skip

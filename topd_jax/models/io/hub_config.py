@@ -26,6 +26,7 @@ from topd_jax.models.io.hub_rope import (
     write_rope,
 )
 from topd_jax.models.io.hub_values import wrong_value
+from topd_jax.models.io.wrappers import text_fields
 
 # Fields that every file must have.
 _REQUIRED = {
@@ -67,6 +68,9 @@ _LAYERS = {
 # implemented.
 _FIXED: dict[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
+    "attention_dropout": (0,),
+    "residual_dropout": (0,),
+    "hidden_activation": (None, "gelu_pytorch_tanh"),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, None),
@@ -120,6 +124,7 @@ def decoder_config(
     Raises:
       ValueError: listing every missing, unsupported and unknown field.
     """
+    fields = text_fields(fields, where)
     family = family_of(fields.get("model_type"), where)
     given = dict.fromkeys(_REQUIRED) | dict(fields)
     read = _read_names(family)
@@ -127,6 +132,8 @@ def decoder_config(
         problem
         for name, value in given.items()
         if name in read
+        # Beside layer_types a pattern says nothing.
+        if name != "sliding_window_pattern" or not given.get("layer_types")
         for problem in wrong_value(name, value)
     ]
     problems += _unread(fields, family, frozenset(ignore))
@@ -146,6 +153,8 @@ def decoder_config(
         if name == "head_dim" and value is None:
             value = hub.hidden_size // hub.num_attention_heads
             problems += wrong_value(name, value)
+        elif not hasattr(hub, name):  # of a newer transformers
+            continue
         options |= dict.fromkeys(targets, value)
     activation = getattr(hub, family.activation)
     if activation not in _ACTIVATIONS:
@@ -154,8 +163,9 @@ def decoder_config(
             f"{', '.join(_ACTIVATIONS)}"
         )
     options["activation"] = _ACTIVATIONS.get(activation)
-    options |= _read_layers(hub, problems)
-    options |= read_rope(hub.rope_parameters, family, problems)
+    options |= _read_layers(hub, family, problems)
+    size = options["head_dim"]
+    options |= read_rope(hub.rope_parameters, family, size, problems)
     _refuse(where, problems)
     try:
         return DecoderConfig(**options)
@@ -290,10 +300,11 @@ def _fields(config: DecoderConfig, family: Family) -> dict[str, object]:
         family.activation: activations[config.activation],
     }
     for name, targets in _spelling(family).items():
-        fields[name] = getattr(config, targets[0])
+        if targets:
+            fields[name] = getattr(config, targets[0])
     if "query_pre_attn_scalar" in fields and config.query_scalar is None:
         fields["query_pre_attn_scalar"] = config.head_dim
-    fields |= _write_layers(config, _hub_defaults(family.model_type))
+    fields |= _write_layers(config, family)
     return fields | write_rope(config, family)
 
 
@@ -313,9 +324,12 @@ def _lost(config: DecoderConfig, family: Family) -> str:
 
 def _effective(config: DecoderConfig) -> DecoderConfig:
     """Spell configs of the same arithmetic in one way."""
-    none = {} if any(config.sliding) else {"window": None}
-    if not any(config.sliding) or config.local_rope_theta == config.rope_theta:
+    none: dict[str, Any] = {} if any(config.sliding) else {"window": None}
+    same = config.local_rope_theta == config.rope_theta
+    if not any(config.sliding) or (same and config.rope_scaling is None):
         none["local_rope_theta"] = None
+    if config.experts:
+        none["mlp_width"] = 0
     return dataclasses.replace(
         config,
         **none,
@@ -327,7 +341,9 @@ def _effective(config: DecoderConfig) -> DecoderConfig:
     )
 
 
-def _read_layers(hub: Any, problems: list[str]) -> dict[str, object]:
+def _read_layers(
+    hub: Any, family: Family, problems: list[str]
+) -> dict[str, object]:
     """Read which layers slide, their window, and which are not rotated."""
     options: dict[str, object] = {}
     if hasattr(hub, "no_rope_layers"):
@@ -342,10 +358,12 @@ def _read_layers(hub: Any, problems: list[str]) -> dict[str, object]:
             f"layer_types={sorted(set(kinds))} is not supported, only "
             f"{SLIDING} and {FULL}"
         )
+    if family.full_unturned and window is not None:
+        options["no_rope"] = tuple(kind == FULL for kind in kinds)
     if SLIDING not in kinds:
         return options
     switched_off = not getattr(hub, "use_sliding_window", True)
-    if switched_off or window is None:
+    if switched_off or not window:
         problems.append(
             f"sliding_window={window!r} must be a positive integer where "
             f"layer_types has {SLIDING!r}"
@@ -355,18 +373,18 @@ def _read_layers(hub: Any, problems: list[str]) -> dict[str, object]:
     return options | {"window": window, "sliding": sliding}
 
 
-def _write_layers(
-    config: DecoderConfig, known: Mapping[str, object]
-) -> dict[str, object]:
+def _write_layers(config: DecoderConfig, family: Family) -> dict[str, object]:
     """Invert :func:`_read_layers`, as far as the family can spell it."""
     fields: dict[str, object] = {}
+    known = _hub_defaults(family.model_type)
     sliding = config.sliding or (False,) * config.layers
     if "layer_types" in known:
         fields["layer_types"] = [SLIDING if s else FULL for s in sliding]
     if "use_sliding_window" in known:
         fields["use_sliding_window"] = any(sliding)
     # Where no layer slides, Gemma's class still needs its default.
-    if any(sliding) or "layer_types" not in known:
+    turned = family.full_unturned and not config.no_rope
+    if any(sliding) or "layer_types" not in known or turned:
         fields["sliding_window"] = config.window if any(sliding) else None
     if "no_rope_layers" in known:
         still = config.no_rope or (False,) * config.layers

@@ -11,10 +11,14 @@ from typing import Any
 
 from topd_jax.models.config import DecoderConfig, RopeScaling
 from topd_jax.models.io.families import Family
-from topd_jax.models.io.hub_values import is_number
+from topd_jax.models.io.hub_values import is_number, wrong_value
 
 # Kinds of layers, as ``layer_types`` spells them.
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+_PARTIAL = "partial_rotary_factor"
+# Of queries that grow; read in some families only.
+_BETA = "llama_4_scaling_beta"
 
 # Names in files -> fields of RopeScaling.
 _SCALINGS: dict[str, dict[str, str]] = {
@@ -31,15 +35,21 @@ _SCALINGS: dict[str, dict[str, str]] = {
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
+        "llama_4_scaling_beta": "query_beta",
     },
 }
 
 # Those that may be missing or null.
-_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor")
+_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", _BETA)
+# Instead of an attention factor (DeepSeek's).
+_MSCALES = ("mscale", "mscale_all_dim")
 
 
 def read_rope(
-    rope: Mapping[str, Any], family: Family, problems: list[str]
+    rope: Mapping[str, Any],
+    family: Family,
+    head_dim: int,
+    problems: list[str],
 ) -> dict[str, object]:
     """Read bases and scaling from ``rope_parameters``; refuse the rest.
 
@@ -47,6 +57,7 @@ def read_rope(
       rope: as a config class of transformers holds it, one object, or one for
         each kind of layer where the family has local bases.
       family: of the file.
+      head_dim: of the decoder.
       problems: grows by what is wrong.
 
     Returns:
@@ -56,10 +67,8 @@ def read_rope(
     whole = rope
     if family.local_rope:
         local = rope[SLIDING]
-        options["local_rope_theta"] = _base(
-            local, "rope_local_base_freq", problems
-        )
-        if _scaling(local, problems) is not None:
+        options["local_rope_theta"] = _base(local, family.local_rope, problems)
+        if _scaling(local, family, problems) is not None:
             problems.append(
                 f"rope_parameters.{SLIDING}={dict(local)} is not supported, "
                 "only {'rope_type': 'default', 'rope_theta': ...}"
@@ -76,7 +85,13 @@ def read_rope(
                 f"the scaling in {FULL}"
             )
     options["rope_theta"] = _base(whole, "rope_theta", problems)
-    options["rope_scaling"] = _scaling(whole, problems)
+    options["rope_scaling"] = _scaling(whole, family, problems)
+    if _PARTIAL in family.reads:
+        share = whole.get(_PARTIAL, 1)
+        if wrong := wrong_value(_PARTIAL, share):
+            problems += wrong
+        else:
+            options["rotary_dim"] = int(head_dim * share)
     return options
 
 
@@ -89,18 +104,23 @@ def _base(rope: Mapping[str, Any], name: str, problems: list[str]) -> float:
 
 
 def _scaling(
-    rope: Mapping[str, Any], problems: list[str]
+    rope: Mapping[str, Any], family: Family, problems: list[str]
 ) -> RopeScaling | None:
     kind = str(rope.get("rope_type", "default"))
+    elsewhere = {"rope_type", "type", "rope_theta"}
+    elsewhere |= {_PARTIAL} & family.reads.keys()
+    # Ministral's files repeat it here.
+    elsewhere |= {"max_position_embeddings"} if family.growing_query else set()
     given = {
         k: v
         for k, v in rope.items()
-        if k not in ("rope_type", "type", "rope_theta")
-        and (k, v) != ("partial_rotary_factor", 1)
+        if k not in elsewhere and (k, v) != (_PARTIAL, 1)
     }
     known = set(_SCALINGS.get(kind, ()))
     if kind == "yarn":
-        known.add("truncate")
+        known |= {"truncate", *_MSCALES}
+    if not family.growing_query:
+        known -= {_BETA}
     odd = sorted(set(given) - known)
     if odd or kind not in ("default", *_SCALINGS):
         problems.append(
@@ -132,14 +152,30 @@ def _scaling(
     }
     if kind == "yarn":
         scaling["truncate"] = truncate
-        # The paper's factor of cosine and sine (arXiv:2309.00071, eq. 22).
-        paper = 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
-        scaling.setdefault("attention_factor", paper)
+        factor = _attention_factor(given, scaling["factor"], problems)
+        scaling.setdefault("attention_factor", factor)
     try:
         return RopeScaling(kind, **scaling)
     except ValueError as error:
         problems.append(f"rope_parameters={dict(rope)}: {error}")
         return None
+
+
+def _attention_factor(
+    given: Mapping[str, Any], factor: float, problems: list[str]
+) -> float:
+    """Return the factor of cosine and sine where a file gives none."""
+    scales = [given.get(name) or 0 for name in _MSCALES]
+    if not all(is_number(x) and x >= 0 for x in scales):
+        problems.append(
+            f"rope_parameters: {', '.join(_MSCALES)}={scales!r:.60} must be "
+            "positive numbers"
+        )
+    elif all(scales):
+        up, down = (0.1 * x * math.log(max(factor, 1.0)) + 1 for x in scales)
+        return up / down
+    # The paper's (arXiv:2309.00071, eq. 22).
+    return 0.1 * math.log(max(factor, 1.0)) + 1.0
 
 
 def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
@@ -161,6 +197,11 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
         }
         if scaling.kind == "yarn":
             spelled["truncate"] = scaling.truncate
+        if not scaling.query_beta:
+            spelled.pop(_BETA, None)
+    if _PARTIAL in family.reads:
+        share = (config.rotary_dim or config.head_dim) / config.head_dim
+        spelled[_PARTIAL] = share
     new = spelled | {"rope_theta": config.rope_theta}
     fields: dict[str, object] = {"rope_theta": config.rope_theta}
     if scaling is not None:
@@ -169,4 +210,4 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
         return fields | {"rope_parameters": new}
     local = config.local_rope_theta or config.rope_theta
     both = {FULL: new, SLIDING: {"rope_type": "default", "rope_theta": local}}
-    return fields | {"rope_local_base_freq": local, "rope_parameters": both}
+    return {family.local_rope: local} | fields | {"rope_parameters": both}

@@ -58,6 +58,7 @@ _ROPE = _or_null(
         ),
     )
 )
+_SHARE = "a number above 0, at most 1", lambda v: is_number(v) and 0 < v <= 1
 _POSITIVE = "a positive number", lambda v: is_number(v) and v > 0
 
 VALUES: dict[str, _Kind] = {
@@ -71,6 +72,8 @@ VALUES: dict[str, _Kind] = {
     "rms_norm_eps": _POSITIVE,
     "tie_word_embeddings": _FLAG,
     "attention_bias": _FLAG,
+    "attention_out_bias": _FLAG,
+    "qkv_bias": _FLAG,
     "mlp_bias": _FLAG,
     "hidden_act": _NAME,
     "hidden_activation": _NAME,
@@ -81,10 +84,13 @@ VALUES: dict[str, _Kind] = {
     "num_local_experts": _FEW,
     "num_experts_per_tok": _FEW,
     "moe_intermediate_size": _COUNT,
+    "shared_expert_intermediate_size": _COUNT,
     "norm_topk_prob": _FLAG,
+    "partial_rotary_factor": _SHARE,
     "rope_parameters": _ROPE,
     "rope_scaling": _ROPE,
-    "sliding_window": _or_null(_COUNT),
+    # Qwen2-MoE's files say 0 for none.
+    "sliding_window": _or_null(_integer(0)),
     "use_sliding_window": _FLAG,
     "sliding_window_pattern": _COUNT,
     "max_window_layers": _integer(0),

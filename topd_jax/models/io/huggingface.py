@@ -15,13 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.families import Family
+from topd_jax.models.io.fused import TensorInfo
 from topd_jax.models.io.streaming import Read
 from topd_jax.models.io.tensors import WEIGHTS
 from topd_jax.models.io.weights import (
     Placement,
-    TensorInfo,
     assemble,
 )
+from topd_jax.models.io.wrappers import text_tensors
 from topd_jax.parallel import buckets
 from topd_jax.settings import parse_json
 
@@ -93,7 +95,10 @@ def resolve(source: str | os.PathLike) -> Path:
 
 
 def hub_decoder(
-    directory: Path, config: DecoderConfig, placement: Placement
+    family: Family,
+    directory: Path,
+    config: DecoderConfig,
+    placement: Placement,
 ) -> Decoder:
     """Load a decoder from safetensors.
 
@@ -101,6 +106,7 @@ def hub_decoder(
     embedding; where it does not, the config is wrong and loading refuses.
 
     Args:
+      family: of the model.
       directory: holds ``model.safetensors``, or
         ``model.safetensors.index.json`` and its shards.
       config: the decoder's shape.
@@ -126,9 +132,12 @@ def hub_decoder(
             for name, info in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")
         }
+        tensors, read = text_tensors(tensors, read)
         if config.tied:
             _drop_tied_head(tensors, read, directory)
-        return assemble(config, tensors, read, placement, str(directory))
+        return assemble(
+            config, tensors, read, placement, str(directory), family
+        )
 
 
 def load_tokenizer(

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.families import family_of
 from topd_jax.models.io.gguf import (
     gguf_config,
     gguf_decoder,
@@ -38,6 +39,7 @@ from topd_jax.models.io.runs import (
     tokenizer_directory,
 )
 from topd_jax.models.io.weights import Finish, Placement
+from topd_jax.models.io.wrappers import text_fields
 from topd_jax.parallel import buckets
 
 if TYPE_CHECKING:
@@ -174,13 +176,13 @@ def describe(
         directory = resolve(source)
         path = directory / "config.json"
         generation = directory / "generation_config.json"
-        fields = read_json(path)
+        fields = text_fields(read_json(path), str(path))
         ends = ("eos_token_id",)
         config_ends = _ids(fields, ends, str(path))
         described = Description(
             decoder_config(fields, where=str(path), ignore=ignore),
             of(load_tokenizer, directory),
-            of(hub_decoder, directory),
+            of(hub_decoder, family_of(fields["model_type"], name), directory),
             _ids(read_json(generation), ends, str(generation))
             if require_regular(generation)
             else config_ends,

@@ -4,6 +4,7 @@ A parameter is one row of :data:`WEIGHTS`.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from topd_jax.models.config import LORA_TARGETS, DecoderConfig
@@ -26,14 +27,14 @@ class Weight(NamedTuple):
     expert: bool = False
 
 
-_LAYER = "model.layers.{}."
+LAYER = "model.layers.{}."
 
 WEIGHTS: dict[str, Weight] = {
     "embedding": Weight("model.embed_tokens.weight", 0),
     "final_norm": Weight("model.norm.weight", 0),
     "output": Weight("lm_head.weight", 0),
 } | {
-    name: Weight(_LAYER + hub, inputs, ".experts." in hub)
+    name: Weight(LAYER + hub, inputs, ".experts." in hub)
     for name, hub, inputs in (
         ("attention_norm", "input_layernorm.weight", 0),
         ("attention_post_norm", "post_attention_layernorm.weight", 0),
@@ -56,6 +57,10 @@ WEIGHTS: dict[str, Weight] = {
         ("up_bias", "mlp.up_proj.bias", 0),
         ("down_bias", "mlp.down_proj.bias", 0),
         ("router", "mlp.gate.weight", 1),
+        ("shared_router", "mlp.shared_expert_gate.weight", 1),
+        ("shared_gate", "mlp.shared_expert.gate_proj.weight", 1),
+        ("shared_up", "mlp.shared_expert.up_proj.weight", 1),
+        ("shared_down", "mlp.shared_expert.down_proj.weight", 1),
         ("expert_gate", "mlp.experts.{}.gate_proj.weight", 1),
         ("expert_up", "mlp.experts.{}.up_proj.weight", 1),
         ("expert_down", "mlp.experts.{}.down_proj.weight", 1),
@@ -71,19 +76,22 @@ for _name in LORA_TARGETS:
     WEIGHTS[_name + LORA_B] = Weight(f"{_module}lora_B.weight", 1)
 
 
-def hub_name(config: DecoderConfig, name: str) -> str:
+def hub_name(config: DecoderConfig, name: str, names: Mapping[str, str]) -> str:
     """Return how files of this decoder spell a parameter.
 
     Args:
       config: the decoder's shape.
       name: of the parameter.
+      names: of the family, where others name it differently.
 
     Returns:
       Its name, as in :class:`Weight`.
     """
+    if name in names:
+        return LAYER + names[name]
     if name == "mlp_norm" and config.post_norms:
         # With norms on both sides the hub calls the feed-forward's first so.
-        return _LAYER + "pre_feedforward_layernorm.weight"
+        return LAYER + "pre_feedforward_layernorm.weight"
     return WEIGHTS[name].hub
 
 

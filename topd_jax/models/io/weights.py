@@ -7,7 +7,6 @@ memory never holds two copies of a model.
 """
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -21,6 +20,8 @@ from tqdm import tqdm
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.families import Family
+from topd_jax.models.io.fused import TensorInfo, split_fused
 from topd_jax.models.io.streaming import Read, Rows, stream
 from topd_jax.models.io.tensors import WEIGHTS, file_shape, hub_name
 from topd_jax.models.parameters import parameter_shardings, parameter_table
@@ -30,17 +31,8 @@ from topd_jax.parallel import hosts
 Finish = Callable[[str, jax.Array], object]
 
 _FLOATS = ("float32", "float16", "bfloat16")
-# All experts of a layer in one tensor [E, out, in].
-_STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up|gate|up|down)_proj\b.*")
 # Models below this are read before a bar could be looked at.
 _SHOWN_BYTES = 64 << 20
-
-
-class TensorInfo(NamedTuple):
-    """What a file says of one tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class Placement(NamedTuple):
@@ -58,11 +50,13 @@ class Placement(NamedTuple):
     finish: Finish | None = None
 
 
-def file_tensors(config: DecoderConfig) -> Rows:
+def file_tensors(config: DecoderConfig, family: Family | None = None) -> Rows:
     """List the tensors that a file of this decoder holds.
 
     Args:
       config: the decoder's shape.
+      family: of the file; its fused tensors are listed in parts. None names
+        them as most do.
 
     Returns:
       name in the file -> (parameter, index into it, shape in the file).
@@ -73,7 +67,7 @@ def file_tensors(config: DecoderConfig) -> Rows:
         if row.axes[0] != "layers":
             stacked = ()
         shape = file_shape(name, row.shape[len(stacked) :])
-        template = hub_name(config, name)
+        template = hub_name(config, name, family.names if family else {})
         for index in np.ndindex(stacked):
             tensors[template.format(*index)] = name, index, shape
     return tensors
@@ -126,6 +120,7 @@ def assemble(
     read: Read,
     placement: Placement,
     where: str = "the file",
+    family: Family | None = None,
 ) -> Decoder:
     """Build a decoder from a file's tensors, one parameter at a time.
 
@@ -136,6 +131,7 @@ def assemble(
       read: (name, slices) -> that part of it as floats, linear maps [out, in].
       placement: of the parameters.
       where: the file, for the error.
+      family: of the file; None names tensors as most do.
 
     Returns:
       The model, its parameters in ``config.param_dtype``.
@@ -144,8 +140,9 @@ def assemble(
       ValueError: where the tensors are not exactly the decoder's, all of them
         by name, or a parameter does not divide over the mesh.
     """
-    tensors, read = _split_experts(tensors, read)
-    expected = file_tensors(config)
+    expected = file_tensors(config, family)
+    fused = family.fused if family else ()
+    tensors, read = split_fused(tensors, read, expected, fused)
     require_tensors(
         {name: shape for name, (_, _, shape) in expected.items()},
         tensors,
@@ -209,7 +206,7 @@ def build(
 
 
 def disassemble(
-    model: Decoder, tensors: Rows | None = None
+    model: Decoder, tensors: Rows | None = None, keep: int = 1
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors of a decoder as a file spells them, one at a time.
 
@@ -217,52 +214,20 @@ def disassemble(
       model: any decoder, on one device or spread over a mesh. In a program of
         several processes every one of them must iterate.
       tensors: which, in the form of :func:`file_tensors`; None takes all.
+      keep: parameters that the host holds at once.
 
     Yields:
       (name in the file, contiguous array), in the same order.
     """
     if tensors is None:
         tensors = file_tensors(model.config)
-    host, held = np.empty(0), None
+    held: dict[str, np.ndarray] = {}
     for tensor, (name, index, shape) in tensors.items():
-        if held != name:
-            (host,), held = hosts.on_host([model.arrays[name]]), name
-        array = host[index]
+        if name not in held:
+            if len(held) == keep:
+                del held[next(iter(held))]
+            (held[name],) = hosts.on_host([model.arrays[name]])
+        array = held[name][index]
         if WEIGHTS[name].inputs:
             array = array.reshape(shape[::-1]).T
         yield tensor, np.ascontiguousarray(array).reshape(shape)
-
-
-def _split_experts(
-    tensors: Mapping[str, TensorInfo], read: Read
-) -> tuple[dict[str, TensorInfo], Read]:
-    """Show tensors that hold all experts as one tensor an expert.
-
-    Hub files hold each expert's three maps apart; what transformers 5 keeps
-    in memory, and some files therefore hold, is ``experts.gate_up_proj``
-    [E, 2 F, D] and ``experts.down_proj`` [E, D, F]. GGUF files stack each map.
-    """
-    shown: dict[str, TensorInfo] = {}
-    origins: dict[str, tuple[str, int, int]] = {}
-    for name, info in tensors.items():
-        stacked = _STACKED.fullmatch(name) if len(info.shape) == 3 else None
-        if stacked is None:
-            shown[name] = info
-            continue
-        maps = stacked[2].split("_")
-        experts, rows, width = info.shape
-        rows //= len(maps)
-        for expert, i in np.ndindex(experts, len(maps)):
-            part = f"{stacked[1]}{expert}.{maps[i]}_proj.weight"
-            shown[part] = TensorInfo((rows, width), info.dtype)
-            origins[part] = name, expert, i * rows
-
-    def read_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if name not in origins:
-            return read(name, index)
-        whole, expert, start = origins[name]
-        rows, *others = index
-        moved = slice(start + rows.start, start + rows.stop)
-        return read(whole, (slice(expert, expert + 1), moved, *others))[0]
-
-    return shown, read_part
