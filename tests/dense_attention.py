@@ -1,9 +1,12 @@
 """Attention by one dense mask in float32: what every other way must equal."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "cap"))
 def dense_attention(query, key, value, mask, scale, cap=None):
     """Grouped heads [B, S, heads, D] and [B, kv_heads, L, D]; a query that
     attends to nothing gives zero."""

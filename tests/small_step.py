@@ -32,19 +32,22 @@ def scores(student, teachers, trajectories, objective="opd", seed=3):
     )  # fmt: skip
 
 
-@functools.partial(
-    jax.jit, static_argnames=("objective", "accumulate", "optimizer")
-)
-def step(
-    student, teachers, trajectories, objective="opd", *, accumulate=1,
-    optimizer=SGD,
-):  # fmt: skip
-    scored = scores(student, teachers, trajectories, objective)
+@functools.partial(jax.jit, static_argnames=("objective", "accumulate"))
+def update(student, trajectories, scored, objective, accumulate):
     return train_step(
-        init_state(student, optimizer), trajectories, scored,
-        objective=make_objective(objective), optimizer=optimizer,
+        init_state(student, SGD), trajectories, scored,
+        objective=make_objective(objective), optimizer=SGD,
         accumulate=accumulate,
     )  # fmt: skip
+
+
+def step(student, teachers, trajectories, objective="opd", *, accumulate=1):
+    scored = scores(student, teachers, trajectories, objective)
+    return update(student, trajectories, scored, objective, accumulate)
+
+
+# One program, for those who lower it and run nothing.
+whole_step = jax.jit(step, static_argnames="objective")
 
 
 def gradient(before: Any, state: Any) -> Any:

@@ -1,5 +1,6 @@
 """Attention by the kernels, interpreted, and by blocks, against dense masks."""
 
+import functools
 import re
 
 import jax
@@ -10,7 +11,7 @@ from children import LIBTPU, run_script
 from conftest import VOCAB, make_model, make_trajectories
 from dense_attention import dense_attention
 from interpreted import interpreted_kernels
-from small_step import assert_trees_close, scores, step
+from small_step import assert_trees_close, scores, step, whole_step
 
 from topd_jax.models import Decoder, DecoderConfig, init_decoder
 from topd_jax.models.attention import branches, core, flash, flash_blocks
@@ -141,16 +142,15 @@ def test_a_block_that_no_query_needs_is_never_read(name, window, small_blocks):
     sizes = flash_blocks.sizes_of(query, key)
     assert sizes.keys == 128 and sizes.query_blocks > 1
     mask = np.asarray(intervals.dense())
+    options = flash.Options(D**-0.5, interpret=True)
+    read = jax.jit(lambda *arrays: flash.forward(*arrays, intervals, options))
     for row, first in np.ndindex(2, sizes.query_blocks):
         queries = slice(first * sizes.queries, (first + 1) * sizes.queries)
         needed = np.flatnonzero(mask[row, queries].any(0)) // 128
         blocks = np.arange(key.shape[2]) // 128
         unneeded = np.flatnonzero(~np.isin(blocks, needed))
         poisoned = key.at[row, :, unneeded].set(jnp.nan)
-        out, _ = flash.forward(
-            query, poisoned, value, intervals,
-            flash.Options(D**-0.5, interpret=True),
-        )  # fmt: skip
+        out, _ = read(query, poisoned, value)
         assert np.isfinite(out[row, queries]).all()
 
 
@@ -180,7 +180,7 @@ def test_a_rollout_costs_half_and_a_branch_its_prefix():
     assert pairs_multiplied(packed_intervals(segments)) < 0.15
     start = jnp.full((1, 32), 64)  # early forks: the square is what costs
     mask = branch_intervals(exists, start, jnp.ones((1, 32, 32), bool))
-    least = float(mask.dense().mean())
+    least = float(jax.jit(lambda mask: mask.dense().mean())(mask))
     assert pairs_multiplied(mask) < least + 0.1
 
 
@@ -208,16 +208,15 @@ def scored_step(config, context="teacher"):
     "context", ["teacher", pytest.param("student", marks=pytest.mark.slow)]
 )
 def test_a_step_by_the_kernels_is_that_by_blocks(context):
+    """And where there is no TPU it is by blocks."""
     want = scored_step(CONFIG, context)
+    config = CONFIG.replace(attention="flash")
+    elsewhere = scored_step(config, context)
+    assert_trees_close(elsewhere, want, rtol=1e-6, atol=1e-6)
     with interpreted_kernels() as calls:
-        got = scored_step(CONFIG.replace(attention="flash"), context)
+        got = scored_step(config, context)
     assert {"forward", "backward"} == {name for name, *_ in calls}
     assert_trees_close(got, want, rtol=2e-4, atol=2e-5)
-
-
-def test_elsewhere_flash_is_blocks():
-    got = scored_step(CONFIG.replace(attention="flash"))
-    assert_trees_close(got, scored_step(CONFIG), rtol=1e-6, atol=1e-6)
 
 
 # A block of queries at a time.
@@ -248,7 +247,11 @@ def test_blocks_have_value_and_gradients_of_the_whole(request):
         out = jnp.where(allowed.any(-1)[..., None, None], out, 0.0)
         return jnp.sum(jnp.sin(out) * jnp.arange(8)), out
 
-    learn = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    def learn(*arrays):
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+            *arrays
+        )
+
     exact = [x.astype(jnp.float32) for x in arrays]
     want = learn(*exact)
     request.getfixturevalue("in_blocks")
@@ -286,7 +289,7 @@ def test_a_decoder_reads_blocks_of_intervals_as_a_mask(request):
 def test_no_array_of_a_step_is_a_mask_or_scores_of_all_keys(in_blocks):
     """Scoring with branches behind, and an update, of 611 tokens."""
     rows = make_trajectories(rows=1, prompt=11, completion=600)
-    lowered = step.lower(
+    lowered = whole_step.lower(
         make_model(0), make_model(1), rows,
         "topd(context='teacher', candidates=2, window=4)",
     )  # fmt: skip
@@ -321,7 +324,6 @@ def branch_problem(written=3, dtype="float32", window=None):
     return arrays, allowed, branches.keys_of(mask, newest, of_layer, window)
 
 
-@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize(
     ("problem", "cap", "tolerance"),
     [
@@ -332,23 +334,24 @@ def branch_problem(written=3, dtype="float32", window=None):
     ],
     ids=str,
 )
-def test_branches_equal_one_dense_mask(
-    kernel, problem, cap, tolerance, monkeypatch
-):
-    if kernel:  # of several blocks of keys
-        monkeypatch.setattr(flash_blocks, "_SCORES", 128 * 128 * R)
-    else:  # some branches at a time
-        monkeypatch.setattr(branches, "_SCORES", 2 * READ)
+def test_branches_equal_one_dense_mask(problem, cap, tolerance, monkeypatch):
+    """By the kernel in several blocks of keys, else some branches at a time."""
+    monkeypatch.setattr(flash_blocks, "_SCORES", 128 * 128 * R)
+    monkeypatch.setattr(branches, "_SCORES", 2 * READ)
     arrays, mask, keys = branch_problem(**problem)
-    options = flash.Options(D**-0.5, cap, interpret=kernel)
+    want = dense_attention(*arrays, mask, D**-0.5, cap)
+    options = flash.Options(D**-0.5, cap, interpret=True)
     with interpreted_kernels() as calls:
-        out = branches.attend(*arrays, keys, options=options, kernel=kernel)
-    assert len(calls) == kernel
-    assert out.dtype == arrays[0].dtype
-    np.testing.assert_allclose(
-        out.astype(jnp.float32), dense_attention(*arrays, mask, D**-0.5, cap),
-        rtol=tolerance, atol=tolerance,
-    )  # fmt: skip
+        for kernel in (False, True):
+            attend = functools.partial(
+                branches.attend, options=options, kernel=kernel
+            )
+            out = jax.jit(attend)(*arrays, keys)
+            assert len(calls) == kernel
+            assert out.dtype == arrays[0].dtype
+            np.testing.assert_allclose(
+                out.astype(jnp.float32), want, rtol=tolerance, atol=tolerance
+            )
 
 
 @pytest.mark.slow

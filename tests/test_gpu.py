@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import VOCAB, make_trajectories
-from small_step import step
+from small_step import whole_step
 
 from topd_jax.cli.doctor import fit
 from topd_jax.cli.doctor import kernels as doctor
@@ -45,7 +45,7 @@ def lowered_step():
     student, teacher = (make(CONFIG, jax.random.key(i)) for i in (0, 1))
     rows = make_trajectories(rows=2, prompt=20, completion=108)
     text = "topd(context='teacher', candidates=3, window=4)"
-    trace = step.trace(student, teacher, rows, text)
+    trace = whole_step.trace(student, teacher, rows, text)
     return trace.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -81,7 +81,8 @@ def test_dot_product_attention_is_attention_of_all_scores(lengths):
             out = read(*x)
             return jnp.sum(jnp.where(real, out, 0) ** 2), out
 
-        slopes, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+        learn = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+        slopes, out = learn(*arrays)
         return [jnp.where(real, out, 0), *slopes]
 
     got = gradients(
