@@ -87,6 +87,8 @@ def test_help_of_a_command_has_its_own_flags_and_an_example(name, capsys):
          "--temperature: invalid float value: 'hot'"),
         ("probe --config tiny --workdir x --count=0",
          "--count: '0' must be a whole number, at least 1"),
+        ("correct --config tiny --workdir x --updates=-1",
+         "--updates: '-1' must be a whole number, at least 0"),
         ("export --config tiny --workdir x", "required: --output"),
     ],
 )  # fmt: skip
@@ -261,7 +263,7 @@ def test_a_refusal_is_one_line_or_a_traceback_on_request(
 @pytest.mark.parametrize(
     ("name", "which", "folder"),
     [("eval", "latest", "checkpoints"), ("sample", "best", "best"),
-     ("export", "latest", "checkpoints")],
+     ("correct", "best", "best"), ("export", "latest", "checkpoints")],
 )  # fmt: skip
 def test_without_a_checkpoint_nothing_is_made(
     refused, small_arguments, tmp_path, name, which, folder
@@ -282,16 +284,6 @@ def test_settings_are_explained(topd):
     assert line.startswith("config.train.chunk_size = None (least 1): tokens ")
     everything = topd("settings")
     assert "\nconfig.optimizer: AdamW" in everything and line in everything
-
-
-def test_a_checkpoint_of_another_config(refused, trained, small_arguments):
-    line = refused(
-        "eval", *small_arguments, f"--workdir={trained}",
-        "--config.optimizer.beta2=0.5", "--config.objective=opd",
-    )  # fmt: skip
-    assert "optimizer.beta2: 0.98 there, 0.5 here" in line
-    assert "objective" in line
-    assert "use another --workdir" in line
 
 
 def test_a_work_directory_that_is_a_file(refused, small_arguments, tmp_path):
