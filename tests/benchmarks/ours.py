@@ -13,6 +13,7 @@ from serving import Skip, loss_arrays, serve
 
 import topd_jax as topd
 from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.training.checkpointing import Checkpoints
 
 # No end of sequence: every row writes all its tokens.
 IDS = dict(eos_ids=(), pad_id=0)
@@ -81,9 +82,6 @@ def step(student, teacher, rows, prompt, new, objective, save=False):
     state = topd.init_state(model(student), optimizer)
     vocab = student["vocab_size"]
     if save:
-        # Here: first_step.py imports this file with an older package too.
-        from topd_jax.training.checkpointing import Checkpoints
-
         directory = tempfile.TemporaryDirectory()
         checkpoints = Checkpoints(Path(directory.name), 1)
 

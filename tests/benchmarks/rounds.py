@@ -36,10 +36,10 @@ class Skipped(Exception):
 class Process:
     """Hold a side's process: one repetition for every :meth:`ask`."""
 
-    def __init__(self, side: Any, python: str = "", root: Path = ROOT) -> None:
+    def __init__(self, side: Any, python: str = "") -> None:
         environment = {k: v for k, v in os.environ.items() if k not in UNSET}
         if not python:
-            environment["PYTHONPATH"] = str(root)
+            environment["PYTHONPATH"] = str(ROOT)
         else:
             environment.pop("PYTHONPATH", None)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115

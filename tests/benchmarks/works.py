@@ -11,7 +11,6 @@ from typing import Any
 
 from topd_jax.models.io.gguf import packaged_gguf
 
-OLD = "f1e0a0f"
 STUDENT = dict(
     layers=4, width=256, heads=4, kv_heads=2, head_dim=64, mlp_width=768,
     vocab_size=4096,
@@ -110,17 +109,6 @@ def smollm2(rows: int) -> Work:
     }  # fmt: skip
 
 
-def first(name: str, **options: int) -> Work:
-    """Make the first step, beside that of an older commit."""
-    inside = ", ".join(f"{key}={value}" for key, value in options.items())
-    told = {"commit": "", **PAIR, "objective": f"{name}({inside})"}
-    old = {"commit": OLD, "objective": (name, options)}
-    return {
-        "ours": Side("first_step.py", "first", told),
-        OLD: Side("first_step.py", "first", told | old),
-    }
-
-
 def all_works() -> dict[str, Work]:
     """Return every work by its name."""
     out: dict[str, Work] = {}
@@ -154,6 +142,9 @@ def all_works() -> dict[str, Work]:
         out[f"loss-{divergence}"] = fused(divergence)
     for rows in (1, 8):
         out[f"smollm2-{rows}x64"] = smollm2(rows)
-    out["first-opd"] = first("opd")
-    out["first-topd"] = first("topd", candidates=6, window=12)
+    for name, objective in (
+        ("opd", "opd"), ("topd", "topd(candidates=6, window=12)")
+    ):  # fmt: skip
+        spec = PAIR | {"objective": objective}
+        out[f"first-{name}"] = {"ours": Side("first_step.py", "first", spec)}
     return out
