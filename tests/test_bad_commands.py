@@ -1,10 +1,10 @@
 """Commands that cannot be done: one line, exit code 2, and nothing written."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,31 +15,41 @@ from small_hub import hub_directory
 from topd_jax.models import save_model
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A place with good and bad files, in which no test leaves a trace."""
+    root = tmp_path_factory.mktemp("place")
+    with contextlib.chdir(root):
+        rows = [json.dumps({"question": f"{i}+1?"}) + "\n" for i in range(9)]
+        Path("good.jsonl").write_text("".join(rows))
+        Path("latin.jsonl").write_bytes('{"question": "Où?"}'.encode("latin-1"))
+        Path("wide.jsonl").write_bytes("".join(rows).encode("utf-16"))
+        Path("deep.jsonl").write_text('{"question": ' + "[" * 100_000)
+        Path("list.jsonl").write_text('{"question": "a", "answer": [1]}')
+        Path("empty.jsonl").write_text("")
+        hub_directory(Path("chat"))
+        for name in ("torn", "pickled", "wordless"):
+            hub_directory(Path(name))
+        save_model(make(LLAMA), "mute")
+        weights = "model.safetensors"
+        Path("torn", weights).write_bytes(
+            Path("torn", weights).read_bytes()[:999]
+        )
+        Path("pickled", weights).rename("pickled/pytorch_model.bin")
+        Path("wordless/chat_template.jinja").write_text("{{ nothing.at.all }}")
+        Path("list").mkdir()
+        Path("list/config.json").write_text("[]")
+        Path("set").mkdir()
+        Path("set/set.json").write_text('{"shards": 10000000000}')
+        Path("mine.py").write_text("def get_config():\n    return 1 / 0\n")
+    return root
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A place with good and bad files, where commands are started."""
-    monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"question": f"{i}+1?"}) + "\n" for i in range(9)]
-    Path("good.jsonl").write_text("".join(rows))
-    Path("latin.jsonl").write_bytes('{"question": "Où?"}'.encode("latin-1"))
-    Path("wide.jsonl").write_bytes("".join(rows).encode("utf-16"))
-    Path("deep.jsonl").write_text('{"question": ' + "[" * 100_000)
-    Path("list.jsonl").write_text('{"question": "a", "answer": [1]}')
-    Path("empty.jsonl").write_text("")
-    hub_directory(Path("chat"))
-    for name in ("torn", "pickled", "wordless"):
-        hub_directory(Path(name))
-    save_model(make(LLAMA), "mute")
-    weights = "model.safetensors"
-    Path("torn", weights).write_bytes(Path("torn", weights).read_bytes()[:999])
-    Path("pickled", weights).rename("pickled/pytorch_model.bin")
-    Path("wordless/chat_template.jinja").write_text("{{ nothing.at.all }}")
-    Path("list").mkdir()
-    Path("list/config.json").write_text("[]")
-    Path("set").mkdir()
-    Path("set/set.json").write_text('{"shards": 10000000000}')
-    Path("mine.py").write_text("def get_config():\n    return 1 / 0\n")
-    return tmp_path
+def place(files, monkeypatch):
+    """The place, where commands are started."""
+    monkeypatch.chdir(files)
+    return files
 
 
 JSONL = "--config.data.source=jsonl --config.data.path="
@@ -84,13 +94,11 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def whole(
-    line: str, small_arguments: list[str], workdir: str = "run"
-) -> list[str]:
+def whole(line: str, small_arguments: list[str]) -> list[str]:
     """The arguments of a command line."""
     name, *more = line.split(" ")
     if name != "doctor":
-        more.append(f"--workdir={workdir}")
+        more.append("--workdir=run")
     return [name, *small_arguments, *more]
 
 
@@ -109,23 +117,13 @@ def test_a_command_that_cannot_be_done_writes_nothing(
 
 
 @pytest.mark.slow
-def test_the_same_of_twenty_commands_in_a_shell(place, small_arguments):
+@pytest.mark.parametrize(("line", "message"), COMMANDS[::8])
+def test_the_same_in_a_shell(place, small_arguments, line, message):
     before = files_in(place)
-    chosen = [case for i, case in enumerate(COMMANDS) if i % 3]
-    assert len(chosen) == 20
-    with ThreadPoolExecutor(2) as pool:
-        ended = pool.map(
-            lambda i: run_topd(
-                *whole(chosen[i][0], small_arguments, f"run{i}"), cwd=place
-            ),
-            range(20),
-        )
-        for (line, message), (code, out, said) in zip(
-            chosen, ended, strict=True
-        ):
-            assert (code, out) == (2, ""), (line, said)
-            assert said.startswith("topd: ") and said.count("\n") == 1, said
-            assert message in said
+    code, out, said = run_topd(*whole(line, small_arguments), cwd=place)
+    assert (code, out) == (2, ""), said
+    assert said.startswith("topd: ") and said.count("\n") == 1, said
+    assert message in said
     assert files_in(place) == before
 
 

@@ -238,10 +238,12 @@ BAD = {
 }  # fmt: skip
 
 
-OF_A_LOSS = {
-    "beta": "jsd",
-    "alpha": "forward_kl_at_high_loss",
-    "loss_threshold": "forward_kl_at_high_loss",
+# Options -> what an objective needs besides to have them.
+WITH = {
+    "anchor_first": {"context": "student"},
+    "beta": {"token_loss": "jsd"},
+    "alpha": {"token_loss": "forward_kl_at_high_loss"},
+    "loss_threshold": {"token_loss": "forward_kl_at_high_loss"},
 }
 
 
@@ -250,11 +252,10 @@ def test_every_option_is_bounded_at_construction(name):
     assert set(BAD[name]) == loading.options_of(topd.PRESETS[name])
     for option, values in BAD[name].items():
         for value in values:
-            of = OF_A_LOSS.get(option) if name != "entropy_aware" else None
-            loss = {"token_loss": of} if of else {}
-            text = loading.spell(name, **loss, **{option: value})
+            more = WITH.get(option, {}) if name != "entropy_aware" else {}
+            text = loading.spell(name, **more, **{option: value})
             text = text.replace("=inf", "=1e999").replace("=-inf", "=-1e999")
-            with pytest.raises(ValueError, match=f"objective=.*{name}"):
+            with pytest.raises(ValueError, match=f"objective=.*{name}.* must"):
                 topd.make_objective(text)
 
 
