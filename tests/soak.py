@@ -24,6 +24,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -285,7 +286,8 @@ def draw(watch: Watch) -> None:
 def kept_of_saves(count: int) -> dict[str, float]:
     """KB that a process keeps of every save: of ours, and of orbax alone.
 
-    And of every time that orbax asks tensorstore how much it has written.
+    And of every time that orbax asks tensorstore how much it has written; and
+    how long a save holds up the step after it, and takes in all, ms.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -310,6 +312,8 @@ def kept_of_saves(count: int) -> dict[str, float]:
             call(step)
         return (memory() - before) / count
 
+    stalls: list[float] = []
+    whole: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         ours = Checkpoints(Path(folder, "ours"), keep=2)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
@@ -320,14 +324,21 @@ def kept_of_saves(count: int) -> dict[str, float]:
             alone.wait_until_finished()
 
         def save_ours(step: int) -> None:
+            started = time.perf_counter()
             ours.save(step, state, key, {})
+            stalls.append(time.perf_counter() - started)
             ours.wait()
+            whole.append(time.perf_counter() - started)
 
         ask = tensorstore.experimental_collect_matching_metrics
         told = {"orbax": kept(save), "ours": kept(save_ours)}
         alone.close()
         ours.close()
-    return told | {"metrics": kept(lambda _: ask("/tensorstore/kvstore/"))}
+    return told | {
+        "metrics": kept(lambda _: ask("/tensorstore/kvstore/")),
+        "stall_ms": 1000 * statistics.median(stalls),
+        "save_ms": 1000 * statistics.median(whole),
+    }
 
 
 def main() -> None:
