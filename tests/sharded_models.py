@@ -29,7 +29,7 @@ from sharded_step import (
     run_mixture,
 )
 from small_files import logits_of, make
-from test_experts import CONFIG as EXPERTS
+from test_experts import CONFIG as PLAIN
 
 from topd_jax.models import fingerprint, init_decoder
 from topd_jax.models.quantization import quantize, quantizer
@@ -39,6 +39,10 @@ from topd_jax.parallel.sharding import (
 )
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
+
+EXPERTS = PLAIN.replace(
+    sinks=True, expert_biases=True, swiglu_limit=2.0, shared_expert_width=8,
+)  # fmt: skip
 
 
 def spread(batch, mesh):

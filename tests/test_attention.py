@@ -8,6 +8,7 @@ from conftest import PAD, make_trajectories
 from small_files import make
 
 from topd_jax.models import DecoderConfig, causal_mask, unembed
+from topd_jax.models.attention import core
 from topd_jax.models.attention.core import (
     MaskSpec,
     attend,
@@ -130,8 +131,10 @@ def test_nothing_is_kept_where_no_layer_slides():
     assert make(CONFIG).init_cache(2, 5).positions.shape == (1, 2, 5)
 
 
-@pytest.mark.parametrize("cap", [None, 0.7])
-def test_attention_against_plain_loops(cap):
+@pytest.mark.parametrize(
+    ("cap", "sinks"), [(None, None), (0.7, None), (None, (0.3, -1.0, 2.0, 9.0))]
+)
+def test_attention_against_plain_loops(cap, sinks):
     rng = np.random.default_rng(0)
     config = CONFIG.replace(attention_softcap=cap)
     query = rng.normal(size=(1, 3, 4, 8))
@@ -145,10 +148,11 @@ def test_attention_against_plain_loops(cap):
             if cap:
                 scores = cap * np.tanh(scores / cap)
             weights = np.where(mask[0, 0, s], np.exp(scores), 0)
-            weights /= weights.sum()
+            weights /= weights.sum() + (np.exp(sinks[head]) if sinks else 0)
             want[0, s, head] = weights @ value[0, head // 2]
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
-    got = attend(*arrays, only(mask), 5, config)
+    beside = None if sinks is None else jnp.asarray(sinks)
+    got = attend(*arrays, only(mask), 5, config, beside)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -163,15 +167,25 @@ def test_capped_scores_of_a_row_that_sees_nothing_are_finite():
     assert np.isfinite(jax.grad(total)(x)).all()
 
 
+# What other families have, each in every program of a model.
+GPT_OSS = CONFIG.replace(
+    sinks=True, expert_biases=True, swiglu_limit=1.0, experts=4,
+    experts_per_token=2, expert_width=12, rotary_dim=4, interleaved_rope=True,
+)  # fmt: skip
+
+
 def forward(model, tokens, mask):
     hidden, _ = model(tokens, positions_of(mask), causal_mask(mask))
     return hidden
 
 
-@pytest.mark.parametrize("unroll", [1, 3])
-def test_rollout_equals_reading_it_again(unroll):
+WAYS = [CONFIG, CONFIG.replace(unroll=3), GPT_OSS]
+
+
+@pytest.mark.parametrize("config", WAYS)
+def test_rollout_equals_reading_it_again(config):
     """Through cache and left padding; its log-probabilities are capped."""
-    model = make(CONFIG.replace(unroll=unroll))
+    model = make(config)
     mask = jnp.arange(6) >= jnp.array([[0], [2], [5]])
     tokens = jax.random.randint(jax.random.key(1), (3, 6), 3, 40)
     written = rollout(
@@ -187,9 +201,14 @@ def test_rollout_equals_reading_it_again(unroll):
     np.testing.assert_allclose(written.logp, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("unroll", [1, 3])
-def test_branches_equal_reading_their_text(unroll):
-    model = make(CONFIG.replace(unroll=unroll))
+@pytest.mark.parametrize(
+    ("config", "few"),
+    [*((config, 0.5) for config in WAYS), (GPT_OSS.replace(unroll=3), 9.0)],
+)
+def test_branches_equal_reading_their_text(config, few, monkeypatch):
+    """Their keys apart from the prefix, or where few are behind it, with it."""
+    monkeypatch.setattr(core, "_FEW_BEHIND", few)
+    model = make(config)
     written = make_trajectories(rows=3)
     candidates = Candidates(
         jnp.array([[0, 2, 3], [1, 2, 3], [0, 1, 3]]), jnp.ones((3, 3), bool)

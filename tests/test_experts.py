@@ -32,15 +32,26 @@ def dense_loop(x, w, config):
     """Every token by every chosen expert, one at a time, in float64."""
     out = np.zeros_like(x)
     for t, token in enumerate(x):
-        scores = token @ w["router"]
+        scores = token @ w["router"] + w.get("router_bias", 0)
         chances = np.exp(scores - scores.max())
         chances /= chances.sum()
         chosen = np.argsort(-chances)[: config.experts_per_token]
         total = chances[chosen].sum() if config.renormalize else 1.0
         for e in chosen:
-            gate = token @ w["expert_gate"][e]
-            inner = gate / (1 + np.exp(-gate)) * (token @ w["expert_up"][e])
-            out[t] += chances[e] / total * (inner @ w["expert_down"][e])
+            gate, up = (
+                token @ w[f"expert_{name}"][e]
+                + (w[f"expert_{name}_bias"][e] if config.expert_biases else 0)
+                for name in ("gate", "up")
+            )
+            if limit := config.swiglu_limit:
+                gate = np.minimum(gate, limit)
+                up = np.clip(up, -limit, limit) + 1
+            alpha = config.swiglu_alpha if limit else 1
+            inner = gate / (1 + np.exp(-alpha * gate)) * up
+            said = inner @ w["expert_down"][e]
+            if config.expert_biases:
+                said += w["expert_down_bias"][e]
+            out[t] += chances[e] / total * said
     return out
 
 
@@ -59,6 +70,16 @@ def test_equals_a_dense_loop(renormalize, copies):
     config = CONFIG.replace(renormalize=renormalize, experts_per_token=copies)
     x = np.random.default_rng(1).normal(size=(10, 16))
     check_mix(x, weights(), config)
+
+
+def test_biased_and_clamped_experts_equal_a_dense_loop():
+    rng, w = np.random.default_rng(2), weights()
+    w |= {"router_bias": rng.normal(size=4)} | {
+        f"expert_{name}_bias": rng.normal(size=(4, width))
+        for name, width in (("gate", 12), ("up", 12), ("down", 16))
+    }
+    x = rng.normal(size=(10, 16))
+    check_mix(x, w, CONFIG.replace(expert_biases=True, swiglu_limit=2.0))
 
 
 def test_no_token_is_dropped_where_all_want_one_expert():

@@ -239,16 +239,18 @@ def test_blocks_have_value_and_gradients_of_the_whole(request):
     exists = jnp.arange(LENGTH) >= jnp.array([[0], [20]])  # padding
     mask = causal_intervals(exists).widen(LENGTH + 50)
     *arrays, _ = inputs(mask, "bfloat16", heads=(2, 2, 8))
+    arrays.append(jnp.array([1.0, -1.0, 2.0, 0.5], "bfloat16"))  # sinks
     allowed = mask.dense()
     spec = MaskSpec(allowed[:, None], None, None)
 
     def loss(*arrays):
-        out = core.attend(*arrays, spec, 0, config).astype(jnp.float32)
+        *given, sinks = arrays
+        out = core.attend(*given, spec, 0, config, sinks).astype(jnp.float32)
         out = jnp.where(allowed.any(-1)[..., None, None], out, 0.0)
         return jnp.sum(jnp.sin(out) * jnp.arange(8)), out
 
     def learn(*arrays):
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
             *arrays
         )
 

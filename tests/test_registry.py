@@ -73,6 +73,16 @@ CONFIGS = {
     "qwen2_moe": dataclasses.replace(
         MIXTURE, attention_bias=True, shared_expert_width=20
     ),
+    "gpt_oss": dataclasses.replace(
+        MIXTURE,
+        sinks=True,
+        expert_biases=True,
+        renormalize=True,
+        swiglu_limit=7.0,
+        attention_bias=True,
+        output_bias=True,
+        mlp_width=24,
+    ),
     "mixtral": dataclasses.replace(MIXTURE, renormalize=True, mlp_width=24),
     "smollm3": dataclasses.replace(
         BASE,
@@ -90,6 +100,24 @@ CONFIGS = {
         rope_scaling=RopeScaling("yarn", 4.0, 64.0),
     ),
     "olmoe": dataclasses.replace(MIXTURE, wide_qk_norm=True, mlp_width=24),
+    "exaone4": dataclasses.replace(
+        OLMO,
+        wide_qk_norm=False,
+        qk_norm=True,
+        window=3,
+        sliding=(True, False, True),
+        no_rope=(False, True, False),
+    ),
+    "granite": dataclasses.replace(
+        BASE,
+        attention_multiplier=0.3,
+        embedding_multiplier=5.0,
+        residual_multiplier=0.22,
+        logits_scaling=3.0,
+    ),
+    "glm4": dataclasses.replace(
+        BASE, post_norms=True, rotary_dim=4, interleaved_rope=True
+    ),
     "gemma": dataclasses.replace(
         BASE,
         centered_norms=True,
@@ -217,6 +245,39 @@ def test_experts_have_the_familys_defaults():
     assert read("qwen3_moe", num_local_experts=16).experts == 16
 
 
+def test_the_fields_of_published_files_are_known():
+    """Those that they give beside, or leave to, the reference's own."""
+    got = read(
+        "gpt_oss", experts_per_token=4, initial_context_length=4096,
+        quantization_config={
+            "quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"],
+        },
+    )  # fmt: skip
+    assert (got.experts, got.swiglu_limit, got.sinks) == (128, 7.0, True)
+    assert got.rope_scaling.truncate is False
+    kinds = ["sliding_attention", "full_attention"] * 3
+    got = read("exaone4", sliding_window_pattern="LLLG", layer_types=kinds)
+    assert got.no_rope == (False, True) * 3 and got.window == 4096
+    assert read("gemma", hidden_activation=None).activation == "gelu_tanh"
+    got = read("phi3", original_max_position_embeddings=16384, auto_map={})
+    assert got.rotary_dim is None
+    assert read("glm4").rotary_dim == 4
+    assert read("qwen2_moe", sliding_window=0).window is None
+
+
+def test_the_text_of_a_larger_model_has_its_defaults_and_ties():
+    text = {k: SHAPE[k] for k in ("hidden_size", "num_hidden_layers")}
+    text |= {"intermediate_size": 64, "sliding_window": 9}
+    got = read("gemma3", text_config=text, vision_config={"hidden_size": 3})
+    assert (got.vocab_size, got.heads, got.head_dim) == (262_208, 8, 256)
+    assert got.tied and got.window == 9
+    text |= {"vocab_size": 9, "num_attention_heads": 8}
+    for tied in (False, True):
+        given = {"text_config": text, "tie_word_embeddings": tied}
+        assert read("mistral3", **given).tied is tied
+    assert not read("mistral3", text_config=text).tied
+
+
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {
     "rope_type": "yarn",
@@ -292,6 +353,40 @@ REFUSED = [
         )
         for low in (4, 5)
     ),
+    (
+        "phi3",
+        "rope_type='longrope'",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0] * 4,
+            }
+        },
+    ),
+    ("glm4", "partial_rotary_factor", 1.5),
+    ("glm4", "rotary_dim=3 must be even", {"partial_rotary_factor": 0.45}),
+    (
+        "llama",
+        "partial_rotary_factor",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    (
+        "mistral",
+        "llama_4_scaling_beta",
+        {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+    ),
+    ("ministral3", "mscale", {"rope_parameters": YARN | {"mscale": "1"}}),
+    (
+        "gpt_oss",
+        "quantization_config",
+        {"quantization_config": {"quant_method": "fp8"}},
+    ),
+    ("olmoe", "clip_qkv", 8.0),
+    ("mixtral", "router_jitter_noise", 0.1),
+    ("exaone4", "sliding_window_pattern", "LLLG"),
+    ("gemma3", "text_config=3 must be an object", {"text_config": 3}),
+    ("mistral3", "text_config", {}),
     ("llama", "hidden_act", "relu"),
     ("llama", "attention_bias", "yes"),
     ("llama", "mlp_bias", 1),

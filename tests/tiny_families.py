@@ -153,6 +153,31 @@ MODELS = {
             "sliding_window": 6,
         },
     ),
+    "exaone4": ("Exaone4", OLMO3),
+    "exaone4-full": ("Exaone4", {
+        "sliding_window": None, "layer_types": ["full_attention"] * 3,
+    }),
+    "granite": (
+        "Granite",
+        BIASES | {
+            "mlp_bias": True, "attention_multiplier": 0.2, "logits_scaling": 3,
+            "embedding_multiplier": 5.0, "residual_multiplier": 0.6,
+        },
+    ),
+    "glm4": ("Glm4", BIASES | {"partial_rotary_factor": 0.75}),
+    "glm4-half": ("Glm4", {"attention_bias": False}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_local_experts": 5, "num_experts_per_tok": 2,
+            "intermediate_size": 32, "hidden_size": 32, "sliding_window": 5,
+            "swiglu_limit": 1.5, "swiglu_alpha": 1.3,
+            "rope_parameters": rope(
+                "yarn", factor=4.0, original_max_position_embeddings=64,
+                truncate=False,
+            ),
+        },
+    ),
     "gemma": ("Gemma", BIASES | {"tie_word_embeddings": True}),
     "gemma2": (
         "Gemma2",
@@ -196,6 +221,11 @@ MODELS = {
 }  # fmt: skip
 
 
+# Those with options that others have not.
+SHORT = [
+    "olmo3", "olmoe", "ministral3", "seed-oss", "phi3", "mixtral", "qwen2-moe",
+    "exaone4", "granite", "glm4", "gpt-oss", "gemma",
+]  # fmt: skip
 IMAGES = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -240,7 +270,7 @@ def random(kind, config):
         if "norm" in key:
             low = -0.5 if "Gemma" in family else 0.5
             value.data.uniform_(low, low + 1)
-        elif key.endswith("bias"):
+        elif key.endswith(("bias", "sinks")):
             value.data.uniform_(-0.5, 0.5)
         elif "experts" in key or "mlp.gate.weight" in key:
             value.data.normal_(0, 0.2)

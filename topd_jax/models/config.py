@@ -122,6 +122,13 @@ class DecoderConfig:
       activation: of the gate: "silu", "gelu" or "gelu_tanh".
       scaled_embedding: embeddings are multiplied by sqrt(width) (Gemma).
       query_scalar: scores are divided by its root; None is ``head_dim``.
+      attention_multiplier: scores are multiplied by it instead (Granite).
+      embedding_multiplier: embeddings are multiplied by it (Granite).
+      residual_multiplier: what attention and feed-forward add is multiplied
+        by it (Granite).
+      logits_scaling: logits are divided by it (Granite).
+      sinks: a score of each head, learned, stands beside those of the keys in
+        the softmax (gpt-oss); not with ``attention="flash"``.
       attention_softcap: c of c * tanh(score / c); None is off (Gemma 2).
       final_softcap: the same for the logits.
       rope_scaling: stretching of the rotary frequencies.
@@ -129,6 +136,7 @@ class DecoderConfig:
         same as elsewhere (Gemma 3).
       rotary_dim: first elements of each head that are turned; None is all of
         them (Phi-4-mini).
+      interleaved_rope: the pairs that are turned are neighbors (GLM-4).
       no_rope: layers whose queries and keys are not turned (SmolLM3).
       window: keys that a sliding layer attends to, the token's included.
       sliding: layers that attend to ``window`` keys only.
@@ -137,6 +145,10 @@ class DecoderConfig:
       expert_width: inner size of an expert.
       shared_expert_width: inner size of an expert that reads every token,
         weighed by a sigmoid; 0: there is none (Qwen2-MoE).
+      expert_biases: router and experts have biases (gpt-oss).
+      swiglu_limit: L of experts that compute (u + 1) g sigmoid(a g), the gate
+        g at most L and u in -L..L; None is the gate's activation (gpt-oss).
+      swiglu_alpha: a of the same.
       renormalize: weights of the chosen experts sum to one.
       lora: adapters beside the linear maps; None: there are none.
       dtype: compute dtype of activations, "float32" or "bfloat16".
@@ -172,11 +184,17 @@ class DecoderConfig:
     activation: str = "silu"
     scaled_embedding: bool = False
     query_scalar: float | None = None
+    attention_multiplier: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    sinks: bool = False
     attention_softcap: float | None = None
     final_softcap: float | None = None
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None
     rotary_dim: int | None = None
+    interleaved_rope: bool = False
     no_rope: tuple[bool, ...] = ()
     window: int | None = None
     sliding: tuple[bool, ...] = ()
@@ -184,6 +202,9 @@ class DecoderConfig:
     experts_per_token: int = 0
     expert_width: int = 0
     shared_expert_width: int = 0
+    expert_biases: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     renormalize: bool = False
     lora: Lora | None = None
     dtype: str = "float32"
@@ -209,6 +230,11 @@ class DecoderConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} must be even: rotary embedding "
                 "turns pairs"
+            )
+        if self.sinks and self.attention == "flash":
+            raise ValueError(
+                "attention='flash' has no kernel for the attention sinks of "
+                "this model; use attention='blocks'"
             )
         if self.rotary_dim == self.head_dim:  # one spelling of "all"
             object.__setattr__(self, "rotary_dim", None)
@@ -249,6 +275,12 @@ class DecoderConfig:
     def lora_targets(self) -> tuple[str, ...]:
         """Return the parameters that may have an adapter: all but experts."""
         return LORA_TARGETS[:4] if self.experts else LORA_TARGETS
+
+    @property
+    def attention_scale(self) -> float:
+        """Return the factor of the scores."""
+        root = (self.query_scalar or self.head_dim) ** -0.5
+        return self.attention_multiplier or root
 
     def keep_layers(self, keep: Sequence[int]) -> "DecoderConfig":
         """Return the same decoder with only the layers of these indices.

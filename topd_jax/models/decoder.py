@@ -30,7 +30,7 @@ from topd_jax.models.attention.masks import (
     Mask,
 )
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.layers import embed, layer, layer_options, rms_norm
+from topd_jax.models.layers import embed, final_norm, layer, layer_options
 from topd_jax.models.parameters import (
     is_quantized,
     parameter_table,
@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
         )
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens.shape[1])
-        return rms_norm(hidden, self.final_norm[...], c), cache
+        return final_norm(hidden, self.final_norm[...], c), cache
 
 
 def _check_call(tokens: jax.Array, positions: jax.Array, mask: Mask) -> None:

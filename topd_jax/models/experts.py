@@ -24,7 +24,10 @@ ACTIVATIONS = {
 
 
 def route(
-    x: jax.Array, router: jax.Array, config: DecoderConfig
+    x: jax.Array,
+    router: jax.Array,
+    config: DecoderConfig,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Choose the experts of each token, and their weights.
 
@@ -32,11 +35,13 @@ def route(
       x: [T, D].
       router: [D, E].
       config: for ``experts_per_token`` and ``renormalize``.
+      bias: [E] of the router, or None.
 
     Returns:
       (experts i32[T, k], weights [T, k] in x's dtype).
     """
-    chances = jax.nn.softmax((x @ router).astype(jnp.float32), axis=-1)
+    scores = x @ router if bias is None else x @ router + bias
+    chances = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
     weights, chosen = jax.lax.top_k(chances, config.experts_per_token)
     if config.renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -54,30 +59,33 @@ def mix(
     Args:
       x: [B, S, D].
       w: "router" [D, E], "expert_gate" and "expert_up" [E, D, F],
-        "expert_down" [E, F, D].
+        "expert_down" [E, F, D]; where the config has biases, theirs and the
+        router's.
       config: the decoder's shape.
 
     Returns:
       [B, S, D].
     """
     flat = x.reshape(-1, x.shape[-1])
-    chosen, weights = route(flat, w["router"], config)
-    names = ("expert_gate", "expert_up", "expert_down")
-    read = functools.partial(_read, activation=config.activation)
+    chosen, weights = route(flat, w["router"], config, w.get("router_bias"))
+    names = ["expert_gate", "expert_up", "expert_down"]
+    if config.expert_biases:
+        names += [f"{name}_bias" for name in names]
+    read = functools.partial(_read, config)
     out = over_experts(read, flat, chosen, weights, *(w[n] for n in names))
     return out.reshape(x.shape)
 
 
 def _read(
+    config: DecoderConfig,
     x: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    *biases: jax.Array,
     first: jax.Array | int,
-    *,
-    activation: str,
 ) -> jax.Array:
     """Compute what experts first .. first + E - 1 add to the output [T, D].
 
@@ -91,7 +99,22 @@ def _read(
     sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
     rows = x[order // copies]
     dot = functools.partial(grouped_dot, sizes=sizes)
-    inner = ACTIVATIONS[activation](dot(rows, gate)) * dot(rows, up)
-    out = dot(inner, down)[jnp.argsort(order)].reshape(tokens, copies, -1)
+    of_rows = jnp.minimum(expert[order], count - 1)
+
+    def read(rows: jax.Array, which: int) -> jax.Array:
+        out = dot(rows, (gate, up, down)[which])
+        return out + biases[which][of_rows] if biases else out
+
+    inner = _gated(read(rows, 0), read(rows, 1), config)
+    out = read(inner, 2)[jnp.argsort(order)].reshape(tokens, copies, -1)
     here = (expert < count).reshape(tokens, copies)
     return jnp.sum(jnp.where(here, weights, 0)[..., None] * out, axis=1)
+
+
+def _gated(gate: jax.Array, up: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Compute what the down projection reads."""
+    limit = config.swiglu_limit
+    if limit is None:
+        return ACTIVATIONS[config.activation](gate) * up
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)

@@ -66,7 +66,31 @@ def embed(
     hidden = to_products(hidden, "sequence", "activation_embed")
     if config.scaled_embedding:
         hidden = hidden * jnp.asarray(config.width**0.5, hidden.dtype)
+    hidden = _times(hidden, config.embedding_multiplier)
     return constrain(hidden, "batch", "sequence", "activation_embed")
+
+
+def final_norm(
+    hidden: jax.Array, scale: jax.Array, config: DecoderConfig
+) -> jax.Array:
+    """Compute what the output head reads of the last layer's states.
+
+    Args:
+      hidden: [B, S, D].
+      scale: [D] of the norm.
+      config: for the norm, and ``logits_scaling``.
+
+    Returns:
+      [B, S, D] in hidden's dtype.
+    """
+    return _times(rms_norm(hidden, scale, config), 1 / config.logits_scaling)
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+    """Multiply in float32: the factor is not rounded to x's dtype."""
+    if factor == 1:
+        return x
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def layer_options(config: DecoderConfig) -> dict[str, np.ndarray]:
@@ -115,12 +139,14 @@ def layer(
     normed = to_products(normed, "sequence", "activation_embed")
     attended, cache = _attention(config, w, normed, cache, options, rope, spec)
     attended = to_rows(attended, "sequence", "activation_embed")
-    hidden = hidden + norm(attended, "attention_post_norm")
+    grown = norm(attended, "attention_post_norm")
+    hidden = hidden + _times(grown, config.residual_multiplier)
     normed = norm(hidden, "mlp_norm")
     normed = to_products(normed, "sequence", "activation_embed")
     out = _feed_forward(normed, w, config)
     out = to_rows(out, "sequence", "activation_embed")
-    hidden = hidden + norm(out, "mlp_post_norm")
+    grown = norm(out, "mlp_post_norm")
+    hidden = hidden + _times(grown, config.residual_multiplier)
     return constrain(hidden, "batch", "sequence", "activation_embed"), cache
 
 
@@ -153,7 +179,9 @@ def _attention(
         for x in (key, value)
     )
     turn = [t[options["rope"]] if len(t) > 1 else t[0] for t in rope]
-    query, key = rotate(query, *turn), rotate(key, *turn)
+    query, key = (
+        rotate(x, *turn, config.interleaved_rope) for x in (query, key)
+    )
     if config.rope_scaling is not None and config.rope_scaling.query_beta:
         query = grow(query, spec.query_positions, config.rope_scaling)
     out = None
@@ -172,7 +200,9 @@ def _attention(
             constrain(x, "batch", "activation_kv_heads", None, None)
             for x in (key, value)
         )
-        out = attend(query, key, value, spec, options["window"], config)
+        out = attend(
+            query, key, value, spec, options["window"], config, w.get("sinks")
+        )
     # Rows first: a move of heads in their groups is none of one collective.
     out = to_rows(out, "sequence", "activation_heads", None)
     out = to_products(out, "sequence", "heads", None)

@@ -138,6 +138,8 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
         table |= {"k_bias": bias, "v_bias": bias}
     if config.output_bias:
         table["o_bias"] = vector(d, start=0.0)
+    if config.sinks:
+        table["sinks"] = vector(h, start=0.0)
     return table
 
 
@@ -196,6 +198,14 @@ def _experts(config: DecoderConfig) -> dict[str, Parameter]:
         "expert_up": wide,
         "expert_down": Parameter((n, e, f, d), down_axes, f**-0.5),
     }
+    if config.expert_biases:
+        axes = ("layers", "expert", "mlp")
+        bias = Parameter((n, e, f), axes, None, 0.0)
+        table |= {"expert_gate_bias": bias, "expert_up_bias": bias}
+        axes = ("layers", "expert", None)
+        table["expert_down_bias"] = Parameter((n, e, d), axes, None, 0.0)
+        axes = ("layers", None)
+        table["router_bias"] = Parameter((n, e), axes, None, 0.0)
     if config.shared_expert_width:
         shared = _dense(
             config.replace(mlp_width=config.shared_expert_width, mlp_bias=False)

@@ -122,22 +122,35 @@ def _ways(config: DecoderConfig) -> np.ndarray:
     return ways
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool
+) -> jax.Array:
     """Rotate the pairs (i, i + n / 2) of the first n elements of each head.
 
     Args:
       x: [B, S, heads, head_dim].
       cos: f32[B, S, 1, n / 2].
       sin: the same.
+      interleaved: rotate the pairs (2 i, 2 i + 1) instead.
 
     Returns:
       [B, S, heads, head_dim] in x's dtype.
     """
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = first * cos - second * sin, second * cos + first * sin
-    return jnp.concatenate([*(t.astype(x.dtype) for t in turned), rest], -1)
+    size = 2 * cos.shape[-1]
+    wide = x[..., :size].astype(jnp.float32)
+    if interleaved:
+        first, second = wide[..., ::2], wide[..., 1::2]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
+    pairs = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        turned = jnp.stack(pairs, axis=-1).reshape(wide.shape)
+    else:
+        turned = jnp.concatenate(pairs, axis=-1)
+    turned = turned.astype(x.dtype)
+    if size == x.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
 def grow(

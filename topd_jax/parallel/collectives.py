@@ -63,6 +63,7 @@ def over_experts(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    *biases: jax.Array,
 ) -> jax.Array:
     """Sum the outputs of all experts for each token, wherever experts are.
 
@@ -71,43 +72,50 @@ def over_experts(
     are summed. No token moves to an expert, so none can be dropped.
 
     Args:
-      read: (x, chosen, weights, gate, up, down, first) -> [T, D], the
-        part of experts first .. first + len(gate) - 1.
+      read: (x, chosen, weights, gate, up, down, *biases, first=first) ->
+        [T, D], the part of experts first .. first + len(gate) - 1.
       x: [T, D].
       chosen: i32[T, k] experts of each token.
       weights: [T, k].
       gate: [E, D, F].
       up: [E, D, F].
       down: [E, F, D].
+      *biases: of the three, [E, F], [E, F] and [E, D], or none.
 
     Returns:
       [T, D].
     """
     mesh = mesh_in_use()
+    arrays = gate, up, down, *biases
     if mesh is None:
-        return read(x, chosen, weights, gate, up, down, 0)
+        return read(x, chosen, weights, *arrays, first=0)
     wide = divisible_spec(mesh, gate.shape, ("expert", None, "mlp"))
     expert, _, columns = wide
     rules = rules_in_force()
     gathered = mesh_axes(rules["expert"])
     rows = tuple(a for a in mesh_axes(rules["tokens"]) if a not in gathered)
     row = dividing(mesh, x.shape, (rows, None))
+    of_inner, of_outer = PartitionSpec(expert, columns), PartitionSpec(expert)
+    specs = wide, wide, of_inner, of_inner, of_inner, of_outer
 
     @functools.partial(
         jax.shard_map,
-        in_specs=(row, row, row, wide, wide, PartitionSpec(expert, columns)),
+        in_specs=(row, row, row, *specs[: len(arrays)]),
         out_specs=row,
         # Grouped products do not say over which axes their result varies.
         check_vma=False,
     )
     def sum_parts(x: jax.Array, *rest: jax.Array) -> jax.Array:
-        *routing, gate, up, down = rest
+        chosen, weights, gate, *others = rest
         first = jax.lax.axis_index(expert) * gate.shape[0] if expert else 0
-        out = read(x, *routing, gate, up, down, first)
+        if biases and columns:  # the last is added to the sum over columns
+            once = jax.lax.axis_index(columns) == 0
+            others[-1] = jnp.where(once, others[-1], 0)
+        out = read(x, chosen, weights, gate, *others, first=first)
         parts = mesh_axes(expert) + mesh_axes(columns)
         return jax.lax.psum(out, parts) if parts else out
 
-    return sum_parts(x, chosen, weights, gate, up, down)
+    return sum_parts(x, chosen, weights, *arrays)
 
 
 def over_heads(

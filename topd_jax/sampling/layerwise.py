@@ -17,7 +17,7 @@ from flax import struct
 from topd_jax.models.attention.core import prepare_mask
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder, layer_arrays
-from topd_jax.models.layers import embed, layer, layer_options, rms_norm
+from topd_jax.models.layers import embed, final_norm, layer, layer_options
 from topd_jax.models.rope import rope_table
 from topd_jax.parallel.sharding import mesh_in_use
 
@@ -71,7 +71,7 @@ class Layerwise:
             )  # fmt: skip
             length = cache.length + tokens.shape[1]
             updated.append(cache.replace(length=length))
-        return rms_norm(hidden, self.final_norm, c), tuple(updated)
+        return final_norm(hidden, self.final_norm, c), tuple(updated)
 
 
 def unstack(model: Any, cache: Any, length: int) -> tuple[Any, Any]:

@@ -69,7 +69,7 @@ def _shape(config: DecoderConfig) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=1, layers=1, width=1, mlp_width=1,
         heads=config.heads // config.kv_heads * groups, kv_heads=groups,
-        head_dim=config.head_dim, query_scalar=config.query_scalar,
+        head_dim=config.head_dim, attention_multiplier=config.attention_scale,
         attention_softcap=config.attention_softcap,
         window=_WINDOW if slides else None, sliding=(True,) * slides,
         dtype=config.dtype, attention="flash",

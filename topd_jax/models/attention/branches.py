@@ -79,6 +79,7 @@ def attend(
     mask: BranchKeys,
     *,
     options: flash.Options,
+    sinks: jax.Array | None = None,
     kernel: bool = False,
 ) -> jax.Array:
     """Attend from the newest token of each branch.
@@ -90,6 +91,7 @@ def attend(
       value: the same.
       mask: of :func:`keys_of`.
       options: scale and soft cap.
+      sinks: f32[heads] scores beside those of the keys, or None.
       kernel: read the prefix by the kernels of
         :mod:`topd_jax.models.attention.flash` where the platform is a TPU.
 
@@ -117,8 +119,12 @@ def attend(
         prefix(grouped, key[:, :, :read], value[:, :, :read], mask),
         own(grouped, of_branches(key), of_branches(value), mask.own),
     )
-    outs, normalizers = (jnp.stack(x) for x in zip(*parts, strict=True))
-    weights = jax.nn.softmax(normalizers, axis=0)
+    outs, normalizers = zip(*parts, strict=True)
+    if sinks is not None:
+        beside = sinks.reshape(normalizers[0].shape[2:])
+        normalizers += (jnp.broadcast_to(beside, normalizers[0].shape),)
+    outs, normalizers = jnp.stack(outs), jnp.stack(normalizers)
+    weights = jax.nn.softmax(normalizers, axis=0)[:2]
     out = jnp.sum(outs * weights[..., None], axis=0)
     return out.astype(query.dtype).reshape(query.shape)
 

@@ -155,6 +155,7 @@ def attend(
     spec: MaskSpec,
     window: jax.Array,
     config: DecoderConfig,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attend with grouped heads: the single attention entry point.
 
@@ -170,17 +171,23 @@ def attend(
       value: the same.
       spec: of the call.
       window: i32[] of the layer.
-      config: for its ``query_scalar``, ``attention_softcap`` and
+      config: for its ``attention_scale``, ``attention_softcap`` and
         ``attention``.
+      sinks: [heads] scores beside those of the keys, or None.
 
     Returns:
       [B, S, heads, head_dim].
     """
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32)
     mask, kernels = spec.mask, _by_kernel(config, query.shape[1])
-    blocks = functools.partial(_attend_long, config)
+    plain = functools.partial(_attend, sinks=sinks)
+    blocks = functools.partial(_attend_long, config, read=plain)
     if isinstance(mask, BranchMask):
         mask = branches.keys_of(mask, *spec[1:3], window)
-        blocks = functools.partial(branches.attend, options=_options(config))
+        blocks = functools.partial(
+            branches.attend, options=_options(config), sinks=sinks
+        )
         by_kernel = functools.partial(blocks, kernel=True)
     elif isinstance(mask, IntervalMask):
         mask = mask.within(window)
@@ -255,7 +262,7 @@ def _attend_long(
     key: jax.Array,
     value: jax.Array,
     mask: IntervalMask | jax.Array,
-    read: Callable[..., jax.Array] | None = None,
+    read: Callable[..., jax.Array],
 ) -> jax.Array:
     """Attend, a block of queries at a time where there are many.
 
@@ -263,7 +270,6 @@ def _attend_long(
     mesh that spreads them has its share of every block.
     """
     length, keys = query.shape[1], key.shape[2]
-    read = read or _attend
     if not _is_long(length, keys):
         return read(query, key, value, _dense(mask), config)
     block = _block(keys)
@@ -314,6 +320,7 @@ def _attend(
     value: jax.Array,
     mask: jax.Array,
     config: DecoderConfig,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attend with all scores at once."""
     rows, length, _, size = query.shape
@@ -327,12 +334,21 @@ def _attend(
     scores = jnp.einsum(
         "...qd,...ld->...ql", grouped, key, preferred_element_type=jnp.float32
     )
-    scores = soft_cap(scores * _scale(config), config.attention_softcap)
+    scores = soft_cap(scores * config.attention_scale, config.attention_softcap)
     scores = scores.reshape(rows, groups, length, -1, keys)
     # Finite: a row of padding must not be nan.
     mask = mask[:, :, :, None]
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = sinks.reshape(groups, 1, -1, 1)
+        most = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+        most = jax.lax.stop_gradient(most)
+        weights = jnp.exp(scores - most)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / (total + jnp.exp(sinks - most))
+    weights = weights.astype(value.dtype)
     weights = weights.reshape(*products, -1, keys)
     out = jnp.einsum("...ql,...ld->...qd", weights, value)
     out = out.reshape(rows, groups, length, -1, size)
@@ -348,13 +364,9 @@ def _attend_fused(
 ) -> jax.Array:
     """Attend by cuDNN where it is there, else with all scores at once."""
     if cudnn.takes(query, config.attention_softcap):
-        return cudnn.attend(query, key, value, mask, _scale(config))
+        return cudnn.attend(query, key, value, mask, config.attention_scale)
     return _attend(query, key, value, mask, config)
 
 
-def _scale(config: DecoderConfig) -> float:
-    return (config.query_scalar or config.head_dim) ** -0.5
-
-
 def _options(config: DecoderConfig) -> flash.Options:
-    return flash.Options(_scale(config), config.attention_softcap)
+    return flash.Options(config.attention_scale, config.attention_softcap)

@@ -18,11 +18,15 @@ class Fused(NamedTuple):
       hub: its name, after the layer's.
       parameters: whose outputs it holds, one after another.
       experts: its first dimension counts experts.
+      interleaved: outputs of the parameters take turns instead.
+      turned: it is [in, out].
     """
 
     hub: str
     parameters: tuple[str, ...]
     experts: bool = False
+    interleaved: bool = False
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Family:
       names: parameter -> its tensor, after the layer's name, where others
         name it differently.
       fused: tensors that hold several parameters.
+      packed: the ``quant_method`` of files whose weights are expanded; "":
+        quantized files are refused.
       gguf: its ``general.architecture`` in GGUF files; "": not read from them.
       gguf_permuted: llama.cpp reorders the rows of q and k in its files.
     """
@@ -65,6 +71,7 @@ class Family:
     full_unturned: bool = False
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fused: tuple[Fused, ...] = ()
+    packed: str = ""
     gguf: str = ""
     gguf_permuted: bool = False
 
@@ -149,6 +156,33 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
+            "gpt_oss", "GptOssForCausalLM", "gpt-oss, its MXFP4 expanded",
+            "attention sinks; biases; experts in all layers, biased and "
+            "clamped; every second layer slides",
+            options={
+                "sinks": True, "expert_biases": True, "renormalize": True,
+                "swiglu_limit": 7.0,
+            },
+            reads=_ALL_BIASES | _EXPERT_WIDTH | {
+                "num_local_experts": ("experts",),
+                "num_experts_per_tok": ("experts_per_token",),
+                "swiglu_limit": ("swiglu_limit",),
+                "swiglu_alpha": ("swiglu_alpha",),
+            },
+            names={
+                "router": "mlp.router.weight", "router_bias": "mlp.router.bias"
+            },
+            fused=tuple(
+                Fused(
+                    f"mlp.experts.{hub}_proj{bias}",
+                    tuple(f"expert_{m}{bias}" for m in hub.split("_")),
+                    experts=True, interleaved=True, turned=not bias,
+                )
+                for hub in ("gate_up", "down") for bias in ("", "_bias")
+            ),
+            packed="mxfp4",
+        ),
+        Family(
             "smollm3", "SmolLM3ForCausalLM", "SmolLM3",
             "layers without rotation; biases; sliding window",
             reads=_ALL_BIASES | _MLP_BIAS,
@@ -186,6 +220,36 @@ FAMILIES: dict[str, Family] = {
             "norm of q and k over all heads; experts in all layers",
             options={"wide_qk_norm": True},
             reads=_ALL_BIASES | _ROUTED | _EXPERT_WIDTH,
+        ),
+        Family(
+            "exaone4", "Exaone4ForCausalLM", "EXAONE 4.0",
+            "norms after and not before; norm of each head's q and k; where "
+            "layers slide the others have no rotary positions",
+            options=_NORMS_AFTER | {"qk_norm": True},
+            reads={"sliding_window_pattern": ()}, full_unturned=True,
+        ),
+        Family(
+            "granite", "GraniteForCausalLM", "Granite 3 and 4 without mixtures",
+            "multipliers of embeddings, scores, residuals and logits; biases",
+            reads=_ALL_BIASES | _MLP_BIAS | {
+                name: (name,) for name in (
+                    "attention_multiplier", "embedding_multiplier",
+                    "residual_multiplier", "logits_scaling",
+                )
+            },
+        ),
+        Family(
+            "glm4", "Glm4ForCausalLM", "GLM-4-0414",
+            "norms before and after; biases of q, k and v; turns neighboring "
+            "pairs of half of each head",
+            options={"post_norms": True, "interleaved_rope": True},
+            reads=_PARTIAL | {"attention_bias": ("attention_bias",)},
+            names={
+                "attention_post_norm": "post_self_attn_layernorm.weight",
+                "mlp_norm": "post_attention_layernorm.weight",
+                "mlp_post_norm": "post_mlp_layernorm.weight",
+            },
+            fused=(_GATE_UP,),
         ),
         Family(
             "gemma", "GemmaForCausalLM", "Gemma",

@@ -44,11 +44,15 @@ class Part(NamedTuple):
       tensor: of the file.
       expert: its index there; None where that tensor counts none.
       start: first row.
+      step: from row to row.
+      turned: the tensor is [in, out].
     """
 
     tensor: str
     expert: int | None
     start: int
+    step: int
+    turned: bool
 
 
 class Whole(NamedTuple):
@@ -90,31 +94,42 @@ def split_fused(
     for tensor, info in tensors.items():
         match = _OF_LAYER.fullmatch(tensor)
         spec = specs.get(match[2]) if match and tensor not in rows else None
-        if spec is None or len(info.shape) != 2 + spec.experts:
+        dims = () if spec is None else info.shape[spec.experts :]
+        if not 1 <= len(dims) <= 2:
             shown[tensor] = info
             continue
-        size, *inner = info.shape[spec.experts :]
+        turned = spec.turned and len(dims) == 2
+        size, *inner = dims[::-1] if turned else dims
         for expert in range(info.shape[0]) if spec.experts else (None,):
             index = (int(match[1]),) + (() if expert is None else (expert,))
             wanted = [names.get((name, index)) for name in spec.parameters]
             sizes = [rows[n][2][0] if n in rows else size for n in wanted]
-            if sum(sizes) != size:
+            if sum(sizes) != size or spec.interleaved:
                 sizes = [size // len(wanted)] * len(wanted)
             for i, name in enumerate(wanted):
                 # What the decoder has not is shown, and refused, by its place.
                 name = name or f"{tensor}[{expert}, {spec.parameters[i]}]"
                 shown[name] = TensorInfo((sizes[i], *inner), info.dtype)
-                parts[name] = Part(tensor, expert, sum(sizes[:i]))
+                start, step = sum(sizes[:i]), 1
+                if spec.interleaved:
+                    start, step = i, len(wanted)
+                parts[name] = Part(tensor, expert, start, step, turned)
 
     def read_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name not in parts:
             return read(name, index)
-        tensor, expert, start = parts[name]
+        tensor, expert, start, step, turned = parts[name]
         span, *others = index
-        moved = slice(start + span.start, start + span.stop), *others
+        first = start + span.start * step
+        last = start + (span.stop - 1) * step
+        moved = [slice(first, last + 1), *others]
+        if turned:
+            moved.reverse()
         if expert is None:
-            return read(tensor, moved)
-        return read(tensor, (slice(expert, expert + 1), *moved))[0]
+            array = read(tensor, tuple(moved))
+        else:
+            array = read(tensor, (slice(expert, expert + 1), *moved))[0]
+        return (array.T if turned else array)[::step]
 
     return shown, read_part
 
@@ -143,8 +158,9 @@ def whole_tensors(rows: Rows, fused: Sequence[Fused]) -> dict[str, Whole]:
         shape = shapes[0]
         if spec is not None:
             each = len(own) // len(spec.parameters)
-            size = sum(s[0] for s in shapes[::each])
-            shape = (*(each,) * spec.experts, size, *shape[1:])
+            shape = sum(s[0] for s in shapes[::each]), *shape[1:]
+            shape = shape[::-1] if spec.turned else shape
+            shape = (each, *shape) if spec.experts else shape
         wholes[whole] = Whole(shape, own, spec)
     return wholes
 
@@ -162,5 +178,12 @@ def join(arrays: Sequence[np.ndarray], fused: Fused | None) -> np.ndarray:
     if fused is None:
         return arrays[0]
     each = len(arrays) // len(fused.parameters)
-    wholes = [np.concatenate(arrays[i::each]) for i in range(each)]
-    return np.stack(wholes) if fused.experts else wholes[0]
+    wholes = []
+    for i in range(each):
+        parts = arrays[i::each]
+        whole = np.concatenate(parts)
+        if fused.interleaved:
+            whole = np.stack(parts, axis=1).reshape(whole.shape)
+        wholes.append(whole.T if fused.turned else whole)
+    whole = np.stack(wholes) if fused.experts else wholes[0]
+    return np.ascontiguousarray(whole)

@@ -25,7 +25,7 @@ from topd_jax.models.io.hub_rope import (
     read_rope,
     write_rope,
 )
-from topd_jax.models.io.hub_values import wrong_value
+from topd_jax.models.io.hub_values import FIXED, HARMLESS, wrong_value
 from topd_jax.models.io.wrappers import text_fields
 
 # Fields that every file must have.
@@ -62,46 +62,6 @@ _LAYERS = {
     "sliding_window", "use_sliding_window", "max_window_layers",
     "layer_types", "no_rope_layers", "no_rope_layer_interval",
     "rope_parameters", "num_local_experts",
-}  # fmt: skip
-
-# Fields of no family here, which some files spell out; only these values are
-# implemented.
-_FIXED: dict[str, tuple[object, ...]] = {
-    "attention_bias": (False, None),
-    "attention_dropout": (0,),
-    "residual_dropout": (0,),
-    "hidden_activation": (None, "gelu_pytorch_tanh"),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "is_llama_config": (True, None),
-    "add_cross_attention": (False, None),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "per_layer_config": (None, {}),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-}
-
-# Fields that do not change the logits; those about windows where the family
-# has none.
-_HARMLESS = {
-    "architectures", "torch_dtype", "dtype", "transformers_version",
-    "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id",
-    "unk_token_id", "sep_token_id", "use_cache", "pretraining_tp",
-    "max_position_embeddings", "initializer_range", "sliding_window",
-    "max_window_layers", "output_hidden_states", "output_attentions",
-    "return_dict", "chunk_size_feed_forward", "id2label", "label2id",
-    "problem_type", "is_decoder", "tie_encoder_decoder", "torchscript",
-    "use_bfloat16", "tie_last_hidden_states", "cross_attention_hidden_size",
-    "_attn_implementation", "attn_implementation",
-    "_attn_implementation_autoset", "transformers.js_config",
-    "task_specific_params", "finetuning_task", "tokenizer_class",
-    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p",
-    "typical_p", "repetition_penalty", "num_beams", "unsloth_version",
-    "unsloth_fixed", "cache_implementation", "output_router_logits",
-    "router_aux_loss_coef", "_sliding_window_pattern",
 }  # fmt: skip
 
 
@@ -192,7 +152,7 @@ def config_json(
       ValueError: where the family cannot hold this decoder, or ``extra``
         would change the network.
     """
-    harmful = sorted(set(extra or ()) - _HARMLESS)
+    harmful = sorted(set(extra or ()) - HARMLESS)
     if harmful:
         raise ValueError(
             f"extra={harmful} would change, or is not known to leave alone, "
@@ -264,13 +224,16 @@ def _unread(
 ) -> list[str]:
     """List the fields that change the network and that nobody here reads."""
     defaults = _hub_defaults(family.model_type)
-    read = _read_names(family) | _HARMLESS | ignore | {"model_type"}
+    read = _read_names(family) | HARMLESS | ignore | {"model_type"}
     problems = []
     for name, value in fields.items():
         twice = name == "hidden_act" and value == fields.get(family.activation)
         if name in read or twice:  # Gemma's files spell it twice
             continue
-        allowed = _FIXED.get(name, ())
+        packed = isinstance(value, Mapping) and value.get("quant_method")
+        if name == "quantization_config" and packed == family.packed != "":
+            continue
+        allowed = FIXED.get(name, ())
         if name in defaults:
             allowed = (*allowed, defaults[name])
         if allowed and value not in allowed:
@@ -304,6 +267,8 @@ def _fields(config: DecoderConfig, family: Family) -> dict[str, object]:
             fields[name] = getattr(config, targets[0])
     if "query_pre_attn_scalar" in fields and config.query_scalar is None:
         fields["query_pre_attn_scalar"] = config.head_dim
+    if "attention_multiplier" in fields:
+        fields["attention_multiplier"] = config.attention_scale
     fields |= _write_layers(config, family)
     return fields | write_rope(config, family)
 
@@ -333,7 +298,8 @@ def _effective(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(
         config,
         **none,
-        query_scalar=config.query_scalar or config.head_dim,
+        query_scalar=None,
+        attention_multiplier=config.attention_scale,
         dtype="float32",
         param_dtype="float32",
         remat="none",

@@ -78,6 +78,10 @@ VALUES: dict[str, _Kind] = {
     "hidden_act": _NAME,
     "hidden_activation": _NAME,
     "query_pre_attn_scalar": _POSITIVE,
+    "attention_multiplier": _POSITIVE,
+    "embedding_multiplier": _POSITIVE,
+    "residual_multiplier": _POSITIVE,
+    "logits_scaling": _POSITIVE,
     "attn_logit_softcapping": _or_null(_POSITIVE),
     "final_logit_softcapping": _or_null(_POSITIVE),
     "num_experts": _FEW,
@@ -86,6 +90,8 @@ VALUES: dict[str, _Kind] = {
     "moe_intermediate_size": _COUNT,
     "shared_expert_intermediate_size": _COUNT,
     "norm_topk_prob": _FLAG,
+    "swiglu_limit": _POSITIVE,
+    "swiglu_alpha": _POSITIVE,
     "partial_rotary_factor": _SHARE,
     "rope_parameters": _ROPE,
     "rope_scaling": _ROPE,
@@ -98,6 +104,47 @@ VALUES: dict[str, _Kind] = {
     "no_rope_layers": _list_of("0 or 1", lambda v: v in (0, 1)),
     "no_rope_layer_interval": _COUNT,
 }
+
+# Fields of no family here, which some files spell out; only these values are
+# implemented.
+FIXED: dict[str, tuple[object, ...]] = {
+    "attention_bias": (False, None),
+    "attention_dropout": (0,),
+    "residual_dropout": (0,),
+    "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "is_llama_config": (True, None),
+    "add_cross_attention": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+}
+
+# Fields that do not change the logits; those about windows where the family
+# has none.
+HARMLESS = {
+    "architectures", "torch_dtype", "dtype", "transformers_version",
+    "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id",
+    "unk_token_id", "sep_token_id", "use_cache", "pretraining_tp",
+    "max_position_embeddings", "initializer_range", "sliding_window",
+    "max_window_layers", "output_hidden_states", "output_attentions",
+    "return_dict", "chunk_size_feed_forward", "id2label", "label2id",
+    "problem_type", "is_decoder", "tie_encoder_decoder", "torchscript",
+    "use_bfloat16", "tie_last_hidden_states", "cross_attention_hidden_size",
+    "_attn_implementation", "attn_implementation",
+    "_attn_implementation_autoset", "transformers.js_config",
+    "task_specific_params", "finetuning_task", "tokenizer_class",
+    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p",
+    "typical_p", "repetition_penalty", "num_beams", "unsloth_version",
+    "unsloth_fixed", "cache_implementation", "output_router_logits",
+    "router_aux_loss_coef", "_sliding_window_pattern", "auto_map",
+    "experts_per_token", "initial_context_length",
+}  # fmt: skip
 
 
 def wrong_value(name: str, value: object) -> list[str]:

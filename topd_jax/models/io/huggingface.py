@@ -17,6 +17,7 @@ from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import Family
 from topd_jax.models.io.fused import TensorInfo
+from topd_jax.models.io.mxfp4 import expand_mxfp4
 from topd_jax.models.io.streaming import Read
 from topd_jax.models.io.tensors import WEIGHTS
 from topd_jax.models.io.weights import (
@@ -133,6 +134,8 @@ def hub_decoder(
             if not name.endswith("rotary_emb.inv_freq")
         }
         tensors, read = text_tensors(tensors, read)
+        if family.packed:
+            tensors, read = expand_mxfp4(tensors, read)
         if config.tied:
             _drop_tied_head(tensors, read, directory)
         return assemble(

@@ -57,6 +57,8 @@ WEIGHTS: dict[str, Weight] = {
         ("up_bias", "mlp.up_proj.bias", 0),
         ("down_bias", "mlp.down_proj.bias", 0),
         ("router", "mlp.gate.weight", 1),
+        ("router_bias", "mlp.gate.bias", 0),
+        ("sinks", "self_attn.sinks", 0),
         ("shared_router", "mlp.shared_expert_gate.weight", 1),
         ("shared_gate", "mlp.shared_expert.gate_proj.weight", 1),
         ("shared_up", "mlp.shared_expert.up_proj.weight", 1),
@@ -64,6 +66,9 @@ WEIGHTS: dict[str, Weight] = {
         ("expert_gate", "mlp.experts.{}.gate_proj.weight", 1),
         ("expert_up", "mlp.experts.{}.up_proj.weight", 1),
         ("expert_down", "mlp.experts.{}.down_proj.weight", 1),
+        ("expert_gate_bias", "mlp.experts.{}.gate_proj.bias", 0),
+        ("expert_up_bias", "mlp.experts.{}.up_proj.bias", 0),
+        ("expert_down_bias", "mlp.experts.{}.down_proj.bias", 0),
     )
 }
 
