@@ -1,0 +1,81 @@
+"""The gated delta rule: chunks against one step after another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topd_jax.models import delta_rule
+from topd_jax.models.delta_rule import Inputs, read_chunks, read_step
+
+# Several chunks, of which the last one is filled up; all tokens in one.
+CHUNKS = pytest.mark.parametrize(
+    "chunk", [4, pytest.param(64, marks=pytest.mark.slow)]
+)
+
+
+def inputs(rows=2, length=21, heads=2, key=4, value=6, starts=()):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        x = rng.normal(size=(rows, length, heads, *shape))
+        return jnp.asarray(x, jnp.float32)
+
+    def unit(x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    age = np.tile(1 + np.arange(length), (rows, 1))
+    for row, column in starts:
+        age[row, column:] = np.arange(length - column)
+    return Inputs(
+        unit(draw(key)), unit(draw(key)), draw(value),
+        -jnp.exp(draw()), jax.nn.sigmoid(draw()), jnp.asarray(age),
+    )  # fmt: skip
+
+
+def one_by_one(x, state):
+    """The oracle: outputs, and the state after every token."""
+    outs, states = [], []
+    for t in range(x.age.shape[1]):
+        state = jnp.where(x.age[:, t, None, None, None] == 0, 0, state)
+        out, state = read_step(jax.tree.map(lambda a, t=t: a[:, t], x), state)
+        outs.append(out)
+        states.append(state)
+    return jnp.stack(outs, 1), jnp.stack(states, 1)
+
+
+@CHUNKS
+def test_chunks_are_steps(chunk, monkeypatch):
+    """Outputs, final state and gradients, with segments that begin anywhere."""
+    monkeypatch.setattr(delta_rule, "_CHUNK", chunk)
+    x = inputs(starts=[(0, 4), (0, 6), (1, 0), (1, 19)])
+    state = jax.random.normal(jax.random.key(1), (2, 2, 4, 6))
+    weight = jax.random.normal(jax.random.key(2), (2, 21, 2, 6))
+
+    def loss(read):
+        def of(floats, state):
+            out, last = read(Inputs(*floats, x.age), state)
+            return jnp.sum(out * weight) + jnp.sum(last), (out, last)
+
+        return jax.jit(jax.grad(of, (0, 1), has_aux=True))(x[:-1], state)
+
+    def steps(x, state):
+        out, states = one_by_one(x, state)
+        return out, states[:, -1]
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        loss(read_chunks), loss(steps),
+    )  # fmt: skip
+
+
+@CHUNKS
+def test_states_where_branches_leave(chunk, monkeypatch):
+    monkeypatch.setattr(delta_rule, "_CHUNK", chunk)
+    x = inputs()
+    state = jnp.zeros((2, 2, 4, 6))
+    leaves = jnp.asarray([[1, 4, 5, 21], [8, 8, 2, 20]])
+    _, got = read_chunks(x, state, leaves)
+    _, states = one_by_one(x, state)
+    want = states[jnp.arange(2)[:, None], leaves - 1]
+    np.testing.assert_allclose(got, want, atol=1e-5)
