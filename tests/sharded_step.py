@@ -1,6 +1,6 @@
 """The step on 8 simulated devices against one device; run by test_sharded.
 
-python sharded_step.py meshes|objectives|columns
+python sharded_step.py meshes|objectives|columns|recurrent
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from conftest import EOS, PAD, VOCAB, make_model, make_trajectories
 from jax.sharding import AxisType, Mesh
-from small_files import adapted
+from small_files import RECURRENT, adapted
 
 from topd_jax.models import Lora, init_decoder, merge_lora
 from topd_jax.models.config import LORA_TARGETS, DecoderConfig
@@ -89,11 +89,13 @@ def run(
     return jax.device_get(out)
 
 
-def run_mixture(mesh, config=MIXTURE, **shape):
+def run_mixture(mesh, config=MIXTURE, branch_sharding="train", **shape):
     make = jax.jit(init_decoder, static_argnums=0)
     models = [make(config, jax.random.key(i)) for i in (0, 1)]
     rows = make_trajectories(rows=8, **shape)
-    return run(mesh, TOPD["teacher"], models, rows)
+    return run(
+        mesh, TOPD["teacher"], models, rows, branch_sharding=branch_sharding
+    )
 
 
 def assert_same(expected, found, atol=2e-5):
@@ -115,6 +117,18 @@ def meshes():
     for shape in shapes:
         assert_same(expected, run_mixture(sharding.make_mesh(*shape)))
         print(f"same on {shape}", flush=True)
+
+
+def recurrent():
+    """Layers with a state: OPD and branches, heads and columns spread."""
+    config = dataclasses.replace(RECURRENT, vocab_size=VOCAB, kv_heads=4)
+    expected = run_mixture(one_device(), config)
+    for shape in ((1, 2, 2, 1, 2), (2, 2, 2, 1, 1)):
+        mesh = sharding.make_mesh(*shape)
+        for rules in ("train", "rows"):
+            found = run_mixture(mesh, config, branch_sharding=rules)
+            assert_same(expected, found)
+            print(f"same on {shape} by {rules}", flush=True)
 
 
 def objectives():
@@ -205,6 +219,5 @@ def each_computes_its_part(parts, length):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    {"meshes": meshes, "objectives": objectives, "columns": columns}[
-        sys.argv[1]
-    ]()
+    parts = (meshes, objectives, columns, recurrent)
+    {part.__name__: part for part in parts}[sys.argv[1]]()

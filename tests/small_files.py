@@ -37,6 +37,14 @@ LLAMA = DecoderConfig(
 )
 QWEN2 = dataclasses.replace(LLAMA, attention_bias=True)
 QWEN = dataclasses.replace(LLAMA, qk_norm=True, tied=False, head_dim=6)
+# Recurrent layers beside gated attention, an expert that reads every token.
+RECURRENT = DecoderConfig(
+    vocab_size=50, layers=4, width=16, heads=4, kv_heads=2, head_dim=8,
+    mlp_width=24, rope_theta=100.0, qk_norm=True, centered_norms=True,
+    attention_gate=True, rotary_dim=4, recurrent=(True, False) * 2,
+    delta_key_heads=2, delta_value_heads=4, delta_key_dim=4,
+    delta_value_dim=6, delta_conv=3,
+)  # fmt: skip
 
 
 @functools.cache

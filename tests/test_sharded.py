@@ -19,6 +19,7 @@ OTHER = jax.sharding.AbstractMesh((4, 2), ("x", "y"))
         ("step", "meshes", 15),
         ("step", "objectives", 7),
         ("step", "columns", 2),
+        ("step", "recurrent", 4),
         ("models", "experts", 5),
         ("models", "quantized", 2),
         ("models", "foreign", 2),

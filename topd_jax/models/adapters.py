@@ -4,7 +4,12 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
-from topd_jax.models.config import LORA_TARGETS, DecoderConfig, Lora
+from topd_jax.models.config import (
+    DELTA_TARGETS,
+    LORA_TARGETS,
+    DecoderConfig,
+    Lora,
+)
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.peft import load_adapter
 from topd_jax.models.lora import add_lora, merge_lora
@@ -25,10 +30,11 @@ def check_settings(
     Raises:
       ValueError: by name.
     """
-    if not set(student.lora_targets) <= set(LORA_TARGETS):
+    known = LORA_TARGETS + DELTA_TARGETS
+    if not set(student.lora_targets) <= set(known):
         raise ValueError(
             f"student.lora_targets={student.lora_targets!r} must be some of "
-            f"{', '.join(LORA_TARGETS)}, or () for all"
+            f"{', '.join(known)}, or () for all"
         )
     given = {
         name: getattr(student, name)

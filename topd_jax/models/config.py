@@ -57,7 +57,8 @@ class Lora:
     Attributes:
       rank: r, inner size of every adapter.
       alpha: the adapters' output is multiplied by alpha / r.
-      targets: parameters that have one, of :data:`LORA_TARGETS`.
+      targets: parameters that have one, of :data:`LORA_TARGETS` and
+        :data:`DELTA_TARGETS`.
       rank_stabilized: multiplied by alpha / sqrt(r) instead
         (arXiv:2312.03732).
     """
@@ -72,13 +73,12 @@ class Lora:
             raise ValueError(f"rank={self.rank} must be at least 1")
         if self.alpha <= 0:
             raise ValueError(f"alpha={self.alpha} must be above 0")
-        unknown = sorted(set(self.targets) - set(LORA_TARGETS))
-        if unknown or not self.targets:
+        known = LORA_TARGETS + DELTA_TARGETS
+        if set(self.targets) - set(known) or not self.targets:
             raise ValueError(
-                f"targets={self.targets!r} must be some of "
-                f"{', '.join(LORA_TARGETS)}"
+                f"targets={self.targets!r} must be some of {', '.join(known)}"
             )
-        ordered = tuple(t for t in LORA_TARGETS if t in self.targets)
+        ordered = tuple(t for t in known if t in self.targets)
         object.__setattr__(self, "targets", ordered)  # one spelling
 
     @property
@@ -89,8 +89,9 @@ class Lora:
         )
 
 
-# Parameters that may have an adapter.
+# Parameters that may have an adapter, and those of recurrent layers.
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+DELTA_TARGETS = ("delta_qkv", "delta_z", "delta_qkvz", "delta_o")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,8 @@ class DecoderConfig:
       wide_qk_norm: RMSNorm over all heads' queries and keys together (OLMo 2).
       attention_bias: q, k and v have biases (Qwen2).
       output_bias: the attention's output has a bias.
+      attention_gate: the attention's output is multiplied by the sigmoid of
+        a gate, which q makes beside each query (Qwen3-Next).
       mlp_bias: the feed-forward layer has biases.
       pre_norms: RMSNorm before attention and feed-forward.
       post_norms: RMSNorm after each of them, before the residual sum.
@@ -140,6 +143,16 @@ class DecoderConfig:
       no_rope: layers whose queries and keys are not turned (SmolLM3).
       window: keys that a sliding layer attends to, the token's included.
       sliding: layers that attend to ``window`` keys only.
+      recurrent: layers that keep a recurrent state in the place of attention
+        (:mod:`topd_jax.models.delta_rule`).
+      delta_key_heads: heads of queries and keys in these; divides
+        ``delta_value_heads``.
+      delta_value_heads: heads of values, and states of a layer.
+      delta_key_dim: size of a query and of a key.
+      delta_value_dim: size of a value.
+      delta_conv: tokens that the convolution before them reads.
+      delta_grouped: one map makes queries, keys, values and gates, key head
+        after key head (Qwen3-Next).
       experts: E, feed-forward networks to choose from; 0 is one, dense.
       experts_per_token: how many of them read each token.
       expert_width: inner size of an expert.
@@ -177,6 +190,7 @@ class DecoderConfig:
     wide_qk_norm: bool = False
     attention_bias: bool = False
     output_bias: bool = False
+    attention_gate: bool = False
     mlp_bias: bool = False
     pre_norms: bool = True
     post_norms: bool = False
@@ -198,6 +212,13 @@ class DecoderConfig:
     no_rope: tuple[bool, ...] = ()
     window: int | None = None
     sliding: tuple[bool, ...] = ()
+    recurrent: tuple[bool, ...] = ()
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_dim: int = 0
+    delta_conv: int = 0
+    delta_grouped: bool = False
     experts: int = 0
     experts_per_token: int = 0
     expert_width: int = 0
@@ -257,6 +278,8 @@ class DecoderConfig:
             raise ValueError(
                 f"window={self.window} must be positive where layers slide"
             )
+        if any(self.recurrent):
+            self._check_recurrent()
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} must lie in "
@@ -267,14 +290,35 @@ class DecoderConfig:
         if missing:
             raise ValueError(
                 f"lora targets {', '.join(missing)} are experts' in this "
-                "model, and experts have no adapters; leave them out: "
+                "model or not there, and experts have no adapters; take of: "
                 f"{', '.join(self.lora_targets)}"
+            )
+
+    def _check_recurrent(self) -> None:
+        if all(self.recurrent):
+            raise ValueError(
+                f"all {self.layers} layers are recurrent and at least one "
+                "must be attention; keep one more layer"
+            )
+        sizes = {n: v for n, v in vars(self).items() if n.startswith("delta_")}
+        if min(v for n, v in sizes.items() if n != "delta_grouped") < 1:
+            raise ValueError(
+                f"{sizes}: sizes must be at least 1 where layers are recurrent"
+            )
+        if self.delta_value_heads % self.delta_key_heads:
+            raise ValueError(
+                f"delta_value_heads={self.delta_value_heads} must be "
+                f"divisible by delta_key_heads={self.delta_key_heads}"
             )
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Return the parameters that may have an adapter: all but experts."""
-        return LORA_TARGETS[:4] if self.experts else LORA_TARGETS
+        targets = LORA_TARGETS[:4] if self.experts else LORA_TARGETS
+        if not self.recurrent:
+            return targets
+        absent = DELTA_TARGETS[:2] if self.delta_grouped else ("delta_qkvz",)
+        return targets + tuple(t for t in DELTA_TARGETS if t not in absent)
 
     @property
     def attention_scale(self) -> float:
@@ -337,7 +381,7 @@ class DecoderConfig:
         return cls(**values)
 
 
-_PER_LAYER = ("no_rope", "sliding")
+_PER_LAYER = ("no_rope", "sliding", "recurrent")
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),

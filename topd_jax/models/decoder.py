@@ -28,13 +28,18 @@ from topd_jax.models.attention.masks import (
     CachedMask,
     IntervalMask,
     Mask,
+    RolloutMask,
 )
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.layers import embed, final_norm, layer, layer_options
 from topd_jax.models.parameters import (
+    arrays_of,
     is_quantized,
+    layers_of,
     parameter_table,
+    period_of,
 )
+from topd_jax.models.recurrence import empty_states
 from topd_jax.models.rope import rope_table
 from topd_jax.parallel.sharding import constrain
 from topd_jax.types import CappedHead, Head, head_cap, head_rows, soft_cap
@@ -102,10 +107,18 @@ class Decoder(nnx.Module):
         """Return parameter name -> logical axes, for sharding."""
         return {n: row.axes for n, row in parameter_table(self.config).items()}
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """Make an empty cache of ``length`` tokens in the compute dtype."""
+    def init_cache(self, batch: int, length: int, branches: int = 0) -> Cache:
+        """Make an empty cache of ``length`` tokens in the compute dtype.
+
+        Args:
+          batch: B rows.
+          length: tokens that can be written.
+          branches: M of every row, each with states of its own in the layers
+            that are recurrent; 0: a row has one.
+        """
         c = self.config
-        shape = (c.layers, batch, c.kv_heads, length, c.head_dim)
+        attending = c.layers - sum(c.recurrent)
+        shape = (attending, batch, c.kv_heads, length, c.head_dim)
         zeros = constrain(
             jnp.zeros(shape, c.dtype),
             None, "batch", "activation_kv_heads", None, None,
@@ -114,7 +127,13 @@ class Decoder(nnx.Module):
         if any(c.sliding):
             positions = jnp.zeros((1, batch, length), jnp.int32)
             positions = constrain(positions, None, "batch", None)
-        return Cache(zeros, zeros, jnp.zeros((), jnp.int32), positions)
+        cache = Cache(zeros, zeros, jnp.zeros((), jnp.int32), positions)
+        if not c.recurrent:
+            return cache
+        rows = (batch, branches) if branches else (batch,)
+        count = sum(c.recurrent)
+        states, inputs = (jnp.stack([x] * count) for x in empty_states(c, rows))
+        return cache.replace(states=states, inputs=inputs)
 
     def __call__(
         self,
@@ -150,11 +169,26 @@ class Decoder(nnx.Module):
         body = functools.partial(layer, c, rope=rope, spec=spec)
         body = _rematerialized(body, c)
         options = jax.tree.map(jnp.asarray, layer_options(c))
-        (hidden, cache), _ = jax.lax.scan(
-            lambda carry, x: (body(carry, *x), None),
-            (hidden, cache),
+        # Kinds of layers repeat: the scan is over their periods.
+        length = period_of(c)
+        parts = c.layers // length
+        stacks = jax.tree.map(
+            lambda x: x.reshape(parts, -1, *x.shape[1:]),
             (layer_arrays(self), options),
-            unroll=min(c.unroll, c.layers),
+        )
+
+        def period(carry: Any, stacks: Any) -> tuple[Any, None]:
+            arrays, options = stacks
+            for i in range(length):
+                own = {name: x[i] for name, x in options.items()}
+                carry = body(carry, arrays_of(c, arrays, i), own)
+            return carry, None
+
+        (hidden, cache), _ = jax.lax.scan(
+            period,
+            (hidden, cache),
+            stacks,
+            unroll=min(max(c.unroll // length, 1), parts),
         )
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens.shape[1])
@@ -241,7 +275,9 @@ def causal_mask(mask: jax.Array) -> jax.Array:
     return (order[:, None] >= order[None, :]) & mask[:, None, :]
 
 
-def mask_for(model: Any, mask: IntervalMask | BranchMask | CachedMask) -> Mask:
+def mask_for(
+    model: Any, mask: IntervalMask | BranchMask | CachedMask | RolloutMask
+) -> Mask:
     """Return a mask in the form that a model takes.
 
     Args:
@@ -273,6 +309,11 @@ def cast(model: Decoder, dtype: str) -> Decoder:
         for n, x in model.arrays.items()
     }
     return Decoder(config, arrays)
+
+
+def is_recurrent(model: Any) -> bool:
+    """Tell whether a model has layers that keep a recurrent state."""
+    return isinstance(model, Decoder) and bool(model.config.recurrent)
 
 
 def in_compute_dtype(model: Any) -> Any:
@@ -312,7 +353,9 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
     arrays = {}
     for name, array in model.arrays.items():
         if table[name].axes[0] == "layers":
-            arrays[name] = _each(lambda x: x[np.asarray(keep)], array)
+            own = layers_of(model.config, name)
+            kept = np.asarray([own.index(i) for i in keep if i in own], int)
+            arrays[name] = _each(lambda x, kept=kept: x[kept], array)
         else:
             arrays[name] = _each(jnp.copy, array)
     return Decoder(config, arrays)

@@ -22,6 +22,7 @@ from topd_jax.models.parameters import (
     as_floats,
     linear_inputs,
 )
+from topd_jax.models.recurrence import read_tokens, split_projections
 from topd_jax.models.rope import grow, rope_rows, rotate
 from topd_jax.parallel.collectives import to_products, to_rows
 from topd_jax.parallel.sharding import constrain
@@ -96,11 +97,13 @@ def _times(x: jax.Array, factor: float) -> jax.Array:
 def layer_options(config: DecoderConfig) -> dict[str, np.ndarray]:
     """Return what layers differ in beside weights: i32[N] arrays to scan.
 
-    "index": the layer; "rope": its row of the rotary table; "window": keys that
-    it attends to.
+    "index": the layer among those of its kind; "rope": its row of the rotary
+    table; "window": keys that it attends to.
     """
+    kinds = np.asarray(config.recurrent or (False,) * config.layers)
+    index = np.where(kinds, np.cumsum(kinds), np.cumsum(~kinds)) - 1
     return {
-        "index": np.arange(config.layers, dtype=np.int32),
+        "index": index.astype(np.int32),
         "rope": rope_rows(config),
         "window": layer_windows(config),
     }
@@ -117,12 +120,14 @@ def layer(
 ) -> tuple[jax.Array, Cache | None]:
     """Compute one layer: attention, then feed-forward, both residual.
 
+    A layer with the parameters of a delta rule has it in attention's place.
+
     Args:
       config: the decoder's shape.
       carry: (hidden [B, S, D], cache or None).
       w: this layer's parameters, without the stacking dimension.
       options: this layer's entries of :func:`layer_options`; "index" is
-        where the cache holds its columns.
+        where the cache holds what it keeps.
       rope: from :func:`~topd_jax.models.rope.rope_table`.
       spec: from :func:`~topd_jax.models.attention.core.prepare_mask`.
 
@@ -137,7 +142,13 @@ def layer(
 
     normed = norm(hidden, "attention_norm")
     normed = to_products(normed, "sequence", "activation_embed")
-    attended, cache = _attention(config, w, normed, cache, options, rope, spec)
+    if "delta_o" in w:
+        index = options["index"]
+        attended, cache = _recurrent(config, w, normed, cache, index, spec)
+    else:
+        attended, cache = _attention(
+            config, w, normed, cache, options, rope, spec
+        )
     attended = to_rows(attended, "sequence", "activation_embed")
     grown = norm(attended, "attention_post_norm")
     hidden = hidden + _times(grown, config.residual_multiplier)
@@ -167,12 +178,12 @@ def _attention(
     if config.attention_bias:
         query, key = query + w["q_bias"], key + w["k_bias"]
         value = value + w["v_bias"]
-    if config.qk_norm:
-        query = rms_norm(query, w["q_norm"], config)
-        key = rms_norm(key, w["k_norm"], config)
-    if config.wide_qk_norm:
-        query = _wide_norm(query, w["q_norm"], config)
-        key = _wide_norm(key, w["k_norm"], config)
+    if config.attention_gate:
+        query, gate = jnp.split(query, 2, axis=-1)
+    if config.qk_norm or config.wide_qk_norm:
+        norm = _wide_norm if config.wide_qk_norm else rms_norm
+        query = norm(query, w["q_norm"], config)
+        key = norm(key, w["k_norm"], config)
     query = to_rows(query, "sequence", "activation_heads", None)
     key, value = (
         to_rows(x, "sequence", "activation_kv_heads", None)
@@ -205,9 +216,38 @@ def _attention(
         )
     # Rows first: a move of heads in their groups is none of one collective.
     out = to_rows(out, "sequence", "activation_heads", None)
+    if config.attention_gate:
+        gate = to_rows(gate, "sequence", "activation_heads", None)
+        out = out * jax.nn.sigmoid(gate)
     out = to_products(out, "sequence", "heads", None)
     out = _project(out, w, "o", config)
     return out + w["o_bias"] if config.output_bias else out, cache
+
+
+def _recurrent(
+    config: DecoderConfig,
+    w: dict[str, jax.Array],
+    x: jax.Array,
+    cache: Cache | None,
+    index: jax.Array | None,
+    spec: MaskSpec,
+) -> tuple[jax.Array, Cache | None]:
+    """Read tokens by a gated delta rule, of which no layer is turned."""
+    names = ("delta_qkvz", "delta_ba") if config.delta_grouped else (
+        "delta_qkv", "delta_z", "delta_b", "delta_a",
+    )  # fmt: skip
+    projected = [_project(x, w, name, config) for name in names]
+    *inputs, gate = split_projections(config, projected)
+    out, cache = read_tokens(config, w, inputs, cache, index, spec.order)
+    plain = config.replace(centered_norms=False)
+    out, gate = (
+        constrain(x, "batch", "sequence", "activation_heads", None)
+        for x in (out.astype(x.dtype), gate)
+    )
+    out = rms_norm(out, w["delta_norm"], plain)
+    out = (out * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+    out = to_products(out, "sequence", "heads", None)
+    return _project(out, w, "delta_o", config), cache
 
 
 def _wide_norm(

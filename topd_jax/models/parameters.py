@@ -1,6 +1,7 @@
 """The parameters of a decoder: one table of names, shapes and axes."""
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -47,11 +48,55 @@ def parameter_table(config: DecoderConfig) -> dict[str, Parameter]:
     table = {"embedding": vocab}
     table |= _attention(config)
     table |= (_experts if config.experts else _dense)(config)
+    if config.recurrent:
+        table |= _delta_rule(config)
     start = 0.0 if config.centered_norms else 1.0
     table["final_norm"] = Parameter((d,), (None,), None, start)
     if not config.tied:
         table["output"] = vocab
     return table | _adapters(config, table)
+
+
+def layers_of(config: DecoderConfig, name: str) -> list[int]:
+    """Return the layers that have a parameter, in the order of its stack.
+
+    Args:
+      config: the decoder's shape.
+      name: of a parameter that is stacked over layers.
+    """
+    recurrent = config.recurrent or (False,) * config.layers
+    if name.startswith("delta_"):
+        return [i for i, kind in enumerate(recurrent) if kind]
+    if name.split("_")[0] in ("q", "k", "v", "o", "sinks"):
+        return [i for i, kind in enumerate(recurrent) if not kind]
+    return list(range(config.layers))
+
+
+def period_of(config: DecoderConfig) -> int:
+    """Return after how many layers their kinds repeat."""
+    kinds, n = config.recurrent or (False,) * config.layers, config.layers
+    lengths = (p for p in range(1, n + 1) if n % p == 0)
+    return next(p for p in lengths if kinds[:p] * (n // p) == kinds)
+
+
+def arrays_of(
+    config: DecoderConfig, arrays: dict[str, Any], index: int
+) -> dict[str, Any]:
+    """Return the parameters of one layer.
+
+    Args:
+      config: the decoder's shape.
+      arrays: name -> stacked over the layers that have it, all of them or
+        those of one period.
+      index: of the layer.
+    """
+    own = {}
+    for name, stacked in arrays.items():
+        layers = layers_of(config, name)
+        if index in layers:
+            at = layers.index(index)
+            own[name] = jax.tree.map(operator.itemgetter(at), stacked)
+    return own
 
 
 def parameter_shardings(
@@ -105,19 +150,20 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
     """Return the rows of attention and of a layer's norms."""
     n, d = config.layers, config.width
     h, kv, hd = config.heads, config.kv_heads, config.head_dim
+    m, qd = n - sum(config.recurrent), hd * (1 + config.attention_gate)
     query = Parameter(
-        (n, d, h, hd), ("layers", "embed", "heads", "head_dim"), d**-0.5
+        (m, d, h, qd), ("layers", "embed", "heads", "head_dim"), d**-0.5
     )
     key = Parameter(
-        (n, d, kv, hd), ("layers", "embed", "kv_heads", "head_dim"), d**-0.5
+        (m, d, kv, hd), ("layers", "embed", "kv_heads", "head_dim"), d**-0.5
     )
     out_axes = ("layers", "heads", "head_dim", "embed")
-    out = Parameter((n, h, hd, d), out_axes, (h * hd) ** -0.5)
+    out = Parameter((m, h, hd, d), out_axes, (h * hd) ** -0.5)
     # Norm and bias vectors are small; spreading them would cost more than it
     # saves.
     start = 0.0 if config.centered_norms else 1.0
 
-    def vector(*shape: int, start: float = start) -> Parameter:
+    def vector(*shape: int, start: float = start, n: int = n) -> Parameter:
         axes = ("layers", *(None,) * len(shape))
         return Parameter((n, *shape), axes, None, start)
 
@@ -129,17 +175,17 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
     if config.post_norms:
         table |= {"attention_post_norm": vector(d), "mlp_post_norm": vector(d)}
     if config.qk_norm:
-        table |= {"q_norm": vector(hd), "k_norm": vector(hd)}
+        table |= {"q_norm": vector(hd, n=m), "k_norm": vector(hd, n=m)}
     if config.wide_qk_norm:
-        table |= {"q_norm": vector(h, hd), "k_norm": vector(kv, hd)}
+        table |= {"q_norm": vector(h, hd, n=m), "k_norm": vector(kv, hd, n=m)}
     if config.attention_bias:
-        bias = vector(kv, hd, start=0.0)
-        table |= {"q_bias": vector(h, hd, start=0.0)}
+        bias = vector(kv, hd, start=0.0, n=m)
+        table |= {"q_bias": vector(h, qd, start=0.0, n=m)}
         table |= {"k_bias": bias, "v_bias": bias}
     if config.output_bias:
-        table["o_bias"] = vector(d, start=0.0)
+        table["o_bias"] = vector(d, start=0.0, n=m)
     if config.sinks:
-        table["sinks"] = vector(h, start=0.0)
+        table["sinks"] = vector(h, start=0.0, n=m)
     return table
 
 
@@ -181,7 +227,45 @@ def _adapters(
 
 def linear_inputs(name: str) -> int:
     """Count the dimensions, after the layers', that a linear map reads."""
-    return 2 if name == "o" else 1
+    return 2 if name in ("o", "delta_o") else 1
+
+
+def _delta_rule(config: DecoderConfig) -> dict[str, Parameter]:
+    """Return the rows of the layers that keep a recurrent state."""
+    n, d = sum(config.recurrent), config.width
+    heads, states = config.delta_key_heads, config.delta_value_heads
+    k, v = config.delta_key_dim, config.delta_value_dim
+    channels, each = 2 * heads * k + states * v, states // heads
+
+    def linear(*shape: int) -> Parameter:
+        axes = ("layers", "embed", "heads", "head_dim")
+        return Parameter((n, d, *shape), axes[: 2 + len(shape)], d**-0.5)
+
+    def vector(size: int, start: float = 1.0) -> Parameter:
+        return Parameter((n, size), ("layers", None), None, start)
+
+    if config.delta_grouped:
+        table = {
+            "delta_qkvz": linear(heads, 2 * (k + each * v)),
+            "delta_ba": linear(heads, 2 * each),
+        }
+    else:
+        table = {
+            "delta_qkv": linear(channels),
+            "delta_z": linear(states, v),
+            "delta_b": linear(states),
+            "delta_a": linear(states),
+        }
+    taps, out = config.delta_conv, ("layers", "heads", "head_dim", "embed")
+    return table | {
+        "delta_conv": Parameter(
+            (n, channels, 1, taps), ("layers", None, None, None), taps**-0.5
+        ),
+        "delta_dt_bias": vector(states),
+        "delta_a_log": vector(states, 0.0),
+        "delta_norm": vector(v),
+        "delta_o": Parameter((n, states, v, d), out, (states * v) ** -0.5),
+    }
 
 
 def _experts(config: DecoderConfig) -> dict[str, Parameter]:

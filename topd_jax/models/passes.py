@@ -5,8 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.attention.masks import branch_intervals, causal_intervals
-from topd_jax.models.decoder import mask_for
+from topd_jax.models.attention.masks import (
+    RolloutMask,
+    branch_intervals,
+    causal_intervals,
+)
+from topd_jax.models.decoder import is_recurrent, mask_for
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.types import (
     Candidates,
@@ -40,14 +44,19 @@ def trajectory_cache(
 ) -> tuple[jax.Array, Any]:
     """Compute the same states, and keep the cache for branches.
 
+    Of a model with recurrent layers there is none yet: the states of all
+    prefixes would not fit. See :func:`prefix_cache`.
+
     Args:
       model: any model with a cache.
       trajectories: B rows.
       columns: key/value positions of the cache, at least P + T.
 
     Returns:
-      (states [B, T, D], the cache after all P + T columns).
+      (states [B, T, D], the cache after all P + T columns or None).
     """
+    if is_recurrent(model):
+        return trajectory_states(model, trajectories), None
     tokens = trajectories.sequence
     mask = causal_intervals(trajectories.sequence_mask).widen(columns)
     hidden, cache = model(
@@ -57,6 +66,33 @@ def trajectory_cache(
         model.init_cache(tokens.shape[0], columns),
     )
     return completion_states(hidden, trajectories.prompt.shape[1]), cache
+
+
+def prefix_cache(
+    model: Any, trajectories: Trajectories, candidates: Candidates, columns: int
+) -> Any:
+    """Read trajectories once more, and keep the state at each candidate.
+
+    Args:
+      model: a decoder with recurrent layers.
+      trajectories: B rows.
+      candidates: [B, M] where branches will leave.
+      columns: key/value positions of the cache, at least P + T.
+
+    Returns:
+      The cache: keys and values of all P + T columns, and states of the M
+      prefixes.
+    """
+    tokens = trajectories.sequence
+    mask = causal_intervals(trajectories.sequence_mask).widen(columns)
+    leaves = candidates.positions + trajectories.prompt.shape[1]
+    _, cache = model(
+        tokens,
+        trajectories.positions,
+        RolloutMask(mask, leaves, tokens.shape[1]),
+        model.init_cache(tokens.shape[0], columns, leaves.shape[1]),
+    )
+    return cache
 
 
 def branch_states(
@@ -93,7 +129,7 @@ def branch_states(
     hidden, _ = model(
         jnp.concatenate([tokens, extra], axis=1),
         jnp.concatenate([positions, extra_positions.reshape(rows, -1)], axis=1),
-        mask_for(model, mask),
+        mask_for(model, RolloutMask(mask, start, length)),
     )
     states = completion_states(hidden[:, :length], prompt)
     at_start = jnp.take_along_axis(

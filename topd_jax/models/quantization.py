@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from topd_jax.models.config import LORA_TARGETS
+from topd_jax.models.config import DELTA_TARGETS, LORA_TARGETS
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.parameters import as_floats, is_quantized, linear_inputs
 from topd_jax.parallel.sharding import coarser
@@ -34,6 +34,7 @@ DEFAULT_TILE = {"int8": 0, "int4": 32}
 _SCALE_DTYPE = {"int8": jnp.float32, "int4": jnp.bfloat16}
 _MATRICES = (
     *LORA_TARGETS,
+    *DELTA_TARGETS,
     *(f"{kind}_{name}" for kind in ("expert", "shared")
       for name in ("gate", "up", "down")),
 )  # fmt: skip

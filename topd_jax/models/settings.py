@@ -57,7 +57,10 @@ class ModelSettings:
         16.0, "scale is alpha / r (PEFT's scripts)", above=0, most=1e6
     )
     lora_targets: tuple[str, ...] = setting(
-        (), "of q, k, v, o, gate, up, down; (): all, but never experts"
+        (),
+        "of q, k, v, o, gate, up, down, and of delta rules delta_qkv, "
+        "delta_z, delta_qkvz, delta_o; (): all that a model has, but never "
+        "experts",
     )
     lora_rank_stabilised: bool = setting(
         False, "scale alpha / sqrt(r) instead (arXiv:2312.03732)"

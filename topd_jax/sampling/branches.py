@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.models.attention.masks import BranchMask
-from topd_jax.models.decoder import in_compute_dtype, mask_for
+from topd_jax.models.decoder import in_compute_dtype, is_recurrent, mask_for
+from topd_jax.models.passes import prefix_cache
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.rules import decoding_rules, using
 from topd_jax.parallel.sharding import constrain, reshard
@@ -66,7 +67,8 @@ def branch(
     Args:
       model: the model that has read the trajectories.
       cache: of that reading, made by ``model.init_cache(B, L +
-        branch_columns(M, K))``, with ``L`` columns written.
+        branch_columns(M, K))``, with ``L`` columns written; None of a
+        decoder with recurrent layers, which reads the trajectories again.
       hidden: [B, T, D] its final states in completion coordinates; entry t
         predicts the first token of branch t, without another forward pass.
       trajectories: what was read.
@@ -133,6 +135,11 @@ def _branch(
     **options: Any,
 ) -> tuple[Windows, jax.Array | None]:
     check_candidate_values(candidates, trajectories)
+    if is_recurrent(model):
+        count = candidates.positions.shape[1]
+        columns = branch_columns(count, options["length"])
+        columns += trajectories.sequence.shape[1]
+        cache = prefix_cache(model, trajectories, candidates, columns)
     args = (cache, hidden, trajectories, candidates, *args)
     if sharding == "train":
         return _write(model, *args, **options)
@@ -237,6 +244,8 @@ def _check_reading(
             f"hidden {hidden.shape} must be [B={rows}, T={written}, D], in "
             "completion coordinates; see completion_states"
         )
+    if is_recurrent(model):
+        return
     count = candidates.positions.shape[1]
     columns = trajectories.sequence.shape[1]
     columns += branch_columns(count, length)

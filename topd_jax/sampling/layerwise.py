@@ -18,6 +18,7 @@ from topd_jax.models.attention.core import prepare_mask
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder, layer_arrays
 from topd_jax.models.layers import embed, final_norm, layer, layer_options
+from topd_jax.models.parameters import arrays_of
 from topd_jax.models.rope import rope_table
 from topd_jax.parallel.sharding import mesh_in_use
 
@@ -93,10 +94,7 @@ def unstack(model: Any, cache: Any, length: int) -> tuple[Any, Any]:
     # and sines and cosines into every product of every layer.
     weights, caches, rope = jax.lax.optimization_barrier(
         (
-            tuple(
-                {n: x[i] for n, x in arrays.items()}
-                for i in range(config.layers)
-            ),
+            tuple(arrays_of(config, arrays, i) for i in range(config.layers)),
             unstack_cache(model, cache),
             rope_table(jnp.arange(length)[None], config),
         )
@@ -114,7 +112,10 @@ def unstack_cache(model: Any, cache: Any) -> Any:
     """
     if not _unrolls(model):
         return cache
-    return tuple(_cache_of(cache, i) for i in range(model.config.layers))
+    c = model.config
+    recurrent = c.recurrent or (False,) * c.layers
+    rows = zip(recurrent, layer_options(c)["index"].tolist(), strict=True)
+    return tuple(_cache_of(cache, *row) for row in rows)
 
 
 def _unrolls(model: Any) -> bool:
@@ -124,13 +125,19 @@ def _unrolls(model: Any) -> bool:
     )
 
 
-def _cache_of(cache: Any, index: int) -> Any:
+def _cache_of(cache: Any, recurrent: bool, index: int) -> Any:
+    """Return what one layer keeps, the only one of its cache."""
+    if recurrent:
+        states, inputs = cache.states[index], cache.inputs[index]
+        return cache.replace(
+            keys=None, values=None, states=states, inputs=inputs
+        )
     keys, values = cache.keys[index], cache.values[index]
     if mesh_in_use() is None:
         # As the products of attention take them. What lies between a write
         # and its reader, XLA would write twice, and copy the cache for it.
         keys, values = (x.reshape(-1, *x.shape[2:]) for x in (keys, values))
-    return cache.replace(keys=keys, values=values)
+    return cache.replace(keys=keys, values=values, states=None, inputs=None)
 
 
 def repeat_rows(model: Any, cache: Any, times: int) -> Any:
@@ -162,7 +169,7 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
 
     Args:
       model: whose ``init_cache`` tells which dimension the columns are.
-      cache: stacked, or one per layer.
+      cache: as :func:`unstack_cache` returns it.
       extra: columns to add behind the others.
 
     Returns:
@@ -170,15 +177,19 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
     """
     if extra == 0:
         return cache
-    per_column = growth(model.init_cache, (1, 1), (1, 2))
+
+    def empty(rows: int, columns: int) -> Any:
+        return unstack_cache(model, model.init_cache(rows, columns))
+
     leaves, structure = jax.tree.flatten(cache)
-    grown = []
-    for i, x in enumerate(leaves):
-        # One per layer lacks leading dimensions, which do not grow.
-        own = per_column[i % len(per_column)][-x.ndim :]
-        pad = [(0, extra * more) for more in own]
-        grown.append(jnp.pad(x, pad) if x.ndim else x)
-    return jax.tree.unflatten(structure, grown)
+    grows = growth(empty, (1, 1), (1, 2))
+    return jax.tree.unflatten(
+        structure,
+        [
+            jnp.pad(x, [(0, extra * more) for more in own]) if any(own) else x
+            for x, own in zip(leaves, grows, strict=True)
+        ],
+    )
 
 
 def stretches(length: int) -> list[int]:

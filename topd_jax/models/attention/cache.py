@@ -18,12 +18,19 @@ class Cache:
       length: i32[] tokens of each row written so far.
       positions: i32[1, B, L] rotary position of each token; None where no
         layer slides, since nothing else needs them.
+      states: f32[R, B, H, K, V] of the layers that are recurrent, in the
+        place of keys and values; [R, B, M, H, K, V] of M branches; None where
+        there is no such layer.
+      inputs: [R, B, W, C] newest inputs of their convolutions, or [R, B, M,
+        W, C].
     """
 
     keys: jax.Array
     values: jax.Array
     length: jax.Array
     positions: jax.Array | None = None
+    states: jax.Array | None = None
+    inputs: jax.Array | None = None
 
 
 def update_slice(

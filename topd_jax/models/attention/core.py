@@ -15,8 +15,10 @@ from topd_jax.models.attention.masks import (
     CachedMask,
     IntervalMask,
     Mask,
+    RolloutMask,
 )
 from topd_jax.models.config import DecoderConfig
+from topd_jax.models.recurrence import TokenOrder, token_order
 from topd_jax.parallel.collectives import over_cached_heads, over_heads
 from topd_jax.parallel.sharding import mesh_in_use
 from topd_jax.types import soft_cap
@@ -48,12 +50,14 @@ class MaskSpec(NamedTuple):
         slides.
       exists: of what is written, as the kernel takes it: made once for all
         layers; None for other masks.
+      order: of the tokens, for layers that are recurrent; None without any.
     """
 
     mask: Mask
     query_positions: jax.Array
     key_positions: jax.Array | None
     exists: jax.Array | None = None
+    order: TokenOrder | None = None
 
 
 def prepare_mask(
@@ -73,7 +77,11 @@ def prepare_mask(
     Returns:
       (spec, cache).
     """
-    exists = None
+    exists = order = None
+    if config.recurrent:
+        order = token_order(mask, cache, positions.shape[1])
+    if isinstance(mask, RolloutMask):
+        mask = mask.intervals
     if isinstance(mask, IntervalMask):
         keys = mask.exists.shape[1]
         if not (
@@ -94,11 +102,11 @@ def prepare_mask(
     else:
         mask = mask[:, None]
     if not any(config.sliding):
-        return MaskSpec(mask, positions, None, exists), cache
+        return MaskSpec(mask, positions, None, exists, order), cache
     if cache is None:
-        return MaskSpec(mask, positions, positions), None
+        return MaskSpec(mask, positions, positions, None, order), None
     noted = update_slice(cache.positions, positions[None], (0, 0, cache.length))
-    spec = MaskSpec(mask, positions, noted[0], exists)
+    spec = MaskSpec(mask, positions, noted[0], exists, order)
     return spec, cache.replace(positions=noted)
 
 

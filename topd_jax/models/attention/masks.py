@@ -115,8 +115,31 @@ class CachedMask:
         return (self.exists & (key < self.length))[:, None]
 
 
+@struct.dataclass
+class RolloutMask:
+    """Intervals of a rollout that branches leave, and of these branches.
+
+    Attention needs the intervals alone; a layer that reads in order must know
+    which state a branch starts from.
+
+    Attributes:
+      intervals: of the rollout's tokens, and of those of M branches, one
+        branch after the other, if they are read too.
+      leaves: i32[B, M] columns before which each branch leaves; at least 1.
+      read: L, columns of the rollout.
+    """
+
+    intervals: IntervalMask
+    leaves: jax.Array
+    read: int = struct.field(pytree_node=False)
+
+    def dense(self) -> jax.Array:
+        """Return the same as bool[B, S, L]."""
+        return self.intervals.dense()
+
+
 # What a decoder takes: bool[B, S, L], or one of these.
-Mask = jax.Array | IntervalMask | BranchMask | CachedMask
+Mask = jax.Array | IntervalMask | BranchMask | CachedMask | RolloutMask
 
 
 def causal_intervals(exists: jax.Array) -> IntervalMask:

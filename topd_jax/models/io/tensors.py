@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from topd_jax.models.config import LORA_TARGETS, DecoderConfig
+from topd_jax.models.config import DELTA_TARGETS, LORA_TARGETS, DecoderConfig
 from topd_jax.models.parameters import LORA_A, LORA_B
 
 
@@ -69,12 +69,23 @@ WEIGHTS: dict[str, Weight] = {
         ("expert_gate_bias", "mlp.experts.{}.gate_proj.bias", 0),
         ("expert_up_bias", "mlp.experts.{}.up_proj.bias", 0),
         ("expert_down_bias", "mlp.experts.{}.down_proj.bias", 0),
+        ("delta_qkv", "linear_attn.in_proj_qkv.weight", 1),
+        ("delta_z", "linear_attn.in_proj_z.weight", 1),
+        ("delta_a", "linear_attn.in_proj_a.weight", 1),
+        ("delta_b", "linear_attn.in_proj_b.weight", 1),
+        ("delta_qkvz", "linear_attn.in_proj_qkvz.weight", 1),
+        ("delta_ba", "linear_attn.in_proj_ba.weight", 1),
+        ("delta_conv", "linear_attn.conv1d.weight", 0),
+        ("delta_dt_bias", "linear_attn.dt_bias", 0),
+        ("delta_a_log", "linear_attn.A_log", 0),
+        ("delta_norm", "linear_attn.norm.weight", 0),
+        ("delta_o", "linear_attn.out_proj.weight", 2),
     )
 }
 
 # As PEFT names them: lora_A [r, in] and lora_B [out, r].
 ADAPTER_PREFIX = "base_model.model."
-for _name in LORA_TARGETS:
+for _name in LORA_TARGETS + DELTA_TARGETS:
     _module = ADAPTER_PREFIX + WEIGHTS[_name].hub.removesuffix("weight")
     _inputs = WEIGHTS[_name].inputs
     WEIGHTS[_name + LORA_A] = Weight(f"{_module}lora_A.weight", _inputs)
@@ -114,8 +125,8 @@ def file_dims(name: str, ndim: int) -> tuple[tuple[int, ...], ...]:
     inputs, dims = WEIGHTS[name].inputs, tuple(range(ndim))
     if inputs:
         return dims[inputs:], dims[:inputs]
-    if name in ("embedding", "output"):
-        return dims[:1], dims[1:]
+    if name in ("embedding", "output", "delta_conv"):
+        return tuple((d,) for d in dims)
     return (dims,)
 
 

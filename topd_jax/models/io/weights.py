@@ -24,7 +24,11 @@ from topd_jax.models.io.families import Family
 from topd_jax.models.io.fused import TensorInfo, split_fused
 from topd_jax.models.io.streaming import Read, Rows, stream
 from topd_jax.models.io.tensors import WEIGHTS, file_shape, hub_name
-from topd_jax.models.parameters import parameter_shardings, parameter_table
+from topd_jax.models.parameters import (
+    layers_of,
+    parameter_shardings,
+    parameter_table,
+)
 from topd_jax.parallel import hosts
 
 # What becomes of a parameter once it is placed, by name.
@@ -68,8 +72,10 @@ def file_tensors(config: DecoderConfig, family: Family | None = None) -> Rows:
             stacked = ()
         shape = file_shape(name, row.shape[len(stacked) :])
         template = hub_name(config, name, family.names if family else {})
+        layers = layers_of(config, name)
         for index in np.ndindex(stacked):
-            tensors[template.format(*index)] = name, index, shape
+            at = [layers[i] for i in index[:1]] + [*index[1:]]
+            tensors[template.format(*at)] = name, index, shape
     return tensors
 
 

@@ -1,0 +1,141 @@
+"""Layers that keep a recurrent state, in everything that a decoder does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_trajectories
+from small_files import RECURRENT, adapted, assert_same, logits_of, make
+
+from topd_jax.models import Lora, merge_lora, unembed
+from topd_jax.models.attention.masks import packed_intervals
+from topd_jax.models.decoder import drop_layers
+from topd_jax.models.io.peft import load_adapter, save_adapter
+from topd_jax.models.passes import branch_states, trajectory_cache
+from topd_jax.models.quantization import dequantize, quantize
+from topd_jax.sampling import branch, rollout
+from topd_jax.types import Candidates, Prompts
+
+UNROLLED = dataclasses.replace(RECURRENT, unroll=4)
+BOTH = pytest.mark.parametrize(
+    "config",
+    [RECURRENT, pytest.param(UNROLLED, marks=pytest.mark.slow)],
+    ids=["scan", "apart"],
+)
+KEY = jax.random.key(0)
+
+
+def tokens_of(rows, length):
+    return jax.random.randint(KEY, (rows, length), 3, RECURRENT.vocab_size)
+
+
+@jax.jit
+def read_packed(model, tokens, positions, segments):
+    hidden, _ = model(tokens, positions, packed_intervals(segments))
+    return unembed(model.head, hidden)
+
+
+def test_padding_and_segments_leave_no_trace():
+    """Rows alone; padded on the left with noise; packed behind each other."""
+    model, tokens = make(RECURRENT), tokens_of(2, 7)
+    want = logits_of(model, tokens)
+    noise = tokens_of(2, 5)
+    padded = jnp.concatenate([noise, tokens], axis=1)
+    got = logits_of(model, padded, jnp.arange(12) >= jnp.full((2, 1), 5))
+    np.testing.assert_allclose(got[:, 5:], want, atol=1e-4)
+    got = read_packed(
+        model,
+        jnp.concatenate([*tokens, noise[0]])[None],
+        jnp.concatenate([jnp.arange(7), jnp.arange(7), jnp.arange(5)])[None],
+        jnp.repeat(jnp.arange(3), np.array([7, 7, 5]))[None],
+    )
+    np.testing.assert_allclose(got[0, :14].reshape(want.shape), want, atol=1e-4)
+
+
+@BOTH
+def test_a_rollout_is_what_one_reading_says(config):
+    """Through the cache, two samples a prompt, and in slots."""
+    model, mask = make(config), jnp.arange(6) >= jnp.array([[0], [4], [2]])
+    run = dict(max_new_tokens=8, eos_ids=(7, 9), pad_id=0)
+    prompts = Prompts(jnp.where(mask, tokens_of(3, 6), 0), mask)
+    out = rollout(model, prompts, KEY, samples=2, **run)
+    logits = logits_of(model, out.sequence, out.sequence_mask)
+    logp = jax.nn.log_softmax(logits[:, 5:-1])
+    want = jnp.take_along_axis(logp, out.tokens[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(
+        jnp.where(out.mask, out.logp, 0), jnp.where(out.mask, want, 0),
+        atol=1e-4,
+    )  # fmt: skip
+    held = rollout(model, prompts, KEY, samples=2, slots=2, **run)
+    np.testing.assert_array_equal(held.tokens, out.tokens)
+
+
+@BOTH
+def test_branches_start_from_their_prefix(config):
+    """What is written and read along branches, against each prefix alone."""
+    model, rows = make(config), make_trajectories(rows=2, completion=7)
+    positions = jnp.minimum(
+        jnp.array([[0, 3], [1, 5]]), rows.mask.sum(1)[:, None] - 1
+    )
+    candidates = Candidates(positions, jnp.ones((2, 2), bool))
+    length, start = 4, rows.prompt.shape[1]
+    hidden, cache = jax.jit(trajectory_cache, static_argnums=2)(
+        model, rows, start + 7 + 2 * (length - 1)
+    )
+    assert cache is None, "the states of all prefixes would not fit"
+    windows, written = branch(
+        model, cache, hidden, rows, candidates, length=length, eos_ids=(),
+        pad_id=0, vocab_size=config.vocab_size, return_hidden=True,
+    )  # fmt: skip
+    states, along = jax.jit(branch_states)(model, rows, candidates, windows)
+    np.testing.assert_allclose(states, hidden, atol=1e-4)
+    np.testing.assert_allclose(along, written, atol=1e-4)
+    alone = np.zeros((2, 2, 2, start + 7 + length), int)  # tokens, and if any
+    for row, m in np.ndindex(2, 2):
+        end = start + int(positions[row, m])
+        alone[row, m, :, -length:] = windows.tokens[row, m], np.ones(length)
+        alone[row, m, 0, -length - end : -length] = rows.sequence[row, :end]
+        alone[row, m, 1, -length - end : -length] = rows.sequence_mask[
+            row, :end
+        ]
+    tokens, exists = np.moveaxis(alone.reshape(4, 2, -1), 1, 0)
+    want = logits_of(model, jnp.asarray(tokens), jnp.asarray(exists > 0))
+    got = unembed(model.head, along.reshape(4, length, -1))
+    np.testing.assert_allclose(got, want[:, -length - 1 : -1], atol=1e-4)
+    greedy = windows.tokens.reshape(4, length)
+    np.testing.assert_array_equal(greedy, got.argmax(-1))
+
+
+def test_layers_kept_are_those_of_their_kind():
+    model = make(RECURRENT)
+    kept = drop_layers(model, [0, 1, 3])
+    for name, layers in {
+        "delta_o": [0],
+        "q": [0, 1],
+        "gate": [0, 1, 3],
+    }.items():
+        np.testing.assert_array_equal(
+            kept.arrays[name], model.arrays[name][np.array(layers)]
+        )
+    with pytest.raises(ValueError, match="all 2 layers are recurrent and at"):
+        RECURRENT.keep_layers([0, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grouped", [False, True])
+def test_adapters_and_integers(grouped, tmp_path):
+    """Merged, in PEFT's files, and beside int8."""
+    config = dataclasses.replace(RECURRENT, delta_grouped=grouped)
+    base, tokens = make(config), tokens_of(2, 7)
+    model = adapted(base, Lora(2, 4.0, config.lora_targets))
+    want = logits_of(model, tokens)
+    assert np.abs(want - logits_of(base, tokens)).max() > 0.1
+    got = logits_of(merge_lora(model), tokens)
+    np.testing.assert_allclose(got, want, atol=1e-3)
+    folder = save_adapter(model, tmp_path / "adapter", base="base")
+    assert_same(load_adapter(base, folder), model)
+    small = quantize(base, "int8")
+    want = logits_of(dequantize(small), tokens)
+    np.testing.assert_allclose(logits_of(small, tokens), want, atol=1e-3)
