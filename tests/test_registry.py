@@ -43,7 +43,30 @@ OLMO = dataclasses.replace(
 MIXTURE = dataclasses.replace(
     BASE, experts=4, experts_per_token=2, expert_width=24
 )
+DELTA = dataclasses.replace(
+    BASE,
+    qk_norm=True,
+    centered_norms=True,
+    attention_gate=True,
+    rotary_dim=2,
+    recurrent=(True, True, False),
+    delta_key_heads=2,
+    delta_value_heads=4,
+    delta_key_dim=4,
+    delta_value_dim=6,
+    delta_conv=4,
+)
+SHARED = dict(
+    experts=4,
+    experts_per_token=2,
+    expert_width=24,
+    renormalize=True,
+    shared_expert_width=20,
+)
 CONFIGS = {
+    "qwen3_next": dataclasses.replace(DELTA, delta_grouped=True, **SHARED),
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": dataclasses.replace(DELTA, mlp_width=24, **SHARED),
     "llama": dataclasses.replace(
         BASE,
         mlp_bias=True,

@@ -44,6 +44,19 @@ EXPERTS = {
     "moe_intermediate_size": 24,
 }
 
+SHARED = {"shared_expert_intermediate_size": 20}
+DELTA = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "rope_parameters": rope("default", partial_rotary_factor=0.5),
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+
 # name -> (class of transformers, fields)
 MODELS = {
     "llama3": (
@@ -213,6 +226,9 @@ MODELS = {
         "final_logit_softcapping": 3.0,
         "layer_types": ["full_attention", *["sliding_attention"] * 2],
     }),
+    "qwen3-next": ("Qwen3Next", EXPERTS | BIASES | DELTA | SHARED),
+    "qwen3.5": ("Qwen3_5", DELTA | {"tie_word_embeddings": True}),
+    "qwen3.5-moe": ("Qwen3_5Moe", EXPERTS | DELTA | SHARED),
     "moe": ("Qwen3Moe", EXPERTS | BIASES | {"norm_topk_prob": True}),
     "moe-window": (
         "Qwen3Moe",
@@ -233,19 +249,23 @@ IMAGES = {
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 48,
 }
 # name -> (class, model_type of its encoder of images, of MODELS its text)
 WRAPPERS = {
     "gemma3": ("Gemma3", "siglip_vision_model", "gemma3"),
     "mistral3": ("Mistral3", "pixtral", "mistral-null"),
     "mistral3-ministral3": ("Mistral3", "pixtral", "ministral3"),
+    "qwen3.5-images": ("Qwen3_5", "qwen3_5_vision", "qwen3.5"),
 }
 
 
 def build(name):
     """A random model, its norms and biases far from where they start."""
     family, fields = MODELS[name]
-    text = "Text" if family == "Gemma3" else ""
+    text = "Text" if family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else ""
     config = getattr(transformers, f"{family}{text}Config")(**SHAPE | fields)
     return random(getattr(transformers, f"{family}ForCausalLM"), config)
 
@@ -268,10 +288,13 @@ def random(kind, config):
     model = kind(config).eval()
     for key, value in model.named_parameters():
         if "norm" in key:
-            low = -0.5 if "Gemma" in family else 0.5
+            centered = "Gemma" in family or "Next" in family or "_5" in family
+            low = -0.5 if centered and "linear_attn" not in key else 0.5
             value.data.uniform_(low, low + 1)
         elif key.endswith(("bias", "sinks")):
             value.data.uniform_(-0.5, 0.5)
-        elif "experts" in key or "mlp.gate.weight" in key:
+        elif "conv1d" in key:  # else a norm makes much of tiny outputs
+            value.data.uniform_(0.5, 1.5)
+        elif "expert" in key or "mlp.gate.weight" in key:
             value.data.normal_(0, 0.2)
     return model

@@ -95,6 +95,21 @@ _EXPERT_WIDTH = {"intermediate_size": ("expert_width", "mlp_width")}
 _PARTIAL = {"partial_rotary_factor": ()}
 _GATE_UP = Fused("mlp.gate_up_proj.weight", ("gate", "up"))
 
+_SHARED = {"shared_expert_intermediate_size": ("shared_expert_width",)}
+_DELTA = {"qk_norm": True, "centered_norms": True, "attention_gate": True}
+_DELTA_READS = (
+    _ALL_BIASES
+    | _PARTIAL
+    | {
+        "linear_num_key_heads": ("delta_key_heads",),
+        "linear_num_value_heads": ("delta_value_heads",),
+        "linear_key_head_dim": ("delta_key_dim",),
+        "linear_value_head_dim": ("delta_value_dim",),
+        "linear_conv_kernel_dim": ("delta_conv",),
+        "full_attention_interval": (),
+    }
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -272,6 +287,29 @@ FAMILIES: dict[str, Family] = {
             options=_GEMMA | {"post_norms": True, "qk_norm": True},
             activation="hidden_activation",
             reads=_GEMMA_READS, local_rope="rope_local_base_freq",
+        ),
+        Family(
+            "qwen3_next", "Qwen3NextForCausalLM", "Qwen3-Next",
+            "gated delta rules in three of four layers; gated attention, "
+            "partly turned, with norm of q and k; norms scale by 1 + w; "
+            "experts, and a gated one for all tokens",
+            options=_DELTA | {"delta_grouped": True},
+            reads=_DELTA_READS | _EXPERTS | _SHARED,
+        ),
+        Family(
+            "qwen3_5_text", "Qwen3_5ForCausalLM", "Qwen3.5",
+            "the same without experts",
+            options=_DELTA, reads=_DELTA_READS,
+        ),
+        Family(
+            "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "Qwen3.5 mixtures",
+            "the same with experts",
+            options=_DELTA | {"renormalize": True},
+            reads=_DELTA_READS | _SHARED | {
+                "num_experts": ("experts",),
+                "num_experts_per_tok": ("experts_per_token",),
+                "moe_intermediate_size": ("expert_width", "mlp_width"),
+            },
         ),
     )
 }  # fmt: skip

@@ -21,6 +21,7 @@ from topd_jax.models.config import DecoderConfig
 from topd_jax.models.io.families import FAMILIES, Family, family_of
 from topd_jax.models.io.hub_rope import (
     FULL,
+    LINEAR,
     SLIDING,
     read_rope,
     write_rope,
@@ -86,7 +87,9 @@ def decoder_config(
     """
     fields = text_fields(fields, where)
     family = family_of(fields.get("model_type"), where)
-    given = dict.fromkeys(_REQUIRED) | dict(fields)
+    defaults = _hub_defaults(family.model_type)
+    required = [name for name in _REQUIRED if name in defaults]
+    given = dict.fromkeys(required) | dict(fields)
     read = _read_names(family)
     problems = [
         problem
@@ -256,6 +259,7 @@ def _refuse(where: str, problems: list[str]) -> None:
 
 def _fields(config: DecoderConfig, family: Family) -> dict[str, object]:
     """Spell a decoder as a family does, whether or not that loses something."""
+    defaults = _hub_defaults(family.model_type)
     activations = {field: name for name, field in _ACTIVATIONS.items()}
     fields: dict[str, object] = {
         "architectures": [family.architecture],
@@ -263,7 +267,7 @@ def _fields(config: DecoderConfig, family: Family) -> dict[str, object]:
         family.activation: activations[config.activation],
     }
     for name, targets in _spelling(family).items():
-        if targets:
+        if targets and (name in defaults or name not in _REQUIRED):
             fields[name] = getattr(config, targets[0])
     if "query_pre_attn_scalar" in fields and config.query_scalar is None:
         fields["query_pre_attn_scalar"] = config.head_dim
@@ -319,11 +323,13 @@ def _read_layers(
     kinds = getattr(hub, "layer_types", None)
     if kinds is None:  # classes without the field slide everywhere
         kinds = [FULL if window is None else SLIDING] * hub.num_hidden_layers
-    if not set(kinds) <= {FULL, SLIDING}:
+    other = LINEAR if hasattr(hub, "linear_num_key_heads") else SLIDING
+    if not set(kinds) <= {FULL, other}:
         problems.append(
             f"layer_types={sorted(set(kinds))} is not supported, only "
-            f"{SLIDING} and {FULL}"
+            f"{other} and {FULL}"
         )
+    options["recurrent"] = tuple(kind == LINEAR for kind in kinds)
     if family.full_unturned and window is not None:
         options["no_rope"] = tuple(kind == FULL for kind in kinds)
     if SLIDING not in kinds:
@@ -345,7 +351,11 @@ def _write_layers(config: DecoderConfig, family: Family) -> dict[str, object]:
     known = _hub_defaults(family.model_type)
     sliding = config.sliding or (False,) * config.layers
     if "layer_types" in known:
-        fields["layer_types"] = [SLIDING if s else FULL for s in sliding]
+        recurrent = config.recurrent or (False,) * config.layers
+        fields["layer_types"] = [
+            SLIDING if s else LINEAR if r else FULL
+            for s, r in zip(sliding, recurrent, strict=True)
+        ]
     if "use_sliding_window" in known:
         fields["use_sliding_window"] = any(sliding)
     # Where no layer slides, Gemma's class still needs its default.

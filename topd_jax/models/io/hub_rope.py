@@ -15,6 +15,7 @@ from topd_jax.models.io.hub_values import is_number, wrong_value
 
 # Kinds of layers, as ``layer_types`` spells them.
 SLIDING, FULL = "sliding_attention", "full_attention"
+LINEAR = "linear_attention"
 
 _PARTIAL = "partial_rotary_factor"
 # Of queries that grow; read in some families only.
@@ -115,6 +116,8 @@ def _scaling(
         k: v
         for k, v in rope.items()
         if k not in elsewhere and (k, v) != (_PARTIAL, 1)
+        # Of text, all sections of a head are turned by the same positions.
+        if k not in ("mrope_section", "mrope_interleaved")
     }
     known = set(_SCALINGS.get(kind, ()))
     if kind == "yarn":

@@ -92,6 +92,12 @@ VALUES: dict[str, _Kind] = {
     "norm_topk_prob": _FLAG,
     "swiglu_limit": _POSITIVE,
     "swiglu_alpha": _POSITIVE,
+    "linear_num_key_heads": _COUNT,
+    "linear_num_value_heads": _COUNT,
+    "linear_key_head_dim": _COUNT,
+    "linear_value_head_dim": _COUNT,
+    "linear_conv_kernel_dim": _FEW,
+    "full_attention_interval": _COUNT,
     "partial_rotary_factor": _SHARE,
     "rope_parameters": _ROPE,
     "rope_scaling": _ROPE,
@@ -116,6 +122,9 @@ FIXED: dict[str, tuple[object, ...]] = {
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
+    "attn_output_gate": (True,),
+    "mamba_ssm_dtype": ("float32",),
+    "mlp_only_layers": ([],),
     "is_llama_config": (True, None),
     "add_cross_attention": (False, None),
     "attn_logit_softcapping": (None,),
@@ -143,7 +152,8 @@ HARMLESS = {
     "typical_p", "repetition_penalty", "num_beams", "unsloth_version",
     "unsloth_fixed", "cache_implementation", "output_router_logits",
     "router_aux_loss_coef", "_sliding_window_pattern", "auto_map",
-    "experts_per_token", "initial_context_length",
+    "experts_per_token", "initial_context_length", "mtp_num_hidden_layers",
+    "mtp_use_dedicated_embeddings",
 }  # fmt: skip
 
 

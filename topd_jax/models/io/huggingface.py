@@ -127,11 +127,13 @@ def hub_decoder(
                 f"{directory / INDEX_FILE} names {len(lost)} tensors that no "
                 f"shard holds: {', '.join(lost)}; download them again"
             )
-        # Old files hold inv_freq, which follows from rope_theta.
+        # Old files hold inv_freq, which follows from rope_theta; new ones a
+        # head that predicts several tokens, which the reference ignores.
         tensors = {
             name: info
             for name, info in tensors.items()
             if not name.endswith("rotary_emb.inv_freq")
+            if not name.startswith("mtp.")
         }
         tensors, read = text_tensors(tensors, read)
         if family.packed:

@@ -17,11 +17,15 @@ WRAPPERS: dict[str, dict[str, object]] = {
         "num_attention_heads": 8,
     },
     "mistral3": {"model_type": "mistral"},
+    "qwen3_5": {"model_type": "qwen3_5_text"},
+    "qwen3_5_moe": {"model_type": "qwen3_5_moe_text"},
 }
 # What the whole says for its text model.
 _OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config", "eos_token_id")
 _TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
-_IMAGES = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
+_IMAGES = re.compile(
+    r"(?:model\.)?(?:vision_tower|multi_modal_projector|visual)\."
+)
 
 
 def text_fields(fields: Mapping[str, object], where: str) -> Mapping:
