@@ -204,6 +204,18 @@ def test_a_new_setting_was_at_its_default_and_a_removed_one_differs():
         check(saved=saved)
 
 
+def test_a_renamed_setting_is_compared_under_its_new_name():
+    saved = record()
+    data = saved["settings"]["data"]
+    data["teacher_prompts"] = data.pop("prompts_per_teacher")
+    check(saved=saved)
+    data["teacher_prompts"] = [3, 5]
+    with pytest.raises(
+        ValueError, match=r"prompts_per_teacher: \[3, 5\] there, \[\] here"
+    ):
+        check(saved=saved)
+
+
 def test_a_section_may_be_freed_for_readers():
     settings = changed(SETTINGS, "eval", problems=3)
     with pytest.raises(ValueError, match=r"eval\.problems: 8 there, 3 here"):

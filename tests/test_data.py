@@ -38,7 +38,7 @@ def stream(request, encoded):
     def make(seed: int = 1, batch_size: int = 8, **process: int):
         return prompts.prompt_stream(
             data, batch_size=batch_size, seed=seed,
-            teacher_prompts=PROMPTS if several else None, **process,
+            prompts_per_teacher=PROMPTS if several else None, **process,
         )  # fmt: skip
 
     return make
@@ -80,7 +80,7 @@ def test_epochs_hold_each_prompt_once_in_differing_orders(encoded):
 def test_every_batch_holds_the_same_number_of_each_teacher():
     data = two_teachers()
     stream = prompts.prompt_stream(
-        data, batch_size=8, seed=1, teacher_prompts=PROMPTS
+        data, batch_size=8, seed=1, prompts_per_teacher=PROMPTS
     )
     seen = {"code": [], "math": []}
     for batch in take(stream, 28):
@@ -94,7 +94,7 @@ def test_every_batch_holds_the_same_number_of_each_teacher():
         assert (np.sort(epochs) == np.sort(epochs[0])).all()
         assert (epochs[0] != epochs[1]).any()
     # Prompts of one teacher do not change the order of the other's.
-    options = dict(batch_size=8, seed=1, teacher_prompts=PROMPTS)
+    options = dict(batch_size=8, seed=1, prompts_per_teacher=PROMPTS)
     one = take(prompts.prompt_stream(data, **options), 6)
     more = take(prompts.prompt_stream(two_teachers(7, 25), **options), 6)
     both = list(zip(one, more, strict=True))

@@ -10,8 +10,8 @@ from topd_jax.configs import default
 from topd_jax.data.routing import (
     check_rows,
     check_teacher_rows,
+    prompts_per_teacher,
     shares_of,
-    teacher_prompts,
 )
 from topd_jax.data.settings import DataSettings
 from topd_jax.training.config import settings_from
@@ -48,18 +48,18 @@ def test_prompts_of_each_teacher():
     train = records("math", "code", "math", "math")
 
     def prompts(names=("code", "math"), train=train, **data):
-        return teacher_prompts(
+        return prompts_per_teacher(
             DataSettings(batch_size=8, samples=2, **data), names, train, train,
             mesh=mesh_of(data=2), accumulate=2,
         )  # fmt: skip
 
     assert prompts(()) == {}
     assert prompts() == {"code": 2, "math": 6}
-    assert prompts(teacher_prompts=(4, 4)) == {"code": 4, "math": 4}
+    assert prompts(prompts_per_teacher=(4, 4)) == {"code": 4, "math": 4}
     with pytest.raises(ValueError, match="no training record .* 'code'"):
         prompts(train=records("math"))
     with pytest.raises(ValueError, match="3 of the 8 prompts .* 6 rows"):
-        prompts(teacher_prompts=(3, 5))
+        prompts(prompts_per_teacher=(3, 5))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_prompts_of_each_teacher():
         (1, 2, 1, "teacher 'code' has 3 of the 8 prompts of a batch x "
          "data.samples=1: 3 rows, which must be divisible by the mesh's data "
          "x fsdp x expert (2) x optimizer.accumulate (1); try "
-         "data.batch_size=8 with data.teacher_prompts=(4, 4)"),
-        (1, 8, 1, "data.batch_size=16 with data.teacher_prompts=(8, 8)"),
+         "data.batch_size=8 with data.prompts_per_teacher=(4, 4)"),
+        (1, 8, 1, "data.batch_size=16 with data.prompts_per_teacher=(8, 8)"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_shared(samples, ways, accumulate, message):
@@ -113,8 +113,8 @@ def test_teachers_come_in_the_order_of_their_names():
         ({"teacher_field": ""}, "names 2 teachers and data.teacher_field=''"),
         ({"source": "world"}, "data.source='world' has no field that names"),
         ({"batch_size": 1}, "batch_size=1 must be at least 2"),
-        ({"teacher_prompts": (3, 4)}, "teacher_prompts=(3, 4) must be 2 "
-         "numbers (for code, math) whose sum is data.batch_size=32"),
+        ({"prompts_per_teacher": (3, 4)}, "prompts_per_teacher=(3, 4) must be "
+         "2 numbers (for code, math) whose sum is data.batch_size=32"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(data, message):

@@ -147,7 +147,7 @@ def prompt_stream(
     *,
     batch_size: int,
     seed: int,
-    teacher_prompts: Mapping[str, int] | None = None,
+    prompts_per_teacher: Mapping[str, int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -160,7 +160,7 @@ def prompt_stream(
       encoded: the prompts.
       batch_size: prompts of the global batch.
       seed: of the order; nothing else changes it.
-      teacher_prompts: name of a teacher -> its prompts in every batch. Rows
+      prompts_per_teacher: name of a teacher -> its prompts in every batch. Rows
         are in this order, and each teacher's prompts are shuffled on their
         own, by seed and name. None or {} where there is one teacher.
       process_index: of this process.
@@ -180,8 +180,8 @@ def prompt_stream(
     def collate(index: np.ndarray) -> PromptBatch:
         return _batch(encoded, index[rows])
 
-    if teacher_prompts:
-        index = _routed(encoded, seed, teacher_prompts)
+    if prompts_per_teacher:
+        index = _routed(encoded, seed, prompts_per_teacher)
     else:
         index = _shuffled(range(len(encoded.ids)), seed, batch_size)
     return iter(
@@ -247,12 +247,12 @@ def _shuffled(
 
 
 def _routed(
-    encoded: EncodedPrompts, seed: int, teacher_prompts: Mapping[str, int]
+    encoded: EncodedPrompts, seed: int, prompts_per_teacher: Mapping[str, int]
 ) -> grain.MapDataset:
     """Return batches in which every teacher has its own number of rows."""
     places = places_of(encoded.records)
     parts = []
-    for name, rows in teacher_prompts.items():
+    for name, rows in prompts_per_teacher.items():
         if name not in places:
             raise ValueError(
                 f"no prompt of the teacher {name!r} is left; raise "

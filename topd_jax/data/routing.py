@@ -30,7 +30,7 @@ def places_of(records: Sequence[Record]) -> dict[str, list[int]]:
     return dict(sorted(places.items()))
 
 
-def teacher_prompts(
+def prompts_per_teacher(
     data: DataSettings,
     names: Sequence[str],
     train: Sequence[Record],
@@ -42,7 +42,7 @@ def teacher_prompts(
     """Return how many prompts of a batch belong to each teacher.
 
     Args:
-      data: whose ``teacher_prompts`` gives the numbers; without it they
+      data: whose ``prompts_per_teacher`` gives the numbers; without it they
         follow the teachers' shares of the records.
       names: of several teachers, in order; none for the only one.
       train: training prompts.
@@ -73,8 +73,8 @@ def teacher_prompts(
             "first records: mix them, or give data.eval_path",
             ", ".join(absent),
         )
-    if data.teacher_prompts:
-        prompts = dict(zip(names, data.teacher_prompts, strict=True))
+    if data.prompts_per_teacher:
+        prompts = dict(zip(names, data.prompts_per_teacher, strict=True))
     else:
         counts = {name: len(places[name]) for name in names}
         prompts = shares_of(counts, data.batch_size)
@@ -157,5 +157,5 @@ def check_teacher_rows(
             f"x data.samples={samples}: {count * samples} rows, which must "
             f"be divisible by the mesh's data x fsdp x expert ({ways}) x "
             f"optimizer.accumulate ({accumulate}); try data.batch_size="
-            f"{sum(fits)} with data.teacher_prompts={fits}"
+            f"{sum(fits)} with data.prompts_per_teacher={fits}"
         )

@@ -19,7 +19,7 @@ class DataSettings:
     prompt_field: str = setting("question", "of a record")
     answer_field: str = setting("answer", "of a record")
     teacher_field: str = setting("", "names one of config.teachers")
-    teacher_prompts: tuple[int, ...] = setting(
+    prompts_per_teacher: tuple[int, ...] = setting(
         (),
         "prompts a step of each of config.teachers, by name; (): as many as "
         "their share of the records, at least one",

@@ -152,10 +152,10 @@ def check_teachers(data: DataSettings, names: Sequence[str]) -> None:
             f"data.batch_size={data.batch_size} must be at least "
             f"{len(names)}, one prompt for each of config.teachers"
         )
-    fixed = data.teacher_prompts
+    fixed = data.prompts_per_teacher
     if fixed and (len(fixed), sum(fixed)) != (len(names), data.batch_size):
         raise ValueError(
-            f"data.teacher_prompts={fixed} must be {len(names)} numbers "
+            f"data.prompts_per_teacher={fixed} must be {len(names)} numbers "
             f"(for {', '.join(names) or 'no teachers'}) whose sum "
             f"is data.batch_size={data.batch_size}"
         )

@@ -45,6 +45,8 @@ MAY_CHANGE = (
     "rollout.sharding",
     "rollout.branch_sharding",
 )
+# What settings of earlier checkpoints are called now.
+_RENAMED = {"data.teacher_prompts": "data.prompts_per_teacher"}
 # An array is stored in pieces of at most this: whoever reads a part of it, or
 # spreads it over other devices, unpacks the pieces of that part alone.
 _CHUNK_BYTES = 8 << 20
@@ -333,7 +335,10 @@ def require_same_run(
     """
     out = "; use another --workdir, or the settings it was started with"
     # A setting that is younger than the checkpoint was at its default there.
-    before = defaults_of(settings.to_dict()) | flat(saved["settings"])
+    before = defaults_of(settings.to_dict()) | {
+        _RENAMED.get(name, name): value
+        for name, value in flat(saved["settings"]).items()
+    }
     now = flat(settings.to_dict())
     for tree, known in ((saved["objective"], before), (objective, now)):
         known.pop("objective", None)  # one objective has several spellings

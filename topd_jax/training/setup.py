@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from topd_jax.data import packing, vocabulary
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import solutions as solution_data
-from topd_jax.data.routing import teacher_prompts
+from topd_jax.data.routing import prompts_per_teacher
 from topd_jax.data.sources import Record, read_records
 from topd_jax.data.teachers import shared_vocab
 from topd_jax.data.tokenizers import (
@@ -90,7 +90,7 @@ class Setup:
                 self.encoded,
                 batch_size=data.batch_size,
                 seed=settings.seed,
-                teacher_prompts={t.name: t.prompts for t in self.teachers}
+                prompts_per_teacher={t.name: t.prompts for t in self.teachers}
                 if several
                 else None,
                 **process,
@@ -214,7 +214,7 @@ def prompts_by_teacher(
       ValueError: for a teacher without a prompt, or rows that do not divide
         over mesh and slices.
     """
-    return teacher_prompts(
+    return prompts_per_teacher(
         settings.data,
         tuple(settings.teachers),
         parts[0],

@@ -59,7 +59,7 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
         for name, model in model_settings(settings).items()
     )
     # Without prompts to count, as many for each teacher.
-    names, prompts = tuple(settings.teachers), settings.data.teacher_prompts
+    names, prompts = tuple(settings.teachers), settings.data.prompts_per_teacher
     if names and not prompts:
         prompts = shares_of(dict.fromkeys(names, 1), size).values()
     rows = zip(models, names or ("",), prompts or (size,), strict=True)
