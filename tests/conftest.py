@@ -130,6 +130,22 @@ def small_arguments(world_cache: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def settings(world_cache: Path):
+    """Those of the small run, where a file has no others."""
+    from small_run import settings_with
+
+    return settings_with(world_cache)
+
+
+@pytest.fixture(scope="module")
+def setup(settings, tmp_path_factory: pytest.TempPathFactory):
+    """What a run with the file's settings is made of."""
+    from topd_jax.training.setup import load_setup
+
+    return load_setup(settings, tmp_path_factory.mktemp("setup"))
+
+
+@pytest.fixture(scope="session")
 def trained(
     world_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

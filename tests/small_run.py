@@ -94,6 +94,13 @@ def refusal_of(call: Callable[[], object]) -> str:
     return line
 
 
+def run_in(settings: Settings, workdir: Path, setup: object) -> object:
+    """A run that leaves the setup as it was."""
+    from topd_jax.training import loop
+
+    return loop.Run(settings, workdir, dataclasses.replace(setup))
+
+
 @contextlib.contextmanager
 def interrupted(step: int):
     """What trains within is stopped before a step."""

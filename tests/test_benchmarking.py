@@ -10,7 +10,6 @@ from small_run import settings_with
 from topd_jax.data.toy_world import problems
 from topd_jax.evaluation import benchmarking, grading
 from topd_jax.evaluation.benchmarking import read_benchmark
-from topd_jax.training.setup import load_setup
 
 
 def write(path, *rows):
@@ -49,11 +48,6 @@ def settings(world_cache):
         world_cache, eval__final_problems=5, eval__batch_size=4,
         eval__samples=3,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def setup(settings, tmp_path_factory):
-    return load_setup(settings, tmp_path_factory.mktemp("setup"))
 
 
 @pytest.fixture(scope="module")

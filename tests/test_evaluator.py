@@ -10,7 +10,6 @@ from small_run import settings_with
 from topd_jax.evaluation.comparisons import unpack_grades
 from topd_jax.evaluation.evaluator import compare
 from topd_jax.evaluation.metrics import merge, read_metrics
-from topd_jax.training.setup import load_setup
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +18,6 @@ def settings(world_cache):
         world_cache, eval__problems=7, eval__final_problems=9,
         eval__batch_size=4,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def setup(settings, tmp_path_factory):
-    return load_setup(settings, tmp_path_factory.mktemp("setup"))
 
 
 class Watched:

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_run import assert_same_run, changed, settings_with
+from small_run import assert_same_run, changed, interrupted, settings_with
 
 from topd_jax.cli.export import export
 from topd_jax.models import DecoderConfig, load, load_adapter, merge_lora
@@ -72,20 +72,9 @@ def test_the_base_stays_and_is_not_saved(finished, student, setup):
         load(finished)
 
 
-def test_a_run_that_stopped_ends_bit_identical(
-    finished, settings, tmp_path, monkeypatch
-):
-    plain = loop.Run._one_step
-
-    def stopping(self, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return plain(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_one_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(settings, tmp_path)
+def test_a_run_that_stopped_ends_bit_identical(finished, settings, tmp_path):
+    with interrupted(3):
+        loop.train(settings, tmp_path)
     loop.train(settings, tmp_path)
     assert_same_run(finished, tmp_path)
 

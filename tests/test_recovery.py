@@ -9,6 +9,7 @@ from small_run import (
     assert_same_run,
     changed,
     interrupted,
+    run_in,
     saved_arrays,
     settings_with,
 )
@@ -17,7 +18,6 @@ from small_step import assert_trees_equal
 from topd_jax.cli.replay import repeat
 from topd_jax.training import loop, recovery
 from topd_jax.training.logging import read_jsonl
-from topd_jax.training.setup import load_setup
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +28,6 @@ def settings(world_cache):
         eval__every=0, eval__problems=4, eval__final_problems=4,
         log__statistics_every=0, log__completions_every=0,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def setup(settings, tmp_path_factory):
-    return load_setup(settings, tmp_path_factory.mktemp("setup"))
-
-
-def run_in(settings, workdir, setup):
-    """A run that leaves the module's setup as it was."""
-    return loop.Run(settings, workdir, dataclasses.replace(setup))
 
 
 # --- longer ---------------------------------------------------------------

@@ -6,14 +6,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import changed, settings_with
+from small_run import changed, run_in, settings_with
 
 import topd_jax
 from topd_jax.cli.replay import repeat
 from topd_jax.losses.divergences import reverse_kl
 from topd_jax.training import loop
 from topd_jax.training.logging import read_jsonl
-from topd_jax.training.setup import load_setup, with_models
+from topd_jax.training.setup import with_models
 
 # The token that the objective below cannot bear.
 UNBEARABLE = 9
@@ -29,13 +29,8 @@ def settings(world_cache):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def setup(settings, tmp_path_factory):
-    return load_setup(settings, tmp_path_factory.mktemp("setup"))
-
-
 def train(settings, workdir, setup):
-    return loop.Run(settings, workdir, dataclasses.replace(setup)).train()
+    return run_in(settings, workdir, setup).train()
 
 
 def alarms(workdir):

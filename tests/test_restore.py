@@ -7,24 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import changed, saved_arrays, settings_with
+from small_run import changed, saved_arrays
 from small_step import assert_trees_equal
 
 from topd_jax.cli import main
 from topd_jax.training import loop, restore
 from topd_jax.training.checkpointing import Checkpoints
 from topd_jax.training.restore import restore_student
-from topd_jax.training.setup import load_setup
-
-
-@pytest.fixture(scope="module")
-def settings(world_cache):
-    return settings_with(world_cache)
-
-
-@pytest.fixture(scope="module")
-def setup(settings, tmp_path_factory):
-    return load_setup(settings, tmp_path_factory.mktemp("setup"))
 
 
 def test_only_the_students_arrays_are_read(trained, settings, setup, asked):
@@ -42,7 +31,9 @@ def test_only_the_students_arrays_are_read(trained, settings, setup, asked):
         assert (np.asarray(array) != setup.student.arrays[name]).any()
 
 
-def test_the_best_and_the_start(trained, settings, setup):
+def test_the_best_and_the_start(trained, settings, setup, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in .*--which start"):
+        restore.load_student(settings, tmp_path, setup, "best")
     student, step = restore.load_student(settings, trained, setup, "best")
     accuracies = {
         r["step"]: r["exact_match"]
@@ -89,6 +80,7 @@ def test_another_config_is_refused_before_anything_is_loaded(
     for name, more in commands.items():
         line = refused(name, *other, f"--which={which}", *more)
         assert "world.student_steps: 3 there, 4 here" in line
+        assert "use another --workdir" in line
     assert "student_steps: 3 there" in refused("train", *other)
     assert sorted(p.name for p in trained.iterdir()) == before
     # The start of a run is that of its siblings too.
@@ -100,12 +92,6 @@ def test_another_config_is_refused_before_anything_is_loaded(
     ]
     with pytest.raises(AssertionError, match="loaded"):
         main.run(["sample", *sibling])
-
-
-def test_a_run_without_a_checkpoint_is_refused(settings, setup, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint in .*--which start"):
-        restore.load_student(settings, tmp_path, setup, "best")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_parameters_in_any_containers_come_back(tmp_path):

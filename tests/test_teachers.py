@@ -62,11 +62,6 @@ def finished(settings, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture(scope="module")
-def setup(settings, tmp_path_factory):
-    return load_setup(settings, tmp_path_factory.mktemp("setup"))
-
-
 def test_a_run_logs_every_teacher_apart(finished):
     rows = read_jsonl(finished / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
@@ -89,6 +84,7 @@ def test_a_run_logs_every_teacher_apart(finished):
     assert list((finished / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(
     finished, settings, tmp_path
 ):
