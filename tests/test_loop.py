@@ -189,7 +189,9 @@ def test_sigterm_saves_and_says_how_to_resume(
     short, setup, tmp_path, monkeypatch, capfd
 ):
     told = iter([signal.SIGTERM])
-    monkeypatch.setattr(loop.hosts, "told_to_stop", lambda wait: next(told, 0))
+    monkeypatch.setattr(  # evaluations wait for what others were told
+        loop.hosts, "told_to_stop", lambda wait: 0 if wait else next(told, 0)
+    )
     with pytest.raises(SystemExit) as stopped:
         run_in(short, tmp_path, setup).train()
     assert stopped.value.code == 128 + signal.SIGTERM

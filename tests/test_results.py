@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import families_table
 import pytest
 
 from topd_jax.experiments.sweep_report import markdown, summarize
@@ -59,3 +60,9 @@ def test_every_file_that_is_named_exists():
     assert len(names) > 8
     for name in map("".join, names):
         assert (RESULTS / name).exists(), name
+
+
+def test_the_table_of_families_is_that_of_the_registry():
+    readme = families_table.README.read_text()
+    again = "run python tests/families_table.py"
+    assert readme == families_table.updated(readme), again

@@ -244,7 +244,7 @@ FAMILIES: dict[str, Family] = {
             reads={"sliding_window_pattern": ()}, full_unturned=True,
         ),
         Family(
-            "granite", "GraniteForCausalLM", "Granite 3 and 4 without mixtures",
+            "granite", "GraniteForCausalLM", "Granite 3",
             "multipliers of embeddings, scores, residuals and logits; biases",
             reads=_ALL_BIASES | _MLP_BIAS | {
                 name: (name,) for name in (

@@ -201,7 +201,10 @@ def _hub_class_read(
     known |= _OLD_SPELLINGS | _spelling(family).keys()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    given = {n: copy.deepcopy(v) for n, v in fields.items() if n in known}
+    # Ids that a file leaves out; a class's own may lie beyond the vocabulary,
+    # and it warns.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    given = ids | {n: copy.deepcopy(v) for n, v in fields.items() if n in known}
     try:
         return CONFIG_MAPPING[family.model_type](**given)
     except Exception as error:  # validators raise many unrelated types
