@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose
@@ -68,6 +69,18 @@ def both_faces(arrays, weights, token_loss=divergences.reverse_kl, **options):
         return fused.fused_weighted_sum(*arrays, weights, token_loss, **options)
 
     return gradients(recomputed, arrays), gradients(in_forward, arrays)
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for sub in jex.jaxprs_in_params(eqn.params):
+            yield from equations(sub)
+
+
+def traced(fn, *args):
+    """All equations of a function, those inside others too."""
+    return list(equations(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 def assert_close(got, want, tolerance=2e-5):

@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from small_heads import (
     gradients,
     heads,
     logp,
+    traced,
     weights_of,
 )
 
@@ -45,15 +45,14 @@ def capped(student_hidden, student_head, teacher_hidden, teacher_head):
 ROWS = {"tokens": jnp.full(SHAPE, 3), "uniforms": weights_of() / 2}
 chances = functools.partial(token_losses.trust_region_loss, top_k=4)
 CASES = {
-    **{f"{name} {x.chunk_size}": (loss, {"layout": x})
-       for name, loss in LOSSES.items() for x in CHUNKS},
-    "chances": (chances, {"layout": CHUNKS[2], "rows": ROWS}),
+    **{name: (loss, {"layouts": CHUNKS}) for name, loss in LOSSES.items()},
+    "chances": (chances, {"layouts": CHUNKS[2:], "rows": ROWS}),
     "sharp": (LOSSES["jsd"], {"temperature": 0.5, "shape": (9,)}),
     "one token": (LOSSES["jsd"], {"temperature": 2.0, "shape": (1, 1)}),
     "flat": (LOSSES["jsd"], {"temperature": 2.0, "shape": (2, 3, 5)}),
     "no token": (LOSSES["jsd"], {"shape": (2, 0)}),
     "capped": (LOSSES["jsd"], {"temperature": 0.7, "bound": capped}),
-    "capped kl": (reverse_kl, {"layout": CHUNKS[0], "bound": capped}),
+    "capped kl": (reverse_kl, {"layouts": CHUNKS[:1], "bound": capped}),
     "float64": (reverse_kl, {"dtype": jnp.float64}),
 }  # fmt: skip
 
@@ -61,7 +60,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_dense(case):
     loss, options = CASES[case]
-    options = {"layout": PAIRS} | options
+    options = {"layouts": [PAIRS]} | options
     shape, dtype = options.pop("shape", SHAPE), options.pop("dtype", "float32")
     with jax.enable_x64(dtype == jnp.float64):
         bound = options.pop("bound", lambda *arrays: arrays)
@@ -71,8 +70,11 @@ def test_equals_dense(case):
             functools.partial(loss, **options.get("rows", {})),
             arrays, weights, options.get("temperature", 1.0),
         )  # fmt: skip
-        for got in both_faces(arrays, weights, loss, **options):
-            assert_close(got, want, 1e-12 if dtype == jnp.float64 else 2e-5)
+        tolerance = 1e-12 if dtype == jnp.float64 else 2e-5
+        for layout in options.pop("layouts"):
+            options["layout"] = layout
+            for got in both_faces(arrays, weights, loss, **options):
+                assert_close(got, want, tolerance)
 
 
 def test_a_cap_by_hand():
@@ -191,8 +193,7 @@ def test_a_padded_vocabulary_is_cut_and_renormalized():
 
 
 @pytest.mark.parametrize("bound", [lambda *a: a, capped], ids=["", "capped"])
-@pytest.mark.parametrize("layout", CHUNKS)
-def test_statistics(layout, bound):
+def test_statistics(bound):
     arrays = bound(*heads(vocab=(V, V + 3)))
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, V - 3, SHAPE))
     vectors = weights_of((*SHAPE, 3))
@@ -204,7 +205,7 @@ def test_statistics(layout, bound):
             "vector": vectors * reverse_kl(student, teacher)[..., None],
         }
 
-    def mapped(hidden, head):
+    def mapped(layout, hidden, head):
         out = fused.fused_map(
             compare, hidden, head, *arrays[2:], tokens, vectors, layout=layout
         )
@@ -215,11 +216,13 @@ def test_statistics(layout, bound):
         out = compare(logp(hidden, head), teacher, tokens, vectors)
         return jnp.sum(out["vector"] ** 2), out
 
-    assert_close(gradients(mapped, arrays[:2]), gradients(whole, arrays[:2]))
-    options = dict(temperature=1.5, vocab_size=V - 3, layout=layout)
+    assert_in_chunks(mapped, whole, arrays[:2])
 
-    def chunked(hidden, head):
-        out = fused.fused_token_logprobs(hidden, head, tokens, **options)
+    def chunked(layout, hidden, head):
+        out = fused.fused_token_logprobs(
+            hidden, head, tokens, temperature=1.5, vocab_size=V - 3,
+            layout=layout,
+        )  # fmt: skip
         return jnp.sum(vectors[..., 0] * out), out
 
     def picked(hidden, head):
@@ -227,24 +230,32 @@ def test_statistics(layout, bound):
         out = jnp.take_along_axis(out, tokens[..., None], -1)[..., 0]
         return jnp.sum(vectors[..., 0] * out), out
 
-    assert_close(gradients(chunked, arrays[:2]), gradients(picked, arrays[:2]))
+    assert_in_chunks(chunked, picked, arrays[:2])
 
 
-@pytest.mark.parametrize("layout", CHUNKS)
-def test_dropped_mass_and_normalizer(layout):
+def assert_in_chunks(chunked, whole, arrays):
+    """In chunks of any size it has the value and gradients of the whole."""
+    want = gradients(whole, arrays)
+    for layout in CHUNKS:
+        got = gradients(functools.partial(chunked, layout), arrays)
+        assert_close(got, want)
+
+
+def test_dropped_mass_and_normalizer():
     hidden, head = heads()[:2]
-    mass = functools.partial(fused.dropped_mass, layout=layout)
-    for bound in (head, CappedHead(head, 2.0)):
-        want = np.exp(logp(hidden, bound, 2.0))[..., 20:].sum(-1)
-        got = mass(hidden, bound, 20, temperature=2.0)
-        assert_allclose(got, want, rtol=1e-5)
-    assert_array_equal(mass(hidden, head, V), 0)
     # Zero rows beside strongly negative logits take nearly everything.
     padded = jnp.concatenate([jnp.full((10, D), -1.0), jnp.zeros((5, D))])
-    assert np.all(mass(jnp.abs(hidden), padded, 10) > 0.5)
+    for layout in CHUNKS:
+        mass = functools.partial(fused.dropped_mass, layout=layout)
+        for bound in (head, CappedHead(head, 2.0)):
+            want = np.exp(logp(hidden, bound, 2.0))[..., 20:].sum(-1)
+            got = mass(hidden, bound, 20, temperature=2.0)
+            assert_allclose(got, want, rtol=1e-5)
+        assert_array_equal(mass(hidden, head, V), 0)
+        assert np.all(mass(jnp.abs(hidden), padded, 10) > 0.5)
     weights = weights_of()
 
-    def chunked(hidden, head):
+    def chunked(layout, hidden, head):
         out = fused.fused_log_normalizer(
             hidden, head, vocab_size=V - 1, layout=layout
         )
@@ -254,8 +265,7 @@ def test_dropped_mass_and_normalizer(layout):
         out = jax.nn.logsumexp(hidden @ head[: V - 1].T, axis=-1)
         return jnp.sum(weights * out), out
 
-    assert_close(gradients(chunked, (hidden, head)),
-                 gradients(whole, (hidden, head)))  # fmt: skip
+    assert_in_chunks(chunked, whole, (hidden, head))
 
 
 def test_bfloat16_accumulates_in_float32():
@@ -286,17 +296,6 @@ def test_bfloat16_accumulates_in_float32():
             assert got.dtype == jnp.bfloat16
             error = np.abs(np.asarray(got, np.float32) - exact).max()
             assert error < 0.01 * np.abs(exact).max()
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for sub in jex.jaxprs_in_params(eqn.params):
-            yield from equations(sub)
-
-
-def traced(fn, *args):
-    return list(equations(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 def largest(fn, *args):
