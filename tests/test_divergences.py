@@ -83,6 +83,14 @@ OTHERS = {
         lambda student, _: log_probs.token_logprobs(student + 7, jnp.array(2)),
         np.log(0.2),
     ),
+    "clipped reverse": (
+        functools.partial(token_losses.clipped_reverse_kl, clip=0.5),
+        REVERSE - 0.5 * np.log(5) + 0.5,
+    ),
+    "clipped forward": (
+        functools.partial(token_losses.clipped_forward_kl, clip=0.2),
+        FORWARD - 0.6 * np.log(2) + 0.2,
+    ),
     "coverage": (functools.partial(token_losses.top_k_coverage, k=2), 0.7),
     "outside the region": (
         of_token(

@@ -198,6 +198,7 @@ AHEAD = {
 LOSS = {
     "alpha": [-1.0, "no"],
     "loss_threshold": [-1.0, "no"],
+    "clip": [0.0, -1.0, 1e999, "no"],
     "token_loss": ["no", 5],
     "temperature": [0.0, -1.0, 1e308, "no"],
     "log_floor": [0.0, 1.0, -1e999, "no"],
@@ -242,6 +243,7 @@ BAD = {
 WITH = {
     "anchor_first": {"context": "student"},
     "beta": {"token_loss": "jsd"},
+    "clip": {"token_loss": "clipped_reverse_kl"},
     "alpha": {"token_loss": "forward_kl_at_high_loss"},
     "loss_threshold": {"token_loss": "forward_kl_at_high_loss"},
 }

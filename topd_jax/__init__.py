@@ -31,8 +31,9 @@ _ROOMS = {
         "cosine_cost transport uniform_marginals window_distance"
     ),
     "losses.token_losses": (
-        "TokenLoss entropy_aware_kl forward_kl_at_high_loss top_k_coverage "
-        "top_k_forward_kl trust_region_loss"
+        "TokenLoss clipped_forward_kl clipped_reverse_kl entropy_aware_kl "
+        "forward_kl_at_high_loss top_k_coverage top_k_forward_kl "
+        "trust_region_loss"
     ),
     "losses.token_weights": (
         "agreement_threshold agreement_weights fire_weights "

@@ -18,6 +18,7 @@ from topd_jax.losses.log_probs import (
     check_log_floor,
     check_pair,
     entropy,
+    floored,
     is_finite_number,
     token_logprobs,
 )
@@ -78,6 +79,87 @@ def top_k_forward_kl(
     student = jnp.where(student <= log_floor, log_floor, student)
     gap = jnp.log(jnp.where(used, q, 1.0)) - student
     return jnp.sum(jnp.where(used, q * gap, 0.0), axis=-1)
+
+
+def clipped_reverse_kl(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    *,
+    clip: float = 0.05,
+    log_floor: float = LOG_FLOOR,
+) -> jax.Array:
+    """Compute KL(student || teacher) with each id's term at most ``clip``.
+
+    ``sum_v min(p_S(v) (log p_S(v) - log p_T(v)), c)``, as OPSD clips its
+    divergence (arXiv:2601.18734): where the teacher sees more, a few tokens
+    would carry the whole gradient. A term that is cut has none.
+
+    Args:
+      student_logp: [..., V] log-probabilities, differentiated.
+      teacher_logp: [..., V] log-probabilities.
+      clip: c, above 0 nats. Terms below 0 stay, so the sum may be negative.
+      log_floor: stands for smaller log-probabilities of the teacher.
+
+    Returns:
+      f32[...] (f64 for f64) token loss, nats.
+
+    Raises:
+      ValueError: for an option out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.9, 0.1]))
+      >>> teacher = jnp.log(jnp.array([0.1, 0.9]))
+      >>> round(float(clipped_reverse_kl(student, teacher, clip=0.5)), 4)
+      0.2803
+    """
+    check_pair(student_logp, teacher_logp)
+    check_log_floor(log_floor)
+    if not (is_finite_number(clip) and clip > 0):
+        raise ValueError(
+            f"clip={clip!r} must be a finite number above 0 nats; the default: "
+            "0.05"
+        )
+    student = floored(student_logp)
+    terms = jnp.exp(student) * (student - floored(teacher_logp, log_floor))
+    return jnp.sum(jnp.minimum(terms, clip), axis=-1)
+
+
+def clipped_forward_kl(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    *,
+    clip: float = 0.05,
+    log_floor: float = LOG_FLOOR,
+) -> jax.Array:
+    """Compute KL(teacher || student) with each id's term at most ``clip``.
+
+    ``sum_v min(p_T(v) (log p_T(v) - log p_S(v)), c)``: the other direction of
+    :func:`clipped_reverse_kl`. Here the terms are large where the teacher is
+    sure of an id that the student finds unlikely, and none of those teaches.
+
+    Args:
+      student_logp: [..., V] log-probabilities, differentiated.
+      teacher_logp: [..., V] log-probabilities.
+      clip: as in :func:`clipped_reverse_kl`.
+      log_floor: stands for smaller log-probabilities of the student.
+
+    Returns:
+      f32[...] (f64 for f64) token loss, nats.
+
+    Raises:
+      ValueError: for an option out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> student = jnp.log(jnp.array([0.9, 0.1]))
+      >>> teacher = jnp.log(jnp.array([0.1, 0.9]))
+      >>> round(float(clipped_forward_kl(student, teacher, clip=0.5)), 4)
+      0.2803
+    """
+    return clipped_reverse_kl(
+        teacher_logp, student_logp, clip=clip, log_floor=log_floor
+    )
 
 
 def top_k_coverage(

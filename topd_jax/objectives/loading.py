@@ -41,6 +41,8 @@ PIECES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "reverse_kl": reverse_kl,
         "forward_kl": forward_kl,
         "jsd": generalized_jsd,
+        "clipped_reverse_kl": token_losses.clipped_reverse_kl,
+        "clipped_forward_kl": token_losses.clipped_forward_kl,
         "forward_kl_at_high_loss": token_losses.forward_kl_at_high_loss,
     },
     "ranking": {
