@@ -127,10 +127,13 @@ class Prompts:
     Attributes:
       tokens: i32[B, P] token ids, padding on the left.
       mask: bool[B, P] which of them exist.
+      teacher: [B, Q] what each row's teacher reads instead, of any width Q;
+        None: the same.
     """
 
     tokens: jax.Array
     mask: jax.Array
+    teacher: "Prompts | None" = None
 
 
 @struct.dataclass
@@ -146,6 +149,8 @@ class Trajectories:
       logp: f32[B, T] log-probability with which each token was drawn, under
         the sampler's own (tempered, filtered) distribution; 0 outside mask.
       truncated: bool[B] the row reached ``T`` tokens without ending.
+      teacher_prompt: [B, Q] what each row's teacher reads before the
+        completion instead of the prompt; None: the same.
     """
 
     prompt: jax.Array
@@ -154,6 +159,16 @@ class Trajectories:
     mask: jax.Array
     logp: jax.Array
     truncated: jax.Array
+    teacher_prompt: Prompts | None = None
+
+    @property
+    def for_teacher(self) -> "Trajectories":
+        """The rows as their teachers read them: the same completions."""
+        if (own := self.teacher_prompt) is None:
+            return self
+        return self.replace(
+            prompt=own.tokens, prompt_mask=own.mask, teacher_prompt=None
+        )
 
     @property
     def sequence(self) -> jax.Array:

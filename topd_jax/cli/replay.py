@@ -23,7 +23,7 @@ from topd_jax.parallel.compilation import keep_compiled
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.training.compiled import compile_step, step_keys
 from topd_jax.training.config import settings_from
-from topd_jax.training.dumps import read_dump
+from topd_jax.training.dumps import arrays_of, read_dump
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.loop import Run
 from topd_jax.training.setup import Setup, load_setup
@@ -122,7 +122,7 @@ def _compared(
     same = all(a == b for a, b in metrics.values()) and all(
         # Bytes: what is not a number equals itself too.
         about["batch"][name].tobytes() == np.asarray(x).tobytes()
-        for name, x in jax.device_get(vars(batch)).items()
+        for name, x in jax.device_get(arrays_of(batch)).items()
     )
     return {"same": same, "metrics": metrics}
 

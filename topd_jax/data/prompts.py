@@ -31,6 +31,9 @@ class EncodedPrompts:
       pad_id: the id that fills batches.
       max_length: of a prompt, in tokens; the width of every batch.
       skipped: how many records were left out because they were too long.
+      teacher_ids: of each record, what its teacher reads instead,
+        i32[its length]; None where all read the prompt.
+      teacher_width: of what teachers read, in tokens.
     """
 
     records: tuple[Record, ...]
@@ -38,6 +41,8 @@ class EncodedPrompts:
     pad_id: int
     max_length: int
     skipped: int
+    teacher_ids: tuple[np.ndarray, ...] | None = None
+    teacher_width: int = 0
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with any prompt or its place."""
@@ -49,7 +54,25 @@ class EncodedPrompts:
             self,
             records=tuple(self.records[i] for i in places),
             ids=tuple(self.ids[i] for i in places),
+            teacher_ids=self.teacher_ids
+            and tuple(self.teacher_ids[i] for i in places),
         )
+
+    def require_same_prompts(self, command: str) -> None:
+        """Refuse prompts of the teachers' own.
+
+        Args:
+          command: that needs one prompt for both models, for the error.
+
+        Raises:
+          ValueError: where a teacher reads something else than the student.
+        """
+        if self.teacher_ids is not None:
+            raise ValueError(
+                f"with {command} the teacher reads the student's prompts: "
+                "leave teacher.prompt out, and rename a teacher_prompt that "
+                "records have"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +94,7 @@ def encode_prompts(
     tokenizer: Tokenizer,
     *,
     max_length: int,
+    teacher_width: int = 0,
     on_long_prompt: str = "error",
 ) -> EncodedPrompts:
     """Tokenize records, the chat template applied.
@@ -79,6 +103,7 @@ def encode_prompts(
       records: questions.
       tokenizer: of the student.
       max_length: of a prompt, in tokens, at least 1.
+      teacher_width: the same of what a teacher reads instead; 0: max_length.
       on_long_prompt: what a longer one is: "error", or "skip", which leaves
         it out and counts it.
 
@@ -86,39 +111,68 @@ def encode_prompts(
       ValueError: for a prompt that is too long, with its source, length and
         the ways out; if none is left.
     """
+    limits = {"prompt": (max_length, "data.max_prompt_length")}
+    if any("teacher_prompt" in record for record in records):
+        setting = "data.max_teacher_prompt_length"
+        limits["teacher_prompt"] = teacher_width or max_length, setting
     kept, encoded = [], []
     for record in records:
-        ids = np.asarray(tokenizer.chat(record["prompt"]), np.int32)
-        if not len(ids):
-            raise ValueError(
-                f"prompt {record['index']} ({record['source']}) has no "
-                "tokens; the chat template must write at least one"
-            )
-        if len(ids) <= max_length:
+        rows = [
+            _encode(record, key, tokenizer, *limit, on_long_prompt)
+            for key, limit in limits.items()
+        ]
+        if all(ids is not None for ids in rows):
             kept.append(record)
-            encoded.append(ids)
-        elif on_long_prompt == "error":
-            raise ValueError(
-                f"prompt {record['index']} ({record['source']}) has "
-                f"{len(ids)} tokens; the limit is {max_length}: raise "
-                'data.max_prompt_length, or set data.on_long_prompt="skip"'
-            )
+            encoded.append(rows)
     skipped = len(records) - len(kept)
+    most, settings = (
+        " or ".join(map(str, part))
+        for part in zip(*limits.values(), strict=True)
+    )
     if not kept:
         raise ValueError(
             f"no prompt is left: {skipped} of {len(records)} are longer than "
-            f"max_length={max_length} tokens; raise data.max_prompt_length"
+            f"{most} tokens; raise {settings}"
         )
     if skipped:
         logging.warning(
-            "skipping %d of %d prompts, which are longer than %d tokens",
+            "skipping %d of %d prompts, which are longer than %s tokens",
             skipped,
             len(records),
-            max_length,
+            most,
         )
+    ids, *own = zip(*encoded, strict=True)
     return EncodedPrompts(
-        tuple(kept), tuple(encoded), tokenizer.pad_id, max_length, skipped
+        tuple(kept), ids, tokenizer.pad_id, max_length, skipped,
+        own[0] if own else None, teacher_width or max_length,
+    )  # fmt: skip
+
+
+def _encode(
+    record: Record,
+    key: str,
+    tokenizer: Tokenizer,
+    limit: int,
+    setting: str,
+    on_long_prompt: str,
+) -> np.ndarray | None:
+    """Return a record's prompt, or its teacher's; None for one to skip."""
+    ids = np.asarray(
+        tokenizer.chat(record.get(key, record["prompt"])), np.int32
     )
+    what = f"{key} {record['index']} ({record['source']})"
+    if not len(ids):
+        raise ValueError(
+            f"{what} has no tokens; the chat template must write at least one"
+        )
+    if len(ids) <= limit:
+        return ids
+    if on_long_prompt == "error":
+        raise ValueError(
+            f"{what} has {len(ids)} tokens; the limit is {limit}: raise "
+            f'{setting}, or set data.on_long_prompt="skip"'
+        )
+    return None
 
 
 def pad_prompts(
@@ -230,6 +284,13 @@ def _batch(encoded: EncodedPrompts, index: np.ndarray) -> PromptBatch:
         pad_id=encoded.pad_id,
         width=encoded.max_length,
     )
+    if encoded.teacher_ids is not None:
+        own = pad_prompts(
+            [encoded.teacher_ids[i] for i in index],
+            pad_id=encoded.pad_id,
+            width=encoded.teacher_width,
+        )
+        prompts = prompts.replace(teacher=own)
     return PromptBatch(prompts, index.astype(np.int32))
 
 

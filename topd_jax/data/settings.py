@@ -32,6 +32,9 @@ class DataSettings:
         1, "rollouts a prompt (paper, App. B: 4)", least=1, most=10_000
     )
     max_prompt_length: int = setting(16, "tokens (paper, App. B: 800)", least=1)
+    max_teacher_prompt_length: int = setting(
+        0, "of what a teacher reads instead; 0: data.max_prompt_length", least=0
+    )
     on_long_prompt: str = setting(
         "error", "what to do about it", choices=("error", "skip")
     )
@@ -43,6 +46,11 @@ class DataSettings:
         least=0,
     )  # fmt: skip
     held_out: int = setting(64, "prompts set aside without eval_path", least=1)
+
+    @property
+    def teacher_width(self) -> int:
+        """Tokens of what a teacher reads instead of a prompt, at most."""
+        return self.max_teacher_prompt_length or self.max_prompt_length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,12 @@ import difflib
 import math
 import numbers
 import pathlib
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from topd_jax.data.settings import DataSettings, WorldSettings
+from topd_jax.data.templates import as_text, teacher_prompt
 from topd_jax.data.toy_world import problems
 from topd_jax.parallel import buckets
 from topd_jax.settings import parse_json
@@ -30,6 +32,8 @@ class Record(TypedDict):
       index: place in its source, from 0.
       source: where it came from, for errors: "train.jsonl line 7".
       teacher: the name of its teacher, where there are several.
+      teacher_prompt: what its teacher reads instead of the question, before
+        any chat template; missing where it is the question.
     """
 
     prompt: str
@@ -37,6 +41,7 @@ class Record(TypedDict):
     index: int
     source: str
     teacher: NotRequired[str]
+    teacher_prompt: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +53,15 @@ class Fields:
       answer: key of the answer, kept where it exists.
       teacher: key of the name of the record's teacher; "" for none.
       teachers: the names that it may have.
+      templates: name of a teacher, "" for the only one -> template of what it
+        reads, "" for the question; None: no record has a prompt for it.
     """
 
     prompts: Sequence[str] = ("question",)
     answer: str = "answer"
     teacher: str = ""
     teachers: Sequence[str] = ()
+    templates: Mapping[str, str] | None = None
 
 
 def read_records(
@@ -63,7 +71,7 @@ def read_records(
     problems: int,
     final_problems: int,
     split: str = "validation",
-    teachers: Sequence[str] = (),
+    templates: Mapping[str, str] = types.MappingProxyType({"": ""}),
 ) -> tuple[list[Record], list[Record], list[Record]]:
     """Read training, validation and test prompts.
 
@@ -73,7 +81,8 @@ def read_records(
       problems: validation problems of the tiny world.
       final_problems: test problems of the tiny world.
       split: of the tiny world's validation problems.
-      teachers: names of several teachers; () for the only one.
+      templates: name of each teacher, "" for the only one -> template of
+        what it reads; "" for the question.
 
     Returns:
       (training, validation, test) prompts; without ``data.eval_path`` the
@@ -83,10 +92,11 @@ def read_records(
       ValueError: for what cannot be read, or too few records.
     """
     if data.source == "world":
+        template = templates.get("", "")
         return (
-            read_world("train", world.prompts, world.seed),
-            read_world(split, problems, _HELD_OUT_SEED),
-            read_world("test", final_problems, _HELD_OUT_SEED),
+            read_world("train", world.prompts, world.seed, template),
+            read_world(split, problems, _HELD_OUT_SEED, template),
+            read_world("test", final_problems, _HELD_OUT_SEED, template),
         )
     if not data.path:
         raise ValueError(
@@ -94,8 +104,9 @@ def read_records(
             "--config.data.path=FILE"
         )
     fields = Fields(
-        (data.prompt_field,), data.answer_field, data.teacher_field, teachers
-    )
+        (data.prompt_field,), data.answer_field, data.teacher_field,
+        tuple(templates), templates,
+    )  # fmt: skip
     train = read_source(data.source, data.path, data.split, fields)
     if data.eval_path:
         held_out = read_source(
@@ -188,17 +199,30 @@ def _open_dataset(source: str, name: str, split: str) -> Iterable[Any]:
         ) from error
 
 
-def read_world(split: str, count: int, seed: int) -> list[Record]:
-    """Return distinct problems of the tiny world, with their answers."""
-    return [
-        Record(
-            prompt=problem,
-            answer=problems.answer(problem),
-            index=index,
-            source=f"tiny world {split} problem {index}",
-        )
-        for index, problem in enumerate(problems.problems(split, count, seed))
-    ]
+def read_world(
+    split: str, count: int, seed: int, template: str = ""
+) -> list[Record]:
+    """Return distinct problems of the tiny world, with their answers.
+
+    Args:
+      split: "train", "validation" or "test".
+      count: how many.
+      seed: of the sample.
+      template: of what the teacher reads, over "question", "answer",
+        "solution" (the teacher's, correct) and "hint" (its first step).
+
+    Raises:
+      ValueError: for a field that the world does not have.
+    """
+    records = []
+    for index, problem in enumerate(problems.problems(split, count, seed)):
+        row = {"question": problem, "answer": problems.answer(problem)}
+        if template:
+            row |= problems.privileged(problem)
+        fields = Fields(templates={"": template})
+        source = f"tiny world {split} problem {index}"
+        records.append(_record(row, index, source, fields))
+    return records
 
 
 def _record(
@@ -210,14 +234,14 @@ def _record(
             f'{source} is JSON but not an object: it needs the field "{names}"'
         )
     prompt = next((row[k] for k in fields.prompts if k in row), None)
-    prompt = _text(prompt, source)
+    prompt = as_text(prompt, source)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(
             f'{source} has no text in the field "{names}"; its fields '
             f"are {sorted(row)}; set data.prompt_field to the one with the "
             "question"
         )
-    answer = _text(row.get(fields.answer), source)
+    answer = as_text(row.get(fields.answer), source)
     # Tables that are made into JSON spell what is missing as null or NaN.
     if answer is None or (isinstance(answer, float) and math.isnan(answer)):
         answer = ""
@@ -230,13 +254,19 @@ def _record(
     record = Record(
         prompt=prompt, answer=str(answer), index=index, source=source
     )
-    if fields.teacher:
-        record["teacher"] = _teacher(row, source, fields)
+    teacher = _teacher(row, source, fields) if fields.teacher else ""
+    if teacher:
+        record["teacher"] = teacher
+    if fields.templates is not None:
+        template = fields.templates[teacher]
+        own = teacher_prompt(row, teacher, template, source)
+        if own is not None:
+            record["teacher_prompt"] = own
     return record
 
 
 def _teacher(row: Mapping[str, Any], source: str, fields: Fields) -> str:
-    name = _text(row.get(fields.teacher), source)
+    name = as_text(row.get(fields.teacher), source)
     if name in fields.teachers:
         return name
     near = difflib.get_close_matches(str(name), fields.teachers, 1, cutoff=0)
@@ -246,17 +276,3 @@ def _teacher(row: Mapping[str, Any], source: str, fields: Fields) -> str:
         f"{', '.join(fields.teachers)}; the nearest is {near[0]!r}; the "
         f"record's fields are {sorted(row)}"
     )
-
-
-def _text(value: object, source: str) -> object:
-    """Decode bytes; refuse text that no file and no tokenizer can hold."""
-    try:
-        if isinstance(value, bytes):
-            return value.decode("utf-8")
-        if isinstance(value, str):
-            value.encode("utf-8")
-    except UnicodeError as error:
-        raise ValueError(
-            f"{source} is not Unicode text ({error}); repair or remove it"
-        ) from error
-    return value

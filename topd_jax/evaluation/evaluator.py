@@ -104,7 +104,7 @@ def compare(
     Args:
       student: the model.
       teacher: the frozen model.
-      trajectories: that both read.
+      trajectories: that both read, each after its own prompt.
       real: bool[B] rows that count; None counts all.
       start: i32[] reads only the rows from here on that ``real`` is about.
       top_k: size of the top sets.
@@ -126,7 +126,7 @@ def compare(
     return statistics(
         trajectory_states(student, trajectories),
         student.head,
-        trajectory_states(teacher, trajectories),
+        trajectory_states(teacher, trajectories.for_teacher),
         teacher.head,
         trajectories.tokens,
         trajectories.mask,

@@ -62,7 +62,7 @@ def _right(student: Any, teacher: Any, trajectories: Trajectories) -> jax.Array:
     return fused_map(
         lambda own, frozen: token_logprobs(own, frozen.argmax(-1)),
         trajectory_states(student, trajectories), student.head,
-        trajectory_states(teacher, trajectories), teacher.head,
+        trajectory_states(teacher, trajectories.for_teacher), teacher.head,
     )  # fmt: skip
 
 

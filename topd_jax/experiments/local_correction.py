@@ -79,6 +79,7 @@ def correct(
     methods = methods_of(make_objective(settings.objective), ahead)
     folder = workdir / f"correct-{which}"
     with open_run(settings, workdir, which) as (setup, student, step):
+        setup.test.require_same_prompts("topd correct")
         tokenizer = setup.tokenizer
         prompts = len(setup.test.records)
         batches = observe(settings, setup, student, prompts, [ahead])

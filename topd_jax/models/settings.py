@@ -11,7 +11,8 @@ class ModelSettings:
 
     source: str = setting(
         "world",
-        '"world"; a Hugging Face directory or hub name; a .gguf file; '
+        '"world", or "world:student" for a teacher that is the initial '
+        "student; a Hugging Face directory or hub name; a .gguf file; "
         '"package:NAME" for the GGUF file of an installed package; or a '
         "run's work directory (WORKDIR, WORKDIR/best, "
         "WORKDIR/checkpoints/STEP)",
@@ -70,3 +71,26 @@ class ModelSettings:
         "directory or hub name of a PEFT adapter to start from; the "
         "teacher's is merged into it",
     )
+    prompt: str = setting(
+        "",
+        "what a teacher reads instead of the student's prompt: a template over "
+        "fields of a record, '{question} The answer is {answer}.'; a record's "
+        'own teacher_prompt comes first; "": the same',
+    )
+
+    @property
+    def in_world(self) -> bool:
+        """Whether it is a model of the tiny world."""
+        return self.source in ("world", "world:student")
+
+    def world_part(self, section: str) -> str:
+        """Return which of the world's models it is.
+
+        Args:
+          section: of the config that these settings are.
+
+        Returns:
+          "student" or "teacher".
+        """
+        own = section == "student" or self.source == "world:student"
+        return "student" if own else "teacher"

@@ -39,7 +39,10 @@ def _options(
     ways = math.prod(mesh[axis] for axis in ("data", "fsdp", "expert"))
     if mesh["data"] > 1 and program.held > program.capacity / 2:
         yield f"mesh.data=1 --config.mesh.fsdp={mesh['data'] * mesh['fsdp']}"
-    tokens = settings.data.max_prompt_length + settings.rollout.max_new_tokens
+    data = settings.data
+    tokens = settings.rollout.max_new_tokens + (
+        data.teacher_width if name == "score" else data.max_prompt_length
+    )
     model = "teacher" if name == "score" else "student"
     attention = getattr(settings, model).attention
     if tokens >= _KERNEL_TOKENS and attention == "blocks":

@@ -160,6 +160,11 @@ def _rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def _prompts(settings: Settings, mesh: Mesh, rows: int) -> Prompts:
-    shape = (rows, settings.data.max_prompt_length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return _rows(Prompts(tokens, jax.ShapeDtypeStruct(shape, bool)), mesh)
+    def prompts(width: int) -> Prompts:
+        tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+        return Prompts(tokens, jax.ShapeDtypeStruct((rows, width), bool))
+
+    data, own = settings.data, None
+    if any(settings.templates.values()):
+        own = prompts(data.teacher_width)
+    return _rows(prompts(data.max_prompt_length).replace(teacher=own), mesh)

@@ -67,7 +67,8 @@ def check_prompts(prompts: Prompts) -> None:
     """Check shapes and dtypes of prompts.
 
     Raises:
-      ValueError: unless they are integers and booleans of one shape [B, P].
+      ValueError: unless they are integers and booleans of one shape [B, P],
+        and so are the teacher's, of as many rows.
     """
     tokens, mask = jnp.shape(prompts.tokens), jnp.shape(prompts.mask)
     if len(tokens) != 2 or tokens != mask or 0 in tokens:
@@ -77,6 +78,14 @@ def check_prompts(prompts: Prompts) -> None:
         )
     _check_integers("prompts.tokens", prompts.tokens)
     _check_booleans("prompts.mask", prompts.mask)
+    if prompts.teacher is None:
+        return
+    check_prompts(prompts.teacher)
+    if (rows := len(prompts.teacher.tokens)) != tokens[0]:
+        raise ValueError(
+            f"prompts.teacher has {rows} rows and must have {tokens[0]}, one "
+            "for each prompt"
+        )
 
 
 def check_prompt_values(prompts: Prompts, vocab_size: int) -> None:

@@ -135,9 +135,9 @@ def _widened(prompts: Prompts, buckets: Sequence[int], pad_id: int) -> Prompts:
             f"({max(buckets)}); add a bucket or shorten the prompts"
         )
     pad = ((0, 0), (min(fitting) - width, 0))
-    return Prompts(
-        jnp.pad(prompts.tokens, pad, constant_values=pad_id),
-        jnp.pad(prompts.mask, pad, constant_values=False),
+    return prompts.replace(
+        tokens=jnp.pad(prompts.tokens, pad, constant_values=pad_id),
+        mask=jnp.pad(prompts.mask, pad, constant_values=False),
     )
 
 
@@ -211,7 +211,7 @@ def _write(
     ended = jnp.any(is_end(drawn.tokens, eos_ids) & mask, axis=1)
     return Trajectories(
         repeated.tokens, repeated.mask, drawn.tokens, mask, drawn.logp,
-        truncated=~ended,
+        truncated=~ended, teacher_prompt=repeated.teacher,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from topd_jax.data.settings import (
     WorldSettings,
 )
 from topd_jax.data.teachers import check_teachers
+from topd_jax.data.templates import check_templates
 from topd_jax.evaluation.settings import EvalSettings
 from topd_jax.models.adapters import check_settings
 from topd_jax.models.settings import ModelSettings
@@ -206,15 +207,14 @@ class Settings:
         for name, section in (vars(self) | several).items():
             if dataclasses.is_dataclass(section):
                 check(section, name)
-        if self.data.end_ids and {m.source for m in models.values()} == {
-            "world"
-        }:
+        if self.data.end_ids and all(m.in_world for m in models.values()):
             raise ValueError(
                 f"data.end_ids={self.data.end_ids} must be () in the tiny "
                 "world, whose tokenizer has one end"
             )
         check_settings(self.student, teachers)
         check_teachers(self.data, list(self.teachers))
+        check_templates(self.student.prompt, self.templates)
         self._check_offline()
         rows = self.data.batch_size * self.data.samples
         if rows % self.optimizer.accumulate:
@@ -239,6 +239,13 @@ class Settings:
             needs = "is a set of one teacher; leave config.teachers out"
         if path and needs:
             raise ValueError(f"offline.path={path!r} {needs}")
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Name of each teacher, "" for the only one -> ``prompt`` of it."""
+        return {n: m.prompt for n, m in self.teachers.items()} or {
+            "": self.teacher.prompt
+        }
 
     @property
     def writing(self) -> RolloutSettings:

@@ -7,6 +7,7 @@ more.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from topd_jax.models.io import runs
@@ -43,7 +45,7 @@ def write_dump(run: Any, alarm: Alarm) -> pathlib.Path:
     """
     folder = run.workdir / DUMPS
     path = folder / f"{alarm.step}-{alarm.name}"
-    batch = hosts.on_host(vars(run.batches[alarm.step]))
+    batch = hosts.on_host(arrays_of(run.batches[alarm.step]))
     run.checkpoints.wait()
     if not hosts.is_first():
         return path
@@ -61,6 +63,13 @@ def write_dump(run: Any, alarm: Alarm) -> pathlib.Path:
     for old in by_age[: -run.settings.guard.dumps]:
         buckets.remove(old)
     return path
+
+
+def arrays_of(rows: Any) -> dict[str, Any]:
+    """Return the arrays of a batch by name, "teacher_prompt.mask" too."""
+    leaves = jax.tree_util.tree_leaves_with_path(rows)
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {keystr(path): x for path, x in leaves}
 
 
 @contextlib.contextmanager

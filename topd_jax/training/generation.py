@@ -59,6 +59,7 @@ def generate(
         setup = load_setup(settings, workdir)
         # It was checked against the teacher, and writes nothing.
         setup.student = None
+        setup.encoded.require_same_prompts("topd generate")
         encoded = setup.encoded.take(range(len(setup.encoded.ids))[:count])
         about = _about(settings, setup, encoded)
         files = SolutionFiles(workdir / "solutions", about["shards"])

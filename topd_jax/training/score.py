@@ -45,7 +45,8 @@ def score(
         transport cost. It runs only where the objective compares both models
         before it trains (``objective.needs_student``).
       teachers: frozen models; rows are consecutive and in their order.
-      trajectories: B rows that the student wrote.
+      trajectories: B rows that the student wrote. A teacher reads them after
+        ``teacher_prompt``, and its branches continue what it read.
       key: PRNG key of sampled branches, of the matched control, and of the
         draws that pieces name.
       objective: says what is computed.
@@ -93,13 +94,14 @@ def _score_rows(
 ) -> Scored:
     model, mask = teacher.model, trajectories.mask
     vocab = min(student.head.shape[0], model.head.shape[0])
+    read = trajectories.for_teacher
     if objective.needs_branches:
         ahead = objective.near_future
         extra = branch_columns(objective.branches, ahead.window)
-        columns = trajectories.sequence.shape[1] + extra
-        hidden, cache = trajectory_cache(model, trajectories, columns)
+        columns = read.sequence.shape[1] + extra
+        hidden, cache = trajectory_cache(model, read, columns)
     else:
-        hidden, cache = trajectory_states(model, trajectories), None
+        hidden, cache = trajectory_states(model, read), None
     logp = fused_token_logprobs(
         hidden, model.head, trajectories.tokens,
         vocab_size=vocab, layout=layout,
@@ -113,7 +115,7 @@ def _score_rows(
     offered = _offered(student, trajectories, scored, objective, layout)
     if objective.near_future is not None:
         scored = _look_ahead(
-            student, model, trajectories, scored, offered, cache, key,
+            student, model, read, scored, offered, cache, key,
             objective=objective, vocab=vocab, **branching,
         )  # fmt: skip
     if objective.batch_weights:
@@ -177,7 +179,7 @@ def _candidates(objective: Objective, offered: dict[str, Any]) -> Candidates:
 def _look_ahead(
     student: LanguageModel,
     model: LanguageModel,
-    trajectories: Trajectories,
+    read: Trajectories,
     scored: Scored,
     offered: dict[str, Any],
     cache: Any,
@@ -193,13 +195,11 @@ def _look_ahead(
     ahead = objective.near_future
     branch_key, select_key = jax.random.split(key)
     candidates = _candidates(objective, offered)
-    windows = near_future.student_windows(
-        trajectories, candidates, length=ahead.window
-    )
+    windows = near_future.student_windows(read, candidates, length=ahead.window)
     scored = scored.replace(candidates=candidates, student_windows=windows)
     if objective.needs_branches:
         continued, states = branch(
-            model, cache, scored.teacher_hidden, trajectories, candidates,
+            model, cache, scored.teacher_hidden, read, candidates,
             length=ahead.window, eos_ids=eos_ids, pad_id=pad_id,
             temperature=ahead.branch_temperature, key=branch_key,
             vocab_size=vocab, return_hidden=objective.needs_window_hidden,

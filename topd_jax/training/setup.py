@@ -151,10 +151,13 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
             part,
             tokenizer,
             max_length=settings.data.max_prompt_length,
+            teacher_width=settings.data.teacher_width,
             on_long_prompt=settings.data.on_long_prompt,
         )
         for part in parts
     )
+    if settings.is_offline:
+        encoded.require_same_prompts("train.stage=offline")
     teachers = (Teacher(models["teacher"]),) if not prompts_of else ()
     teachers += tuple(
         Teacher(models[f"teachers.{name}"], name, prompts)
@@ -193,7 +196,7 @@ def read_prompts(
         problems=settings.eval.problems,
         final_problems=settings.eval.final_problems,
         split=settings.eval.split,
-        teachers=tuple(settings.teachers),
+        templates=settings.templates,
     )
 
 
@@ -277,16 +280,15 @@ def _models(
     """Load models by section, their tokenizer, and the student's source."""
     paths, tokenizer = {}, None
     names = model_settings(settings)
-    if any(m.source == "world" for m in names.values()):
+    if any(m.in_world for m in names.values()):
         where = settings.world.cache or str(workdir / "world")
-        teacher_path, student_path, tokenizer = world_models(
-            settings.world, buckets.as_path(where)
-        )
-        paths = dict.fromkeys(names, teacher_path) | {"student": student_path}
+        *parts, tokenizer = world_models(settings.world, buckets.as_path(where))
+        world = dict(zip(("teacher", "student"), parts, strict=True))
+        paths = {n: world[model.world_part(n)] for n, model in names.items()}
     models, tokenizers, behind = {}, {}, {}
     options = tokenizer_options(settings)
     for name, model in names.items():
-        source = paths[name] if model.source == "world" else model.source
+        source = paths[name] if model.in_world else model.source
         models[name], own = _load(model, source, mesh, name == "student")
         tokenizers[name], behind[name] = tokenizer, own
         if own is not None:
@@ -314,7 +316,7 @@ def tokenizer_options(settings: Settings) -> dict[str, Any]:
     """
     ends: list[int] = []
     for model in model_settings(settings).values():
-        ends += () if model.source == "world" else end_ids(model.source)
+        ends += () if model.in_world else end_ids(model.source)
     ends += settings.data.end_ids
     thinking = settings.data.thinking
     template = {} if thinking is None else {"enable_thinking": thinking}

@@ -92,9 +92,8 @@ def model_configs(settings: Settings) -> dict[str, DecoderConfig]:
     configs = {}
     for name, model in model_settings(settings).items():
         student = name == "student"
-        if model.source == "world":
-            size = "student" if student else "teacher"
-            config = world_config(settings.world, size)
+        if model.in_world:
+            config = world_config(settings.world, model.world_part(name))
         else:
             config = shape_of(model.source)
         config = config.keep_layers(model.keep_layers or range(config.layers))

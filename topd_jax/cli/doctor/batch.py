@@ -88,10 +88,12 @@ def score(settings: Settings, setup: Setup, teacher: Teacher) -> Scores:
     trajectories = evaluator.writer(student, prompts, key)
     kinds = (model.config.dtype, model.config.param_dtype)
     twin = cast(student, min(kinds))  # "bfloat16" before "float32"
-    itself = evaluator.comparer(student, twin, trajectories)["reverse_kl"]
+    same = trajectories.replace(teacher_prompt=None)
+    itself = evaluator.comparer(student, twin, same)["reverse_kl"]
     seen = evaluator.comparer(student, model, trajectories)
     read = jax.jit(functools.partial(_prompt_nll, vocab=setup.vocab_size))
-    sums = itself, seen["reverse_kl"], seen["teacher_nll"], read(model, prompts)
+    asked = read(model, prompts.teacher or prompts)
+    sums = itself, seen["reverse_kl"], seen["teacher_nll"], asked
     means = [float(total / count) for total, count in hosts.on_host(sums)]
     dtypes = {*kinds, student.config.dtype, student.config.param_dtype}
     broken = () if all(map(math.isfinite, means)) else tuple(

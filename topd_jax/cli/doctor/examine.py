@@ -32,6 +32,7 @@ FILE_CHECKS: tuple[Callable[[Context], Iterable[Finding]], ...] = (
     tokens.templates,
     tokens.beginning,
     tokens.prompt_lengths,
+    tokens.teacher_prompts,
     tokens.ends,
     fit.dtypes,
     fit.repeatable,

@@ -128,7 +128,7 @@ def gather(
         return errors, None  # training it takes minutes
     read = functools.cache(functools.partial(_read, settings, workdir))
     files = {
-        name: attempt(name, read, model.source)
+        name: attempt(name, read, "world" if model.in_world else model.source)
         for name, model in model_settings(settings).items()
     }
     if None in files.values():
@@ -144,7 +144,7 @@ def gather(
 def uses_world(settings: Settings) -> bool:
     """Return whether a model of the run is the tiny world's."""
     models = model_settings(settings).values()
-    return any(model.source == "world" for model in models)
+    return any(model.in_world for model in models)
 
 
 def has_world(settings: Settings, workdir: pathlib.Path | None) -> bool:

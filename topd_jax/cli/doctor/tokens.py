@@ -5,12 +5,14 @@ asked, writes to the limit because its end is another id, or compares
 probabilities of ids that mean different things.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from topd_jax.cli.doctor.files import Context
 from topd_jax.cli.doctor.findings import Finding, judge, refusal
+from topd_jax.data.routing import places_of
 from topd_jax.data.tokenizers import Tokenizer
 
 _DIALOGUE = (
@@ -131,22 +133,53 @@ def beginning(context: Context) -> Iterator[Finding]:
 
 def prompt_lengths(context: Context) -> Iterator[Finding]:
     """Check how long prompts are, against data.max_prompt_length."""
+    if context.prompts:
+        sizes = np.asarray([len(ids) for ids in context.prompts])
+        limit = context.settings.data.max_prompt_length
+        yield _lengths("prompts", sizes, context, "max_prompt_length", limit)
+
+
+def teacher_prompts(context: Context) -> Iterator[Finding]:
+    """Show what teachers read instead of the prompts, and how long it is."""
     if not context.prompts:
         return
-    data = context.settings.data
-    sizes = np.asarray([len(ids) for ids in context.prompts])
+    for name, places in places_of(context.records).items():
+        records = [context.records[i] for i in places]
+        own = [r for r in records if "teacher_prompt" in r]
+        if not own:
+            continue
+        texts = [record["teacher_prompt"] for record in own]
+        sizes = [len(context.tokenizers[0].chat(text)) for text in texts]
+        yield _lengths(
+            f"teacher {name}".strip() + " reads",
+            np.asarray(sizes), context, "max_teacher_prompt_length",
+            context.settings.data.teacher_width,
+            f"{textwrap.shorten(texts[0], 200)!r} for {own[0]['source']}; ",
+        )  # fmt: skip
+
+
+def _lengths(
+    name: str,
+    sizes: np.ndarray,
+    context: Context,
+    key: str,
+    limit: int,
+    example: str = "",
+) -> Finding:
+    """Compare lengths of prompts with the limit that a setting is."""
     longest = int(sizes.max())
-    over = float((sizes > data.max_prompt_length).mean())
+    over = float((sizes > limit).mean())
     text = (
-        f"median {int(np.median(sizes))}, longest {longest} of at most "
-        f"{data.max_prompt_length} tokens (the first {len(sizes)})"
+        f"{example}median {int(np.median(sizes))}, longest {longest} of at "
+        f"most {limit} tokens (the first {len(sizes)})"
     )
     if over:
         text = f"{over:.0%} are longer than allowed: {text}"
-    fatal = data.on_long_prompt == "error" or over == 1
-    yield judge(
-        "prompts", over <= 0.1 * (not fatal), text,
-        f"--config.data.max_prompt_length={longest}, or leave some out with "
+    on_long_prompt = context.settings.data.on_long_prompt
+    fatal = on_long_prompt == "error" or over == 1
+    return judge(
+        name, over <= 0.1 * (not fatal), text,
+        f"--config.data.{key}={longest}, or leave some out with "
         "data.on_long_prompt='skip'",
         "error" if fatal else "warning",
     )  # fmt: skip

@@ -217,6 +217,7 @@ def solution(
     rng: random.Random,
     style: Style,
     habit: Habit | None = None,
+    steps: int | None = None,
 ) -> str:
     """Write a solution, step by step, in a style and with a habit of errors.
 
@@ -225,6 +226,7 @@ def solution(
       rng: source of randomness.
       style: probabilities of the surface forms.
       habit: the writer's errors; None writes a correct solution.
+      steps: the first ones alone, without the answer; None writes all.
 
     Returns:
       The text after the problem, without end-of-sequence token.
@@ -234,7 +236,7 @@ def solution(
     if habit is not None and rng.random() < habit.left_to_right:
         order = first_from_left
     text = ""
-    while len(expression) > 1:
+    for _ in range(len(expression) // 2 if steps is None else steps):
         i = order(expression)
         pair = expression[i - 1 : i + 2]
         value = compute(*pair)
@@ -253,8 +255,27 @@ def solution(
         text += connective + phrasing.format(
             pair=write(pair, said), after=after
         )
+    if steps is not None:
+        return text
     (ending,) = rng.choices(ENDINGS, style.ending)
     return text + ending.format(answer=expression[0])
+
+
+def privileged(problem: str) -> dict[str, str]:
+    """Return what a teacher that sees more may read of a problem.
+
+    Args:
+      problem: its text.
+
+    Returns:
+      "solution": a correct one in the teacher's style, always the same;
+      "hint": its first step.
+    """
+    write_steps = functools.partial(solution, problem, style=TEACHER_STYLE)
+    return {
+        "solution": write_steps(rng=random.Random(problem)),
+        "hint": write_steps(rng=random.Random(problem), steps=1),
+    }
 
 
 def _stays_positive(

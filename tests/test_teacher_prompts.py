@@ -1,0 +1,263 @@
+"""A teacher reads a prompt of its own before the student's completion."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_model, make_trajectories
+from small_run import assert_same_run, interrupted, settings_with
+from small_step import logp_of, scores, step
+
+from topd_jax.cli.doctor.examine import examine_files
+from topd_jax.data import prompts
+from topd_jax.data.sources import Fields, read_source, read_world
+from topd_jax.data.toy_world import problems
+from topd_jax.planning import programs
+from topd_jax.training import loop
+from topd_jax.training.dumps import arrays_of
+from topd_jax.training.logging import read_jsonl
+from topd_jax.training.placement import make_run_mesh
+from topd_jax.training.setup import load_setup
+from topd_jax.types import Prompts, Teacher
+
+TOPD = "topd(candidates=3, window=4, branch_fraction=1.0)"
+
+
+@pytest.fixture
+def rows(trajectories):
+    """Rows whose teachers read a longer prompt."""
+    other = make_trajectories(prompt=9, seed=5)
+    own = Prompts(other.prompt, other.prompt_mask)
+    return trajectories.replace(teacher_prompt=own)
+
+
+@pytest.fixture(scope="module")
+def teachers(teacher):
+    other = make_model(2, layers=1, width=32)
+    return Teacher(teacher, "code", 1), Teacher(other, "math", 3)
+
+
+def logp_after(model, prompt, mask, rows):
+    """f32[B, T, V] of a plain pass over these prompts and completions."""
+    plain = rows.replace(prompt=prompt, prompt_mask=mask, teacher_prompt=None)
+    return np.asarray(logp_of(model, plain))
+
+
+def along(model, prefixes, windows):
+    """f32[N, K, V]: each window's tokens after its prefix, one row each."""
+    widest, size = max(map(len, prefixes)), windows.shape[1]
+    tokens = np.zeros((len(prefixes), widest), np.int32)
+    for row, prefix in enumerate(prefixes):
+        tokens[row, widest - len(prefix) :] = prefix
+    mask = (
+        np.arange(widest) >= widest - np.array([*map(len, prefixes)])[:, None]
+    )
+    rows = make_trajectories(rows=len(prefixes), completion=size)
+    rows = rows.replace(
+        tokens=jnp.asarray(windows), mask=jnp.ones(windows.shape, bool)
+    )
+    return logp_after(model, jnp.asarray(tokens), jnp.asarray(mask), rows)
+
+
+def test_teachers_score_and_branch_after_their_own_prompt(
+    student, teachers, rows
+):
+    """Dense passes over each prompt and the completion say the same."""
+    scored = scores(student, teachers, rows, TOPD)
+    own, mask = rows.teacher_prompt, np.asarray(rows.mask)
+    students = logp_after(student, rows.prompt, rows.prompt_mask, rows)
+    total, guided, points = 0.0, 0.0, 0
+    for notes, teacher, part in zip(
+        scored, teachers, (slice(0, 2), slice(2, 8)), strict=True
+    ):
+        logp = logp_after(teacher.model, own.tokens, own.mask, rows)
+        tokens = np.asarray(rows.tokens)[..., None]
+        naive = -np.take_along_axis(logp, tokens, -1)[..., 0] * mask
+        np.testing.assert_allclose(
+            notes.teacher_token_loss, naive[part], rtol=1e-4, atol=1e-5
+        )
+        kl = np.sum(np.exp(students) * (students - logp), -1) * mask
+        total += kl[part].sum()
+        found = np.argwhere(np.asarray(notes.candidates.mask))
+        at = np.asarray(notes.candidates.positions)
+        read, written = (
+            [
+                np.r_[
+                    np.asarray(prompt[b + part.start])[
+                        np.asarray(exists[b + part.start])
+                    ],
+                    np.asarray(rows.tokens[b + part.start])[: at[b, m]],
+                ]
+                for b, m in found
+            ]
+            for prompt, exists in (
+                (own.tokens, own.mask), (rows.prompt, rows.prompt_mask)
+            )
+        )  # fmt: skip
+        windows = np.asarray(notes.teacher_windows.tokens)[tuple(found.T)]
+        valid = np.asarray(notes.teacher_windows.mask)[tuple(found.T)]
+        greedy = along(teacher.model, read, windows).argmax(-1)
+        np.testing.assert_array_equal(windows[valid], greedy[valid])
+        logp = along(student, written, windows)
+        chosen = np.take_along_axis(logp, windows[..., None], -1)[..., 0]
+        loss = -np.where(valid, chosen, 0).sum(1) / valid.sum(1)
+        divergent = np.asarray(notes.divergent)[tuple(found.T)]
+        guided += loss[divergent].sum()
+        points += divergent.sum()
+    _, metrics = step(student, teachers, rows, TOPD)
+    np.testing.assert_allclose(metrics["divergence"][0], total, rtol=1e-4)
+    np.testing.assert_allclose(metrics["guidance"][0], guided, rtol=1e-4)
+    assert metrics["guidance"][1] == points > 0
+
+
+def test_the_same_prompt_is_no_other_teacher(student, teacher, trajectories):
+    same = Prompts(trajectories.prompt, trajectories.prompt_mask)
+    (plain,) = scores(student, teacher, trajectories)
+    (own,) = scores(student, teacher, trajectories.replace(teacher_prompt=same))
+    np.testing.assert_array_equal(
+        plain.teacher_token_loss, own.teacher_token_loss
+    )
+
+
+# --- the data ---------------------------------------------------------------
+
+
+def read(tmp_path, *rows, field="", **templates):
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = Fields(
+        teacher=field, teachers=tuple(templates),
+        templates=templates or {"": "{question} Hint: {hint} {{1}}"},
+    )  # fmt: skip
+    records = read_source("jsonl", str(path), fields=fields)
+    return [record.get("teacher_prompt") for record in records]
+
+
+def test_templates_and_the_records_own_prompt(tmp_path):
+    rows = (
+        {"question": "1+1?", "hint": 2},
+        {"question": "1+2?", "hint": "3", "teacher_prompt": " "},
+        {"question": "1+3?", "teacher_prompt": "It is 4."},
+    )
+    assert read(tmp_path, *rows) == [
+        "1+1? Hint: 2 {1}", "1+2? Hint: 3 {1}", "It is 4."
+    ]  # fmt: skip
+    rows = ({"question": "a", "by": "code"}, {"question": "b", "by": "math"})
+    own = read(tmp_path, *rows, field="by", code="", math="{question}!")
+    assert own == [None, "b!"]
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"hint": ""}, {"hint": ["a"]}, {"teacher_prompt": ["a"]}]
+)
+def test_a_field_without_text_is_named(tmp_path, row):
+    bad = {"question": "1?"} | row
+    whole = {"question": "1?", "hint": "2"}
+    name = "teacher_prompt" if "teacher_prompt" in row else "hint"
+    with pytest.raises(ValueError, match=rf'line 2 has no text .* "{name}"'):
+        read(tmp_path, whole, bad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher__prompt": "Solve it."}, "'Solve it.' must name fields of"),
+        ({"teacher__prompt": "{} or {a!r}"}, "must name fields of a record"),
+        ({"teacher__prompt": "{question"}, "is no template (expected '}'"),
+        ({"student__prompt": "{question}"}, "student.prompt='{question}' must"),
+        ({"teacher__prompt": "{question} {so}"}, 'no text in the field "so" '
+         "(teacher.prompt); its fields are ['answer', 'hint', 'question', "
+         "'solution']; name one of them"),
+        ({"teacher__prompt": "{question}{question}"}, "tokens; the limit is "
+         "16: raise data.max_teacher_prompt_length"),
+        ({"teacher__prompt": "{hint}", "train__stage": "offline"},
+         "with train.stage=offline the teacher reads the student's prompts"),
+    ],
+)  # fmt: skip
+def test_what_no_teacher_can_read_is_refused(
+    world_cache, tmp_path, settings, message
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_setup(settings_with(world_cache, **settings), tmp_path)
+
+
+def test_batches_have_both_prompts(tokenizer):
+    template = "{question}{hint}"
+    records = read_world("train", 20, 0, template)
+    for record in records:
+        more = problems.privileged(record["prompt"])
+        assert record["teacher_prompt"] == record["prompt"] + more["hint"]
+        assert more["solution"].startswith(more["hint"])
+        assert problems.is_correct(record["prompt"], more["solution"])
+    longest = max(len(tokenizer.chat(r["teacher_prompt"])) for r in records)
+    told = dict(max_length=20, on_long_prompt="skip")
+    whole = prompts.encode_prompts(
+        records, tokenizer, teacher_width=longest, **told
+    )
+    less = prompts.encode_prompts(
+        records, tokenizer, teacher_width=longest - 1, **told
+    )
+    assert whole.skipped == 0 < less.skipped
+    parts = [
+        next(prompts.prompt_stream(
+            whole, batch_size=4, seed=0, process_index=i, process_count=2
+        ))
+        for i in range(2)
+    ]  # fmt: skip
+    for part in parts:
+        own = part.prompts.teacher
+        assert own.tokens.shape == (2, longest)
+        for row, place in enumerate(part.index):
+            text = records[place]["teacher_prompt"]
+            assert own.tokens[row][own.mask[row]].tolist() == tokenizer.chat(
+                text
+            )
+
+
+# --- a run ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(world_cache):
+    """The initial student, which has read the first step, is the teacher."""
+    return settings_with(
+        world_cache, teacher__source="world:student",
+        teacher__prompt="{question}{hint}", data__max_teacher_prompt_length=40,
+        data__samples=2, train__steps=3, log__statistics_every=1,
+    )  # fmt: skip
+
+
+def test_a_run_with_privileged_context_resumes(settings, tmp_path):
+    loop.train(settings, tmp_path / "whole")
+    with interrupted(3):
+        loop.train(settings, tmp_path / "parts")
+    loop.train(settings, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    first, *_ = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert first["reverse_kl"] > 1e-4  # one model, two prompts
+    assert first["divergence"] == pytest.approx(first["reverse_kl"], rel=1e-3)
+    start, *_ = read_jsonl(tmp_path / "whole" / "evals.jsonl")
+    assert start["reverse_kl"] > 1e-4
+
+
+def test_the_doctor_shows_what_the_teacher_reads(settings, tmp_path):
+    found = [
+        f for f in examine_files(settings, tmp_path)
+        if f.name == "teacher reads"
+    ]  # fmt: skip
+    (record,) = read_world("train", 1, 0, "{question}{hint}")
+    assert [f.level for f in found] == ["ok"]
+    assert f"{record['teacher_prompt']!r} for tiny world" in found[0].text
+    assert "of at most 40 tokens" in found[0].text
+
+
+def test_plans_and_dumps_hold_both_prompts(settings, rows):
+    mesh = make_run_mesh(settings, jax.devices()[:1])
+    planned = programs._prompts(settings, mesh, 8)
+    assert planned.teacher.tokens.shape == (8, 40)
+    arrays = arrays_of(rows)
+    assert arrays["teacher_prompt.tokens"].shape == (8, 9)
+    assert arrays["prompt"].shape == (8, 5)
