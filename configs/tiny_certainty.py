@@ -24,8 +24,13 @@ VARIANTS = (
     spell("topd", **TOPD, detector="future_loss"),
     spell("topd", **TOPD, percentile=0.0),
     spell(
-        "topd", **TOPD, ranking="random", candidates=1, branch_fraction=1.0,
-        detector="future_loss", percentile=0.0,
+        "topd",
+        **TOPD,
+        ranking="random",
+        candidates=1,
+        branch_fraction=1.0,
+        detector="future_loss",
+        percentile=0.0,
     ),
     # Without a look ahead.
     spell("opd", token_loss="jsd"),
