@@ -47,11 +47,6 @@ class DataSettings:
     )  # fmt: skip
     held_out: int = setting(64, "prompts set aside without eval_path", least=1)
 
-    @property
-    def teacher_width(self) -> int:
-        """Tokens of what a teacher reads instead of a prompt, at most."""
-        return self.max_teacher_prompt_length or self.max_prompt_length
-
 
 @dataclasses.dataclass(frozen=True)
 class OfflineSettings:

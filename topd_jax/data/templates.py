@@ -12,6 +12,8 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from topd_jax.data.settings import DataSettings
+
 # A record's own; it comes before the template.
 OWN_FIELD = "teacher_prompt"
 
@@ -35,6 +37,15 @@ def check_templates(student: str, templates: Mapping[str, str]) -> None:
     for name, template in templates.items():
         if template:
             _check(template, _setting(name))
+
+
+def teacher_width(data: DataSettings) -> int:
+    """Return how many tokens a teacher reads instead of a prompt, at most.
+
+    Args:
+      data: its lengths.
+    """
+    return data.max_teacher_prompt_length or data.max_prompt_length
 
 
 def _check(template: str, setting: str) -> None:

@@ -7,6 +7,7 @@ that does not fit gets the first of its list that applies; plan again with it.
 import math
 from collections.abc import Iterator
 
+from topd_jax.data.templates import teacher_width
 from topd_jax.planning.plan import Plan, ProgramPlan
 from topd_jax.training.config import Settings
 
@@ -41,7 +42,7 @@ def _options(
         yield f"mesh.data=1 --config.mesh.fsdp={mesh['data'] * mesh['fsdp']}"
     data = settings.data
     tokens = settings.rollout.max_new_tokens + (
-        data.teacher_width if name == "score" else data.max_prompt_length
+        teacher_width(data) if name == "score" else data.max_prompt_length
     )
     model = "teacher" if name == "score" else "student"
     attention = getattr(settings, model).attention

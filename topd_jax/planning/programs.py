@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from topd_jax.data.templates import teacher_width
 from topd_jax.evaluation.evaluator import write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import sharding
@@ -166,5 +167,5 @@ def _prompts(settings: Settings, mesh: Mesh, rows: int) -> Prompts:
 
     data, own = settings.data, None
     if any(settings.templates.values()):
-        own = prompts(data.teacher_width)
+        own = prompts(teacher_width(data))
     return _rows(prompts(data.max_prompt_length).replace(teacher=own), mesh)

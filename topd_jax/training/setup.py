@@ -14,6 +14,7 @@ from topd_jax.data import solutions as solution_data
 from topd_jax.data.routing import prompts_per_teacher
 from topd_jax.data.sources import Record, read_records
 from topd_jax.data.teachers import shared_vocab
+from topd_jax.data.templates import teacher_width
 from topd_jax.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
@@ -151,7 +152,7 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
             part,
             tokenizer,
             max_length=settings.data.max_prompt_length,
-            teacher_width=settings.data.teacher_width,
+            teacher_width=teacher_width(settings.data),
             on_long_prompt=settings.data.on_long_prompt,
         )
         for part in parts

@@ -13,6 +13,7 @@ import numpy as np
 from topd_jax.cli.doctor.files import Context
 from topd_jax.cli.doctor.findings import Finding, judge, refusal
 from topd_jax.data.routing import places_of
+from topd_jax.data.templates import teacher_width
 from topd_jax.data.tokenizers import Tokenizer
 
 _DIALOGUE = (
@@ -153,7 +154,7 @@ def teacher_prompts(context: Context) -> Iterator[Finding]:
         yield _lengths(
             f"teacher {name}".strip() + " reads",
             np.asarray(sizes), context, "max_teacher_prompt_length",
-            context.settings.data.teacher_width,
+            teacher_width(context.settings.data),
             f"{textwrap.shorten(texts[0], 200)!r} for {own[0]['source']}; ",
         )  # fmt: skip
 
