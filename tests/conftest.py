@@ -98,20 +98,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def few_maps_are_left() -> bool:
-    """Whether a third of the maps that Linux grants a process are in use."""
+def much_is_held() -> bool:
+    """Whether it is a third of the maps that Linux grants, or 3 GB."""
     try:
         most = int(Path("/proc/sys/vm/max_map_count").read_text())
-        return Path("/proc/self/maps").read_bytes().count(b"\n") > most / 3
+        maps = Path("/proc/self/maps").read_bytes().count(b"\n")
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return True
+    return maps > most / 3 or pages * os.sysconf("SC_PAGE_SIZE") > 3e9
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_let_go():
     """Each keeps mapped memory, and a process with too much is aborted."""
     yield
-    if few_maps_are_left():
+    if much_is_held():
         jax.clear_caches()
         gc.collect()
 
