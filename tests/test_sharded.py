@@ -16,7 +16,7 @@ OTHER = jax.sharding.AbstractMesh((4, 2), ("x", "y"))
 @pytest.mark.parametrize(
     ("script", "which", "count"),
     [
-        ("step", "meshes", 15),
+        ("step", "meshes", 9),
         ("step", "objectives", 7),
         ("step", "columns", 2),
         ("step", "recurrent", 4),
