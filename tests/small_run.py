@@ -94,11 +94,19 @@ def refusal_of(call: Callable[[], object]) -> str:
     return line
 
 
+# The programs of runs, by their settings and what they are made of.
+_programs: dict[tuple, tuple] = {}
+
+
 def run_in(settings: Settings, workdir: Path, setup: object) -> object:
-    """A run that leaves the setup as it was."""
+    """A run that leaves the setup as it was, and compiles what is new in it."""
     from topd_jax.training import loop
 
-    return loop.Run(settings, workdir, dataclasses.replace(setup))
+    run = loop.Run(settings, workdir, dataclasses.replace(setup))
+    _, run.compiled, run.evaluator = _programs.setdefault(
+        (repr(settings), id(setup)), (setup, run.compiled, run.evaluator)
+    )
+    return run
 
 
 @contextlib.contextmanager

@@ -7,7 +7,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_run import assert_same_run, changed, interrupted, settings_with
+from small_run import (
+    assert_same_run,
+    changed,
+    interrupted,
+    run_in,
+    settings_with,
+)
+from small_step import assert_trees_equal
 
 from topd_jax.cli.export import export
 from topd_jax.models import DecoderConfig, load, load_adapter, merge_lora
@@ -29,15 +36,10 @@ def settings(world_cache):
 
 
 @pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
+def finished(settings, setup, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("lora")
-    loop.train(settings, workdir)
+    run_in(settings, workdir, setup).train()
     return workdir
-
-
-@pytest.fixture(scope="module")
-def setup(settings, finished):
-    return load_setup(settings, finished)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +49,6 @@ def student(finished, settings, setup):
 
 def arrays(model):
     return {n: np.asarray(x) for n, x in model.arrays.items()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name, array in a.items():
-        np.testing.assert_array_equal(b[name], array, err_msg=name)
 
 
 def test_the_base_stays_and_is_not_saved(finished, student, setup):
@@ -72,10 +68,12 @@ def test_the_base_stays_and_is_not_saved(finished, student, setup):
         load(finished)
 
 
-def test_a_run_that_stopped_ends_bit_identical(finished, settings, tmp_path):
+def test_a_run_that_stopped_ends_bit_identical(
+    finished, settings, setup, tmp_path
+):
     with interrupted(3):
-        loop.train(settings, tmp_path)
-    loop.train(settings, tmp_path)
+        run_in(settings, tmp_path, setup).train()
+    run_in(settings, tmp_path, setup).train()
     assert_same_run(finished, tmp_path)
 
 
@@ -96,19 +94,19 @@ def test_adapters_go_out_and_in(finished, student, settings, setup, tmp_path):
     fields = json.loads((out / "adapter_config.json").read_text())
     source = fields["base_model_name_or_path"]
     base, _ = load(source, unroll=1)
-    assert_equal(arrays(load_adapter(base, out)), arrays(student))
+    assert_trees_equal(arrays(load_adapter(base, out)), arrays(student))
     again = changed(
         settings, "student", lora_rank=0, lora_alpha=16.0, adapter=str(out)
     )
     again = changed(again, "teacher", source=source, adapter=str(out))
     loaded = load_setup(again, tmp_path)
-    assert_equal(arrays(loaded.student), arrays(student))
+    assert_trees_equal(arrays(loaded.student), arrays(student))
     teacher, whole = loaded.teachers[0].model, arrays(merge_lora(student))
     assert teacher.config.lora is None
     for name, array in whole.items():
         np.testing.assert_allclose(teacher.arrays[name], array, atol=1e-6)
     export(settings, finished, "latest", merged)
-    assert_equal(arrays(load(merged)[0]), whole)
+    assert_trees_equal(arrays(load(merged)[0]), whole)
     # It says itself what it is.
     with pytest.raises(ValueError, match="'lora_rank': 3} and student.adapter"):
         changed(again, "student", lora_rank=3)
@@ -128,7 +126,7 @@ def test_adapters_learn_beside_a_quantized_base(settings, tmp_path):
     export(small, tmp_path, "latest", out, adapter=True)
     base, _ = load(setup.student_source, unroll=1)
     restored = split(load_adapter(base, out))[0]
-    assert_equal(arrays(restored), arrays(split(student)[0]))
+    assert_trees_equal(arrays(restored), arrays(split(student)[0]))
     with pytest.raises(ValueError, match="cannot export a quantized model"):
         export(small, tmp_path, "latest", tmp_path / "whole")
 

@@ -9,8 +9,10 @@ from small_run import (
     assert_same_run,
     changed,
     interrupted,
+    run_in,
     settings_with,
 )
+from small_step import assert_trees_equal
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.packing import SolutionStream
@@ -29,9 +31,9 @@ def settings(written, world_cache):
 
 
 @pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
+def finished(settings, setup, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
-    loop.train(settings, workdir)
+    run_in(settings, workdir, setup).train()
     return workdir
 
 
@@ -55,10 +57,12 @@ def test_a_run_reads_the_set(finished, written):
     assert rows[2]["forward_kl"] == divergence
 
 
-def test_a_stopped_run_resumes_bit_identically(settings, finished, tmp_path):
+def test_a_stopped_run_resumes_bit_identically(
+    settings, setup, finished, tmp_path
+):
     with interrupted(4):
-        loop.train(settings, tmp_path)
-    loop.train(settings, tmp_path)
+        run_in(settings, tmp_path, setup).train()
+    run_in(settings, tmp_path, setup).train()
     assert_same_run(finished, tmp_path)
 
 
@@ -105,11 +109,6 @@ def segments_of(rows):
     return sorted(out)
 
 
-def assert_same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def test_a_batch_holds_the_same_solutions_in_any_layout():
     packed, single = stream(), stream(length=0)
     seen = []
@@ -137,7 +136,7 @@ def test_processes_share_one_batch(length):
     for _ in range(4):
         rows = [next(part) for part in parts]
         together = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-        assert_same(together, next(whole))
+        assert_trees_equal(together, next(whole))
 
 
 def test_a_stream_continues_from_its_state():
@@ -146,7 +145,7 @@ def test_a_stream_continues_from_its_state():
         next(one)
     two.set_state(json.loads(json.dumps(one.get_state())))
     for _ in range(3):
-        assert_same(next(one), next(two))
+        assert_trees_equal(next(one), next(two))
     with pytest.raises(ValueError, match="made with other solutions"):
         stream(solutions(seed=1)).set_state(one.get_state())
 

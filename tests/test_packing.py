@@ -6,19 +6,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import EOS, PAD, VOCAB, make_trajectories
 from hypothesis import given
 from hypothesis import strategies as st
+from small_step import SGD, assert_trees_close, gradient
 
 from topd_jax.data.packing import first_fit, pack, row_count, rows_of
 from topd_jax.models import DecoderConfig, init_decoder
 from topd_jax.training.sft import read_rows, row_states, sft_step
 from topd_jax.training.step import init_state
 from topd_jax.types import Teacher
-
-SGD = optax.sgd(1.0)
 
 
 def pairs_of(trajectories):
@@ -51,8 +49,7 @@ def learn(student, teacher, rows, accumulate=1):
         read_rows(student, teachers, rows, slices=accumulate),
         kd_ratio=0.3, optimizer=SGD, accumulate=accumulate,
     )  # fmt: skip
-    grads = jax.tree.map(lambda a, b: a - b, student, state.student)
-    return grads, metrics
+    return gradient(student, state), metrics
 
 
 def test_first_fit_by_hand():
@@ -112,8 +109,7 @@ def test_layouts_agree_in_value_and_gradient(
     assert int(together.segments.max()) > 1
     grads, metrics = learn(student, teacher, rows_of(trajectories))
     got, other = learn(student, teacher, together, accumulate=accumulate)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
+    assert_trees_close(got, grads, rtol=2e-5, atol=2e-6)
     for name in set(metrics) - {"filled"}:
         np.testing.assert_allclose(other[name][0], metrics[name][0], rtol=1e-4)
         np.testing.assert_allclose(other[name][1], metrics[name][1])
