@@ -3,20 +3,16 @@
 import json
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 from small_files import LLAMA, assert_same, make, write_gguf
-from small_run import small_config
+from small_step import assert_trees_equal
 
 from topd_jax.cli import main
 from topd_jax.evaluation import benchmarking, grading
 from topd_jax.models import load
 from topd_jax.training import loop as training
-from topd_jax.training.config import settings_from
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.restore import load_student
-from topd_jax.training.setup import load_setup
 
 TESTS = Path(__file__).parent
 
@@ -100,19 +96,12 @@ def exported(trained, small_arguments, tmp_path_factory):
 
 
 def test_an_export_is_the_student(
-    exported, trained, world_cache, topd, small_arguments, tmp_path
+    exported, trained, settings, setup, topd, small_arguments, tmp_path
 ):
-    config = small_config()
-    config.world.cache = str(world_cache)
-    settings = settings_from(config)
-    setup = load_setup(settings, tmp_path)
     student, step = load_student(settings, trained, setup, "latest")
     assert step == 6
     model, tokenizer = load(exported)
-    for ours, theirs in zip(
-        jax.tree.leaves(student), jax.tree.leaves(model), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_trees_equal(student.arrays, model.arrays)
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation["eos_token_id"] == setup.tokenizer.eos_ids[0]
     text = setup.test.records[0]["prompt"]
