@@ -120,8 +120,15 @@ def compiled_programs_are_let_go():
 
 @pytest.fixture(scope="session")
 def world_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the small world's models are kept; made by the first who asks."""
-    return tmp_path_factory.mktemp("world")
+    """Where the small world's models are kept; made by the first who asks.
+
+    Processes that share the tests share it, and wait for one another.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    (base / "small-world").mkdir(exist_ok=True)
+    return base / "small-world"
 
 
 @pytest.fixture(scope="session")
