@@ -5,7 +5,6 @@ asked, writes to the limit because its end is another id, or compares
 probabilities of ids that mean different things.
 """
 
-import textwrap
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -155,8 +154,14 @@ def teacher_prompts(context: Context) -> Iterator[Finding]:
             f"teacher {name}".strip() + " reads",
             np.asarray(sizes), context, "max_teacher_prompt_length",
             teacher_width(context.settings.data),
-            f"{textwrap.shorten(texts[0], 200)!r} for {own[0]['source']}; ",
+            f"{_ends_of(texts[0])!r} for {own[0]['source']}; ",
         )  # fmt: skip
+
+
+def _ends_of(text: str, most: int = 120) -> str:
+    if len(text) <= 2 * most:
+        return text
+    return f"{text[:most]} ... {text[-most:]}"
 
 
 def _lengths(
