@@ -22,6 +22,7 @@ VARIANTS = (
     spell("topd", **TOPD, context="student"),
     # Does detection matter? By a free score, not at all, not even the ranking.
     spell("topd", **TOPD, detector="future_loss"),
+    spell("topd", **TOPD, detector="future_loss", window=5),
     spell("topd", **TOPD, percentile=0.0),
     spell(
         "topd",

@@ -46,6 +46,34 @@ def test_the_variants_are_those_of_the_record():
         assert shown[label][:3] == expected
 
 
+def test_the_gains_by_certainty_are_those_of_the_record():
+    rows = read_jsonl(RESULTS / "certainty.jsonl")
+    section = README.partition("## When does it help?")[2].partition("\n## ")[0]
+    table = {k: v for k, v in lines_of(section).items() if len(v) == 5}
+    shares, (forks, opd) = table["share read without precedence"], (
+        table["p of the right token at forks"], table["OPD"]
+    )  # fmt: skip
+    for column, share in enumerate(shares):
+        world = f"world.student_left_to_right={share}"
+        summary = summarize([r for r in rows if r["world"] == world])
+        printed = markdown(summary)
+        assert f"median probability of {forks[column]} (q" in printed
+        accuracy = lines_of(printed)["opd"][1].partition(" ")[0]
+        assert opd[column].startswith(accuracy)
+        gains = [
+            cells[column] for name, cells in table.items()
+            if cells not in (shares, forks, opd) and "---" not in name
+        ]  # fmt: skip
+        assert sum(map(bool, gains)) >= 12
+        assert all(f"| {gain} |" in printed for gain in gains if gain)
+    free = "| topd(guidance_weight=0.3, detector='future_loss') |"
+    for share in ("0.8", "0.99", "1.0"):
+        of_world = [r for r in rows if r["world"].endswith(f"={share}")]
+        longer = markdown(summarize(of_world, "opd;train.steps=405"))
+        (line,) = (x for x in longer.splitlines() if x.startswith(free))
+        assert cells(line)[3] in " ".join(section.split())
+
+
 @pytest.mark.parametrize("row", read_jsonl(RESULTS / "correct.jsonl"))
 def test_the_corrections_are_those_of_the_record(row):
     names = {"before", "opd", "topd:teacher", "topd:student"}

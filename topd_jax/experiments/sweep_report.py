@@ -38,13 +38,16 @@ _DETECTORS = {
 
 
 def write_report(
-    rows: Sequence[dict[str, Any]], folder: pathlib.Path
+    rows: Sequence[dict[str, Any]],
+    folder: pathlib.Path,
+    baseline: str = BASELINE,
 ) -> dict[str, Any]:
     """Write report.json, table.md and the curves.
 
     Args:
       rows: lines of a record, all of one sweep.
       folder: created where it is missing.
+      baseline: name of the variant that gains are over.
 
     Returns:
       name -> path of each file.
@@ -52,7 +55,9 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     worlds = dict.fromkeys(r.get("world", "") for r in rows)
     by_world = {
-        world: summarize([r for r in rows if r.get("world", "") == world])
+        world: summarize(
+            [r for r in rows if r.get("world", "") == world], baseline
+        )
         for world in worlds
     }
     summary = by_world if len(worlds) > 1 else by_world[next(iter(worlds))]
@@ -87,19 +92,22 @@ def _predicted(rows: Sequence[dict[str, Any]]) -> float | None:
     return None
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(
+    rows: Sequence[dict[str, Any]], baseline: str = BASELINE
+) -> dict[str, Any]:
     """Return all numbers of a sweep.
 
     Args:
       rows: lines of a record, all of one sweep.
+      baseline: name of the variant that gains are over.
 
     Returns:
-      JSON-able: "variants", one entry a name in the order of their first
-      line; "detector" and "right_at_forks", averaged over seeds; "machine"
-      and "seeds".
+      JSON-able: "baseline"; "variants", one entry a name in the order of
+      their first line; "detector" and "right_at_forks", averaged over seeds;
+      "machine" and "seeds".
     """
     names = dict.fromkeys(r["name"] for r in rows)
-    base = {r["seed"]: r for r in rows if r["name"] == BASELINE}
+    base = {r["seed"]: r for r in rows if r["name"] == baseline}
     variants = [
         _variant(n, [r for r in rows if r["name"] == n], base) for n in names
     ]
@@ -110,6 +118,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     detectors = [r["detector"] for r in rows if "detector" in r]
     certainties = [r["right_at_forks"] for r in rows if "right_at_forks" in r]
     return {
+        "baseline": baseline,
         "seeds": sorted({r["seed"] for r in rows}),
         "machine": sorted({r["machine"] for r in rows}),
         "variants": variants,
@@ -139,7 +148,7 @@ def _variant(
         numbers["exact_match"] = float(grades.mean())
         numbers["interval"] = bootstrap_interval(grades)
         numbers["greedy"] = _mean(r["greedy"]["exact_match"] for r in rows)
-        if paired and trained and name != BASELINE:
+        if paired and trained and paired[0][1]["name"] != name:
             gains = np.stack([_grades(r) - _grades(b) for r, b in paired])
             numbers["gain"] = float(gains.mean())
             numbers["gain_interval"] = bootstrap_interval(gains)
@@ -180,9 +189,10 @@ def markdown(summary: dict[str, Any]) -> str:
     Returns:
       Markdown: the variants, then the detectors.
     """
+    base = "OPD" if summary["baseline"] == BASELINE else summary["baseline"]
     variants = _table(
-        ("", "seeds", "exact match (95 %)", "gain over OPD (95 %)", "p",
-         "greedy", "validation", "reverse KL", "s a step", "÷ OPD"),
+        ("", "seeds", "exact match (95 %)", f"gain over {base} (95 %)", "p",
+         "greedy", "validation", "reverse KL", "s a step", f"÷ {base}"),
         map(_cells, summary["variants"]),
     )  # fmt: skip
     seeds = ", ".join(map(str, summary["seeds"]))
