@@ -9,12 +9,20 @@ import pytest
 from conftest import make_trajectories
 from small_files import RECURRENT, adapted, assert_same, logits_of, make
 
-from topd_jax.models import Lora, merge_lora, unembed
-from topd_jax.models.attention.masks import packed_intervals
+from topd_jax.models import Lora, causal_mask, merge_lora, unembed
+from topd_jax.models.attention.cache import Cache
+from topd_jax.models.attention.masks import causal_intervals, packed_intervals
 from topd_jax.models.decoder import drop_layers
 from topd_jax.models.io.peft import load_adapter, save_adapter
+from topd_jax.models.parameters import arrays_of
 from topd_jax.models.passes import branch_states, trajectory_cache
 from topd_jax.models.quantization import dequantize, quantize
+from topd_jax.models.recurrence import (
+    TokenOrder,
+    empty_states,
+    read_tokens,
+    token_order,
+)
 from topd_jax.sampling import branch, rollout
 from topd_jax.types import Candidates, Prompts
 
@@ -52,6 +60,78 @@ def test_padding_and_segments_leave_no_trace():
         jnp.repeat(jnp.arange(3), np.array([7, 7, 5]))[None],
     )
     np.testing.assert_allclose(got[0, :14].reshape(want.shape), want, atol=1e-4)
+
+
+def by_hand(w, mixed, rate, step):
+    """The layer of one segment in float64, a token and a head at a time."""
+    mixed, rate, step = (np.asarray(x, float) for x in (mixed, rate, step))
+    taps, heads, (k, v) = w["delta_conv"][:, 0], 4, (4, 6)
+    states, outs = np.zeros((heads, k, v)), []
+    for t in range(len(mixed)):
+        x = sum(
+            taps[:, -1 - back] * mixed[t - back]
+            for back in range(min(3, t + 1))
+        )
+        x = x / (1 + np.exp(-x))
+        query, key = x[: 2 * k].reshape(2, k), x[2 * k : 4 * k].reshape(2, k)
+        value = x[4 * k :].reshape(heads, v)
+        decay = np.exp(w["delta_a_log"]) * np.log1p(
+            np.exp(step[t] + w["delta_dt_bias"])
+        )
+        for h in range(heads):
+            q, key_h = query[h // 2], key[h // 2]
+            q = q / np.sqrt(q @ q + 1e-6) / np.sqrt(k)
+            key_h = key_h / np.sqrt(key_h @ key_h + 1e-6)
+            old = np.exp(-decay[h]) * states[h]
+            learned = value[h] - old.T @ key_h
+            learned = learned / (1 + np.exp(-rate[t, h]))
+            states[h] = old + np.outer(key_h, learned)
+            outs.append(states[h].T @ q)
+    return np.reshape(outs, (-1, heads, v))
+
+
+def test_a_layer_is_what_is_written_by_hand():
+    """Two segments of a row, and tokens that go on with the last of them."""
+    rng = np.random.default_rng(0)
+    layer = arrays_of(RECURRENT, make(RECURRENT).arrays, 0)
+    w = {n: np.asarray(x, float) for n, x in layer.items() if "delta" in n}
+    inputs = [
+        jnp.asarray(rng.normal(size=(1, 9, n)), jnp.float32) for n in (40, 4, 4)
+    ]
+    want = np.concatenate(
+        [by_hand(w, *(x[0, at] for x in inputs))
+         for at in (slice(0, 5), slice(5, 9))]
+    )  # fmt: skip
+    cache = Cache(None, None, jnp.zeros((), jnp.int32))
+    states, newest = empty_states(RECURRENT, (1,))
+    cache = cache.replace(states=states, inputs=newest)
+    packed = token_order(
+        packed_intervals(jnp.asarray([[0] * 5 + [1]])).widen(9), cache, 6
+    )
+    read = jax.jit(read_tokens, static_argnums=0)
+    outs, last = [], TokenOrder(jnp.ones((1, 1), bool))
+    for start, stop, order in ((0, 6, packed), (6, 7, last), (7, 8, last)):
+        part = [x[:, start:stop] for x in inputs]
+        out, cache = read(RECURRENT, layer, part, cache, None, order)
+        outs.append(out[0])
+    np.testing.assert_allclose(jnp.concatenate(outs), want[:8], atol=1e-5)
+
+
+def test_a_gap_begins_no_segment():
+    exists = jnp.asarray([[0, 0, 1, 1, 0, 0, 1, 0, 0], [1] * 7 + [0] * 2]) > 0
+    want = token_order(causal_intervals(exists), None, 9)
+    got = token_order(causal_mask(exists), None, 9)
+    np.testing.assert_array_equal(got.exists, want.exists)
+    started = jnp.cumsum(exists, axis=1) > 1
+    assert np.all(np.where(started, got.age > 0, got.age == 0))
+    segments = jnp.asarray([[0, 0, 0, 1, 2, 2]])
+    mask = packed_intervals(segments)
+    np.testing.assert_array_equal(
+        token_order(mask.dense(), None, 6).age, [[0, 1, 2, 0, 0, 1]]
+    )
+    np.testing.assert_array_equal(
+        token_order(mask, None, 6).age, [[0, 1, 2, 0, 0, 1]]
+    )
 
 
 @BOTH

@@ -31,7 +31,8 @@ class TokenOrder(NamedTuple):
 
     Attributes:
       exists: bool[B, S] tokens that are no padding; the others change no
-        state.
+        state, but to the convolution they are columns of zeros: those of a
+        segment stand together.
       age: i32[B, S] tokens of its own segment before each one; None where
         each is the newest of a row, or of a branch, of the cache.
       leaves: i32[B, M] columns at which branches leave a rollout; None
@@ -49,8 +50,8 @@ def token_order(mask: Mask, cache: Cache | None, count: int) -> TokenOrder:
     """Tell which token each one follows.
 
     Args:
-      mask: as a decoder takes it. Of bool[B, S, L] a token that does not
-        attend to the column before its own begins a segment.
+      mask: as a decoder takes it. Of bool[B, S, L] a token that attends to
+        no column before its own begins a segment.
       cache: to which the tokens are appended, or None.
       count: S, of the tokens.
     """
@@ -64,13 +65,10 @@ def token_order(mask: Mask, cache: Cache | None, count: int) -> TokenOrder:
     if isinstance(mask, IntervalMask):
         exists = jax.lax.dynamic_slice_in_dim(mask.exists, start, count, 1)
         return TokenOrder(exists, column - mask.first)
-
-    def attends(back: int) -> jax.Array:
-        at = jnp.maximum(column - back, 0)[None, :, None]
-        return jnp.take_along_axis(mask, at, axis=2)[..., 0]
-
-    first = jnp.where(attends(1) & (column > 0), 0, column)
-    return TokenOrder(attends(0), column - jax.lax.cummax(first, axis=1))
+    exists = jnp.take_along_axis(mask, column[None, :, None], axis=2)[..., 0]
+    earlier = jnp.arange(mask.shape[2]) < column[:, None]
+    first = jnp.where(jnp.any(mask & earlier, axis=2), 0, column)
+    return TokenOrder(exists, column - jax.lax.cummax(first, axis=1))
 
 
 def empty_states(
@@ -248,10 +246,12 @@ def _read_row(
     )
     x = _inputs(config, tokens._replace(mixed=mixed))
     out, after = read_chunks(x, state, leaves)
-    if leaves is None:
-        return out, after, whole[:, length:]
-    at = leaves[..., None] + jnp.arange(taps - 1)
+    back = jnp.arange(taps - 1)[::-1]
+    if leaves is None:  # nothing of a segment before the last one
+        own = tokens.age[:, -1:] >= back
+        return out, after, jnp.where(own[..., None], whole[:, length:], 0)
     rows = jnp.arange(len(whole))[:, None, None]
+    at = leaves[..., None] + jnp.arange(taps - 1)
     return out, after, whole[rows, at]
 
 
