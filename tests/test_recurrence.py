@@ -117,6 +117,30 @@ def test_a_layer_is_what_is_written_by_hand():
     np.testing.assert_allclose(jnp.concatenate(outs), want[:8], atol=1e-5)
 
 
+def test_tokens_are_the_same_in_a_row_and_one_by_one_in_bfloat16():
+    """Else a rollout is not what its losses read."""
+    config = RECURRENT.replace(dtype="bfloat16")
+    rng, ones = np.random.default_rng(0), jnp.ones((2, 4), bool)
+    layer = {
+        n: x.astype("bfloat16")
+        for n, x in arrays_of(RECURRENT, make(RECURRENT).arrays, 0).items()
+    }
+    inputs = [
+        jnp.asarray(rng.normal(size=(2, 4, n)), "bfloat16") for n in (40, 4, 4)
+    ]
+    read = jax.jit(read_tokens, static_argnums=0)
+    order = token_order(causal_intervals(ones), None, 4)
+    want, _ = read(config, layer, inputs, None, None, order)
+    cache = Cache(None, None, jnp.zeros((), jnp.int32))
+    states, newest = empty_states(config, (2,))
+    cache = cache.replace(states=states, inputs=newest)
+    for i in range(4):
+        part = [x[:, i : i + 1] for x in inputs]
+        order = TokenOrder(ones[:, :1])
+        got, cache = read(config, layer, part, cache, None, order)
+        np.testing.assert_allclose(got[:, 0], want[:, i], atol=1e-5)
+
+
 def test_a_gap_begins_no_segment():
     exists = jnp.asarray([[0, 0, 1, 1, 0, 0, 1, 0, 0], [1] * 7 + [0] * 2]) > 0
     want = token_order(causal_intervals(exists), None, 9)

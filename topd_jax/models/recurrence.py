@@ -214,7 +214,9 @@ def _read_newest(
     rows = tokens.mixed.shape[:2]
     window = before.reshape(*rows, *before.shape[-2:])
     window = jnp.concatenate([window, tokens.mixed[:, :, None]], axis=2)
-    mixed = jnp.einsum("bmwc,cw->bmc", window, w["delta_conv"][:, 0])
+    mixed = jnp.sum(
+        window.astype(jnp.float32) * jnp.swapaxes(_kernel(w), 0, 1), axis=2
+    ).astype(window.dtype)
     x = _inputs(config, tokens._replace(mixed=mixed))
     out, after = read_step(x, state.reshape(*rows, *state.shape[-3:]))
     return (
@@ -235,15 +237,16 @@ def _read_row(
     """Read a sequence; the states are those that :func:`read_chunks` says."""
     length, taps = tokens.mixed.shape[1], config.delta_conv
     whole = jnp.concatenate([before, tokens.mixed], axis=1)
+    kernel = _kernel(w)
     mixed = sum(
-        w["delta_conv"][:, 0, taps - 1 - back]
+        kernel[:, taps - 1 - back]
         * jnp.where(
             tokens.age[..., None] >= back,
             whole[:, taps - 1 - back :][:, :length],
             0,
         )
         for back in range(taps)
-    )
+    ).astype(whole.dtype)
     x = _inputs(config, tokens._replace(mixed=mixed))
     out, after = read_chunks(x, state, leaves)
     back = jnp.arange(taps - 1)[::-1]
@@ -274,6 +277,14 @@ def _read_branches(
     )
     out, _, _ = _read_row(config, w, tokens, state, before)
     return out.reshape(rows, -1, *out.shape[2:])
+
+
+def _kernel(w: dict[str, jax.Array]) -> jax.Array:
+    """Return the convolution's [C, taps]: it is summed in float32.
+
+    So that a token is the same read in a row and decoded.
+    """
+    return w["delta_conv"][:, 0].astype(jnp.float32)
 
 
 def _inputs(config: DecoderConfig, tokens: _Tokens) -> Inputs:
