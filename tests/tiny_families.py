@@ -240,7 +240,7 @@ MODELS = {
 # Those with options that others have not.
 SHORT = [
     "olmo3", "olmoe", "ministral3", "seed-oss", "phi3", "mixtral", "qwen2-moe",
-    "exaone4", "granite", "glm4", "gpt-oss", "gemma",
+    "exaone4", "granite", "glm4", "gpt-oss", "gemma", "qwen3-next", "qwen3.5",
 ]  # fmt: skip
 IMAGES = {
     "hidden_size": 16,
