@@ -118,6 +118,8 @@ def test_guidance_pays_where_it_pulls_harder():
     text = "topd(candidates=218, branch_fraction=1.0, window=50)"
     assert 0.01 < pays_below(make_objective(text), tokens=9688) < 0.03
     assert pays_below(make_objective("opd"), tokens=28) is None
+    for options in ("guidance_weight=0", "percentile=100", "threshold=0.3"):
+        assert pays_below(make_objective(f"topd({options})"), tokens=28) is None
     # More than reverse KL ever pulls: at any probability.
     strong = make_objective("topd(guidance_weight=9.0)")
     assert pays_below(strong, tokens=28) > 0.5
@@ -153,6 +155,12 @@ def test_gains_are_drawn_by_certainty(tmp_path):
             line("opd", 0, draw(1, 0.5), world=world),
             line("topd", 0, draw(1, 0.5 + gain), world=world),
         ]
+    # Where no fork was found nothing is known, and the others are drawn.
+    forks = {"forks": 0} | dict.fromkeys(("low", "median", "high"))
+    rows += [
+        line("start", 0, draw(0, 0.3), world="a", right_at_forks=forks),
+        line("opd", 0, draw(1, 0.5), world="a"),
+    ]
     files = write_report(rows, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert table.index("## world.seed=1") < table.index("## world.seed=2")

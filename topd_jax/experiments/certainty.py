@@ -82,13 +82,17 @@ def pays_below(
       right: q, the teacher's probability of the right token.
 
     Returns:
-      p, 0..1; None without such guidance.
+      p, 0..1; None without such guidance, or where nothing says how many
+      points of a row have it.
     """
     if objective.guidance is None or not objective.trains_on_branch:
         return None
     ahead = objective.near_future
     points = objective.branches * (1 - ahead.percentile / 100)
-    level = objective.guidance.weight * tokens / (points * ahead.window)
+    pull = objective.guidance.weight * tokens
+    if ahead.threshold is not None or not points or not pull > 0:
+        return None
+    level = pull / (points * ahead.window)
 
     def excess(p: float) -> float:
         return p * (_log_odds(right) - _log_odds(p)) - level

@@ -200,10 +200,10 @@ def markdown(summary: dict[str, Any]) -> str:
         f"\nSeeds {seeds}; {'; '.join(summary['machine'])}. p: adjusted for "
         "the number of comparisons (Holm).\n"
     )
-    if summary["right_at_forks"]:
+    certainty = summary["right_at_forks"]
+    if certainty and certainty["median"] is not None:  # there were forks
         low, median, high = (
-            f"{summary['right_at_forks'][name]:.2g}"
-            for name in ("low", "median", "high")
+            f"{certainty[name]:.2g}" for name in ("low", "median", "high")
         )
         foot += (
             f"The student gives the teacher's token at forks, before "
