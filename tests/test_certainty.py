@@ -97,6 +97,16 @@ def test_worlds_that_differ_in_the_student_have_one_teacher():
     assert usual[1] != other[1]
 
 
+def test_a_cached_student_of_another_tokenizer_is_not_read():
+    """Until all had the usual one, other habits made other ids."""
+    name = models._names(WorldSettings(student_left_to_right=0.99))[1]
+    assert name != "student-bc9aef60"
+    # Its ids were the usual ones.
+    assert models._names(WorldSettings(student_layers=3))[1] == (
+        "student-129549b2"
+    )
+
+
 def test_a_sharper_student_has_larger_logits():
     config = models.world_config(WorldSettings(), "student")
     plain = init_decoder(config, jax.random.key(0))
@@ -141,6 +151,18 @@ def test_every_variant_runs_in_every_world():
     assert [r.settings.world.seed for r in runs] == [0] * 4 + [3] * 4
     with pytest.raises(ValueError, match="sweep.worlds.*one of world"):
         list(sweep._runs(swept(worlds=("train.steps=3",))))
+
+
+def test_a_line_is_of_the_world_that_its_run_is_of(tmp_path):
+    """Whatever the sweep that wrote it called that world, if anything."""
+    record, spelled = tmp_path / "record.jsonl", "world.seed=0"
+    for before in ((), ("world.seed = 0",)):
+        old = next(sweep._runs(swept(worlds=before)))
+        row = {"name": old.name, "fingerprint": old.mark}
+        sweep.append_row(record, row | {"world": old.world} if before else row)
+    runs = sweep._runs(swept(worlds=(spelled, "world.seed=1")))
+    rows = sweep._rows(record, {(r.name, r.mark): r for r in runs})
+    assert [row["world"] for row in rows] == [spelled] * 2
 
 
 def test_gains_are_drawn_by_certainty(tmp_path):

@@ -13,7 +13,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ def _minutes_left(started: float, done: int, count: int) -> float:
 
 def _report(
     record: pathlib.Path,
-    runs: Container[tuple[str, str]],
+    runs: Mapping[tuple[str, str], "_Run"],
     workdir: pathlib.Path,
 ) -> dict[str, Any]:
     files = write_report(_rows(record, runs), workdir / "report")
@@ -97,9 +97,14 @@ def _report(
 
 
 def _rows(
-    record: pathlib.Path, runs: Container[tuple[str, str]]
+    record: pathlib.Path, runs: Mapping[tuple[str, str], "_Run"]
 ) -> list[dict[str, Any]]:
-    return [row for row in read_jsonl(record) if _key(row) in runs]
+    """Return the lines of some runs, of worlds as these spell them."""
+    return [
+        row | {"world": runs[_key(row)].world}
+        for row in read_jsonl(record)
+        if _key(row) in runs
+    ]
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str]:

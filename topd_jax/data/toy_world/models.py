@@ -34,6 +34,8 @@ from topd_jax.parallel import buckets, hosts, lock
 TRAINED = pathlib.Path(__file__).parent / "trained"
 # Part of the tiny world -> its PRNG stream.
 _STREAMS = {"teacher": 0, "student": 1}
+# What of a student's corpus is its own.
+_HABITS = ("student_left_to_right", "student_drops_carry")
 # Groups of rows of similar lengths that training takes in turn.
 _GROUPS = 4
 
@@ -170,10 +172,12 @@ def _hash_of(settings: WorldSettings, part: str) -> str:
         key: value
         for key, value in fields.items()
         # Habits are in all names: the tokenizer is trained on both corpora.
-        if other is None
-        or not key.startswith(other)
-        or key in ("student_left_to_right", "student_drops_carry")
+        if other is None or not key.startswith(other) or key in _HABITS
     }
+    usual = dataclasses.asdict(_usual(settings))
+    if any(kept[key] != usual[key] for key in _HABITS):
+        # Under the name without it: with ids of a tokenizer of its own.
+        kept["tokenizer"] = "of the usual student"
     # A sample of both corpora stands for the code that writes them.
     sample = _corpora(dataclasses.replace(settings, solutions=50))
     text = json.dumps([part, kept, sample], sort_keys=True)
