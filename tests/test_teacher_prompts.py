@@ -15,6 +15,7 @@ from topd_jax.cli.doctor.examine import examine_files
 from topd_jax.data import prompts
 from topd_jax.data.sources import Fields, read_source, read_world
 from topd_jax.data.toy_world import problems
+from topd_jax.experiments import sweep
 from topd_jax.planning import programs
 from topd_jax.training import loop
 from topd_jax.training.dumps import arrays_of
@@ -252,6 +253,13 @@ def test_the_doctor_shows_what_the_teacher_reads(settings, tmp_path):
     assert [f.level for f in found] == ["ok"]
     assert f"{record['teacher_prompt']!r} for tiny world" in found[0].text
     assert "of at most 40 tokens" in found[0].text
+
+
+def test_a_sweep_measures_the_teacher_with_what_it_reads(settings, tmp_path):
+    setup = load_setup(settings, tmp_path)
+    run = sweep._Run("teacher", "", settings)
+    row = sweep._measure(run, tmp_path, setup)["evaluation"]
+    assert abs(row["reverse_kl"]) < 1e-5
 
 
 def test_plans_and_dumps_hold_both_prompts(settings, rows):

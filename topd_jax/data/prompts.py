@@ -58,6 +58,18 @@ class EncodedPrompts:
             and tuple(self.teacher_ids[i] for i in places),
         )
 
+    @property
+    def for_teacher(self) -> "EncodedPrompts":
+        """The prompts as teachers read them, for one that is to write."""
+        if self.teacher_ids is None:
+            return self
+        return dataclasses.replace(
+            self,
+            ids=self.teacher_ids,
+            max_length=self.teacher_width,
+            teacher_ids=None,
+        )
+
     def require_same_prompts(self, command: str) -> None:
         """Refuse prompts of the teachers' own.
 
