@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_model, make_trajectories
-from small_run import assert_same_run, interrupted, settings_with
+from small_run import assert_same_run, changed, interrupted, settings_with
 from small_step import logp_of, scores, step
 
 from topd_jax.cli.doctor.examine import examine_files
 from topd_jax.data import prompts
 from topd_jax.data.sources import Fields, read_source, read_world
+from topd_jax.data.templates import teacher_prompt
 from topd_jax.data.toy_world import problems
 from topd_jax.experiments import sweep
 from topd_jax.planning import programs
@@ -151,6 +152,15 @@ def test_templates_and_the_records_own_prompt(tmp_path):
     assert own == [None, "b!"]
 
 
+def test_not_a_number_is_no_text():
+    """Tables have columns of any width."""
+    row = {"question": "1?", "hint": np.float32("nan")}
+    with pytest.raises(ValueError, match="has no text in the field"):
+        teacher_prompt(row, "", "{question}{hint}", "line 1")
+    row["teacher_prompt"] = np.float32("nan")
+    assert teacher_prompt(row, "", "", "line 1") is None
+
+
 @pytest.mark.parametrize(
     "row", [{}, {"hint": ""}, {"hint": ["a"]}, {"teacher_prompt": ["a"]}]
 )
@@ -182,7 +192,8 @@ def test_what_no_teacher_can_read_is_refused(
     world_cache, tmp_path, settings, message
 ):
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_setup(settings_with(world_cache, **settings), tmp_path)
+        settings = settings_with(world_cache, **settings)
+        load_setup(settings, tmp_path).stream(settings)
 
 
 def test_batches_have_both_prompts(tokenizer):
@@ -265,6 +276,9 @@ def test_a_sweep_measures_the_teacher_with_what_it_reads(settings, tmp_path):
 def test_plans_and_dumps_hold_both_prompts(settings, rows):
     mesh = make_run_mesh(settings, jax.devices()[:1])
     planned = programs._prompts(settings, mesh, 8)
+    assert planned.teacher.tokens.shape == (8, 40)
+    own = changed(settings, "teacher", prompt="")  # of the records alone
+    planned = programs._prompts(own, mesh, 8)
     assert planned.teacher.tokens.shape == (8, 40)
     arrays = arrays_of(rows)
     assert arrays["teacher_prompt.tokens"].shape == (8, 9)

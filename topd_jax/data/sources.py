@@ -243,7 +243,8 @@ def _record(
         )
     answer = as_text(row.get(fields.answer), source)
     # Tables that are made into JSON spell what is missing as null or NaN.
-    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+    nan = isinstance(answer, numbers.Real) and math.isnan(answer)
+    if answer is None or nan:
         answer = ""
     if not isinstance(answer, str | numbers.Real):
         raise ValueError(

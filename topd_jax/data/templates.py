@@ -101,7 +101,7 @@ def _setting(teacher: str) -> str:
 def _is_missing(value: object) -> bool:
     # Tables that are made into JSON spell what is missing as null or NaN.
     blank = isinstance(value, str | bytes) and not value.strip()
-    nan = isinstance(value, float) and math.isnan(value)
+    nan = isinstance(value, numbers.Real) and math.isnan(value)
     return value is None or blank or nan
 
 

@@ -16,6 +16,7 @@ from topd_jax.losses.fused import fused_map
 from topd_jax.losses.log_probs import token_logprobs
 from topd_jax.models.passes import trajectory_states
 from topd_jax.objectives.objective import Objective
+from topd_jax.parallel.hosts import on_host
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup
 from topd_jax.types import Trajectories
@@ -46,8 +47,8 @@ def right_at_forks(settings: Settings, setup: Setup) -> dict[str, Any]:
             [r["prompt"] for r in seen.records],
             written.tokens, written.mask, setup.tokenizer, window=1,
         )  # fmt: skip
-        right = _right(setup.student, setup.teachers[0].model, written)
-        found.append(np.exp(np.asarray(right))[labels.token == truth.FORK])
+        right = on_host(_right(setup.student, setup.teachers[0].model, written))
+        found.append(np.exp(right)[labels.token == truth.FORK])
     values = np.concatenate(found)
     names = {"low": 0.25, "median": 0.5, "high": 0.75}
     return {"forks": values.size} | {

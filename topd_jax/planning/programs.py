@@ -166,6 +166,7 @@ def _prompts(settings: Settings, mesh: Mesh, rows: int) -> Prompts:
         return Prompts(tokens, jax.ShapeDtypeStruct((rows, width), bool))
 
     data, own = settings.data, None
-    if any(settings.templates.values()):
+    # A record's own needs no template.
+    if any(settings.templates.values()) or data.max_teacher_prompt_length:
         own = prompts(teacher_width(data))
     return _rows(prompts(data.max_prompt_length).replace(teacher=own), mesh)

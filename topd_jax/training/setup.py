@@ -81,6 +81,8 @@ class Setup:
     def stream(self, settings: Settings) -> Iterator[Any]:
         """Return the checkpointable iterator over prompts, or solutions."""
         data, offline = settings.data, settings.offline
+        if settings.is_offline:  # of a sweep, one run may be
+            self.encoded.require_same_prompts("train.stage=offline")
         process = dict(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -157,8 +159,6 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         )
         for part in parts
     )
-    if settings.is_offline:
-        encoded.require_same_prompts("train.stage=offline")
     teachers = (Teacher(models["teacher"]),) if not prompts_of else ()
     teachers += tuple(
         Teacher(models[f"teachers.{name}"], name, prompts)
