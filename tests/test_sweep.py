@@ -105,7 +105,7 @@ def test_a_finished_sweep_only_reports(
     def forbidden(*_):
         raise AssertionError("a recorded run was made again")
 
-    monkeypatch.setattr(sweep, "_run", forbidden)
+    monkeypatch.setattr(sweep, "_measure", forbidden)
     monkeypatch.setattr(sweep, "load_setup", forbidden)
     # A record may hold the runs of another sweep.
     record = finished / "record.jsonl"
@@ -139,21 +139,24 @@ def test_an_unknown_variant_is_refused_before_the_first_run(
 
 
 def test_what_belongs_to_one_sweep_is_told_by_its_settings():
+    def mark_of(settings):
+        return sweep._Run("opd", "", settings).mark
+
     settings = settings_with()
-    mark = sweep._mark(settings)
+    mark = mark_of(settings)
     for same in (
         changed(settings, "sweep", seeds=(1, 2)),
         changed(settings, "world", cache="y"),
         changed(settings, "log", every=9),
     ):
-        assert sweep._mark(same) == mark
+        assert mark_of(same) == mark
     for other in (
         dataclasses.replace(settings, objective="topd(window=3)"),
         changed(settings, "optimizer", learning_rate=0.5),
         changed(settings, "world", seed=1),
         changed(settings, "eval", final_problems=9),
     ):
-        assert sweep._mark(other) != mark
+        assert mark_of(other) != mark
 
 
 def own_objective(strength: float = 1.0) -> Objective:

@@ -191,9 +191,12 @@ def test_a_field_without_text_is_named(tmp_path, row):
 def test_what_no_teacher_can_read_is_refused(
     world_cache, tmp_path, settings, message
 ):
+    def start():
+        made = settings_with(world_cache, **settings)
+        return load_setup(made, tmp_path).stream(made)
+
     with pytest.raises(ValueError, match=re.escape(message)):
-        settings = settings_with(world_cache, **settings)
-        load_setup(settings, tmp_path).stream(settings)
+        start()
 
 
 def test_batches_have_both_prompts(tokenizer):
