@@ -1,6 +1,8 @@
 """A student that is sure of its errors: the mechanism, its worlds, controls."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,30 @@ def test_worlds_that_differ_in_the_student_have_one_teacher():
     assert usual[1] != other[1]
 
 
+def test_the_tokenizer_is_trained_on_the_usual_student(tmp_path, monkeypatch):
+    texts, trained = [], []
+
+    def tokenizer(*corpora, vocab_size):
+        texts.append(corpora)
+        return types.SimpleNamespace(model=b"")
+
+    def train(settings, part, pairs, _):
+        trained.append((part, pairs))
+
+    monkeypatch.setattr(models, "train_tokenizer", tokenizer)
+    monkeypatch.setattr(models, "_train", train)
+    monkeypatch.setattr(models, "cast", lambda model, _: model)
+    monkeypatch.setattr(models, "save_model", lambda *_, model_type: None)
+    small = WorldSettings(solutions=50)
+    for share in (0.5, 1.0):
+        world = dataclasses.replace(small, student_left_to_right=share)
+        models._make(world, tmp_path)
+    assert texts[0] == texts[1]
+    (_, teacher), (_, student), (_, same), (_, other) = trained
+    assert teacher == same
+    assert student != other
+
+
 def test_a_cached_student_of_another_tokenizer_is_not_read():
     """Until all had the usual one, other habits made other ids."""
     name = models._names(WorldSettings(student_left_to_right=0.99))[1]
@@ -151,6 +177,27 @@ def test_every_variant_runs_in_every_world():
     assert [r.settings.world.seed for r in runs] == [0] * 4 + [3] * 4
     with pytest.raises(ValueError, match="sweep.worlds.*one of world"):
         list(sweep._runs(swept(worlds=("train.steps=3",))))
+
+
+def test_every_world_has_models_of_its_own(tmp_path, monkeypatch):
+    loaded, measured = [], []
+
+    def load(settings, _):
+        loaded.append(settings.world.seed)
+        return settings.world.seed
+
+    def measure(run, _, setup):
+        measured.append((run.settings.world.seed, setup))
+        where = {"world": run.world, "fingerprint": run.mark}
+        return line(run.name, run.settings.seed, draw(0, 0.5), **where)
+
+    monkeypatch.setattr(sweep, "load_setup", load)
+    monkeypatch.setattr(sweep, "_measure", measure)
+    worlds = ("world.seed=3", "world.seed=4")
+    settings = swept(worlds=worlds, variants=("opd",), seeds=(0, 1))
+    sweep.sweep(settings, tmp_path)
+    assert loaded == [3, 4]
+    assert measured == ([(3, 3)] * 3 + [(4, 4)] * 3) * 2
 
 
 def test_a_line_is_of_the_world_that_its_run_is_of(tmp_path):

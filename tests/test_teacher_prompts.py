@@ -16,7 +16,7 @@ from topd_jax.data import prompts
 from topd_jax.data.sources import Fields, read_source, read_world
 from topd_jax.data.templates import teacher_prompt
 from topd_jax.data.toy_world import problems
-from topd_jax.experiments import sweep
+from topd_jax.experiments import certainty, sweep
 from topd_jax.planning import programs
 from topd_jax.training import loop
 from topd_jax.training.dumps import arrays_of
@@ -113,6 +113,17 @@ def test_teachers_score_and_branch_after_their_own_prompt(
     np.testing.assert_allclose(metrics["divergence"][0], total, rtol=1e-4)
     np.testing.assert_allclose(metrics["guidance"][0], guided, rtol=1e-4)
     assert metrics["guidance"][1] == points > 0
+
+
+def test_certainty_is_of_what_the_teacher_says_after_its_prompt(
+    student, teacher, rows
+):
+    own, mask = rows.teacher_prompt, np.asarray(rows.mask)
+    logp = logp_after(student, rows.prompt, rows.prompt_mask, rows)
+    right = logp_after(teacher, own.tokens, own.mask, rows).argmax(-1)
+    expected = np.take_along_axis(logp, right[..., None], -1)[..., 0]
+    found = np.asarray(certainty._right(student, teacher, rows))
+    np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-4)
 
 
 def test_the_same_prompt_is_no_other_teacher(student, teacher, trajectories):
@@ -230,6 +241,18 @@ def test_batches_have_both_prompts(tokenizer):
             assert own.tokens[row][own.mask[row]].tolist() == tokenizer.chat(
                 text
             )
+
+
+def test_some_prompts_are_taken_with_what_their_teachers_read(tokenizer):
+    records = read_world("train", 4, 0, "{question}{hint}")
+    del records[1]["teacher_prompt"]  # this one is read by both
+    encoded = prompts.encode_prompts(records, tokenizer, max_length=40)
+    asked = encoded.take([3, 1])
+    (batch,) = prompts.ordered_batches(asked, batch_size=2)
+    own = batch.prompts.teacher
+    texts = records[3]["teacher_prompt"], records[1]["prompt"]
+    for tokens, mask, text in zip(own.tokens, own.mask, texts, strict=True):
+        assert tokens[mask].tolist() == tokenizer.chat(text)
 
 
 # --- a run ------------------------------------------------------------------

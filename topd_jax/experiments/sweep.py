@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import logging
+from tqdm import tqdm
 
 from topd_jax.experiments.certainty import right_at_forks
 from topd_jax.experiments.detectors import measure_detectors
@@ -27,6 +27,7 @@ from topd_jax.parallel import hosts, lock
 from topd_jax.training.config import Settings, settings_from
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.loop import Run
+from topd_jax.training.recovery import say
 from topd_jax.training.setup import Setup, load_setup
 
 # What the runs of a sweep may differ in: models and problems are shared.
@@ -62,8 +63,8 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         rows = hosts.from_first(lambda: read_jsonl(record, fields=_FIELDS))
         recorded = {_key(row) for row in rows}
         missing = {key: run for key, run in runs.items() if key not in recorded}
-        logging.info("%s holds %d of %d runs", record, len(runs) - len(missing),
-                     len(runs))  # fmt: skip
+        say(tqdm, f"{record} holds {len(runs) - len(missing)} of {len(runs)} "
+            "runs")  # fmt: skip
         setups: dict[str, Setup] = {}
         started = time.monotonic()
         for done, run in enumerate(missing.values()):
@@ -74,16 +75,11 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
                 append_row(record, row)
                 # So that there is something to look at meanwhile.
                 files = write_report(_rows(record, runs), workdir / "report")
-                logging.info(
-                    "%s done; about %.0f min for the other %d; see %s",
-                    run.name, _minutes_left(started, done + 1, len(missing)),
-                    len(missing) - done - 1, list(files.values())[-1],
-                )  # fmt: skip
+                left, last = len(missing) - done - 1, list(files.values())[-1]
+                minutes = (time.monotonic() - started) / (done + 1) / 60 * left
+                say(tqdm, f"{run.name} done; about {minutes:.0f} min for the "
+                    f"other {left}; see {last}")  # fmt: skip
         return hosts.from_first(lambda: _report(record, runs, workdir))
-
-
-def _minutes_left(started: float, done: int, count: int) -> float:
-    return (time.monotonic() - started) / done * (count - done) / 60
 
 
 def _report(
