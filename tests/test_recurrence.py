@@ -11,7 +11,12 @@ from small_files import RECURRENT, adapted, assert_same, logits_of, make
 
 from topd_jax.models import Lora, causal_mask, merge_lora, unembed
 from topd_jax.models.attention.cache import Cache
-from topd_jax.models.attention.masks import causal_intervals, packed_intervals
+from topd_jax.models.attention.masks import (
+    BranchMask,
+    CachedMask,
+    causal_intervals,
+    packed_intervals,
+)
 from topd_jax.models.decoder import drop_layers
 from topd_jax.models.io.peft import load_adapter, save_adapter
 from topd_jax.models.parameters import arrays_of
@@ -24,6 +29,7 @@ from topd_jax.models.recurrence import (
     token_order,
 )
 from topd_jax.sampling import branch, rollout
+from topd_jax.sampling.layerwise import unstack
 from topd_jax.types import Candidates, Prompts
 
 UNROLLED = dataclasses.replace(RECURRENT, unroll=4)
@@ -174,6 +180,33 @@ def test_a_rollout_is_what_one_reading_says(config):
     )  # fmt: skip
     held = rollout(model, prompts, KEY, samples=2, slots=2, **run)
     np.testing.assert_array_equal(held.tokens, out.tokens)
+
+
+@pytest.mark.parametrize("branches", [0, 2])
+def test_layers_apart_keep_each_its_own(branches):
+    """A token read from a cache in which no two states are the same."""
+    model, length = make(UNROLLED), 5
+    rng, m = np.random.default_rng(0), branches or 1
+    cache = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
+        model.init_cache(2, length, branches),
+    ).replace(length=jnp.asarray(3, jnp.int32))
+    exists = jnp.ones((2, length), bool)
+    mask = CachedMask(exists, jnp.asarray(4), 4)
+    if branches:
+        mask = BranchMask(exists, jnp.full((2, 2), 2), 3)
+    given = tokens_of(2, m), jnp.full((2, m), 3), mask
+    want, kept = jax.jit(lambda f, *x: f(*x))(model, *given, cache)
+    reader, apart = unstack(model, cache, length)
+    got, apart = jax.jit(lambda f, *x: f(*x))(reader, *given, apart)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for i, layer in enumerate([0, 2]):
+        np.testing.assert_allclose(
+            apart[layer].states, kept.states[i], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            apart[layer].inputs, kept.inputs[i], atol=1e-5
+        )
 
 
 @BOTH
