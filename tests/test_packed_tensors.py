@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_files import make
+from small_files import assert_same, make
 from test_registry import CONFIGS
 
 from topd_jax.models import load, save_model
@@ -102,3 +102,38 @@ def test_any_part_is_the_part_of_the_whole():
         else:
             up = parts["model.layers.2.mlp.experts.1.up_proj.weight"]
             np.testing.assert_array_equal(up, whole[1, 3:6, 7:13:2].T)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "body", "head", "others"),
+    [
+        ("qwen3_5_text", "qwen3_5", "model.language_model.", "lm_head.",
+         ("model.visual.merger.norm.weight", "mtp.norm.weight")),
+        ("mistral", "mistral3", "language_model.model.",
+         "language_model.lm_head.",
+         ("vision_tower.ln_pre.weight", "multi_modal_projector.norm.weight")),
+    ],
+)  # fmt: skip
+def test_the_text_beside_images_in_both_spellings(
+    name, whole, body, head, others, tmp_path
+):
+    model = make(CONFIGS[name].replace(tied=False))
+    path = save_model(model, tmp_path / "m", model_type=name)
+    file, config = path / "model.safetensors", path / "config.json"
+    tensors = {other: np.ones(3, np.float32) for other in others}
+    for tensor, array in load_file(file).items():
+        own = tensor.replace("model.", body, 1).replace("lm_head.", head, 1)
+        tensors[own] = array
+    save_file(tensors, file, metadata={"format": "pt"})
+    fields = json.loads(config.read_text())
+    config.write_text(
+        json.dumps(
+            {
+                "model_type": whole,
+                "text_config": fields,
+                "vision_config": {},
+                "tie_word_embeddings": False,
+            }
+        )
+    )
+    assert_same(load(path)[0], model)
