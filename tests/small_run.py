@@ -118,6 +118,9 @@ def interrupted(step: int):
 
     def stopping(self: loop.Run, at: int) -> object:
         if at == step:
+            # Unlike a process that is killed, this one would write on.
+            self.checkpoints.wait()
+            self.best.wait()
             raise KeyboardInterrupt
         return plain(self, at)
 
