@@ -74,6 +74,17 @@ def test_the_gains_by_certainty_are_those_of_the_record():
         assert cells(line)[3] in " ".join(section.split())
 
 
+def test_the_privileged_teachers_are_those_of_the_record():
+    printed = markdown(summarize(read_jsonl(RESULTS / "privileged.jsonl")))
+    section = README.partition("## A teacher that sees more")[2]
+    lines = [cells(x) for x in section.splitlines() if x.startswith("| ")][1:8]
+    records = [cells(x) for x in printed.splitlines() if x.startswith("| ")]
+    for shown, (_, _, accuracy, gain, _, greedy, _, kl, *_) in zip(
+        lines, records[2:9], strict=True
+    ):
+        assert shown[1:] == [accuracy, gain, greedy, kl]
+
+
 @pytest.mark.parametrize("row", read_jsonl(RESULTS / "correct.jsonl"))
 def test_the_corrections_are_those_of_the_record(row):
     names = {"before", "opd", "topd:teacher", "topd:student"}
