@@ -240,7 +240,8 @@ class Scored:
         teacher's windows; kept only where the guidance asks for them.
       weights: f32[B, T] product of the token weights that need the whole
         batch.
-      uniforms: f32[B, T] draws in 0..1, where a piece names them.
+      uniforms: f32[B, T] draws in 0..1, where a piece names them: one a token,
+        which all pieces that name it share.
       teacher: the teacher's name; "" for the only one. Static.
     """
 
