@@ -179,7 +179,7 @@ def test_every_variant_runs_in_every_world():
         list(sweep._runs(swept(worlds=("train.steps=3",))))
 
 
-def test_every_world_has_models_of_its_own(tmp_path, monkeypatch):
+def test_every_world_has_models_of_its_own(tmp_path, monkeypatch, capsys):
     loaded, measured = [], []
 
     def load(settings, _):
@@ -196,6 +196,9 @@ def test_every_world_has_models_of_its_own(tmp_path, monkeypatch):
     worlds = ("world.seed=3", "world.seed=4")
     settings = swept(worlds=worlds, variants=("opd",), seeds=(0, 1))
     sweep.sweep(settings, tmp_path)
+    told = capsys.readouterr().err
+    assert "holds 0 of 12 runs" in told
+    assert "opd done; about 0 min for the other 9; see" in told
     assert loaded == [3, 4]
     assert measured == ([(3, 3)] * 3 + [(4, 4)] * 3) * 2
 

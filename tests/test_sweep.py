@@ -115,8 +115,7 @@ def test_a_finished_sweep_only_reports(
     text = record.read_text()
     main.run([*arguments, f"--workdir={finished}"])
     assert record.read_text() == text
-    out, told = capsys.readouterr()
-    assert "holds 4 of 4 runs" in told
+    out = capsys.readouterr().out
     files = json.loads(out[out.index("\n{") :])
     folder = finished / "report"
     assert files["table_file"] == str(folder / "table.md")
