@@ -63,13 +63,14 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         rows = hosts.from_first(lambda: read_jsonl(record, fields=_FIELDS))
         recorded = {_key(row) for row in rows}
         missing = {key: run for key, run in runs.items() if key not in recorded}
-        say(tqdm, f"{record} holds {len(runs) - len(missing)} of {len(runs)} "
-            "runs")  # fmt: skip
         setups: dict[str, Setup] = {}
         started = time.monotonic()
         for done, run in enumerate(missing.values()):
             if run.world not in setups:
                 setups[run.world] = load_setup(run.settings, workdir)
+            if not done:  # what is refused is one line
+                say(tqdm, f"{record} holds {len(runs) - len(missing)} of "
+                    f"{len(runs)} runs")  # fmt: skip
             row = _measure(run, workdir, setups[run.world])
             if hosts.is_first():
                 append_row(record, row)
