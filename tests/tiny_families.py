@@ -146,7 +146,7 @@ MODELS = {
     ),
     "phi3": (
         "Phi3",
-        {"sliding_window": 7, "partial_rotary_factor": 0.75,
+        {"sliding_window": 7, "partial_rotary_factor": 0.5,
          "original_max_position_embeddings": 4095},
     ),
     "mixtral": (
