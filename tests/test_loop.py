@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compiled_once
@@ -91,6 +93,17 @@ def test_a_run_that_is_killed_twice_ends_bit_identical(
         )  # fmt: skip
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         assert read_jsonl(tmp_path / "metrics.jsonl")
+    loop.train(settings, tmp_path)
+    assert_same_run(trained, tmp_path)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    trained, settings, tmp_path, monkeypatch
+):
+    minutes, told = itertools.cycle((0, 4, -4)), time.time
+    monkeypatch.setattr(time, "time", lambda: told() + 60 * next(minutes))
+    with interrupted(4):
+        loop.train(settings, tmp_path)
     loop.train(settings, tmp_path)
     assert_same_run(trained, tmp_path)
 

@@ -6,6 +6,7 @@ The formulas are in :mod:`topd_jax.losses.token_weights`.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from topd_jax.losses import token_weights
 from topd_jax.losses.log_probs import LOG_FLOOR
@@ -147,7 +148,7 @@ class Retain:
     def __call__(self, uniforms: jax.Array, mask: jax.Array) -> jax.Array:
         """Compute the weights, f32[B, T]."""
         kept = mask & (uniforms < self.fraction)
-        return token_weights.renormalized(kept.astype(float), mask)
+        return token_weights.renormalized(kept.astype(jnp.float32), mask)
 
 
 @row_wise
