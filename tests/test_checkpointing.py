@@ -17,8 +17,9 @@ from small_step import assert_trees_equal
 
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.pieces import describe
-from topd_jax.training import checkpointing
-from topd_jax.training.checkpointing import Checkpoints, require_same_run
+from topd_jax.training import checkpointing, identity
+from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.identity import require_same_run
 
 SETTINGS = settings_with()
 OBJECTIVE = describe(make_objective(SETTINGS.objective))
@@ -38,7 +39,7 @@ def record(**changes) -> dict:
         settings=SETTINGS, objective=OBJECTIVE, teachers=TEACHERS,
         position={"next_index": 3}, student=LLAMA,
     )  # fmt: skip
-    made = checkpointing.record(**(arguments | changes))
+    made = identity.record(**(arguments | changes))
     return json.loads(json.dumps(made))
 
 
@@ -159,7 +160,7 @@ def test_what_changes_no_number_may_differ(settings, caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("name", checkpointing.MAY_CHANGE)
+@pytest.mark.parametrize("name", identity.MAY_CHANGE)
 def test_the_ways_out_of_an_unstable_run_may_change_and_are_logged(
     name, caplog
 ):

@@ -11,7 +11,7 @@ from small_run import assert_same_run, settings_with
 from small_step import assert_trees_equal
 
 from topd_jax.models import load
-from topd_jax.training import checkpointing, loop
+from topd_jax.training import identity, loop
 from topd_jax.training.checkpointing import Checkpoints
 from topd_jax.training.logging import read_jsonl
 
@@ -25,7 +25,7 @@ def state(value: float) -> dict:
 def save(directory, *steps):
     checkpoints = Checkpoints(directory, 3)
     for step in steps:
-        record = checkpointing.record(
+        record = identity.record(
             settings_with(), {"name": "opd"}, {}, {"next_index": step}, None
         )
         checkpoints.save(step, state(step), jax.random.key(step), record)

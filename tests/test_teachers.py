@@ -15,8 +15,8 @@ from small_run import (
 from topd_jax.data.toy_world import problems
 from topd_jax.models import DecoderConfig, init_decoder, save_model
 from topd_jax.training import loop
-from topd_jax.training.checkpointing import record, require_same_run
 from topd_jax.training.config import settings_from
+from topd_jax.training.identity import record, require_same_run
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.setup import load_setup
 

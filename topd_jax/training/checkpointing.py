@@ -1,16 +1,13 @@
-"""Checkpoints with orbax, and what must agree before one is resumed.
+"""Checkpoints with orbax.
 
 A checkpoint holds the train state (what is trained of the student, optimizer,
 step), the run's PRNG key, the position in the data, and a record of what it
-belongs to: format, settings, objective, the fingerprints of the teachers and
-of what the student does not train, and the student's shape, by which other
-runs load it (:mod:`topd_jax.models.io.runs`). What is not trained is never
+belongs to (:mod:`topd_jax.training.identity`). What is not trained is never
 saved.
 """
 
 import itertools
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,35 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from topd_jax.models import DecoderConfig
 from topd_jax.models.io import checksums, runs
 from topd_jax.parallel import buckets, hosts, lock
-from topd_jax.settings import flat
-from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
+from topd_jax.training.identity import FORMAT, READABLE
 
-# Of the record; other numbers are refused by name. 2 has no checksums.
-FORMAT = 3
-_READABLE = (2, FORMAT)
-# Settings that may differ between a run and its continuation: they change
-# what is logged or done in trouble, not what is computed.
-_FREE = (
-    "log", "checkpoint", "guard", "sweep", "world.cache", "offline.shard_size",
-    *NO_IDENTITY,
-)  # fmt: skip
-# Settings that may change when a run is resumed, with a line in the log: the
-# ways out of an unstable run, and its length. So may the floors of losses.
-MAY_CHANGE = (
-    "optimizer.learning_rate",
-    "optimizer.end_learning_rate",
-    "optimizer.clip",
-    "train.steps",
-    "train.max_skipped",
-    "train.chunk_size",
-    "rollout.sharding",
-    "rollout.branch_sharding",
-)
-# What settings of earlier checkpoints are called now.
-_RENAMED = {"data.teacher_prompts": "data.prompts_per_teacher"}
 # An array is stored in pieces of at most this: whoever reads a part of it, or
 # spreads it over other devices, unpacks the pieces of that part alone.
 _CHUNK_BYTES = 8 << 20
@@ -72,7 +44,7 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(
                     # In the background, of the first process alone.
-                    post_finalization_callback=self._write_checksums
+                    post_finalization_callback=self._write_checksums,
                 ),
             ),
             # Not by the names that lie beside a checkpoint, unverified.
@@ -214,7 +186,7 @@ class Checkpoints:
         saved = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
-        if saved.get("format", 1) not in _READABLE:
+        if saved.get("format", 1) not in READABLE:
             raise ValueError(
                 f"the checkpoint {self._directory / str(step)} has format "
                 f"{saved.get('format', 1)} and this version of topd_jax reads "
@@ -264,117 +236,3 @@ def _is_shared(x: Any) -> bool:
 def has_steps(directory: pathlib.Path) -> bool:
     """Return whether a directory holds a complete checkpoint."""
     return bool(runs.steps(directory))
-
-
-def record(
-    settings: Settings,
-    objective: Any,
-    teachers: Mapping[str, str],
-    position: dict[str, Any],
-    student: DecoderConfig | None,
-    *,
-    frozen: str = "",
-) -> dict[str, Any]:
-    """Make what a checkpoint says about itself.
-
-    Args:
-      settings: of the run.
-      objective: :func:`~topd_jax.objectives.pieces.describe` of it.
-      teachers: name -> fingerprint.
-      position: the data iterator's state, JSON-able.
-      student: its shape, so that others can load it from here; None for a
-        student that is no decoder.
-      frozen: fingerprint of what the student does not train; "": nothing.
-
-    Returns:
-      A JSON-able dictionary.
-    """
-    shape = {} if student is None else {"student": student.to_dict()}
-    return {
-        "format": FORMAT,
-        "settings": settings.to_dict(),
-        "objective": objective,
-        "teachers": dict(teachers),
-        "frozen": frozen,
-        "data": position,
-    } | shape
-
-
-def _may_change(name: str) -> bool:
-    return name in MAY_CHANGE or (
-        name.startswith("objective.") and name.endswith(".log_floor")
-    )
-
-
-def require_same_run(
-    saved: dict[str, Any],
-    settings: Settings,
-    objective: Any,
-    teachers: Mapping[str, str] | None,
-    where: str,
-    *,
-    frozen: str = "",
-    free: tuple[str, ...] = (),
-) -> None:
-    """Refuse to continue another run's checkpoint.
-
-    Args:
-      saved: the record of the checkpoint.
-      settings: of the run that wants to continue it.
-      objective: its description.
-      teachers: name -> fingerprint of its teachers; None before models are
-        loaded, which compares settings alone.
-      where: the checkpoint's directory, for the error.
-      frozen: fingerprint of what its student does not train.
-      free: sections that may differ besides those that change nothing: a
-        student is read, and not trained on.
-
-    Raises:
-      ValueError: naming every setting that differs, or the teacher, or the
-        model under the student's adapters.
-    """
-    out = "; use another --workdir, or the settings it was started with"
-    # A setting that is younger than the checkpoint was at its default there.
-    before = defaults_of(settings.to_dict()) | {
-        _RENAMED.get(name, name): value
-        for name, value in flat(saved["settings"]).items()
-    }
-    now = flat(settings.to_dict())
-    for tree, known in ((saved["objective"], before), (objective, now)):
-        known.pop("objective", None)  # one objective has several spellings
-        # A function has its name under "" where options are beside it.
-        options = flat({"objective": tree}).items()
-        known |= {name.rstrip("."): value for name, value in options}
-    differing = {
-        name: f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-        and not any(
-            name == f or name.startswith(f + ".") for f in (*_FREE, *free)
-        )
-    }
-    changed = [differing.pop(n) for n in tuple(differing) if _may_change(n)]
-    if differing:
-        raise ValueError(
-            f"the checkpoint in {where} belongs to a run with other settings "
-            f"({'; '.join(differing.values())}){out}"
-        )
-    if teachers is None:
-        return
-    for line in changed:
-        logging.warning("resumed with another setting: %s", line)
-    there = saved["teachers"]
-    for name in sorted(there.keys() | teachers.keys()):
-        if there.get(name) != teachers.get(name):
-            raise ValueError(
-                f"the checkpoint in {where} was made with another teacher "
-                + (f"{name!r} " if name else "")
-                + f"(fingerprint {there.get(name)} there, "
-                f"{teachers.get(name)} here){out}"
-            )
-    if saved["frozen"] != frozen:
-        raise ValueError(
-            f"the checkpoint in {where} holds adapters of another model, or "
-            f"of another scale (fingerprint {saved['frozen'] or 'none'} there, "
-            f"{frozen or 'none'} here){out}"
-        )

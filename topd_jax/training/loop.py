@@ -25,7 +25,7 @@ from topd_jax.objectives.loading import make_objective, parse
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
 from topd_jax.parallel import batches, buckets, hosts, lock, stopping
-from topd_jax.training import checkpointing, recovery
+from topd_jax.training import checkpointing, identity, recovery
 from topd_jax.training.ahead import compile_ahead, trace_run
 from topd_jax.training.compiled import (
     compile_step,
@@ -190,7 +190,7 @@ class Run:
         saved = self.checkpoints.record(step)
         where = self.workdir / runs.LATEST
         recovery.require_steps(self.settings, step, where)
-        checkpointing.require_same_run(
+        identity.require_same_run(
             saved,
             self.settings,
             describe(self.objective),
@@ -384,7 +384,7 @@ class Run:
         self.restart = None
 
     def _save_to(self, checkpoints: checkpointing.Checkpoints) -> None:
-        record = checkpointing.record(
+        record = identity.record(
             self.settings,
             describe(self.objective),
             self.setup.teacher_fingerprints,

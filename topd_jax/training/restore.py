@@ -13,7 +13,7 @@ from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.pieces import describe
 from topd_jax.parallel import buckets, hosts
-from topd_jax.training import checkpointing
+from topd_jax.training import checkpointing, identity
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
 
@@ -93,7 +93,7 @@ def _require(
     setup: Setup | None = None,
 ) -> None:
     """Refuse another run's checkpoint; without a setup, by settings alone."""
-    checkpointing.require_same_run(
+    identity.require_same_run(
         saved,
         settings,
         # An objective given in Python is known to its run alone.
