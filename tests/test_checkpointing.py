@@ -121,6 +121,22 @@ def test_an_error_of_the_background_write_is_raised(tmp_path, monkeypatch):
         save(saved, 4)
 
 
+def test_a_save_that_hangs_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing, "_SAVE_SECONDS", 0)
+    answers = threading.Event()
+    monkeypatch.setattr(
+        checkpointing.checksums, "write_checksums", lambda _: answers.wait()
+    )
+    saved = Checkpoints(tmp_path, 2)
+    save(saved, 1)
+    with pytest.raises(TimeoutError, match="See that this storage answers"):
+        saved.wait()
+    answers.set()
+    monkeypatch.undo()
+    saved.close()
+    assert saved.latest() == 1
+
+
 def test_another_format_is_refused_by_name(tmp_path):
     saved = Checkpoints(tmp_path, 2)
     old = record()

@@ -100,8 +100,8 @@ def test_a_run_that_is_killed_twice_ends_bit_identical(
 def test_a_clock_that_jumps_changes_nothing(
     trained, settings, tmp_path, monkeypatch
 ):
-    minutes, told = itertools.cycle((0, 4, -4)), time.time
-    monkeypatch.setattr(time, "time", lambda: told() + 60 * next(minutes))
+    hours, told = itertools.cycle((0, 0.1, -0.1, 240)), time.time
+    monkeypatch.setattr(time, "time", lambda: told() + 3600 * next(hours))
     with interrupted(4):
         loop.train(settings, tmp_path)
     loop.train(settings, tmp_path)

@@ -8,6 +8,7 @@ saved.
 
 import itertools
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from topd_jax.training.identity import FORMAT, READABLE
 # An array is stored in pieces of at most this: whoever reads a part of it, or
 # spreads it over other devices, unpacks the pieces of that part alone.
 _CHUNK_BYTES = 8 << 20
+# A save that takes longer hangs; seconds that passed, whatever clocks say.
+_SAVE_SECONDS = 7200
+_NEVER = 10 * 365 * 24 * 3600
 
 
 class Checkpoints:
@@ -43,6 +47,10 @@ class Checkpoints:
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(
+                    # Orbax's limits, that of a directory fixed, are of the
+                    # wall clock, which may jump; see wait.
+                    timeout_secs=_NEVER,
+                    create_directories_asynchronously=False,
                     # In the background, of the first process alone.
                     post_finalization_callback=self._write_checksums,
                 ),
@@ -170,7 +178,21 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Wait until every checkpoint is on disk, or raise what went wrong."""
+        """Wait until every checkpoint is on disk.
+
+        Raises:
+          OSError: what went wrong; TimeoutError for a save that takes hours.
+        """
+        started = time.monotonic()
+        while self._manager.is_saving_in_progress():
+            if time.monotonic() - started > _SAVE_SECONDS:
+                raise TimeoutError(
+                    f"saving a checkpoint in {self._directory} was waited for "
+                    f"for over {_SAVE_SECONDS} s; the steps since the one "
+                    "before it are not saved. See that this storage answers, "
+                    "and start the same command again"
+                )
+            time.sleep(0.01)
         try:
             self._manager.wait_until_finished()
         except OSError as error:
