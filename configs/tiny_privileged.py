@@ -1,8 +1,9 @@
 """The student as its own teacher, which sees more: what tames pivot tokens?
 
 The teacher is the initial student, which also reads a correct solution's first
-step. A few tokens then carry most of the gradient: plain distillation in both
-directions, each id's term of the KL clipped, and near-future guidance.
+step; --config.teacher.source=student makes it the student of every step. A few
+tokens then carry most of the gradient: plain distillation in both directions,
+each id's term of the KL clipped, and near-future guidance.
 
 topd sweep --config tiny_privileged --workdir runs/privileged
 """

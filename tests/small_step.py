@@ -9,6 +9,7 @@ import optax
 from conftest import EOS, PAD
 
 from topd_jax.models import causal_mask, unembed
+from topd_jax.models.lora import split
 from topd_jax.objectives.loading import make_objective
 from topd_jax.training.score import score
 from topd_jax.training.step import init_state, train_step
@@ -35,7 +36,7 @@ def scores(student, teachers, trajectories, objective="opd", seed=3):
 @functools.partial(jax.jit, static_argnames=("objective", "accumulate"))
 def update(student, trajectories, scored, objective, accumulate):
     return train_step(
-        init_state(student, SGD), trajectories, scored,
+        init_state(student, SGD), trajectories, scored, split(student)[1],
         objective=make_objective(objective), optimizer=SGD,
         accumulate=accumulate,
     )  # fmt: skip

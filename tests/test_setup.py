@@ -117,7 +117,7 @@ def test_a_batch_must_divide_over_the_mesh(tmp_path, monkeypatch, section):
         ({"student__source": "BARE"},
          r"tokenizer has 64 ids .*vocab_size=50 is smaller"),
         ({"student__source": "BARE", "teacher__source": "BARE"},
-         "neither .* has a tokenizer"),
+         "no tokenizer in .*student.source"),
         ({"student__source": "GGUF", "teacher__source": "GGUF",
           "data__end_ids": (50,)}, r"end_ids=\(50,\) must be below 50, the id"),
     ],

@@ -216,13 +216,14 @@ class Windows:
 
 @struct.dataclass
 class Scored:
-    """What one frozen teacher says about its rows of a batch.
+    """What one teacher says about its rows of a batch.
 
     Every array is data: no gradient flows through it. The near-future fields
     are None where the objective does not look ahead.
 
     Attributes:
-      teacher_head: [V, D_teacher] the teacher's output head.
+      teacher_head: [V, D_teacher] the teacher's output head; None: the
+        student's own, see :meth:`head_beside`.
       teacher_hidden: [B, T, D_teacher] the teacher's final hidden states, in
         completion coordinates and its own compute dtype.
       teacher_token_loss: f32[B, T] -log p_T(y_t), nats, 0 outside the mask.
@@ -245,7 +246,7 @@ class Scored:
       teacher: the teacher's name; "" for the only one. Static.
     """
 
-    teacher_head: Head
+    teacher_head: Head | None
     teacher_hidden: jax.Array
     teacher_token_loss: jax.Array
     candidates: Candidates | None = None
@@ -261,13 +262,24 @@ class Scored:
     uniforms: jax.Array | None = None
     teacher: str = struct.field(pytree_node=False, default="")
 
+    def head_beside(self, student: Any) -> Head:
+        """Return the teacher's head [V, D_teacher], all of it data.
+
+        Args:
+          student: the model that was scored.
+        """
+        if self.teacher_head is not None:
+            return self.teacher_head
+        return jax.lax.stop_gradient(student.head)
+
 
 @struct.dataclass
 class Teacher:
-    """A frozen teacher, and how many prompts of each batch are its own.
+    """A teacher, and how many prompts of each batch are its own.
 
     Attributes:
-      model: any :class:`~topd_jax.models.protocol.LanguageModel`.
+      model: any :class:`~topd_jax.models.protocol.LanguageModel`, frozen;
+        None: the student itself, as it is at every step.
       name: "" for the only one; static.
       prompts: consecutive prompts of every batch that belong to it; static.
         The only teacher reads every row, whatever the number.
@@ -276,6 +288,14 @@ class Teacher:
     model: Any
     name: str = struct.field(pytree_node=False, default="")
     prompts: int = struct.field(pytree_node=False, default=1)
+
+    def beside(self, student: Any) -> Any:
+        """Return the model that reads.
+
+        Args:
+          student: as it is now.
+        """
+        return student if self.model is None else self.model
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

@@ -201,7 +201,7 @@ def _token_losses(run: Run, rows: Any, scored: Any) -> jax.Array:
             offered = {"tokens": own.tokens, "uniforms": notes.uniforms}
             _, of_rows = fused_weighted_sum(
                 states(student, own), student.head,
-                notes.teacher_hidden, teacher.teacher_head,
+                notes.teacher_hidden, teacher.head_beside(student),
                 own.mask.astype(jnp.float32), loss, layout=layout,
                 rows=pick(loss, offered),
                 temperature=1.0 if packed else run.objective.temperature,

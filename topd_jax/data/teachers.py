@@ -1,4 +1,4 @@
-"""Frozen teachers, each with rows of its own in every batch.
+"""Teachers, each with rows of its own in every batch.
 
 The paper has one teacher; several are an addition of this project.
 
@@ -32,7 +32,7 @@ def shared_vocab(student: Any, teachers: Sequence[Teacher]) -> int:
       student: the model that writes.
       teachers: that read.
     """
-    models = [student, *(t.model for t in teachers)]
+    models = [student, *(t.beside(student) for t in teachers)]
     return min(model.head.shape[0] for model in models)
 
 

@@ -142,7 +142,7 @@ class Evaluator:
     Attributes:
       options: how many problems, how they are sampled.
       rollout: length and sharding of completions.
-      teachers: frozen models.
+      teachers: of the run.
       tokenizer: of all models.
       mesh: of devices.
       validation: held-out prompts for the interval.
@@ -291,10 +291,10 @@ class Evaluator:
         parts: list[dict] = []
         number = itertools.count()
         records = encoded.records[:count]
-        models = {t.name: t.model for t in self.teachers}
+        models = {t.name: t.beside(student) for t in self.teachers}
         groups = places_of(records)
         if len(models) == 1:  # it reads all, whatever they name
-            models = {"": self.teachers[0].model}
+            models = {"": self.teachers[0].beside(student)}
             groups = {"": list(range(len(records)))}
         for name, places in groups.items():
             for batch in prompt_data.ordered_batches(
@@ -347,7 +347,7 @@ class Evaluator:
         writer = self.writer.trace(student, *asked)
         yield "evaluation", [writer]
         read = (writer.out_info, *next(self._parts(batch.index >= 0)))
-        models = [t.model for t in self.teachers]
+        models = [t.beside(student) for t in self.teachers]
         yield (
             "comparison",
             [self.comparer.trace(student, model, *read) for model in models],

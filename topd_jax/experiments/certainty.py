@@ -47,7 +47,8 @@ def right_at_forks(settings: Settings, setup: Setup) -> dict[str, Any]:
             [r["prompt"] for r in seen.records],
             written.tokens, written.mask, setup.tokenizer, window=1,
         )  # fmt: skip
-        right = on_host(_right(setup.student, setup.teachers[0].model, written))
+        teacher = setup.teachers[0].beside(setup.student)
+        right = on_host(_right(setup.student, teacher, written))
         found.append(np.exp(right)[labels.token == truth.FORK])
     values = np.concatenate(found)
     names = {"low": 0.25, "median": 0.5, "high": 0.75}

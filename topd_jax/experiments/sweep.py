@@ -211,7 +211,7 @@ def _measure(run: _Run, workdir: pathlib.Path, setup: Setup) -> dict[str, Any]:
         if name in ("start", "teacher"):
             model = setup.student
             if name == "teacher":
-                model = setup.teachers[0].model
+                model = setup.teachers[0].beside(model)
             elif settings.data.source == "world":
                 row["detector"] = measure_detectors(settings, setup)
                 row["right_at_forks"] = right_at_forks(settings, setup)

@@ -1,5 +1,6 @@
 """Check a model's settings, and add the adapters that they ask for."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from jax.sharding import Mesh
@@ -21,7 +22,7 @@ _LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_rank_stabilised")
 def check_settings(
     student: ModelSettings, teachers: Mapping[str, ModelSettings]
 ) -> None:
-    """Refuse settings of adapters and integers that mean nothing.
+    """Refuse settings of models that mean nothing.
 
     Args:
       student: its settings.
@@ -30,6 +31,12 @@ def check_settings(
     Raises:
       ValueError: by name.
     """
+    if student.is_student:
+        raise ValueError(
+            f"student.source={student.source!r} names a teacher that is the "
+            "student; give what the student is loaded from (a directory of "
+            "this name as './student')"
+        )
     known = LORA_TARGETS + DELTA_TARGETS
     if not set(student.lora_targets) <= set(known):
         raise ValueError(
@@ -65,6 +72,8 @@ def check_settings(
                 f"default) where {section}.quantize is ''"
             )
     for section, teacher in teachers.items():
+        if teacher.is_student:
+            _check_student_as_teacher(section, teacher, student)
         if teacher.lora_rank:
             raise ValueError(
                 f"{section}.lora_rank={teacher.lora_rank} must be 0: a teacher "
@@ -78,6 +87,24 @@ def check_settings(
                 "out, or merge it with peft (merge_and_unload, "
                 "save_pretrained) and give the merged model"
             )
+
+
+def _check_student_as_teacher(
+    section: str, teacher: ModelSettings, student: ModelSettings
+) -> None:
+    """Refuse settings that a teacher which is the student cannot have."""
+    told = {
+        f.name: value
+        for f in dataclasses.fields(teacher)
+        if f.name not in ("source", "prompt")
+        and (value := getattr(teacher, f.name))
+        not in (f.default, getattr(student, f.name))
+    }
+    if told:
+        raise ValueError(
+            f"{section} has {told} and {section}.source='student', which "
+            "computes as the student does; leave them out"
+        )
 
 
 def adapt(

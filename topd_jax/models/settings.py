@@ -12,7 +12,9 @@ class ModelSettings:
     source: str = setting(
         "world",
         '"world", or "world:student" for a teacher that is the initial '
-        "student; a Hugging Face directory or hub name; a .gguf file; "
+        'student; "student" for one that is the student of every step '
+        "(SDFT, OPSD), of which there is no copy; "
+        "a Hugging Face directory or hub name; a .gguf file; "
         '"package:NAME" for the GGUF file of an installed package; or a '
         "run's work directory (WORKDIR, WORKDIR/best, "
         "WORKDIR/checkpoints/STEP)",
@@ -82,6 +84,11 @@ class ModelSettings:
     def in_world(self) -> bool:
         """Whether it is a model of the tiny world."""
         return self.source in ("world", "world:student")
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is a teacher that is the current student."""
+        return self.source == "student"
 
     def world_part(self, section: str) -> str:
         """Return which of the world's models it is.

@@ -83,13 +83,13 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     rows = _rows(jax.eval_shape(step.rollout, *written), mesh)
     read = (student, teachers, rows, key)
     scored = tuple(
-        _scored(part, teacher.model, mesh)
+        _scored(part, teacher.beside(student), mesh)
         for part, teacher in zip(
             jax.eval_shape(step.score, *read), teachers, strict=True
         )
     )
     learned = (models.state, rows, scored, models.frozen)
-    shapes = [m.config for m in (student, *(t.model for t in teachers))]
+    shapes = [student.config, *(t.beside(student).config for t in teachers)]
     sampler = functools.partial(
         write,
         options=settings.rollout,

@@ -206,7 +206,7 @@ def _row_shardings(
     rows = NamedSharding(mesh, spec_on(mesh, ("batch",)))
     heads = [rows] * len(teachers)  # on one device all are the same
     if mesh.size > 1:
-        heads = jax.jit(lambda models: [m.head for m in models])
+        heads = jax.jit(lambda models: [m and m.head for m in models])
         heads = heads.lower([t.model for t in teachers]).compile()
         heads = heads.output_shardings
     every = {field.name: rows for field in dataclasses.fields(Scored)}
@@ -239,7 +239,7 @@ def _compare(
     **options: Any,
 ) -> Metrics:
     parts = [
-        compare(student, teacher.model, rows, **options)
+        compare(student, teacher.beside(student), rows, **options)
         for teacher, rows in zip(
             teachers, split_rows(trajectories, teachers), strict=True
         )

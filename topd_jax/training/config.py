@@ -202,12 +202,13 @@ class Settings:
     def __post_init__(self) -> None:
         several = {f"teachers.{n}": m for n, m in self.teachers.items()}
         teachers = {"teacher": self.teacher} | several
-        models = {"student": self.student} | (several or teachers)
+        models = [self.student, *self.by_teacher.values()]
+        models = [model for model in models if not model.is_student]
         check(self)
         for name, section in (vars(self) | several).items():
             if dataclasses.is_dataclass(section):
                 check(section, name)
-        if self.data.end_ids and all(m.in_world for m in models.values()):
+        if self.data.end_ids and all(m.in_world for m in models):
             raise ValueError(
                 f"data.end_ids={self.data.end_ids} must be () in the tiny "
                 "world, whose tokenizer has one end"
@@ -232,6 +233,12 @@ class Settings:
         check_fits(make_objective(self.objective), self)
 
     def _check_offline(self) -> None:
+        teachers = self.by_teacher.values()
+        if self.is_offline and any(t.is_student for t in teachers):
+            raise ValueError(
+                "teacher.source='student' writes no solutions; take another, "
+                "or train.stage='on_policy'"
+            )
         path, needs = self.offline.path, ""
         if not self.is_offline:
             needs = "needs train.stage=offline"
@@ -241,11 +248,14 @@ class Settings:
             raise ValueError(f"offline.path={path!r} {needs}")
 
     @property
+    def by_teacher(self) -> dict[str, ModelSettings]:
+        """Name of each teacher, "" for the only one -> its settings."""
+        return dict(self.teachers) or {"": self.teacher}
+
+    @property
     def templates(self) -> dict[str, str]:
         """Name of each teacher, "" for the only one -> ``prompt`` of it."""
-        return {n: m.prompt for n, m in self.teachers.items()} or {
-            "": self.teacher.prompt
-        }
+        return {n: m.prompt for n, m in self.by_teacher.items()}
 
     @property
     def writing(self) -> RolloutSettings:

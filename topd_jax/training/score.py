@@ -1,6 +1,6 @@
 """The teachers read what the student wrote, and look ahead.
 
-One forward pass of each frozen teacher over its rows keeps its final hidden
+One forward pass of each teacher over its rows keeps its final hidden
 states and its cache, never logits; candidates, the teacher's branches on that
 same cache, transport and masks follow (arXiv:2606.00305, §3). The cache is
 freed here, and no gradient flows.
@@ -42,9 +42,9 @@ def score(
 
     Args:
       student: the model that wrote; its embedding is the space of the
-        transport cost. It runs only where the objective compares both models
-        before it trains (``objective.needs_student``).
-      teachers: frozen models; rows are consecutive and in their order.
+        transport cost. It runs only where it is a teacher, or the objective
+        compares both models before it trains (``objective.needs_student``).
+      teachers: rows are consecutive and in their order.
       trajectories: B rows that the student wrote. A teacher reads them after
         ``teacher_prompt``, and its branches continue what it read.
       key: PRNG key of sampled branches, of the matched control, and of the
@@ -92,7 +92,7 @@ def _score_rows(
     layout: Layout,
     **branching: Any,
 ) -> Scored:
-    model, mask = teacher.model, trajectories.mask
+    model, mask = teacher.beside(student), trajectories.mask
     vocab = min(student.head.shape[0], model.head.shape[0])
     read = trajectories.for_teacher
     if objective.needs_branches:
@@ -123,7 +123,9 @@ def _score_rows(
         for weight in objective.batch_weights:
             weights *= ask(weight, offered | vars(scored))
         scored = scored.replace(weights=weights)
-    return jax.lax.stop_gradient(scored).replace(teacher_head=model.head)
+    # The step has the student's: its arrays would be here twice.
+    head = None if teacher.model is None else model.head
+    return jax.lax.stop_gradient(scored).replace(teacher_head=head)
 
 
 def _offered(

@@ -32,7 +32,7 @@ from topd_jax.models.settings import ModelSettings
 from topd_jax.parallel import buckets, sharding
 from topd_jax.training.config import Settings
 from topd_jax.training.placement import check_batches, make_run_mesh
-from topd_jax.training.shapes import model_settings
+from topd_jax.training.shapes import model_settings, section_of
 from topd_jax.types import Teacher
 
 # Its section of the config, where there is one teacher.
@@ -44,7 +44,8 @@ class Setup:
 
     Attributes:
       student: the model that learns, placed on the mesh.
-      teachers: the frozen models, placed on the mesh; usually one.
+      teachers: the frozen models, placed on the mesh, or the student; usually
+        one.
       tokenizer: of all of them.
       hub_tokenizer: the object of transformers behind it; None in the tiny
         world.
@@ -54,7 +55,8 @@ class Setup:
       test: held-out prompts for the end.
       grade: (records, completions) -> which are right, or None where answers
         are not known.
-      teacher_fingerprints: name -> hash of a teacher's config and parameters.
+      teacher_fingerprints: name -> hash of a teacher's config and parameters;
+        "student" for the student.
       frozen_fingerprint: hash of what the student does not train; "" where
         it trains everything.
       student_source: where the student was read: a path or a hub name.
@@ -159,10 +161,9 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         )
         for part in parts
     )
-    teachers = (Teacher(models["teacher"]),) if not prompts_of else ()
-    teachers += tuple(
-        Teacher(models[f"teachers.{name}"], name, prompts)
-        for name, prompts in prompts_of.items()
+    teachers = tuple(
+        Teacher(models.get(section_of(name)), name, prompts)
+        for name, prompts in (prompts_of or {"": 1}).items()
     )
     return Setup(
         models["student"],
@@ -174,7 +175,10 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         validation,
         test,
         make_grader(settings.data).grade,
-        {t.name: fingerprint(t.model) for t in teachers},
+        {
+            t.name: fingerprint(t.model) if t.model else "student"
+            for t in teachers
+        },
         frozen_fingerprint(models["student"]),
         student_source,
     )
@@ -189,9 +193,10 @@ def read_prompts(
       settings: of the run.
 
     Raises:
-      ValueError: for what cannot be read, or too few records.
+      ValueError: for what cannot be read, too few records, or a student that
+        reads the same as its own teacher.
     """
-    return read_records(
+    parts = read_records(
         settings.data,
         settings.world,
         problems=settings.eval.problems,
@@ -199,6 +204,16 @@ def read_prompts(
         split=settings.eval.split,
         templates=settings.templates,
     )
+    for name, model in settings.by_teacher.items():
+        own = (r for r in parts[0] if r.get("teacher", "") == name)
+        if model.is_student and not any("teacher_prompt" in r for r in own):
+            section = section_of(name)
+            raise ValueError(
+                f"{section}.source='student' reads what the student reads: "
+                f"there is nothing to learn; {section}.prompt says what else "
+                "it reads, or a field teacher_prompt of the records"
+            )
+    return parts
 
 
 def prompts_by_teacher(
@@ -355,8 +370,8 @@ def _common_tokenizer(
     if not known:
         places = [f"{name}.source" for name in tokenizers]
         raise ValueError(
-            f"neither {' nor '.join(places)} has a tokenizer; put its files "
-            "beside the model"
+            f"no tokenizer in {' or '.join(places)}; put its files beside the "
+            "model"
         )
     # The student's, where it has one: it is the first.
     (first, tokenizer), *others = known.items()

@@ -31,7 +31,7 @@ class Models(NamedTuple):
 
     Attributes:
       student: decoder of ``ShapeDtypeStruct``.
-      teachers: the same for each frozen teacher.
+      teachers: the same for each teacher, None for the student itself.
       frozen: what of the student is not trained; None if all is.
       state: train state around the student.
     """
@@ -54,16 +54,21 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
         does not divide over the mesh.
     """
     size, configs = settings.data.batch_size, model_configs(settings)
-    student, *models = (
-        _decoder(configs[name], model, mesh)
+    models = {
+        name: _decoder(configs[name], model, mesh)
         for name, model in model_settings(settings).items()
-    )
+    }
     # Without prompts to count, as many for each teacher.
     names, prompts = tuple(settings.teachers), settings.data.prompts_per_teacher
     if names and not prompts:
         prompts = shares_of(dict.fromkeys(names, 1), size).values()
-    rows = zip(models, names or ("",), prompts or (size,), strict=True)
-    teachers = tuple(Teacher(*row) for row in rows)
+    student, rows = models["student"], zip(
+        names or ("",), prompts or (size,), strict=True
+    )  # fmt: skip
+    teachers = tuple(
+        Teacher(models.get(section_of(name)), name, count)
+        for name, count in rows
+    )
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     frozen = jax.eval_shape(lambda s: split(s)[1], student)
     state = jax.eval_shape(lambda s: init_state(s, optimizer), student)
@@ -84,7 +89,8 @@ def model_configs(settings: Settings) -> dict[str, DecoderConfig]:
       settings: of the run.
 
     Returns:
-      "student", then every teacher's section of the config -> its shape.
+      "student", then every loaded teacher's section of the config -> its
+      shape.
 
     Raises:
       ValueError: for a model whose shape is not known.
@@ -118,11 +124,18 @@ def _decoder(config: DecoderConfig, model: ModelSettings, mesh: Mesh) -> Any:
 
 
 def model_settings(settings: Settings) -> dict[str, ModelSettings]:
-    """Return section of the config -> its model, the student first."""
-    teachers = {"teacher": settings.teacher}
-    if settings.teachers:
-        teachers = {f"teachers.{n}": m for n, m in settings.teachers.items()}
+    """Return section of the config -> each model to load, the student first."""
+    teachers = {
+        section_of(name): model
+        for name, model in settings.by_teacher.items()
+        if not model.is_student
+    }
     return {"student": settings.student} | teachers
+
+
+def section_of(teacher: str) -> str:
+    """Return the section of the config of a teacher; "": the only one."""
+    return f"teachers.{teacher}" if teacher else "teacher"
 
 
 def placed(shapes: Any, shardings: Any) -> Any:

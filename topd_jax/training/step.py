@@ -104,17 +104,17 @@ def train_step(
         and teachers do not fit together.
     """
     layout = loss_layout() if layout is None else layout
-    heads = [s.teacher_head for s in scored]
     parts = rows_by_teacher(trajectories, scored, accumulate, layout)
     tokens = jnp.sum(trajectories.mask, dtype=jnp.float32)
     points = _points(scored, objective)
 
     def loss_fn(trained: Any, parts: Any) -> tuple[jax.Array, list[dict]]:
         student, losses, sums = join(trained, frozen), [], []
-        for head, (rows, notes) in zip(heads, parts, strict=True):
+        for whole, (rows, notes) in zip(scored, parts, strict=True):
+            notes = notes.replace(teacher_head=whole.head_beside(student))
             loss, logged = batch_loss(
-                student, rows, notes.replace(teacher_head=head),
-                (tokens, points), objective=objective, layout=layout,
+                student, rows, notes, (tokens, points),
+                objective=objective, layout=layout,
             )  # fmt: skip
             losses.append(loss)
             sums.append(logged)

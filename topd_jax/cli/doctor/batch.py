@@ -82,7 +82,7 @@ def score(settings: Settings, setup: Setup, teacher: Teacher) -> Scores:
     limit = min(settings.rollout.max_new_tokens, _TOKENS)
     options = dataclasses.replace(settings.rollout, max_new_tokens=limit)
     evaluator = setup.evaluator(dataclasses.replace(settings, rollout=options))
-    student, model = setup.student, teacher.model
+    student, model = setup.student, teacher.beside(setup.student)
     key = stream_key(jax.random.key(settings.seed), Stream.DOCTOR)
     prompts = spread_rows(batch.prompts, setup.mesh)
     trajectories = evaluator.writer(student, prompts, key)

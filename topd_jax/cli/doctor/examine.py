@@ -71,7 +71,9 @@ def examine_setup(settings: Settings, setup: Setup) -> list[Finding]:
       The findings.
     """
     models = {"student": setup.student} | {
-        f"teacher {t.name}".strip(): t.model for t in setup.teachers
+        f"teacher {t.name}".strip(): t.model
+        for t in setup.teachers
+        if t.model is not None
     }
     findings = [*kernels(models)]
     if errors(findings):
