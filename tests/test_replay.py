@@ -119,6 +119,27 @@ def test_the_token_that_began_it_is_found(settings, setup, tmp_path, topd):
     assert len(began["gradients"]) == len(setup.student.arrays)
 
 
+@pytest.mark.parametrize("source", ["world:student", "student"])
+def test_what_a_teacher_read_is_read_again(settings, tmp_path, source):
+    """The dump has both prompts, and the student may be the teacher."""
+    config = changed(
+        changed(settings, "train", max_skipped=0), "teacher",
+        source=source, prompt="{question}{hint}",
+    )  # fmt: skip
+    config = changed(config, "data", max_teacher_prompt_length=40)
+    config = dataclasses.replace(config, objective="test_replay:own")
+    with pytest.raises(FloatingPointError):
+        loop.train(config, tmp_path)
+    (dump,) = tmp_path.glob("dumps/*-non_finite")
+    found = repeat(dump)
+    assert found["same"]
+    assert {"teacher_prompt.tokens", "teacher_prompt.mask"} <= set(
+        np.load(dump / "batch.npz")
+    )
+    assert found["began"]["num_tokens"] > 0
+    assert found["began"]["parameters"] == []
+
+
 def test_a_step_of_stage_1_is_repeated_too(settings, setup, tmp_path):
     config = changed(settings, "train", stage="offline", max_skipped=0)
     broken = with_models(setup, student=with_nan(setup.student))

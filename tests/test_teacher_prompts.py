@@ -202,12 +202,25 @@ def test_a_field_without_text_is_named(tmp_path, row):
 def test_what_no_teacher_can_read_is_refused(
     world_cache, tmp_path, settings, message
 ):
-    def start():
-        made = settings_with(world_cache, **settings)
-        return load_setup(made, tmp_path).stream(made)
-
     with pytest.raises(ValueError, match=re.escape(message)):
-        start()
+        load_setup(settings_with(world_cache, **settings), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        (["train", "--config.train.stage=offline"], "train.stage=offline"),
+        (["generate"], "topd generate"),
+        (["correct", "--which=start"], "topd correct"),
+    ],
+)
+def test_commands_with_one_prompt_for_both_say_so(command, refused, line, name):
+    own = "--config.teacher.prompt={question}{hint}"
+    room = "--config.data.max_teacher_prompt_length=40"
+    bars = line[0] != "train"  # which is refused before models are made
+    said = refused(*command(line[0], own, room, *line[1:]), bars=bars)
+    assert f"with {name} the teacher reads the student's prompts: " in said
+    assert "leave teacher.prompt out" in said
 
 
 def test_batches_have_both_prompts(tokenizer):

@@ -70,22 +70,6 @@ class EncodedPrompts:
             teacher_ids=None,
         )
 
-    def require_same_prompts(self, command: str) -> None:
-        """Refuse prompts of the teachers' own.
-
-        Args:
-          command: that needs one prompt for both models, for the error.
-
-        Raises:
-          ValueError: where a teacher reads something else than the student.
-        """
-        if self.teacher_ids is not None:
-            raise ValueError(
-                f"with {command} the teacher reads the student's prompts: "
-                "leave teacher.prompt out, and rename a teacher_prompt that "
-                "records have"
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:

@@ -9,7 +9,7 @@ both.
 import math
 import numbers
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from topd_jax.data.settings import DataSettings
@@ -92,6 +92,25 @@ def teacher_prompt(
         literal + (_field(row, name, source, setting) if name else "")
         for literal, name, _, _ in string.Formatter().parse(template)
     )
+
+
+def require_same_prompts(
+    records: Sequence[Mapping[str, Any]], command: str
+) -> None:
+    """Refuse prompts of the teachers' own.
+
+    Args:
+      records: of the run.
+      command: that needs one prompt for both models, for the error.
+
+    Raises:
+      ValueError: where a teacher reads something else than the student.
+    """
+    if any(OWN_FIELD in record for record in records):
+        raise ValueError(
+            f"with {command} the teacher reads the student's prompts: leave "
+            "teacher.prompt out, and rename a teacher_prompt that records have"
+        )
 
 
 def _setting(teacher: str) -> str:

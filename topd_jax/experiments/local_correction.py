@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from topd_jax.data.teachers import shared_vocab
+from topd_jax.data.templates import require_same_prompts
 from topd_jax.evaluation.comparisons import bootstrap_interval
 from topd_jax.experiments import plots
 from topd_jax.experiments.divergent_points import Points, choose
@@ -79,7 +80,7 @@ def correct(
     methods = methods_of(make_objective(settings.objective), ahead)
     folder = workdir / f"correct-{which}"
     with open_run(settings, workdir, which) as (setup, student, step):
-        setup.test.require_same_prompts("topd correct")
+        require_same_prompts(setup.test.records, "topd correct")
         tokenizer = setup.tokenizer
         prompts = len(setup.test.records)
         batches = observe(settings, setup, student, prompts, [ahead])

@@ -22,6 +22,7 @@ from topd_jax.data import solutions as solution_data
 from topd_jax.data import vocabulary
 from topd_jax.data.prompts import EncodedPrompts, PromptBatch
 from topd_jax.data.solutions import Solution, SolutionFiles
+from topd_jax.data.templates import require_same_prompts
 from topd_jax.evaluation.evaluator import write
 from topd_jax.parallel import hosts, lock
 from topd_jax.parallel.batches import spread_rows
@@ -59,7 +60,7 @@ def generate(
         setup = load_setup(settings, workdir)
         # It was checked against the teacher, and writes nothing.
         setup.student = None
-        setup.encoded.require_same_prompts("topd generate")
+        require_same_prompts(setup.encoded.records, "topd generate")
         encoded = setup.encoded.take(range(len(setup.encoded.ids))[:count])
         about = _about(settings, setup, encoded)
         files = SolutionFiles(workdir / "solutions", about["shards"])

@@ -14,7 +14,7 @@ from topd_jax.data import solutions as solution_data
 from topd_jax.data.routing import prompts_per_teacher
 from topd_jax.data.sources import Record, read_records
 from topd_jax.data.teachers import shared_vocab
-from topd_jax.data.templates import teacher_width
+from topd_jax.data.templates import require_same_prompts, teacher_width
 from topd_jax.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
@@ -84,7 +84,7 @@ class Setup:
         """Return the checkpointable iterator over prompts, or solutions."""
         data, offline = settings.data, settings.offline
         if settings.is_offline:  # of a sweep, one run may be
-            self.encoded.require_same_prompts("train.stage=offline")
+            require_same_prompts(self.encoded.records, "train.stage=offline")
         process = dict(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -193,8 +193,9 @@ def read_prompts(
       settings: of the run.
 
     Raises:
-      ValueError: for what cannot be read, too few records, or a student that
-        reads the same as its own teacher.
+      ValueError: for what cannot be read, too few records, a student that
+        reads the same as its own teacher, or a teacher that in stage 1 does
+        not.
     """
     parts = read_records(
         settings.data,
@@ -204,6 +205,8 @@ def read_prompts(
         split=settings.eval.split,
         templates=settings.templates,
     )
+    if settings.is_offline:
+        require_same_prompts(parts[0], "train.stage=offline")
     for name, model in settings.by_teacher.items():
         own = (r for r in parts[0] if r.get("teacher", "") == name)
         if model.is_student and not any("teacher_prompt" in r for r in own):
