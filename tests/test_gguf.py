@@ -13,7 +13,7 @@ from small_files import LLAMA, QWEN, QWEN2, assert_same, make, write_gguf
 
 from topd_jax.data.tokenizers import HuggingFaceTokenizer
 from topd_jax.models import load, save_model
-from topd_jax.models.config import RopeScaling
+from topd_jax.models.frequencies import RopeScaling
 from topd_jax.models.io.gguf import (
     _expand,
     gguf_config,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topd_jax.models import DecoderConfig, RopeScaling
-from topd_jax.models.rope import frequencies, rope_rows, rope_table
+from topd_jax.models.frequencies import frequencies
+from topd_jax.models.rope import rope_rows, rope_table
 
 CONFIG = DecoderConfig(
     vocab_size=8,

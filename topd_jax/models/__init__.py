@@ -5,7 +5,7 @@ ours. See ``README.md`` here for the files in reading order.
 """
 
 from topd_jax.models.attention.cache import Cache
-from topd_jax.models.config import DecoderConfig, Lora, RopeScaling
+from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import (
     Decoder,
     cast,
@@ -16,6 +16,7 @@ from topd_jax.models.decoder import (
     unembed,
 )
 from topd_jax.models.fingerprint import fingerprint
+from topd_jax.models.frequencies import RopeScaling
 from topd_jax.models.io.export import save_model
 from topd_jax.models.io.loading import Description, describe, end_ids, load
 from topd_jax.models.io.peft import load_adapter, save_adapter

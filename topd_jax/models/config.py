@@ -5,49 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched to longer contexts.
-
-    Attributes:
-      kind: "linear", "llama3" or "yarn".
-      factor: low frequencies are divided by it.
-      original_length: tokens that the model was first trained on.
-      low_freq_factor: "llama3": wavelengths above original_length / this are
-        stretched whole.
-      high_freq_factor: "llama3": wavelengths below original_length / this
-        are left alone.
-      beta_fast: "yarn": pairs that turn more often than this are left alone.
-      beta_slow: "yarn": pairs that turn less often are stretched whole.
-      attention_factor: "yarn": multiplies cosine and sine.
-      query_beta: "yarn": the query at position p is multiplied by 1 + this *
-        log(1 + floor(p / original_length)) (Ministral 3).
-      truncate: "yarn": the two borders are rounded to whole pairs.
-    """
-
-    kind: str
-    factor: float
-    original_length: float = 0.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    query_beta: float = 0.0
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3", "yarn"):
-            raise ValueError(
-                f"kind={self.kind!r} must be 'linear', 'llama3' or 'yarn'"
-            )
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if self.kind == "llama3" and low >= high:
-            raise ValueError(
-                f"low_freq_factor={low:g} must be below "
-                f"high_freq_factor={high:g}"
-            )
+from topd_jax.models.frequencies import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)

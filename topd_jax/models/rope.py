@@ -1,83 +1,16 @@
-"""Rotary positions (Su et al., arXiv:2104.09864), and how they are stretched.
+"""Rotary positions (Su et al., arXiv:2104.09864).
 
 A decoder may turn its layers in up to three ways: as the config's base says,
 by a local base (sliding layers), or not at all. Each way is a row of one small
 table; a layer picks its row by number, so that layers can be scanned.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topd_jax.models.config import DecoderConfig, RopeScaling
-
-
-def frequencies(
-    theta: float, head_dim: int, scaling: RopeScaling | None = None
-) -> np.ndarray:
-    """Return the angle per position of every rotary pair.
-
-    Each operation rounds to float32, in the order of the code that the public
-    checkpoints were trained with: the error of a last bit grows with the
-    position.
-
-    Args:
-      theta: base; pair i turns by theta ** (-2 i / head_dim).
-      head_dim: of which half are pairs.
-      scaling: how long wavelengths are stretched.
-
-    Returns:
-      f32[head_dim / 2].
-    """
-    plain = 1 / _base_powers(theta, head_dim)
-    if scaling is None:
-        return plain
-    if scaling.kind == "llama3":
-        return _llama3(plain, scaling)
-    if scaling.kind == "yarn":
-        return _yarn(plain, theta, head_dim, scaling)
-    return plain / scaling.factor
-
-
-def _base_powers(theta: float, head_dim: int) -> np.ndarray:
-    """Return theta ** (2 i / head_dim), f32[head_dim / 2]."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
-    # Rounded once: of powers in float32 every library has its own last bit.
-    return (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
-
-
-def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Stretch where few turns fit the original length (Llama 3.1)."""
-    length, factor = scaling.original_length, scaling.factor
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    waves = 1 / plain * (2 * math.pi)
-    share = (1 / waves * length - low) / (high - low)
-    mixed = (1 - share) * plain / factor + share * plain
-    stretched = np.where(waves > length / low, plain / factor, mixed)
-    return np.where(waves < length / high, plain, stretched)
-
-
-def _yarn(
-    plain: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling
-) -> np.ndarray:
-    """Stretch by a ramp over pairs (YaRN, arXiv:2309.00071, §3.2)."""
-
-    def border(turns: float) -> float:
-        length = scaling.original_length / (turns * 2 * math.pi)
-        return head_dim * math.log(length) / (2 * math.log(theta))
-
-    first, last = border(scaling.beta_fast), border(scaling.beta_slow)
-    if scaling.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    if first == last:
-        last += 1e-3
-    pairs = np.arange(head_dim // 2, dtype=np.float32)
-    keep = 1 - np.clip((pairs - first) / (last - first), 0, 1)
-    stretched = 1 / (scaling.factor * _base_powers(theta, head_dim))
-    return stretched * (1 - keep) + plain * keep
+from topd_jax.models.config import DecoderConfig
+from topd_jax.models.frequencies import RopeScaling, frequencies
 
 
 def rope_rows(config: DecoderConfig) -> np.ndarray:

@@ -21,11 +21,11 @@ import numpy as np
 
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.frequencies import frequencies
 from topd_jax.models.io.families import family_of
 from topd_jax.models.io.fused import TensorInfo
 from topd_jax.models.io.hub_config import decoder_config
 from topd_jax.models.io.weights import Placement, assemble, file_tensors
-from topd_jax.models.rope import frequencies
 
 # Metadata, without the architecture's prefix -> field of config.json.
 _FIELDS = {

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from topd_jax.models.config import DecoderConfig, RopeScaling
+from topd_jax.models.config import DecoderConfig
+from topd_jax.models.frequencies import RopeScaling
 from topd_jax.models.io.families import Family
 from topd_jax.models.io.hub_values import is_number, wrong_value
 
