@@ -15,6 +15,7 @@ import pytest
 from small_files import logits_of
 from tiny_families import (
     MODELS,
+    ROWS,
     SHAPE,
     SHORT,
     VOCAB,
@@ -54,7 +55,7 @@ def test_logits_of_padded_rows_agree(name, tmp_path):
     """The short form, of the families with options that others have not."""
     theirs = build(name)
     theirs.save_pretrained(tmp_path)
-    ours, _ = load(tmp_path)
+    ours, _ = load(tmp_path, length=ROWS)
     tokens, mask = batch(2, 12, (0, 4))
     with torch.no_grad():
         want = reference_logits(theirs, tokens, mask).numpy()
@@ -68,7 +69,7 @@ def test_everything_agrees(name, tmp_path):
     """Logits and gradients of padded rows, greedy tokens, exported files."""
     theirs = build(name)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, _ = load(tmp_path / "theirs")
+    ours, _ = load(tmp_path / "theirs", length=ROWS)
     tokens, mask = batch()
     theirs.zero_grad()
     logits = reference_logits(theirs, tokens, mask)
@@ -107,7 +108,7 @@ def test_everything_agrees(name, tmp_path):
     for key, value in theirs.named_parameters():
         assert torch.equal(value, got.pop(key)), key
     assert not got
-    assert load(tmp_path / "ours")[0].config == ours.config
+    assert load(tmp_path / "ours", length=ROWS)[0].config == ours.config
 
 
 def record(**row):
@@ -155,7 +156,9 @@ def test_the_text_part_beside_images_is_read(name, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+@pytest.mark.parametrize(
+    "kind", ["default", "linear", "llama3", "yarn", "longrope"]
+)
 def test_long_positions_are_turned_as_in_the_reference(kind, tmp_path):
     """Logits of one layer, its 65 tokens spread over 8k and 32k positions."""
     trained = {"original_max_position_embeddings": 8192}
@@ -165,6 +168,11 @@ def test_long_positions_are_turned_as_in_the_reference(kind, tmp_path):
         "linear": {"factor": 2.0},
         "llama3": trained | llama3,
         "yarn": trained | {"factor": 4.0},
+        "longrope": trained
+        | {
+            "short_factor": np.linspace(1, 2, 64).tolist(),
+            "long_factor": np.linspace(1, 50, 64).tolist(),
+        },
     }[kind]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPE | {
@@ -175,9 +183,9 @@ def test_long_positions_are_turned_as_in_the_reference(kind, tmp_path):
     })  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
-    ours, _ = load(tmp_path)
     tokens, mask = batch(1, 65, (0,))
     for length in (8192, 32_768):
+        ours, _ = load(tmp_path, length=length)
         positions = np.linspace(0, length - 1, 65).astype(int)[None]
         with torch.no_grad():
             want = theirs(
@@ -296,7 +304,7 @@ def test_every_number_counts_as_in_the_reference(name, tmp_path):
         path.write_text(json.dumps(put(fields, where, change(value))))
         want = reference(tmp_path, tokens, mask)
         try:
-            ours, _ = load(tmp_path)
+            ours, _ = load(tmp_path, length=ROWS)
         except ValueError:
             refused |= {where[-1]} if want is not None else set()
             continue

@@ -113,7 +113,18 @@ CONFIGS = {
         rope_scaling=RopeScaling("yarn", 4.0, 64.0, attention_factor=1.1),
     ),
     "seed_oss": dataclasses.replace(BASE, attention_bias=True, mlp_bias=True),
-    "phi3": dataclasses.replace(BASE, rotary_dim=6),
+    "phi3": dataclasses.replace(
+        BASE,
+        rotary_dim=4,
+        rope_scaling=RopeScaling(
+            "longrope",
+            4.0,
+            64.0,
+            attention_factor=1.3,
+            short_factors=(1.0, 1.5),
+            long_factors=(2.0, 8.0),
+        ),
+    ),
     "olmo2": OLMO,
     "olmo3": dataclasses.replace(
         OLMO,
@@ -237,6 +248,30 @@ def test_rope_in_the_old_and_the_new_spelling():
     assert got.rope_scaling.attention_factor == pytest.approx(1.1386294)
 
 
+def test_longrope_in_the_old_and_the_new_spelling():
+    lengths = {"original_max_position_embeddings": 64,
+               "max_position_embeddings": 4096}  # fmt: skip
+    lists = {k: v for k, v in LONGROPE.items() if k.endswith("_factor")}
+    # sqrt(1 + ln 64 / ln 64)
+    want = RopeScaling(
+        "longrope", 64.0, 64.0, attention_factor=math.sqrt(2),
+        short_factors=(1.0, 1.5, 2.0, 3.0), long_factors=(1.0, 2.0, 4.0, 8.0),
+    )  # fmt: skip
+    for spelt in (
+        {"rope_scaling": {"type": "su"} | lists},
+        {"rope_scaling": {"type": "longrope"} | lists},
+        {"rope_parameters": {"rope_type": "longrope"} | lists},
+    ):
+        assert read("phi3", **lengths, **spelt).rope_scaling == want
+    new = LONGROPE | {"rope_theta": 5e5, "factor": 2.0, "attention_factor": 3}
+    got = read("llama", rope_parameters=new).rope_scaling
+    assert (got.factor, got.attention_factor) == (2.0, 3.0)
+    # Of what a file of phi3 says, older releases read three fields alone.
+    fields = config_json(read("phi3", **lengths, **spelt), "phi3")
+    assert fields["rope_scaling"] == {"type": "longrope"} | lists
+    assert fields["partial_rotary_factor"] == 1
+
+
 def test_local_rope_in_the_old_and_the_new_spelling():
     scaled = {"rope_type": "linear", "factor": 8.0}
     old = {
@@ -313,6 +348,13 @@ LLAMA3 = YARN | {
     "high_freq_factor": 4.0,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.5, 2.0, 3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+
 REFUSED = [
     ("gemma3_text", "attn_logit_softcapping", 50.0),
     ("gemma2", "use_bidirectional_attention", True),
@@ -376,16 +418,17 @@ REFUSED = [
         )
         for low in (4, 5)
     ),
+    ("llama", "'short_factor'", {"rope_scaling": YARN | {"short_factor": [1]}}),
+    ("phi3", "short_mscale", {"rope_scaling": LONGROPE | {"short_mscale": 1}}),
     (
-        "phi3",
-        "rope_type='longrope'",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "short_factor": [1.0] * 4,
-                "long_factor": [1.0] * 4,
-            }
-        },
+        "llama",
+        "rotary_dim=8 turns 4 pairs, .* are for 3 and 4",
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 3}},
+    ),
+    (
+        "llama",
+        "original_max_position_embeddings=1 must be a number above 1",
+        {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 1}},
     ),
     ("glm4", "partial_rotary_factor", 1.5),
     ("glm4", "rotary_dim=3 must be even", {"partial_rotary_factor": 0.45}),
@@ -489,6 +532,17 @@ def test_values_of_a_scaling_have_kinds_and_bounds(name, value, line):
         read("llama", rope_parameters=given)
 
 
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+@pytest.mark.parametrize(
+    "value", [None, 2.0, [1, 2, 3, 0], [1, 2, 3, NAN], ["1"] * 4]
+)
+def test_factors_of_longrope_are_lists_of_positive_numbers(name, value):
+    given = LONGROPE | {"rope_theta": 1e4, name: value}
+    line = f"rope_parameters.{name}={value!r:.60} must be a list of positive"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        read("llama", rope_parameters=given)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [
@@ -539,5 +593,5 @@ def test_defaults_are_the_familys_and_harmless_fields_pass():
 
 
 def test_unknown_scalings_are_refused():
-    with pytest.raises(ValueError, match="kind='longrope' must be 'linear'"):
-        RopeScaling("longrope", 2.0)
+    with pytest.raises(ValueError, match="kind='dynamic' must be 'linear'"):
+        RopeScaling("dynamic", 2.0)

@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from topd_jax.models import DecoderConfig, RopeScaling
 from topd_jax.models.frequencies import frequencies
@@ -70,6 +71,31 @@ def test_yarn_ramps_between_its_borders():
     np.testing.assert_allclose(frequencies(100.0, 8, scaling), plain * keep)
     fine = dataclasses.replace(scaling, truncate=False)
     assert not np.allclose(frequencies(100.0, 8, fine), plain * keep)
+
+
+def test_longrope_divides_each_pair_by_one_list_for_all_rows():
+    scaling = RopeScaling(
+        "longrope", 8.0, 64.0, attention_factor=1.5,
+        short_factors=(1.0, 2.0), long_factors=(4.0, 5.0),
+    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    for length, factors in ((64, [1, 2]), (65, [4, 5])):
+        own = config.for_rows(length)
+        assert own.for_rows(0) == own  # not known: as it is
+        for position in (3, 100):
+            cos, _ = rope_table(jnp.array([[position]]), own)
+            angle = position * np.array([1.0, 0.1]) / factors
+            np.testing.assert_allclose(
+                cos[0, 0, 0, 0], 1.5 * np.cos(angle), rtol=1e-5
+            )
+    assert CONFIG.for_rows(10**6) == CONFIG
+    with pytest.raises(
+        ValueError, match="rotary_dim=4 turns 2 pairs.* for 2 and 1"
+    ):
+        config.replace(
+            rope_scaling=dataclasses.replace(scaling, long_factors=(1.0,))
+        )
+    assert DecoderConfig.from_dict(own.to_dict()) == own
 
 
 def test_each_layer_is_turned_in_its_own_way():

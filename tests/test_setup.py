@@ -14,8 +14,16 @@ from small_files import LLAMA, edit_config, make, save_run, write_gguf
 from small_run import changed, settings_with
 
 from topd_jax.data.toy_world import models
-from topd_jax.models import describe, end_ids, fingerprint, load, save_model
+from topd_jax.models import (
+    RopeScaling,
+    describe,
+    end_ids,
+    fingerprint,
+    load,
+    save_model,
+)
 from topd_jax.training.setup import load_setup, with_models
+from topd_jax.training.shapes import model_configs
 from topd_jax.types import Teacher
 
 
@@ -169,6 +177,26 @@ def test_a_run_stops_at_the_ends_that_any_file_names(tmp_path):
     end_of_turn = {"tokenizer.ggml.eot_token_id": 5}
     file = write_gguf(tmp_path / "m.gguf", make(LLAMA), metadata=end_of_turn)
     assert end_ids(file) == (0, 5)
+
+
+def test_longrope_is_chosen_by_the_longest_row_of_the_run(tmp_path):
+    """120 tokens of prompt and 16 of completion; the same in a plan."""
+    pair = []
+    for length in (136.0, 135.0):
+        scaling = RopeScaling(
+            "longrope", 4.0, length,
+            short_factors=(1.0,) * 4, long_factors=(1.0, 2.0, 3.0, 4.0),
+        )  # fmt: skip
+        config = small_hub.CONFIG.replace(rope_scaling=scaling)
+        path = tmp_path / str(length)
+        pair.append(small_hub.hub_directory(path, model=make(config)))
+    settings = small_hub.settings(tmp_path, *pair)
+    setup = load_setup(settings, tmp_path)
+    chosen = {"student": False, "teacher": True}
+    assert setup.student.config.long_rope is chosen["student"]
+    assert setup.teachers[0].model.config.long_rope is chosen["teacher"]
+    configs = model_configs(settings)
+    assert {name: c.long_rope for name, c in configs.items()} == chosen
 
 
 def test_thinking_is_an_option_of_the_chat_template(tmp_path):

@@ -6,6 +6,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 VOCAB = 301
+# Tokens of a row at the most.
+ROWS = 73
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -37,6 +39,12 @@ GEMMA = {
 OLMO3 = {
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+LONGROPE = {
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": rope(
+        "longrope", short_factor=[1.1, 1.5], long_factor=[1.4, 9.0]
+    ),
 }
 EXPERTS = {
     "num_experts": 5,
@@ -149,6 +157,16 @@ MODELS = {
         {"sliding_window": 7, "partial_rotary_factor": 0.5,
          "original_max_position_embeddings": 4095},
     ),
+    "phi3-longrope": (
+        "Phi3",
+        LONGROPE | {"original_max_position_embeddings": 8,
+                    "max_position_embeddings": 128},
+    ),
+    "phi3-longrope-short": (
+        "Phi3",
+        LONGROPE | {"original_max_position_embeddings": ROWS,
+                    "max_position_embeddings": 128},
+    ),
     "mixtral": (
         "Mixtral",
         {"num_local_experts": 5, "intermediate_size": 24, "sliding_window": 9},
@@ -239,8 +257,9 @@ MODELS = {
 
 # Those with options that others have not.
 SHORT = [
-    "olmo3", "olmoe", "ministral3", "seed-oss", "phi3", "mixtral", "qwen2-moe",
-    "exaone4", "granite", "glm4", "gpt-oss", "gemma", "qwen3-next", "qwen3.5",
+    "olmo3", "olmoe", "ministral3", "seed-oss", "phi3", "phi3-longrope",
+    "mixtral", "qwen2-moe", "exaone4", "granite", "glm4", "gpt-oss", "gemma",
+    "qwen3-next", "qwen3.5",
 ]  # fmt: skip
 IMAGES = {
     "hidden_size": 16,

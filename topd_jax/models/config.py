@@ -93,6 +93,7 @@ class DecoderConfig:
       attention_softcap: c of c * tanh(score / c); None is off (Gemma 2).
       final_softcap: the same for the logits.
       rope_scaling: stretching of the rotary frequencies.
+      long_rope: its long factors are in use; see :meth:`for_rows`.
       local_rope_theta: base in sliding layers, never stretched; None is the
         same as elsewhere (Gemma 3).
       rotary_dim: first elements of each head that are turned; None is all of
@@ -164,6 +165,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     rope_scaling: RopeScaling | None = None
+    long_rope: bool = False
     local_rope_theta: float | None = None
     rotary_dim: int | None = None
     interleaved_rope: bool = False
@@ -223,6 +225,8 @@ class DecoderConfig:
                 f"rotary_dim={turned} must be even and in 2..{self.head_dim}, "
                 "the head_dim"
             )
+        if self.rope_scaling is not None:
+            self.rope_scaling.check_pairs(turned // 2)
         for name in _PER_LAYER:
             given = getattr(self, name)
             if given and len(given) != self.layers:
@@ -304,6 +308,20 @@ class DecoderConfig:
         }
         return self.replace(layers=len(keep), **kept)
 
+    def for_rows(self, length: int) -> "DecoderConfig":
+        """Return the decoder for rows of up to ``length`` tokens.
+
+        Which list of "longrope" is used is settled here, once for all tokens:
+        keys that lie in a cache cannot be turned anew when a row grows long.
+
+        Args:
+          length: tokens; 0: not known, nothing changes.
+        """
+        scaling = self.rope_scaling
+        if not length or scaling is None or scaling.kind != "longrope":
+            return self
+        return self.replace(long_rope=length > scaling.original_length)
+
     def replace(self, **changes: Any) -> "DecoderConfig":
         """Return the same config with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -328,15 +346,20 @@ class DecoderConfig:
                 f"unknown fields of a decoder: {', '.join(sorted(unknown))}; "
                 "was this written by a newer version? install that one"
             )
-        values = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
+        values = _with_tuples(fields)
         if values.get("rope_scaling") is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            scaling = _with_tuples(values["rope_scaling"])
+            values["rope_scaling"] = RopeScaling(**scaling)
         if values.get("lora") is not None:
             values["lora"] = Lora(**values["lora"])
         return cls(**values)
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in fields.items()
+    }
 
 
 _PER_LAYER = ("no_rope", "sliding", "recurrent")

@@ -38,7 +38,7 @@ def fingerprint(model: Any) -> str:
             and getattr(config, field.name) != field.default
         }
     digest = hashlib.sha256(
-        json.dumps(fields, sort_keys=True, default=vars).encode()
+        json.dumps(fields, sort_keys=True, default=_fields).encode()
     )
     parts = {  # a quantized matrix is two arrays
         f"{name}{jax.tree_util.keystr(path)}{x.shape}{x.dtype}": x
@@ -51,6 +51,11 @@ def fingerprint(model: Any) -> str:
         digest.update(label.encode())
         digest.update(total.astype("<u4").tobytes())
     return digest.hexdigest()
+
+
+def _fields(option: Any) -> dict[str, Any]:
+    """Leave out lists that only some kinds of an option have."""
+    return {name: x for name, x in vars(option).items() if x != ()}
 
 
 @jax.jit  # one program for all

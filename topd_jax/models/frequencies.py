@@ -11,8 +11,9 @@ class RopeScaling:
     """How rotary frequencies are stretched to longer contexts.
 
     Attributes:
-      kind: "linear", "llama3" or "yarn".
-      factor: low frequencies are divided by it.
+      kind: "linear", "llama3", "yarn" or "longrope".
+      factor: low frequencies are divided by it; "longrope": how much longer
+        than original_length rows may be.
       original_length: tokens that the model was first trained on.
       low_freq_factor: "llama3": wavelengths above original_length / this are
         stretched whole.
@@ -20,10 +21,13 @@ class RopeScaling:
         are left alone.
       beta_fast: "yarn": pairs that turn more often than this are left alone.
       beta_slow: "yarn": pairs that turn less often are stretched whole.
-      attention_factor: "yarn": multiplies cosine and sine.
+      attention_factor: "yarn", "longrope": multiplies cosine and sine.
       query_beta: "yarn": the query at position p is multiplied by 1 + this *
         log(1 + floor(p / original_length)) (Ministral 3).
       truncate: "yarn": the two borders are rounded to whole pairs.
+      short_factors: "longrope" (arXiv:2402.13753): what each pair's frequency
+        is divided by, where no row is longer than original_length.
+      long_factors: the same for a decoder that reads longer rows.
     """
 
     kind: str
@@ -36,11 +40,14 @@ class RopeScaling:
     attention_factor: float = 1.0
     query_beta: float = 0.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3", "yarn"):
+        if self.kind not in ("linear", "llama3", "yarn", "longrope"):
             raise ValueError(
-                f"kind={self.kind!r} must be 'linear', 'llama3' or 'yarn'"
+                f"kind={self.kind!r} must be 'linear', 'llama3', 'yarn' or "
+                "'longrope'"
             )
         low, high = self.low_freq_factor, self.high_freq_factor
         if self.kind == "llama3" and low >= high:
@@ -49,9 +56,21 @@ class RopeScaling:
                 f"high_freq_factor={high:g}"
             )
 
+    def check_pairs(self, count: int) -> None:
+        """Refuse lists of "longrope" that are not for ``count`` pairs."""
+        pairs = len(self.short_factors), len(self.long_factors)
+        if self.kind == "longrope" and set(pairs) != {count}:
+            raise ValueError(
+                f"rotary_dim={2 * count} turns {count} pairs, and the short "
+                f"and long factors are for {pairs[0]} and {pairs[1]}"
+            )
+
 
 def frequencies(
-    theta: float, head_dim: int, scaling: RopeScaling | None = None
+    theta: float,
+    head_dim: int,
+    scaling: RopeScaling | None = None,
+    long: bool = False,
 ) -> np.ndarray:
     """Return the angle per position of every rotary pair.
 
@@ -63,6 +82,7 @@ def frequencies(
       theta: base; pair i turns by theta ** (-2 i / head_dim).
       head_dim: of which half are pairs.
       scaling: how long wavelengths are stretched.
+      long: by the long factors of "longrope".
 
     Returns:
       f32[head_dim / 2].
@@ -74,6 +94,10 @@ def frequencies(
         return _llama3(plain, scaling)
     if scaling.kind == "yarn":
         return _yarn(plain, theta, head_dim, scaling)
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if long else scaling.short_factors
+        powers = _base_powers(theta, head_dim)
+        return 1 / (np.asarray(factors, np.float32) * powers)
     return plain / scaling.factor
 
 

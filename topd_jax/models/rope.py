@@ -31,7 +31,8 @@ def rope_table(
       (cos, sin), the R ways that the config's layers are turned in.
     """
     scaling, size = config.rope_scaling, config.rotary_dim or config.head_dim
-    ways = [(frequencies(config.rope_theta, size, scaling), 1.0)]
+    turns = frequencies(config.rope_theta, size, scaling, long=config.long_rope)
+    ways = [(turns, 1.0)]
     if scaling is not None:
         ways[0] = ways[0][0], scaling.attention_factor
     local = config.local_rope_theta or config.rope_theta

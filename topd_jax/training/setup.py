@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from topd_jax.data import packing, vocabulary
@@ -32,7 +33,7 @@ from topd_jax.models.settings import ModelSettings
 from topd_jax.parallel import buckets, sharding
 from topd_jax.training.config import Settings
 from topd_jax.training.placement import check_batches, make_run_mesh
-from topd_jax.training.shapes import model_settings, section_of
+from topd_jax.training.shapes import model_settings, row_length, section_of
 from topd_jax.types import Teacher
 
 # Its section of the config, where there is one teacher.
@@ -308,7 +309,9 @@ def _models(
     options = tokenizer_options(settings)
     for name, model in names.items():
         source = paths[name] if model.in_world else model.source
-        models[name], own = _load(model, source, mesh, name == "student")
+        models[name], own = _load(
+            model, source, mesh, row_length(settings), name == "student"
+        )
         tokenizers[name], behind[name] = tokenizer, own
         if own is not None:
             tokenizers[name] = wrap_tokenizer(own, **options)
@@ -346,6 +349,7 @@ def _load(
     settings: ModelSettings,
     source: str | pathlib.Path,
     mesh: Mesh,
+    length: int,
     train: bool,
 ) -> tuple[Any, Any]:
     model, tokenizer = load(
@@ -355,8 +359,14 @@ def _load(
         remat=settings.remat,
         unroll=settings.unroll,
         mesh=mesh,
+        length=length,
         finish=quantizer(settings.quantize, settings.quantize_tile),
     )
+    if model.config.long_rope:
+        logging.info(
+            "%s turns every token by its long factors: rows have up to %d "
+            "tokens", source, length,
+        )  # fmt: skip
     model = adapt(model, settings, mesh, train=train)
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from topd_jax.data.routing import shares_of
+from topd_jax.data.templates import teacher_width
 from topd_jax.data.toy_world.models import world_config
 from topd_jax.models.adapters import lora_of
 from topd_jax.models.config import DecoderConfig
@@ -105,10 +106,21 @@ def model_configs(settings: Settings) -> dict[str, DecoderConfig]:
         config = config.keep_layers(model.keep_layers or range(config.layers))
         options = ("dtype", "param_dtype", "remat", "unroll", "attention")
         config = config.replace(**{key: getattr(model, key) for key in options})
+        config = config.for_rows(row_length(settings))
         if model.lora_rank or (model.adapter and student):
             config = config.replace(lora=lora_of(model, config))
         configs[name] = config
     return configs
+
+
+def row_length(settings: Settings) -> int:
+    """Return the tokens of the longest row of a run: prompt and completion.
+
+    Args:
+      settings: of the run.
+    """
+    prompt = max(settings.data.max_prompt_length, teacher_width(settings.data))
+    return prompt + settings.rollout.max_new_tokens
 
 
 def _decoder(config: DecoderConfig, model: ModelSettings, mesh: Mesh) -> Any:

@@ -210,9 +210,9 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            "phi3", "Phi3ForCausalLM", "Phi-3 and Phi-4 without longrope",
-            "turns a part of each head; sliding window; q, k and v in one "
-            "tensor",
+            "phi3", "Phi3ForCausalLM", "Phi-3, Phi-4",
+            "turns a part of each head; longrope scaling; sliding window; q, k "
+            "and v in one tensor",
             reads=_PARTIAL | {"original_max_position_embeddings": ()},
             fused=(
                 Fused("self_attn.qkv_proj.weight", ("q", "k", "v")), _GATE_UP

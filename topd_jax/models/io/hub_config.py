@@ -128,7 +128,8 @@ def decoder_config(
     options["activation"] = _ACTIVATIONS.get(activation)
     options |= _read_layers(hub, family, problems)
     size = options["head_dim"]
-    options |= read_rope(hub.rope_parameters, family, size, problems)
+    longest = getattr(hub, "max_position_embeddings", None)
+    options |= read_rope(hub.rope_parameters, family, size, longest, problems)
     _refuse(where, problems)
     try:
         return DecoderConfig(**options)
@@ -205,6 +206,11 @@ def _hub_class_read(
     # and it warns.
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     given = ids | {n: copy.deepcopy(v) for n, v in fields.items() if n in known}
+    scaling = given.get("rope_scaling") or {}
+    if (
+        scaling.get("type") == "su"
+    ):  # its first name, which the class half knows
+        scaling["type"] = "longrope"
     try:
         return CONFIG_MAPPING[family.model_type](**given)
     except Exception as error:  # validators raise many unrelated types
@@ -306,6 +312,7 @@ def _effective(config: DecoderConfig) -> DecoderConfig:
         config,
         **none,
         query_scalar=None,
+        long_rope=False,
         attention_multiplier=config.attention_scale,
         dtype="float32",
         param_dtype="float32",

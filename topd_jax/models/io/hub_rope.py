@@ -39,6 +39,13 @@ _SCALINGS: dict[str, dict[str, str]] = {
         "attention_factor": "attention_factor",
         "llama_4_scaling_beta": "query_beta",
     },
+    "longrope": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "attention_factor": "attention_factor",
+        "short_factor": "short_factors",
+        "long_factor": "long_factors",
+    },
 }
 
 # Those that may be missing or null.
@@ -51,6 +58,7 @@ def read_rope(
     rope: Mapping[str, Any],
     family: Family,
     head_dim: int,
+    longest: object,
     problems: list[str],
 ) -> dict[str, object]:
     """Read bases and scaling from ``rope_parameters``; refuse the rest.
@@ -60,6 +68,7 @@ def read_rope(
         each kind of layer where the family has local bases.
       family: of the file.
       head_dim: of the decoder.
+      longest: tokens that the model is made for; of "longrope" alone.
       problems: grows by what is wrong.
 
     Returns:
@@ -70,7 +79,7 @@ def read_rope(
     if family.local_rope:
         local = rope[SLIDING]
         options["local_rope_theta"] = _base(local, family.local_rope, problems)
-        if _scaling(local, family, problems) is not None:
+        if _scaling(local, family, longest, problems) is not None:
             problems.append(
                 f"rope_parameters.{SLIDING}={dict(local)} is not supported, "
                 "only {'rope_type': 'default', 'rope_theta': ...}"
@@ -87,7 +96,7 @@ def read_rope(
                 f"the scaling in {FULL}"
             )
     options["rope_theta"] = _base(whole, "rope_theta", problems)
-    options["rope_scaling"] = _scaling(whole, family, problems)
+    options["rope_scaling"] = _scaling(whole, family, longest, problems)
     if _PARTIAL in family.reads:
         share = whole.get(_PARTIAL, 1)
         if wrong := wrong_value(_PARTIAL, share):
@@ -106,7 +115,10 @@ def _base(rope: Mapping[str, Any], name: str, problems: list[str]) -> float:
 
 
 def _scaling(
-    rope: Mapping[str, Any], family: Family, problems: list[str]
+    rope: Mapping[str, Any],
+    family: Family,
+    longest: object,
+    problems: list[str],
 ) -> RopeScaling | None:
     kind = str(rope.get("rope_type", "default"))
     elsewhere = {"rope_type", "type", "rope_theta"}
@@ -135,24 +147,33 @@ def _scaling(
         return None
     if kind == "default":
         return None
+    if kind == "longrope":
+        given = _from_lengths(given, longest)
+    return _read_scaling(kind, given, problems)
+
+
+def _read_scaling(
+    kind: str, given: Mapping[str, Any], problems: list[str]
+) -> RopeScaling | None:
     values = {
         name: given.get(name)
         for name in _SCALINGS[kind]
         if given.get(name) is not None or name not in _OPTIONAL
     }
-    wrong = [
-        f"rope_parameters.{name}={value!r:.60} must be a positive number"
-        for name, value in values.items()
-        if not is_number(value) or value <= 0
-    ]
     truncate = given.get("truncate", True)
-    if not isinstance(truncate, bool):
-        wrong.append(f"rope_parameters.{truncate=} must be true or false")
+    wrong = [
+        f"rope_parameters.{problem}"
+        for name, value in (values | {"truncate": truncate}).items()
+        for problem in wrong_value(name, value)
+    ]
     problems += wrong
     if wrong:
         return None
     scaling: dict[str, Any] = {
-        _SCALINGS[kind][name]: float(value) for name, value in values.items()
+        _SCALINGS[kind][name]: tuple(map(float, value))
+        if isinstance(value, list)
+        else float(value)
+        for name, value in values.items()
     }
     if kind == "yarn":
         scaling["truncate"] = truncate
@@ -161,7 +182,7 @@ def _scaling(
     try:
         return RopeScaling(kind, **scaling)
     except ValueError as error:
-        problems.append(f"rope_parameters={dict(rope)}: {error}")
+        problems.append(f"rope_parameters={dict(given)}: {error}")
         return None
 
 
@@ -182,6 +203,21 @@ def _attention_factor(
     return 0.1 * math.log(max(factor, 1.0)) + 1.0
 
 
+def _from_lengths(given: dict[str, Any], longest: object) -> dict[str, Any]:
+    """Fill in the factors of "longrope" that a file leaves out."""
+    length = given.get("original_max_position_embeddings")
+    if wrong_value("original_max_position_embeddings", length):
+        return given
+    known = {name: x for name, x in given.items() if x is not None}
+    if "factor" not in known and is_number(longest):
+        known["factor"] = longest / length
+    factor = known.get("factor")
+    if is_number(factor) and factor > 0:  # arXiv:2402.13753
+        more = math.log(max(factor, 1.0)) / math.log(length)
+        known.setdefault("attention_factor", math.sqrt(1 + more))
+    return known
+
+
 def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
     """Write both spellings, for transformers 4 and 5.
 
@@ -196,22 +232,45 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
     spelled: dict[str, object] = {"rope_type": "default"}
     if scaling is not None:
         spelled = {"rope_type": scaling.kind} | {
-            hub_name: getattr(scaling, field)
+            hub_name: list(value) if isinstance(value, tuple) else value
             for hub_name, field in _SCALINGS[scaling.kind].items()
+            for value in [getattr(scaling, field)]
         }
         if scaling.kind == "yarn":
             spelled["truncate"] = scaling.truncate
         if not scaling.query_beta:
             spelled.pop(_BETA, None)
+    fields: dict[str, object] = {"rope_theta": config.rope_theta}
+    new = spelled | fields
     if _PARTIAL in family.reads:
         share = (config.rotary_dim or config.head_dim) / config.head_dim
-        spelled[_PARTIAL] = share
-    new = spelled | {"rope_theta": config.rope_theta}
-    fields: dict[str, object] = {"rope_theta": config.rope_theta}
+        new[_PARTIAL] = fields[_PARTIAL] = share
     if scaling is not None:
         fields["rope_scaling"] = spelled
+    if "original_max_position_embeddings" in family.reads:
+        fields |= _write_lengths(scaling, spelled)
     if not family.local_rope:
         return fields | {"rope_parameters": new}
     local = config.local_rope_theta or config.rope_theta
     both = {FULL: new, SLIDING: {"rope_type": "default", "rope_theta": local}}
     return {family.local_rope: local} | fields | {"rope_parameters": both}
+
+
+def _write_lengths(
+    scaling: RopeScaling | None, spelled: dict[str, object]
+) -> dict[str, object]:
+    """Spell "longrope" as releases before 5 read it: three fields alone."""
+    if scaling is None or scaling.kind != "longrope":
+        return {}
+    length, longest = (
+        round(x * scaling.original_length) for x in (1, scaling.factor)
+    )
+    three: dict[str, object] = {"type": "longrope"}
+    three |= {name: spelled[name] for name in ("short_factor", "long_factor")}
+    lengths: dict[str, object] = {
+        "original_max_position_embeddings": length,
+        "max_position_embeddings": longest,
+    }
+    read = _from_lengths(three | lengths, longest)
+    same = read["attention_factor"] == scaling.attention_factor
+    return lengths | {"rope_scaling": three if same else spelled}

@@ -60,6 +60,10 @@ _ROPE = _or_null(
 )
 _SHARE = "a number above 0, at most 1", lambda v: is_number(v) and 0 < v <= 1
 _POSITIVE = "a positive number", lambda v: is_number(v) and v > 0
+_POSITIVES = (
+    "a list of positive numbers",
+    lambda v: isinstance(v, list) and all(map(_POSITIVE[1], v)),
+)
 
 VALUES: dict[str, _Kind] = {
     "vocab_size": _COUNT,
@@ -101,6 +105,17 @@ VALUES: dict[str, _Kind] = {
     "partial_rotary_factor": _SHARE,
     "rope_parameters": _ROPE,
     "rope_scaling": _ROPE,
+    **dict.fromkeys(
+        ("factor", "low_freq_factor", "high_freq_factor", "beta_fast",
+         "beta_slow", "attention_factor", "llama_4_scaling_beta"),
+        _POSITIVE,
+    ),
+    "original_max_position_embeddings": (
+        "a number above 1", lambda v: is_number(v) and v > 1
+    ),
+    "truncate": _FLAG,
+    "short_factor": _POSITIVES,
+    "long_factor": _POSITIVES,
     # Qwen2-MoE's files say 0 for none.
     "sliding_window": _or_null(_integer(0)),
     "use_sliding_window": _FLAG,
@@ -109,7 +124,7 @@ VALUES: dict[str, _Kind] = {
     "layer_types": _list_of("names", _NAME[1]),
     "no_rope_layers": _list_of("0 or 1", lambda v: v in (0, 1)),
     "no_rope_layer_interval": _COUNT,
-}
+}  # fmt: skip
 
 # Fields of no family here, which some files spell out; only these values are
 # implemented.
@@ -165,4 +180,12 @@ def wrong_value(name: str, value: object) -> list[str]:
       value: as JSON gives it.
     """
     text, fits = VALUES.get(name, ("", lambda v: True))
-    return [] if fits(value) else [f"{name}={value!r:.60} must be {text}"]
+    if not fits(value):
+        return [f"{name}={value!r:.60} must be {text}"]
+    inner = value if isinstance(value, Mapping) else {}
+    return [
+        f"{name}.{problem}"
+        for part in ("short_factor", "long_factor")
+        if part in inner
+        for problem in wrong_value(part, inner[part])
+    ]

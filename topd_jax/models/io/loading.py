@@ -63,6 +63,7 @@ def load(
     remat: str = "none",
     unroll: int = 1,
     mesh: Mesh | None = None,
+    length: int = 0,
     ignore: Sequence[str] = (),
     finish: Finish | None = None,
 ) -> "tuple[Decoder, Tokenizer | None]":
@@ -80,6 +81,9 @@ def load(
       unroll: see the same.
       mesh: where to spread the parameters, by the rules in force
         (:func:`topd_jax.parallel.rules.using`); None is one device.
+      length: tokens of the longest row that it will read, for models with
+        "longrope"; 0: they take their short factors, and the student of a run
+        those of the run.
       ignore: unknown fields of a config.json to skip.
       finish: (parameter, array) -> what the model holds instead; called as
         soon as each is placed, before the next one is read.
@@ -95,8 +99,8 @@ def load(
         tokenizer with an id that the model has no row for.
     """
     files = describe(
-        source, ignore=ignore, dtype=dtype, param_dtype=param_dtype,
-        remat=remat, unroll=unroll,
+        source, ignore=ignore, length=length, dtype=dtype,
+        param_dtype=param_dtype, remat=remat, unroll=unroll,
     )  # fmt: skip
     placement = Placement(Path(source).name, mesh, finish)
     model = files.read_decoder(files.config, placement)
@@ -137,12 +141,17 @@ class Description:
 
 
 def describe(
-    source: str | os.PathLike, *, ignore: Sequence[str] = (), **options: Any
+    source: str | os.PathLike,
+    *,
+    length: int = 0,
+    ignore: Sequence[str] = (),
+    **options: Any,
 ) -> Description:
     """Describe a model without reading its weights.
 
     Args:
       source: as in :func:`load`.
+      length: as there.
       ignore: as there.
       **options: dtype, param_dtype, remat and unroll, as there.
 
@@ -188,7 +197,7 @@ def describe(
             else config_ends,
             config_ends,
         )
-    config = described.config.replace(**options)
+    config = described.config.replace(**options).for_rows(length)
     return dataclasses.replace(described, config=config)
 
 
