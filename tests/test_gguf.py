@@ -14,14 +14,9 @@ from small_files import LLAMA, QWEN, QWEN2, assert_same, make, write_gguf
 from topd_jax.data.tokenizers import HuggingFaceTokenizer
 from topd_jax.models import load, save_model
 from topd_jax.models.frequencies import RopeScaling
-from topd_jax.models.io.gguf import (
-    _expand,
-    gguf_config,
-    gguf_decoder,
-    open_gguf,
-    packaged_gguf,
-)
+from topd_jax.models.io.gguf import gguf_config, open_gguf, packaged_gguf
 from topd_jax.models.io.gguf_tokenizer import gguf_tokenizer
+from topd_jax.models.io.gguf_weights import _expand, gguf_decoder
 from topd_jax.models.io.weights import Placement
 
 

@@ -1,17 +1,13 @@
-"""Models in GGUF files, the format of llama.cpp: weights, config, tokenizer.
+"""GGUF files, the format of llama.cpp: one file holds a whole model.
 
-One file holds everything. Quantized tensors are expanded to floats piece by
-piece, when they are read. llama.cpp pairs neighboring rotary dimensions where
-Hugging Face pairs the two halves of a head, so its converter reorders the rows
-of q and k of the Llama family; they are put back here. Tensors are shown by
-their names in safetensors files, as the ``gguf`` package maps them.
+Here it is opened, and its metadata read as a ``config.json``; its weights are
+in :mod:`topd_jax.models.io.gguf_weights`.
 """
 
 import dataclasses
 import functools
 import importlib.metadata
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +16,8 @@ import gguf
 import numpy as np
 
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.decoder import Decoder
-from topd_jax.models.frequencies import frequencies
 from topd_jax.models.io.families import family_of
-from topd_jax.models.io.fused import TensorInfo
 from topd_jax.models.io.hub_config import decoder_config
-from topd_jax.models.io.weights import Placement, assemble, file_tensors
 
 # Metadata, without the architecture's prefix -> field of config.json.
 _FIELDS = {
@@ -70,7 +62,7 @@ _HEAD_DIM = (
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 # Of Llama 3.1 and later, files keep what each rotary frequency is divided by,
 # and not the rule. All that were published follow from this one.
-_ROPE_FREQS = "rope_freqs.weight"
+ROPE_FREQS = "rope_freqs.weight"
 _LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -124,60 +116,6 @@ def _opened(path: Path, _: int) -> GGUFFile:
             "short?"
         ) from error
     return GGUFFile(path, metadata, {t.name: t for t in reader.tensors})
-
-
-def gguf_decoder(
-    file: GGUFFile, config: DecoderConfig, placement: Placement
-) -> Decoder:
-    """Load a decoder from a GGUF file.
-
-    Args:
-      file: from :func:`open_gguf`.
-      config: the decoder's shape.
-      placement: of the parameters.
-
-    Returns:
-      The model, quantized tensors expanded.
-
-    Raises:
-      ValueError: for metadata that is not supported, or tensors that do not
-        fit, all of them by name.
-    """
-    if _ROPE_FREQS in file.tensors:
-        _check_rope_freqs(file, config)
-    architecture = file.metadata["general.architecture"]
-    family = family_of(architecture, str(file.path), gguf=True)
-    names = _hub_names(family.gguf, config)
-    tensors = {
-        names.get(name, name): tensor
-        for name, tensor in file.tensors.items()
-        if name != _ROPE_FREQS
-    }
-    heads = {}
-    if family.gguf_permuted:
-        heads["q_proj.weight"] = config.heads
-        heads["k_proj.weight"] = config.kv_heads
-
-    def read(name: str, index: tuple[slice | np.ndarray, ...]) -> np.ndarray:
-        tensor, kind = tensors[name], name.rpartition("self_attn.")[2]
-        if kind in heads:
-            rows, *others = index
-            count = int(tensor.shape[-1])
-            index = (_unpermuted_rows(count, heads[kind])[rows], *others)
-        try:
-            return _expand(tensor, index)
-        except NotImplementedError:
-            raise ValueError(
-                f"{file.path}: {tensor.name} is quantized as "
-                f"{tensor.tensor_type.name}, which the gguf package cannot "
-                "expand; convert the file to Q8_0 or F16"
-            ) from None
-
-    infos = {  # every quantization is expanded to float32
-        name: TensorInfo(tuple(map(int, reversed(x.shape))), "float32")
-        for name, x in tensors.items()
-    }
-    return assemble(config, infos, read, placement, str(file.path))
 
 
 def gguf_config(file: GGUFFile) -> DecoderConfig:
@@ -270,59 +208,8 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     fields["vocab_size"] = int(file.tensors[_EMBEDDING].shape[-1])
     if known is not _FIELDS:
         fields["norm_topk_prob"] = True  # as llama.cpp computes
-    if family.model_type == "llama" and _ROPE_FREQS in file.tensors:
-        factor = float(np.max(file.tensors[_ROPE_FREQS].data))
+    if family.model_type == "llama" and ROPE_FREQS in file.tensors:
+        factor = float(np.max(file.tensors[ROPE_FREQS].data))
         fields["rope_scaling"] = _LLAMA3 | {"factor": factor}
     fields["tie_word_embeddings"] = _OUTPUT not in file.tensors
     return fields
-
-
-def _check_rope_freqs(file: GGUFFile, config: DecoderConfig) -> None:
-    plain = frequencies(config.rope_theta, config.head_dim)
-    scaled = frequencies(
-        config.rope_theta, config.head_dim, config.rope_scaling
-    )
-    want, divisors = plain / scaled, file.tensors[_ROPE_FREQS].data
-    fits = divisors.shape == want.shape
-    if not fits or not np.allclose(divisors, want, rtol=1e-3):
-        raise ValueError(
-            f"{file.path}: {_ROPE_FREQS} does not follow the rule of Llama 3.1 "
-            "(factors 1 and 4, 8192 tokens); load the model's Hugging Face "
-            "directory"
-        )
-
-
-def _hub_names(architecture: str, config: DecoderConfig) -> dict[str, str]:
-    """Map names in the file to those in safetensors files.
-
-    Experts are stacked in one tensor, named as one without a number.
-    """
-    numbers = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(numbers[architecture], config.layers)
-    names = {}
-    for tensor in file_tensors(config):
-        stem = re.sub(r"experts\.\d+", "experts", tensor)
-        names[table.get_name(stem, (".weight", ".bias"))] = stem
-    return names
-
-
-def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
-    """Expand a part of a tensor, and only the blocks that it needs."""
-    numbers, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-    # asarray: a memmap's bookkeeping would double the time.
-    data = np.asarray(tensor.data)
-    *others, last = index
-    if data.dtype == np.uint8:  # blocks of bytes, along the last dimension
-        first, end = last.start // numbers, -(-last.stop // numbers)
-        data = data[(*others, slice(first * size, end * size))]
-        start = last.start - first * numbers
-        part = slice(start, start + last.stop - last.start)
-    else:
-        data, part = data[index], slice(None)
-    return gguf.dequantize(data, tensor.tensor_type)[..., part]
-
-
-def _unpermuted_rows(count: int, heads: int) -> np.ndarray:
-    """Locate each row of q or k, (head, half, pair), in the file."""
-    rows = np.arange(count).reshape(heads, count // heads // 2, 2)
-    return rows.swapaxes(1, 2).reshape(count)

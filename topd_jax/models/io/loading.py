@@ -19,11 +19,11 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import family_of
 from topd_jax.models.io.gguf import (
     gguf_config,
-    gguf_decoder,
     open_gguf,
     packaged_gguf,
 )
 from topd_jax.models.io.gguf_tokenizer import gguf_tokenizer
+from topd_jax.models.io.gguf_weights import gguf_decoder
 from topd_jax.models.io.hub_config import decoder_config
 from topd_jax.models.io.huggingface import (
     hub_decoder,
