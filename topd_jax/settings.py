@@ -5,6 +5,7 @@ mappings into them and refuses unknown keys, wrong types and values out of
 bounds, before anything is loaded. :func:`parse_json` does so for files.
 """
 
+import ast
 import collections
 import dataclasses
 import difflib
@@ -248,6 +249,42 @@ def _checked(value: object, kind: object, name: str) -> object:
     if kind is str and "\0" in value:
         raise ValueError(f"{name}={value!r} must have no zero bytes")
     return value
+
+
+def parse_call(
+    text: str, name: str, example: str
+) -> tuple[str, dict[str, typing.Any]]:
+    """Split "NAME(option=value, ...)" into name and options.
+
+    Args:
+      text: "NAME" or "NAME(option=value, ...)", values as Python literals;
+        "module:function" is a name too.
+      name: of the setting, for the error.
+      example: of what can be read, for the error.
+
+    Returns:
+      (name, options).
+
+    Raises:
+      ValueError: for anything else.
+    """
+    match = re.fullmatch(
+        r"\s*(\w[\w.]*(?::[\w.]+)?)\s*(\(.*\))?\s*", text, re.S
+    )
+    try:
+        function, arguments = match.groups()
+        call = ast.parse(f"f{arguments or '()'}", mode="eval").body
+        if call.args or not isinstance(call.func, ast.Name):
+            raise SyntaxError
+        options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (
+        AttributeError, SyntaxError, ValueError, RecursionError, MemoryError,
+    ) as error:  # fmt: skip
+        raise ValueError(
+            f"{name}={text!r} cannot be read; write NAME or "
+            f"NAME(option=value, ...), for instance {example}"
+        ) from error
+    return function, options
 
 
 def parse_json(data: bytes, where: str, way_out: str = "") -> typing.Any:

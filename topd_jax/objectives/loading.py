@@ -7,13 +7,11 @@ near future's, ``log_floor`` the token loss's. A piece itself is chosen by name
 too: ``detector='future_loss'``, ``token_loss='my_package.my_module:loss'``.
 """
 
-import ast
 import dataclasses
 import functools
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +32,7 @@ from topd_jax.objectives.objective import (
 )
 from topd_jax.objectives.pieces import spelled
 from topd_jax.objectives.presets import PRESETS
+from topd_jax.settings import parse_call
 
 # Parameters that are pieces -> the names that stand for one.
 PIECES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
@@ -99,23 +98,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for anything else.
     """
-    match = re.fullmatch(
-        r"\s*(\w[\w.]*(?::[\w.]+)?)\s*(\(.*\))?\s*", text, re.S
-    )
-    try:
-        name, arguments = match.groups()
-        call = ast.parse(f"f{arguments or '()'}", mode="eval").body
-        if call.args or not isinstance(call.func, ast.Name):
-            raise SyntaxError
-        options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (
-        AttributeError, SyntaxError, ValueError, RecursionError, MemoryError,
-    ) as error:  # fmt: skip
-        raise ValueError(
-            f"objective={text!r} cannot be read; write NAME or "
-            "NAME(option=value, ...), for instance topd(context='student')"
-        ) from error
-    return name, options
+    return parse_call(text, "objective", "topd(context='student')")
 
 
 def spell(name: str, **options: Any) -> str:
