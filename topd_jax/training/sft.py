@@ -143,7 +143,8 @@ def sft_step(
             notes = notes.replace(teacher_head=head)
             sums.append(_sums(student, own, notes, layout))
         total = {k: sum(s[k] for s in sums) for k in sums[0]}
-        loss = kd_ratio * total["divergence"]
+        # What has no weight needs no backward pass.
+        loss = kd_ratio * total["divergence"] if kd_ratio else 0.0
         loss += (1 - kd_ratio) * total["cross_entropy"]
         loss /= jnp.maximum(tokens, 1.0)
         return loss, jax.lax.stop_gradient(total)
