@@ -61,6 +61,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10", _GCS],
         "cuda": ["jax[cuda13]>=0.10"],
         "gcs": [_GCS],  # work directories, data, models by gs://
+        # Prompts by rule. One of what it needs is built from C: not in "test".
+        "reasoning": ["reasoning-gym>=0.1.12"],
         "test": [
             "pytest",
             "pytest-xdist",

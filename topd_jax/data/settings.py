@@ -10,9 +10,15 @@ class DataSettings:
     """Where prompts come from."""
 
     source: str = setting(
-        "world", "of the prompts", choices=("world", "jsonl", "tfds", "hub")
+        "world",
+        "of the prompts",
+        choices=("world", "jsonl", "tfds", "hub", "reasoning_gym"),
     )
-    path: str = setting("", "JSONL file, TFDS name or hub name")
+    path: str = setting(
+        "",
+        "JSONL file, TFDS name, hub name, or task of reasoning-gym: "
+        "chain_sum(max_terms=4, size=2000)",
+    )
     eval_path: str = setting("", 'held-out JSONL; "": held out of the prompts')
     split: str = setting("train", "TFDS or hub split")
     eval_split: str = setting("test", "the same for held-out prompts")

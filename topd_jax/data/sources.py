@@ -1,4 +1,4 @@
-"""Read prompts from JSONL files, TFDS, the hub or the tiny world.
+"""Read prompts from JSONL files, TFDS, the hub, reasoning-gym or a tiny world.
 
 Every source gives a list of :class:`Record`; :mod:`topd_jax.data.prompts`
 makes batches of them.
@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from topd_jax.data import gym
 from topd_jax.data.settings import DataSettings, WorldSettings
 from topd_jax.data.templates import as_text, teacher_prompt
 from topd_jax.data.toy_world import problems
@@ -34,6 +35,8 @@ class Record(TypedDict):
       teacher: the name of its teacher, where there are several.
       teacher_prompt: what its teacher reads instead of the question, before
         any chat template; missing where it is the question.
+      task: of reasoning-gym, whose grader counts instead of the answer;
+        ``index`` is the problem's place in it.
     """
 
     prompt: str
@@ -42,6 +45,7 @@ class Record(TypedDict):
     source: str
     teacher: NotRequired[str]
     teacher_prompt: NotRequired[str]
+    task: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,8 @@ def read_records(
 
     Returns:
       (training, validation, test) prompts; without ``data.eval_path`` the
-      last two are the first ``data.held_out`` records.
+      last two are the first ``data.held_out`` records. Of reasoning-gym no
+      training prompt is also held out.
 
     Raises:
       ValueError: for what cannot be read, or too few records.
@@ -112,6 +117,9 @@ def read_records(
         held_out = read_source(
             data.source, data.eval_path, data.eval_split, fields
         )
+        if data.source == gym.SOURCE:
+            asked = {record["prompt"] for record in held_out}
+            train = [r for r in train if r["prompt"] not in asked]
         return train, held_out, held_out
     count = data.held_out
     if count >= len(train):
@@ -129,11 +137,12 @@ def read_source(
 
     Args:
       source: "jsonl", one JSON object a line, blank lines skipped; "tfds",
-        ArrayRecord (TensorFlow is not needed); or "hub", Hugging Face's, which
-        needs ``datasets``.
+        ArrayRecord (TensorFlow is not needed); "hub", Hugging Face's, which
+        needs ``datasets``; or "reasoning_gym", each question once.
       path: of the file; or e.g. ``gsm8k:1.0.0`` of TFDS, downloaded where it
         is missing, or the directory of a prepared dataset; or of the hub
-        ``owner/dataset`` or ``owner/dataset:config``.
+        ``owner/dataset`` or ``owner/dataset:config``; or a task, see
+        :func:`topd_jax.data.gym.open_task`.
       split: of the dataset; a file has none.
       fields: keys of its rows.
 
@@ -143,6 +152,8 @@ def read_source(
     """
     if source == "jsonl":
         rows = _read_lines(buckets.as_path(path), fields)
+    elif source == gym.SOURCE:
+        rows = gym.problems(path)
     else:
         dataset = _open_dataset(source, path, split)
         where = f"{path} {split} record"
@@ -150,6 +161,9 @@ def read_source(
     records = [
         _record(row, i, where, fields) for i, (where, row) in enumerate(rows)
     ]
+    if source == gym.SOURCE:
+        first = {r["prompt"]: r | {"task": path} for r in reversed(records)}
+        records = list(reversed(first.values()))
     if not records:
         raise ValueError(f"{path} holds no records; it needs at least one")
     return records

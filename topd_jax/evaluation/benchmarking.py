@@ -38,12 +38,13 @@ def read_benchmark(
 
     Args:
       where: path of a JSONL file with "problem" or "question", and "answer",
-        in every line; or "tfds:NAME" or "hub:OWNER/NAME".
+        in every line; or "tfds:NAME", "hub:OWNER/NAME" or
+        "reasoning_gym:TASK".
       split: of the dataset; a file has none.
 
     Returns:
       (its short name, "math500" of "data/math500.jsonl"; its problems, in
-      order, every one with a reference answer).
+      order, every one with a reference answer or a grader of its own).
 
     Raises:
       ValueError: where it cannot be read, or a record lacks the problem or
@@ -51,18 +52,18 @@ def read_benchmark(
     """
     source, _, path = where.partition(":")
     name = path
-    if source not in ("tfds", "hub"):
+    if source not in ("tfds", "hub", "reasoning_gym"):
         source, path, name = "jsonl", where, pathlib.Path(where).stem
     try:
         records = read_source(source, path, split, _FIELDS)
     except ValueError as error:
         raise ValueError(
             f"eval.benchmarks: {error}; a benchmark is a JSONL file whose "
-            'lines have "problem" or "question" and "answer", or tfds:NAME or '
-            "hub:NAME"
+            'lines have "problem" or "question" and "answer", or tfds:NAME, '
+            "hub:NAME or reasoning_gym:TASK"
         ) from error
     for record in records:
-        if not record["answer"]:
+        if not (record["answer"] or "task" in record):
             raise ValueError(
                 f'{record["source"]} has nothing in the field "answer"; '
                 "an evaluation needs every reference answer"
@@ -119,7 +120,7 @@ def evaluate_all(
         run's test problems, ``eval.final_problems`` of them.
       student: the model.
       data: of the run; says how its own problems are graded. Benchmarks are
-        mathematics.
+        mathematics, but those of reasoning-gym, which grades them itself.
       step: of the student, for the record.
       done: benchmarks that need not be run again, as returned.
       keep: given what is returned, as far as it is known, after each of

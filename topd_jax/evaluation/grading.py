@@ -1,9 +1,10 @@
-"""Grade completions: the tiny world's, and mathematics with math-verify.
+"""Grade completions: a tiny world's, mathematics, and reasoning-gym's.
 
 Mathematics is graded in worker processes: a hostile or endless answer costs
 its deadline and one fork of a worker, never the run. An answer is right if its
 spelling is the reference's (:func:`topd_jax.evaluation.answers.normal`) or
-math-verify proves the two equal.
+math-verify proves the two equal. Problems of reasoning-gym are graded there by
+its own graders, some of which evaluate an answer as Python.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
+from topd_jax.data import gym
 from topd_jax.data.settings import DataSettings
 from topd_jax.data.sources import Record
 from topd_jax.data.toy_world import problems
@@ -122,11 +124,16 @@ def grade_answers(
     Raises:
       ChildProcessError: where the grading process does not start.
     """
-    if not all(r["answer"] for r in records):
+    if not all(r["answer"] or "task" in r for r in records):
         return None
     pairs = [
         # GSM8K writes "... #### 72"; others write the answer alone.
-        (record["answer"].rsplit("####", 1)[-1].strip(), text)
+        (
+            [record["task"], record["index"]]
+            if "task" in record
+            else record["answer"].rsplit("####", 1)[-1].strip(),
+            text,
+        )
         for record, text in zip(records, texts, strict=True)
     ]
     if not pairs:
@@ -142,10 +149,11 @@ def grade_answers(
 
 
 def _grade_part(
-    pairs: Sequence[tuple[str, str]], deadline: float
+    pairs: Sequence[tuple[str | list, str]], deadline: float
 ) -> list[bool]:
     """Grade (reference, completion) pairs in one worker at a time.
 
+    The reference of a problem of reasoning-gym is [its task, its place].
     A worker is a separate program: a fork may deadlock with JAX's threads, and
     a spawn runs the caller's main module again.
     """
@@ -184,9 +192,12 @@ def _serve(deadline: float) -> None:
     logging.disable(logging.CRITICAL)
     # What is loaded at its first use is loaded before any fork.
     _is_right("1", "\\boxed{\\frac{2}{2}}", math_verify)
+    lines, graded = sys.stdin.readlines(), 0
+    for reference, _ in map(json.loads, lines[:1]):  # all are of one source
+        if isinstance(reference, list):
+            gym.open_task(reference[0])
     alarm(0)
     print("started", file=answers, flush=True)
-    lines, graded = sys.stdin.readlines(), 0
     while graded < len(lines):
         # A fork ends with the answer that it cannot grade, and the next one is
         # ready at once: this process has no threads.
@@ -229,8 +240,11 @@ def _grade_lines(
     os._exit(0)
 
 
-def _is_right(reference: str, text: str, math_verify: Any) -> bool:
+def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
     how, answer = stated_answer(text)
+    if isinstance(reference, list):
+        readings = answer.strip(), plain_latex(answer)
+        return any(gym.is_right(*reference, reading) for reading in readings)
     # "62.5" answers what percentage it is.
     same = {normal(reference), normal(reference).removesuffix("%")}
     if how in ("boxed", "marked") and normal(answer) in same:

@@ -25,5 +25,6 @@ class EvalSettings:
     benchmarks: tuple[str, ...] = setting(
         (),
         "topd eval only, instead of the test problems: JSONL files with "
-        '"problem" or "question" and "answer", "tfds:NAME" or "hub:NAME"',
+        '"problem" or "question" and "answer", "tfds:NAME", "hub:NAME" or '
+        '"reasoning_gym:TASK"',
     )
