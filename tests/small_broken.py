@@ -9,7 +9,8 @@ from topd_jax.training import loop
 
 def breaking(run: loop.Run, steps: set[int], tries: int = 1) -> loop.Run:
     """Let the updates of these steps fail until a run has rolled back."""
-    train_step = run.compiled.train_step
+    ((last, compiled),) = run.phases
+    train_step = compiled.train_step
 
     def step(state: Any, *arguments: Any) -> tuple[Any, dict]:
         state, metrics = train_step(state, *arguments)
@@ -18,7 +19,7 @@ def breaking(run: loop.Run, steps: set[int], tries: int = 1) -> loop.Run:
         return state, metrics
 
     step.trace = train_step.trace
-    run.compiled = run.compiled._replace(train_step=step)
+    run.phases = ((last, compiled._replace(train_step=step)),)
     return run
 
 

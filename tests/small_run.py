@@ -103,8 +103,8 @@ def run_in(settings: Settings, workdir: Path, setup: object) -> object:
     from topd_jax.training import loop
 
     run = loop.Run(settings, workdir, dataclasses.replace(setup))
-    _, run.compiled, run.evaluator = _programs.setdefault(
-        (repr(settings), id(setup)), (setup, run.compiled, run.evaluator)
+    _, run.phases, run.evaluator = _programs.setdefault(
+        (repr(settings), id(setup)), (setup, run.phases, run.evaluator)
     )
     return run
 

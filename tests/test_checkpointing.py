@@ -221,6 +221,15 @@ def test_a_new_setting_was_at_its_default_and_a_removed_one_differs():
         check(saved=saved)
 
 
+def test_an_option_of_the_objective_that_is_younger_was_at_its_default():
+    saved = record()
+    del saved["objective"]["guidance"]["share"]
+    check(saved=saved)
+    other = make_objective(SETTINGS.objective[:-1] + ", guidance_share=0.5)")
+    with pytest.raises(ValueError, match="share: 1.0 there, 0.5 here"):
+        check(saved=saved, objective=describe(other))
+
+
 def test_a_renamed_setting_is_compared_under_its_new_name():
     saved = record()
     data = saved["settings"]["data"]

@@ -155,6 +155,25 @@ def test_no_stage_compiles_twice(short, setup, tmp_path):
         compiled_once.check(loop.Run(timed, tmp_path / folder, parts))
 
 
+def test_guidance_of_the_first_steps(short, setup, tmp_path):
+    """The others are steps of OPD: neither looks ahead."""
+    first = dataclasses.replace(
+        changed(short, "log", every=1),
+        objective=short.objective[:-1] + ", guidance_share=0.5)",
+    )
+    parts = dataclasses.replace(setup)
+    # Two programs of score and train_step, and one of all else.
+    once = (*compiled_once.PROGRAMS, "score", "train_step")
+    compiled_once.check(loop.Run(first, tmp_path / "whole", parts), once)
+    rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert ["guidance" in row for row in rows] == [True, True, False]
+    with interrupted(3):
+        run_in(first, tmp_path / "resumed", setup).train()
+    parts = dataclasses.replace(setup)
+    compiled_once.check(loop.Run(first, tmp_path / "resumed", parts))
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
 @pytest.mark.parametrize(
     ("skipped", "most", "stops_at"),
     [

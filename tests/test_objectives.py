@@ -1,5 +1,6 @@
 """Objectives: presets, spellings, bounds, and what is refused."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -207,6 +208,7 @@ LOSS = {
 TOPD = AHEAD | LOSS | {
     "context": ["no", 5],
     "guidance_weight": [-1.0, 1e999, "no"],
+    "guidance_share": [0.0, 1.1, "no"],
     "branch_loss": ["no", 5],
     "anchor_first": ["no", 5],
 }  # fmt: skip
@@ -247,6 +249,19 @@ WITH = {
     "alpha": {"token_loss": "forward_kl_at_high_loss"},
     "loss_threshold": {"token_loss": "forward_kl_at_high_loss"},
 }
+
+
+def test_guidance_may_end_before_the_run():
+    whole = topd.topd()
+    assert whole.phases(10) == ((10, whole),)
+    early = topd.topd(guidance_share=0.25)
+    plain = dataclasses.replace(early, near_future=None, guidance=None)
+    assert early.phases(10) == ((3, early), (10, plain))
+    assert early.phases(1) == ((1, early),)
+    # What weights look at goes on.
+    capped = topd.topd_suppress(guidance_share=0.25)
+    (_, _), (_, then) = capped.phases(10)
+    assert then == dataclasses.replace(capped, guidance=None)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -88,9 +88,10 @@ def test_what_a_refusal_says_of_temporaries(text, size):
 
 
 def test_the_table_says_what_fits_and_by_how_much_not():
-    rollout = program("rollout", cost=Cost(0, 819e9))
+    rollout = program("rollout", cost=Cost(0, 819e9), calls=100)
     refused = program("evaluate", temporaries=10.5 * GIB, cost=None)
-    plan = plan_of(rollout, program("score"), program(calls=100), refused)
+    score = program("score", calls=25)
+    plan = plan_of(rollout, score, program(calls=100), refused)
     lines = command.table(plan).splitlines()
     (step,), (evaluate,) = (
         [line.split() for line in lines if line.startswith(name)]
@@ -103,8 +104,9 @@ def test_the_table_says_what_fits_and_by_how_much_not():
         "3.28", "100", "0.7",
     ]  # fmt: skip
     assert evaluate[-3:] == ["1.50", "too", "much"]
-    # One second of reading and two of computing, twice; 0.4 and 0.61 of it.
-    assert "5.00 s, about 9.06; 64 tokens generated, 13 a second" in lines[-1]
+    # One second of reading, two of computing and, in every fourth step, two
+    # more; 0.4 and 0.61 of it.
+    assert "3.50 s, about 6.60; 64 tokens generated, 18 a second" in lines[-1]
     # Of a step that did not compile nothing is promised.
     plan = plan_of(program("rollout"), program("score", cost=None))
     assert plan.step_seconds == (0, 0)

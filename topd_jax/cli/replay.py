@@ -21,7 +21,7 @@ from topd_jax.objectives.statistics import pick
 from topd_jax.parallel import buckets
 from topd_jax.parallel.compilation import keep_compiled
 from topd_jax.parallel.layouts import loss_layout
-from topd_jax.training.compiled import compile_step, step_keys
+from topd_jax.training.compiled import compile_step, phase_of, step_keys
 from topd_jax.training.config import settings_from
 from topd_jax.training.dumps import arrays_of, read_dump
 from topd_jax.training.logging import read_jsonl
@@ -141,7 +141,7 @@ def _began(run: Run) -> dict[str, Any]:
     """
     rows = run.batches[run.step]
     teachers = run.setup.teachers
-    scored = run.compiled.score(
+    scored = phase_of(run.phases, run.step).score(
         run.student, teachers, rows, step_keys(run.key, run.step)[1]
     )
     models = {"student": run.student} | {
@@ -222,9 +222,10 @@ def _gradients(run: Run, rows: Any, scored: Any) -> Any:
 
     # The step would keep the old student, and no trace of them.
     keeping = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
-    tokenizer = run.setup.tokenizer
+    phases = run.objective.phases(run.settings.train.steps)
+    objective, tokenizer = phase_of(phases, run.step), run.setup.tokenizer
     step = compile_step(
-        run.settings, run.objective, keeping, eos_ids=tokenizer.eos_ids,
+        run.settings, objective, keeping, eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id, mesh=run.setup.mesh,
     ).train_step  # fmt: skip
     zeros = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))

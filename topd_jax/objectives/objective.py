@@ -192,11 +192,16 @@ class Guidance:
         ``branch_hidden`` [B, M, K, D] lets the student read the teacher's
         branches; ``teacher_window_hidden`` keeps the teacher's states there.
       weight: lambda.
+      share: of a run's steps, the first ones; after them nothing looks ahead,
+        unless a weight does.
     """
 
     loss: Piece
     weight: float = setting(
         0.1, "lambda of L = L_OPD + lambda L_traj", least=0, most=1e6
+    )
+    share: float = setting(
+        1.0, "of a run's steps that guide, from the first on", above=0, most=1
     )
 
     def __post_init__(self) -> None:
@@ -249,6 +254,23 @@ class Objective:
                 f"{spelled(ahead[0])} needs candidates; give the objective a "
                 "near_future=NearFuture(...)"
             )
+
+    def phases(self, steps: int) -> tuple[tuple[int, "Objective"], ...]:
+        """Return what a run minimizes in turn, each with its last step.
+
+        Args:
+          steps: of the run.
+        """
+        guided = steps
+        if self.guidance is not None:
+            guided = math.ceil(self.guidance.share * steps - 1e-9)
+        if guided == steps:
+            return ((steps, self),)
+        ahead = self.near_future
+        if not any(needs(w) & FUTURES for w in self.token_weights):
+            ahead = None
+        plain = dataclasses.replace(self, near_future=ahead, guidance=None)
+        return ((guided, self), (steps, plain))
 
     @property
     def named(self) -> frozenset[str]:

@@ -64,6 +64,7 @@ def topd(
     *,
     context: str = "teacher",
     guidance_weight: float = 0.1,
+    guidance_share: float = 1.0,
     branch_loss: str | None = None,
     anchor_first: bool | None = None,
 ) -> Objective:
@@ -77,6 +78,8 @@ def topd(
         (§5.2); "student": on the transport plan's targets at the rollout's
         own contexts (literal §3).
       guidance_weight: lambda.
+      guidance_share: of a run's steps, the first ones; the others are those
+        of OPD (ours).
       branch_loss: of context "teacher": "cross_entropy" (the default),
         "forward_kl" or "reverse_kl".
       anchor_first: of context "student": the first target is the teacher's
@@ -104,7 +107,7 @@ def topd(
             f"branch_loss={branch_loss!r} must be one of "
             f"{', '.join(map(repr, BRANCH_LOSSES))}"
         )
-    guidance = Guidance(loss, guidance_weight)
+    guidance = Guidance(loss, guidance_weight, guidance_share)
     return Objective(token_loss, temperature, (), near_future, guidance)
 
 
@@ -115,14 +118,15 @@ def topd_suppress(
     *,
     context: str = "teacher",
     guidance_weight: float = 0.1,
+    guidance_share: float = 1.0,
     branch_loss: str | None = None,
     anchor_first: bool | None = None,
 ) -> Objective:
     """Guide as :func:`topd` does, and cap the false alarms' loss."""
     whole = topd(
         token_loss, temperature, near_future, context=context,
-        guidance_weight=guidance_weight, branch_loss=branch_loss,
-        anchor_first=anchor_first,
+        guidance_weight=guidance_weight, guidance_share=guidance_share,
+        branch_loss=branch_loss, anchor_first=anchor_first,
     )  # fmt: skip
     return dataclasses.replace(whole, token_weights=(weights.cap_selected,))
 

@@ -36,7 +36,7 @@ def _options(
     settings: Settings, plan: Plan, program: ProgramPlan
 ) -> Iterator[str]:
     """List what helps a program, the cheapest first."""
-    name, mesh = program.name, plan.mesh
+    name, mesh = program.name.removesuffix(" 2"), plan.mesh
     ways = math.prod(mesh[axis] for axis in ("data", "fsdp", "expert"))
     if mesh["data"] > 1 and program.held > program.capacity / 2:
         yield f"mesh.data=1 --config.mesh.fsdp={mesh['data'] * mesh['fsdp']}"

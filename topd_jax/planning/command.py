@@ -23,7 +23,7 @@ from topd_jax.training.config import Settings
 
 _GIB = 2.0**30
 _HEAD = (
-    "program          held  temporary      total"
+    "program            held  temporary      total"
     "                       TFLOP    HBM GB   sent GB  seconds bound by"
     "    about   calls  chip-hours"
 )
@@ -84,6 +84,8 @@ def table(plan: Plan) -> str:
         _HEAD,
         *(_row(p, plan.chip, devices) for p in plan.programs),
     ]
+    if any(p.name == "score 2" for p in plan.programs):
+        lines.append("2: of the steps after guidance")
     least, about = plan.step_seconds
     if least:
         lines += [
@@ -101,7 +103,7 @@ def _row(p: ProgramPlan, chip: Chip, devices: int) -> str:
         f"{x / _GIB:11.2f}" for x in (p.held, p.temporaries, p.total)
     )
     verdict = "fits" if p.fits else f"{p.excess / _GIB:.2f} too much"
-    line = f"{p.name:10}{memory}{verdict:>17}"
+    line = f"{p.name:12}{memory}{verdict:>17}"
     if p.cost is None:
         return line
     seconds, bound = roofline(p.cost, chip)

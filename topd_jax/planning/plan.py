@@ -19,10 +19,12 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable
+from operator import mul
 from typing import Any
 
 import jax
 
+from topd_jax.objectives.loading import make_objective
 from topd_jax.planning.chips import DECODED, Chip, chip_of, topology_devices
 from topd_jax.planning.hlo import parse
 from topd_jax.planning.hlo_cost import Cost, count
@@ -34,7 +36,7 @@ from topd_jax.training.shapes import bytes_held
 # The runtime keeps some of a device's memory; the compiler of v5e counts with
 # 15.75 of 16 GiB.
 USABLE = 0.98
-_STEP = ("rollout", "score", "train_step")
+_STEP = ("rollout", "score", "train_step", "score 2", "train_step 2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +102,17 @@ class Plan:
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """Return a step's (least, expected) seconds; 0 if not all compiled."""
-        costs = [p.cost for p in self.programs if p.name in _STEP]
-        if None in costs:
+        """Return a mean step's (least, expected) seconds.
+
+        0 if not all programs compiled.
+        """
+        of_step = [p for p in self.programs if p.name in _STEP]
+        if None in [p.cost for p in of_step]:
             return 0.0, 0.0
-        least = sum(roofline(cost, self.chip)[0] for cost in costs)
-        return least, sum(expected(cost, self.chip) for cost in costs)
+        often = [p.calls / of_step[0].calls for p in of_step]
+        least = (roofline(p.cost, self.chip)[0] for p in of_step)
+        about = (expected(p.cost, self.chip) for p in of_step)
+        return sum(map(mul, often, least)), sum(map(mul, often, about))
 
 
 def make_plan(
@@ -189,7 +196,11 @@ def _calls(settings: Settings, name: str) -> int:
         return batches * options.samples
     if name == "statistics":
         return settings.train.steps // settings.log.statistics_every
-    return settings.train.steps
+    steps = settings.train.steps
+    if settings.is_offline or name == "rollout":
+        return steps
+    guided = make_objective(settings.objective).phases(steps)[0][0]
+    return steps - guided if name.endswith(" 2") else guided
 
 
 def _compile(name: str, call: Call, capacity: float) -> ProgramPlan:

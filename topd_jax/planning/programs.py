@@ -19,9 +19,13 @@ from topd_jax.data.templates import teacher_width
 from topd_jax.evaluation.evaluator import write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import sharding
-from topd_jax.training.compiled import compile_step, make_optimizer
+from topd_jax.training.compiled import (
+    Compiled,
+    compile_phases,
+    make_optimizer,
+)
 from topd_jax.training.config import Settings
-from topd_jax.training.shapes import abstract_models, placed
+from topd_jax.training.shapes import Models, abstract_models, placed
 from topd_jax.types import Prompts, Scored
 
 
@@ -52,7 +56,8 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
 
     Returns:
       "rollout", "score", "train_step", "statistics" unless they are off, and
-      "evaluate" (the sampler of evaluations) -> call.
+      "evaluate" (the sampler of evaluations) -> call; with "score 2" and
+      "train_step 2" where guidance ends before the run.
 
     Raises:
       ValueError: if something does not divide over the mesh, or the run reads
@@ -73,22 +78,15 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     ids = dict(eos_ids=(1,), pad_id=0)  # which they are changes no shape
     objective = make_objective(settings.objective)
     shardings = jax.tree.map(lambda x: x.sharding, models.state)
-    step = compile_step(
+    phases = compile_phases(
         settings, objective, optimizer, mesh=mesh, shardings=shardings, **ids
     )
+    step = phases[0][1]
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = _prompts(settings, mesh, settings.data.batch_size)
     questions = _prompts(settings, mesh, settings.eval.batch_size)
     written = (student, teachers, prompts, key)
     rows = _rows(jax.eval_shape(step.rollout, *written), mesh)
-    read = (student, teachers, rows, key)
-    scored = tuple(
-        _scored(part, teacher.beside(student), mesh)
-        for part, teacher in zip(
-            jax.eval_shape(step.score, *read), teachers, strict=True
-        )
-    )
-    learned = (models.state, rows, scored, models.frozen)
     shapes = [student.config, *(t.beside(student).config for t in teachers)]
     sampler = functools.partial(
         write,
@@ -100,11 +98,13 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     # Teachers and train state are always there.
     held = (models.state, teachers, models.frozen)
     during = (*held, prompts, rows)
-    every = {
-        "rollout": Call(step.rollout, written, (*held, prompts)),
-        "score": Call(step.score, read, during),
-        "train_step": Call(step.train_step, learned, (*during, scored)),
-        "statistics": Call(step.statistics, read[:3], (*during, scored)),
+    every = {"rollout": Call(step.rollout, written, (*held, prompts))}
+    for (_, step), name in zip(phases, ("", " 2"), strict=False):
+        score, train = _learning(step, models, rows, key, during, mesh)
+        every |= {f"score{name}": score, f"train_step{name}": train}
+    read = (student, teachers, rows)
+    every |= {
+        "statistics": Call(step.statistics, read, train.live),
         "evaluate": Call(jax.jit(sampler), asked, (*held, questions)),
     }
     if slots:
@@ -112,6 +112,26 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     if not settings.log.statistics_every:
         del every["statistics"]
     return every
+
+
+def _learning(
+    step: Compiled, models: Models, rows: Any, key: Any, during: tuple,
+    mesh: Mesh,
+) -> tuple[Call, Call]:  # fmt: skip
+    """Return the calls of score and train_step."""
+    student, teachers = models.student, models.teachers
+    read = (student, teachers, rows, key)
+    scored = tuple(
+        _scored(part, teacher.beside(student), mesh)
+        for part, teacher in zip(
+            jax.eval_shape(step.score, *read), teachers, strict=True
+        )
+    )
+    learned = (models.state, rows, scored, models.frozen)
+    return (
+        Call(step.score, read, during),
+        Call(step.train_step, learned, (*during, scored)),
+    )
 
 
 def _in_slots(

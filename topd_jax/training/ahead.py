@@ -82,21 +82,22 @@ def trace_run(run: Any) -> Iterator[Programs]:
     position = run.data.get_state()
     prompts = run.place(next(run.data))
     run.data.set_state(position)
-    compiled, models = run.compiled, (run.student, run.setup.teachers)
+    models = run.student, run.setup.teachers
     key, _ = step_keys(run.key, 0)
-    rollout = compiled.rollout.trace(*models, prompts, key)
-    yield "rollout", [rollout]
-    rows = rollout.out_info
-    score = compiled.score.trace(*models, rows, key)
-    yield "score", [score]
-    yield (
-        "train_step",
-        [
-            compiled.train_step.trace(
-                run.state, rows, score.out_info, run.frozen
-            )
-        ],
-    )
+    rollout = None
+    for last, compiled in run.phases:
+        if last <= run.step:
+            continue
+        if rollout is None:
+            rollout = compiled.rollout.trace(*models, prompts, key)
+            yield "rollout", [rollout]
+        rows = rollout.out_info
+        of = f" to step {last}" if len(run.phases) > 1 else ""
+        score = compiled.score.trace(*models, rows, key)
+        yield f"score{of}", [score]
+        step = compiled.train_step
+        step = step.trace(run.state, rows, score.out_info, run.frozen)
+        yield f"train_step{of}", [step]
     if 0 < run.settings.log.statistics_every <= run.settings.train.steps:
         yield "statistics", [compiled.statistics.trace(*models, rows)]
     yield from run.evaluator.trace(run.student)

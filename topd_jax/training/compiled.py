@@ -197,6 +197,37 @@ def compile_step(
     )
 
 
+def compile_phases(
+    settings: Settings, objective: Objective, *args: Any, **options: Any
+) -> tuple[tuple[int, Compiled], ...]:
+    """Call :func:`compile_step` for each phase of a run.
+
+    Args:
+      settings: of the run.
+      objective: of the run; unused in stage 1.
+      *args: of compile_step.
+      **options: of compile_step.
+
+    Returns:
+      The stages of each phase, with its last step. Rollout and statistics are
+      one program.
+    """
+    (last, first), *others = objective.phases(settings.train.steps)
+    stages = compile_step(settings, first, *args, **options)
+    if settings.is_offline:
+        return ((settings.train.steps, stages),)
+    phases = [(last, stages)]
+    for end, later in others:
+        score, step = compile_step(settings, later, *args, **options)[1:3]
+        phases.append((end, stages._replace(score=score, train_step=step)))
+    return tuple(phases)
+
+
+def phase_of(phases: Sequence[tuple[int, Any]], step: int) -> Any:
+    """Return what belongs to a step, of phases with their last steps."""
+    return next(what for last, what in phases if step <= last)
+
+
 def _row_shardings(
     mesh: Mesh | None, teachers: Sequence[Teacher]
 ) -> tuple[Any, Any]:

@@ -37,6 +37,9 @@ MAY_CHANGE = (
 )
 # What settings of earlier checkpoints are called now.
 _RENAMED = {"data.teacher_prompts": "data.prompts_per_teacher"}
+# Options of objectives that are younger than some checkpoints, and their
+# values there.
+_YOUNGER = {"objective.guidance.share": 1.0}
 
 
 def record(
@@ -118,6 +121,8 @@ def require_same_run(
         # A function has its name under "" where options are beside it.
         options = flat({"objective": tree}).items()
         known |= {name.rstrip("."): value for name, value in options}
+    for name in _YOUNGER.keys() & now.keys():
+        before.setdefault(name, _YOUNGER[name])
     differing = {
         name: f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())

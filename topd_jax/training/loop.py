@@ -28,9 +28,10 @@ from topd_jax.parallel import batches, buckets, hosts, lock, stopping
 from topd_jax.training import checkpointing, identity, recovery
 from topd_jax.training.ahead import compile_ahead, trace_run
 from topd_jax.training.compiled import (
-    compile_step,
+    compile_phases,
     initial_state,
     make_optimizer,
+    phase_of,
     step_keys,
 )
 from topd_jax.training.config import Settings, check_fits, settings_from
@@ -142,7 +143,7 @@ class Run:
         self.watch = Watch(settings.guard, settings.train.max_skipped)
         # The last two steps': an alarm is known one step late.
         self.batches: dict[int, Any] = {}
-        self.compiled = compile_step(
+        self.phases = compile_phases(
             settings, self.objective, optimizer,
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
             shardings=jax.tree.map(lambda x: x.sharding, self.state),
@@ -279,8 +280,9 @@ class Run:
 
     def _one_step(self, step: int) -> dict[str, float] | None:
         """Dispatch a step; return the metrics of the one before."""
-        settings, compiled = self.settings, self.compiled
-        teachers, student = self.setup.teachers, self.student
+        compiled = phase_of(self.phases, step)
+        settings, teachers = self.settings, self.setup.teachers
+        student = self.student
         timed = _is_due(step, settings.log.statistics_every)
         if timed:  # its stages are waited for, so nothing else may be pending
             self.logs.flush()
@@ -297,10 +299,8 @@ class Run:
         )
         extra = {}
         if timed:
-            extra = clock(
-                "statistics",
-                compiled.statistics(student, teachers, trajectories),
-            )
+            extra = compiled.statistics(student, teachers, trajectories)
+            extra = clock("statistics", extra)
         self.state, metrics = clock(
             "update",
             compiled.train_step(self.state, trajectories, scored, self.frozen),
