@@ -1,5 +1,6 @@
 """The plan of a run: figures, table, flags; no TPU compiler needed."""
 
+import dataclasses
 import json
 import types
 
@@ -247,6 +248,43 @@ def test_a_flag_follows_from_the_memory_that_is_missing(
 ):
     named = suggest(large(**sections), plan_of(lacks, program(), data=data))
     assert named == [f"--config.{flag}"]
+
+
+def test_no_flag_is_named_that_the_run_refuses(tmp_path):
+    """No kernel has sinks; a slice holds whole shares of every teacher."""
+    fields = {
+        "model_type": "gpt_oss", "vocab_size": 64, "num_hidden_layers": 1,
+        "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    sinks = dict(source=str(tmp_path), attention="blocks")
+    settings = large(
+        student=sinks | dict(remat="full"), data=dict(batch_size=64, samples=1)
+    )
+    other = dataclasses.replace(settings.teacher, attention="blocks")
+    names = {"a": dataclasses.replace(other, **sinks), "b": other, "c": other}
+    data = dict(teacher_field="name", prompts_per_teacher=(16, 16, 32))
+    several = dataclasses.replace(
+        settings,
+        teachers=names,
+        data=dataclasses.replace(settings.data, **data),
+    )
+    alone = changed(settings, "teacher", **sinks)
+    more = dict(temporaries=18 * GIB)
+    for run, name, flags in (
+        (alone, "rollout", []),
+        (alone, "score", ["--config.train.chunk_size=2048"]),
+        (settings, "train_step", ["--config.optimizer.accumulate=2"]),
+        (several, "train_step", ["--config.optimizer.accumulate=2"]),
+        (several, "score", [
+            "--config.teachers.b.attention=flash "
+            "--config.teachers.c.attention=flash"
+        ]),
+    ):  # fmt: skip
+        assert suggest(run, plan_of(program(name, **more))) == flags
+    uneven = changed(several, "data", prompts_per_teacher=(24, 8, 32))
+    chunks = ["--config.train.chunk_size=2048"]
+    assert suggest(uneven, plan_of(program(**more))) == chunks
 
 
 def test_nothing_is_named_where_nothing_helps_or_lacks():

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from topd_jax.data.templates import teacher_width
 from topd_jax.planning.plan import Plan, ProgramPlan
 from topd_jax.training.config import Settings
+from topd_jax.training.shapes import model_configs, teacher_prompts
 
 # Attention kernels read at least so many tokens at once.
 _KERNEL_TOKENS = 128
@@ -44,17 +45,22 @@ def _options(
     tokens = settings.rollout.max_new_tokens + (
         teacher_width(data) if name == "score" else data.max_prompt_length
     )
-    model = "teacher" if name == "score" else "student"
-    attention = getattr(settings, model).attention
-    if tokens >= _KERNEL_TOKENS and attention == "blocks":
-        yield f"{model}.attention=flash"
+    kernels = [
+        f"{section}.attention=flash"
+        for section, config in model_configs(settings).items()
+        if (section != "student") == (name == "score")
+        # No kernel has attention sinks.
+        if config.attention == "blocks" and not config.sinks
+    ]
+    if tokens >= _KERNEL_TOKENS and kernels:
+        yield " --config.".join(kernels)
     if name == "train_step":
-        now = settings.optimizer.accumulate
-        rows = settings.data.batch_size * settings.data.samples
-        for slices in range(now + 1, rows // ways + 1):
+        now, samples = settings.optimizer.accumulate, data.samples
+        parts = [samples * n for n in teacher_prompts(settings).values()]
+        for slices in range(now + 1, data.batch_size * samples // ways + 1):
             # So many that temporaries should fit.
             enough = slices * (program.capacity - program.held)
-            even = rows % (slices * ways) == 0
+            even = not any(part % (slices * ways) for part in parts)
             if even and enough >= now * program.temporaries:
                 yield f"optimizer.accumulate={slices}"
         if settings.student.remat != "full":

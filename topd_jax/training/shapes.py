@@ -54,21 +54,15 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
       ValueError: for a model whose shape is not known, or a parameter that
         does not divide over the mesh.
     """
-    size, configs = settings.data.batch_size, model_configs(settings)
+    configs = model_configs(settings)
     models = {
         name: _decoder(configs[name], model, mesh)
         for name, model in model_settings(settings).items()
     }
-    # Without prompts to count, as many for each teacher.
-    names, prompts = tuple(settings.teachers), settings.data.prompts_per_teacher
-    if names and not prompts:
-        prompts = shares_of(dict.fromkeys(names, 1), size).values()
-    student, rows = models["student"], zip(
-        names or ("",), prompts or (size,), strict=True
-    )  # fmt: skip
+    student = models["student"]
     teachers = tuple(
         Teacher(models.get(section_of(name)), name, count)
-        for name, count in rows
+        for name, count in teacher_prompts(settings).items()
     )
     optimizer = make_optimizer(settings.optimizer, settings.train.steps)
     frozen = jax.eval_shape(lambda s: split(s)[1], student)
@@ -78,6 +72,20 @@ def abstract_models(settings: Settings, mesh: Mesh) -> Models:
         for tree in (frozen, state)
     )
     return Models(student, teachers, frozen, state)
+
+
+def teacher_prompts(settings: Settings) -> dict[str, int]:
+    """Return name of a teacher -> prompts of a batch; "" names the only one.
+
+    Without prompts to count, as many for each.
+
+    Args:
+      settings: of the run.
+    """
+    size, names = settings.data.batch_size, settings.teachers or ("",)
+    if given := settings.data.prompts_per_teacher:
+        return dict(zip(names, given, strict=True))
+    return shares_of(dict.fromkeys(names, 1), size)
 
 
 def model_configs(settings: Settings) -> dict[str, DecoderConfig]:
