@@ -232,6 +232,13 @@ def large(**sections):
             program("score", temporaries=18 * GIB), 1,
             "teacher.attention=flash",
         ),
+        (  # the student of every step, which has its own
+            dict(student=dict(attention="blocks"),
+                 teacher=dict(source="student", param_dtype="float32",
+                              attention="blocks")),
+            program("score", temporaries=18 * GIB), 1,
+            "student.attention=flash",
+        ),
         (
             dict(rollout=dict(sharding="gathered")),
             program("rollout", temporaries=18 * GIB), 1,

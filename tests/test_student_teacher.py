@@ -146,7 +146,8 @@ def test_a_plan_has_no_second_model(settings):
          "teacher.source='student' reads what the student reads"),
         ({"student__source": "student"}, "student.source='student' names"),
         ({"teacher__source": "student", "teacher__quantize": "int8"},
-         "teacher has {'quantize': 'int8'} and teacher.source='student'"),
+         "source='student', which computes as the student does; give it the "
+         "student's {'quantize': ''}"),
         ({"teacher__source": "student", "train__stage": "offline"},
          "teacher.source='student' writes no solutions"),
     ],

@@ -101,9 +101,10 @@ def _check_student_as_teacher(
         not in (f.default, getattr(student, f.name))
     }
     if told:
+        theirs = {name: getattr(student, name) for name in told}
         raise ValueError(
             f"{section} has {told} and {section}.source='student', which "
-            "computes as the student does; leave them out"
+            f"computes as the student does; give it the student's {theirs}"
         )
 
 

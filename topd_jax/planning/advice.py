@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from topd_jax.data.templates import teacher_width
 from topd_jax.planning.plan import Plan, ProgramPlan
 from topd_jax.training.config import Settings
-from topd_jax.training.shapes import model_configs, teacher_prompts
+from topd_jax.training.shapes import (
+    model_configs,
+    section_of,
+    teacher_prompts,
+)
 
 # Attention kernels read at least so many tokens at once.
 _KERNEL_TOKENS = 128
@@ -45,12 +49,17 @@ def _options(
     tokens = settings.rollout.max_new_tokens + (
         teacher_width(data) if name == "score" else data.max_prompt_length
     )
+    scores = {section_of(n) for n in settings.teachers or ("",)}
+    if any(m.is_student for m in settings.by_teacher.values()):
+        scores.add("student")
+    reads = scores if name == "score" else {"student"}
     kernels = [
         f"{section}.attention=flash"
         for section, config in model_configs(settings).items()
-        if (section != "student") == (name == "score")
         # No kernel has attention sinks.
-        if config.attention == "blocks" and not config.sinks
+        if section in reads
+        and config.attention == "blocks"
+        and not config.sinks
     ]
     if tokens >= _KERNEL_TOKENS and kernels:
         yield " --config.".join(kernels)
