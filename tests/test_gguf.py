@@ -171,13 +171,19 @@ TEXTS = (
     "What is 12 + 345?\n\nIt's 357, I'LL say;  they'd  agree.",
     "caf\u00e9 cafe\u0301 na\u00efve \u4f60\u597d, \u4e16\u754c\uff01",
     "x = [1, 2]  # a list\r\n\tif x:\n        return x\n\n\n",
+    "\u0939\u093f\u0928\u094d\u0926\u0940, \u0e44\u0e17\u0e22",
     "<|im_start|>user\nhi <think>\n\n</think>\n<|im_end|>",
     "   leading, trailing   ",
 )
 
 
-def test_the_tokenizer_of_qwen(tmp_path):
-    from transformers import AddedToken, Qwen2Tokenizer
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [("qwen2", "Qwen2Tokenizer"), ("qwen35", "Qwen3_5Tokenizer")],
+)
+def test_the_tokenizer_of_qwen(pre, name, tmp_path):
+    import transformers
+    from transformers import AddedToken
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
@@ -197,12 +203,13 @@ def test_the_tokenizer_of_qwen(tmp_path):
     rows = len(tokens) + 3
     padded = [*tokens, *(f"[PAD{i}]" for i in range(len(tokens), rows))]
     merges = [" ".join(m) for m in bpe["merges"]]
-    vocabulary = "qwen2", merges, padded, types + [5] * 3
+    vocabulary = pre, merges, padded, types + [5] * 3
     config = dataclasses.replace(QWEN, vocab_size=rows)
     path = write_gguf(tmp_path / "m.gguf", make(config), vocabulary=vocabulary)
     model, tokenizer = load(path)
     assert model.config.vocab_size == rows
-    reference = Qwen2Tokenizer(bpe["vocab"], [*map(tuple, bpe["merges"])])
+    kind = getattr(transformers, name)
+    reference = kind(bpe["vocab"], [*map(tuple, bpe["merges"])])
     reference.add_tokens([AddedToken(t, special=True) for t in control])
     reference.add_tokens([AddedToken(t, special=False) for t in user])
     for text in TEXTS:

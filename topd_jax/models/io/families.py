@@ -287,6 +287,7 @@ FAMILIES: dict[str, Family] = {
             options=_GEMMA | {"post_norms": True, "qk_norm": True},
             activation="hidden_activation",
             reads=_GEMMA_READS, local_rope="rope_local_base_freq",
+            gguf="gemma3",
         ),
         Family(
             "qwen3_next", "Qwen3NextForCausalLM", "Qwen3-Next",
@@ -299,7 +300,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "qwen3_5_text", "Qwen3_5ForCausalLM", "Qwen3.5",
             "the same without experts",
-            options=_DELTA, reads=_DELTA_READS,
+            options=_DELTA, reads=_DELTA_READS, gguf="qwen35",
         ),
         Family(
             "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "Qwen3.5 mixtures",
@@ -310,6 +311,7 @@ FAMILIES: dict[str, Family] = {
                 "num_experts_per_tok": ("experts_per_token",),
                 "moe_intermediate_size": ("expert_width", "mlp_width"),
             },
+            gguf="qwen35moe",
         ),
     )
 }  # fmt: skip

@@ -36,6 +36,49 @@ _EXPERT_FIELDS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+_DELTA_FIELDS = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    "full_attention_interval": "full_attention_interval",
+}
+
+# Architecture -> the same of its own.
+_MORE_FIELDS = {
+    "qwen3moe": _EXPERT_FIELDS,
+    "gemma3": {
+        "attention.sliding_window": "sliding_window",
+        "attention.sliding_window_pattern": "sliding_window_pattern",
+        "rope.freq_base_swa": "rope_local_base_freq",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "qwen35": _DELTA_FIELDS,
+    "qwen35moe": _DELTA_FIELDS
+    | _EXPERT_FIELDS
+    | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+}
+# Those that may be absent, and are then at llama.cpp's default.
+_OPTIONAL = {
+    "rope.freq_base", "attention.head_count_kv", "rope.freq_base_swa",
+    "attention.sliding_window_pattern", "final_logit_softcapping",
+}  # fmt: skip
+# Layers of the one size of Gemma 3 whose scores are scaled otherwise.
+_GEMMA_27B = 62
+# How many of its layers predict further tokens; they are not read.
+FURTHER_LAYERS = "nextn_predict_layers"
+_VALUES = "ssm.inner_size"
+# What only some architectures may say beside these.
+_OTHERS_OF: dict[str, dict[str, tuple[object, ...] | None]] = {
+    "gemma3": {
+        "rope.scaling.type": ("none", "linear"), "rope.scaling.factor": None,
+    },
+    "qwen35": {
+        _VALUES: None, "rope.dimension_sections": None,
+        FURTHER_LAYERS: tuple(range(9)),
+    },
+}  # fmt: skip
+_OTHERS_OF["qwen35moe"] = _OTHERS_OF["qwen35"] | {"feed_forward_length": None}
 
 # What else may stand there, and the only values that are implemented; None
 # allows any.
@@ -173,9 +216,10 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     where = str(file.path)
     family = family_of(metadata.get("general.architecture"), where, gguf=True)
     prefix = f"{family.gguf}."
-    known = _FIELDS
-    if "num_experts" in family.reads:
-        known = _FIELDS | _EXPERT_FIELDS
+    more = _OTHERS_OF.get(family.gguf, {})
+    known = _FIELDS | _MORE_FIELDS.get(family.gguf, {})
+    known = {key: field for key, field in known.items() if key not in more}
+    others = _OTHERS | more
     values = {
         key.removeprefix(prefix): value
         for key, value in metadata.items()
@@ -185,13 +229,17 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
         f"{prefix}{key}={value!r} is not supported"
         for key, value in values.items()
         if key not in known
-        and (key not in _OTHERS or value not in (_OTHERS[key] or (value,)))
+        and (key not in others or value not in (others[key] or (value,)))
     ]
-    absent = [f"{prefix}{key}" for key in known if key not in values]
-    # llama.cpp leaves these two to their defaults.
-    optional = {f"{prefix}rope.freq_base", f"{prefix}attention.head_count_kv"}
-    problems += [f"{key} is missing" for key in absent if key not in optional]
-    sizes = {f"{prefix}{k}": values[k] for k in _HEAD_DIM if k in values}
+    needed = [*known, *([_VALUES] if _VALUES in more else ())]
+    problems += [
+        f"{prefix}{key} is missing"
+        for key in needed
+        if key not in values and key not in _OPTIONAL
+    ]
+    # Where a part of each head is turned, its size is another one.
+    sized = _HEAD_DIM[:2] if _VALUES in more else _HEAD_DIM
+    sizes = {f"{prefix}{k}": values[k] for k in sized if k in values}
     if len(set(sizes.values())) > 1:
         problems.append(f"{sizes} must be equal")
     if _EMBEDDING not in file.tensors:
@@ -199,17 +247,66 @@ def _config_fields(file: GGUFFile) -> dict[str, Any]:
     if problems:
         raise ValueError(f"{where} cannot be read:\n  " + "\n  ".join(problems))
     fields = {known[key]: values[key] for key in known if key in values}
-    for name in ("rms_norm_eps", "rope_theta"):
+    for name in ("rms_norm_eps", "rope_theta", "rope_local_base_freq"):
         if name in fields:  # stored as float32: 1e-05, not 9.99999974e-06
             fields[name] = float(str(np.float32(fields[name])))
     fields["model_type"] = family.model_type
     fields["head_dim"] = next(iter(sizes.values()), None)
     fields["num_key_value_heads"] = values.get("attention.head_count_kv")
     fields["vocab_size"] = int(file.tensors[_EMBEDDING].shape[-1])
-    if known is not _FIELDS:
+    if "norm_topk_prob" in family.reads:
         fields["norm_topk_prob"] = True  # as llama.cpp computes
+    if family.gguf == "gemma3":
+        fields |= _gemma3_fields(values, fields)
+    if _VALUES in more:
+        fields |= _delta_fields(values, fields)
     if family.model_type == "llama" and ROPE_FREQS in file.tensors:
         factor = float(np.max(file.tensors[ROPE_FREQS].data))
         fields["rope_scaling"] = _LLAMA3 | {"factor": factor}
     fields["tie_word_embeddings"] = _OUTPUT not in file.tensors
     return fields
+
+
+def _gemma3_fields(
+    values: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Spell what llama.cpp knows of Gemma 3 and files do not say."""
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    other = fields["num_hidden_layers"] == _GEMMA_27B
+    size = None if other else fields["head_dim"]
+    more: dict[str, Any] = {
+        "query_pre_attn_scalar": size or _ratio(width, heads)
+    }
+    if values.get("rope.scaling.type") == "linear":
+        factor = values.get("rope.scaling.factor", 1)
+        more["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    return more
+
+
+def _delta_fields(
+    values: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Spell what files of Qwen3.5 say in other terms."""
+    size, layers = fields["head_dim"], fields["num_hidden_layers"]
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if "rope_theta" in fields:
+        rope["rope_theta"] = fields["rope_theta"]
+    turned = values.get("rope.dimension_count", size)
+    if _ratio(turned, size) is not None:
+        rope["partial_rotary_factor"] = turned / size
+    further = values.get(FURTHER_LAYERS, 0)
+    heads = fields["linear_num_value_heads"]
+    return {
+        "linear_value_head_dim": _ratio(values[_VALUES], heads),
+        "num_hidden_layers": layers - further
+        if isinstance(layers, int)
+        else layers,
+        "rope_parameters": rope,
+    }
+
+
+def _ratio(whole: object, part: object) -> int | None:
+    """Divide positive integers; None, which is refused later, of others."""
+    if isinstance(whole, int) and isinstance(part, int) and part > 0:
+        return whole // part
+    return None

@@ -3,7 +3,8 @@
 transformers reads a GGUF tokenizer only with torch installed, and drops the
 file's ``tokenizer.ggml.pre``; here the byte-level BPE tokenizer is built from
 the metadata with ``tokenizers``, split as the named pre-tokenizer splits
-(``smollm``: digits one by one, then GPT-2's pattern).
+(``smollm``: digits one by one, then GPT-2's pattern). So is Gemma's, whose
+files keep pieces without their merges.
 """
 
 from collections.abc import Mapping
@@ -25,11 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _CONTROL, _USER_DEFINED = 3, 4
+# How pieces spell a blank.
+_BLANK = "\u2581"
 
 # Patterns of llama.cpp's llama-vocab.cpp, written with \p classes.
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN35 = _QWEN2.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
 )
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
@@ -54,17 +60,19 @@ def gguf_tokenizer(
       pads on the left.
 
     Raises:
-      ValueError: for a tokenizer that is not byte-level BPE, or a
-        pre-tokenizer that is not known.
+      ValueError: for a tokenizer that is neither byte-level BPE nor Gemma's,
+        or a pre-tokenizer that is not known.
     """
     metadata = file.metadata
     where = str(file.path)
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    architecture = metadata.get("general.architecture")
+    pieces = kind == "llama" and architecture == "gemma3"
+    if kind != "gpt2" and not pieces:
         raise ValueError(
             f"{where}: tokenizer.ggml.model={kind!r} is not supported, only "
-            "'gpt2' (byte-level BPE); load the tokenizer from the model's "
-            "Hugging Face directory"
+            "'gpt2' (byte-level BPE) and Gemma 3's 'llama'; load the tokenizer "
+            "from the model's Hugging Face directory"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     special = {
@@ -74,13 +82,12 @@ def gguf_tokenizer(
     }
     from transformers import PreTrainedTokenizerFast  # slow to import
 
-    architecture = metadata.get("general.architecture")
     limit = metadata.get(f"{architecture}.context_length")
     return PreTrainedTokenizerFast(
         tokenizer_object=_backend(metadata, where),
         **special,
         **({} if limit is None else {"model_max_length": limit}),
-        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", False),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", pieces),
         add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
@@ -90,8 +97,6 @@ def gguf_tokenizer(
 
 def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     tokens = metadata["tokenizer.ggml.tokens"]
-    merges = metadata["tokenizer.ggml.merges"]
-    pre = metadata.get("tokenizer.ggml.pre", "default")
     # A model may have more rows than its tokenizer ids; the converter names
     # each of these so, and the tokenizer of the directory has none of them.
     named = [(t, i) for i, t in enumerate(tokens) if t != f"[PAD{i}]"]
@@ -101,19 +106,13 @@ def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             f"{where}: {len(named) - len(vocabulary)} of {len(tokens)} tokens "
             "are spelled twice"
         )
-    backend = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=pre == "llama-bpe",
-        )
-    )
-    backend.pre_tokenizer = _pre_tokenizer(pre, where)
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.decoder = decoders.ByteLevel()
+    if metadata["tokenizer.ggml.model"] == "llama":
+        backend = _of_pieces(vocabulary)
+    else:
+        backend = _of_bytes(vocabulary, metadata, where)
     kinds = metadata.get("tokenizer.ggml.token_type", ())
-    typed = list(zip(tokens, kinds, strict=False))
+    known = backend.get_vocab()  # Gemma's blanks are spelled otherwise
+    typed = [x for x in zip(tokens, kinds, strict=False) if x[0] in known]
     for wanted, add in (
         (_CONTROL, backend.add_special_tokens),
         (_USER_DEFINED, backend.add_tokens),
@@ -129,6 +128,63 @@ def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     return backend
 
 
+def _of_bytes(
+    vocabulary: dict[str, int], metadata: Mapping[str, Any], where: str
+) -> Tokenizer:
+    """Build byte-level BPE."""
+    merges = metadata["tokenizer.ggml.merges"]
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    backend.pre_tokenizer = _pre_tokenizer(pre, where)
+    if pre in ("qwen2", "qwen35"):
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _of_pieces(vocabulary: dict[str, int]) -> Tokenizer:
+    """Build Gemma's BPE of characters, with bytes for unknown ones.
+
+    Pieces are merged in the order of their ids; those of blanks alone are
+    spelled with blanks in files.
+    """
+    pieces = {
+        _BLANK * len(piece) if not piece.strip(" ") else piece: index
+        for piece, index in vocabulary.items()
+    }
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+    backend = Tokenizer(
+        models.BPE(
+            vocab=pieces,
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Replace(" ", _BLANK)
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_BLANK, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+        ]
+    )
+    return backend
+
+
 def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name in ("default", "gpt-2"):
@@ -136,7 +192,7 @@ def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
     if name == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, gpt2])
-    patterns = {"qwen2": _QWEN2, "llama-bpe": _LLAMA3}
+    patterns = {"qwen2": _QWEN2, "qwen35": _QWEN35, "llama-bpe": _LLAMA3}
     if name not in patterns:
         raise ValueError(
             f"{where}: tokenizer.ggml.pre={name!r} is not supported; "

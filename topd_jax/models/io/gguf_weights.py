@@ -1,11 +1,17 @@
 """The weights in GGUF files, by the names that safetensors files give them.
 
 Quantized tensors are expanded to floats piece by piece, when they are read.
-llama.cpp pairs neighboring rotary dimensions where Hugging Face pairs the two
-halves of a head, so its converter reorders the rows of q and k of the Llama
-family; they are put back here. The ``gguf`` package maps the names.
+The ``gguf`` package maps the names. What llama.cpp's converter changes is
+undone here:
+
+* it pairs neighboring rotary dimensions where Hugging Face pairs the two
+  halves of a head, so it reorders the rows of q and k of the Llama family;
+* of norms that scale by 1 + w it writes 1 + w;
+* of a delta rule it writes -exp(A_log), and value heads that take turns by
+  their key head, where safetensors files have those of one key head together.
 """
 
+import dataclasses
 import re
 
 import gguf
@@ -16,7 +22,7 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.frequencies import frequencies
 from topd_jax.models.io.families import family_of
 from topd_jax.models.io.fused import TensorInfo
-from topd_jax.models.io.gguf import ROPE_FREQS, GGUFFile
+from topd_jax.models.io.gguf import FURTHER_LAYERS, ROPE_FREQS, GGUFFile
 from topd_jax.models.io.weights import Placement, assemble, file_tensors
 
 
@@ -42,24 +48,25 @@ def gguf_decoder(
     architecture = file.metadata["general.architecture"]
     family = family_of(architecture, str(file.path), gguf=True)
     names = _hub_names(family.gguf, config)
+    # Layers that predict further tokens, after those of the decoder.
+    count = file.metadata.get(f"{family.gguf}.{FURTHER_LAYERS}", 0)
+    further = tuple(f"blk.{config.layers + i}." for i in range(count))
     tensors = {
         names.get(name, name): tensor
         for name, tensor in file.tensors.items()
-        if name != ROPE_FREQS
+        if name != ROPE_FREQS and not name.startswith(further)
     }
-    heads = {}
-    if family.gguf_permuted:
-        heads["q_proj.weight"] = config.heads
-        heads["k_proj.weight"] = config.kv_heads
+    layouts = _layouts(config, permuted=family.gguf_permuted)
+
+    def layout(name: str) -> _Layout:
+        kind = name.partition(".layers.")[2].partition(".")[2]
+        centered = config.centered_norms and name.endswith("norm.weight")
+        return layouts.get(kind, _Layout(centered=centered))
 
     def read(name: str, index: tuple[slice | np.ndarray, ...]) -> np.ndarray:
-        tensor, kind = tensors[name], name.rpartition("self_attn.")[2]
-        if kind in heads:
-            rows, *others = index
-            count = int(tensor.shape[-1])
-            index = (_unpermuted_rows(count, heads[kind])[rows], *others)
+        tensor = tensors[name]
         try:
-            return _expand(tensor, index)
+            return layout(name).read(tensor, index)
         except NotImplementedError:
             raise ValueError(
                 f"{file.path}: {tensor.name} is quantized as "
@@ -68,10 +75,89 @@ def gguf_decoder(
             ) from None
 
     infos = {  # every quantization is expanded to float32
-        name: TensorInfo(tuple(map(int, reversed(x.shape))), "float32")
+        name: TensorInfo(layout(name).shape_of(x), "float32")
         for name, x in tensors.items()
     }
     return assemble(config, infos, read, placement, str(file.path))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where the numbers of a tensor are in a file.
+
+    Attributes:
+      rows: the file's row of each row; None: as they are.
+      columns: the same of columns.
+      lacks: the dimension of size 1 that files leave out, if any.
+      centered: one is to be subtracted.
+      negated: the logarithm of the negated is to be taken.
+    """
+
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+    lacks: int | None = None
+    centered: bool = False
+    negated: bool = False
+
+    def shape_of(self, tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+        """Return the shape that safetensors files give it."""
+        shape = [int(size) for size in reversed(tensor.shape)]
+        if self._missing(tensor):
+            shape.insert(self.lacks, 1)
+        return tuple(shape)
+
+    def read(self, tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
+        """Read a part of it, by the index of safetensors files."""
+        index, missing = list(index), self._missing(tensor)
+        if missing:
+            del index[self.lacks]
+        if self.rows is not None:
+            index[0] = self.rows[index[0]]
+        columns = slice(None)
+        if self.columns is not None:
+            columns = self.columns[index[-1]]
+            index[-1] = slice(0, len(self.columns))
+        part = _expand(tensor, tuple(index))[..., columns]
+        if missing:
+            part = np.expand_dims(part, self.lacks)
+        part = np.log(-part) if self.negated else part
+        return part - 1 if self.centered else part
+
+    def _missing(self, tensor: gguf.ReaderTensor) -> bool:
+        whole = 2 if self.lacks == 0 else 3
+        return self.lacks is not None and len(tensor.shape) < whole
+
+
+def _layouts(config: DecoderConfig, permuted: bool) -> dict[str, _Layout]:
+    """Return tensor, after its layer's name -> its layout, of those changed."""
+    layouts = {
+        # Converters write it in either way.
+        "mlp.shared_expert_gate.weight": _Layout(lacks=0),
+    }
+    if permuted:
+        for name, heads in ("q", config.heads), ("k", config.kv_heads):
+            rows = _unpermuted_rows(heads * config.head_dim, heads)
+            layouts[f"self_attn.{name}_proj.weight"] = _Layout(rows)
+    if not config.recurrent:
+        return layouts
+    each, keys = _value_heads(config), config.delta_key_heads
+    values = _value_heads(config, config.delta_value_dim)
+    kept = 2 * keys * config.delta_key_dim
+    mixed = np.concatenate([np.arange(kept), kept + values])
+    return layouts | {
+        f"linear_attn.{name}": layout
+        for name, layout in (
+            ("in_proj_qkv.weight", _Layout(mixed)),
+            ("conv1d.weight", _Layout(mixed, lacks=1)),
+            ("in_proj_z.weight", _Layout(values)),
+            ("in_proj_a.weight", _Layout(each)),
+            ("in_proj_b.weight", _Layout(each)),
+            ("dt_bias", _Layout(each)),
+            ("A_log", _Layout(each, negated=True)),
+            ("out_proj.weight", _Layout(columns=values)),
+            ("norm.weight", _Layout()),
+        )
+    }
 
 
 def _check_rope_freqs(file: GGUFFile, config: DecoderConfig) -> None:
@@ -99,7 +185,8 @@ def _hub_names(architecture: str, config: DecoderConfig) -> dict[str, str]:
     names = {}
     for tensor in file_tensors(config):
         stem = re.sub(r"experts\.\d+", "experts", tensor)
-        names[table.get_name(stem, (".weight", ".bias"))] = stem
+        known = stem.replace("linear_attn.dt_bias", "linear_attn.dt_proj.bias")
+        names[table.get_name(known, (".weight", ".bias"))] = stem
     return names
 
 
@@ -117,6 +204,12 @@ def _expand(tensor: gguf.ReaderTensor, index: tuple) -> np.ndarray:
     else:
         data, part = data[index], slice(None)
     return gguf.dequantize(data, tensor.tensor_type)[..., part]
+
+
+def _value_heads(config: DecoderConfig, size: int = 1) -> np.ndarray:
+    """Locate each row of value heads, (key head, turn, row), in the file."""
+    rows = np.arange(config.delta_value_heads * size)
+    return rows.reshape(-1, config.delta_key_heads, size).swapaxes(0, 1).ravel()
 
 
 def _unpermuted_rows(count: int, heads: int) -> np.ndarray:
