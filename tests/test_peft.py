@@ -9,10 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_files import LLAMA, QWEN, adapted, make
 
-from topd_jax.models import Lora, load_adapter, save_adapter
+from topd_jax.models import Lora, load_adapter, save_adapter, save_model
+from topd_jax.models.adapters import require_adapter
 from topd_jax.models.config import LORA_TARGETS
 from topd_jax.models.io.peft import CONFIG_FILE, TENSOR_FILE
 from topd_jax.models.lora import split
+from topd_jax.models.settings import ModelSettings
 
 LORA = Lora(3, 6.0, LORA_TARGETS, rank_stabilized=True)
 
@@ -103,6 +105,50 @@ def test_what_is_not_implemented_is_refused_by_name(saved, field, value):
         load_adapter(make(LLAMA), saved)
     assert repr(value) in str(error.value)
     assert "merge_and_unload" in str(error.value)
+
+
+def test_adapters_of_fused_maps_are_split_by_the_rows_of_b(saved):
+    """Of q, k and v, and of gate and up: one A, and the rows of each in B."""
+    tensors, parts = load_file(saved / TENSOR_FILE), {}
+    for layer in range(3):
+        stem = f"base_model.model.model.layers.{layer}."
+        for whole, names in (
+            ("self_attn.{}_proj.", ("q", "k", "v")),
+            ("mlp.{}_proj.", ("gate", "up")),
+        ):
+            pairs = [
+                [tensors.pop(f"{stem}{whole.format(n)}lora_{x}.weight")
+                 for x in "AB"]
+                for n in names
+            ]  # fmt: skip
+            a, b = pairs[0][0], np.concatenate([pair[1] for pair in pairs])
+            fused = stem + whole.format("qkv" if len(names) == 3 else "gate_up")
+            tensors |= {f"{fused}lora_A.weight": a, f"{fused}lora_B.weight": b}
+            parts |= {(n, layer): a for n in names}
+    save_file(tensors, saved / TENSOR_FILE)
+    got, want = load_adapter(make(LLAMA), saved), adapted(make(LLAMA), LORA)
+    assert got.config == want.config
+    for name in LORA_TARGETS:
+        np.testing.assert_array_equal(
+            got.arrays[f"{name}_lora_b"], want.arrays[f"{name}_lora_b"]
+        )
+    for (name, layer), a in parts.items():
+        np.testing.assert_array_equal(got.arrays[f"{name}_lora_a"][layer], a.T)
+    stem = "base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight"
+    tensors[stem] = tensors[stem][1:]
+    save_file(tensors, saved / TENSOR_FILE)
+    with pytest.raises(ValueError, match=f"not expected .1.: {stem}"):
+        load_adapter(make(LLAMA), saved)
+
+
+def test_adapters_beside_fused_maps_are_not_written(tmp_path):
+    config = LLAMA.replace(rotary_dim=4)
+    path = save_model(make(config), tmp_path / "m", model_type="phi3")
+    settings = ModelSettings(source=str(path), lora_rank=2)
+    with pytest.raises(ValueError, match=r"'phi3' keeps .*qkv_proj.*--adapter"):
+        require_adapter(settings)
+    path = save_model(make(LLAMA), tmp_path / "n")
+    require_adapter(dataclasses.replace(settings, source=str(path)))
 
 
 def test_neutral_fields_pass(saved):

@@ -25,7 +25,11 @@ CASES = {
     "qwen3-window": (["o_proj", "k_proj", "up_proj"], False),
     "gemma3": ("all-linear", False),
     "moe": (ATTENTION, True),
+    "phi3": ("all-linear", True),
+    "glm4": (["gate_up_proj", "q_proj"], False),
 }
+# Whose adapters are read and not written.
+FUSED = ("phi3", "glm4")
 
 
 def ours(model):
@@ -65,6 +69,8 @@ def test_adapters_go_both_ways(family, tmp_path):
     assert abs(ours(base) - want).max() > 1e-2
     np.testing.assert_allclose(ours(merge_lora(read)), want, atol=2e-4)
 
+    if family in FUSED:
+        return
     save_adapter(read, tmp_path / "ours", base=str(tmp_path / "base"))
     back = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours")
     np.testing.assert_allclose(theirs(back.eval()), want, atol=1e-6)

@@ -12,6 +12,8 @@ from topd_jax.models.config import (
     Lora,
 )
 from topd_jax.models.decoder import Decoder
+from topd_jax.models.io.families import FAMILIES
+from topd_jax.models.io.loading import describe
 from topd_jax.models.io.peft import load_adapter
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.settings import ModelSettings
@@ -169,4 +171,13 @@ def require_adapter(settings: ModelSettings) -> None:
             f"student.keep_layers={settings.keep_layers}: no file holds the "
             "model that these adapters belong to, whose layers were cut; "
             "leave --adapter out to export it whole"
+        )
+    kind = "" if settings.in_world else describe(settings.source).model_type
+    fused = FAMILIES[kind].fused if kind else ()
+    if names := [spec.hub for spec in fused if not spec.experts]:
+        raise ValueError(
+            f"student.source={settings.source!r} of model_type={kind!r} keeps "
+            f"several maps in one tensor ({', '.join(names)}), beside which "
+            "PEFT has one adapter, and here each map has its own; leave "
+            "--adapter out to export it whole"
         )

@@ -122,6 +122,7 @@ class Description:
       config: its shape.
       end_ids: ids that end its text, as its files name them: see
         :func:`end_ids`.
+      model_type: as config.json spells it; "" for other sources.
       config_end_ids: those that config.json names; generation ignores them
         where generation_config.json exists.
       read_tokenizer: the tokenizer, as :func:`load` returns it.
@@ -133,6 +134,7 @@ class Description:
     read_decoder: Callable[[DecoderConfig, Placement], Decoder]
     end_ids: tuple[int, ...] = ()
     config_end_ids: tuple[int, ...] = ()
+    model_type: str = ""
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer | None":
@@ -196,6 +198,7 @@ def describe(
             if require_regular(generation)
             else config_ends,
             config_ends,
+            fields["model_type"],
         )
     config = described.config.replace(**options).for_rows(length)
     return dataclasses.replace(described, config=config)

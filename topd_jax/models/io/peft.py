@@ -3,7 +3,9 @@
 ``adapter_config.json`` says rank, scale and targets, and
 ``adapter_model.safetensors`` holds ``lora_A`` [r, in] and ``lora_B`` [out, r]
 of every adapted linear map. Reading is strict: what would change the
-arithmetic and is not implemented is refused by name.
+arithmetic and is not implemented is refused by name. Adapters of maps that a
+family fuses (q, k and v of Phi-3) are read and not written: PEFT has one A for
+all of them, and here each has its own.
 """
 
 import os
@@ -12,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.export import check_free, staged, write_json
+from topd_jax.models.io.families import FAMILIES
+from topd_jax.models.io.fused import TensorInfo
 from topd_jax.models.io.huggingface import (
     open_tensors,
     read_json,
     require_file,
     resolve,
 )
-from topd_jax.models.io.streaming import Rows, stream
+from topd_jax.models.io.streaming import Read, Rows, stream
 from topd_jax.models.io.tensors import ADAPTER_PREFIX, WEIGHTS
 from topd_jax.models.io.weights import (
     disassemble,
@@ -85,6 +90,7 @@ def load_adapter(
     fields, path = read_json(directory / CONFIG_FILE), directory / TENSOR_FILE
     require_file(path)
     with open_tensors([path]) as (tensors, read):
+        tensors, read = _split(tensors, read, model.config)
         lora = _lora(model.config, fields, tensors, directory)
         config = adapted_config(model, lora)
         rows = _adapter_tensors(config)
@@ -154,6 +160,49 @@ def save_adapter(
         save_file(tensors, staging / TENSOR_FILE, metadata={"format": "pt"})
         write_json(staging / CONFIG_FILE, fields)
     return target
+
+
+def _split(
+    tensors: Mapping[str, TensorInfo], read: Read, config: DecoderConfig
+) -> tuple[dict[str, TensorInfo], Read]:
+    """Show the adapter of a map that files fuse as one of each parameter.
+
+    B A of the fused map has the rows of all of them: each has the same A and
+    its own rows of B.
+    """
+    fused = {
+        spec.hub.split(".")[-2]: spec.parameters
+        for family in FAMILIES.values()
+        for spec in family.fused
+        if not spec.experts
+    }
+    sizes = {n: shape[0] for n, _, shape in file_tensors(config).values()}
+    shown: dict[str, TensorInfo] = {}
+    places: dict[str, tuple[str, int]] = {}
+    for tensor, info in tensors.items():
+        stem, _, end = tensor.rpartition(".lora_")
+        block, _, module = stem.rpartition(".")
+        parameters = fused.get(module, ())
+        is_b = end.startswith("B")
+        whole = sum(sizes.get(name, 0) for name in parameters)
+        if not whole or (is_b and info.shape[:1] != (whole,)):
+            shown[tensor] = info
+            continue
+        start = 0
+        for name in parameters:
+            part = f"{block}.{_module(name)}.lora_{end}"
+            rows = sizes[name] if is_b else info.shape[0]
+            shown[part] = TensorInfo((rows, *info.shape[1:]), info.dtype)
+            places[part] = tensor, start
+            start += rows if is_b else 0
+
+    def read_part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        tensor, start = places.get(name, (name, 0))
+        rows, *others = index
+        moved = slice(start + rows.start, start + rows.stop)
+        return read(tensor, (moved, *others))
+
+    return shown, read_part
 
 
 def _adapter_tensors(config: DecoderConfig) -> Rows:
