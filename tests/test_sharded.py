@@ -9,7 +9,8 @@ from topd_jax.parallel import sharding
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.rules import RULES, rules_in_force, using
 
-OTHER = jax.sharding.AbstractMesh((4, 2), ("x", "y"))
+AUTO = (jax.sharding.AxisType.Auto,) * 2
+OTHER = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=AUTO)
 
 
 @pytest.mark.slow
@@ -109,6 +110,14 @@ def test_a_mesh_with_other_axes_asks_for_rules():
             assert "P('x', 'y')" in str(jax.make_jaxpr(pinned)(x))
             assert loss_layout().ways["tokens"] == 4
             assert loss_layout() == loss_layout(), "else each call compiles"
+    # What a mesh has by default in newer versions of JAX.
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    explicit = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=kinds)
+    with (
+        jax.sharding.use_abstract_mesh(explicit),
+        pytest.raises(ValueError, match=r"axes x, y .*Auto,\) \* 2"),
+    ):
+        jax.eval_shape(pinned, x)
     with pytest.raises(ValueError, match=words):
         sharding.named(OTHER, (8, 6), ("batch", None))
     one = jax.sharding.AbstractMesh((1, 1), ("x", "y"))

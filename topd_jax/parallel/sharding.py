@@ -75,9 +75,21 @@ def _spelled(sizes: Mapping[str, int], between: str) -> str:
 
 
 def mesh_in_use() -> AbstractMesh | None:
-    """Return the mesh that ``jax.set_mesh`` set, or None for one device."""
+    """Return the mesh that ``jax.set_mesh`` set, or None for one device.
+
+    Raises:
+      ValueError: for one whose axes are not automatic.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh is None or mesh.empty or mesh.size == 1 else mesh
+    if mesh is None or mesh.empty or mesh.size == 1:
+        return None
+    if mesh.explicit_axes:
+        raise ValueError(
+            f"the axes {', '.join(mesh.explicit_axes)} of the mesh in use are "
+            "explicit and must be automatic: make it with axis_types="
+            f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
+        )
+    return mesh
 
 
 def spec(

@@ -72,10 +72,10 @@ class _Counter:
         self.program = program
         self.fused = functools.cache(self._fused)
 
-    def computation(self, name: str, state: Value = None) -> Cost:
-        """Count one run; ``state`` is the value of the first parameter."""
+    def computation(self, name: str, *arguments: Value) -> Cost:
+        """Count one run; of the parameters' values, what is known."""
         place = self.program.computations[name]
-        scalars, total = Scalars(self.program, place, (state,)), Cost()
+        scalars, total = Scalars(self.program, place, arguments), Cost()
         for one in place.instructions.values():
             called = one.called
             if one.op == "while":
@@ -89,8 +89,9 @@ class _Counter:
                 )
                 total = total.plus(max(map(self.computation, branches)))
             elif one.op in ("call", "async-start"):
+                known = [scalars[name] for name in one.operands]
                 for inner in called.get("calls") or called["to_apply"]:
-                    total = total.plus(self.computation(inner))
+                    total = total.plus(self.computation(inner, *known))
             else:
                 total = total.plus(self._cost(place, one))
         return total
