@@ -16,13 +16,16 @@ TOPD = {"guidance_weight": 0.3}
 
 VARIANTS = (
     "opd",
-    # What the time of a guided step buys on two quiet cores.
+    # What the time of guided runs buys on two quiet cores: of all steps, or of
+    # a quarter.
     "opd;train.steps=405",
+    "opd;train.steps=325",
     spell("topd", **TOPD),
     spell("topd", **TOPD, context="student"),
     # Does detection matter? By a free score, not at all, not even the ranking.
     spell("topd", **TOPD, detector="future_loss"),
     spell("topd", **TOPD, detector="future_loss", window=5),
+    tiny.EARLY,
     spell("topd", **TOPD, percentile=0.0),
     spell(
         "topd",
