@@ -136,7 +136,8 @@ def clipped_forward_kl(
 
     ``sum_v min(p_T(v) (log p_T(v) - log p_S(v)), c)``: the other direction of
     :func:`clipped_reverse_kl`. Here the terms are large where the teacher is
-    sure of an id that the student finds unlikely, and none of those teaches.
+    sure of an id that the student finds unlikely. None of those teaches, and
+    the other ids of the softmax push them down: no force holds them.
 
     Args:
       student_logp: [..., V] log-probabilities, differentiated.
