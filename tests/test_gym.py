@@ -1,17 +1,23 @@
-"""Problems of reasoning-gym: read, held apart and graded."""
+"""Problems of reasoning-gym: read, graded, solved by rule and learned from."""
 
 import os
 import sys
 from pathlib import Path
 
 import pytest
-from small_run import refusal_of
+from small_hub import hub_directory
+from small_run import changed, refusal_of, settings_with
 
 from topd_jax.data import gym
 from topd_jax.data.settings import DataSettings, WorldSettings
+from topd_jax.data.solutions import read_solutions
 from topd_jax.data.sources import read_records, read_source
 from topd_jax.evaluation.benchmarking import read_benchmark
 from topd_jax.evaluation.grading import grade_answers
+from topd_jax.experiments import worked
+from topd_jax.experiments.sweep import sweep
+from topd_jax.training import loop
+from topd_jax.training.logging import read_jsonl
 
 TASK = "chain_sum(min_terms=2, max_terms=3, max_digits=1, size={}, seed={})"
 
@@ -136,3 +142,88 @@ def test_answers_are_graded_by_their_dataset(monkeypatch):
         )
         == [True] * 4 + [False] * 4
     )
+
+
+def test_rules_and_habits():
+    problem = {"expression": "9 - 4 + 2"}
+    right = ["9 - 4 = 5", "5 + 2 = 7"]
+    assert worked.chain_sum(problem, False) == (right, 7)
+    wrong = ["4 + 2 = 6", "9 - 6 = 3"]
+    assert worked.chain_sum(problem, True) == (wrong, 3)
+    gym.open_task("leg_counting")
+    problem = {"animals": {"snake": 2, "spider": 3, "dog": 1}}
+    products = ["2 snake: 2 * 0 = 0", "3 spider: 3 * 8 = 24"]
+    lines, answer = worked.leg_counting(problem, False)
+    assert lines == [
+        *products,
+        "1 dog: 1 * 4 = 4",
+        "0 + 24 = 24",
+        "24 + 4 = 28",
+    ]
+    assert answer == 28
+    lines, answer = worked.leg_counting(problem, True)
+    assert lines[1] == "3 spider: 3 * 4 = 12"
+    assert answer == 16
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    model = hub_directory(tmp_path_factory.mktemp("model") / "hub")
+    return settings_with(
+        student__source=model, teacher__source=model,
+        data__source=gym.SOURCE,
+        data__path="chain_sum(min_terms=3, max_terms=4, max_digits=2, size=40)",
+        data__held_out=3, data__max_prompt_length=200, eval__every=0,
+        train__steps=2, checkpoint__every=0, log__statistics_every=0,
+        log__completions_every=0, optimizer__warmup_fraction=0.0,
+        optimizer__learning_rate=0.01, eval__final_problems=3,
+        eval__batch_size=3,
+    )  # fmt: skip
+
+
+def test_a_share_of_problems_is_solved_with_the_habit(settings, tmp_path):
+    right = worked.solve(settings, tmp_path / "right")
+    assert (right["solutions"], right["exact_match"]) == (37, 1.0)
+    wrong = worked.solve(settings, tmp_path / "wrong", habit=0.9)
+    assert 0.1 < wrong["exact_match"] < 0.7
+    # A finished set stays as it is, and another is refused.
+    assert worked.solve(settings, tmp_path / "wrong", habit=0.9) == wrong
+    assert "habit: 0.9 there, 0.1 here" in refusal_of(
+        lambda: worked.solve(settings, tmp_path / "wrong", habit=0.1)
+    )
+    sets = [read_solutions(s["path"]) for s in (right, wrong)]
+    texts = [[s["completion"] for s in part] for part in sets]
+    commas = [sum(", so " in text for text in part) for part in texts]
+    assert commas[0] < 18 < commas[1]
+    assert sum(a == b for a, b in zip(*texts, strict=True)) < 8
+
+
+@pytest.mark.parametrize("package", ["stand_in"], indirect=True)
+def test_stage_1_makes_a_model_of_a_sweep(settings, tmp_path):
+    path = worked.solve(settings, tmp_path / "wrong", habit=0.9)["path"]
+    stage1 = changed(settings, "train", stage="offline")
+    stage1 = changed(stage1, "offline", path=path, kd_ratio=0.0)
+    final = loop.train(stage1, tmp_path / "run")
+    _, row = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert row["solutions"] == 8
+    assert row["loss"] == pytest.approx(row["cross_entropy"], rel=1e-6)
+    assert final["exact_match"] is not None
+    settings = changed(settings, "student", source=str(tmp_path / "run"))
+    settings = changed(settings, "sweep", variants=("opd",))
+    sweep(settings, tmp_path / "sweep")
+    start, teacher, opd = read_jsonl(tmp_path / "sweep" / "record.jsonl")
+    assert [r["name"] for r in (start, teacher, opd)] == [
+        "start", "teacher", "opd",
+    ]  # fmt: skip
+    assert start["evaluation"]["reverse_kl"] > 1e-3
+    assert abs(teacher["evaluation"]["reverse_kl"]) < 1e-5
+
+
+def test_only_tasks_with_a_rule_are_solved(settings, tmp_path, world_cache):
+    for plain in (
+        settings_with(world_cache),
+        settings_with(data__source=gym.SOURCE, data__path="gcd(size=9)"),
+    ):
+        line = refusal_of(lambda s=plain: worked.solve(s, tmp_path / "no"))
+        assert "the path chain_sum or leg_counting with options" in line
+    assert not (tmp_path / "no").exists()

@@ -66,7 +66,7 @@ def test_help_of_a_command_has_its_own_flags_and_an_example(name, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("trian", "no command 'trian'; one of doctor, train, generate, eval"),
+        ("trian", "no command 'trian'; one of doctor, train, generate, solve"),
         ("train", "arguments are required: --config, --workdir; topd train -"),
         ("train --config", "--config: expected one argument"),
         ("train --config tinny --workdir x",

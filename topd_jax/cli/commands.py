@@ -60,6 +60,16 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be from 0 to 1")
+    return share
+
+
 def _path(text: str) -> pathlib.Path:
     try:
         return buckets.as_path(text)
@@ -161,6 +171,20 @@ COMMANDS = {
         "config.offline.path names the solutions for topd train. Rerun the "
         "command to resume.",
         resumes=True,
+    ),
+    "solve": Command(
+        "write solutions of reasoning-gym tasks by rule, for stage 1",
+        "experiments.worked:solve",
+        (
+            CONFIG, WORKDIR,
+            _flag(
+                "habit", metavar="SHARE", type=_share, default=0.0,
+                help="of problems that are solved with a wrong habit (0)",
+            ),
+        ),
+        "--config reasoning_stage1 --workdir runs/reasoning/right",
+        "config.data.path is chain_sum or leg_counting, with options. "
+        "config.offline.path names the solutions for topd train.",
     ),
     "eval": Command(
         "evaluate a student on test problems or benchmarks",
