@@ -12,9 +12,10 @@ topd train --config reasoning_stage1 --workdir runs/reasoning/student
 topd sweep --config reasoning --workdir runs/reasoning/sweep
 
 Rerun one to resume; the sweep goes on run by run. topd eval grades a student on
-the held-out problems, or on harder ones with
---config.eval.benchmarks="reasoning_gym:chain_sum(min_terms=5, seed=1000000)".
-For the other task give every command another --workdir and
+the held-out problems, or on others: --config.eval.benchmarks=
+"reasoning_gym:chain_sum(min_terms=5, max_terms=5, max_digits=2, seed=99999)".
+For the other task give every command another --workdir, the sweep the models
+(--config.teacher.source, --config.student.source), and all
 --config.data.path="leg_counting(min_animals=2, max_animals=4, size=20000)"
 --config.data.max_prompt_length=112 --config.rollout.max_new_tokens=128
 """

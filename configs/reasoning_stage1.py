@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
     # No loss depends on it, so one layer does.
     config.teacher.keep_layers = (0,)
 
-    config.data.batch_size = 16
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 2e-4
     config.train.steps = 200
     return config
