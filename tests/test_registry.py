@@ -1,6 +1,5 @@
 """Families: their configs read and written, and what is refused by name."""
 
-import dataclasses
 import json
 import math
 import re
@@ -27,24 +26,14 @@ SHAPE = {
     "head_dim": 8,
 }
 
-BASE = dataclasses.replace(LLAMA, rope_theta=1e4, norm_eps=1e-6)
-GEMMA = dataclasses.replace(
-    BASE,
-    post_norms=True,
-    centered_norms=True,
-    activation="gelu_tanh",
-    scaled_embedding=True,
-    query_scalar=20,
-    window=3,
+BASE = LLAMA.replace(rope_theta=1e4, norm_eps=1e-6)
+GEMMA = BASE.replace(
+    centered_norms=True, activation="gelu_tanh", scaled_embedding=True
 )
-OLMO = dataclasses.replace(
-    BASE, pre_norms=False, post_norms=True, wide_qk_norm=True
-)
-MIXTURE = dataclasses.replace(
-    BASE, experts=4, experts_per_token=2, expert_width=24
-)
-DELTA = dataclasses.replace(
-    BASE,
+GEMMA2 = GEMMA.replace(post_norms=True, query_scalar=20, window=3)
+OLMO = BASE.replace(pre_norms=False, post_norms=True, wide_qk_norm=True)
+MIXTURE = BASE.replace(experts=4, experts_per_token=2, expert_width=24)
+DELTA = BASE.replace(
     qk_norm=True,
     centered_norms=True,
     attention_gate=True,
@@ -64,40 +53,24 @@ SHARED = dict(
     shared_expert_width=20,
 )
 CONFIGS = {
-    "qwen3_next": dataclasses.replace(DELTA, delta_grouped=True, **SHARED),
+    "qwen3_next": DELTA.replace(delta_grouped=True, **SHARED),
     "qwen3_5_text": DELTA,
-    "qwen3_5_moe_text": dataclasses.replace(DELTA, mlp_width=24, **SHARED),
-    "llama": dataclasses.replace(
-        BASE,
-        mlp_bias=True,
-        rope_scaling=RopeScaling("llama3", 8.0, 64.0),
+    "qwen3_5_moe_text": DELTA.replace(mlp_width=24, **SHARED),
+    "llama": BASE.replace(
+        mlp_bias=True, rope_scaling=RopeScaling("llama3", 8.0, 64.0)
     ),
-    "mistral": dataclasses.replace(BASE, window=3, sliding=(True,) * 3),
-    "ministral": dataclasses.replace(
-        BASE, window=3, sliding=(True, False, True)
+    "mistral": BASE.replace(window=3, sliding=(True,) * 3),
+    "ministral": BASE.replace(window=3, sliding=(True, False, True)),
+    "ministral3": BASE.replace(
+        rope_scaling=RopeScaling("yarn", 4.0, 64.0, query_beta=0.1)
     ),
-    "ministral3": dataclasses.replace(
-        BASE, rope_scaling=RopeScaling("yarn", 4.0, 64.0, query_beta=0.1)
+    "qwen2": BASE.replace(
+        attention_bias=True, window=3, sliding=(False, False, True)
     ),
-    "qwen2": dataclasses.replace(
-        BASE, attention_bias=True, window=3, sliding=(False, False, True)
-    ),
-    "qwen3": dataclasses.replace(
-        BASE, qk_norm=True, attention_bias=True, output_bias=True
-    ),
-    "qwen3_moe": dataclasses.replace(
-        BASE,
-        qk_norm=True,
-        experts=4,
-        experts_per_token=2,
-        expert_width=24,
-        renormalize=True,
-    ),
-    "qwen2_moe": dataclasses.replace(
-        MIXTURE, attention_bias=True, shared_expert_width=20
-    ),
-    "gpt_oss": dataclasses.replace(
-        MIXTURE,
+    "qwen3": BASE.replace(qk_norm=True, attention_bias=True, output_bias=True),
+    "qwen3_moe": MIXTURE.replace(qk_norm=True, renormalize=True),
+    "qwen2_moe": MIXTURE.replace(attention_bias=True, shared_expert_width=20),
+    "gpt_oss": MIXTURE.replace(
         sinks=True,
         expert_biases=True,
         renormalize=True,
@@ -106,15 +79,13 @@ CONFIGS = {
         output_bias=True,
         mlp_width=24,
     ),
-    "mixtral": dataclasses.replace(MIXTURE, renormalize=True, mlp_width=24),
-    "smollm3": dataclasses.replace(
-        BASE,
+    "mixtral": MIXTURE.replace(renormalize=True, mlp_width=24),
+    "smollm3": BASE.replace(
         no_rope=(False, True, False),
         rope_scaling=RopeScaling("yarn", 4.0, 64.0, attention_factor=1.1),
     ),
-    "seed_oss": dataclasses.replace(BASE, attention_bias=True, mlp_bias=True),
-    "phi3": dataclasses.replace(
-        BASE,
+    "seed_oss": BASE.replace(attention_bias=True, mlp_bias=True),
+    "phi3": BASE.replace(
         rotary_dim=4,
         rope_scaling=RopeScaling(
             "longrope",
@@ -126,46 +97,32 @@ CONFIGS = {
         ),
     ),
     "olmo2": OLMO,
-    "olmo3": dataclasses.replace(
-        OLMO,
+    "olmo3": OLMO.replace(
         window=3,
         sliding=(True, False, True),
         local_rope_theta=1e4,
         rope_scaling=RopeScaling("yarn", 4.0, 64.0),
     ),
-    "olmoe": dataclasses.replace(MIXTURE, wide_qk_norm=True, mlp_width=24),
-    "exaone4": dataclasses.replace(
-        OLMO,
+    "olmoe": MIXTURE.replace(wide_qk_norm=True, mlp_width=24),
+    "exaone4": OLMO.replace(
         wide_qk_norm=False,
         qk_norm=True,
         window=3,
         sliding=(True, False, True),
         no_rope=(False, True, False),
     ),
-    "granite": dataclasses.replace(
-        BASE,
+    "granite": BASE.replace(
         attention_multiplier=0.3,
         embedding_multiplier=5.0,
         residual_multiplier=0.22,
         logits_scaling=3.0,
     ),
-    "glm4": dataclasses.replace(
-        BASE, post_norms=True, rotary_dim=4, interleaved_rope=True
+    "glm4": BASE.replace(post_norms=True, rotary_dim=4, interleaved_rope=True),
+    "gemma": GEMMA,
+    "gemma2": GEMMA2.replace(
+        attention_softcap=50.0, final_softcap=30.0, sliding=(True, False, True)
     ),
-    "gemma": dataclasses.replace(
-        BASE,
-        centered_norms=True,
-        activation="gelu_tanh",
-        scaled_embedding=True,
-    ),
-    "gemma2": dataclasses.replace(
-        GEMMA,
-        attention_softcap=50.0,
-        final_softcap=30.0,
-        sliding=(True, False, True),
-    ),
-    "gemma3_text": dataclasses.replace(
-        GEMMA,
+    "gemma3_text": GEMMA2.replace(
         qk_norm=True,
         local_rope_theta=300.0,
         sliding=(True, True, False),
@@ -557,7 +514,7 @@ def test_factors_of_longrope_are_lists_of_positive_numbers(name, value):
 )
 def test_bad_options_are_refused(field, value, match):
     with pytest.raises(ValueError, match=match):
-        dataclasses.replace(BASE, **{field: value})
+        BASE.replace(**{field: value})
 
 
 def test_all_faults_are_named_at_once():

@@ -27,21 +27,14 @@ from topd_jax.training.setup import load_setup
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LLAMA,
-        dataclasses.replace(
-            QWEN,
-            rope_scaling=RopeScaling("yarn", 4.0, 8192.0, truncate=False),
-            window=3,
-            sliding=(True, False, True),
-            final_softcap=30.0,
-            unroll=3,
-        ),
-    ],
-)
-def test_a_config_comes_back_from_json(config):
+def test_a_config_comes_back_from_json():
+    config = QWEN.replace(
+        rope_scaling=RopeScaling("yarn", 4.0, 8192.0, truncate=False),
+        window=3,
+        sliding=(True, False, True),
+        final_softcap=30.0,
+        unroll=3,
+    )
     text = json.dumps(config.to_dict())
     assert DecoderConfig.from_dict(json.loads(text)) == config
     older = {k: v for k, v in config.to_dict().items() if k != "post_norms"}
