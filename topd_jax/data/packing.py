@@ -8,14 +8,18 @@ many rows they take, so a packed and an unpacked run take the same steps.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import struct
 
-from topd_jax.data.prompts import fingerprint
+from topd_jax.data.prompts import (
+    ahead,
+    fingerprint,
+    rows_of_process,
+    shuffled,
+)
 from topd_jax.data.solutions import Solution
 from topd_jax.models.attention.masks import IntervalMask, packed_intervals
 from topd_jax.types import Trajectories
@@ -258,16 +262,8 @@ class SolutionStream:
         # The same for every batch and process: one program serves all.
         self._width = length or -(-longest // 8) * 8
         self._process = process_index, process_count
-        self._batches = iter(
-            grain.MapDataset.range(len(solutions))
-            .shuffle(seed=seed)
-            .repeat()
-            .batch(batch_size, drop_remainder=True)
-            .map(self._rows)
-            .to_iter_dataset(
-                grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-            )
-        )
+        batches = shuffled(range(len(solutions)), seed, batch_size)
+        self._batches = ahead(batches.map(self._rows))
 
     def __iter__(self) -> Iterator[PackedRows]:
         return self
@@ -306,12 +302,11 @@ class SolutionStream:
         else:
             rows = [[i] for i in range(len(pairs))]
             count = len(rows)
-        process_index, process_count = self._process
-        count //= process_count
+        own = rows_of_process(count, *self._process)
         return pack(
             pairs,
-            rows[process_index * count : (process_index + 1) * count],
-            shape=(count, self._width),
+            rows[own],
+            shape=(own.stop - own.start, self._width),
             pad_id=self._pad_id,
         )
 

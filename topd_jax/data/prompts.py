@@ -225,7 +225,7 @@ def prompt_stream(
       ValueError: for a batch that the processes cannot share equally, or a
         teacher without prompts.
     """
-    rows = _rows_of(batch_size, process_index, process_count)
+    rows = rows_of_process(batch_size, process_index, process_count)
 
     def collate(index: np.ndarray) -> PromptBatch:
         return _batch(encoded, index[rows])
@@ -233,12 +233,8 @@ def prompt_stream(
     if prompts_per_teacher:
         index = _routed(encoded, seed, prompts_per_teacher)
     else:
-        index = _shuffled(range(len(encoded.ids)), seed, batch_size)
-    return iter(
-        index.map(collate).to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        )
-    )
+        index = shuffled(range(len(encoded.ids)), seed, batch_size)
+    return ahead(index.map(collate))
 
 
 def ordered_batches(
@@ -275,24 +271,27 @@ def fingerprint(rows: Iterable[np.ndarray]) -> str:
 
 
 def _batch(encoded: EncodedPrompts, index: np.ndarray) -> PromptBatch:
-    prompts = pad_prompts(
-        [encoded.ids[i] for i in index],
-        pad_id=encoded.pad_id,
-        width=encoded.max_length,
-    )
+    def padded(ids: Sequence[np.ndarray], width: int) -> Prompts:
+        rows = [ids[i] for i in index]
+        return pad_prompts(rows, pad_id=encoded.pad_id, width=width)
+
+    prompts = padded(encoded.ids, encoded.max_length)
     if encoded.teacher_ids is not None:
-        own = pad_prompts(
-            [encoded.teacher_ids[i] for i in index],
-            pad_id=encoded.pad_id,
-            width=encoded.teacher_width,
-        )
+        own = padded(encoded.teacher_ids, encoded.teacher_width)
         prompts = prompts.replace(teacher=own)
     return PromptBatch(prompts, index.astype(np.int32))
 
 
-def _shuffled(
+def shuffled(
     places: Sequence[int], seed: int, batch_size: int
 ) -> grain.MapDataset:
+    """Batch places without an end, each epoch in another order.
+
+    Args:
+      places: what batches are made of.
+      seed: of the order; nothing else changes it.
+      batch_size: places of a batch.
+    """
     # drop_remainder: an endless stream has none, but counting its batches any
     # other way overflows for batch_size 1.
     return (
@@ -319,15 +318,32 @@ def _routed(
         # A seed of its own: another teacher's prompts do not change it.
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         teacher_seed = int.from_bytes(digest[:4], "big")
-        parts.append(_shuffled(places[name], teacher_seed, rows))
+        parts.append(shuffled(places[name], teacher_seed, rows))
     # All of them are endless, and a zip needs one length.
     steps = min(map(len, parts))
     parts = [part[:steps] for part in parts]
     return grain.experimental.ZipMapDataset(parts).map(np.concatenate)
 
 
-def _rows_of(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Return the rows of the global batch that belong to a process."""
+def ahead(batches: grain.MapDataset) -> grain.DatasetIterator:
+    """Make batches in a thread, two ahead of where they are needed."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(batches.to_iter_dataset(options))
+
+
+def rows_of_process(
+    batch_size: int, process_index: int, process_count: int
+) -> slice:
+    """Return the rows of the global batch that belong to a process.
+
+    Args:
+      batch_size: rows of the global batch.
+      process_index: of the process.
+      process_count: processes that share it.
+
+    Raises:
+      ValueError: where they cannot share it equally.
+    """
     if batch_size % process_count:
         near = max(1, round(batch_size / process_count)) * process_count
         raise ValueError(
