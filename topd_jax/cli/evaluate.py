@@ -8,7 +8,7 @@ from typing import Any
 from topd_jax.cli.several import code_fingerprint
 from topd_jax.evaluation import benchmarking
 from topd_jax.models import fingerprint
-from topd_jax.parallel import hosts
+from topd_jax.parallel import buckets, hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 
@@ -66,9 +66,7 @@ def _hash(*facts: Any) -> str:
 
 def _write(path: pathlib.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text)
-    fresh.replace(path)
+    buckets.write_whole(path, text)
 
 
 def _finished(

@@ -1,5 +1,6 @@
 """The parameters of a decoder: one table of names, shapes and axes."""
 
+import functools
 import math
 import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,34 +160,36 @@ def _attention(config: DecoderConfig) -> dict[str, Parameter]:
     )
     out_axes = ("layers", "heads", "head_dim", "embed")
     out = Parameter((m, h, hd, d), out_axes, (h * hd) ** -0.5)
-    # Norm and bias vectors are small; spreading them would cost more than it
-    # saves.
     start = 0.0 if config.centered_norms else 1.0
-
-    def vector(*shape: int, start: float = start, n: int = n) -> Parameter:
-        axes = ("layers", *(None,) * len(shape))
-        return Parameter((n, *shape), axes, None, start)
-
+    norm = functools.partial(_vector, start=start)
     # The order is that of the initializer's keys: keep it.
-    table = {"attention_norm": vector(d)} if config.pre_norms else {}
+    table = {"attention_norm": norm(n, d)} if config.pre_norms else {}
     table |= {"q": query, "k": key, "v": key, "o": out}
     if config.pre_norms:
-        table["mlp_norm"] = vector(d)
+        table["mlp_norm"] = norm(n, d)
     if config.post_norms:
-        table |= {"attention_post_norm": vector(d), "mlp_post_norm": vector(d)}
+        table |= dict.fromkeys(
+            ("attention_post_norm", "mlp_post_norm"), norm(n, d)
+        )
     if config.qk_norm:
-        table |= {"q_norm": vector(hd, n=m), "k_norm": vector(hd, n=m)}
+        table |= {"q_norm": norm(m, hd), "k_norm": norm(m, hd)}
     if config.wide_qk_norm:
-        table |= {"q_norm": vector(h, hd, n=m), "k_norm": vector(kv, hd, n=m)}
+        table |= {"q_norm": norm(m, h, hd), "k_norm": norm(m, kv, hd)}
     if config.attention_bias:
-        bias = vector(kv, hd, start=0.0, n=m)
-        table |= {"q_bias": vector(h, qd, start=0.0, n=m)}
-        table |= {"k_bias": bias, "v_bias": bias}
+        bias = _vector(m, kv, hd)
+        table |= {"q_bias": _vector(m, h, qd), "k_bias": bias, "v_bias": bias}
     if config.output_bias:
-        table["o_bias"] = vector(d, start=0.0, n=m)
+        table["o_bias"] = _vector(m, d)
     if config.sinks:
-        table["sinks"] = vector(h, start=0.0, n=m)
+        table["sinks"] = _vector(m, h)
     return table
+
+
+def _vector(*shape: int, start: float = 0.0) -> Parameter:
+    # Norm and bias vectors are small; spreading them would cost more than it
+    # saves.
+    axes = ("layers", *(None,) * (len(shape) - 1))
+    return Parameter(shape, axes, None, start)
 
 
 def _dense(config: DecoderConfig) -> dict[str, Parameter]:
@@ -196,9 +199,8 @@ def _dense(config: DecoderConfig) -> dict[str, Parameter]:
     down = Parameter((n, f, d), ("layers", "mlp", "embed"), f**-0.5)
     table = {"gate": wide, "up": wide, "down": down}
     if config.mlp_bias:
-        bias = Parameter((n, f), ("layers", None), None, 0.0)
-        table |= {"gate_bias": bias, "up_bias": bias}
-        table["down_bias"] = Parameter((n, d), ("layers", None), None, 0.0)
+        table |= dict.fromkeys(("gate_bias", "up_bias"), _vector(n, f))
+        table["down_bias"] = _vector(n, d)
     return table
 
 
@@ -241,9 +243,6 @@ def _delta_rule(config: DecoderConfig) -> dict[str, Parameter]:
         axes = ("layers", "embed", "heads", "head_dim")
         return Parameter((n, d, *shape), axes[: 2 + len(shape)], d**-0.5)
 
-    def vector(size: int, start: float = 1.0) -> Parameter:
-        return Parameter((n, size), ("layers", None), None, start)
-
     if config.delta_grouped:
         table = {
             "delta_qkvz": linear(heads, 2 * (k + each * v)),
@@ -261,9 +260,9 @@ def _delta_rule(config: DecoderConfig) -> dict[str, Parameter]:
         "delta_conv": Parameter(
             (n, channels, 1, taps), ("layers", None, None, None), taps**-0.5
         ),
-        "delta_dt_bias": vector(states),
-        "delta_a_log": vector(states, 0.0),
-        "delta_norm": vector(v),
+        "delta_dt_bias": _vector(n, states, start=1.0),
+        "delta_a_log": _vector(n, states),
+        "delta_norm": _vector(n, v, start=1.0),
         "delta_o": Parameter((n, states, v, d), out, (states * v) ** -0.5),
     }
 
@@ -288,8 +287,7 @@ def _experts(config: DecoderConfig) -> dict[str, Parameter]:
         table |= {"expert_gate_bias": bias, "expert_up_bias": bias}
         axes = ("layers", "expert", None)
         table["expert_down_bias"] = Parameter((n, e, d), axes, None, 0.0)
-        axes = ("layers", None)
-        table["router_bias"] = Parameter((n, e), axes, None, 0.0)
+        table["router_bias"] = _vector(n, e)
     if config.shared_expert_width:
         shared = _dense(
             config.replace(mlp_width=config.shared_expert_width, mlp_bias=False)

@@ -22,30 +22,25 @@ _PARTIAL = "partial_rotary_factor"
 # Of queries that grow; read in some families only.
 _BETA = "llama_4_scaling_beta"
 
-# Names in files -> fields of RopeScaling.
-_SCALINGS: dict[str, dict[str, str]] = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_length",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_length",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-        "llama_4_scaling_beta": "query_beta",
-    },
-    "longrope": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_length",
-        "attention_factor": "attention_factor",
-        "short_factor": "short_factors",
-        "long_factor": "long_factors",
-    },
+_LENGTH = "original_max_position_embeddings"
+
+# Kind -> what files say of it.
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
+    "yarn": (
+        "factor", _LENGTH, "beta_fast", "beta_slow", "attention_factor", _BETA,
+    ),
+    "longrope": (
+        "factor", _LENGTH, "attention_factor", "short_factor", "long_factor",
+    ),
+}  # fmt: skip
+# Names in files -> fields of RopeScaling, where these are others.
+_FIELDS = {
+    _LENGTH: "original_length",
+    _BETA: "query_beta",
+    "short_factor": "short_factors",
+    "long_factor": "long_factors",
 }
 
 # Those that may be missing or null.
@@ -170,7 +165,7 @@ def _read_scaling(
     if wrong:
         return None
     scaling: dict[str, Any] = {
-        _SCALINGS[kind][name]: tuple(map(float, value))
+        _FIELDS.get(name, name): tuple(map(float, value))
         if isinstance(value, list)
         else float(value)
         for name, value in values.items()
@@ -205,8 +200,8 @@ def _attention_factor(
 
 def _from_lengths(given: dict[str, Any], longest: object) -> dict[str, Any]:
     """Fill in the factors of "longrope" that a file leaves out."""
-    length = given.get("original_max_position_embeddings")
-    if wrong_value("original_max_position_embeddings", length):
+    length = given.get(_LENGTH)
+    if wrong_value(_LENGTH, length):
         return given
     known = {name: x for name, x in given.items() if x is not None}
     if "factor" not in known and is_number(longest):
@@ -232,9 +227,9 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
     spelled: dict[str, object] = {"rope_type": "default"}
     if scaling is not None:
         spelled = {"rope_type": scaling.kind} | {
-            hub_name: list(value) if isinstance(value, tuple) else value
-            for hub_name, field in _SCALINGS[scaling.kind].items()
-            for value in [getattr(scaling, field)]
+            name: list(value) if isinstance(value, tuple) else value
+            for name in _SCALINGS[scaling.kind]
+            for value in [getattr(scaling, _FIELDS.get(name, name))]
         }
         if scaling.kind == "yarn":
             spelled["truncate"] = scaling.truncate
@@ -247,7 +242,7 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
         new[_PARTIAL] = fields[_PARTIAL] = share
     if scaling is not None:
         fields["rope_scaling"] = spelled
-    if "original_max_position_embeddings" in family.reads:
+    if _LENGTH in family.reads:
         fields |= _write_lengths(scaling, spelled)
     if not family.local_rope:
         return fields | {"rope_parameters": new}
@@ -268,7 +263,7 @@ def _write_lengths(
     three: dict[str, object] = {"type": "longrope"}
     three |= {name: spelled[name] for name in ("short_factor", "long_factor")}
     lengths: dict[str, object] = {
-        "original_max_position_embeddings": length,
+        _LENGTH: length,
         "max_position_embeddings": longest,
     }
     read = _from_lengths(three | lengths, longest)
