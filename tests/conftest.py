@@ -25,7 +25,7 @@ from children import starts_with
 from orbax.checkpoint import type_handlers
 
 from topd_jax.models import Decoder, DecoderConfig, init_decoder
-from topd_jax.types import Trajectories
+from topd_jax.types import Teacher, Trajectories
 
 # Most of the time here goes into compiling what runs for an instant.
 QUICK = (
@@ -254,6 +254,18 @@ def student() -> Decoder:
 @pytest.fixture(scope="session")
 def teacher() -> Decoder:
     return make_model(1, layers=3, width=24)
+
+
+@pytest.fixture(scope="session")
+def teachers(teacher) -> tuple[Teacher, Teacher]:
+    """Two, of one and three prompts of four."""
+    other = make_model(2, layers=1, width=32)
+    return Teacher(teacher, "code", 1), Teacher(other, "math", 3)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
 
 
 @pytest.fixture

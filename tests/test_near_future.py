@@ -14,11 +14,6 @@ from topd_jax.types import Candidates, completion_states
 M = 4
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def trajectories(tokens, mask):
     return make_trajectories(1).replace(tokens=tokens, mask=mask)
 

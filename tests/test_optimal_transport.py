@@ -19,11 +19,6 @@ V, D, K = 40, 12, 8
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
 def embedding(rng):
     return jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
 

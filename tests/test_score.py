@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, make_trajectories
+from conftest import make_trajectories
 from small_step import (
     assert_trees_equal,
     logp_of,
@@ -15,15 +15,8 @@ from small_step import (
 )
 
 from topd_jax.losses import near_future
-from topd_jax.types import Teacher
 
 AHEAD = "candidates=3, window=4"
-
-
-@pytest.fixture(scope="module")
-def teachers(teacher):
-    other = make_model(2, layers=1, width=32)
-    return Teacher(teacher, "code", 1), Teacher(other, "math", 3)
 
 
 def test_every_teacher_reads_its_own_rows(student, teachers, trajectories):

@@ -23,18 +23,11 @@ from topd_jax.models import causal_mask, unembed
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.presets import PRESETS
 from topd_jax.training.step import init_state, train_step
-from topd_jax.types import Teacher, Trajectories
+from topd_jax.types import Trajectories
 
 AHEAD = "candidates=3, window=4"
 TOPD = f"topd({AHEAD}, guidance_weight=0.3)"
 STUDENT = f"topd({AHEAD}, guidance_weight=0.3, context='student')"
-
-
-@pytest.fixture(scope="module")
-def teachers(teacher):
-    """Of another width and depth each; the second has most rows."""
-    other = make_model(2, layers=1, width=32)
-    return Teacher(teacher, "code", 1), Teacher(other, "math", 3)
 
 
 def dense_kl(student, teacher, rows):

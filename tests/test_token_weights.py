@@ -13,11 +13,6 @@ from topd_jax.losses.divergences import weighted_mean
 B, M = 3, 4
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def n_step(divergent, at, mask, **options):
     options = dict(n=4, discount=0.9) | options
     return weights.n_step_weights(divergent, at, mask, **options)

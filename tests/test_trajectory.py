@@ -23,11 +23,6 @@ from topd_jax.types import Candidates, CappedHead, Layout
 B, T, M, K, V, D = 2, 9, 3, 4, 11, 6
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def problem(rng):
     """States, head, candidates and windows, some of them cut short."""
     hidden = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
