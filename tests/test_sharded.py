@@ -88,10 +88,11 @@ def test_what_does_not_divide_is_refused_by_name():
 
 
 def test_rules_refuse_one_axis_twice_and_unknown_names():
+    mesh = sharding.make_mesh()
     with pytest.raises(ValueError, match="on two dimensions"):
-        sharding.spec(("vocab", "heads"))
+        sharding.spec_on(mesh, ("vocab", "heads"))
     with pytest.raises(ValueError, match="logical axis 'wings'"):
-        sharding.spec(("wings",))
+        sharding.spec_on(mesh, ("wings",))
 
 
 def test_a_mesh_with_other_axes_asks_for_rules():

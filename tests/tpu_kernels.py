@@ -67,7 +67,7 @@ def compile_on(mesh, function, *arrays):
     """A program of (shape, dtype, axes) placeholders."""
 
     def placeholder(shape, dtype, axes):
-        place = NamedSharding(mesh, sharding.spec(axes))
+        place = NamedSharding(mesh, sharding.spec_on(mesh, axes))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     def is_array(x):

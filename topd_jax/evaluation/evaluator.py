@@ -35,7 +35,7 @@ from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.hosts import from_first, on_host
 from topd_jax.parallel.layouts import loss_layout
-from topd_jax.parallel.sharding import constrain, spec_on
+from topd_jax.parallel.sharding import constrain_rows, spec_on
 from topd_jax.sampling import Stream, rollout, stream_key
 from topd_jax.sampling.settings import RolloutSettings
 from topd_jax.types import ONE_DEVICE, Layout, Prompts, Teacher, Trajectories
@@ -116,10 +116,9 @@ def compare(
     if start is not None:
 
         def part(x: jax.Array) -> jax.Array:
-            x = jax.lax.dynamic_slice_in_dim(x, start, len(real))
-            return constrain(x, "batch", *(None,) * (x.ndim - 1))
+            return jax.lax.dynamic_slice_in_dim(x, start, len(real))
 
-        trajectories = jax.tree.map(part, trajectories)
+        trajectories = constrain_rows(jax.tree.map(part, trajectories))
     if real is not None:
         mask = trajectories.mask & real[:, None]
         trajectories = trajectories.replace(mask=mask)

@@ -88,16 +88,13 @@ def using(rules: Rules) -> Iterator[None]:
         yield
 
 
-def reading_rules(rules: Rules | None = None) -> Rules:
-    """Return the rules of a model that keeps a cache.
+def reading_rules() -> Rules:
+    """Return the rules in force, of a model that keeps a cache.
 
     The columns of a cache are not in the order in which they are read, so
     each row's stay together: rows take the axes of the sequence.
-
-    Args:
-      rules: to start from; None takes those in force.
     """
-    rules = rules_in_force() if rules is None else rules
+    rules = rules_in_force()
     batch = _joined(rules["batch"], rules["sequence"])
     return {
         **rules,
@@ -107,7 +104,7 @@ def reading_rules(rules: Rules | None = None) -> Rules:
     }
 
 
-def decoding_rules(sharding: str, rules: Rules | None = None) -> Rules:
+def decoding_rules(sharding: str) -> Rules:
     """Return the rules of a loop that writes one token at a time.
 
     Args:
@@ -116,7 +113,6 @@ def decoding_rules(sharding: str, rules: Rules | None = None) -> Rules:
         before the loop; "tensor" never does: those axes become tensor axes,
         and activations are summed instead; "rows" multiplies as "tensor"
         does, and keeps each row, its attention and its cache in place.
-      rules: to start from; None takes those in force.
 
     Raises:
       ValueError: for another name.
@@ -125,7 +121,7 @@ def decoding_rules(sharding: str, rules: Rules | None = None) -> Rules:
         raise ValueError(
             f"sharding={sharding!r} must be one of {', '.join(DECODING)}"
         )
-    rules = reading_rules(rules)
+    rules = reading_rules()
     if sharding == "train":
         return rules
     if sharding == "gathered":

@@ -7,6 +7,7 @@ axes of an array to a sharding, by the rules of
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,39 +93,6 @@ def mesh_in_use() -> AbstractMesh | None:
     return mesh
 
 
-def spec(
-    axes: Sequence[str | None], rules: Rules | None = None
-) -> PartitionSpec:
-    """Translate an array's logical axes to mesh axes.
-
-    Args:
-      axes: one logical name, or None, per dimension.
-      rules: logical name -> mesh axes; None takes those in force.
-
-    Returns:
-      The partition of the array.
-
-    Raises:
-      ValueError: for a name without a rule, or a mesh axis used twice.
-    """
-    rules = rules_in_force() if rules is None else rules
-    parts = []
-    for axis in axes:
-        if axis is not None and axis not in rules:
-            raise ValueError(
-                f"no sharding rule for the logical axis {axis!r}; rules: "
-                f"{sorted(rules)}"
-            )
-        parts.append(None if axis is None else rules[axis])
-    used = [m for p in parts for m in mesh_axes(p)]
-    if len(used) != len(set(used)):
-        raise ValueError(
-            f"logical axes {tuple(axes)} put one mesh axis on two dimensions: "
-            f"{parts}; change a rule"
-        )
-    return PartitionSpec(*parts)
-
-
 def spec_on(
     mesh: Mesh | AbstractMesh,
     axes: Sequence[str | None],
@@ -141,11 +109,25 @@ def spec_on(
       The partition; nothing is spread on a mesh of one device.
 
     Raises:
-      ValueError: as :func:`spec`, and where a rule names an axis that the
-        mesh does not have.
+      ValueError: for a name without a rule, a mesh axis used twice, or one
+        that the mesh does not have.
     """
-    partition = spec(axes, rules)
-    for axis, part in zip(axes, partition, strict=True):
+    rules = rules_in_force() if rules is None else rules
+    parts = []
+    for axis in axes:
+        if axis is not None and axis not in rules:
+            raise ValueError(
+                f"no sharding rule for the logical axis {axis!r}; rules: "
+                f"{sorted(rules)}"
+            )
+        parts.append(None if axis is None else rules[axis])
+    used = [m for p in parts for m in mesh_axes(p)]
+    if len(used) != len(set(used)):
+        raise ValueError(
+            f"logical axes {tuple(axes)} put one mesh axis on two dimensions: "
+            f"{parts}; change a rule"
+        )
+    for axis, part in zip(axes, parts, strict=True):
         missing = [n for n in mesh_axes(part) if n not in mesh.shape]
         if missing and mesh.size == 1:
             return PartitionSpec(*(None,) * len(axes))
@@ -157,7 +139,7 @@ def spec_on(
                 "axes: with topd_jax.parallel.rules.using("
                 f"{{{axis!r}: {next(iter(mesh.shape))!r}, ...}})"
             )
-    return partition
+    return PartitionSpec(*parts)
 
 
 def divisible_spec(
@@ -206,7 +188,6 @@ def named(
     mesh: Mesh,
     shape: Sequence[int],
     axes: Sequence[str | None],
-    rules: Rules | None = None,
     *,
     name: str = "array",
 ) -> NamedSharding:
@@ -216,7 +197,6 @@ def named(
       mesh: any mesh.
       shape: the array's shape.
       axes: its logical axes, one per dimension.
-      rules: logical name -> mesh axes; None takes those in force.
       name: of the array, for errors.
 
     Returns:
@@ -226,7 +206,7 @@ def named(
       ValueError: as :func:`spec_on`, and where a dimension does not divide
         among its devices.
     """
-    partition = spec_on(mesh, axes, rules)
+    partition = spec_on(mesh, axes)
     for size, part, axis in zip(shape, partition, axes, strict=True):
         parts = mesh_axes(part)
         ways = math.prod(mesh.shape[p] for p in parts)
@@ -243,7 +223,6 @@ def tree_shardings(
     tree: object,
     mesh: Mesh,
     logical_axes: Mapping[str, Sequence[str | None]],
-    rules: Rules | None = None,
 ) -> object:
     """Return the shardings of a model, or of a state that mirrors one.
 
@@ -256,7 +235,6 @@ def tree_shardings(
       tree: any pytree of arrays or ``ShapeDtypeStruct``.
       mesh: any mesh.
       logical_axes: parameter name -> logical axes.
-      rules: logical name -> mesh axes; None takes those in force.
 
     Returns:
       The same tree with a ``NamedSharding`` per leaf; leaves without a name
@@ -269,10 +247,8 @@ def tree_shardings(
             return replicated(mesh)
         axes = logical_axes[name]
         if path[-1] == jax.tree_util.GetAttrKey("scale"):
-            return NamedSharding(
-                mesh, divisible_spec(mesh, leaf.shape, axes, rules)
-            )
-        return named(mesh, leaf.shape, axes, rules, name=name)
+            return NamedSharding(mesh, divisible_spec(mesh, leaf.shape, axes))
+        return named(mesh, leaf.shape, axes, name=name)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -379,4 +355,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     # the compiler; parameters are refused instead, by named().
     return jax.lax.with_sharding_constraint(
         x, divisible_spec(mesh, x.shape, axes)
+    )
+
+
+def constrain_rows(tree: Any) -> Any:
+    """Pin activations [B, ...] to the mesh in use by their rows alone.
+
+    Args:
+      tree: of arrays inside a jitted function.
+
+    Returns:
+      The tree, as :func:`constrain` returns its arrays.
+
+    Raises:
+      ValueError: as there.
+    """
+    return jax.tree.map(
+        lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree
     )

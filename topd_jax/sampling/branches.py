@@ -20,7 +20,7 @@ from topd_jax.models.decoder import in_compute_dtype, is_recurrent, mask_for
 from topd_jax.models.passes import prefix_cache
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.rules import decoding_rules, using
-from topd_jax.parallel.sharding import constrain, reshard
+from topd_jax.parallel.sharding import constrain_rows, reshard
 from topd_jax.sampling.checks import (
     check_candidate_values,
     check_candidates,
@@ -147,9 +147,7 @@ def _branch(
     model = reshard(in_compute_dtype(model), model.logical_axes, rules)
     with using(rules):
         out = _write(model, *args, **options)
-        return jax.tree.map(
-            lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), out
-        )
+        return constrain_rows(out)
 
 
 def _write(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from topd_jax.models.decoder import unembed
 from topd_jax.parallel.collectives import to_products
-from topd_jax.parallel.sharding import constrain
+from topd_jax.parallel.sharding import constrain, constrain_rows
 from topd_jax.sampling.samplers import choose
 from topd_jax.types import Head
 
@@ -60,7 +60,7 @@ def nothing_drawn(
     """
 
     def full(shape: tuple, value: int, dtype: jnp.dtype) -> jax.Array:
-        return _by_rows(jnp.full(shape, value, dtype))
+        return constrain_rows(jnp.full(shape, value, dtype))
 
     shape, grid = done.shape, (*done.shape, length)
     if states is not None:
@@ -68,7 +68,7 @@ def nothing_drawn(
     return Drawn(
         step=jnp.zeros((), jnp.int32),
         last=full(shape, pad_id, jnp.int32),
-        done=_by_rows(done),
+        done=constrain_rows(done),
         length=full(shape, 0, jnp.int32),
         tokens=full(grid, pad_id, jnp.int32),
         logp=full(grid, 0, jnp.float32) if keep_logp else None,
@@ -169,7 +169,3 @@ def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     for eos in eos_ids:
         ended |= tokens == eos
     return ended
-
-
-def _by_rows(x: jax.Array) -> jax.Array:
-    return constrain(x, "batch", *(None,) * (x.ndim - 1))

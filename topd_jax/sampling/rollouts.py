@@ -17,7 +17,7 @@ from topd_jax.models.attention.masks import CachedMask, causal_intervals
 from topd_jax.models.decoder import mask_for
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.rules import decoding_rules, using
-from topd_jax.parallel.sharding import constrain, reshard
+from topd_jax.parallel.sharding import constrain_rows, reshard
 from topd_jax.sampling.checks import (
     check_ids,
     check_prompt_values,
@@ -55,7 +55,6 @@ def rollout(
     top_k: int = 0,
     samples: int = 1,
     vocab_size: int | None = None,
-    buckets: Sequence[int] = (),
     sharding: str = "train",
     slots: int = 0,
     limits: jax.Array | None = None,
@@ -79,9 +78,6 @@ def rollout(
       top_k: 0 is off.
       samples: completions of each prompt, in consecutive rows.
       vocab_size: ids from here on are never drawn; None allows all.
-      buckets: widths, of which prompts are padded to the next, where prompts
-        of many widths should share a few compilations; () keeps their own.
-        Prompts of the package's data have few widths already.
       sharding: where parameters and rows are meanwhile, on a mesh, of
         :data:`~topd_jax.parallel.rules.DECODING`. Trajectories are spread by
         rows.
@@ -105,8 +101,6 @@ def rollout(
     check_sampler(temperature, top_p, top_k, vocab_size=ids, **counts)
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
     check_prompts(prompts)
-    if buckets:
-        prompts = _widened(prompts, buckets, pad_id)
     return _rollout(
         model,
         prompts,
@@ -122,22 +116,6 @@ def rollout(
         vocab_size=ids,
         sharding=sharding,
         slots=int(slots),
-    )
-
-
-def _widened(prompts: Prompts, buckets: Sequence[int], pad_id: int) -> Prompts:
-    """Pad prompts on the left to the smallest bucket that holds them."""
-    width = prompts.tokens.shape[1]
-    fitting = [b for b in buckets if b >= width]
-    if not fitting:
-        raise ValueError(
-            f"prompts of {width} columns exceed the largest bucket "
-            f"({max(buckets)}); add a bucket or shorten the prompts"
-        )
-    pad = ((0, 0), (min(fitting) - width, 0))
-    return prompts.replace(
-        tokens=jnp.pad(prompts.tokens, pad, constant_values=pad_id),
-        mask=jnp.pad(prompts.mask, pad, constant_values=False),
     )
 
 
@@ -166,9 +144,7 @@ def _rollout(
         model = reshard(model, model.logical_axes, rules)
     with using(rules):
         out = _write(model, prompts, key, temperature, top_p, limits, **options)
-    return jax.tree.map(
-        lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), out
-    )
+    return constrain_rows(out)
 
 
 def _write(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.parallel.collectives import top_k as top_k_of
-from topd_jax.parallel.sharding import constrain
+from topd_jax.parallel.sharding import constrain_rows
 
 MAX_TEMPERATURE = 1e3
 
@@ -154,7 +154,7 @@ def row_noise(
         rows.astype(jnp.uint32)
     )
     noise = jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32))(keys)
-    return constrain(noise, "batch", *(None,) * len(shape))
+    return constrain_rows(noise)
 
 
 def _sample(
