@@ -1,0 +1,96 @@
+"""Models with recurrent layers, from doctor to export, as a user has them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import small_run
+from conftest import make_trajectories
+from small_files import RECURRENT, logits_of, make
+from small_hub import IDS, hub_directory, questions, settings
+from small_run import assert_same_run, interrupted
+
+from topd_jax.models import load
+from topd_jax.training import loop
+from topd_jax.training.logging import read_jsonl
+
+# Heads for two devices, and rows of the vocabulary.
+CONFIG = dataclasses.replace(RECURRENT, vocab_size=IDS + 1, kv_heads=4)
+TOPD = "topd(candidates=2, window=4, guidance_weight=0.3)"
+ASKED = {
+    "train.steps": 3, "data.max_prompt_length": 120, "data.held_out": 3,
+    "rollout.max_new_tokens": 16, "checkpoint.every": 1, "eval.every": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Directories of a student and a wider teacher, as Qwen3.5 is published."""
+    folder = tmp_path_factory.mktemp("recurrent")
+    wider = dataclasses.replace(CONFIG, width=24)
+    names = {"student": make(CONFIG), "teacher": make(wider, 1)}
+    for name, model in names.items():
+        hub_directory(folder / name, model=model)
+        fields = json.loads((folder / name / "config.json").read_text())
+        assert fields["model_type"] == "qwen3_5_text"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(pair):
+    """What the command line is told, but for the work directory."""
+    data = questions(pair / "questions.jsonl")
+    given = ASKED | {
+        "student.source": pair / "student", "teacher.source": pair / "teacher",
+        "data.source": "jsonl", "data.path": data,
+    }  # fmt: skip
+    return [f"--config.{name}={value}" for name, value in given.items()]
+
+
+def losses(workdir):
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert not any(row["skipped"] for row in rows)
+    return [(row["divergence"], row["grad_norm"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_a_pair_is_checked_trained_graded_and_exported(
+    pair, flags, tmp_path, topd
+):
+    more = ["--which=start", f"--config.student.source={tmp_path / 'out'}",
+            f"--workdir={tmp_path}"]  # fmt: skip
+    line = [f"--config={small_run.__file__}", *flags]
+    line += [f"--config.objective={TOPD}", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as done:
+        topd("doctor", *line)
+    assert done.value.code == 0
+    topd("train", *line)
+    assert all(grad > 0 for _, grad in losses(tmp_path / "run"))
+    graded = json.loads(topd("eval", *line))
+    assert graded["step"] == 3
+    topd("export", *line, f"--output={tmp_path / 'out'}")
+    again = json.loads(topd("eval", *line, *more))
+    assert again["benchmarks"]["test"] == graded["benchmarks"]["test"]
+    tokens = make_trajectories().sequence
+    logits = [
+        logits_of(load(str(where))[0], tokens)
+        for where in (pair / "student", tmp_path / "out")
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["opd", TOPD])
+def test_an_interrupted_run_ends_with_the_same_bits(pair, tmp_path, objective):
+    config = settings(
+        tmp_path, str(pair / "student"), str(pair / "teacher"),
+        objective=objective,
+        **{name.replace(".", "__"): value for name, value in ASKED.items()},
+    )  # fmt: skip
+    with interrupted(3):
+        loop.train(config, tmp_path / "parts")
+    loop.train(config, tmp_path / "parts")
+    loop.train(config, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
