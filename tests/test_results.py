@@ -6,6 +6,7 @@ from pathlib import Path
 import families_table
 import pytest
 
+from topd_jax.configs import tiny
 from topd_jax.experiments.sweep_report import markdown, summarize
 from topd_jax.training.logging import read_jsonl
 
@@ -66,12 +67,18 @@ def test_the_gains_by_certainty_are_those_of_the_record():
         ]  # fmt: skip
         assert sum(map(bool, gains)) >= 12
         assert all(f"| {gain} |" in printed for gain in gains if gain)
-    free = "| topd(guidance_weight=0.3, detector='future_loss') |"
-    for share in ("0.8", "0.99", "1.0"):
-        of_world = [r for r in rows if r["world"].endswith(f"={share}")]
-        longer = markdown(summarize(of_world, "opd;train.steps=405"))
-        (line,) = (x for x in longer.splitlines() if x.startswith(free))
-        assert cells(line)[3] in " ".join(section.split())
+    free = "topd(guidance_weight=0.3, detector='future_loss')"
+    five, early = free[:-1] + ", window=5)", tiny.EARLY
+    for name, base, where in (
+        (free, "opd;train.steps=405", ("0.8", "0.99", "1.0")),
+        (five, "opd;train.steps=405", ("0.99", "1.0")),
+        (early, "opd;train.steps=325", shares),
+    ):
+        for share in where:
+            of_world = [r for r in rows if r["world"].endswith(f"={share}")]
+            longer = markdown(summarize(of_world, base)).splitlines()
+            (line,) = (x for x in longer if x.startswith(f"| {name} |"))
+            assert cells(line)[3] in " ".join(section.split())
 
 
 def test_the_privileged_teachers_are_those_of_the_record():

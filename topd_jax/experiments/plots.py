@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # Okabe & Ito: distinct for color-blind readers, and in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
           "#000000")  # fmt: skip
+_LINES = ("-", "--", "-.")
 # Group or method -> name -> f32[N].
 Groups = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -52,7 +53,7 @@ def curves(
     trained = [r for r in rows if "curve" in r]
     names = list(dict.fromkeys(r["name"] for r in trained))
     # More curves than colors and line styles cannot be told apart.
-    styles = [(color, line) for line in ("-", "--") for color in COLORS]
+    styles = [(color, line) for line in _LINES for color in COLORS]
     for (color, line), name in zip(styles, names, strict=False):
         runs = [r["curve"] for r in trained if r["name"] == name]
         steps = [p["step"] for p in runs[0]]
@@ -103,7 +104,7 @@ def gains(
         x, gain, low, high = np.array(sorted(measured)).T
         # Side by side, so that intervals can be told apart.
         x = x * 1.04 ** (i - len(points) / 2)
-        line = "-" if i < len(COLORS) else "--"
+        line = _LINES[i // len(COLORS) % len(_LINES)]
         axis.errorbar(
             x, gain, (gain - low, high - gain), label=name, capsize=2,
             marker=".", linestyle=line, color=COLORS[i % len(COLORS)],
