@@ -37,7 +37,7 @@ setup(
         "optax>=0.2.5",
         "chex>=0.1.88",
         "orbax-checkpoint>=0.11.35",
-        "transformers>=5.4",
+        "transformers>=5.15",
         "tokenizers>=0.22",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.4",  # tensorflow-datasets imports it unasked
@@ -49,7 +49,7 @@ setup(
         "gguf>=0.17",
         "qwix>=0.1.8",
         "math-verify>=0.8",
-        "matplotlib>=3.8",
+        "matplotlib>=3.9",
         "plotly>=6.0",
         "absl-py>=2.1",
         "numpy>=2.0",
