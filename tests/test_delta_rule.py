@@ -44,6 +44,20 @@ def one_by_one(x, state):
     return jnp.stack(outs, 1), jnp.stack(states, 1)
 
 
+def test_a_key_that_comes_again_and_again_is_corrected():
+    """Every token overwrites the one before: no sum over paths cancels."""
+    x = inputs(length=64)
+    same = jnp.broadcast_to(x.key[:, :1], x.key.shape)
+    x = x._replace(
+        key=same, rate=jnp.ones_like(x.rate),
+        log_decay=jnp.zeros_like(x.log_decay),
+    )  # fmt: skip
+    outs, states = one_by_one(x, jnp.zeros((2, 2, 4, 6)))
+    out, last = read_chunks(x, jnp.zeros((2, 2, 4, 6)))
+    np.testing.assert_allclose(out, outs, atol=1e-5)
+    np.testing.assert_allclose(last, states[:, -1], atol=1e-5)
+
+
 @CHUNKS
 def test_chunks_are_steps(chunk, monkeypatch):
     """Outputs, final state and gradients, with segments that begin anywhere."""

@@ -80,8 +80,8 @@ def test_as_many_curves_are_drawn_as_can_be_told_apart(tmp_path, monkeypatch):
         return plain(self, *args, **fields)
 
     monkeypatch.setattr(Axes, "plot", plot)
-    names = [f"v{i}" for i in range(20)]
+    names = [f"v{i}" for i in range(25)]
     lines = [line(name, 0, draw(0, 1.0)) for name in names]
     plots.curves(lines, tmp_path / "curves.png")
-    # Seven colors, solid and dashed; both pictures have each.
-    assert sorted(drawn) == sorted(2 * names[:14])
+    # Seven colors, solid, dashed and dash-dotted; both pictures have each.
+    assert sorted(drawn) == sorted(2 * names[:21])

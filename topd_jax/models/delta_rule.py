@@ -96,10 +96,8 @@ def read_chunks(
     given = jnp.concatenate(
         [x.value * x.rate[..., None], keys * left[..., None]], axis=-1
     )
-    given = jax.scipy.linalg.solve_triangular(
-        lower, given, lower=True, unit_diagonal=True
-    )
-    new, old = jnp.split(given, [x.value.shape[-1]], axis=-1)
+    solved = _solve(lower, given)
+    new, old = jnp.split(solved, [x.value.shape[-1]], axis=-1)
     within = _dot("...ik,...jk->...ij", x.query, x.key) * pair
 
     def step(state: jax.Array, part: tuple) -> tuple[jax.Array, tuple]:
@@ -130,6 +128,25 @@ def read_chunks(
         pair[at], x.key[at[:2]], new[at[:2]],
     )  # fmt: skip
     return out, added + left[at][..., None, None] * states[at[:2]]
+
+
+@jax.checkpoint
+def _solve(lower: jax.Array, given: jax.Array) -> jax.Array:
+    """Solve (I + lower) x = given by products; see the diagonal as 0.
+
+    The inverse of a block has those of its halves on the diagonal, and their
+    product with the corner between them below. XLA's own solver waits for
+    threads that it holds where many devices share a processor.
+    """
+    size = lower.shape[-1]
+    order, inverse, width = jnp.arange(size), jnp.eye(size), 1
+    while width < size:
+        half = order // width
+        corner = (half[:, None] % 2 == 1) & (half[:, None] - 1 == half)
+        below = _dot("...ij,...jk->...ik", inverse, lower * corner)
+        inverse = inverse - _dot("...ij,...jk->...ik", below, inverse)
+        width *= 2
+    return _dot("...ij,...jk->...ik", inverse, given)
 
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:
