@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import small_run
+from children import on_eight_devices
 from conftest import make_trajectories
 from small_files import RECURRENT, logits_of, make
 from small_hub import IDS, hub_directory, questions, settings
@@ -94,3 +95,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(pair, tmp_path, objective):
     loop.train(config, tmp_path / "parts")
     loop.train(config, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_eight_devices_write_it_in_slots(pair, flags, tmp_path, topd):
+    """Slots of recurrent layers lie on several devices."""
+    line = [
+        "train", f"--config={small_run.__file__}", *flags,
+        f"--config.objective={TOPD}", "--config.rollout.slots=4",
+    ]  # fmt: skip
+    topd(*line, f"--workdir={tmp_path / 'one'}")
+    on_eight_devices(
+        "-m", "topd_jax.cli", *line, f"--workdir={tmp_path / 'eight'}",
+        "--config.mesh.data=2", "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+    )  # fmt: skip
+    one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
+    np.testing.assert_allclose(eight, one, rtol=2e-3)
