@@ -58,6 +58,12 @@ def test_a_key_that_comes_again_and_again_is_corrected():
     np.testing.assert_allclose(last, states[:, -1], atol=1e-5)
 
 
+def test_all_is_float32_where_float64_is_allowed():
+    with jax.enable_x64(True):
+        out, state = read_chunks(inputs(), jnp.zeros((2, 2, 4, 6), jnp.float32))
+    assert out.dtype == state.dtype == jnp.float32
+
+
 @CHUNKS
 def test_chunks_are_steps(chunk, monkeypatch):
     """Outputs, final state and gradients, with segments that begin anywhere."""

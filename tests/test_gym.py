@@ -94,7 +94,10 @@ def test_no_training_prompt_is_held_out():
             "no option terms; the options of chain_sum: min",
         ),
         ("chain_sum(max_terms=1)", "max_terms=1.*: max_terms must be >= min"),
-        ("chain_sum(seed='a')", "reasoning_gym=.*seed='a'.*: "),
+        ("chain_sum(seed='a')", "reasoning_gym=.*seed='a' must be of type int"),
+        ("chain_sum(seed=None)", "seed=None must be of type int"),
+        ("chain_sum(size=5, size=6)", "cannot be read"),
+        ("chain_sum(size={[]: 1})", "cannot be read"),
         ("chain_sum(", "cannot be read; write NAME or .*, for instance chain_"),
     ],
 )

@@ -42,7 +42,8 @@ def test_a_finished_run_can_be_made_longer(settings, setup, tmp_path, caplog):
     (line,) = (r.message for r in caplog.records if "cosine" in r.message)
     # Warm-up takes one update; then 3 / 6 of the cosine in place of its end.
     assert line == (
-        "the cosine ends at step 7, not 4; the learning rate of update 5 is "
+        "the cosine ends at step 7, not 4, and a share of the steps, such as "
+        "guidance's, with it; the learning rate of update 5 is "
         "0.0005, not 1e-08"
     )
     assert run.train()["step"] == 7

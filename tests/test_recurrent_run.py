@@ -110,5 +110,7 @@ def test_eight_devices_write_it_in_slots(pair, flags, tmp_path, topd):
         "--config.mesh.data=2", "--config.mesh.fsdp=2",
         "--config.mesh.tensor=2",
     )  # fmt: skip
-    one, eight = losses(tmp_path / "one"), losses(tmp_path / "eight")
-    np.testing.assert_allclose(eight, one, rtol=2e-3)
+    one, eight = (np.array(losses(tmp_path / n)) for n in ("one", "eight"))
+    np.testing.assert_allclose(eight[:, 0], one[:, 0], rtol=1e-4)
+    # Adam makes more of the last digits of a gradient, step by step.
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-3)

@@ -277,8 +277,11 @@ def parse_call(
         if call.args or not isinstance(call.func, ast.Name):
             raise SyntaxError
         options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+        if None in options or len(options) < len(call.keywords):
+            raise SyntaxError
     except (
-        AttributeError, SyntaxError, ValueError, RecursionError, MemoryError,
+        AttributeError, SyntaxError, TypeError, ValueError, RecursionError,
+        MemoryError,
     ) as error:  # fmt: skip
         raise ValueError(
             f"{name}={text!r} cannot be read; write NAME or "

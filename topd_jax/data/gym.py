@@ -15,6 +15,11 @@ from typing import Any
 from topd_jax.settings import parse_call
 
 SOURCE = "reasoning_gym"
+# They draw in an order that differs from process to process.
+_UNSTEADY = (
+    "isomorphic_strings", "list_functions", "polynomial_multiplication",
+    "ransom_note",
+)  # fmt: skip
 # Where a completion's answer is looked for (evaluation/answers.py).
 _ASK = "Put the final answer in \\boxed{}."
 
@@ -49,6 +54,12 @@ def open_task(task: str) -> Any:
             f"{SOURCE}={task!r}: no dataset {name!r}; the nearest of "
             f"{len(factory.DATASETS)} are {', '.join(near)}"
         )
+    if name in _UNSTEADY:
+        raise ValueError(
+            f"{SOURCE}={task!r}: {name} draws other problems in every process, "
+            "so that none could be graded or drawn again on resume; write "
+            "them to a JSONL file with their answers"
+        )
     known = [f.name for f in dataclasses.fields(factory.DATASETS[name][1])]
     unknown = sorted(options.keys() - set(known))
     if unknown:
@@ -56,6 +67,12 @@ def open_task(task: str) -> Any:
             f"{SOURCE}={task!r}: no option {unknown[0]}; the options of "
             f"{name}: {', '.join(known)}"
         )
+    for option in options.keys() & {"seed", "size"}:
+        if type(options[option]) is not int:
+            raise ValueError(
+                f"{SOURCE}={task!r}: {option}={options[option]!r} must be of "
+                "type int"
+            )
     try:
         dataset = factory.create_dataset(name, **{"seed": 0} | options)
         dataset[0]

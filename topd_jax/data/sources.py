@@ -120,6 +120,11 @@ def read_records(
         if data.source == gym.SOURCE:
             asked = {record["prompt"] for record in held_out}
             train = [r for r in train if r["prompt"] not in asked]
+            if not train:
+                raise ValueError(
+                    f"every problem of data.path={data.path!r} is held out by "
+                    f"data.eval_path={data.eval_path!r}; give one another seed="
+                )
         return train, held_out, held_out
     count = data.held_out
     if count >= len(train):

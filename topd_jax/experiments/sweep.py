@@ -231,9 +231,14 @@ def _measure(run: _Run, workdir: pathlib.Path, setup: Setup) -> dict[str, Any]:
 def _summarize_logs(folder: pathlib.Path) -> dict[str, Any]:
     """Return seconds and the learning curve of a run."""
     metrics = read_jsonl(folder / "metrics.jsonl")
+    kinds = (
+        [m["seconds"] for m in metrics if ("guidance" in m) is guided]
+        for guided in (True, False)
+    )
+    # Guided steps and others; a median ignores those that compile.
+    seconds = sum(len(k) * statistics.median(k) for k in kinds if k)
     return {
-        # The median ignores the steps that compile.
-        "seconds_step": statistics.median(m["seconds"] for m in metrics),
+        "seconds_step": seconds / len(metrics),
         "curve": [
             {name: e[name] for name in ("step", "exact_match", "reverse_kl")}
             for e in read_jsonl(folder / "evals.jsonl")

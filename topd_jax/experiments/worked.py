@@ -140,8 +140,8 @@ def _solutions(
         rng = random.Random(f"{settings.seed} {record['prompt']}")
         errs = rng.random() < habit
         lines, answer = rule(problem["metadata"], errs)
-        text = lines[0]
-        for line in (*lines[1:], f"\\boxed{{{answer}}}"):
+        text, *more = *lines, f"\\boxed{{{answer}}}"
+        for line in more:
             text += _CONNECTIVES[rng.random() < _COMMA[errs]] + line
         ids = [*tokenizer.encode(text), tokenizer.eos_ids[0]]
         out.append(

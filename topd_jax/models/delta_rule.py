@@ -139,7 +139,8 @@ def _solve(lower: jax.Array, given: jax.Array) -> jax.Array:
     threads that it holds where many devices share a processor.
     """
     size = lower.shape[-1]
-    order, inverse, width = jnp.arange(size), jnp.eye(size), 1
+    order, inverse = jnp.arange(size), jnp.eye(size, dtype=lower.dtype)
+    width = 1
     while width < size:
         half = order // width
         corner = (half[:, None] % 2 == 1) & (half[:, None] - 1 == half)

@@ -84,9 +84,10 @@ def mesh_in_use() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or mesh.size == 1:
         return None
-    if mesh.explicit_axes:
+    explicit = [a for a in mesh.explicit_axes if mesh.shape[a] > 1]
+    if explicit:
         raise ValueError(
-            f"the axes {', '.join(mesh.explicit_axes)} of the mesh in use are "
+            f"the axes {', '.join(explicit)} of the mesh in use are "
             "explicit and must be automatic: make it with axis_types="
             f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
         )

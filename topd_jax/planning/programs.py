@@ -104,7 +104,7 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
         every |= {f"score{name}": score, f"train_step{name}": train}
     read = (student, teachers, rows)
     every |= {
-        "statistics": Call(step.statistics, read, train.live),
+        "statistics": Call(step.statistics, read, every["train_step"].live),
         "evaluate": Call(jax.jit(sampler), asked, (*held, questions)),
     }
     if slots:

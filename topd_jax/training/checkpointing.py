@@ -41,6 +41,7 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._saving: int | None = None
+        self._in_background = False
         self._manager = ocp.CheckpointManager(
             buckets.absolute(directory),
             options=ocp.CheckpointManagerOptions(
@@ -166,7 +167,7 @@ class Checkpoints:
             )
         options = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         self.wait()  # before the name that the one before is under changes
-        self._saving = step
+        self._saving, self._in_background = step, False
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -176,6 +177,8 @@ class Checkpoints:
                 record=ocp.args.JsonSave(record | _key_record(key)),
             ),
         )
+        # One that fails before this stays in progress for orbax.
+        self._in_background = True
 
     def wait(self) -> None:
         """Wait until every checkpoint is on disk.
@@ -184,7 +187,7 @@ class Checkpoints:
           OSError: what went wrong; TimeoutError for a save that takes hours.
         """
         started = time.monotonic()
-        while self._manager.is_saving_in_progress():
+        while self._in_background and self._manager.is_saving_in_progress():
             if time.monotonic() - started > _SAVE_SECONDS:
                 raise TimeoutError(
                     f"saving a checkpoint in {self._directory} was waited for "

@@ -61,9 +61,10 @@ def tell_schedule(saved: dict[str, Any], settings: Settings, state: Any) -> str:
     )
     if (old, length) == (new, steps):
         return ""
-    stretched = f"the cosine ends at step {steps}, not {length}; " * (
-        steps != length
-    )
+    stretched = (
+        f"the cosine ends at step {steps}, not {length}, and a share of the "
+        "steps, such as guidance's, with it; "
+    ) * (steps != length)
     line = (
         f"{stretched}the learning rate of update {updates + 1} is {new:.3g}, "
         f"not {old:.3g}"

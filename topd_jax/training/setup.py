@@ -209,8 +209,9 @@ def read_prompts(
     if settings.is_offline:
         require_same_prompts(parts[0], "train.stage=offline")
     for name, model in settings.by_teacher.items():
-        own = (r for r in parts[0] if r.get("teacher", "") == name)
-        if model.is_student and not any("teacher_prompt" in r for r in own):
+        own = ([r for r in p if r.get("teacher", "") == name] for p in parts)
+        told = all(any("teacher_prompt" in r for r in p) for p in own if p)
+        if model.is_student and not told:
             section = section_of(name)
             raise ValueError(
                 f"{section}.source='student' reads what the student reads: "
