@@ -205,6 +205,7 @@ def test_without_a_checkpoint_a_run_is_given_up(strict, setup, tmp_path):
         "; nothing is saved yet to roll back to (checkpoint.every=2); start "
         "again with a lower optimizer.learning_rate or optimizer.clip"
     )
+    run.best.wait()  # a process that ends writes nothing more
     lower = changed(strict, "optimizer", learning_rate=1e-4)
     run = run_in(lower, tmp_path, setup)
     assert run.step == 0 and run.train()["step"] == 8
