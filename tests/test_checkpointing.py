@@ -137,6 +137,16 @@ def test_a_save_that_hangs_is_told(tmp_path, monkeypatch):
     assert saved.latest() == 1
 
 
+def test_a_save_that_fails_at_once_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing, "_SAVE_SECONDS", 0)
+    saved = Checkpoints(tmp_path / "run", 2)
+    (tmp_path / "run").rename(tmp_path / "away")
+    (tmp_path / "run").write_text("in the way")
+    with pytest.raises(OSError, match="Not a directory"):
+        save(saved, 1)
+    saved.wait()
+
+
 def test_another_format_is_refused_by_name(tmp_path):
     saved = Checkpoints(tmp_path, 2)
     old = record()

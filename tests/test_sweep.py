@@ -198,3 +198,15 @@ def test_what_a_variant_cannot_change_is_named(entry, text):
     with pytest.raises(ValueError, match="^sweep.variants: ") as error:
         with_variant(settings_with(), entry)
     assert text in str(error.value)
+
+
+def test_seconds_of_a_run_that_is_guided_in_part(tmp_path):
+    """A quarter of its steps takes four times as long; the first compiles."""
+    steps = [{"seconds": 90.0, "guidance": 0.1}]
+    steps += [{"seconds": 4.0, "guidance": 0.1}] * 2
+    steps += [{"seconds": 50.0}] + [{"seconds": 1.0}] * 8
+    text = "".join(json.dumps(step) + "\n" for step in steps)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "evals.jsonl").write_text("")
+    found = sweep._summarize_logs(tmp_path)
+    assert found == {"seconds_step": 21 / 12, "curve": []}
