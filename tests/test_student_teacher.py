@@ -175,3 +175,7 @@ def test_records_may_bring_what_it_reads(tmp_path):
         row["teacher_prompt"] = row["question"] + " Think."
     train, *_ = read()
     assert train[0]["teacher_prompt"].endswith("Think.")
+    for row in rows[:2]:  # held out
+        del row["teacher_prompt"]
+    with pytest.raises(ValueError, match="there is nothing to learn"):
+        read()
