@@ -6,7 +6,9 @@ Lengths are log-normal: median a tenth of the limit, sigma 1, at most the
 limit; every round draws others. A fixed batch of ``slots`` rows waits for its
 longest row; no order of rows takes fewer steps than the bound, max(longest
 row, all tokens / slots). The bound reads prompts and takes steps as fast as the
-fixed batch. All take turns.
+fixed batch. "first" is what rows in order of their number allow, the next one
+begun when one ends, with no loss at all: a step takes what one of a fixed batch
+takes while its longest row is as long. All take turns.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from works import STUDENT
 
 import topd_jax as topd
 from topd_jax.sampling import rollouts
+from topd_jax.sampling.layerwise import stretches
 
 SEED = 0  # of lengths, weights and prompts
 
@@ -50,6 +53,34 @@ def draw(rows, limit, seed):
     lengths = np.random.default_rng(seed).standard_normal(rows)
     lengths = np.round(limit / 10 * np.exp(lengths))
     return np.clip(lengths, 1, limit).astype(np.int32)
+
+
+def first_come(lengths, slots, costs):
+    """Return steps and seconds of rows that begin as soon as a slot is free.
+
+    ``costs`` are (length, seconds a step while the longest row is no longer).
+    """
+    waiting, alive = list(lengths[::-1]), []  # (tokens, tokens to come)
+    steps = seconds = 0
+    while waiting or alive:
+        while waiting and len(alive) < slots:
+            alive.append((0, waiting.pop()))
+        longest = max(n for n, _ in alive)
+        steps += 1
+        seconds += next(cost for end, cost in costs if longest < end)
+        alive = [(n + 1, left - 1) for n, left in alive if left > 1]
+    return steps, seconds
+
+
+def costs_of(fixed, reading, rows, slots, limit):
+    """Time a step of fixed batches, stretch by stretch of the cache."""
+    begin, before, costs = 0, reading, []
+    for end in stretches(limit):
+        seconds = timed(fixed, jnp.full(rows, end))[1]
+        batches = rows // slots
+        costs.append((end, (seconds - before) / batches / (end - begin)))
+        begin, before = end, seconds
+    return costs
 
 
 def main(arguments=None) -> None:
@@ -78,7 +109,7 @@ def main(arguments=None) -> None:
     def filled(lengths):
         return write(asked, key, limits=lengths, slots=slots)
 
-    counts, sums, ratios = counting(), [], []
+    counts, sums, ratios, firsts = counting(), [], [], []
     ones = jnp.ones(rows, jnp.int32)  # prompts alone
     for number in range(-1, told.rounds):  # the first one compiles
         lengths = draw(rows, limit, told.seed + max(number, 0))
@@ -90,11 +121,15 @@ def main(arguments=None) -> None:
         bound = max(int(lengths.max()), -(-tokens // slots))
         if number >= 0:
             sums.append((tokens, longest, counts[-1], bound, *seconds))
+            costs = costs_of(fixed, reading, rows, slots, limit)
+            count, ideal = first_come(lengths, slots, costs)
+            firsts.append(count)
             least = reading + (seconds[0] - reading) * bound / longest
-            ratios.append((seconds[0] / seconds[1], least / seconds[1]))
+            times = (seconds[0], least, reading + ideal)
+            ratios.append([x / seconds[1] for x in times])
     tokens, *steps, one, other = np.sum(sums, axis=0)
     steps = dict(zip(("fixed", "slots", "bound"), map(int, steps), strict=True))
-    faster, reached = (
+    faster, reached, possible = (
         round(statistics.median(x), 3) for x in zip(*ratios, strict=True)
     )
     machine = {
@@ -110,6 +145,10 @@ def main(arguments=None) -> None:
         "slots/bound": {
             "steps": round(steps["bound"] / steps["slots"], 3),
             "seconds": reached,
+        },
+        "slots/first": {
+            "steps": round(sum(firsts) / steps["slots"], 3),
+            "seconds": possible,
         },
     }  # fmt: skip
     print(json.dumps(row), flush=True)
