@@ -97,6 +97,24 @@ def test_pieces_of_ones_own_train(student, teacher, trajectories):
     assert_allclose(total / count, average, rtol=1e-4)
 
 
+def unsaid(mask):
+    """A weight of the batch that says nothing of padding."""
+    return jnp.where(mask, 2.0, jnp.nan)
+
+
+def test_what_a_weight_says_of_padding_is_left_out(
+    student, teacher, trajectories
+):
+    def scores(student, teacher, rows):
+        return topd.score(
+            student, (topd.Teacher(teacher),), rows, jax.random.key(3),
+            objective=topd.Objective(token_weights=(unsaid,)), **IDS,
+        )  # fmt: skip
+
+    (scored,) = jax.jit(scores)(student, teacher, trajectories)
+    np.testing.assert_array_equal(scored.weights, 2.0 * trajectories.mask)
+
+
 @pytest.mark.parametrize("name", ["tip", "teachability", "fire", "agreement"])
 def test_weights_of_siblings_keep_a_mean_of_one(trajectories, name):
     (weight,) = topd.PRESETS[name]().token_weights

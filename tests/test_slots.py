@@ -87,6 +87,14 @@ def test_a_function_without_a_cache_begins_rows_anew(student):
     assert_same(out, fixed)
 
 
+def test_prompts_may_be_far_longer_than_completions(student, monkeypatch):
+    """A copy for the first half, 73 columns, would be wider than all 69."""
+    monkeypatch.setattr(layerwise, "_SHORTEST", 3)
+    prompts, run = some_prompts(LENGTHS, width=60), RUN | dict(max_new_tokens=8)
+    fixed = rollout(student, prompts, KEY, **run)
+    assert_same(rollout(student, prompts, KEY, slots=3, **run), fixed)
+
+
 def test_every_slot_is_refilled_at_once():
     """Rows of 2, 4, 2, 3 and 1 tokens in two slots."""
     calls = Tape()

@@ -138,6 +138,19 @@ def test_teacher_context_is_the_naive_branch(student, teacher, trajectories):
     assert_trees_close(difference, grads, atol=2e-5)
 
 
+def test_a_window_may_be_one_token(student, teacher, trajectories):
+    """Its context is the rollout's own: the branch adds no column."""
+    text = "topd(candidates=3, window=1, guidance_weight=0.3)"
+    (notes,) = scores(student, teacher, trajectories, text)
+    rows, slots = np.nonzero(notes.divergent)
+    at = np.asarray(notes.candidates.positions)[rows, slots]
+    tokens = np.asarray(notes.teacher_windows.tokens)[rows, slots, 0]
+    logp = np.asarray(logp_of(student, trajectories))[rows, at, tokens]
+    _, metrics = step(student, teacher, trajectories, text)
+    total, count = metrics["guidance"]
+    np.testing.assert_allclose(total / count, -logp.mean(), rtol=1e-5)
+
+
 def test_student_context_is_the_naive_target(student, teacher, trajectories):
     """Targets from the plan, spelled out over the whole vocabulary."""
     (notes,) = scores(student, teacher, trajectories, STUDENT)

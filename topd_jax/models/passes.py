@@ -135,5 +135,7 @@ def branch_states(
     at_start = jnp.take_along_axis(
         states, candidates.positions[..., None], axis=1
     )
-    along = hidden[:, length:].reshape(rows, count, window - 1, -1)
+    # The width is named: of no columns, -1 would stand for none.
+    width = hidden.shape[-1]
+    along = hidden[:, length:].reshape(rows, count, window - 1, width)
     return states, jnp.concatenate([at_start[:, :, None], along], axis=2)

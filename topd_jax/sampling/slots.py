@@ -181,7 +181,9 @@ class _Loop:
     def widths(self) -> list[int]:
         """Columns of the caches that are narrower than all."""
         ends = stretches(self.length)[:-1]
-        return [(self.width + n) * _BEHIND // (_BEHIND - 1) for n in ends]
+        widths = [(self.width + n) * _BEHIND // (_BEHIND - 1) for n in ends]
+        # Where prompts are far longer than completions, hardly one is.
+        return [width for width in widths if width < self.columns]
 
     def goes_on(self, s: _State) -> jax.Array:
         """Tell whether a row is left to begin or to end."""

@@ -121,7 +121,8 @@ def _score_rows(
     if objective.batch_weights:
         weights = jnp.ones(mask.shape, jnp.float32)
         for weight in objective.batch_weights:
-            weights *= ask(weight, offered | vars(scored))
+            own = ask(weight, offered | vars(scored))
+            weights *= jnp.where(mask, own, 0.0)  # 0 * NaN would be NaN
         scored = scored.replace(weights=weights)
     # The step has the student's: its arrays would be here twice.
     head = None if teacher.model is None else model.head
