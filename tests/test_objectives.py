@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -316,3 +317,27 @@ def test_every_option_is_bounded_at_construction(name):
 def test_what_is_no_piece_is_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+def test_a_loss_may_be_of_one_vocabulary():
+    """By a table of its ids, or of more of them than a trial's few."""
+    table = jnp.ones(64)
+
+    def weighed(student, teacher):
+        return jnp.sum(table * (teacher - student), axis=-1)
+
+    def best(student, teacher):
+        return jax.lax.top_k(teacher, 16)[0][:, 0] - student[:, 0]
+
+    for loss in (weighed, best):
+        topd.Objective(loss, statistics={"its": loss})
+    with pytest.raises(ValueError, match=r"k=0 must be a whole number"):
+        topd.Objective(functools.partial(topd.top_k_forward_kl, k=0))
+
+
+def test_an_objective_is_a_static_argument():
+    objective = topd.make_objective("teachability")
+    same = dataclasses.replace(objective)
+    assert {objective: 1}[same] == 1
+    assert {topd.topd(): 1}[topd.topd()] == 1
+    assert topd.topd() != topd.topd(guidance_weight=0.2)

@@ -233,7 +233,10 @@ class Objective:
     token_weights: tuple[Piece, ...] = ()
     near_future: NearFuture | None = None
     guidance: Guidance | None = None
-    statistics: Mapping[str, Piece] = dataclasses.field(default_factory=dict)
+    # Without a hash of its own: objectives are static arguments of jax.jit.
+    statistics: Mapping[str, Piece] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
 
     def __post_init__(self) -> None:
         check(self)

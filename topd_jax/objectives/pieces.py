@@ -108,18 +108,31 @@ def require_rows(where: str, piece: Piece, offered: set[str]) -> None:
 
 
 def try_on_a_token(piece: Piece) -> None:
-    """Trace a piece on one token, so that bad options are refused now."""
-    logp = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+    """Trace a piece on one token, so that bad options are refused now.
+
+    Of few logits, and where those will not do, of many. An error that differs
+    between the two is about a vocabulary's size, which the step knows.
+    """
     rows = {
         "tokens": jax.ShapeDtypeStruct((1,), jnp.int32),
         "uniforms": jax.ShapeDtypeStruct((1,), jnp.float32),
     }
-    shape = jax.eval_shape(piece, logp, logp, **pick(piece, rows)).shape
-    if shape != (1,):
-        raise ValueError(
-            f"{spelled(piece)} returns {list(shape)} for one token of 4 "
-            "logits; it must return one number a token, [1]"
-        )
+    errors = []
+    for vocab in (4, 2**18):
+        logp = jax.ShapeDtypeStruct((1, vocab), jnp.float32)
+        try:
+            out = jax.eval_shape(piece, logp, logp, **pick(piece, rows))
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+            continue
+        if out.shape != (1,):
+            raise ValueError(
+                f"{spelled(piece)} returns {list(out.shape)} for one token of "
+                f"{vocab} logits; it must return one number a token, [1]"
+            )
+        return
+    if str(errors[0]) == str(errors[1]):
+        raise errors[0]
 
 
 def require_names(
