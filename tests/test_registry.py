@@ -224,9 +224,13 @@ def test_longrope_in_the_old_and_the_new_spelling():
     got = read("llama", rope_parameters=new).rope_scaling
     assert (got.factor, got.attention_factor) == (2.0, 3.0)
     # Of what a file of phi3 says, older releases read three fields alone.
-    fields = config_json(read("phi3", **lengths, **spelt), "phi3")
+    decoder = read("phi3", **lengths, **spelt)
+    fields = config_json(decoder, "phi3")
     assert fields["rope_scaling"] == {"type": "longrope"} | lists
     assert fields["partial_rotary_factor"] == 1
+    # A tokenizer's limit is none of the lengths that scale attention.
+    fields = config_json(decoder, "phi3", {"max_position_embeddings": 32})
+    assert decoder_config(fields, where="x") == decoder
 
 
 def test_local_rope_in_the_old_and_the_new_spelling():
@@ -278,6 +282,13 @@ def test_the_fields_of_published_files_are_known():
     assert got.rotary_dim is None
     assert read("glm4").rotary_dim == 4
     assert read("qwen2_moe", sliding_window=0).window is None
+    # Qwen2.5 and what was distilled into it, Phi-4-mini, Gemma 2 of 9B.
+    assert read("qwen2", use_mrope=False) == read("qwen2")
+    few = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}
+    assert read("phi3", **few) == read("phi3")
+    assert read("gemma2", sliding_window_size=4096) == read("gemma2")
+    with pytest.raises(ValueError, match="use_mrope=True is not supported"):
+        read("qwen2", use_mrope=True)
 
 
 def test_the_text_of_a_larger_model_has_its_defaults_and_ties():

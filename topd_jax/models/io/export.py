@@ -58,7 +58,8 @@ def save_model(
       model_type: a family; None takes the first that fits.
       tokenizer: saved with the model; its special ids and its length limit go
         into the config.
-      extra: config fields that do not change the logits, over all others.
+      extra: config fields that do not change the logits, over those of the
+        tokenizer.
       dtype: of the written tensors; None writes them as they are kept.
       max_shard_bytes: above this the weights are split, with an index.
 

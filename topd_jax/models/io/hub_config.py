@@ -147,7 +147,8 @@ def config_json(
     Args:
       config: the decoder's shape.
       model_type: a family; None takes the first that can hold the decoder.
-      extra: fields that do not change the logits (special ids, lengths).
+      extra: fields that do not change the logits (special ids, lengths);
+        the decoder's own are kept, of "longrope" the lengths too.
 
     Returns:
       The fields. RoPE is spelled in both ways, for transformers 4 and 5.
@@ -176,7 +177,8 @@ def config_json(
             f"a decoder with {lost} cannot be written as "
             f"model_type={model_type!r}; leave model_type out"
         )
-    return _fields(config, family) | dict(extra or {})
+    own = _fields(config, family)
+    return own | {n: v for n, v in (extra or {}).items() if n not in own}
 
 
 def _spelling(family: Family) -> dict[str, tuple[str, ...]]:

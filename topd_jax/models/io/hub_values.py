@@ -138,6 +138,10 @@ FIXED: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
     "attn_output_gate": (True,),
+    "use_mrope": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "lm_head_bias": (False,),
     "mamba_ssm_dtype": ("float32",),
     "mlp_only_layers": ([],),
     "is_llama_config": (True, None),
@@ -168,7 +172,7 @@ HARMLESS = {
     "unsloth_fixed", "cache_implementation", "output_router_logits",
     "router_aux_loss_coef", "_sliding_window_pattern", "auto_map",
     "experts_per_token", "initial_context_length", "mtp_num_hidden_layers",
-    "mtp_use_dedicated_embeddings",
+    "mtp_use_dedicated_embeddings", "sliding_window_size",
 }  # fmt: skip
 
 
