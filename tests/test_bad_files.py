@@ -407,6 +407,25 @@ def test_an_id_beyond_the_rows_of_the_model_is_refused(copied):
     assert "ids up to 500 and the model 259 rows" in line
 
 
+def test_a_special_token_beyond_the_rows_is_left_out(copied):
+    """As Gemma 3's of one size has one for images; no text is read as it."""
+    folder = copied("chat")
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    whole = wrap_tokenizer(load(folder)[1])
+    image = fields["added_tokens"][0] | {"id": 259, "content": "<image>"}
+    fields["added_tokens"].append(image)
+    path.write_text(json.dumps(fields))
+    tokenizer = wrap_tokenizer(load(folder)[1])
+    assert tokenizer.vocabulary() == whole.vocabulary()
+    assert tokenizer.chat("<image>") == whole.chat("<image>")
+    assert max(tokenizer.encode("an <image>")) < 259
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text()) | {"eos_token": "<image>"}
+    settings.write_text(json.dumps(named))
+    assert "ids up to 259" in refusal_of(lambda: load(folder))
+
+
 def test_code_beside_a_tokenizer_is_not_run(copied, tmp_path):
     folder, ran = copied("chat"), tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: 0")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from children import on_eight_devices
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 from small_files import LLAMA, QWEN, assert_same, edit_config, make
 
@@ -137,8 +138,8 @@ def test_experts_in_one_tensor_are_read_as_well(tmp_path):
 def test_hub_names(monkeypatch, saved):
     calls = []
 
-    def download(name, allow_patterns):
-        calls.append((name, allow_patterns))
+    def download(name, allow_patterns, ignore_patterns):
+        calls.append((name, allow_patterns, ignore_patterns))
         if name == "no/such":
             raise ConnectionError("offline")
         return str(saved)
@@ -147,6 +148,12 @@ def test_hub_names(monkeypatch, saved):
     assert_same(load("owner/name")[0], make(LLAMA))
     assert calls[0][0] == "owner/name"
     assert "*.safetensors" in calls[0][1]
+    files = ["model-1-of-2.safetensors", "adapter_model.safetensors"]
+    twice = ["consolidated.safetensors", "original/model.safetensors"]
+    kept = filter_repo_objects(
+        files + twice, allow_patterns=calls[0][1], ignore_patterns=calls[0][2]
+    )
+    assert list(kept) == files
     with pytest.raises(ValueError, match="the hub did not give it"):
         resolve("no/such")
     for path in ("./no/such", "/no/such", "nothing", "a/b/c"):

@@ -4,6 +4,7 @@ transformers itself is used for tokenizers only.
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,10 @@ def resolve(source: str | os.PathLike) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(source), allow_patterns=patterns
+                str(source),
+                allow_patterns=patterns,
+                # The weights once more, in the format of their makers.
+                ignore_patterns=["*/*", "consolidated*"],
             )
         )
     except Exception as error:  # the client raises a dozen unrelated types
@@ -173,6 +177,35 @@ def load_tokenizer(
         raise ValueError(
             f"the tokenizer in {directory} cannot be read: {error}"
         ) from error
+
+
+def without_further_ids(tokenizer: Any, rows: int) -> Any:
+    """Take special tokens off a tokenizer that a model has no row for.
+
+    Gemma 3's of one size have one for images, which this size does not read.
+
+    Args:
+      tokenizer: changed in place, unless it ends, pads or begins texts with
+        such a token, or has others: these are refused where it is used.
+      rows: of the model's embedding.
+
+    Returns:
+      The tokenizer.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    further = {i for i, token in added.items() if i >= rows and token.special}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    used = {getattr(tokenizer, name, None) for name in names}
+    if not further or further & used or not tokenizer.is_fast:
+        return tokenizer
+    from tokenizers import Tokenizer
+
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    fields["added_tokens"] = [
+        token for token in fields["added_tokens"] if token["id"] not in further
+    ]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(fields))
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from topd_jax.models.io.huggingface import (
     read_json,
     require_regular,
     resolve,
+    without_further_ids,
 )
 from topd_jax.models.io.runs import (
     is_run,
@@ -109,7 +110,8 @@ def load(
     if largest >= rows:
         raise ValueError(
             f"{source}: the tokenizer has ids up to {largest} and the model "
-            f"{rows} rows; they do not belong together"
+            f"{rows} rows; they do not belong together: take the tokenizer "
+            "that came with the weights, or resize the model's embedding"
         )
     return model, tokenizer
 
@@ -139,7 +141,8 @@ class Description:
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """Return the tokenizer, read once."""
-        return self.read_tokenizer()
+        rows = self.config.vocab_size
+        return without_further_ids(self.read_tokenizer(), rows)
 
 
 def describe(
