@@ -1,13 +1,17 @@
 """Directories are written whole or not at all."""
 
+import contextlib
 import dataclasses
 import errno
+import json
 from types import SimpleNamespace
 
 import pytest
 from small_files import LLAMA, QWEN, assert_same, make
 
+from topd_jax.cli import export as command
 from topd_jax.models import load, save_model
+from topd_jax.models.settings import ModelSettings
 
 
 @pytest.fixture
@@ -50,3 +54,19 @@ def test_export_refuses_what_a_family_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="hidden_size"):
         save_model(make(LLAMA), tmp_path / "x", extra={"hidden_size": 3})
     assert not any(tmp_path.iterdir())
+
+
+def test_an_export_is_for_rows_as_long_as_its_source(tmp_path, monkeypatch):
+    """Not for the default of its family, nor for its tokenizer's limit."""
+    lengths = {"max_position_embeddings": 99_999}
+    source = save_model(make(LLAMA), tmp_path / "source", extra=lengths)
+    ids = SimpleNamespace(eos_ids=(1,), bos_id=None, pad_id=0)
+    run = SimpleNamespace(tokenizer=ids, hub_tokenizer=None)
+    opened = contextlib.nullcontext((run, make(LLAMA, seed=1), 3))
+    monkeypatch.setattr(command, "open_run", lambda *_: opened)
+    monkeypatch.setattr(command, "require_checkpoint", lambda *_: None)
+    settings = SimpleNamespace(student=ModelSettings(source=str(source)))
+    command.export(settings, tmp_path, "latest", tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["max_position_embeddings"] == 99_999
+    assert fields["eos_token_id"] == 1

@@ -151,6 +151,20 @@ def test_adapters_beside_fused_maps_are_not_written(tmp_path):
     require_adapter(dataclasses.replace(settings, source=str(path)))
 
 
+def test_adapters_of_the_text_beside_images_are_not_written(tmp_path):
+    """PEFT would find none of their names, warn, and compute without them."""
+    config = LLAMA.replace(post_norms=True, qk_norm=True, centered_norms=True,
+                           scaled_embedding=True)  # fmt: skip
+    path = save_model(make(config), tmp_path / "m", model_type="gemma3_text")
+    settings = ModelSettings(source=str(path), lora_rank=2)
+    require_adapter(settings)
+    text = json.loads((path / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text}
+    (path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"'gemma3' reads images.*--adapter"):
+        require_adapter(settings)
+
+
 def test_neutral_fields_pass(saved):
     edit(
         saved, use_dora=False, modules_to_save=None, rank_pattern={},

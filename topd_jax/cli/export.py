@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from topd_jax.data.tokenizers import SentencePieceTokenizer
-from topd_jax.models import save_adapter, save_model
+from topd_jax.models import describe, save_adapter, save_model
 from topd_jax.models.adapters import require_adapter
 from topd_jax.models.io.export import check_free
 from topd_jax.parallel import buckets, hosts
@@ -54,6 +54,10 @@ def export(
             "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": tokenizer.pad_id,
         }
+        if not settings.student.in_world:
+            # Servers read no longer rows than this, whose default is short.
+            longest = describe(settings.student.source).longest
+            ids |= {"max_position_embeddings": longest} if longest else {}
         with buckets.uploaded(output) as folder:
             hub = setup.hub_tokenizer
             save_model(student, folder, tokenizer=hub, extra=ids)

@@ -15,6 +15,7 @@ from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import FAMILIES
 from topd_jax.models.io.loading import describe
 from topd_jax.models.io.peft import load_adapter
+from topd_jax.models.io.wrappers import LOADED_WHOLE
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.settings import ModelSettings
 
@@ -173,7 +174,13 @@ def require_adapter(settings: ModelSettings) -> None:
             "leave --adapter out to export it whole"
         )
     kind = "" if settings.in_world else describe(settings.source).model_type
-    fused = FAMILIES[kind].fused if kind else ()
+    if kind in LOADED_WHOLE:
+        raise ValueError(
+            f"student.source={settings.source!r} of model_type={kind!r} reads "
+            "images too, and its text model's layers have other names where "
+            "PEFT loads it; leave --adapter out to export the text model whole"
+        )
+    fused = FAMILIES[kind].fused if kind in FAMILIES else ()
     if names := [spec.hub for spec in fused if not spec.experts]:
         raise ValueError(
             f"student.source={settings.source!r} of model_type={kind!r} keeps "

@@ -127,6 +127,7 @@ class Description:
       model_type: as config.json spells it; "" for other sources.
       config_end_ids: those that config.json names; generation ignores them
         where generation_config.json exists.
+      longest: tokens that config.json is for; 0: nothing says it.
       read_tokenizer: the tokenizer, as :func:`load` returns it.
       read_decoder: (config, placement) -> the model.
     """
@@ -137,6 +138,7 @@ class Description:
     end_ids: tuple[int, ...] = ()
     config_end_ids: tuple[int, ...] = ()
     model_type: str = ""
+    longest: int = 0
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer | None":
@@ -190,7 +192,8 @@ def describe(
         directory = resolve(source)
         path = directory / "config.json"
         generation = directory / "generation_config.json"
-        fields = text_fields(read_json(path), str(path))
+        whole = read_json(path)
+        fields = text_fields(whole, str(path))
         ends = ("eos_token_id",)
         config_ends = _ids(fields, ends, str(path))
         described = Description(
@@ -201,7 +204,8 @@ def describe(
             if require_regular(generation)
             else config_ends,
             config_ends,
-            fields["model_type"],
+            str(whole["model_type"]),
+            fields.get("max_position_embeddings") or 0,
         )
     config = described.config.replace(**options).for_rows(length)
     return dataclasses.replace(described, config=config)

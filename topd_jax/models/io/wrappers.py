@@ -20,6 +20,9 @@ WRAPPERS: dict[str, dict[str, object]] = {
     "qwen3_5": {"model_type": "qwen3_5_text"},
     "qwen3_5_moe": {"model_type": "qwen3_5_moe_text"},
 }
+# Those that transformers loads whole, as a causal model too: layers of the text
+# model have other names there than in a file of it alone.
+LOADED_WHOLE = ("gemma3", "mistral3")
 # What the whole says for its text model.
 _OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config", "eos_token_id")
 _TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
