@@ -261,12 +261,18 @@ def test_published_shapes_have_the_published_parameters(name, total):
     assert config.dtype == "bfloat16"
 
 
-def test_a_shape_needs_no_weights(saved, tmp_path):
+def test_a_shape_needs_no_weights(saved, tmp_path, monkeypatch):
     (saved / "model.safetensors").unlink()
     got = shape_of(str(saved), remat="full")
     assert got == dataclasses.replace(LLAMA, remat="full")
     with pytest.raises(ValueError, match="config.json.*Qwen3-8B"):
         shape_of(str(tmp_path))
+    held = {"owner/new": str(saved / "config.json")}
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda name, file: held[name]
+    )
+    # Where several devices choose their mesh, before anything is loaded.
+    assert shape_of("owner/new") == LLAMA
     with pytest.raises(ValueError, match="no shape for"):
         shape_of("nobody/has-this-model")
 

@@ -305,13 +305,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def shape_of(source: str, **options: Any) -> DecoderConfig:
-    """Return a model's shape without its weights and without a network.
+    """Return a model's shape without its weights.
 
     A plan, and a compilation ahead of time, need no more.
 
     Args:
       source: what :func:`load` takes; of a hub name the local cache is read,
-        or :data:`PUBLISHED`.
+        or :data:`PUBLISHED`, or config.json alone is downloaded.
       **options: dtype, param_dtype, remat, unroll; see
         :class:`~topd_jax.models.config.DecoderConfig`.
 
@@ -328,7 +328,7 @@ def shape_of(source: str, **options: Any) -> DecoderConfig:
     if fields is None:
         raise ValueError(
             f"no shape for {source!r}: it is no directory with a config.json, "
-            f"not in the hub's local cache, and not one of "
+            "the hub did not give one, and it is not one of "
             f"{', '.join(PUBLISHED)}; give a directory that holds its "
             "config.json, weights are not needed"
         )
@@ -344,4 +344,9 @@ def _config_file(source: str) -> Path | None:
     import huggingface_hub  # slow to import, and needed here only
 
     cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
-    return Path(cached) if isinstance(cached, str) else None
+    if isinstance(cached, str) or source in PUBLISHED:
+        return Path(cached) if isinstance(cached, str) else None
+    try:  # a run's mesh follows from shapes, before its models are loaded
+        return Path(huggingface_hub.hf_hub_download(source, "config.json"))
+    except Exception:  # the client raises a dozen unrelated types
+        return None
