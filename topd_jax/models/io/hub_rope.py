@@ -137,6 +137,8 @@ def _scaling(
         problems.append(
             f"rope_parameters={dict(rope)} is not supported: "
             + (f"{odd} mean nothing here" if odd else f"rope_type={kind!r}")
+            + "; what transformers reads is attention_factor"
+            * ("attn_factor" in odd)
             + f"; rope_type may be default, {', '.join(_SCALINGS)}"
         )
         return None

@@ -344,8 +344,10 @@ def _config_file(source: str) -> Path | None:
     import huggingface_hub  # slow to import, and needed here only
 
     cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
-    if isinstance(cached, str) or source in PUBLISHED:
-        return Path(cached) if isinstance(cached, str) else None
+    if isinstance(cached, str):
+        return Path(cached)
+    if source in PUBLISHED:
+        return None
     try:  # a run's mesh follows from shapes, before its models are loaded
         return Path(huggingface_hub.hf_hub_download(source, "config.json"))
     except Exception:  # the client raises a dozen unrelated types
