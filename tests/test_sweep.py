@@ -90,7 +90,8 @@ def test_lines_hold_what_the_report_needs(finished):
         (opd, "opd-0"),
         (topd, "topd-window-4-candidates-2-0"),
     ):
-        assert (finished / "runs" / name / "metrics.jsonl").is_file()
+        folder = f"{name}-{row['fingerprint'][:8]}"
+        assert (finished / "runs" / folder / "metrics.jsonl").is_file()
         assert [p["step"] for p in row["curve"]] == [0, 2, 4]
         assert row["seconds_step"] > 0
     assert opd["evaluation"] != topd["evaluation"]
@@ -198,6 +199,24 @@ def test_what_a_variant_cannot_change_is_named(entry, text):
     with pytest.raises(ValueError, match="^sweep.variants: ") as error:
         with_variant(settings_with(), entry)
     assert text in str(error.value)
+
+
+def test_a_run_of_another_rate_is_no_continuation(
+    world_cache, setup, tmp_path
+):
+    """``topd train`` may go on with another rate; a sweep compares runs."""
+    settings = settings_with(
+        world_cache, objective="opd", train__steps=3, eval__every=0,
+        log__statistics_every=0, log__completions_every=0,
+    )  # fmt: skip
+    found = []
+    for rate in (1e-3, 0.05):
+        settings = changed(settings, "optimizer", learning_rate=rate)
+        run = sweep._Run("opd", "", settings)
+        row = sweep._measure(run, tmp_path, setup)
+        found.append(row["evaluation"]["reverse_kl"])
+    assert found[0] != found[1]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_seconds_of_a_run_that_is_guided_in_part(tmp_path):

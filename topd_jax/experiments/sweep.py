@@ -218,7 +218,9 @@ def _measure(run: _Run, workdir: pathlib.Path, setup: Setup) -> dict[str, Any]:
             row["evaluation"], _ = evaluate(model)
         else:
             folder = f"{run.world}-{name}-{settings.seed}".strip("-")
-            folder = workdir / "runs" / re.sub(r"[^\w.]+", "-", folder)
+            folder = re.sub(r"[^\w.]+", "-", folder)
+            # A run goes on with another rate or length; that is another run.
+            folder = workdir / "runs" / f"{folder}-{run.mark[:8]}"
             with lock.held(folder):
                 training = Run(settings, folder, setup)
                 row["evaluation"] = training.train()
