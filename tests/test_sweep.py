@@ -201,9 +201,7 @@ def test_what_a_variant_cannot_change_is_named(entry, text):
     assert text in str(error.value)
 
 
-def test_a_run_of_another_rate_is_no_continuation(
-    world_cache, setup, tmp_path
-):
+def test_a_run_of_another_rate_is_no_continuation(world_cache, setup, tmp_path):
     """``topd train`` may go on with another rate; a sweep compares runs."""
     settings = settings_with(
         world_cache, objective="opd", train__steps=3, eval__every=0,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,12 @@ from small_step import logp_of, scores, step
 
 from topd_jax.cli.doctor.examine import examine_files
 from topd_jax.data import prompts
+from topd_jax.data.settings import DataSettings
 from topd_jax.data.sources import Fields, read_source, read_world
 from topd_jax.data.templates import teacher_prompt
 from topd_jax.data.toy_world import problems
+from topd_jax.evaluation.benchmarking import run_benchmark
+from topd_jax.evaluation.grading import make_grader
 from topd_jax.experiments import certainty, sweep
 from topd_jax.planning import programs
 from topd_jax.training import loop
@@ -266,6 +270,28 @@ def test_some_prompts_are_taken_with_what_their_teachers_read(tokenizer):
     texts = records[3]["teacher_prompt"], records[1]["prompt"]
     for tokens, mask, text in zip(own.tokens, own.mask, texts, strict=True):
         assert tokens[mask].tolist() == tokenizer.chat(text)
+
+
+def test_every_sample_of_a_problem_has_what_its_teacher_reads(tokenizer):
+    records = read_world("test", 3, 0, "{question}{hint}")
+    encoded = prompts.encode_prompts(records, tokenizer, max_length=40)
+    seen = []
+
+    def complete(_, asked, count, __):
+        seen.extend(prompts.ordered_batches(asked, batch_size=count))
+        return [[tokenizer.eos_ids[0]]] * count, {}
+
+    evaluator = types.SimpleNamespace(
+        options=types.SimpleNamespace(samples=2, temperature=1.0),
+        complete=complete, tokenizer=tokenizer, is_cut=lambda _: False,
+    )  # fmt: skip
+    grader = make_grader(DataSettings())
+    found = run_benchmark(evaluator, None, encoded, grader)
+    assert found["summary"]["problems"] == 3
+    own = seen[0].prompts.teacher
+    for i, record in enumerate(records * 2):
+        ids = tokenizer.chat(record["teacher_prompt"])
+        assert own.tokens[i][own.mask[i]].tolist() == ids
 
 
 # --- a run ------------------------------------------------------------------

@@ -5,7 +5,6 @@ are those of the evaluation at the end of a run; every further sample is one
 more pass over the problems.
 """
 
-import dataclasses
 import pathlib
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -178,9 +177,7 @@ def run_benchmark(
     """
     count, samples = len(encoded.records), evaluator.options.samples
     # Pass after pass: the first is the evaluation of one sample.
-    repeated = dataclasses.replace(
-        encoded, records=encoded.records * samples, ids=encoded.ids * samples
-    )
+    repeated = encoded.take([*range(count)] * samples)
     rows, statistics = evaluator.complete(
         student, repeated, count * samples, evaluator.options.temperature
     )
