@@ -89,6 +89,22 @@ def test_a_floor_may_change(settings, setup, tmp_path, caplog):
     ) == ""  # fmt: skip
 
 
+def test_the_best_student_of_steps_that_are_made_again_is_dropped(
+    settings, setup, tmp_path, monkeypatch
+):
+    """Another rate makes others, and the new ones would not replace it."""
+    settings = changed(settings, "eval", every=3)
+    monkeypatch.setattr(loop, "better", lambda *_: True)
+    with interrupted(4):
+        run_in(settings, tmp_path, setup).train()
+    assert saved_arrays(tmp_path, "best")[1] == 3
+    lower = changed(settings, "optimizer", learning_rate=1e-4)
+    shutil.copytree(tmp_path / "best", tmp_path / "unsaved" / "best")
+    for folder, step in ((tmp_path, 2), (tmp_path / "unsaved", 0)):
+        run = run_in(lower, folder, setup)
+        assert (run.step, run.best.latest()) == (step, None)
+
+
 # --- rolled back ----------------------------------------------------------
 
 

@@ -139,7 +139,7 @@ class Run:
         self.data = setup.stream(settings)
         self.key = jax.random.key(settings.seed)
         self.state = initial_state(setup.student, optimizer, setup.mesh)
-        self.rollbacks, self.restart = 0, None
+        self.step, self.rollbacks, self.restart = 0, 0, None
         self.watch = Watch(settings.guard, settings.train.max_skipped)
         # The last two steps': an alarm is known one step late.
         self.batches: dict[int, Any] = {}
@@ -161,7 +161,6 @@ class Run:
         )
         latest = self.checkpoints.newest_intact()
         self.best.newest_intact(required=False)
-        self.step = 0
         if latest is not None:
             self.resume(latest)
         self.logs = self.open_logs()
@@ -179,10 +178,11 @@ class Run:
             tokenizer.save_pretrained(folder)
 
     def open_logs(self) -> Logs:
-        """Open the logs, cut back to the step that the run goes on from."""
-        log = self.settings.log
+        """Cut logs and best student back to the step that is gone on from."""
+        last, log = self.step or -1, self.settings.log
+        self.best.drop_after(last)
         return Logs(
-            self.workdir, step=self.step or -1, every=log.every,
+            self.workdir, step=last, every=log.every,
             tensorboard=log.tensorboard, watch=self.watch,
         )  # fmt: skip
 

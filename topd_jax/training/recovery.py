@@ -166,7 +166,6 @@ def _roll_back(run: Any) -> None:
     restart = {"rollbacks": run.rollbacks + 1, "data": run.data.get_state()}
     run.resume(run.checkpoints.newest_intact(), restart)
     # What later steps left is undone; the next evaluation is the best.
-    run.best.drop_after(run.step)
     run.logs = run.open_logs()
     text = (
         f"to step {run.step}, from the {most + 1} skipped updates up to step "
