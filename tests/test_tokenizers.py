@@ -1,5 +1,6 @@
 """Tokenizers and the checks they must pass."""
 
+import copy
 import types
 
 import pytest
@@ -41,6 +42,14 @@ def ready_object():
         eos_token="<|im_end|>",
         chat_template=TEMPLATE,
     )
+
+
+def test_a_prompt_is_the_same_on_every_day(ready_object):
+    """Templates of Llama 3.2, SmolLM3 and gpt-oss write the date."""
+    dated = copy.deepcopy(ready_object)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }} " + TEMPLATE
+    ids = tokenizers.HuggingFaceTokenizer(dated).chat("ten")
+    assert dated.decode(ids).startswith("26 Jul 2024 <|im_start|>user\nten")
 
 
 def test_sentencepiece_gives_back_every_text(pairs, tokenizer):

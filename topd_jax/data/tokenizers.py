@@ -6,6 +6,7 @@ tokenizer.
 """
 
 import copy
+import datetime
 import io
 import os
 import pathlib
@@ -18,6 +19,10 @@ import sentencepiece
 Messages = Sequence[Mapping[str, str]]
 # A character for private use: no template and no vocabulary has it.
 _MARK = "\ue000"
+# What templates are told is today (Llama's own default): with the real day a
+# run that resumes, or another process, would have other prompts.
+_TODAY = datetime.datetime(2024, 7, 26)
+_DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class Tokenizer(Protocol):
@@ -296,6 +301,10 @@ class HuggingFaceTokenizer:
         try:
             return self._tokenizer.apply_chat_template(
                 list(messages),
+                chat_template=_DAY.sub(
+                    lambda day: repr(_TODAY.strftime(day[2])),
+                    self._tokenizer.get_chat_template(),
+                ),
                 tokenize=tokenize,
                 add_generation_prompt=ask,
                 return_dict=False,
