@@ -24,9 +24,12 @@ from small_run import (
 )
 from test_damage import save
 from test_processes import begin, finish, run_alone, steps_of
+from test_sweep_report import draw, line
 
 from topd_jax.cli.replay import repeat
 from topd_jax.data import solutions, sources
+from topd_jax.experiments import sweep
+from topd_jax.experiments.records import append_row
 from topd_jax.models import load, save_model
 from topd_jax.parallel import buckets, lock
 from topd_jax.training import loop
@@ -102,6 +105,16 @@ def test_parts_of_a_log_are_cut_at_a_step(bucket, tmp_path, copied):
     log.write('{"step": 3}\n')
     log.close()
     assert [row["step"] for row in read_jsonl(path)] == [1, 2, 2, 3]
+
+
+def test_a_sweep_reports_there(bucket, settings, capsys):
+    record = bucket / "sweep" / "record.jsonl"
+    row = line("opd", 0, draw(0, 0.5), fingerprint="x")
+    append_row(record, row)
+    runs = {("opd", "x"): sweep._Run("opd", "", settings)}
+    files = sweep._report(record, runs, record.parent)
+    assert files["table_file"] == f"{bucket}/sweep/report/table.md"
+    assert "| opd | 1 |" in capsys.readouterr().out
 
 
 def test_a_bucket_has_one_holder(bucket, monkeypatch):

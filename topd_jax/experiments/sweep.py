@@ -23,7 +23,7 @@ from topd_jax.experiments.certainty import right_at_forks
 from topd_jax.experiments.detectors import measure_detectors
 from topd_jax.experiments.records import append_row, machine
 from topd_jax.experiments.sweep_report import write_report
-from topd_jax.parallel import hosts, lock
+from topd_jax.parallel import buckets, hosts, lock
 from topd_jax.training.config import Settings, settings_from
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.loop import Run
@@ -89,7 +89,7 @@ def _report(
     workdir: pathlib.Path,
 ) -> dict[str, Any]:
     files = write_report(_rows(record, runs), workdir / "report")
-    print(pathlib.Path(files["table_file"]).read_text(), flush=True)
+    print(buckets.as_path(files["table_file"]).read_text(), flush=True)
     return files
 
 
