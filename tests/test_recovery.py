@@ -57,6 +57,9 @@ def test_a_finished_run_can_be_made_longer(settings, setup, tmp_path, caplog):
     assert run_in(longer, tmp_path, setup).train() == evals[-1]
     with pytest.raises(ValueError, match=r"steps=4 must be at least 7, the st"):
         run_in(settings, tmp_path, setup)
+    lower = changed(longer, "optimizer", learning_rate=1e-4)
+    with pytest.raises(ValueError, match=r"is finished at train.steps=7, with"):
+        run_in(lower, tmp_path, setup)
 
 
 def test_a_longer_run_that_is_stopped_ends_with_the_same_bits(

@@ -190,7 +190,6 @@ class Run:
         """Take up a checkpoint; ``restart`` is of a roll-back."""
         saved = self.checkpoints.record(step)
         where = self.workdir / runs.LATEST
-        recovery.require_steps(self.settings, step, where)
         identity.require_same_run(
             saved,
             self.settings,
@@ -199,6 +198,7 @@ class Run:
             str(where),
             frozen=self.setup.frozen_fingerprint,
         )
+        recovery.require_steps(saved, self.settings, step, where)
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=x.sharding

@@ -17,16 +17,20 @@ from topd_jax.training.config import OptimizerSettings, Settings
 from topd_jax.training.dumps import write_dump
 
 
-def require_steps(settings: Settings, step: int, where: pathlib.Path) -> None:
-    """Refuse to end a run before the checkpoint that it resumes from.
+def require_steps(
+    saved: dict[str, Any], settings: Settings, step: int, where: pathlib.Path
+) -> None:
+    """Refuse a run that has no step left to do what its settings ask for.
 
     Args:
+      saved: the record of the checkpoint.
       settings: of the run.
       step: of the checkpoint.
       where: the checkpoints' directory, for the error.
 
     Raises:
-      ValueError: naming both numbers.
+      ValueError: for an end before the checkpoint that it resumes from, or,
+        at its end, another rate or clip.
     """
     if settings.train.steps < step:
         raise ValueError(
@@ -34,6 +38,21 @@ def require_steps(settings: Settings, step: int, where: pathlib.Path) -> None:
             f"step of the checkpoint in {where}; raise it, or use another "
             "--workdir"
         )
+    if settings.train.steps == step and settings.optimizer != _before(saved):
+        raise ValueError(
+            f"the run in {where} is finished at train.steps={step}, with "
+            "another optimizer.learning_rate, end_learning_rate or clip; raise "
+            "train.steps, or use another --workdir"
+        )
+
+
+def _before(saved: dict[str, Any]) -> OptimizerSettings:
+    """Return the optimizer's settings in the record of a checkpoint."""
+    optimizer = saved["settings"]["optimizer"]
+    known = {f.name for f in dataclasses.fields(OptimizerSettings)}
+    return OptimizerSettings(
+        **{name: optimizer[name] for name in known & optimizer.keys()}
+    )
 
 
 def tell_schedule(saved: dict[str, Any], settings: Settings, state: Any) -> str:
@@ -47,11 +66,7 @@ def tell_schedule(saved: dict[str, Any], settings: Settings, state: Any) -> str:
     Returns:
       The line; "" where the next update's rate and the length are the same.
     """
-    optimizer, steps = saved["settings"]["optimizer"], settings.train.steps
-    known = {f.name for f in dataclasses.fields(OptimizerSettings)}
-    before = OptimizerSettings(
-        **{name: optimizer[name] for name in known & optimizer.keys()}
-    )
+    before, steps = _before(saved), settings.train.steps
     length = saved["settings"]["train"]["steps"]
     tried, skipped = hosts.on_host((state.step, state.skipped))
     updates = int(tried - skipped)
