@@ -24,7 +24,8 @@ _FREE = (
     *NO_IDENTITY,
 )  # fmt: skip
 # Settings that may change when a run is resumed, with a line in the log: the
-# ways out of an unstable run, and its length. So may the floors of losses.
+# ways out of an unstable run, its length, and the layout on other devices, as
+# of a mesh that is chosen. So may the floors of losses.
 MAY_CHANGE = (
     "optimizer.learning_rate",
     "optimizer.end_learning_rate",
@@ -34,6 +35,11 @@ MAY_CHANGE = (
     "train.chunk_size",
     "rollout.sharding",
     "rollout.branch_sharding",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.expert",
+    "mesh.sequence",
 )
 # What settings of earlier checkpoints are called now.
 _RENAMED = {"data.teacher_prompts": "data.prompts_per_teacher"}
