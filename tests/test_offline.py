@@ -1,8 +1,8 @@
 """Stage 1 on stored solutions: streams of rows, and a run."""
 
+import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from small_run import (
@@ -92,6 +92,21 @@ def solutions(count=20, seed=0):
     return out
 
 
+def test_solutions_of_prompts_that_are_held_out_are_left_out(settings, setup):
+    more = dataclasses.replace(setup, test=setup.encoded.take(range(5)))
+    settings = changed(settings, "offline", pack_length=0)
+    batches = more.stream(changed(settings, "data", batch_size=59))
+    rows, asked = next(batches), setup.encoded.ids
+    assert rows.segments.max(axis=1).sum() == 59
+    prompts = {
+        tuple(row[: np.argmax(targets)])
+        for row, targets in zip(rows.sequence, rows.targets, strict=True)
+    }
+    assert prompts == {tuple(ids) for ids in asked[5:]}
+    batches = more.stream(changed(settings, "data", eval_path="apart"))
+    assert len(batches._pairs) == 64
+
+
 def stream(data=None, **options):
     options = {"batch_size": 6, "length": 24, "unit": 2, "seed": 3} | options
     data = solutions() if data is None else data
@@ -124,19 +139,6 @@ def test_a_batch_holds_the_same_solutions_in_any_layout():
     # Two epochs and a bit: 18 of 20 before any comes again.
     assert len(set(seen[:18])) == 18
     assert len(set(seen)) == 20
-
-
-@pytest.mark.parametrize("length", [0, 24])
-def test_processes_share_one_batch(length):
-    options = {"length": length, "unit": 6}
-    whole = stream(**options)
-    parts = [
-        stream(**options, process_index=i, process_count=3) for i in range(3)
-    ]
-    for _ in range(4):
-        rows = [next(part) for part in parts]
-        together = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-        assert_trees_equal(together, next(whole))
 
 
 def test_a_stream_continues_from_its_state():

@@ -65,6 +65,16 @@ def test_prompts_of_a_run(tmp_path):
     file = {"source": "jsonl", "path": path}
     first, rest = ["0+1?", "1+1?"], ["2+1?", "3+1?", "4+1?"]
     assert read(**file, held_out=2) == [rest, first, first]
+    # A question that is asked again is not trained on.
+    again = write_lines(
+        tmp_path / "again.jsonl",
+        *(json.dumps({"question": f"{i % 3}+1?"}) for i in range(7)),
+    )
+    file |= {"path": again}
+    assert read(**file, held_out=2) == [["2+1?", "2+1?"], first, first]
+    with pytest.raises(ValueError, match="held_out=3 of .* all that the"):
+        read(**file, held_out=3)
+    file |= {"path": path}
     apart = read(**file, eval_path=path)
     assert apart == [first + rest] * 3
     with pytest.raises(ValueError, match="held_out=5 must be below the 5 "):

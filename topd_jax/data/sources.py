@@ -13,6 +13,8 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from absl import logging
+
 from topd_jax.data import gym
 from topd_jax.data.settings import DataSettings, WorldSettings
 from topd_jax.data.templates import as_text, teacher_prompt
@@ -90,8 +92,8 @@ def read_records(
 
     Returns:
       (training, validation, test) prompts; without ``data.eval_path`` the
-      last two are the first ``data.held_out`` records. Of reasoning-gym no
-      training prompt is also held out.
+      last two are the first ``data.held_out`` records, and then, as of
+      reasoning-gym always, no training prompt is also held out.
 
     Raises:
       ValueError: for what cannot be read, or too few records.
@@ -118,8 +120,7 @@ def read_records(
             data.source, data.eval_path, data.eval_split, fields
         )
         if data.source == gym.SOURCE:
-            asked = {record["prompt"] for record in held_out}
-            train = [r for r in train if r["prompt"] not in asked]
+            train = without(held_out, train)
             if not train:
                 raise ValueError(
                     f"every problem of data.path={data.path!r} is held out by "
@@ -132,7 +133,31 @@ def read_records(
             f"data.held_out={count} must be below the {len(train)} "
             f"prompts of {data.path}; lower it, or give data.eval_path"
         )
-    return train[count:], train[:count], train[:count]
+    held_out, rest = train[:count], train[count:]
+    train = without(held_out, rest)
+    if not train:
+        raise ValueError(
+            f"data.held_out={count} of {data.path} ask all that the others "
+            "do; lower it, or give data.eval_path"
+        )
+    return train, held_out, held_out
+
+
+def without(held_out: Sequence[Record], records: Sequence[Any]) -> list[Any]:
+    """Return what is not of a prompt that is held out, and log the rest.
+
+    Args:
+      held_out: prompts of evaluations.
+      records: to train on, or solutions of such.
+    """
+    asked = {record["prompt"] for record in held_out}
+    kept = [r for r in records if r["prompt"] not in asked]
+    if len(kept) < len(records):
+        logging.warning(
+            "%d of %d training prompts are held out as well: left out",
+            len(records) - len(kept), len(records),
+        )  # fmt: skip
+    return kept
 
 
 def read_source(

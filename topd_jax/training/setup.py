@@ -13,7 +13,7 @@ from topd_jax.data import packing, vocabulary
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.routing import prompts_per_teacher
-from topd_jax.data.sources import Record, read_records
+from topd_jax.data.sources import Record, read_records, without
 from topd_jax.data.teachers import shared_vocab
 from topd_jax.data.templates import require_same_prompts, teacher_width
 from topd_jax.data.tokenizers import (
@@ -99,14 +99,16 @@ class Setup:
                 prompts_per_teacher={t.name: t.prompts for t in self.teachers}
                 if several
                 else None,
-                **process,
             )
+        solutions = solution_data.read_solutions(
+            offline.path,
+            offline.keep,
+            tokenizer=vocabulary.fingerprint(self.tokenizer),
+        )
+        if not data.eval_path:  # topd generate may have held out fewer
+            solutions = without(self.test.records, solutions)
         return packing.SolutionStream(
-            solution_data.read_solutions(
-                offline.path,
-                offline.keep,
-                tokenizer=vocabulary.fingerprint(self.tokenizer),
-            ),
+            solutions,
             eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
             batch_size=data.batch_size * data.samples,
