@@ -31,14 +31,14 @@ def two_teachers(code: int = 7, math: int = 20) -> prompts.EncodedPrompts:
 
 @pytest.fixture(params=["one teacher", "two teachers"])
 def stream(request, encoded):
-    """Make the stream of one process, with one teacher or with two."""
+    """Make a stream, with one teacher or with two."""
     several = request.param == "two teachers"
     data = two_teachers() if several else encoded
 
-    def make(seed: int = 1, batch_size: int = 8, **process: int):
+    def make(seed: int = 1, batch_size: int = 8):
         return prompts.prompt_stream(
             data, batch_size=batch_size, seed=seed,
-            prompts_per_teacher=PROMPTS if several else None, **process,
+            prompts_per_teacher=PROMPTS if several else None,
         )  # fmt: skip
 
     return make
@@ -110,26 +110,19 @@ def test_a_stream_resumes_identically(stream):
     resumed.set_state(json.loads(json.dumps(started.get_state())))
     assert_same(take(resumed, 5), whole[7:])
     assert_same(take(started, 5), whole[7:])
+    # Of an older checkpoint.
+    resumed.set_state(stream().get_state()["batches"])
+    assert_same(take(resumed, 12), whole)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_same_global_batch(stream, count: int):
-    parts = [
-        take(stream(process_index=index, process_count=count), 6)
-        for index in range(count)
-    ]
-    for step, batch in enumerate(take(stream(), 6)):
-        rows = [part[step] for part in parts]
-        assert {len(part.index) for part in rows} == {8 // count}
-        for read in (lambda b: b.index, lambda b: b.prompts.tokens):
-            np.testing.assert_array_equal(
-                np.concatenate([read(part) for part in rows]), read(batch)
-            )
+def test_a_stream_goes_on_with_the_same_prompts_alone(encoded):
+    def stream(data):
+        return prompts.prompt_stream(data, batch_size=2, seed=0)
 
-
-def test_a_batch_that_processes_cannot_share_is_refused(stream):
-    with pytest.raises(ValueError, match=r"batch_size=10 .*\(4\); try 8"):
-        stream(batch_size=10, process_count=4)
+    state = stream(encoded).get_state()
+    for other in (encoded.take(range(36)), encoded.take([1, 0, *range(2, 37)])):
+        with pytest.raises(ValueError, match="made with other prompts"):
+            stream(other).set_state(state)
 
 
 def test_a_prompt_that_is_too_long_is_named_or_skipped(tokenizer):

@@ -9,7 +9,7 @@ from small_run import settings_with
 from topd_jax.models import fingerprint
 from topd_jax.models.quantization import is_quantized
 from topd_jax.objectives.loading import make_objective
-from topd_jax.parallel.batches import place_rows
+from topd_jax.parallel.batches import spread_rows
 from topd_jax.training.compiled import compile_step, make_optimizer
 from topd_jax.training.loop import initial_state
 from topd_jax.training.setup import load_setup
@@ -40,7 +40,7 @@ def test_an_fp32_student_learns_from_it(world_cache, tmp_path, changes):
     )  # fmt: skip
     state = initial_state(setup.student, optimizer, setup.mesh)
     before = np.asarray(state.student.arrays["q"])
-    prompts = place_rows(next(setup.stream(settings)).prompts, setup.mesh)
+    prompts = spread_rows(next(setup.stream(settings)).prompts, setup.mesh)
     inputs, key = setup.teachers, jax.random.key(0)
     with jax.set_mesh(setup.mesh):
         written = step.rollout(state.student, inputs, prompts, key)

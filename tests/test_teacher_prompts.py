@@ -244,20 +244,12 @@ def test_batches_have_both_prompts(tokenizer):
         records, tokenizer, teacher_width=longest - 1, **told
     )
     assert whole.skipped == 0 < less.skipped
-    parts = [
-        next(prompts.prompt_stream(
-            whole, batch_size=4, seed=0, process_index=i, process_count=2
-        ))
-        for i in range(2)
-    ]  # fmt: skip
-    for part in parts:
-        own = part.prompts.teacher
-        assert own.tokens.shape == (2, longest)
-        for row, place in enumerate(part.index):
-            text = records[place]["teacher_prompt"]
-            assert own.tokens[row][own.mask[row]].tolist() == tokenizer.chat(
-                text
-            )
+    batch = next(prompts.prompt_stream(whole, batch_size=4, seed=0))
+    own = batch.prompts.teacher
+    assert own.tokens.shape == (4, longest)
+    for row, place in enumerate(batch.index):
+        ids = tokenizer.chat(records[place]["teacher_prompt"])
+        assert own.tokens[row][own.mask[row]].tolist() == ids
 
 
 def test_some_prompts_are_taken_with_what_their_teachers_read(tokenizer):

@@ -5,8 +5,7 @@ say how. A batch is a fixed number of *solutions*: packing decides only how
 many rows they take, so a packed and an unpacked run take the same steps.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,7 @@ import numpy as np
 from absl import logging
 from flax import struct
 
-from topd_jax.data.prompts import (
-    ahead,
-    fingerprint,
-    rows_of_process,
-    shuffled,
-)
+from topd_jax.data.prompts import Stream, fingerprint, shuffled
 from topd_jax.data.solutions import Solution
 from topd_jax.models.attention.masks import IntervalMask, packed_intervals
 from topd_jax.types import Trajectories
@@ -186,13 +180,13 @@ def pack(
     return PackedRows(sequence, segments, positions, targets, truncated)
 
 
-class SolutionStream:
+class SolutionStream(Stream):
     """Iterate over batches of written solutions, each epoch shuffled anew.
 
     The stream never ends. Its order is a function of the seed alone, its state
-    is one number and the solutions' fingerprint, and every process takes its
-    own rows of the same global batch: neither a resume nor another number of
-    processes changes what a step sees.
+    is one number and the solutions' fingerprint, and every process makes the
+    same batches: neither a resume nor another number of processes changes what
+    a step sees.
     """
 
     def __init__(
@@ -205,8 +199,6 @@ class SolutionStream:
         length: int,
         unit: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
     ) -> None:
         """Truncate solutions that are too long; start at the first batch.
 
@@ -214,15 +206,12 @@ class SolutionStream:
           solutions: those that were kept of a set.
           eos_ids: the ids that end a completion.
           pad_id: the id of the padding.
-          batch_size: solutions of the global batch.
+          batch_size: solutions of a batch.
           length: columns of a packed row; longer solutions are truncated. 0
             gives every solution a row, as wide as the longest of all, rounded
             up to a multiple of 8.
           unit: that the number of rows must be divisible by.
           seed: of the order; nothing else changes it.
-          process_index: of this process.
-          process_count: processes that share each batch; ``unit`` is
-            divisible by it.
 
         Raises:
           ValueError: for fewer solutions than a batch, a solution whose
@@ -252,46 +241,17 @@ class SolutionStream:
                 "%d of %d solutions are truncated to offline.pack_length=%d",
                 cut, len(solutions), length,
             )  # fmt: skip
-        self._fingerprint = fingerprint(
+        mark = fingerprint(
             s[name]
             for s in solutions
             for name in ("prompt_tokens", "completion_tokens")
         )
         self._packed, self._unit, self._pad_id = length > 0, unit, pad_id
         longest = max(len(p) + len(c) for p, c, _ in self._pairs)
-        # The same for every batch and process: one program serves all.
+        # The same for every batch: one program serves all.
         self._width = length or -(-longest // 8) * 8
-        self._process = process_index, process_count
         batches = shuffled(range(len(solutions)), seed, batch_size)
-        self._batches = ahead(batches.map(self._rows))
-
-    def __iter__(self) -> Iterator[PackedRows]:
-        return self
-
-    def __next__(self) -> PackedRows:
-        return next(self._batches)
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the position, JSON-able."""
-        return {
-            "solutions": self._fingerprint,
-            "batches": self._batches.get_state(),
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a position.
-
-        Raises:
-          ValueError: for a position in other solutions.
-        """
-        if state.get("solutions") != self._fingerprint:
-            raise ValueError(
-                "the checkpoint was made with other solutions (fingerprint "
-                f"{state.get('solutions')} there, {self._fingerprint} here); "
-                "use another --workdir, or the offline.path it was started "
-                "with"
-            )
-        self._batches.set_state(state["batches"])
+        super().__init__(batches.map(self._rows), "solutions", mark)
 
     def _rows(self, index: np.ndarray) -> PackedRows:
         pairs = [self._pairs[i] for i in index]
@@ -302,13 +262,8 @@ class SolutionStream:
         else:
             rows = [[i] for i in range(len(pairs))]
             count = len(rows)
-        own = rows_of_process(count, *self._process)
-        return pack(
-            pairs,
-            rows[own],
-            shape=(own.stop - own.start, self._width),
-            pad_id=self._pad_id,
-        )
+        shape = count, self._width
+        return pack(pairs, rows, shape=shape, pad_id=self._pad_id)
 
 
 def _pair(solution: Solution, eos_ids: Sequence[int], length: int) -> Pair:

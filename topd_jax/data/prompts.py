@@ -3,13 +3,16 @@
 Records (:mod:`topd_jax.data.sources`) are tokenized once, and every batch is
 ``data.max_prompt_length`` columns wide, so that a run compiles once. A stream
 never ends: its order is a function of the seed alone, its state is one number,
-and every process takes its own rows of the same global batch. Neither a resume
-nor another number of processes changes what a step sees.
+and every process makes the same batches. Neither a resume nor another number
+of processes changes what a step sees.
 """
 
 import dataclasses
+import functools
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -47,6 +50,15 @@ class EncodedPrompts:
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with any prompt or its place."""
         return fingerprint(self.ids)
+
+    def mark(self) -> str:
+        """Return 16 hex digits that change with any record's texts or place.
+
+        Unlike its ids, they do not change with a chat template.
+        """
+        keys = "prompt", "teacher_prompt", "teacher"
+        texts = [[record.get(key) for key in keys] for record in self.records]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
     def take(self, places: Sequence[int]) -> "EncodedPrompts":
         """Return some of the prompts, in the order of ``places``."""
@@ -192,49 +204,80 @@ def pad_prompts(
     return Prompts(tokens=tokens, mask=mask)
 
 
+class Stream:
+    """Iterate over batches without an end, from any position.
+
+    A position is one number, and a mark of the data that batches are made of.
+    """
+
+    def __init__(self, batches: grain.MapDataset, kind: str, mark: str) -> None:
+        """Start at the first batch.
+
+        Args:
+          batches: all of them; they are made in a thread, two ahead.
+          kind: what they are made of, in the plural.
+          mark: that changes with it.
+        """
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        self._batches = iter(batches.to_iter_dataset(options))
+        self._kind, self._mark = kind, mark
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position, JSON-able."""
+        return {self._kind: self._mark, "batches": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a position.
+
+        Raises:
+          ValueError: for a position in other data.
+        """
+        there = state.get(self._kind, self._mark)
+        if there != self._mark:
+            raise ValueError(
+                f"the checkpoint was made with other {self._kind} (fingerprint "
+                f"{there} there, {self._mark} here); use another --workdir, or "
+                f"the {self._kind} it was started with"
+            )
+        # Of prompts, older checkpoints have the number alone.
+        self._batches.set_state(state.get("batches", state))
+
+
 def prompt_stream(
     encoded: EncodedPrompts,
     *,
     batch_size: int,
     seed: int,
     prompts_per_teacher: Mapping[str, int] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> Stream:
     """Return an endless iterator over batches, each epoch shuffled anew.
-
-    The iterator is grain's: ``get_state()`` gives a small JSON-able dict and
-    ``set_state`` continues from there with the identical batches.
 
     Args:
       encoded: the prompts.
-      batch_size: prompts of the global batch.
+      batch_size: prompts of a batch.
       seed: of the order; nothing else changes it.
       prompts_per_teacher: name of a teacher -> its prompts in every batch. Rows
         are in this order, and each teacher's prompts are shuffled on their
         own, by seed and name. None or {} where there is one teacher.
-      process_index: of this process.
-      process_count: processes that share each batch; this one gets rows
-        ``[index * B / count, (index + 1) * B / count)``.
 
     Returns:
-      An iterator of :class:`PromptBatch` with ``batch_size / process_count``
-      rows each.
+      An iterator of :class:`PromptBatch` with ``batch_size`` rows each.
 
     Raises:
-      ValueError: for a batch that the processes cannot share equally, or a
-        teacher without prompts.
+      ValueError: for a teacher without prompts.
     """
-    rows = rows_of_process(batch_size, process_index, process_count)
-
-    def collate(index: np.ndarray) -> PromptBatch:
-        return _batch(encoded, index[rows])
-
     if prompts_per_teacher:
         index = _routed(encoded, seed, prompts_per_teacher)
     else:
         index = shuffled(range(len(encoded.ids)), seed, batch_size)
-    return ahead(index.map(collate))
+    batches = index.map(functools.partial(_batch, encoded))
+    return Stream(batches, "prompts", encoded.mark())
 
 
 def ordered_batches(
@@ -323,32 +366,3 @@ def _routed(
     steps = min(map(len, parts))
     parts = [part[:steps] for part in parts]
     return grain.experimental.ZipMapDataset(parts).map(np.concatenate)
-
-
-def ahead(batches: grain.MapDataset) -> grain.DatasetIterator:
-    """Make batches in a thread, two ahead of where they are needed."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(batches.to_iter_dataset(options))
-
-
-def rows_of_process(
-    batch_size: int, process_index: int, process_count: int
-) -> slice:
-    """Return the rows of the global batch that belong to a process.
-
-    Args:
-      batch_size: rows of the global batch.
-      process_index: of the process.
-      process_count: processes that share it.
-
-    Raises:
-      ValueError: where they cannot share it equally.
-    """
-    if batch_size % process_count:
-        near = max(1, round(batch_size / process_count)) * process_count
-        raise ValueError(
-            f"batch_size={batch_size} must be divisible by the number of "
-            f"processes ({process_count}); try {near}"
-        )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)

@@ -1,7 +1,6 @@
 """Put batches of rows from the host on a mesh."""
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from topd_jax.parallel.sharding import batch_shardings
@@ -27,27 +26,3 @@ def spread_rows(batch: object, mesh: Mesh) -> object:
         batch,
         batch_shardings(batch, mesh),
     )
-
-
-def place_rows(batch: object, mesh: Mesh) -> object:
-    """Put this process's rows of a batch on the mesh.
-
-    Args:
-      batch: a tree of host arrays [B / processes, ...].
-      mesh: from :func:`make_mesh`.
-
-    Returns:
-      The tree of [B, ...] on the mesh.
-
-    Raises:
-      ValueError: where the rows do not divide over the mesh.
-    """
-    count = jax.process_count()
-
-    def one(x: np.ndarray) -> jax.Array:
-        shape = (x.shape[0] * count, *x.shape[1:])
-        whole = jax.ShapeDtypeStruct(shape, x.dtype)
-        where = batch_shardings(whole, mesh)
-        return jax.make_array_from_process_local_data(where, x, shape)
-
-    return jax.tree.map(one, batch)

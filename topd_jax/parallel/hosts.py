@@ -1,7 +1,7 @@
 """Run several processes as one program, as a pod of several hosts does.
 
-Every process runs the same command and calls the same jitted functions; each
-feeds its own rows of the batch. Only the first grades, prints and writes. All
+Every process runs the same command, makes the same batches and calls the same
+jitted functions. Only the first grades, prints and writes. All
 must see the same work directory.
 """
 

@@ -276,7 +276,7 @@ class Run:
     def place(self, batch: Any) -> Any:
         """Spread the rows of a batch over the mesh."""
         rows = batch if isinstance(batch, PackedRows) else batch.prompts
-        return batches.place_rows(rows, self.setup.mesh)
+        return batches.spread_rows(rows, self.setup.mesh)
 
     def _one_step(self, step: int) -> dict[str, float] | None:
         """Dispatch a step; return the metrics of the one before."""

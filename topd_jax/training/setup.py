@@ -86,10 +86,6 @@ class Setup:
         data, offline = settings.data, settings.offline
         if settings.is_offline:  # of a sweep, one run may be
             require_same_prompts(self.encoded.records, "train.stage=offline")
-        process = dict(
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
         if not offline.path:
             several = len(self.teachers) > 1
             return prompt_data.prompt_stream(
@@ -115,7 +111,6 @@ class Setup:
             length=offline.pack_length,
             unit=sharding.row_ways(self.mesh) * settings.optimizer.accumulate,
             seed=settings.seed,
-            **process,
         )
 
     def evaluator(self, settings: Settings) -> Evaluator:
