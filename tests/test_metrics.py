@@ -11,6 +11,7 @@ from conftest import VOCAB, make_model
 
 from topd_jax.evaluation.evaluator import compare
 from topd_jax.evaluation.metrics import (
+    better,
     distinct_ngrams,
     merge,
     read_metrics,
@@ -133,6 +134,12 @@ def test_a_padded_teacher_is_cut_and_the_dropped_mass_is_told(
 )
 def test_distinct_ngrams_by_hand(rows, n, share):
     assert distinct_ngrams(rows, n) == share
+
+
+def test_without_answers_the_nearer_student_is_better():
+    near, far, broken = ({"reverse_kl": x} for x in (0.1, 0.2, None))
+    assert better(near, far) and better(far, broken)
+    assert not any(better(broken, than) for than in (near, broken))
 
 
 def test_sums_are_added_and_divided_once():

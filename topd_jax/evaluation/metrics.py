@@ -222,4 +222,9 @@ def better(row: dict[str, Any], than: dict[str, Any]) -> bool:
     """
     if row.get("exact_match") is not None:
         return row["exact_match"] > than["exact_match"]
-    return row["reverse_kl"] < than["reverse_kl"]
+    # None is one that was not finite.
+    found, before = (
+        math.inf if r["reverse_kl"] is None else r["reverse_kl"]
+        for r in (row, than)
+    )
+    return found < before
