@@ -122,7 +122,7 @@ def test_without_answers_there_are_statistics_only(setup, evaluator):
 
 
 def test_runs_are_compared_on_the_same_problems(tmp_path):
-    def run(name, problems, right=()):
+    def run(name, problems, right=(), temperature=1.0):
         folder = tmp_path / name
         folder.mkdir()
         records = [
@@ -130,16 +130,22 @@ def test_runs_are_compared_on_the_same_problems(tmp_path):
             for p in problems
         ]
         (folder / "eval-latest.json").write_text(
-            json.dumps({"benchmarks": {"test": {"records": records}}})
+            json.dumps(
+                {
+                    "temperature": temperature,
+                    "benchmarks": {"test": {"records": records}},
+                }
+            )
         )
         return folder
 
     one, two, none = run("1", "ab", "a"), run("2", "ac"), run("3", "")
-    better = run("4", "ab", "ab")
+    better, greedy = run("4", "ab", "ab"), run("5", "ab", "ab", 0.0)
     compared = benchmarking.compare_runs([one], [better], "latest")["test"]
     assert (compared["problems"], compared["difference"]) == (2, 0.5)
     for a, b, message in (
         ([one], [two], "not answered the same problems of test"),
+        ([one], [greedy], "not evaluated alike: .*1.0.*; .*0.0"),
         ([one, two], [one], "--a names 2 runs and --b 1"),
         ([], [], "--a names 0 runs"),
         ([one], [none], "no graded benchmark in common: test; test"),

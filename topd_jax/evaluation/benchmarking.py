@@ -243,14 +243,21 @@ def compare_runs(
 
     Raises:
       ValueError: for a missing file, unequal numbers of runs, or runs that
-        have not answered the same problems.
+        have not answered the same problems in the same way.
     """
     if len(a) != len(b) or not a:
         raise ValueError(
             f"--a names {len(a)} runs and --b {len(b)}; give as many of each, "
             "seed by seed"
         )
-    runs = [_read(d / f"eval-{which}.json") for d in (*a, *b)]
+    runs, how = zip(
+        *(_read(d / f"eval-{which}.json") for d in (*a, *b)), strict=True
+    )
+    if any(one != how[0] for one in how):
+        raise ValueError(
+            "the runs were not evaluated alike: "
+            f"{'; '.join(map(str, how))}; run topd eval with the same settings"
+        )
     names = [
         n for n in runs[0] if all(n in r and r[n]["records"] for r in runs)
     ]
@@ -275,11 +282,14 @@ def compare_runs(
     }
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the benchmarks of an evaluation, and how it was sampled."""
     if not path.is_file():
         raise ValueError(f"no file at {path}; run topd eval there first")
     try:
-        return parse_json(path.read_bytes(), path.name)["benchmarks"]
+        file = parse_json(path.read_bytes(), path.name)
+        keys = "temperature", "max_new_tokens"
+        return file["benchmarks"], {key: file.get(key) for key in keys}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not what topd eval writes ({error!r}); run it again"

@@ -24,8 +24,8 @@ _FREE = (
     *NO_IDENTITY,
 )  # fmt: skip
 # Settings that may change when a run is resumed, with a line in the log: the
-# ways out of an unstable run, its length, and the layout on other devices, as
-# of a mesh that is chosen. So may the floors of losses.
+# ways out of an unstable run, its length, when it is evaluated, and the layout
+# on other devices, as of a mesh that is chosen. So may the floors of losses.
 MAY_CHANGE = (
     "optimizer.learning_rate",
     "optimizer.end_learning_rate",
@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "train.chunk_size",
     "rollout.sharding",
     "rollout.branch_sharding",
+    "eval.every",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
