@@ -111,6 +111,8 @@ def test_one_objective_has_one_description():
         return topd.describe(lambda x: strength * x)["strength"]
 
     assert (bound(1), bound(np.inf)) == (1, "inf")
+    assert bound(np.float32(0.5)) == bound(jnp.array(0.5)) == 0.5
+    assert bound(np.ones(3)) == bound(np.ones(3)) != bound(np.arange(3.0))
     for text in different:
         name, options = loading.parse(text)
         assert loading.spell(name, **options) == text

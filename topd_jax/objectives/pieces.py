@@ -7,6 +7,7 @@ step computes them and passes them by name.
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from topd_jax.objectives.statistics import pick
 
@@ -176,12 +178,19 @@ def describe(value: Any) -> Any:
     knows an objective by.
 
     Args:
-      value: dataclasses, functions, partials, numbers, and tuples of them.
+      value: dataclasses, functions, partials, numbers, arrays, and tuples of
+        them.
 
     Returns:
       Nested dictionaries and lists; functions by qualified name and what they
       have bound.
     """
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        array = np.asarray(value)
+        if array.size > 1:
+            sha = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+            return f"{array.dtype}{list(array.shape)} {sha}"
+        value = array.item() if array.size else None
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
