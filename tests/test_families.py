@@ -13,19 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_files import logits_of
-from tiny_families import (
-    MODELS,
-    ROWS,
-    SHAPE,
-    SHORT,
-    VOCAB,
-    WRAPPERS,
-    build,
-    rope,
-    torch,
-    transformers,
-    wrap,
-)
+from tiny_configs import MODELS, ROWS, SHAPE, VOCAB, rope
+from tiny_families import SHORT, WRAPPERS, build, torch, transformers, wrap
 
 from topd_jax.models import causal_mask, load, save_model, unembed
 from topd_jax.sampling import rollout

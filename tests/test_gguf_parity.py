@@ -10,7 +10,8 @@ import dataclasses
 import gguf
 import numpy as np
 import pytest
-from tiny_families import MODELS, SHAPE, VOCAB, random, torch, transformers
+from tiny_configs import MODELS, SHAPE, VOCAB
+from tiny_families import random, torch, transformers
 
 from topd_jax.models import load
 from topd_jax.models.io.gguf import gguf_config, open_gguf

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from small_files import assert_same, make
-from test_registry import CONFIGS
+from tiny_configs import config_of
 
 from topd_jax.models import load, save_model
 from topd_jax.models.io.families import FAMILIES
@@ -38,7 +38,7 @@ def packed(rng, experts, rows, inputs):
 
 
 def test_a_file_of_mxfp4_holds_the_numbers_that_it_says(tmp_path):
-    config = CONFIGS["gpt_oss"].replace(expert_width=32)
+    config = config_of("gpt_oss")
     path = save_model(make(config), tmp_path / "m")
     file, rng = path / "model.safetensors", np.random.default_rng(0)
     tensors, want = load_file(file), {}
@@ -46,7 +46,7 @@ def test_a_file_of_mxfp4_holds_the_numbers_that_it_says(tmp_path):
         stem = f"model.layers.{layer}.mlp.experts."
         for name, rows in (("gate_up_proj", 64), ("down_proj", 32)):
             del tensors[stem + name]
-            blocks, scales = packed(rng, 4, rows, 32)
+            blocks, scales = packed(rng, config.experts, rows, 32)
             tensors[f"{stem}{name}_blocks"] = blocks
             tensors[f"{stem}{name}_scales"] = scales
             want[name, layer] = expanded(blocks, scales)
@@ -80,11 +80,11 @@ def test_any_part_is_the_part_of_the_whole():
     np.testing.assert_array_equal(part, whole[1:3, 30:50, 7:9])
 
     for name, tensor, shape in (
-        ("gpt_oss", "mlp.experts.gate_up_proj", (4, 32, 48)),
-        ("phi3", "self_attn.qkv_proj.weight", (64, 32)),
+        ("gpt_oss", "mlp.experts.gate_up_proj", (5, 32, 64)),
+        ("phi3", "self_attn.qkv_proj.weight", (80, 48)),
     ):
         family, tensor = FAMILIES[name], f"model.layers.2.{tensor}"
-        rows, whole = file_tensors(CONFIGS[name], family), rng.random(shape)
+        rows, whole = file_tensors(config_of(name), family), rng.random(shape)
         shown, read = split_fused(
             {tensor: TensorInfo(shape, "float32")},
             lambda _, index, whole=whole: whole[index], rows, family.fused,
@@ -98,7 +98,7 @@ def test_any_part_is_the_part_of_the_whole():
         }
         if name == "phi3":
             k = parts["model.layers.2.self_attn.k_proj.weight"]
-            np.testing.assert_array_equal(k, whole[35:38, 3:6])
+            np.testing.assert_array_equal(k, whole[51:54, 3:6])
         else:
             up = parts["model.layers.2.mlp.experts.1.up_proj.weight"]
             np.testing.assert_array_equal(up, whole[1, 3:6, 7:13:2].T)
@@ -117,7 +117,7 @@ def test_any_part_is_the_part_of_the_whole():
 def test_the_text_beside_images_in_both_spellings(
     name, whole, body, head, others, tmp_path
 ):
-    model = make(CONFIGS[name].replace(tied=False))
+    model = make(config_of(name).replace(tied=False))
     path = save_model(model, tmp_path / "m", model_type=name)
     file, config = path / "model.safetensors", path / "config.json"
     tensors = {other: np.ones(3, np.float32) for other in others}

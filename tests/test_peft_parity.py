@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from small_files import logits_of
-from tiny_families import VOCAB, build, torch, transformers
+from tiny_configs import VOCAB
+from tiny_families import build, torch, transformers
 
 from topd_jax.models import (
     load,
