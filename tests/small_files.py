@@ -128,6 +128,25 @@ def small_vocabulary(size):
     return "smollm", ["a b", "Ġ Ġ"], tokens, types
 
 
+def gguf_tensors(model, arch, convert):
+    """Tensors of its file by name, and the parameter that each belongs to."""
+    config = model.config
+    names = {n: k for k, n in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(names[arch], config.layers)
+    tensors, owners, rows = {}, {}, file_tensors(config)
+    for hub, array in disassemble(model):
+        name, index, _ = rows[hub]
+        stem = re.sub(r"experts\.\d+", "experts", hub)
+        stem = stem.replace("attn.dt_bias", "attn.dt_proj.bias")
+        tensor = table.get_name(stem, (".weight", ".bias"))
+        owners[tensor] = name
+        array = convert(hub, np.asarray(array), config)
+        if len(index) == 2:  # experts go into one tensor
+            array = [*tensors.get(tensor, ()), array]
+        tensors[tensor] = array
+    return tensors, owners
+
+
 def write_gguf(
     path,
     model,
@@ -137,52 +156,49 @@ def write_gguf(
     quantize=gguf.quantize,
     vocabulary=None,
     extra=None,
+    architecture=None,
+    convert=lambda name, array, config: array,
 ):
     """A GGUF file of ``model``; kinds: parameter -> quantisation."""
     c = model.config
     arch = "qwen2" if c.attention_bias else "llama"
     arch = "qwen3" if c.qk_norm else arch
-    arch = "qwen3moe" if c.experts else arch
+    arch = architecture or ("qwen3moe" if c.experts else arch)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(c.layers)
     writer.add_context_length(77)
     writer.add_embedding_length(c.width)
-    writer.add_feed_forward_length(c.mlp_width)
+    if arch != "qwen35moe":
+        writer.add_feed_forward_length(c.mlp_width)
     writer.add_head_count(c.heads)
     writer.add_head_count_kv(c.kv_heads)
     writer.add_key_length(c.head_dim)
     writer.add_value_length(c.head_dim)
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_layer_norm_rms_eps(c.norm_eps)
+    add = {int: writer.add_uint32, float: writer.add_float32,
+           str: writer.add_string, list: writer.add_array}  # fmt: skip
     for key, value in (metadata or {}).items():
-        add = writer.add_uint32 if isinstance(value, int) else None
-        (add or writer.add_string)(key, value)
+        add[type(value)](key, value)
     if c.experts:
         writer.add_expert_count(c.experts)
         writer.add_expert_used_count(c.experts_per_token)
         writer.add_expert_feed_forward_length(c.expert_width)
     pre, merges, tokens, types = vocabulary or small_vocabulary(c.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_model("gpt2" if pre else "llama")
+    if pre:
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges(merges)
+    else:
+        writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_chat_template(
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    names = {n: k for k, n in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(names[arch], c.layers)
-    tensors, owners, rows = {}, {}, file_tensors(c)
-    for hub, array in disassemble(model):
-        name, index, _ = rows[hub]
-        stem = re.sub(r"experts\.\d+", "experts", hub)
-        tensor = table.get_name(stem, (".weight", ".bias"))
-        owners[tensor] = name
-        if len(index) == 2:  # experts go into one tensor
-            array = [*tensors.get(tensor, ()), array]
-        tensors[tensor] = array
+    tensors, owners = gguf_tensors(model, arch, convert)
     for tensor, array in (tensors | (extra or {})).items():
         name, array = owners.get(tensor), np.asarray(array)
         if permute and arch == "llama" and name in ("q", "k"):

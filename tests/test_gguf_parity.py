@@ -7,9 +7,9 @@ model shows that they are.
 
 import dataclasses
 
-import gguf
 import numpy as np
 import pytest
+from small_files import write_gguf
 from tiny_configs import MODELS, SHAPE, VOCAB
 from tiny_families import random, torch, transformers
 
@@ -18,7 +18,7 @@ from topd_jax.models.io.gguf import gguf_config, open_gguf
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 PIECES = [
-    "<pad>", "<eos>", "<bos>", "<unk>", *BYTES, "\n", "  ", "   ", "ab",
+    "<eos>", "<pad>", "<bos>", "<unk>", *BYTES, "\n", "  ", "   ", "ab",
     "\u2581a", "\u2581ab", "abc", "bc", "cc", "\u2581", "a", "b", "c", ".",
     "<turn>",
 ]  # fmt: skip
@@ -27,30 +27,32 @@ KINDS = [3, 3, 3, 2, *[6] * 256, *[4] * 3, *[1] * 11, 3]
 KINDS += [5] * (VOCAB - len(KINDS))
 TEXTS = ("ab abc  bccc.", "   a\nb  ", "caf\u00e9 <turn>ab")
 
+MERGES = ["a b", "ab c"]
+IDS = {"tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.unknown_token_id": 3}
 # Layers that predict further tokens, which are not read.
-FURTHER = "nextn_predict_layers"
+FURTHER = {f"blk.{i}.nextn.enorm.weight": np.ones(3, "f4") for i in (4, 5)}
 DELTA = {
     "ssm.conv_kernel": 3, "ssm.state_size": 6, "ssm.group_count": 2,
     "ssm.time_step_rank": 4, "ssm.inner_size": 40, "rope.dimension_count": 8,
     "full_attention_interval": 2, "rope.dimension_sections": [2, 1, 1, 0],
-}  # fmt: skip
-EXPERTS = {
-    "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24,
-    "expert_shared_feed_forward_length": 20,
 }  # fmt: skip
 WINDOW = {
     "attention.sliding_window": 5, "attention.sliding_window_pattern": 3,
     "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
     "rope.freq_base_swa": 300.0, "final_logit_softcapping": 3.0,
 }  # fmt: skip
-# name -> (architecture, metadata, base, other fields of the model)
+# name -> (architecture, metadata, other fields of the model)
 CASES = {
     "gemma3": (
-        "gemma3", WINDOW, 1e5,
+        "gemma3", WINDOW,
         {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
     ),
-    "qwen3.5": ("qwen35", DELTA | {FURTHER: 2}, 500.0, {}),
-    "qwen3.5-moe": ("qwen35moe", DELTA | EXPERTS, 500.0, {}),
+    "qwen3.5": (
+        "qwen35", DELTA | {"block_count": 6, "nextn_predict_layers": 2}, {},
+    ),
+    "qwen3.5-moe": (
+        "qwen35moe", DELTA | {"expert_shared_feed_forward_length": 20}, {},
+    ),
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def as_written(name, array, config):
         return array.squeeze(0)
     if not name.startswith("linear_attn."):
         return array + 1 if name.endswith("norm.weight") else array
-    keys, size = config.linear_num_key_heads, config.linear_value_head_dim
+    keys, size = config.delta_key_heads, config.delta_value_dim
     match name.removeprefix("linear_attn."):
         case "norm.weight":
             return array
@@ -81,71 +83,14 @@ def as_written(name, array, config):
         case "out_proj.weight":
             return by_turns(array.T, keys, size).T
         case _:  # queries and keys are left alone
-            start = 2 * keys * config.linear_key_head_dim
+            start = 2 * keys * config.delta_key_dim
             return by_turns(array, keys, size, start).squeeze()
-
-
-def split_experts(tensors):
-    """Files have gates and ups apart."""
-    for name, value in tensors.items():
-        stem = name.removesuffix("experts.gate_up_proj")
-        if stem == name:
-            yield name, value.numpy()
-            continue
-        for part, half in zip(("gate", "up"), value.chunk(2, 1), strict=True):
-            yield f"{stem}experts.{part}_proj", half.numpy()
-
-
-def write(path, architecture, model, metadata, base):
-    c, writer = model.config, gguf.GGUFWriter(path, architecture)
-    layers, further = c.num_hidden_layers, metadata.get(FURTHER, 0)
-    writer.add_block_count(layers + further)
-    for i in range(layers, layers + further):
-        writer.add_tensor(f"blk.{i}.nextn.enorm.weight", np.ones(3, np.float32))
-    writer.add_context_length(77)
-    writer.add_embedding_length(c.hidden_size)
-    if architecture != "qwen35moe":
-        writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_freq_base(base)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    add = {int: writer.add_uint32, float: writer.add_float32,
-           str: writer.add_string, list: writer.add_array}  # fmt: skip
-    for key, value in metadata.items():
-        add[type(value)](f"{architecture}.{key}", value)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(PIECES)
-    writer.add_token_scores([0.0] * VOCAB)
-    writer.add_token_types(KINDS)
-    if architecture != "gemma3":
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("qwen35")
-        writer.add_token_merges(["a b", "ab c"])
-    for number, kind in enumerate(("pad", "eos", "bos", "unk")):
-        getattr(writer, f"add_{kind}_token_id")(number)
-    numbers = {n: k for k, n in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(numbers[architecture], layers)
-    for name, array in split_experts(model.state_dict()):
-        if name == "lm_head.weight" and c.tie_word_embeddings:
-            continue
-        known = name.replace("attn.dt_bias", "attn.dt_proj.bias")
-        known += ".weight" if ".experts." in name else ""
-        tensor = table.get_name(known, (".weight", ".bias"))
-        array = as_written(name, array, c)
-        writer.add_tensor(tensor, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_converter_changes_is_undone(name, tmp_path):
     """The model is the one that transformers reads, and Gemma's tokenizer."""
-    architecture, metadata, base, more = CASES[name]
+    architecture, metadata, more = CASES[name]
     family, fields = MODELS[name]
     config = getattr(transformers, f"{family}TextConfig")
     theirs = random(
@@ -153,8 +98,14 @@ def test_what_the_converter_changes_is_undone(name, tmp_path):
         config(**SHAPE | fields | more),
     )
     theirs.save_pretrained(tmp_path / "hub")
-    path = tmp_path / "m.gguf"
-    write(path, architecture, theirs, metadata, base)
+    want, _ = load(tmp_path / "hub")
+    gemma = architecture == "gemma3"
+    path = write_gguf(
+        tmp_path / "m.gguf", want, architecture=architecture,
+        metadata=IDS | {f"{architecture}.{k}": v for k, v in metadata.items()},
+        vocabulary=(None if gemma else "qwen35", MERGES, PIECES, KINDS),
+        extra=FURTHER if name == "qwen3.5" else None, convert=as_written,
+    )  # fmt: skip
     reader = {"gguf_file": path.name, "dtype": torch.float32}
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **reader)
     tensors = back.state_dict()
@@ -162,12 +113,11 @@ def test_what_the_converter_changes_is_undone(name, tmp_path):
         np.testing.assert_allclose(tensors.pop(key), value, atol=1e-6)
     assert not tensors
 
-    want, _ = load(tmp_path / "hub")
     got, tokenizer = load(path)
     assert got.config == want.config
     for key, array in want.arrays.items():
         np.testing.assert_allclose(got.arrays[key], array, atol=1e-6)
-    if architecture != "gemma3":  # byte-level, in test_gguf.py
+    if not gemma:  # byte-level, in test_gguf.py
         return
     same = transformers.AutoTokenizer.from_pretrained(tmp_path, **reader)
     for text in TEXTS:
