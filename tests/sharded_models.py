@@ -1,12 +1,11 @@
 """Models on eight simulated devices against one; run by test_sharded.
 
-    python sharded_models.py experts|quantized|foreign|flash|decode
+    python sharded_models.py experts|quantized|foreign|flash
 
 experts: logits, gradients and the text of a rollout of a mixture. quantized:
 its integers, and what they compute. foreign: a step and a rollout of a
 function. flash: a step by the attention kernels, interpreted; each device
-reads the rows, heads and queries that it has. decode: rollouts by the decoding
-kernel; each device reads the rows and heads that it has.
+reads the rows, heads and queries that it has.
 """
 
 import math
@@ -18,7 +17,6 @@ import numpy as np
 from conftest import EOS, PAD, make_model, make_trajectories
 from foreign_model import make_foreign
 from interpreted import interpreted_kernels
-from sharded_rollout import CONFIG, IDS, prompts
 from sharded_step import (
     MIXTURE,
     TOPD,
@@ -27,26 +25,20 @@ from sharded_step import (
     place,
     run,
     run_mixture,
+    spread,
 )
 from small_files import logits_of, make
 from test_experts import CONFIG as PLAIN
 
-from topd_jax.models import fingerprint, init_decoder
+from topd_jax.models import fingerprint
 from topd_jax.models.quantization import quantize, quantizer
-from topd_jax.parallel.sharding import (
-    batch_shardings,
-    make_mesh,
-)
+from topd_jax.parallel.sharding import make_mesh
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
 
 EXPERTS = PLAIN.replace(
     sinks=True, expert_biases=True, swiglu_limit=2.0, shared_expert_width=8,
 )  # fmt: skip
-
-
-def spread(batch, mesh):
-    return jax.device_put(batch, batch_shardings(batch, mesh))
 
 
 def tokens_on(mesh):
@@ -153,38 +145,9 @@ def flash():
         print(f"same on {shape}: {sorted(read)}", flush=True)
 
 
-def decode():
-    def written(model, batch, rules="train"):
-        return rollout(
-            model, batch, jax.random.key(1), max_new_tokens=9, samples=2,
-            sharding=rules, **IDS,
-        )  # fmt: skip
-
-    want = written(init_decoder(CONFIG, jax.random.key(0)), prompts())
-    model = init_decoder(CONFIG.replace(attention="flash"), jax.random.key(0))
-    mixed = dict(data=2, fsdp=2, tensor=2)
-    # (Rows, kv heads) of a device: None where the heads and their keys would
-    # part, and the kernel is left aside.
-    for shape, rules, part in (
-        (mixed, "train", (8, 1)),
-        (dict(data=4, fsdp=1, tensor=2), "tensor", (8, 1)),
-        (mixed, "rows", (8, 1)),
-        (mixed, "tensor", None),
-    ):
-        mesh = make_mesh(**shape)
-        with jax.set_mesh(mesh), interpreted_kernels() as calls:
-            batch = spread(prompts(), mesh)
-            got = written(place(model, mesh), batch, rules)
-        held = {(s[1][1], s[1][2]) for name, s, _ in calls if name == "read"}
-        np.testing.assert_array_equal(got.tokens, want.tokens)
-        np.testing.assert_allclose(got.logp, want.logp, atol=2e-4)
-        assert held == ({part} if part else set()), held
-        print(f"same on {shape} {rules}: {sorted(held)}", flush=True)
-
-
 if __name__ == "__main__":
     assert jax.device_count() == 8
     {
         function.__name__: function
-        for function in (experts, quantized, foreign, flash, decode)
+        for function in (experts, quantized, foreign, flash)
     }[sys.argv[1]]()

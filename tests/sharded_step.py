@@ -49,6 +49,10 @@ def place(model, mesh):
     return jax.device_put(model, shards)
 
 
+def spread(batch, mesh):
+    return jax.device_put(batch, sharding.batch_shardings(batch, mesh))
+
+
 def run(
     mesh, objective, models=None, rows=None, accumulate=1, **scoring
 ) -> tuple:
@@ -57,7 +61,7 @@ def run(
         make_model(0), make_model(1, layers=3, width=24)
     )  # fmt: skip
     rows = make_trajectories(rows=16) if rows is None else rows
-    rows = jax.device_put(rows, sharding.batch_shardings(rows, mesh))
+    rows = spread(rows, mesh)
     optimizer = optax.sgd(1.0)
     # Of three prompts the second teacher has two.
     teachers = tuple(

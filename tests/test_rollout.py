@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import on_eight_devices
 from conftest import VOCAB, make_model
 from flax import struct
 
@@ -271,8 +270,3 @@ def test_checks_are_not_compiled_unless_asked_for(student):
         patch.setattr(rollouts, "check_prompt_values", lambda *args: None)
         jax.clear_caches()
         assert operations() == plain
-
-
-@pytest.mark.slow
-def test_eight_devices_equal_one():
-    assert "equal" in on_eight_devices("sharded_rollout.py")

@@ -25,7 +25,9 @@ OTHER = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=AUTO)
         ("models", "quantized", 2),
         ("models", "foreign", 2),
         ("models", "flash", 3),
-        ("models", "decode", 4),
+        ("rollout", "rollouts", 6),
+        ("rollout", "slots", 4),
+        ("rollout", "decode", 4),
     ],
 )
 def test_eight_devices_compute_what_one_does(script, which, count):

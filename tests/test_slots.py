@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import on_eight_devices
 from conftest import make_model
 from interpreted import interpreted_kernels
 from small_run import refusal_of, settings_with
@@ -125,8 +124,3 @@ def test_slots_that_save_nothing_or_do_not_divide_are_one_line():
     assert "(4); try 8" in said
     with pytest.raises(ValueError, match="slots=-1 must be at least 1"):
         rollout(make_model(0), some_prompts(), KEY, slots=-1, **RUN)
-
-
-@pytest.mark.slow
-def test_eight_devices_equal_one():
-    assert "equal" in on_eight_devices("sharded_slots.py")
