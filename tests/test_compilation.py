@@ -4,6 +4,7 @@ import json
 import types
 
 import jax
+import numpy as np
 import pytest
 from children import run_script
 
@@ -61,6 +62,19 @@ def test_no_choice_is_refused(home):
 def test_a_directory_that_the_user_set_stays(home, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "mine"))
     assert compilation.keep_compiled() == home / "mine"
+
+
+def test_only_gathers_at_every_token_of_a_tpu_are_not_fused():
+    def told(platform, sharding):
+        device = types.SimpleNamespace(platform=platform)
+        mesh = types.SimpleNamespace(devices=np.array([[device]]))
+        return compilation.decoding_options(mesh, sharding)
+
+    assert told("tpu", "train") == {
+        "xla_tpu_enable_async_collective_fusion": False
+    }
+    assert not told("tpu", "rows") and not told("cpu", "train")
+    assert not compilation.decoding_options(None, "train")
 
 
 @pytest.mark.parametrize(

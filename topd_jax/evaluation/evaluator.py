@@ -33,6 +33,7 @@ from topd_jax.models.lora import merge_lora
 from topd_jax.models.passes import trajectory_states
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.batches import spread_rows
+from topd_jax.parallel.compilation import decoding_options
 from topd_jax.parallel.hosts import from_first, on_host
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.sharding import constrain_rows, spec_on
@@ -175,7 +176,11 @@ class Evaluator:
             pad_id=self.tokenizer.pad_id,
         )
         rows = NamedSharding(self.mesh, spec_on(self.mesh, ("batch",)))
-        return jax.jit(functools.partial(write, **options), out_shardings=rows)
+        return jax.jit(
+            functools.partial(write, **options),
+            out_shardings=rows,
+            compiler_options=decoding_options(self.mesh, self.rollout.sharding),
+        )
 
     @functools.cached_property
     def comparer(self) -> Callable[..., dict]:

@@ -19,6 +19,7 @@ from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import NearFuture, Objective, Transport
 from topd_jax.parallel import hosts
 from topd_jax.parallel.batches import spread_rows
+from topd_jax.parallel.compilation import decoding_options
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings, check_fits
 from topd_jax.training.score import score
@@ -94,7 +95,8 @@ def observe(
     look = functools.partial(
         score, branch_sharding=settings.rollout.branch_sharding, **ids
     )
-    writer = jax.jit(writer)
+    told = decoding_options(setup.mesh, settings.rollout.sharding)
+    writer = jax.jit(writer, compiler_options=told)
     looks = [jax.jit(functools.partial(look, objective=o)) for o in objectives]
     stream = stream_key(jax.random.key(settings.seed), Stream.OBSERVE)
     size = settings.eval.batch_size

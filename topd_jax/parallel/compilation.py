@@ -1,4 +1,4 @@
-"""Keep compiled programs between runs, on this machine.
+"""Keep compiled programs between runs, on this machine; compiler options.
 
 JAX can read a program that an earlier process compiled. It tells programs
 apart by what they compute and by its own version, not by the processor that
@@ -17,6 +17,7 @@ import sys
 
 import jax
 import jaxlib
+from jax.sharding import Mesh
 
 # Programs that compile faster are not worth a file, seconds.
 _WORTH_KEEPING = 0.2
@@ -58,6 +59,28 @@ def keep_compiled(choice: str = "auto") -> pathlib.Path | None:
         "jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING
     )
     return folder
+
+
+def decoding_options(mesh: Mesh | None, sharding: str) -> dict[str, bool]:
+    """Return the compiler's options for a program that writes tokens.
+
+    Where one turn of a loop gathers the parameters of several layers for a
+    single token (recurrent layers beside attention, or ``unroll``), libtpu
+    0.0.52 may fail once it fuses the gathers with other work: "INTERNAL:
+    async-collective-start overlaps with another chunk". A token computes too
+    little to hide a gather behind, so they are not fused.
+
+    Args:
+      mesh: of the devices that the program is compiled for; None is one.
+      sharding: ``rollout.sharding``; only "train" gathers at every token.
+
+    Returns:
+      ``compiler_options`` of :func:`jax.jit`.
+    """
+    on_tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    if sharding != "train" or not on_tpu:
+        return {}
+    return {"xla_tpu_enable_async_collective_fusion": False}
 
 
 def machine_key() -> str:

@@ -19,6 +19,7 @@ from topd_jax.data.templates import teacher_width
 from topd_jax.evaluation.evaluator import write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import sharding
+from topd_jax.parallel.compilation import decoding_options
 from topd_jax.training.compiled import (
     Compiled,
     compile_phases,
@@ -94,6 +95,8 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
         vocab_size=min(shape.vocab_size for shape in shapes),
         **ids,
     )
+    told = decoding_options(mesh, settings.rollout.sharding)
+    writer = jax.jit(sampler, compiler_options=told)
     asked = (student, questions, key, jax.ShapeDtypeStruct((), jnp.float32))
     # Teachers and train state are always there.
     held = (models.state, teachers, models.frozen)
@@ -105,7 +108,7 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     read = (student, teachers, rows)
     every |= {
         "statistics": Call(step.statistics, read, every["train_step"].live),
-        "evaluate": Call(jax.jit(sampler), asked, (*held, questions)),
+        "evaluate": Call(writer, asked, (*held, questions)),
     }
     if slots:
         every |= _in_slots(every, settings, mesh, slots, sampler)
@@ -153,7 +156,10 @@ def _in_slots(
         writers["rollout"] = teachers[0].model, settings.writing, rows
     return {
         name: Call(
-            jax.jit(functools.partial(sampler, options=options)),
+            jax.jit(
+                functools.partial(sampler, options=options),
+                compiler_options=decoding_options(mesh, options.sharding),
+            ),
             (model, prompts, key),
             run[name].live,
             rows / slots,

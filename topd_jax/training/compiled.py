@@ -23,6 +23,7 @@ from topd_jax.data.teachers import (
 from topd_jax.evaluation.evaluator import compare, write
 from topd_jax.evaluation.metrics import statistics as compare_tokens
 from topd_jax.objectives.objective import Objective
+from topd_jax.parallel.compilation import decoding_options
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.sharding import spec_on, tree_shardings
 from topd_jax.training.config import OptimizerSettings, Settings
@@ -189,8 +190,9 @@ def compile_step(
         )  # fmt: skip
     rollout, read, step, statistics = stages
     rows, scored = _row_shardings(mesh, teachers)
+    told = decoding_options(mesh, settings.rollout.sharding)
     return Compiled(
-        jax.jit(rollout, out_shardings=rows),
+        jax.jit(rollout, out_shardings=rows, compiler_options=told),
         jax.jit(read, out_shardings=scored),
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         jax.jit(statistics),

@@ -26,6 +26,7 @@ from topd_jax.data.templates import require_same_prompts
 from topd_jax.evaluation.evaluator import write
 from topd_jax.parallel import hosts, lock
 from topd_jax.parallel.batches import spread_rows
+from topd_jax.parallel.compilation import decoding_options
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
@@ -184,6 +185,9 @@ def _written(
         ),
         # Whole in every process, before the next batch is dispatched.
         out_shardings=NamedSharding(setup.mesh, PartitionSpec()),
+        compiler_options=decoding_options(
+            setup.mesh, settings.writing.sharding
+        ),
     )
 
     def begin(place: int) -> Trajectories:
