@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PAD, make_trajectories
+from conftest import PAD
 from small_files import make
 
 from topd_jax.models import DecoderConfig, causal_mask, unembed
-from topd_jax.models.attention import core
 from topd_jax.models.attention.core import (
     MaskSpec,
     attend,
@@ -23,8 +22,8 @@ from topd_jax.models.attention.masks import (
     causal_intervals,
     packed_intervals,
 )
-from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.types import Candidates, Prompts, completion_states, positions_of
+from topd_jax.sampling import rollout
+from topd_jax.types import Prompts, completion_states, positions_of
 
 CONFIG = DecoderConfig(
     vocab_size=40, layers=3, width=16, heads=4, kv_heads=2, head_dim=8,
@@ -199,46 +198,6 @@ def test_rollout_equals_reading_it_again(config):
         jax.nn.log_softmax(logits), written.tokens[..., None], -1
     )[..., 0]
     np.testing.assert_allclose(written.logp, want, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("config", "few"),
-    [*((config, 0.5) for config in WAYS), (GPT_OSS.replace(unroll=3), 9.0)],
-)
-def test_branches_equal_reading_their_text(config, few, monkeypatch):
-    """Their keys apart from the prefix, or where few are behind it, with it."""
-    monkeypatch.setattr(core, "_FEW_BEHIND", few)
-    model = make(config)
-    written = make_trajectories(rows=3)
-    candidates = Candidates(
-        jnp.array([[0, 2, 3], [1, 2, 3], [0, 1, 3]]), jnp.ones((3, 3), bool)
-    )
-    extra = branch_columns(3, 5)
-    rows, length = written.sequence.shape
-    mask = causal_mask(written.sequence_mask)
-    hidden, cache = jax.jit(lambda model, *read: model(*read))(
-        model,
-        written.sequence,
-        written.positions,
-        jnp.pad(mask, ((0, 0), (0, 0), (0, extra))),
-        model.init_cache(rows, length + extra),
-    )
-    windows, states = branch(
-        model, cache, completion_states(hidden, 5), written, candidates,
-        length=5, eos_ids=(), pad_id=PAD, return_hidden=True,
-        vocab_size=model.head.shape[0],
-    )  # fmt: skip
-    texts, masks = [], []
-    for row, slot in np.ndindex(3, 3):
-        end = 5 + int(candidates.positions[row, slot])
-        pad = (8 - end, 0)
-        branched = np.asarray(windows.tokens[row, slot, :-1])
-        prefix = np.pad(written.sequence[row, :end], pad)
-        texts.append(np.concatenate([prefix, branched]))
-        prefix = np.pad(written.sequence_mask[row, :end], pad)
-        masks.append(np.concatenate([prefix, np.ones(4, bool)]))
-    want = jax.jit(forward)(model, np.stack(texts), np.stack(masks))[:, 7:]
-    np.testing.assert_allclose(states, want.reshape(states.shape), atol=1e-5)
 
 
 def test_programs_do_not_grow_with_depth():

@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PAD, VOCAB, make_trajectories
+from conftest import PAD, VOCAB, make_model, make_trajectories
+from foreign_model import make_foreign
+from small_files import RECURRENT, make
+from test_attention import GPT_OSS, WAYS, forward
 
 from topd_jax.models import unembed
-from topd_jax.models.passes import trajectory_cache
-from topd_jax.sampling import branch, branch_columns, checked, rollout
-from topd_jax.types import Candidates, Prompts
+from topd_jax.models.attention import core
+from topd_jax.models.passes import branch_states, trajectory_cache
+from topd_jax.sampling import branch, branch_columns, checked
+from topd_jax.types import Candidates
 
 K = 6
 # With a fifth of the ids as ends, about half of the windows are cut short.
@@ -41,38 +45,61 @@ def look_ahead(model, rows, candidates, **settings):
     return branch(model, cache, hidden, rows, candidates, **settings)
 
 
-def prefixes(rows, candidates) -> Prompts:
-    """Every prompt + y_{<t} as a prompt of its own, [B * M] rows."""
-    tokens, mask = [], []
-    sequence, exists = map(np.asarray, (rows.sequence, rows.sequence_mask))
-    columns = sequence.shape[1]
-    for row, positions in enumerate(np.asarray(candidates.positions)):
-        for t in positions:
-            end = rows.prompt.shape[1] + t
-            prefix = sequence[row, :end][exists[row, :end]]
-            pad = columns - len(prefix)
-            tokens.append(np.r_[np.zeros(pad, int), prefix])
-            mask.append(np.arange(columns) >= pad)
-    return Prompts(jnp.asarray(np.stack(tokens)), jnp.asarray(np.stack(mask)))
-
-
-def test_branch_equals_re_prefill(student, rows, candidates):
-    windows, states = look_ahead(student, rows, candidates, return_hidden=True)
-    alone = rollout(
-        student, prefixes(rows, candidates), jax.random.key(0),
-        max_new_tokens=K, temperature=0.0, eos_ids=RUN["eos_ids"], pad_id=PAD,
+def texts(rows, candidates, windows):
+    """Prompt, y_{<t} and branch of every candidate: tokens, and which exist."""
+    start, columns = rows.prompt.shape[1], rows.sequence.shape[1]
+    parts = (
+        (rows.sequence, windows.tokens), (rows.sequence_mask, windows.mask)
     )  # fmt: skip
-    used = np.asarray(candidates.mask)
-    mask = np.asarray(alone.mask).reshape(4, 3, K) & used[..., None]
-    tokens = np.where(mask, np.asarray(alone.tokens).reshape(4, 3, K), 0)
-    np.testing.assert_array_equal(windows.mask, mask)
-    np.testing.assert_array_equal(windows.tokens, tokens)
-    lengths = mask.sum(-1)[used]
-    assert lengths.min() < K == lengths.max(), "both kinds of ends are tested"
+    read, behind = (np.asarray(x) for x in zip(*parts, strict=True))
+    out = np.zeros((2, 4, 3, columns + K), int)
+    out[..., columns:] = behind
+    for row, m in np.ndindex(4, 3):
+        end = start + int(candidates.positions[row, m])
+        out[:, row, m, columns - end : columns] = read[:, row, :end]
+    tokens, exists = out.reshape(2, 12, -1)
+    return tokens, exists > 0
 
-    hidden, _ = read(student, alone, alone.sequence.shape[1])
-    hidden = np.where(mask[..., None], hidden.reshape(4, 3, K, -1), 0)
-    np.testing.assert_allclose(states, hidden, atol=1e-5)
+
+MADE = (*WAYS, GPT_OSS.replace(unroll=3), RECURRENT)
+MODELS = [lambda: make_model(0), make_foreign]
+MODELS += [functools.partial(make, config) for config in MADE]
+APART = functools.partial(make, RECURRENT.replace(unroll=4))
+
+
+@pytest.mark.parametrize(
+    "build", [*MODELS, pytest.param(APART, marks=pytest.mark.slow)]
+)
+def test_branches_equal_reading_their_text(
+    build, rows, candidates, monkeypatch
+):
+    """Their keys apart from the prefix, or where few are behind it, with it."""
+    few = 9.0 if build is MODELS[5] else 0.5
+    monkeypatch.setattr(core, "_FEW_BEHIND", few)
+    model = build()
+    ids = model.head.shape[0]
+    windows, written = look_ahead(
+        model, rows, candidates, return_hidden=True, vocab_size=ids
+    )
+    mask = np.asarray(windows.mask)
+    alone = jax.jit(forward)(model, *texts(rows, candidates, windows))
+    alone = alone[:, -K - 1 : -1].reshape(4, 3, K, -1)
+    likeliest = np.asarray(unembed(model.head, alone).argmax(-1))
+    np.testing.assert_array_equal(windows.tokens, np.where(mask, likeliest, 0))
+    ends = np.isin(likeliest, RUN["eos_ids"])
+    used = np.asarray(candidates.mask)[..., None]
+    np.testing.assert_array_equal(mask, used & (ends.cumsum(-1) - ends == 0))
+    lengths = mask.sum(-1)[used[..., 0]]
+    if build is MODELS[0]:
+        assert lengths.min() < K == lengths.max(), "some end and some do not"
+    states, along = jax.jit(branch_states)(model, rows, candidates, windows)
+    kept = np.where(mask[..., None], alone, 0)
+    np.testing.assert_allclose(written, kept, 1e-4, 1e-5)
+    np.testing.assert_allclose(along[mask], alone[mask], 1e-4, 1e-5)
+    hidden, cache = read(model, rows, rows.sequence.shape[1])
+    np.testing.assert_allclose(states, hidden, 1e-4, 1e-5)
+    # The states of all prefixes would not fit.
+    assert (cache is None) == (build in (MODELS[6], APART))
 
 
 def test_branches_do_not_see_each_other_nor_what_follows(

@@ -19,11 +19,11 @@ from topd_jax.models import (
     in_compute_dtype,
     unembed,
 )
-from topd_jax.models.passes import trajectory_cache, trajectory_states
+from topd_jax.models.passes import trajectory_states
 from topd_jax.objectives.loading import make_objective
-from topd_jax.sampling import branch, branch_columns, rollout
+from topd_jax.sampling import rollout
 from topd_jax.training.step import init_state, train_step
-from topd_jax.types import Candidates, Prompts, completion_states
+from topd_jax.types import Prompts, completion_states
 
 K = 4
 TOPD = "topd(candidates=2, window=4)"
@@ -68,31 +68,6 @@ def test_samples_and_growing_columns_keep_rows_apart():
     np.testing.assert_array_equal(rows.tokens, likeliest)
     np.testing.assert_array_equal(rows.tokens[0], rows.tokens[1])
     assert (rows.tokens[0] != rows.tokens[2]).any()
-
-
-def test_branch_equals_re_prefill(foreign):
-    rows = make_trajectories(rows=4, completion=9)
-    candidates = Candidates(
-        jnp.array([[0, 2, 3], [1, 2, 3], [0, 1, 3], [2, 0, 0]]),
-        jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 0]], bool),
-    )
-    columns = rows.sequence.shape[1] + branch_columns(3, K)
-    hidden, cache = jax.jit(trajectory_cache, static_argnums=2)(
-        foreign, rows, columns
-    )
-    np.testing.assert_allclose(hidden, states(foreign, rows), atol=1e-5)
-    windows, _ = branch(
-        foreign, cache, hidden, rows, candidates, length=K,
-        vocab_size=foreign.head.shape[0], **IDS,
-    )  # fmt: skip
-    for b, m in np.argwhere(np.asarray(candidates.mask)):
-        end = int(candidates.positions[b, m])
-        text = jnp.concatenate(
-            [rows.prompt[b][rows.prompt_mask[b]], rows.tokens[b, :end]]
-        )[None]
-        alone = greedy(foreign, Prompts(text, jnp.ones_like(text, bool)), K)
-        np.testing.assert_array_equal(windows.tokens[b, m], alone.tokens[0])
-        np.testing.assert_array_equal(windows.mask[b, m], alone.mask[0])
 
 
 @pytest.mark.parametrize("context", ["teacher", "student"])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_trajectories
 from small_files import RECURRENT, adapted, assert_same, logits_of, make
 
 from topd_jax.models import Lora, causal_mask, merge_lora, unembed
@@ -20,7 +19,6 @@ from topd_jax.models.attention.masks import (
 from topd_jax.models.decoder import drop_layers
 from topd_jax.models.io.peft import load_adapter, save_adapter
 from topd_jax.models.parameters import arrays_of
-from topd_jax.models.passes import branch_states, trajectory_cache
 from topd_jax.models.quantization import dequantize, quantize
 from topd_jax.models.recurrence import (
     TokenOrder,
@@ -28,9 +26,9 @@ from topd_jax.models.recurrence import (
     read_tokens,
     token_order,
 )
-from topd_jax.sampling import branch, rollout
+from topd_jax.sampling import rollout
 from topd_jax.sampling.layerwise import unstack
-from topd_jax.types import Candidates, Prompts
+from topd_jax.types import Prompts
 
 UNROLLED = dataclasses.replace(RECURRENT, unroll=4)
 BOTH = pytest.mark.parametrize(
@@ -207,42 +205,6 @@ def test_layers_apart_keep_each_its_own(branches):
         np.testing.assert_allclose(
             apart[layer].inputs, kept.inputs[i], atol=1e-5
         )
-
-
-@BOTH
-def test_branches_start_from_their_prefix(config):
-    """What is written and read along branches, against each prefix alone."""
-    model, rows = make(config), make_trajectories(rows=2, completion=7)
-    positions = jnp.minimum(
-        jnp.array([[0, 3], [1, 5]]), rows.mask.sum(1)[:, None] - 1
-    )
-    candidates = Candidates(positions, jnp.ones((2, 2), bool))
-    length, start = 4, rows.prompt.shape[1]
-    hidden, cache = jax.jit(trajectory_cache, static_argnums=2)(
-        model, rows, start + 7 + 2 * (length - 1)
-    )
-    assert cache is None, "the states of all prefixes would not fit"
-    windows, written = branch(
-        model, cache, hidden, rows, candidates, length=length, eos_ids=(),
-        pad_id=0, vocab_size=config.vocab_size, return_hidden=True,
-    )  # fmt: skip
-    states, along = jax.jit(branch_states)(model, rows, candidates, windows)
-    np.testing.assert_allclose(states, hidden, atol=1e-4)
-    np.testing.assert_allclose(along, written, atol=1e-4)
-    alone = np.zeros((2, 2, 2, start + 7 + length), int)  # tokens, and if any
-    for row, m in np.ndindex(2, 2):
-        end = start + int(positions[row, m])
-        alone[row, m, :, -length:] = windows.tokens[row, m], np.ones(length)
-        alone[row, m, 0, -length - end : -length] = rows.sequence[row, :end]
-        alone[row, m, 1, -length - end : -length] = rows.sequence_mask[
-            row, :end
-        ]
-    tokens, exists = np.moveaxis(alone.reshape(4, 2, -1), 1, 0)
-    want = logits_of(model, jnp.asarray(tokens), jnp.asarray(exists > 0))
-    got = unembed(model.head, along.reshape(4, length, -1))
-    np.testing.assert_allclose(got, want[:, -length - 1 : -1], atol=1e-4)
-    greedy = windows.tokens.reshape(4, length)
-    np.testing.assert_array_equal(greedy, got.argmax(-1))
 
 
 def test_layers_kept_are_those_of_their_kind():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from conftest import EOS, PAD, VOCAB, make_model, make_trajectories
 from jax.test_util import check_grads
+from test_branch import look_ahead
 
 from topd_jax.models import causal_mask, from_function
-from topd_jax.sampling import branch, branch_columns, rollout
-from topd_jax.types import Candidates, Prompts, completion_states
+from topd_jax.sampling import rollout
+from topd_jax.types import Candidates, Prompts
 
 
 def mean_of_visible(params, tokens, positions, mask, cache):
@@ -37,19 +38,9 @@ def written_by(model):
     candidates = Candidates(
         jnp.array([[0, 1], [2, 0], [1, 2]]), jnp.ones((3, 2), bool)
     )
-    extra = branch_columns(2, 4)
-    count, length = rows.sequence.shape
-    mask = jnp.pad(
-        causal_mask(rows.sequence_mask), ((0, 0), (0, 0), (0, extra))
-    )
-    hidden, cache = model(
-        rows.sequence, rows.positions, mask,
-        model.init_cache(count, length + extra),
-    )  # fmt: skip
-    windows, _ = branch(
-        model, cache, completion_states(hidden, rows.prompt.shape[1]), rows,
-        candidates, length=4, eos_ids=(EOS,), pad_id=PAD, temperature=1.0,
-        key=jax.random.key(2), vocab_size=model.head.shape[0],
+    windows, _ = look_ahead(
+        model, rows, candidates, length=4, eos_ids=(EOS,), temperature=1.0,
+        key=jax.random.key(2),
     )  # fmt: skip
     return rows, windows
 
