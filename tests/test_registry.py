@@ -293,6 +293,7 @@ REFUSED = [
     ),
     ("glm4", "partial_rotary_factor", 1.5),
     ("glm4", "rotary_dim=3 must be even", {"partial_rotary_factor": 0.45}),
+    ("glm4", "rotary_dim=0 must be even", {"partial_rotary_factor": 0.01}),
     (
         "llama",
         "partial_rotary_factor",

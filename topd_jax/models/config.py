@@ -219,7 +219,8 @@ class DecoderConfig:
             )
         if self.rotary_dim == self.head_dim:  # one spelling of "all"
             object.__setattr__(self, "rotary_dim", None)
-        turned = self.rotary_dim or self.head_dim
+        turned = self.rotary_dim
+        turned = self.head_dim if turned is None else turned
         if turned % 2 or not 2 <= turned <= self.head_dim:
             raise ValueError(
                 f"rotary_dim={turned} must be even and in 2..{self.head_dim}, "
