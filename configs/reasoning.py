@@ -8,7 +8,7 @@ topd solve --config reasoning_stage1 --workdir runs/reasoning/wrong --habit 0.95
 topd train --config reasoning_stage1 --workdir runs/reasoning/teacher
     --config.offline.path=runs/reasoning/right
 topd train --config reasoning_stage1 --workdir runs/reasoning/student
-    --config.offline.path=runs/reasoning/wrong
+    --config.offline.path=runs/reasoning/wrong --config.train.steps=150
 topd sweep --config reasoning --workdir runs/reasoning/sweep
 
 Rerun one to resume; the sweep goes on run by run. topd eval grades a student on
@@ -47,15 +47,15 @@ def get_config() -> ConfigDict:
     config.rollout.max_new_tokens = 64
 
     config.objective = "opd"
-    config.optimizer.learning_rate = 3e-5
-    config.train.steps = 100
+    config.optimizer.learning_rate = 1e-4
+    config.train.steps = 30
     config.log.statistics_every = 0
     config.log.tensorboard = False
-    config.eval.every = 25
+    config.eval.every = 0
     config.eval.problems = 50
-    config.eval.final_problems = 200
+    config.eval.final_problems = 100
     config.eval.batch_size = 50
-    config.checkpoint.every = 10
+    config.checkpoint.every = 30
 
     config.sweep.variants = (
         "opd",

@@ -21,4 +21,5 @@ def get_config() -> ConfigDict:
 
     config.optimizer.learning_rate = 2e-4
     config.train.steps = 200
+    config.eval.every = config.checkpoint.every = 50
     return config
