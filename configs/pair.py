@@ -3,8 +3,9 @@
 topd train --config pair --workdir runs/mine --config.teacher.source=TEACHER
     --config.student.source=STUDENT --config.data.path=questions.jsonl
 
-Sizes are for models of some billions of parameters on a few accelerators:
-topd plan --config pair with the same flags tells what they need on a TPU.
+With --config.teacher.source=student give --config.teacher.param_dtype=float32,
+the student's. Sizes are for models of some billions of parameters on a few
+accelerators: topd plan --config pair with the same flags tells what they need.
 """
 
 from ml_collections import ConfigDict

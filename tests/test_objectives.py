@@ -112,6 +112,7 @@ def test_one_objective_has_one_description():
 
     assert (bound(1), bound(np.inf)) == (1, "inf")
     assert bound(np.float32(0.5)) == bound(jnp.array(0.5)) == 0.5
+    assert bound(jax.random.key(1)) != bound(jax.random.key(2))
     assert bound(np.ones(3)) == bound(np.ones(3)) != bound(np.arange(3.0))
     for text in different:
         name, options = loading.parse(text)

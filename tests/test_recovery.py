@@ -58,7 +58,7 @@ def test_a_finished_run_can_be_made_longer(settings, setup, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"steps=4 must be at least 7, the st"):
         run_in(settings, tmp_path, setup)
     lower = changed(longer, "optimizer", learning_rate=1e-4)
-    with pytest.raises(ValueError, match=r"is finished at train.steps=7, with"):
+    with pytest.raises(ValueError, match=r"is finished at train.steps=7; this"):
         run_in(lower, tmp_path, setup)
 
 
@@ -103,9 +103,16 @@ def test_the_best_student_of_steps_that_are_made_again_is_dropped(
     assert saved_arrays(tmp_path, "best")[1] == 3
     lower = changed(settings, "optimizer", learning_rate=1e-4)
     shutil.copytree(tmp_path / "best", tmp_path / "unsaved" / "best")
-    for folder, step in ((tmp_path, 2), (tmp_path / "unsaved", 0)):
-        run = run_in(lower, folder, setup)
-        assert (run.step, run.best.latest()) == (step, None)
+    run = run_in(lower, tmp_path, setup)
+    assert (run.step, run.best.latest()) == (2, None)
+    # Where nothing else is saved, it stays until there is another.
+    alone = tmp_path / "unsaved"
+    run = run_in(lower, alone, setup)
+    assert (run.step, run.best.latest()) == (0, 3)
+    before, _ = saved_arrays(alone, "best")
+    run.train()
+    after, step = saved_arrays(alone, "best")
+    assert step == 3 and any((after[k] != before[k]).any() for k in after)
 
 
 # --- rolled back ----------------------------------------------------------

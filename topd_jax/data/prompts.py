@@ -243,7 +243,8 @@ class Stream:
             raise ValueError(
                 f"the checkpoint was made with other {self._kind} (fingerprint "
                 f"{there} there, {self._mark} here); use another --workdir, or "
-                f"the {self._kind} it was started with"
+                "the data.path or offline.path it was started with (earlier "
+                "versions kept prompts that are held out as well)"
             )
         # Of prompts, older checkpoints have the number alone.
         self._batches.set_state(state.get("batches", state))

@@ -137,8 +137,8 @@ def read_records(
     train = without(held_out, rest)
     if not train:
         raise ValueError(
-            f"data.held_out={count} of {data.path} ask all that the others "
-            "do; lower it, or give data.eval_path"
+            f"every training prompt of {data.path} is also one of the first "
+            f"data.held_out={count}; lower it, or give data.eval_path"
         )
     return train, held_out, held_out
 
@@ -154,7 +154,7 @@ def without(held_out: Sequence[Record], records: Sequence[Any]) -> list[Any]:
     kept = [r for r in records if r["prompt"] not in asked]
     if len(kept) < len(records):
         logging.warning(
-            "%d of %d training prompts are held out as well: left out",
+            "%d of %d records have a prompt that is held out: left out",
             len(records) - len(kept), len(records),
         )  # fmt: skip
     return kept

@@ -22,7 +22,7 @@ _MARK = "\ue000"
 # What templates are told is today (Llama's own default): with the real day a
 # run that resumes, or another process, would have other prompts.
 _TODAY = datetime.datetime(2024, 7, 26)
-_DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DAY = re.compile(r"""strftime_now\((?:\s*format\s*=)?\s*(["'])(.*?)\1\s*\)""")
 
 
 class Tokenizer(Protocol):

@@ -219,8 +219,7 @@ class DecoderConfig:
             )
         if self.rotary_dim == self.head_dim:  # one spelling of "all"
             object.__setattr__(self, "rotary_dim", None)
-        turned = self.rotary_dim
-        turned = self.head_dim if turned is None else turned
+        turned = self.head_dim if self.rotary_dim is None else self.rotary_dim
         if turned % 2 or not 2 <= turned <= self.head_dim:
             raise ValueError(
                 f"rotary_dim={turned} must be even and in 2..{self.head_dim}, "

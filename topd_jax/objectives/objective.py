@@ -137,10 +137,10 @@ def false_alarms(false_alarm: jax.Array) -> jax.Array:
 class NearFuture:
     """Choose which tokens are looked at, how far, and what parts (§3).
 
-    The student's window is what it wrote, so at the end of a row that its limit
-    cut it is shorter than the teacher's, and to transport as far from it as the
-    part that is missing. One candidate of a whole batch is never above its own
-    percentile: give a ``threshold`` there.
+    The student's window holds only what it wrote. Near the end of a row that
+    was cut at its limit it is shorter than the teacher's, and transport counts
+    the missing part as distance. If a whole batch has one candidate, it is
+    never above its own percentile: give a ``threshold``.
 
     Attributes:
       ranking: names :data:`TOKENS` or ``token_loss`` -> f32[B, T] score.

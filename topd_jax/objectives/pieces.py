@@ -186,6 +186,8 @@ def describe(value: Any) -> Any:
       have bound.
     """
     if isinstance(value, np.generic | np.ndarray | jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
         array = np.asarray(value)
         if array.size > 1:
             sha = hashlib.sha256(array.tobytes()).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """Run several processes as one program, as a pod of several hosts does.
 
 Every process runs the same command, makes the same batches and calls the same
-jitted functions. Only the first grades, prints and writes. All
-must see the same work directory.
+jitted functions. Only the first grades, prints and writes. All must see the
+same work directory.
 """
 
 import itertools

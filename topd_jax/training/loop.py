@@ -178,13 +178,10 @@ class Run:
             tokenizer.save_pretrained(folder)
 
     def open_logs(self) -> Logs:
-        """Cut logs and best student back to the step that is gone on from."""
-        last, log = self.step or -1, self.settings.log
-        self.best.drop_after(last)
-        return Logs(
-            self.workdir, step=last, every=log.every,
-            tensorboard=log.tensorboard, watch=self.watch,
-        )  # fmt: skip
+        """Open the logs, cut back to the step that the run goes on from."""
+        log = self.settings.log
+        return Logs(self.workdir, step=self.step or -1, every=log.every,
+                    tensorboard=log.tensorboard, watch=self.watch)  # fmt: skip
 
     def resume(self, step: int, restart: dict[str, Any] | None = None) -> None:
         """Take up a checkpoint; ``restart`` is of a roll-back."""
@@ -208,6 +205,7 @@ class Run:
         self.state = None  # never two states on the devices
         self.state, self.key = self.checkpoints.restore(step, like)
         self.step = step
+        self.best.drop_after(step)
         recovery.take_up(self, saved, restart)
 
     def repeat(self, last: int) -> None:
@@ -360,12 +358,13 @@ class Run:
                 pause=lambda: self._stop(hosts.told_to_stop(wait=True)),
             )  # fmt: skip
         others = (r for r in self.logs.evals if not r["final"])
-        # After a roll-back there may be none.
+        # None after a roll-back; or one of an attempt that saved nothing else.
         best = self.best.latest() is None or all(better(row, r) for r in others)
         self.logs.write("evals", row)
         for problem in problems:
             self.logs.write("problems", problem)
         if best and not final:
+            self.best.drop_after(self.step - 1)
             self._save_to(self.best)
         return row
 

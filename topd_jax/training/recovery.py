@@ -40,9 +40,10 @@ def require_steps(
         )
     if settings.train.steps == step and settings.optimizer != _before(saved):
         raise ValueError(
-            f"the run in {where} is finished at train.steps={step}, with "
-            "another optimizer.learning_rate, end_learning_rate or clip; raise "
-            "train.steps, or use another --workdir"
+            f"the run in {where} is finished at train.steps={step}; this "
+            "config has another optimizer.learning_rate, end_learning_rate or "
+            "clip, which no step would use: raise train.steps, or use another "
+            "--workdir"
         )
 
 

@@ -59,7 +59,7 @@ def save_model(
       tokenizer: saved with the model; its special ids and its length limit go
         into the config.
       extra: config fields that do not change the logits, over those of the
-        tokenizer.
+        tokenizer; those that follow from the decoder stay.
       dtype: of the written tensors; None writes them as they are kept.
       max_shard_bytes: above this the weights are split, with an index.
 
