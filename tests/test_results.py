@@ -12,6 +12,7 @@ from topd_jax.training.logging import read_jsonl
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 README = (RESULTS / "README.md").read_text()
+FREE = "topd(guidance_weight=0.3, detector='future_loss')"
 
 
 def cells(line):
@@ -67,10 +68,9 @@ def test_the_gains_by_certainty_are_those_of_the_record():
         ]  # fmt: skip
         assert sum(map(bool, gains)) >= 12
         assert all(f"| {gain} |" in printed for gain in gains if gain)
-    free = "topd(guidance_weight=0.3, detector='future_loss')"
-    five, early = free[:-1] + ", window=5)", tiny.EARLY
+    five, early = FREE[:-1] + ", window=5)", tiny.EARLY
     for name, base, where in (
-        (free, "opd;train.steps=405", ("0.8", "0.99", "1.0")),
+        (FREE, "opd;train.steps=405", ("0.99", "1.0")),
         (five, "opd;train.steps=405", ("0.99", "1.0")),
         (early, "opd;train.steps=325", shares),
     ):
@@ -79,6 +79,43 @@ def test_the_gains_by_certainty_are_those_of_the_record():
             longer = markdown(summarize(of_world, base)).splitlines()
             (line,) = (x for x in longer if x.startswith(f"| {name} |"))
             assert cells(line)[3] in " ".join(section.split())
+
+
+def test_the_gains_by_sharpness_are_those_of_the_record():
+    rows = read_jsonl(RESULTS / "certainty.jsonl")
+    section = README.partition("| factor of the logits |")[2]
+    head, _, *lines = section.splitlines()[:8]
+    lines = [cells(line)[1:] for line in lines]
+    for column, factor in enumerate(cells(head)):
+        world = "world.student_left_to_right=0.99"
+        world += "" if factor == "1" else f";world.student_sharpness={factor}"
+        printed = markdown(summarize([r for r in rows if r["world"] == world]))
+        median, low, start, opd, free, early = (x[column] for x in lines)
+        assert f"median probability of {median} (quartiles {low}" in printed
+        shown = lines_of(printed)
+        for name, accuracy in (("start", start), ("opd", opd)):
+            assert shown[name][1].startswith(f"{accuracy} ")
+        assert free == shown[FREE][2] and early == shown[tiny.EARLY][2]
+
+
+def test_the_runs_on_sums_are_those_of_the_record():
+    teacher, student, *rows = read_jsonl(RESULTS / "reasoning.jsonl")
+    section = README.partition("## A real tokenizer")[2].partition("\n## ")[0]
+    for row in (teacher, student):
+        *found, last = (f"{e['exact_match']:.2f}" for e in row["evals"][1:-1])
+        assert f"{', '.join(found)} and {last} after" in " ".join(
+            section.split()
+        )
+    assert f"first {len(rows)} of 24 runs" in section
+    lines = [cells(x) for x in section.splitlines() if x.startswith("| ")][1:]
+    for line, row in zip(lines, rows, strict=True):
+        found, greedy = row["evaluation"], row["greedy"]["exact_match"]
+        low, high = (found[f"exact_match_{end}"] for end in ("low", "high"))
+        assert line[1:6] == [
+            f"{found['exact_match']:.2f} ({low:.2f}–{high:.2f})",
+            f"{greedy:.2f}", f"{found['reverse_kl']:.3f}",
+            f"{found['length_mean']:.1f}", f"{found['distinct_3']:.3f}",
+        ]  # fmt: skip
 
 
 def test_the_privileged_teachers_are_those_of_the_record():
