@@ -77,8 +77,9 @@ def test_a_file_of_questions_is_split(gguf, tmp_path):
     assert setup.hub_tokenizer is not None
     other = questions(tmp_path / "test.jsonl", 4, "")
     setup = load_setup(changed(settings, "data", eval_path=other), tmp_path)
-    assert len(setup.encoded.records) == 10
-    assert len(setup.test.records) == 4
+    held = {r["prompt"] for r in setup.test.records}
+    assert (len(setup.encoded.records), len(held)) == (6, 4)
+    assert not {r["prompt"] for r in setup.encoded.records} & held
     assert setup.grade(setup.test.records, ["8"] * 4) is None
 
 

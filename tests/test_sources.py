@@ -72,11 +72,18 @@ def test_prompts_of_a_run(tmp_path):
     )
     file |= {"path": again}
     assert read(**file, held_out=2) == [["2+1?", "2+1?"], first, first]
-    with pytest.raises(ValueError, match="one of the first data.held_out=3"):
+    with pytest.raises(ValueError, match="by the first data.held_out=3"):
         read(**file, held_out=3)
     file |= {"path": path}
-    apart = read(**file, eval_path=path)
-    assert apart == [first + rest] * 3
+    apart = write_lines(
+        tmp_path / "apart.jsonl",
+        *(json.dumps({"question": f"{i}+1?"}) for i in (4, 5)),
+    )
+    held_out = ["4+1?", "5+1?"]
+    found = read(**file, eval_path=apart)
+    assert found == [first + rest[:2], held_out, held_out]
+    with pytest.raises(ValueError, match="held out by data.eval_path="):
+        read(**file, eval_path=path)
     with pytest.raises(ValueError, match="held_out=5 must be below the 5 "):
         read(**file, held_out=5)
     with pytest.raises(ValueError, match="data.path is empty"):

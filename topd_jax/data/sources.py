@@ -92,8 +92,8 @@ def read_records(
 
     Returns:
       (training, validation, test) prompts; without ``data.eval_path`` the
-      last two are the first ``data.held_out`` records, and then, as of
-      reasoning-gym always, no training prompt is also held out.
+      last two are the first ``data.held_out`` records. No training prompt is
+      also held out.
 
     Raises:
       ValueError: for what cannot be read, or too few records.
@@ -119,26 +119,22 @@ def read_records(
         held_out = read_source(
             data.source, data.eval_path, data.eval_split, fields
         )
-        if data.source == gym.SOURCE:
-            train = without(held_out, train)
-            if not train:
-                raise ValueError(
-                    f"every problem of data.path={data.path!r} is held out by "
-                    f"data.eval_path={data.eval_path!r}; give one another seed="
-                )
-        return train, held_out, held_out
-    count = data.held_out
-    if count >= len(train):
+    elif data.held_out < len(train):
+        count = data.held_out
+        held_out, train = train[:count], train[count:]
+    else:
         raise ValueError(
-            f"data.held_out={count} must be below the {len(train)} "
+            f"data.held_out={data.held_out} must be below the {len(train)} "
             f"prompts of {data.path}; lower it, or give data.eval_path"
         )
-    held_out, rest = train[:count], train[count:]
-    train = without(held_out, rest)
+    train = without(held_out, train)
     if not train:
+        where = f"data.eval_path={data.eval_path!r}"
+        if not data.eval_path:
+            where = f"the first data.held_out={data.held_out}"
         raise ValueError(
-            f"every training prompt of {data.path} is also one of the first "
-            f"data.held_out={count}; lower it, or give data.eval_path"
+            f"every prompt of data.path={data.path!r} is held out by {where}; "
+            "give others by data.eval_path, of reasoning-gym another seed="
         )
     return train, held_out, held_out
 

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from topd_jax.data import gym, packing, vocabulary
+from topd_jax.data import packing, vocabulary
 from topd_jax.data import prompts as prompt_data
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.routing import prompts_per_teacher
@@ -101,11 +101,9 @@ class Setup:
             offline.keep,
             tokenizer=vocabulary.fingerprint(self.tokenizer),
         )
-        # topd generate may have held out fewer.
-        if not data.eval_path or data.source == gym.SOURCE:
-            solutions = without(self.test.records, solutions)
         return packing.SolutionStream(
-            solutions,
+            # topd generate may have held out fewer.
+            without(self.test.records, solutions),
             eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
             batch_size=data.batch_size * data.samples,
