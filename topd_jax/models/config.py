@@ -247,6 +247,9 @@ class DecoderConfig:
                 f"experts_per_token={self.experts_per_token} must lie in "
                 f"1..{self.experts}, the experts"
             )
+        self._check_lora()
+
+    def _check_lora(self) -> None:
         given = self.lora.targets if self.lora else ()
         missing = [name for name in given if name not in self.lora_targets]
         if missing:
