@@ -61,22 +61,28 @@ def texts(rows, candidates, windows):
     return tokens, exists > 0
 
 
-MADE = (*WAYS, GPT_OSS.replace(unroll=3), RECURRENT)
-MODELS = [lambda: make_model(0), make_foreign]
-MODELS += [functools.partial(make, config) for config in MADE]
-APART = functools.partial(make, RECURRENT.replace(unroll=4))
+MADE = {f"way {i}": config for i, config in enumerate(WAYS)} | {
+    "few behind": GPT_OSS.replace(unroll=3),
+    "recurrent": RECURRENT,
+    "recurrent, unrolled": RECURRENT.replace(unroll=4),
+}
+MODELS = {"small": lambda: make_model(0), "foreign": make_foreign} | {
+    name: functools.partial(make, config) for name, config in MADE.items()
+}
 
 
 @pytest.mark.parametrize(
-    "build", [*MODELS, pytest.param(APART, marks=pytest.mark.slow)]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * ("unrolled" in name))
+        for name in MODELS
+    ],
 )
-def test_branches_equal_reading_their_text(
-    build, rows, candidates, monkeypatch
-):
+def test_branches_equal_reading_their_text(name, rows, candidates, monkeypatch):
     """Their keys apart from the prefix, or where few are behind it, with it."""
-    few = 9.0 if build is MODELS[5] else 0.5
+    few = 9.0 if name == "few behind" else 0.5
     monkeypatch.setattr(core, "_FEW_BEHIND", few)
-    model = build()
+    model = MODELS[name]()
     ids = model.head.shape[0]
     windows, written = look_ahead(
         model, rows, candidates, return_hidden=True, vocab_size=ids
@@ -90,7 +96,7 @@ def test_branches_equal_reading_their_text(
     used = np.asarray(candidates.mask)[..., None]
     np.testing.assert_array_equal(mask, used & (ends.cumsum(-1) - ends == 0))
     lengths = mask.sum(-1)[used[..., 0]]
-    if build is MODELS[0]:
+    if name == "small":
         assert lengths.min() < K == lengths.max(), "some end and some do not"
     states, along = jax.jit(branch_states)(model, rows, candidates, windows)
     kept = np.where(mask[..., None], alone, 0)
@@ -99,7 +105,7 @@ def test_branches_equal_reading_their_text(
     hidden, cache = read(model, rows, rows.sequence.shape[1])
     np.testing.assert_allclose(states, hidden, 1e-4, 1e-5)
     # The states of all prefixes would not fit.
-    assert (cache is None) == (build in (MODELS[6], APART))
+    assert (cache is None) == name.startswith("recurrent")
 
 
 def test_branches_do_not_see_each_other_nor_what_follows(

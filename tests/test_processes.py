@@ -142,22 +142,17 @@ def said_of_stops(err):
 
 
 @pytest.mark.slow
-def test_rows_in_slots_are_those_of_one_process(world, tmp_path):
-    more = ["--config.rollout.slots=4", "--config.train.steps=2"]
-    runs = [tmp_path / "one", tmp_path / "two"]
-    for workdir, count in zip(runs, (1, 2), strict=True):
-        for _, err, code in finish(
-            begin(world, workdir, count, devices=2 // count, more=more)
-        ):
-            assert code == 0, err
-    assert_same_run(*runs)
-
-
-@pytest.mark.slow
-def test_rows_that_several_processes_share_are_those_of_one(world, tmp_path):
-    """Each has half of every parameter, and all rows."""
-    more = ["--config.mesh.fsdp=1", "--config.mesh.tensor=2"]
-    more += ["--config.train.steps=2"]
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--config.rollout.slots=4"],
+        # Each has half of every parameter, and all rows.
+        ["--config.mesh.fsdp=1", "--config.mesh.tensor=2"],
+    ],
+    ids=["in slots", "of tensor=2"],
+)
+def test_rows_are_those_of_one_process(world, tmp_path, more):
+    more = [*more, "--config.train.steps=2"]
     runs = [tmp_path / "one", tmp_path / "two"]
     for workdir, count in zip(runs, (1, 2), strict=True):
         for _, err, code in finish(

@@ -44,10 +44,12 @@ def ready_object():
     )
 
 
-def test_a_prompt_is_the_same_on_every_day(ready_object):
+@pytest.mark.parametrize("name", ["", "format="])
+def test_a_prompt_is_the_same_on_every_day(ready_object, name):
     """Templates of Llama 3.2, SmolLM3 and gpt-oss write the date."""
     dated = copy.deepcopy(ready_object)
-    dated.chat_template = "{{ strftime_now('%d %b %Y') }} " + TEMPLATE
+    now = f"{{{{ strftime_now({name}'%d %b %Y') }}}} "
+    dated.chat_template = now + TEMPLATE
     ids = tokenizers.HuggingFaceTokenizer(dated).chat("ten")
     assert dated.decode(ids).startswith("26 Jul 2024 <|im_start|>user\nten")
 
