@@ -93,6 +93,7 @@ def test_no_training_prompt_is_held_out():
             "chain_sum(terms=3)",
             "no option terms; the options of chain_sum: min",
         ),
+        ("ransom_note", "ransom_note draws other problems in every process"),
         ("chain_sum(max_terms=1)", "max_terms=1.*: max_terms must be >= min"),
         ("chain_sum(seed='a')", "reasoning_gym=.*seed='a' must be of type int"),
         ("chain_sum(seed=None)", "seed=None must be of type int"),

@@ -75,14 +75,19 @@ def test_a_longer_run_that_is_stopped_ends_with_the_same_bits(
     assert_same_run(tmp_path / "whole", tmp_path / "half")
 
 
-def test_a_floor_may_change(settings, setup, tmp_path, caplog):
+def test_floor_evaluations_and_mesh_may_change(
+    settings, setup, tmp_path, caplog
+):
     run_in(changed(settings, "train", steps=2), tmp_path, setup).train()
     deeper = dataclasses.replace(
         changed(settings, "train", steps=3), objective="opd(log_floor=-50.0)"
     )
+    deeper = changed(changed(deeper, "eval", every=3), "mesh", data=1)
     with caplog.at_level("WARNING", logger="absl"):
         assert run_in(deeper, tmp_path, setup).train()["step"] == 3
     assert "objective.token_loss.log_floor: None there, -50.0 " in caplog.text
+    for name in ("eval.every", "mesh.data"):
+        assert f"resumed with another setting: {name}: " in caplog.text
     other = dataclasses.replace(deeper, objective="opd(token_loss='jsd')")
     with pytest.raises(ValueError, match=r"token_loss: .*reverse_kl"):
         run_in(other, tmp_path, setup)

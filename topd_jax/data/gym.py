@@ -40,6 +40,12 @@ def open_task(task: str) -> Any:
     """
     example = "chain_sum(max_terms=4, size=2000, seed=1)"
     name, options = parse_call(task, SOURCE, example)
+    if name in _UNSTEADY:
+        raise ValueError(
+            f"{SOURCE}={task!r}: {name} draws other problems in every process, "
+            "so that none could be graded or drawn again on resume; write "
+            "them to a JSONL file with their answers"
+        )
     try:
         # Imported here because it takes seconds.
         from reasoning_gym import factory
@@ -53,12 +59,6 @@ def open_task(task: str) -> Any:
         raise ValueError(
             f"{SOURCE}={task!r}: no dataset {name!r}; the nearest of "
             f"{len(factory.DATASETS)} are {', '.join(near)}"
-        )
-    if name in _UNSTEADY:
-        raise ValueError(
-            f"{SOURCE}={task!r}: {name} draws other problems in every process, "
-            "so that none could be graded or drawn again on resume; write "
-            "them to a JSONL file with their answers"
         )
     known = [f.name for f in dataclasses.fields(factory.DATASETS[name][1])]
     unknown = sorted(options.keys() - set(known))
