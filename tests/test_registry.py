@@ -137,7 +137,9 @@ def test_local_rope_in_the_old_and_the_new_spelling():
         "full_attention": scaled | {"rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    for spelt in (old, {"rope_parameters": new}):
+    # As 5.15 writes it where no layer slides.
+    added = new | {"rope_type": "default", "rope_theta": None}
+    for spelt in (old, {"rope_parameters": new}, {"rope_parameters": added}):
         got = read("gemma3_text", **spelt)
         assert got.rope_theta == 1e6
         assert got.local_rope_theta == 1e4
