@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 from small_files import RECURRENT, adapted
 
 from topd_jax.models import Lora, init_decoder, merge_lora
+from topd_jax.models.attention import core
 from topd_jax.models.config import LORA_TARGETS, DecoderConfig
 from topd_jax.models.lora import join, split
 from topd_jax.objectives import presets
@@ -26,6 +27,8 @@ from topd_jax.training.score import score
 from topd_jax.training.step import init_state, train_step
 from topd_jax.types import Scored, Teacher
 
+# Branches apart from their prefix, as many and long ones are.
+core._FEW_BEHIND = 0
 # A mixture has parameters for every axis.
 MIXTURE = DecoderConfig(
     vocab_size=VOCAB, layers=2, width=16, heads=8, kv_heads=8, head_dim=4,

@@ -31,9 +31,9 @@ _BLOCK_SCORES = 1 << 21
 # Queries from which on the kernels are worth their blocks.
 _KERNEL_QUERIES = 128
 
-# Branches are read with their prefix, other branches masked, where their keys
-# are so few of those that were read: apart, the prefix is copied every time.
-_FEW_BEHIND = 0.5
+# Branches are read with their prefix, other branches masked, where they have so
+# few keys, or half of those that were read: apart, the prefix is copied.
+_FEW_BEHIND = 256
 
 # Farther than any two keys: a layer that does not slide.
 _EVERYTHING = np.iinfo(np.int32).max
@@ -97,7 +97,7 @@ def prepare_mask(
     elif isinstance(mask, BranchMask):
         behind = mask.exists.shape[1] - mask.read
         kernel = _by_kernel(config, positions.shape[1])
-        if not kernel and behind <= _FEW_BEHIND * mask.read:
+        if not kernel and behind <= max(_FEW_BEHIND, mask.read // 2):
             mask = mask.dense()[:, None]
     else:
         mask = mask[:, None]
