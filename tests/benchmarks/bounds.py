@@ -109,6 +109,29 @@ def step(student, teacher, rows, prompt, new):
     return run
 
 
+def branches(student, teacher, rows, branches, window, trained, **_):
+    """Bound what TOPD adds to OPD: the teacher writes, the student may learn.
+
+    Args:
+      student: shape.
+      teacher: shape.
+      rows: of the batch.
+      branches: that each row has.
+      window: K; the first token of a branch needs no column.
+      trained: whether the student learns along the branches.
+    """
+    count, columns = rows * branches, window - 1
+    write = program(layers(teacher, count) + head(teacher, count), columns)
+    along = layers(student, count * columns) + head(student, count * window)
+    learn = program(along + backward(along))
+
+    def run():
+        row = {"score": write()} | ({"train_step": learn()} if trained else {})
+        return {"seconds": sum(row.values())} | row
+
+    return run
+
+
 def loss(rows, tokens, vocab, student, teacher, **_):
     """Bound a fused loss: one chunk's products, times the chunks."""
     own = [(CHUNK, student, vocab)]
@@ -117,4 +140,4 @@ def loss(rows, tokens, vocab, student, teacher, **_):
 
 
 if __name__ == "__main__":
-    serve({"decode": decode, "step": step, "loss": loss})
+    serve({"decode": decode, "step": step, "branches": branches, "loss": loss})

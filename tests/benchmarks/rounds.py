@@ -104,11 +104,17 @@ def ratios(told: Mapping[str, list[Row]]) -> Row:
       told: side -> its rows, one a round.
 
     Returns:
-      "ours/SIDE" and "bound/ours" -> quantity -> ratio.
+      "ours/SIDE" and "bound/ours" -> quantity -> ratio; of TOPD "least/opd",
+      where branches cost no more than their products.
     """
     out = {}
+    if {"opd", "branches"} <= set(told):
+        pairs = zip(told["opd"], told["branches"], strict=True)
+        out["least/opd"] = medians(
+            [{"seconds": 1 + b["seconds"] / a["seconds"]} for a, b in pairs]
+        )
     for name, rows in told.items():
-        if name == "ours" or "ours" not in told:
+        if name in ("ours", "branches") or "ours" not in told:
             continue
         above, below = ("bound", "ours") if name == "bound" else ("ours", name)
         shared = set(rows[0]) & set(told["ours"][0]) - {"loss"}

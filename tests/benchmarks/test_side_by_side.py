@@ -53,6 +53,16 @@ def test_ratios_are_of_each_round():
     }
 
 
+def test_topd_costs_its_branches_at_least():
+    spec = dict(student=SMALL, teacher=SMALL, rows=2, prompt=4, new=6)
+    work = works.against_opd(spec, "candidates=3", "window=2")
+    told = work["branches"].spec
+    assert (told["branches"], told["window"], told["trained"]) == (1, 2, True)
+    row = rounds.measure(work, 1, {})
+    assert row["branches"]["train_step"] > 0
+    assert row["ratios"]["least/opd"]["seconds"] > 1
+
+
 def test_a_side_that_ends_is_told_with_its_last_words():
     side = works.Side("ours.py", "decode", {"student": SMALL, "rows": "x"})
     row = rounds.measure({"ours": side}, 1, {})

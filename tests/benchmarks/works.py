@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from topd_jax.models.io.gguf import packaged_gguf
+from topd_jax.objectives.loading import make_objective
 
 STUDENT = dict(
     layers=4, width=256, heads=4, kv_heads=2, head_dim=64, mlp_width=768,
@@ -74,11 +75,18 @@ def decode(peer: str, rows: int, spec: Mapping[str, Any]) -> Work:
 
 
 def against_opd(spec: Mapping[str, Any], *options: str) -> Work:
-    """Step by TOPD, beside OPD."""
+    """Step by TOPD, beside OPD and the products of the branches."""
     topd = f"topd({', '.join(options)})"
+    objective = make_objective(topd)
+    branches = {
+        "branches": objective.branches,
+        "window": objective.near_future.window,
+        "trained": objective.trains_on_branch,
+    }
     return {
         "ours": Side("ours.py", "step", {**spec, "objective": topd}),
         "opd": Side("ours.py", "step", {**spec, "objective": "opd"}),
+        "branches": Side("bounds.py", "branches", {**spec, **branches}),
     }
 
 
