@@ -39,6 +39,12 @@ def branched_intervals():
     return branch_intervals(exists, start, window)
 
 
+def late_branch():
+    """It leaves so late that a window begins earlier for the last keys."""
+    exists, window = jnp.ones((1, 300), bool), jnp.ones((1, 1, 5), bool)
+    return branch_intervals(exists, jnp.array([[299]]), window)
+
+
 def packed_rows():
     return packed_intervals(
         jnp.array([[0] * 130 + [1] * 5 + [2] * 265, [0] * 1 + [1] * 399])
@@ -48,6 +54,7 @@ def packed_rows():
 CASES = {
     "rollout": rollout_intervals,
     "branches": branched_intervals,
+    "late": late_branch,
     "packed": packed_rows,
     "wider": lambda: rollout_intervals().widen(450),  # room in a cache
 }
@@ -116,6 +123,7 @@ def small_blocks(monkeypatch):
     [
         ("rollout", dict(heads=(1, 3, 128)), 2e-5),
         ("branches", dict(heads=(3, 1, 64), window=9, cap=2.0), 2e-5),
+        ("late", dict(window=135), 2e-5),
         ("packed", dict(window=40), 2e-5),
         ("wider", dict(dtype="bfloat16"), 0.04),  # rounded as the inputs are
     ],

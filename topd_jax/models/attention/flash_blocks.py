@@ -123,7 +123,11 @@ def _tables(
         return near // sizes.keys, -(-far // sizes.keys)
 
     begin, prefix = blocks(begin, prefix)
-    first, last = (jnp.maximum(x, prefix) for x in blocks(first, last + 1))
+    first, last = blocks(first, last + 1)
+    # The last tokens of a rollout may reach back, in a window, behind what a
+    # branch that shares their block reads of its prefix.
+    begin = jnp.where(first < last, jnp.minimum(begin, first), begin)
+    first, last = (jnp.maximum(x, prefix) for x in (first, last))
     key, order = jnp.arange(sizes.key_blocks), jnp.arange(count)[:, None]
     needs = _inside(*(x[..., None] for x in (begin, prefix, first, last)), key)
     low = jnp.where(needs, order, count).min(1)
