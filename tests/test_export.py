@@ -56,6 +56,14 @@ def test_export_refuses_what_a_family_cannot_hold(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_how_a_decoder_computes_is_not_written(tmp_path):
+    """The shipped configs train by kernels."""
+    how = dict(attention="flash", remat="full", unroll=2, dtype="bfloat16")
+    kernels = dataclasses.replace(QWEN, **how)
+    saved = save_model(make(kernels), tmp_path / "model")
+    assert_same(load(saved)[0], make(QWEN))
+
+
 def test_an_export_is_for_rows_as_long_as_its_source(tmp_path, monkeypatch):
     """Not for the default of its family, nor for its tokenizer's limit."""
     lengths = {"max_position_embeddings": 99_999}

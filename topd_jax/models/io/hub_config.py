@@ -320,6 +320,7 @@ def _effective(config: DecoderConfig) -> DecoderConfig:
         param_dtype="float32",
         remat="none",
         unroll=1,
+        attention="blocks",
     )
 
 
