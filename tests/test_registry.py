@@ -91,6 +91,8 @@ def test_rope_in_the_old_and_the_new_spelling():
     ):
         got = read("llama", **spelt)
         assert (got.rope_theta, got.rope_scaling) == (5e5, want)
+    # Not 8192.0, which llama.cpp's converter does not take for a count.
+    assert json.dumps(config_json(got)["rope_scaling"]) == json.dumps(old)
     yarn = {"type": "yarn", "factor": 4.0}
     got = read("qwen2", rope_scaling=yarn, max_position_embeddings=99)
     assert got.rope_scaling.original_length == 99

@@ -239,6 +239,9 @@ def write_rope(config: DecoderConfig, family: Family) -> dict[str, object]:
             for name in _SCALINGS[scaling.kind]
             for value in [getattr(scaling, _FIELDS.get(name, name))]
         }
+        length = spelled.get(_LENGTH)
+        if isinstance(length, float) and length.is_integer():
+            spelled[_LENGTH] = int(length)  # as readers want a count
         if scaling.kind == "yarn":
             spelled["truncate"] = scaling.truncate
         if not scaling.query_beta:
