@@ -53,6 +53,14 @@ def test_dropped_layers_take_their_options_with_them():
     assert student.config.sliding == (True, False)
 
 
+def test_a_decoder_may_keep_its_attention_alone(tmp_path):
+    whole = make(config_of("qwen3_5_text"))
+    attention = [i for i, r in enumerate(whole.config.recurrent) if not r]
+    student = drop_layers(whole, attention)
+    assert student.config.recurrent == ()
+    assert_same(load(save_model(student, tmp_path / "m"))[0], student)
+
+
 def test_windows_as_each_family_spells_them():
     assert read("mistral").sliding == (True,) * 6
     assert read("mistral").window == 4096

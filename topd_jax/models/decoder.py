@@ -349,10 +349,11 @@ def drop_layers(model: Decoder, keep: Sequence[int]) -> Decoder:
     """
     keep = [int(i) for i in keep]
     config = model.config.keep_layers(keep)
-    table = parameter_table(model.config)
-    arrays = {}
-    for name, array in model.arrays.items():
-        if table[name].axes[0] == "layers":
+    held, arrays = model.arrays, {}
+    # Of recurrent layers there may be none left.
+    for name, row in parameter_table(config).items():
+        array = held[name]
+        if row.axes[0] == "layers":
             own = layers_of(model.config, name)
             kept = np.asarray([own.index(i) for i in keep if i in own], int)
             arrays[name] = _each(lambda x, kept=kept: x[kept], array)
