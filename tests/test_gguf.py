@@ -248,6 +248,15 @@ def test_gguf_tokenizer(tmp_path):
     metadata = dict(file.metadata) | begins
     tokenizer = gguf_tokenizer(dataclasses.replace(file, metadata=metadata))
     assert tokenizer("ab").input_ids == [1, 39]
+    llama3 = {"tokenizer.ggml.pre": "llama-bpe"}
+    for more, begins in (
+        ({"tokenizer.ggml.bos_token_id": 1}, True),
+        ({"tokenizer.ggml.add_bos_token": False}, False),
+        ({}, False),
+    ):
+        metadata = dict(file.metadata) | llama3 | more
+        tokenizer = gguf_tokenizer(dataclasses.replace(file, metadata=metadata))
+        assert tokenizer("ab").input_ids == [1] * begins + [39]
 
     for key, value, match in (
         ("tokenizer.ggml.model", "llama", "only 'gpt2'"),

@@ -83,11 +83,16 @@ def gguf_tokenizer(
     from transformers import PreTrainedTokenizerFast  # slow to import
 
     limit = metadata.get(f"{architecture}.context_length")
+    # As llama.cpp does where files do not say: those of Llama 3 leave it out.
+    begins = pieces or (
+        metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+        and "bos_token" in special
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=_backend(metadata, where),
         **special,
         **({} if limit is None else {"model_max_length": limit}),
-        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", pieces),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins),
         add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
