@@ -466,6 +466,7 @@ def test_defaults_are_the_familys_and_harmless_fields_pass():
     got = read("llama", num_key_value_heads=None, head_dim=None)
     assert (got.kv_heads, got.head_dim, got.tied) == (4, 8, False)
     assert (got.norm_eps, got.rope_theta) == (1e-6, 10_000)
+    assert read("qwen2_moe", num_key_value_heads=None).kv_heads == 4
     fields = {k: v for k, v in SHAPE.items() if k != "head_dim"}
     fields |= {"model_type": "qwen3", "num_attention_heads": 64}
     got = decoder_config(fields, where="x")

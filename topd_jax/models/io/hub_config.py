@@ -116,6 +116,8 @@ def decoder_config(
         if name == "head_dim" and value is None:
             value = hub.hidden_size // hub.num_attention_heads
             problems += wrong_value(name, value)
+        elif name == "num_key_value_heads" and value is None:
+            value = hub.num_attention_heads  # Qwen2-MoE's class leaves null
         elif not hasattr(hub, name):  # of a newer transformers
             continue
         options |= dict.fromkeys(targets, value)
