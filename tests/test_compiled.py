@@ -15,6 +15,7 @@ from topd_jax.training.compiled import (
     compile_step,
     initial_state,
     make_optimizer,
+    make_schedule,
 )
 from topd_jax.types import Prompts, Teacher
 
@@ -75,6 +76,16 @@ def test_the_rate_warms_up_and_falls_to_its_end():
         jnp.ones(()), constant.init(jnp.zeros(())), jnp.zeros(())
     )
     assert -float(update) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(1.0, 4), (0.9, 4), (0.75, 2)])
+def test_a_warm_up_may_take_the_whole_run(share, steps):
+    options = dataclasses.replace(
+        SETTINGS.optimizer, learning_rate=1.0, warmup_fraction=share
+    )
+    rate = make_schedule(options, steps)
+    rises = [i / (steps - 1) for i in range(steps)]
+    assert [float(rate(i)) for i in range(steps)] == pytest.approx(rises)
 
 
 def test_a_step_keeps_the_states_shardings_where_they_are_given(

@@ -71,11 +71,13 @@ def make_schedule(
     """
     if steps is None:
         return optax.constant_schedule(settings.learning_rate)
+    whole = max(steps, 2)
+    warmup = max(round(settings.warmup_fraction * steps), 1)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.learning_rate,
-        warmup_steps=max(round(settings.warmup_fraction * steps), 1),
-        decay_steps=max(steps, 2),
+        warmup_steps=min(warmup, whole - 1),  # optax wants some decay
+        decay_steps=whole,
         end_value=settings.end_learning_rate,
     )
 
