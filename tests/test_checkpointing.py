@@ -159,6 +159,12 @@ def test_another_format_is_refused_by_name(tmp_path):
         saved.record(3)
 
 
+def test_a_model_of_another_config_has_no_shape_that_others_could_load():
+    assert record()["student"] == json.loads(json.dumps(LLAMA.to_dict()))
+    for other in (None, {"width": 8}, SETTINGS.optimizer, SETTINGS):
+        assert "student" not in record(student=other)
+
+
 # --- what must agree ------------------------------------------------------
 
 

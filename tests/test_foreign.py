@@ -171,6 +171,12 @@ def test_fingerprint_is_of_the_parameters(foreign):
     assert fingerprint(foreign) == fingerprint(make_foreign(0))
     assert fingerprint(foreign) != fingerprint(make_foreign(1))
     assert in_compute_dtype(foreign) is foreign
+    # A teacher has leaves of any type; nnx keeps the key of its dropout.
+    others = [
+        fingerprint({"drop": jax.random.key(0), "flags": jnp.array(flags)})
+        for flags in ([True, False], [False, True])
+    ] + [fingerprint({"drop": jax.random.key(1), "flags": jnp.array([True])})]
+    assert len(set(others)) == 3
 
 
 def test_an_nnx_module_is_its_own_parameters():

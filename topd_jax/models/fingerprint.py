@@ -64,7 +64,9 @@ def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _bit_sum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.int4:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)  # nnx keeps that of its dropout
+    if x.dtype in (bool, jnp.int4):
         x = x.astype(jnp.int8)
     sizes = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     wide = sizes[x.dtype.itemsize]

@@ -54,7 +54,7 @@ def record(
     objective: Any,
     teachers: Mapping[str, str],
     position: dict[str, Any],
-    student: DecoderConfig | None,
+    student: Any,
     *,
     frozen: str = "",
 ) -> dict[str, Any]:
@@ -65,14 +65,15 @@ def record(
       objective: :func:`~topd_jax.objectives.pieces.describe` of it.
       teachers: name -> fingerprint.
       position: the data iterator's state, JSON-able.
-      student: its shape, so that others can load it from here; None for a
-        student that is no decoder.
+      student: its shape, so that others can load it from here; anything else
+        for a student that is no decoder.
       frozen: fingerprint of what the student does not train; "": nothing.
 
     Returns:
       A JSON-able dictionary.
     """
-    shape = {} if student is None else {"student": student.to_dict()}
+    is_decoder = isinstance(student, DecoderConfig)
+    shape = {"student": student.to_dict()} if is_decoder else {}
     return {
         "format": FORMAT,
         "settings": settings.to_dict(),
