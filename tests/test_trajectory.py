@@ -189,3 +189,15 @@ def test_context_logprobs_equal_dense(rng, bound):
     got = (value, jnp.where(exists, out, 0)), grads
     want = jax.value_and_grad(dense, (0, 1), has_aux=True)(hidden, head)
     assert_close(got, want)
+
+
+def test_a_head_of_more_bits_than_the_states_is_not_rounded(rng):
+    """Master weights in float32, computed in bfloat16: no log p above 0."""
+    _, head, at, _, teachers, _ = problem(rng)
+    hidden = jnp.asarray(rng.normal(size=(B, T, D)) * 30, jnp.bfloat16)
+    out = student_context_logprobs(hidden, head, at, teachers)
+    wide = hidden.astype(jnp.float32)
+    want = student_context_logprobs(wide, head, at, teachers)
+    assert_allclose(out, want, rtol=1e-5, atol=1e-4)
+    exists = (at.positions[..., None] + jnp.arange(K) < T)[..., None]
+    assert jnp.max(jnp.where(exists, out, 0)) <= 1e-4

@@ -203,9 +203,11 @@ def student_context_logprobs(
     starts = candidates.positions
     states = slice_windows(student_hidden, starts, length)
     rows = head_rows(student_head)[teacher_windows.tokens]
-    rows = rows.astype(states.dtype)
+    # As the normalizer's products: rounded, a row could be likelier than 1.
+    dtype = jnp.promote_types(states.dtype, rows.dtype)
     logits = jnp.einsum(
-        "...id,...jd->...ij", states, rows, preferred_element_type=jnp.float32
-    )
+        "...id,...jd->...ij", states.astype(dtype), rows.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
     logits = soft_cap(logits, head_cap(student_head))
     return logits - slice_windows(log_normalizer, starts, length)[..., None]
