@@ -16,6 +16,8 @@ from small_step import assert_trees_equal
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data.packing import SolutionStream
+from topd_jax.models.decoder import Decoder
+from topd_jax.models.frequencies import RopeScaling
 from topd_jax.training import loop
 from topd_jax.training.logging import read_jsonl
 
@@ -103,6 +105,22 @@ def test_solutions_of_prompts_that_are_held_out_are_left_out(settings, setup):
         for row, targets in zip(rows.sequence, rows.targets, strict=True)
     }
     assert prompts == {tuple(ids) for ids in asked[5:]}
+
+
+def test_rows_that_a_model_was_not_made_for_are_refused(settings, setup):
+    """Of longrope, whose factors follow from rollout.max_new_tokens."""
+    config = setup.student.config
+    ones = (1.0,) * (config.head_dim // 2)
+    short = RopeScaling(
+        "longrope", 1.0, 20.0, short_factors=ones, long_factors=ones
+    )
+    config = config.replace(rope_scaling=short).for_rows(20)
+    student = Decoder(config, setup.student.arrays)
+    with pytest.raises(ValueError, match="more than 20 .*max_new_tokens"):
+        dataclasses.replace(setup, student=student).stream(settings)
+    config = config.for_rows(64)
+    student = Decoder(config, setup.student.arrays)
+    dataclasses.replace(setup, student=student).stream(settings)
 
 
 def stream(data=None, **options):

@@ -88,6 +88,11 @@ def test_longrope_divides_each_pair_by_one_list_for_all_rows():
             np.testing.assert_allclose(
                 cos[0, 0, 0, 0], 1.5 * np.cos(angle), rtol=1e-5
             )
+    config.for_rows(64).require_rows(64, "stop")
+    config.for_rows(65).require_rows(999, "stop")
+    CONFIG.require_rows(10**6, "stop")
+    with pytest.raises(ValueError, match="65 tokens.*more than 64 .*; stop"):
+        config.for_rows(64).require_rows(65, "stop")
     assert CONFIG.for_rows(10**6) == CONFIG
     with pytest.raises(
         ValueError, match="rotary_dim=4 turns 2 pairs.* for 2 and 1"

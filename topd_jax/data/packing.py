@@ -187,6 +187,9 @@ class SolutionStream(Stream):
     is one number and the solutions' fingerprint, and every process makes the
     same batches: neither a resume nor another number of processes changes what
     a step sees.
+
+    Attributes:
+      longest: tokens of the longest solution with its prompt.
     """
 
     def __init__(
@@ -247,9 +250,9 @@ class SolutionStream(Stream):
             for name in ("prompt_tokens", "completion_tokens")
         )
         self._packed, self._unit, self._pad_id = length > 0, unit, pad_id
-        longest = max(len(p) + len(c) for p, c, _ in self._pairs)
+        self.longest = max(len(p) + len(c) for p, c, _ in self._pairs)
         # The same for every batch: one program serves all.
-        self._width = length or -(-longest // 8) * 8
+        self._width = length or -(-self.longest // 8) * 8
         batches = shuffled(range(len(solutions)), seed, batch_size)
         super().__init__(batches.map(self._rows), "solutions", mark)
 

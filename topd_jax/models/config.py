@@ -325,6 +325,23 @@ class DecoderConfig:
             return self
         return self.replace(long_rope=length > scaling.original_length)
 
+    def require_rows(self, length: int, way_out: str) -> None:
+        """Refuse rows that :meth:`for_rows` was not told of, if it matters.
+
+        Args:
+          length: tokens of the longest.
+          way_out: for the error.
+
+        Raises:
+          ValueError: with the length from which on "longrope" changes.
+        """
+        if self.for_rows(length).long_rope and not self.long_rope:
+            raise ValueError(
+                f"a row has {length} tokens, and the model turns rows of more "
+                f"than {self.rope_scaling.original_length:.0f} by its long "
+                f"factors, which were not chosen for this run; {way_out}"
+            )
+
     def replace(self, **changes: Any) -> "DecoderConfig":
         """Return the same config with some fields changed."""
         return dataclasses.replace(self, **changes)

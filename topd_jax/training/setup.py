@@ -36,8 +36,6 @@ from topd_jax.training.placement import check_batches, make_run_mesh
 from topd_jax.training.shapes import model_settings, row_length, section_of
 from topd_jax.types import Teacher
 
-# Its section of the config, where there is one teacher.
-
 
 @dataclasses.dataclass
 class Setup:
@@ -101,7 +99,7 @@ class Setup:
             offline.keep,
             tokenizer=vocabulary.fingerprint(self.tokenizer),
         )
-        return packing.SolutionStream(
+        stream = packing.SolutionStream(
             # topd generate may have held out fewer.
             without(self.test.records, solutions),
             eos_ids=self.tokenizer.eos_ids,
@@ -111,6 +109,14 @@ class Setup:
             unit=sharding.row_ways(self.mesh) * settings.optimizer.accumulate,
             seed=settings.seed,
         )
+        for model in (self.student, *(t.model for t in self.teachers)):
+            if isinstance(model, Decoder):
+                model.config.require_rows(
+                    stream.longest,
+                    "raise rollout.max_new_tokens, or lower "
+                    "offline.pack_length",
+                )
+        return stream
 
     def evaluator(self, settings: Settings) -> Evaluator:
         """Make the evaluator of the run's held-out problems."""
