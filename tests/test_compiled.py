@@ -88,6 +88,14 @@ def test_a_warm_up_may_take_the_whole_run(share, steps):
     assert [float(rate(i)) for i in range(steps)] == pytest.approx(rises)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_without_a_warm_up_the_first_update_has_the_whole_rate(steps):
+    options = dataclasses.replace(SETTINGS.optimizer, warmup_fraction=0.0)
+    rate = make_schedule(options, steps)
+    assert float(rate(0)) == pytest.approx(options.learning_rate)
+    assert float(rate(1)) < options.learning_rate
+
+
 def test_a_step_keeps_the_states_shardings_where_they_are_given(
     student, teacher, trajectories
 ):

@@ -72,7 +72,8 @@ def make_schedule(
     if steps is None:
         return optax.constant_schedule(settings.learning_rate)
     whole = max(steps, 2)
-    warmup = max(round(settings.warmup_fraction * steps), 1)
+    share = settings.warmup_fraction
+    warmup = max(round(share * steps), 1) if share else 0
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.learning_rate,
