@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,26 @@ def test_the_latest_are_kept_and_a_repeated_step_is_left(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"2", "4"}
     for step in (2, 4):
         assert saved.restore(step, state(0))[0]["step"] == step
+
+
+def test_a_checkpoint_that_is_being_written_is_dropped_whole(
+    tmp_path, monkeypatch
+):
+    """As by a roll-back soon after an evaluation that was the best."""
+    write = checkpointing.checksums.write_checksums
+    monkeypatch.setattr(
+        checkpointing.checksums,
+        "write_checksums",
+        lambda place: (time.sleep(0.5), write(place)),
+    )
+    saved = Checkpoints(tmp_path, 1)
+    save(saved, 6)
+    saved.drop_after(5)
+    saved.wait()
+    assert saved.latest() is None and not list(tmp_path.iterdir())
+    save(saved, 6, value=7)
+    saved.wait()
+    assert_trees_equal(saved.restore(6, state(0))[0], state(7))
 
 
 def test_a_kill_during_the_background_write_leaves_the_one_before(

@@ -129,6 +129,7 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps."""
+        self.wait()  # orbax would delete what is being written, and fail
         for saved in self.steps():
             if saved > step:
                 self._manager.delete(saved)
