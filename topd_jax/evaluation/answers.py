@@ -12,8 +12,14 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]")
 # Characters of the longest answer.
 _LONGEST = 2000
 # Text between boxes that are parts of one answer.
-_JOIN = re.compile(r"[\s,;$.]*(?:and|or)?[\s$]*")
-_STATED = re.compile(r"answers?\W{0,4}\s*(?:is|are|:|=)[\s:*]*([^\n]+)", re.I)
+_JOIN = re.compile(
+    r"(?:[\s,;$.{}]|\\(?:text|mbox|q?quad)(?![a-z])|\\[,; ]|and|or)*"
+)
+_STATED = re.compile(
+    r"answers?\W{0,4}\s*(?:is|are|:|=)[\s:*]*(?:\\[\[(]\s*)?([^\n]+)", re.I
+)
+# Where mathematics begins and ends.
+_DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:/\d+)?(?:e[+-]?\d+)?", re.I)
 # What only an exact spelling is compared of: brackets within brackets without
 # end, and powers and factorials with more digits than a machine holds.
@@ -30,6 +36,8 @@ _SPELLINGS = tuple(
     for pattern, plain in (
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])", ""),
+        # 10,\! 080 is one number, which the space does not part.
+        (r",\\!\s*(?=\d)", ","),
         # Not the second half of a line break, \\ -14.
         (r"(?<!\\)\\[!,;:> ]", ""),
         (r"(?<!\\)%", r"\\%"),
@@ -41,10 +49,11 @@ _SPELLINGS = tuple(
         # 4.5e33, as programs write numbers.
         (r"(?<![\w\\])(\d+\.?\d*|\.\d+)e\+?(-?\d+)(?!\w)",
          r"\1 \\times 10^{\2}"),
-        # 1,234 and 1{,}234 are one number.
+        # 1,234 and 1{,}234 are one number; 5, 100 and \{5,100\} are two.
         (r"\{,\}", ","),
-        (r"(?<![\d.,(\[])(\d{1,3}(?:,\s*\d{3})+)(?![\d,)\]])",
-         lambda m: re.sub(r"[,\s]", "", m[1])),
+        (r"(?<![\d.,(\[])(?<!\\\{)([1-9]\d{0,2}(?:,\d{3})+)"
+         r"(?![\d,)\]]|\\\})",
+         lambda m: m[1].replace(",", "")),
         # -1./3 is a fraction.
         (r"(?<=\d)\.(?=/|$)", ""),
         (r"\s+", " "),
@@ -71,7 +80,8 @@ def stated_answer(text: str) -> tuple[str, str]:
             if not _JOIN.fullmatch(text[box[1] : parts[0][0]]):
                 break
             parts.insert(0, box)
-        return "boxed", ", ".join(p[2] for p in parts)
+        # Some models box their answer again and again.
+        return "boxed", ", ".join(dict.fromkeys(p[2] for p in parts))
     if "####" in text:
         return "marked", _line(text.rsplit("####", 1)[1])
     stated = _STATED.findall(text)
@@ -82,7 +92,7 @@ def stated_answer(text: str) -> tuple[str, str]:
 
 
 def plain_latex(answer: str) -> str:
-    """Remove dollar signs from an answer and normalize its LaTeX.
+    """Remove what delimits mathematics, and normalize an answer's LaTeX.
 
     Args:
       answer: of the reference or the solution.
@@ -90,8 +100,8 @@ def plain_latex(answer: str) -> str:
     Returns:
       LaTeX of the same meaning.
     """
-    answer = answer.replace("\\$", "").replace("$", "").strip()
-    answer = answer.strip("*").rstrip(". ").strip()
+    answer = _DELIMITERS.sub("", answer).strip()
+    answer = answer.strip("* ").rstrip("*. ")
     for pattern, plain in _SPELLINGS:
         answer = pattern.sub(plain, answer)
     return answer.strip()

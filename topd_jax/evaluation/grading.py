@@ -7,11 +7,13 @@ math-verify proves the two equal. Problems of reasoning-gym are graded there by
 its own graders, some of which evaluate an answer as Python.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -51,7 +53,7 @@ grading._serve(float(sys.argv[2]))
 # An answer that nothing announces is near the end, if anywhere.
 _TAIL = 2000  # characters
 # An answer of words and one number, "18 eggs a day": read as prose.
-_PROSE = re.compile(r"[^\\^_{}()\[\],=;]*")
+_PROSE = re.compile(r"[^\\^_{}()\[\],=;<>]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +249,12 @@ def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
         return any(gym.is_right(*reference, reading) for reading in readings)
     # "62.5" answers what percentage it is.
     same = {normal(reference), normal(reference).removesuffix("%")}
-    if how in ("boxed", "marked") and normal(answer) in same:
+    # "120,240" is one number where nothing says otherwise, "120, 240" is two.
+    tight, tight_reference = (
+        re.sub(r"[\s$]", "", x) for x in (answer, reference)
+    )
+    alike = normal(answer) in same or tight == tight_reference
+    if how in ("boxed", "marked") and alike:
         return True
 
     # The worker has a deadline: no other alarms here.
@@ -268,7 +275,30 @@ def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
     if any(is_costly(reading) for reading in (reference, *readings)):
         return False
     gold = read(f"${plain_latex(reference)}$")
-    return any(
-        math_verify.verify(gold, read(reading), timeout_seconds=None)
-        for reading in readings
-    )
+
+    def is_equal(found: list) -> bool:
+        places = _places(gold + found)
+        return math_verify.verify(
+            gold, found, timeout_seconds=None,
+            float_rounding=places, numeric_precision=max(places, 15),
+        )  # fmt: skip
+
+    return any(is_equal(read(reading)) for reading in readings)
+
+
+def _places(found: Sequence[Any]) -> int:
+    """Return how many decimal places decide whether two numbers are equal.
+
+    math-verify's six, but four digits of the smallest number: else all that
+    is below a millionth would be one.
+
+    Args:
+      found: sympy's expressions of both answers, and their texts.
+    """
+    places = 6
+    for expression in found:
+        for part in (expression, *getattr(expression, "args", ())):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                size = math.log10(abs(float(part)))
+                places = max(places, 3 - math.floor(size))
+    return places
