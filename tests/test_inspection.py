@@ -10,6 +10,7 @@ from small_run import settings_with
 
 from topd_jax.experiments.observe import looking_ahead, observe
 from topd_jax.experiments.token_map import trajectories_of, write_page
+from topd_jax.losses.near_future import divergence_mask
 from topd_jax.objectives.objective import Transport
 from topd_jax.training.setup import load_setup
 
@@ -52,6 +53,13 @@ def test_every_objective_can_look_ahead():
     assert looking_ahead(settings_with(objective="opd")).needs_branches
     with pytest.raises(ValueError, match="window=10 must not exceed rollout"):
         looking_ahead(settings_with(objective="opd", rollout__max_new_tokens=8))
+
+
+def test_rows_that_fill_a_batch_do_not_move_its_percentile(seen):
+    for batch in seen[1]:
+        (scored,) = batch.scored
+        alone = divergence_mask(scored.distance, scored.candidates)
+        np.testing.assert_array_equal(scored.divergent, alone)
 
 
 def test_rows_say_what_the_arrays_hold(seen, rows):

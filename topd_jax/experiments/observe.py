@@ -24,7 +24,7 @@ from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings, check_fits
 from topd_jax.training.score import score
 from topd_jax.training.setup import Setup
-from topd_jax.types import Scored, Trajectories
+from topd_jax.types import Scored, Teacher, Trajectories
 
 
 class Observed(NamedTuple):
@@ -93,7 +93,7 @@ def observe(
         write, options=settings.rollout, vocab_size=setup.vocab_size, **ids
     )
     look = functools.partial(
-        score, branch_sharding=settings.rollout.branch_sharding, **ids
+        _look, branch_sharding=settings.rollout.branch_sharding, **ids
     )
     told = decoding_options(setup.mesh, settings.rollout.sharding)
     writer = jax.jit(writer, compiler_options=told)
@@ -104,17 +104,32 @@ def observe(
         keys = jax.random.split(jax.random.fold_in(stream, i))
         rows = spread_rows(batch.prompts, setup.mesh)
         written = writer(student, rows, keys[0])
-        scored = []
+        scored, real = [], batch.index >= 0
         for look in looks:
-            (notes,) = look(student, (teacher,), written, keys[1])
+            (notes,) = look(student, (teacher,), written, real, keys[1])
             # Hidden states are wide and stay on the device.
             scored.append(notes.replace(teacher_head=None, teacher_hidden=None))
-        real = batch.index >= 0
         written, scored = jax.tree.map(
             lambda x, real=real: x[real], hosts.on_host((written, scored))
         )
         records = [prompts.records[j] for j in batch.index[real]]
         yield Observed(records, written, scored)
+
+
+def _look(
+    student: Any,
+    teachers: tuple[Teacher, ...],
+    written: Trajectories,
+    real: jax.Array,
+    key: jax.Array,
+    **options: Any,
+) -> tuple[Scored, ...]:
+    """Score rows; those that only fill the batch have no candidates.
+
+    The percentile of the batch's distances would count them.
+    """
+    written = written.replace(mask=written.mask & real[:, None])
+    return score(student, teachers, written, key, **options)
 
 
 def _batches(setup: Setup, count: int, size: int) -> Iterator[tuple]:
