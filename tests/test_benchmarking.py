@@ -122,13 +122,14 @@ def test_without_answers_there_are_statistics_only(setup, evaluator):
 
 
 def test_runs_are_compared_on_the_same_problems(tmp_path):
-    def run(name, problems, right=(), temperature=1.0):
+    def run(name, problems, right=(), temperature=1.0, samples=1):
         folder = tmp_path / name
         folder.mkdir()
         records = [
-            {"problem": p, "right": [p in right], "answers": [p]}
+            {"problem": p, "right": [p in right] * samples,
+             "answers": [p] * samples}
             for p in problems
-        ]
+        ]  # fmt: skip
         (folder / "eval-latest.json").write_text(
             json.dumps(
                 {
@@ -141,10 +142,12 @@ def test_runs_are_compared_on_the_same_problems(tmp_path):
 
     one, two, none = run("1", "ab", "a"), run("2", "ac"), run("3", "")
     better, greedy = run("4", "ab", "ab"), run("5", "ab", "ab", 0.0)
+    often = run("6", "ab", "ab", samples=3)
     compared = benchmarking.compare_runs([one], [better], "latest")["test"]
     assert (compared["problems"], compared["difference"]) == (2, 0.5)
     for a, b, message in (
         ([one], [two], "not answered the same problems of test"),
+        ([one], [often], "the same problems of test equally often"),
         ([one], [greedy], "not evaluated alike: .*1.0.*; .*0.0"),
         ([one, two], [one], "--a names 2 runs and --b 1"),
         ([], [], "--a names 0 runs"),

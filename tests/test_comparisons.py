@@ -157,6 +157,18 @@ def test_a_comparison_is_paired():
     assert nothing["interval"] == (0.0, 0.0) and nothing["mcnemar_p"] == 1.0
 
 
+def test_seeds_are_no_problems_of_their_own():
+    a = [problem([i < 1]) for i in range(30)]
+    b = [problem([1 <= i < 6]) for i in range(30)]
+    once = compare([a], [b])
+    assert once["mcnemar_p"] == pytest.approx(mcnemar(1, 5))
+    for key in ("only_a", "only_b", "mcnemar_p"):
+        assert compare([a] * 5, [b] * 5)[key] == once[key]
+    # Each solves the first problem in one of two runs.
+    mixed = compare([a, b], [b, b])
+    assert (mixed["only_a"], mixed["only_b"]) == (1, 5)
+
+
 def test_seeds_that_disagree_widen_the_interval():
     a = [problem([0]) for _ in range(50)]
     up = [problem([i < 20]) for i in range(50)]

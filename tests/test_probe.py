@@ -61,7 +61,8 @@ def test_positions_are_ranked_three_ways():
     written = make_trajectories(rows=6)
     tokens, mask = written.tokens, written.mask
     loss = np.random.default_rng(0).random(tokens.shape, np.float32)
-    ahead = Objective(near_future=NearFuture(window=4))
+    ahead = Objective(near_future=NearFuture(window=4, branch_fraction=0.5))
+    assert all(o.branch_fraction == 1 for o in ranked(ahead, (EOS,), seed=0))
     high, lot, low = (
         np.asarray(objective.near_future.ranking(loss, tokens, mask))
         for objective in ranked(ahead, (EOS,), seed=0)

@@ -267,11 +267,15 @@ def compare_runs(
             + "; ".join(", ".join(r) for r in runs)
         )
     for name in names:
-        asked = [[p["problem"] for p in r[name]["records"]] for r in runs]
+        asked = [
+            [(p["problem"], len(p["right"])) for p in r[name]["records"]]
+            for r in runs
+        ]
         if any(other != asked[0] for other in asked):
             raise ValueError(
-                f"the runs have not answered the same problems of {name}; "
-                "evaluate both with the same data and eval settings"
+                f"the runs have not answered the same problems of {name} "
+                "equally often; evaluate both with the same data and eval "
+                "settings"
             )
     return {
         name: comparisons.compare(

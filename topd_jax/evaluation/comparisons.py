@@ -208,8 +208,9 @@ def compare(
     Returns:
       JSON-able: "pass@1" of each and the "difference" b - a with its paired
       bootstrap "interval" over problems (and seeds where several); McNemar's
-      exact p of majority answers, with "only_a" and "only_b", how often just
-      one of them is right (an undecided vote counts as wrong).
+      exact p of majority answers, with "only_a" and "only_b", how many problems
+      just one of them solves, of several seeds in more runs than the other (an
+      undecided vote counts as wrong).
     """
     rates_a, rates_b = (
         np.array([[np.mean(p["right"]) for p in run] for run in runs])
@@ -221,8 +222,9 @@ def compare(
         )
         for runs in (a, b)
     )
-    only_a = int((votes_a & ~votes_b).sum())
-    only_b = int((votes_b & ~votes_a).sum())
+    # A problem counts once: its answers in several runs are no others.
+    only_a = int((votes_a.sum(axis=0) > votes_b.sum(axis=0)).sum())
+    only_b = int((votes_b.sum(axis=0) > votes_a.sum(axis=0)).sum())
     return {
         "problems": rates_a.shape[1],
         "seeds": rates_a.shape[0],

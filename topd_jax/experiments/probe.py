@@ -93,6 +93,8 @@ def ranked(
                     rank, group=group, window=ahead.near_future.window,
                     eos_ids=eos_ids, seed=seed,
                 ),
+                # Those of highest future loss would be no random ones.
+                branch_fraction=1.0,
             ),
         )
         for group in GROUPS
