@@ -345,6 +345,13 @@ def test_several_teachers_are_refused_before_any_is_made(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_loss_that_draws_is_refused_before_any_model_is_made(tmp_path):
+    settings = settings_with(objective="trust_region")
+    with pytest.raises(ValueError, match="objective='trust_region' draws anew"):
+        local_correction.correct(settings, tmp_path, "start", 1, 1)
+    assert not any(tmp_path.iterdir())
+
+
 def test_correct_from_the_command_line(trained, small_arguments, topd):
     result = json.loads(
         topd(

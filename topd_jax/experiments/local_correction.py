@@ -67,8 +67,8 @@ def correct(
       JSON-able: what was done, the numbers of :func:`report` and the "figure".
 
     Raises:
-      ValueError: for several teachers, without a checkpoint, or where nothing
-        diverges.
+      ValueError: for several teachers, a token loss that draws, without a
+        checkpoint, or where nothing diverges.
     """
     if settings.teachers:
         raise ValueError(
@@ -78,6 +78,12 @@ def correct(
         )
     ahead = looking_ahead(settings)
     methods = methods_of(make_objective(settings.objective), ahead)
+    if methods[BASELINE].draws:
+        raise ValueError(
+            f"topd correct repeats updates on the same tokens and the token "
+            f"loss of objective={settings.objective!r} draws anew in every "
+            "step; take another objective, as topd"
+        )
     folder = workdir / f"correct-{which}"
     with open_run(settings, workdir, which) as (setup, student, step):
         require_same_prompts(setup.test.records, "topd correct")
