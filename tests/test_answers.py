@@ -20,6 +20,8 @@ from topd_jax.evaluation.answers import normal, stated_answer
         ("\\boxed{a \\boxed{b} c}", ("boxed", "a \\boxed{b} c")),
         ("**Answer:** 7.5\nbye 3", ("marked", "7.5")),
         ("The answer is:\n\n5", ("marked", "5")),
+        ("Answer: isosceles", ("marked", "isosceles")),
+        ("Answer: area 5", ("marked", "area 5")),
         ("the final answers are 1 and 2", ("marked", "1 and 2")),
         ("71, then 1,072", ("number", "1,072")),
         ("who knows", ("", "")),

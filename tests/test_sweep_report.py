@@ -67,8 +67,15 @@ def test_what_is_unknown_is_empty_in_the_tables(tmp_path):
     assert "the token is the fork: by distance | – | 0.800" in table
     assert "by loss alone | 0.200 | – | 0.600 | 0.700 |" in table
     assert "Seeds 0; a machine." in table
+    assert "One seed: intervals and p are of these students" in table
     assert set(files) == {"report", "table_file", "curves"}
     assert image.imread(files["curves"]).std() > 0.01
+
+
+def test_a_single_seed_is_told(tmp_path):
+    lines = [line("opd", seed, draw(seed, 0.5)) for seed in (0, 1)]
+    write_report(lines, tmp_path)
+    assert "One seed" not in (tmp_path / "table.md").read_text()
 
 
 def test_as_many_curves_are_drawn_as_can_be_told_apart(tmp_path, monkeypatch):

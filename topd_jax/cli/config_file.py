@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from topd_jax.settings import unknown_key, wrong_type
 from topd_jax.training.config import Settings, settings_from
 
+# Between commas, but for those of calls and of tuples in calls.
+_PARTS = re.compile(r"(?:[^,(]|\((?:[^()]|\([^()]*\))*\)|\()+")
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
 
 
@@ -86,7 +88,7 @@ def _value(section: ConfigDict, key: str, text: str) -> Any:
         if kind is not tuple:
             return text
         # "opd,topd(window=20, fraction=0.5)" without quotes, and "" for none.
-        value = [part for part in re.split(r",(?![^(]*\))", text) if part]
+        value = _PARTS.findall(text)
     if kind is tuple:
         return tuple(value) if isinstance(value, list | tuple) else (value,)
     return value

@@ -16,7 +16,8 @@ _JOIN = re.compile(
     r"(?:[\s,;$.{}]|\\(?:text|mbox|q?quad)(?![a-z])|\\[,; ]|and|or)*"
 )
 _STATED = re.compile(
-    r"answers?\W{0,4}\s*(?:is|are|:|=)[\s:*]*(?:\\[\[(]\s*)?([^\n]+)", re.I
+    r"answers?\W{0,4}\s*(?:is\b|are\b|:|=)[\s:*]*(?:\\[\[(]\s*)?([^\n]+)",
+    re.I,
 )
 # Where mathematics begins and ends.
 _DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")

@@ -200,6 +200,11 @@ def markdown(summary: dict[str, Any]) -> str:
         f"\nSeeds {seeds}; {'; '.join(summary['machine'])}. p: adjusted for "
         "the number of comparisons (Holm).\n"
     )
+    if len(summary["seeds"]) == 1:
+        foot += (
+            "One seed: intervals and p are of these students, and say nothing "
+            "of what another seed would give.\n"
+        )
     certainty = summary["right_at_forks"]
     if certainty and certainty["median"] is not None:  # there were forks
         low, median, high = (
