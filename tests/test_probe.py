@@ -86,7 +86,8 @@ def test_positions_are_ranked_three_ways():
 
 def test_probe_from_the_command_line(trained, small_arguments, topd):
     found = json.loads(topd("probe", *small_arguments, f"--workdir={trained}",
-                            "--which=start", "--count=8"))  # fmt: skip
+                            "--which=start", "--count=99"))  # fmt: skip
+    assert found["prompts"] == 8  # there are no more
     assert found["loss"]["high"] > found["loss"]["random"]
     assert found["loss"]["random"] > found["loss"]["low"]
     assert image.imread(found["figure"]).std() > 0.01

@@ -40,7 +40,8 @@ def probe(
       workdir: of the run; ``probe-WHICH`` with ``probe.json`` and the picture
         is written there.
       which: "latest", "best" or "start".
-      count: test prompts that the student completes.
+      count: test prompts that the student completes; fewer where there are
+        no more.
 
     Returns:
       JSON-able: what was measured, the numbers of :func:`report` and the
@@ -53,12 +54,13 @@ def probe(
     with open_run(settings, workdir, which) as (setup, student, step):
         objectives = ranked(ahead, setup.tokenizer.eos_ids, settings.seed)
         groups = collect(observe(settings, setup, student, count, objectives))
+        prompts = len(setup.test.records[:count])
     folder = workdir / f"probe-{which}"
     result = {
         "machine": machine(),
         "seed": settings.seed,
         "step": step,
-        "prompts": count,
+        "prompts": prompts,
         "window": ahead.near_future.window,
         **report(groups),
         "figure": str(folder / "probe.png"),
