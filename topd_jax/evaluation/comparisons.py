@@ -38,14 +38,17 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
     Returns:
       (low, high): 2.5th and 97.5th percentile of the mean when seeds, then
-      problems, are resampled with replacement.
+      problems, are resampled with replacement. One seed less than there are
+      is drawn, where there are several: as many would make the mean's variance
+      S / (S - 1) times too small (McCarthy and Snowden, 1985).
     """
     rng = np.random.default_rng(0)
     seeds, problems = values.shape
-    drawn = rng.integers(seeds, size=(_RESAMPLES, seeds))
+    draws = max(seeds - 1, 1)
+    drawn = rng.integers(seeds, size=(_RESAMPLES, draws))
     # Sum over the drawn seeds first: all seeds share the drawn problems.
     counts = np.stack([(drawn == s).sum(1) for s in range(seeds)], axis=1)
-    of_problems = counts @ values / seeds
+    of_problems = counts @ values / draws
     drawn = rng.integers(problems, size=(_RESAMPLES, problems))
     means = np.take_along_axis(of_problems, drawn, axis=1).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
