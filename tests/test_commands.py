@@ -222,5 +222,12 @@ def test_eval_resumes_after_the_last_finished_benchmark(
     assert topd(*line) == told and asked == [3, 4, 4]
     assert written.read_text() == text
     paths[0].write_text(paths[0].read_text().replace("+", "*"))
+    alone = command(
+        "eval", "--which=start", f"--config.eval.benchmarks={paths[0]}"
+    )
+    # What was not asked for is kept.
+    assert set(json.loads(topd(*alone))["benchmarks"]) == {"one", "two"}
     topd(*line)
-    assert asked == [3, 4, 4, 3, 4]
+    assert asked == [3, 4, 4, 3]
+    topd(*line, "--config.eval.temperature=0.5")
+    assert asked[4:] == [3, 4]

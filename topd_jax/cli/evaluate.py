@@ -19,7 +19,8 @@ def evaluate(
     """Evaluate a trained student on test problems or benchmarks.
 
     A benchmark that an earlier call has finished is read back, where nothing
-    has changed that its numbers depend on.
+    has changed that its numbers depend on; the others of the same student stay
+    in the file.
 
     Args:
       settings: of the run; ``settings.eval`` names samples and benchmarks.
@@ -40,14 +41,24 @@ def evaluate(
     path = workdir / f"eval-{which}.json"
     part = path.with_suffix(".part")
     with open_run(settings, workdir, which) as (setup, student, step):
-        made_from = _hash(
-            code_fingerprint(), settings.to_dict(), fingerprint(student),
-            setup.teacher_fingerprints, asked, setup.test.records,
+        facts = settings.to_dict()
+        del facts["eval"]["benchmarks"]
+        evaluated = _hash(
+            code_fingerprint(), facts, fingerprint(student),
+            setup.teacher_fingerprints,
         )  # fmt: skip
-        done = hosts.from_first(lambda: _finished((path, part), made_from))
+        asked = asked or [(benchmarking.TEST, setup.test.records)]
+        made_from = {name: _hash(records) for name, records in asked}
+        found = hosts.from_first(lambda: _finished((path, part), evaluated))
+        done = {
+            name: benchmark
+            for name, (own, benchmark) in found.items()
+            if made_from.setdefault(name, own) == own
+        }
 
         def keep(evaluation: dict[str, Any]) -> None:
-            about = {"made_from": made_from, "seed": settings.seed}
+            about = {"evaluated": evaluated, "made_from": made_from}
+            about["seed"] = settings.seed
             text = json.dumps(evaluation | about, indent=1)
             hosts.from_first(lambda: _write(part, text))
 
@@ -70,14 +81,18 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 
 def _finished(
-    paths: tuple[pathlib.Path, ...], made_from: str
+    paths: tuple[pathlib.Path, ...], evaluated: str
 ) -> dict[str, Any]:
-    """Return the benchmarks of an evaluation like this one; {} for none."""
+    """Return name -> (hash of its records, benchmark), of this student."""
+    found = {}
     for path in paths:
         try:
             saved = json.loads(path.read_bytes())
-            if saved["made_from"] == made_from:
-                return saved["benchmarks"]
+            if saved["evaluated"] == evaluated:
+                found |= {
+                    name: (saved["made_from"][name], benchmark)
+                    for name, benchmark in saved["benchmarks"].items()
+                }
         except (OSError, ValueError, KeyError, TypeError):
             continue  # none, another's, or of an earlier version
-    return {}
+    return found

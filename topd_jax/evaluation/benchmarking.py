@@ -121,7 +121,8 @@ def evaluate_all(
       data: of the run; says how its own problems are graded. Benchmarks are
         mathematics, but those of reasoning-gym, which grades them itself.
       step: of the student, for the record.
-      done: benchmarks that need not be run again, as returned.
+      done: benchmarks that need not be run again, as returned; those that are
+        not asked for are returned too.
       keep: given what is returned, as far as it is known, after each of
         several benchmarks.
 
@@ -141,7 +142,7 @@ def evaluate_all(
         "step": step,
         "temperature": options.temperature,
         "max_new_tokens": evaluator.rollout.max_new_tokens,
-        "benchmarks": {},
+        "benchmarks": {n: b for n, b in done.items() if n not in asked},
     }
     for name, encoded in asked.items():
         if evaluation["benchmarks"]:
