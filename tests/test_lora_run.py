@@ -19,7 +19,7 @@ from small_step import assert_trees_equal
 from topd_jax.cli.export import export
 from topd_jax.models import DecoderConfig, load, load_adapter, merge_lora
 from topd_jax.models.lora import frozen_fingerprint, split
-from topd_jax.models.quantization import is_quantized
+from topd_jax.models.quantization import dequantize, is_quantized
 from topd_jax.training import loop
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.restore import load_student
@@ -127,8 +127,9 @@ def test_adapters_learn_beside_a_quantized_base(settings, tmp_path):
     base, _ = load(setup.student_source, unroll=1)
     restored = split(load_adapter(base, out))[0]
     assert_trees_equal(arrays(restored), arrays(split(student)[0]))
-    with pytest.raises(ValueError, match="cannot export a quantized model"):
-        export(small, tmp_path, "latest", tmp_path / "whole")
+    export(small, tmp_path, "latest", tmp_path / "whole")
+    whole = arrays(merge_lora(dequantize(student)))
+    assert_trees_equal(arrays(load(tmp_path / "whole")[0]), whole)
 
 
 @pytest.mark.parametrize(

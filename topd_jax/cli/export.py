@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from topd_jax.data.tokenizers import SentencePieceTokenizer
-from topd_jax.models import describe, save_adapter, save_model
+from topd_jax.models import dequantize, describe, save_adapter, save_model
 from topd_jax.models.adapters import require_adapter
 from topd_jax.models.io.export import check_free
 from topd_jax.parallel import buckets, hosts
@@ -21,7 +21,8 @@ def export(
 ) -> dict[str, Any]:
     """Write a trained student to a Hugging Face directory.
 
-    Adapters are merged, unless they are what is asked for.
+    Adapters are merged, unless they are what is asked for; a quantized base is
+    floats then.
 
     Args:
       settings: of the run.
@@ -60,7 +61,8 @@ def export(
             ids |= {"max_position_embeddings": longest} if longest else {}
         with buckets.uploaded(output) as folder:
             hub = setup.hub_tokenizer
-            save_model(student, folder, tokenizer=hub, extra=ids)
+            # A quantized base is written as the floats that it computes as.
+            save_model(dequantize(student), folder, tokenizer=hub, extra=ids)
             own = isinstance(tokenizer, SentencePieceTokenizer)
             if own and hosts.is_first():
                 tokenizer.save_pretrained(folder)
