@@ -18,8 +18,8 @@ def fingerprint(model: Any) -> str:
 
     Each element's bits are mixed with its index and added up as integers
     modulo 2**32, so the sum does not depend on the order of addition: the
-    same on any mesh. ``remat`` and ``unroll`` do not count, nor do options
-    at their default: one that is added later changes no fingerprint.
+    same on any mesh. ``remat``, ``unroll`` and the rows' length do not count,
+    nor do options at their default: one that is added later changes none.
 
     Args:
       model: any decoder; of another model the parameters alone are hashed,
@@ -34,7 +34,7 @@ def fingerprint(model: Any) -> str:
         fields = {
             field.name: getattr(config, field.name)
             for field in dataclasses.fields(config)
-            if field.name not in ("remat", "unroll", "attention")
+            if field.name not in ("remat", "unroll", "attention", "long_rope")
             and getattr(config, field.name) != field.default
         }
     digest = hashlib.sha256(
