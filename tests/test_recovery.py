@@ -16,7 +16,7 @@ from small_run import (
 from small_step import assert_trees_equal
 
 from topd_jax.cli.replay import repeat
-from topd_jax.training import loop, recovery
+from topd_jax.training import logging, loop, recovery
 from topd_jax.training.logging import read_jsonl
 
 
@@ -118,6 +118,27 @@ def test_the_best_student_of_steps_that_are_made_again_is_dropped(
     run.train()
     after, step = saved_arrays(alone, "best")
     assert step == 3 and any((after[k] != before[k]).any() for k in after)
+
+
+def test_the_best_student_is_saved_before_its_evaluation_is_told(
+    settings, setup, tmp_path, monkeypatch
+):
+    """What is told is not evaluated again, so it would never be saved."""
+    monkeypatch.setattr(loop, "better", lambda *_: True)
+    write, seen = logging.Logs.write, []
+
+    def told(logs, name, row):
+        if name == "evals" and not row["final"]:
+            seen.append((row["step"], run.best.latest()))
+        write(logs, name, row)
+
+    monkeypatch.setattr(logging.Logs, "write", told)
+    for every, want in ((3, [(0, 0), (3, 3)]), (0, [(0, None)])):
+        seen.clear()
+        own = changed(settings, "eval", every=every)
+        run = run_in(own, tmp_path / str(every), setup)
+        run.train()
+        assert seen == want
 
 
 # --- rolled back ----------------------------------------------------------

@@ -9,7 +9,7 @@ from topd_jax.settings import setting
 class EvalSettings:
     """Accuracy on held-out problems, and how often."""
 
-    every: int = setting(50, "steps; 0: only at the end", least=0)
+    every: int = setting(50, "steps; 0: at start and end, and no best", least=0)
     problems: int = setting(400, "on the interval", least=1, most=10_000_000)
     final_problems: int = setting(1000, "at the end", least=1, most=10_000_000)
     batch_size: int = setting(200, "problems at once", least=1, most=100_000)

@@ -234,10 +234,8 @@ class Run:
         with jax.set_mesh(self.setup.mesh), bar, ExitStack() as signals:
             first, started = self.step + 1, time.perf_counter()
             if first <= steps:
-                say(
-                    bar, "compiling rollout, score, train_step and evaluation; "
-                    "later steps are fast",
-                )  # fmt: skip
+                say(bar, "compiling rollout, score, train_step and evaluation; "
+                    "later steps are fast")  # fmt: skip
                 compiled = compile_ahead(trace_run(self))
             if self._owes_evaluation():
                 self.evaluate()
@@ -360,12 +358,14 @@ class Run:
         others = (r for r in self.logs.evals if not r["final"])
         # None after a roll-back; or one of an attempt that saved nothing else.
         best = self.best.latest() is None or all(better(row, r) for r in others)
+        if best and not final and self.settings.eval.every:
+            self.best.drop_after(self.step - 1)
+            self._save_to(self.best)
+            if self.checkpoints.latest() == self.step:
+                self.best.wait()  # what resumes here will not evaluate again
         self.logs.write("evals", row)
         for problem in problems:
             self.logs.write("problems", problem)
-        if best and not final:
-            self.best.drop_after(self.step - 1)
-            self._save_to(self.best)
         return row
 
     def save(self) -> None:
