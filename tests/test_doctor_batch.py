@@ -47,6 +47,15 @@ def test_the_dtypes_of_a_run_bound_its_loss(tmp_path):
     assert 1e-6 < seen.itself < seen.rounding == 0.1
 
 
+def test_a_window_may_be_longer_than_what_is_written_here(tmp_path):
+    ahead = "topd(window=40, candidates=35)"
+    settings, setup = loaded(
+        tmp_path, copier(7.0), copier(10.0), objective=ahead,
+        rollout__max_new_tokens=40,
+    )  # fmt: skip
+    assert 0.01 < scored(settings, setup).reverse_kl < 5
+
+
 def test_every_teacher_is_looked_at(tmp_path):
     """One's files look right, and are those of another vocabulary."""
     paths = {

@@ -81,7 +81,8 @@ def score(settings: Settings, setup: Setup, teacher: Teacher) -> Scores:
     ))  # fmt: skip
     limit = min(settings.rollout.max_new_tokens, _TOKENS)
     options = dataclasses.replace(settings.rollout, max_new_tokens=limit)
-    evaluator = setup.evaluator(dataclasses.replace(settings, rollout=options))
+    # Not the settings: what the objective looks at may be longer.
+    evaluator = dataclasses.replace(setup.evaluator(settings), rollout=options)
     student, model = setup.student, teacher.beside(setup.student)
     key = stream_key(jax.random.key(settings.seed), Stream.DOCTOR)
     prompts = spread_rows(batch.prompts, setup.mesh)
