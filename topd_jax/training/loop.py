@@ -100,12 +100,14 @@ def require_solutions(settings: Settings) -> None:
     offline = settings.offline
     if offline.path:
         solution_data.find_set(offline.path)
-    elif settings.is_offline and offline.pack_length:
-        raise ValueError(
-            f"offline.pack_length={offline.pack_length} packs what topd "
-            "generate wrote; set offline.path to its directory, or "
-            "offline.pack_length=0"
-        )
+        return
+    idle = {"pack_length": (0, "packs"), "keep": ("all", "chooses from")}
+    for name, (default, does) in idle.items() if settings.is_offline else ():
+        if (value := getattr(offline, name)) != default:
+            raise ValueError(
+                f"offline.{name}={value} {does} what topd generate wrote; set "
+                f"offline.path to its directory, or offline.{name}={default}"
+            )
 
 
 class Run:
