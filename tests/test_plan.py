@@ -257,6 +257,17 @@ def test_a_flag_follows_from_the_memory_that_is_missing(
     assert named == [f"--config.{flag}"]
 
 
+def test_a_mesh_is_named_whole():
+    """One that was chosen has axes that no flag of the run has named."""
+    mesh = {"data": 2, "fsdp": 1, "tensor": 4, "expert": 1, "sequence": 1}
+    lacks = program(held=12 * GIB, temporaries=9 * GIB)
+    (told,) = suggest(large(), Plan("v5e:2x4", V5E, mesh, (lacks,), 64))
+    assert told.split() == [
+        "--config.mesh.data=1", "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=4",
+    ]  # fmt: skip
+
+
 def test_no_flag_is_named_that_the_run_refuses(tmp_path):
     """No kernel has sinks; a slice holds whole shares of every teacher."""
     fields = {

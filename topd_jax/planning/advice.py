@@ -44,7 +44,10 @@ def _options(
     name, mesh = program.name.removesuffix(" 2"), plan.mesh
     ways = math.prod(mesh[axis] for axis in ("data", "fsdp", "expert"))
     if mesh["data"] > 1 and program.held > program.capacity / 2:
-        yield f"mesh.data=1 --config.mesh.fsdp={mesh['data'] * mesh['fsdp']}"
+        axes = {**mesh, "data": 1, "fsdp": mesh["data"] * mesh["fsdp"]}
+        # Where one is given, the others are no longer chosen.
+        given = (a for a, size in axes.items() if size > 1 or a == "data")
+        yield " --config.".join(f"mesh.{a}={axes[a]}" for a in given)
     data = settings.data
     tokens = settings.rollout.max_new_tokens + (
         teacher_width(data) if name == "score" else data.max_prompt_length
