@@ -71,10 +71,10 @@ def test_updates_that_bfloat16_would_lose():
     assert weight + jnp.bfloat16(1e-2) != weight
     fast = settings_with(optimizer__learning_rate=1e-2, **narrow)
     assert checked(fit.dtypes, fast)["dtype"].level == "ok"
-    frozen = settings_with(
-        optimizer__learning_rate=2e-6, teacher__param_dtype="bfloat16"
-    )
-    assert checked(fit.dtypes, frozen)["dtype"].level == "ok"
+    for frozen in (dict(teacher__param_dtype="bfloat16"),
+                   dict(student__lora_rank=1, **narrow)):  # fmt: skip
+        settings = settings_with(optimizer__learning_rate=2e-6, **frozen)
+        assert checked(fit.dtypes, settings)["dtype"].level == "ok"
 
 
 def test_models_and_optimizer_must_fit_a_device(sources, monkeypatch):

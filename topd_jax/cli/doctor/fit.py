@@ -29,7 +29,9 @@ def dtypes(context: Context) -> Iterator[Finding]:
     # with standard deviation width ** -0.5, and half a step rounds to none.
     weight = student.width**-0.5
     least = 0.5 * _BFLOAT16_STEP * weight
-    lost = student.param_dtype == "bfloat16" and rate < least
+    # Adapters are float32 whatever is beside them.
+    learns = student.param_dtype if student.lora is None else "float32"
+    lost = learns == "bfloat16" and rate < least
     text = "; ".join(
         f"{who} {c.param_dtype}, computed in {c.dtype}"
         for who, c in context.configs.items()
