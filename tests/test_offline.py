@@ -69,10 +69,10 @@ def test_a_stopped_run_resumes_bit_identically(
 
 
 def test_what_does_not_fit_is_refused_early(settings, tmp_path):
-    with pytest.raises(ValueError, match="pack_length=64 packs what topd gen"):
+    with pytest.raises(ValueError, match="pack_length=64 and offline.keep"):
         loop.train(changed(settings, "offline", path=""), tmp_path)
     chosen = dict(path="", pack_length=0, keep="correct")
-    with pytest.raises(ValueError, match="keep=correct chooses from what top"):
+    with pytest.raises(ValueError, match="keep=correct are for what topd g"):
         loop.train(changed(settings, "offline", **chosen), tmp_path)
     with pytest.raises(ValueError, match="no solutions"):
         loop.train(changed(settings, "offline", path=str(tmp_path)), tmp_path)

@@ -98,16 +98,15 @@ def require_solutions(settings: Settings) -> None:
       ValueError: naming the setting.
     """
     offline = settings.offline
+    told = offline.pack_length, offline.keep
     if offline.path:
         solution_data.find_set(offline.path)
-        return
-    idle = {"pack_length": (0, "packs"), "keep": ("all", "chooses from")}
-    for name, (default, does) in idle.items() if settings.is_offline else ():
-        if (value := getattr(offline, name)) != default:
-            raise ValueError(
-                f"offline.{name}={value} {does} what topd generate wrote; set "
-                f"offline.path to its directory, or offline.{name}={default}"
-            )
+    elif settings.is_offline and told != (0, "all"):
+        raise ValueError(
+            "offline.pack_length={} and offline.keep={} are for what topd "
+            "generate wrote; set offline.path to its directory, or leave them "
+            "at 0 and all".format(*told)
+        )
 
 
 class Run:
