@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 from jax.sharding import AbstractMesh
-from small_run import settings_with
+from small_run import changed, settings_with
 
 from topd_jax.parallel import sharding
 from topd_jax.training import placement
@@ -74,3 +74,6 @@ def test_a_batch_that_cannot_use_the_devices_is_told_which_would():
     assert "--config.data.batch_size=16" in str(told.value)
     batch = published("paper", batch_size=16)
     assert chosen(batch, 64, 32 * GIB)[2] == 4
+    slots = changed(batch, "rollout", slots=24)
+    with pytest.raises(ValueError, match="try --config.rollout.slots=32, or"):
+        chosen(slots, 64, 32 * GIB)

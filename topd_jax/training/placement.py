@@ -144,18 +144,19 @@ def _refusal(settings: Settings, devices: Sequence[jax.Device]) -> str:
             continue
         tensor = size
     ways = len(devices) // tensor
+    sizes = {
+        "data.batch_size": settings.data.batch_size,
+        "eval.batch_size": settings.eval.batch_size,
+        "rollout.slots": settings.rollout.slots,
+    }
+    told = ", ".join(f"{name}={size}" for name, size in sizes.items() if size)
     flags = " ".join(
-        f"--config.{name}.batch_size={-(-size // ways) * ways}"
-        for name, size in (
-            ("data", settings.data.batch_size),
-            ("eval", settings.eval.batch_size),
-        )
+        f"--config.{name}={-(-size // ways) * ways}"
+        for name, size in sizes.items()
         if size % ways
     )
     return (
         f"no mesh uses all {len(devices)} devices: the models divide among at "
         f"most mesh.tensor={tensor}, so prompts must divide among {ways}, and "
-        f"data.batch_size={settings.data.batch_size}, "
-        f"eval.batch_size={settings.eval.batch_size}; try {flags}, or fewer "
-        "devices"
+        f"{told}; try {flags}, or fewer devices"
     )
