@@ -118,9 +118,9 @@ def test_the_command_writes_json_and_names_flags(monkeypatch, tmp_path):
     large = program("score", temporaries=18 * GIB)
     monkeypatch.setattr(command, "without_tpu", lambda: None)
     monkeypatch.setattr(command, "make_plan", lambda *_, **__: plan_of(large))
-    path = tmp_path / "plans.jsonl"
+    path = tmp_path / "new" / "plans.jsonl"
     for _ in range(2):
-        said = command.plan(settings_with(), "v5e:2x4", output=str(path))
+        said = command.plan(settings_with(), "v5e:2x4", output=path)
     assert said.endswith("change: --config.train.chunk_size=2048")
     one, two = map(json.loads, path.read_text().splitlines())
     assert one == two and one["settings"]["data"]["batch_size"] == 8

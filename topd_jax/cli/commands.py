@@ -318,7 +318,9 @@ COMMANDS = {
                 "topology", metavar="KIND:SHAPE", required=True,
                 help="TPU kind and shape, as v5e:2x4",
             ),
-            _flag("output", metavar="FILE", help="also write JSON"),
+            _flag(
+                "output", metavar="FILE", type=_path, help="also write JSON"
+            ),
         ),
         "--config qwen3_8b_to_1p7b --topology v5e:2x4",
         "Needs libtpu.",

@@ -31,7 +31,7 @@ _LESS = "more chips, shorter rollouts or fewer rows"
 
 
 def plan(
-    settings: Settings, topology: str, *, output: str | None = None
+    settings: Settings, topology: str, *, output: pathlib.Path | None = None
 ) -> str:
     """Plan a run; name flags that should make it fit if it does not.
 
@@ -48,15 +48,17 @@ def plan(
       ValueError: for a topology or model that is not known, or what does not
         divide over the mesh.
     """
+    if output is not None:  # before minutes of work are lost
+        output.parent.mkdir(parents=True, exist_ok=True)
     without_tpu()
     log = functools.partial(print, file=sys.stderr, flush=True)
     first = make_plan(settings, topology, log=log)
     if output is not None:
-        path = pathlib.Path(output)
         record = {"plan": dataclasses.asdict(first), "jax": jax.__version__}
         line = json.dumps(record | {"settings": settings.to_dict()}) + "\n"
-        with path.open("a" if path.suffix == ".jsonl" else "w") as file:
-            file.write(line)
+        adds = output.suffix == ".jsonl" and output.exists()
+        # Objects of a bucket do not grow.
+        output.write_text((output.read_text() if adds else "") + line)
     if not first.failing:
         return table(first)
     flags = " ".join(suggest(settings, first)) or _LESS
