@@ -183,7 +183,8 @@ keep_on() {
 keeper() {
     local pid
     pid="$(cat "$record.pid" 2>/dev/null)" || return 0
-    if ps -ww -o args= -p "$pid" 2>/dev/null | grep -q "tpu.sh keep"; then
+    if ps -ww -o args= -p "$pid" 2>/dev/null |
+        grep -qE "tpu\.sh (keep|paper)"; then
         echo "$pid"
     fi
 }
@@ -192,7 +193,9 @@ end_keeper() {
     local pid
     pid="$(keeper)"
     if [[ -n "$pid" && -z "$dry_run" ]]; then
-        kill -TERM -- "-$pid"
+        # One in the foreground of a script leads no group.
+        kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid"
+        while [[ -n "$(keeper)" ]]; do sleep 0.1; done
         echo "tpu.sh: stopped the keeper (process $pid)"
     fi
 }
@@ -207,11 +210,14 @@ keep() {
     fi
     check_commit
     mkdir -p "$TOPD_TOP/runs/launch"
-    if [[ -n "$foreground" ]]; then
-        keep_on
-    fi
     local pid begin
     pid="$(keeper)"
+    if [[ -n "$foreground" ]]; then
+        [[ -z "$pid" || "$pid" == "$$" ]] ||
+            die "process $pid keeps $name already: tpu.sh stop ends it"
+        echo "$$" >"$record.pid" # for stop and delete
+        keep_on
+    fi
     touch "$record.log"
     begin="$(wc -l <"$record.log")"
     if [[ -z "$pid" ]]; then

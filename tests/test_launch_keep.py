@@ -193,6 +193,26 @@ def test_the_keeper_outlives_the_terminal_and_is_found_again(
     assert "delete" in verbs and "create" not in verbs
 
 
+def test_stop_ends_a_keeper_in_the_foreground_too(desk: Desk) -> None:
+    """Else it starts the training again, or the slice that was deleted."""
+    front = subprocess.Popen(
+        ["bash", str(desk.top / "launch" / "tpu.sh"), *KEEP[1:],
+         "--foreground"],
+        env=desk.environment | {"PLAYS": "60:0"}, cwd=desk.top.parent,
+        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    shown = iter(front.stdout.readline, "")
+    assert any("the training: running" in line for line in shown)
+    twice = desk.run(*KEEP, "--foreground")
+    assert twice.returncode == 2
+    assert f"process {front.pid} keeps t1 already" in twice.stderr
+    stopped = desk.run("launch/tpu.sh", "stop", *WHERE)
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"stopped the keeper (process {front.pid})" in stopped.stdout
+    assert front.wait(timeout=30) == 143
+    assert "starting" not in front.stdout.read()
+
+
 def test_those_who_follow_get_the_keepers_exit_code(desk: Desk) -> None:
     # A training of another command line is left alone.
     for command in (
