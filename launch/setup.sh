@@ -94,10 +94,13 @@ make_environment() {
 # topd_setup [extra]: afterwards TOPD_ENV/bin has python and topd, is first on
 # PATH, and the current directory is the top of the checkout.
 topd_setup() {
-    local extra="${1:-}" key quiet=()
+    local extra="${1:-}" key stamp quiet=()
     TOPD_ENV="$(choose_environment)"
     cd "$TOPD_TOP"
-    [[ -x "$TOPD_ENV/bin/python" ]] || make_environment "$TOPD_ENV"
+    if [[ ! -x "$TOPD_ENV/bin/python" ]]; then
+        rm -f "$TOPD_ENV"/.topd-installed* # into a Python that is gone
+        make_environment "$TOPD_ENV"
+    fi
     new_enough "$TOPD_ENV/bin/python" ||
         die "the environment $TOPD_ENV has a Python older than 3.11: delete" \
             "it, or set TOPD_VENV to another path"
@@ -113,6 +116,10 @@ topd_setup() {
     if ! grep -qsxF "$key" "${stamps[@]}"; then
         echo "installing topd_jax${extra:+ with the extra $extra} into" \
             "$TOPD_ENV (takes minutes the first time)"
+        # What another checkout, or another setup.py, has there ends.
+        for stamp in "$TOPD_ENV"/.topd-installed*; do
+            grep -qsxF "$key" "$stamp" || rm -f "$stamp"
+        done
         [[ -t 1 ]] || quiet=(--quiet)
         "$TOPD_ENV/bin/python" -m pip install --disable-pip-version-check \
             ${quiet[@]+"${quiet[@]}"} -e ".${extra:+[$extra]}" || {

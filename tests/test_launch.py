@@ -84,6 +84,27 @@ def test_topd_venv_starts_at_the_caller_and_an_extra_includes_the_core(
     assert not (desk.top / ".venv").exists()
 
 
+def test_what_an_environment_has_lost_is_installed_again(
+    desk: Desk, tmp_path: pathlib.Path
+) -> None:
+    environment, other = tmp_path / "env", tmp_path / "other"
+    shutil.copytree(desk.top, other)
+
+    def installs(script: str, top: pathlib.Path = desk.top) -> list[str]:
+        path = str(top / "launch" / script)  # joined, it stays what it is
+        done = desk.run(path, "--setup-only", TOPD_VENV=str(environment))
+        assert done.returncode == 0, done.stderr
+        return desk.installs()
+
+    assert installs("test.sh") == [".[test]"] and not installs("local.sh")
+    # Another checkout takes its place, with another extra.
+    assert installs("local.sh", other) == ["."]
+    assert installs("local.sh") == ["."] and not installs("local.sh")
+    # Python was replaced by a newer one.
+    (environment / "bin" / "python").unlink()
+    assert installs("local.sh") == ["."]
+
+
 @pytest.mark.parametrize("this_checkout", [True, False])
 def test_active_environment_is_used_if_it_holds_this_checkout(
     desk: Desk, tmp_path: pathlib.Path, this_checkout: bool
