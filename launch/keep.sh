@@ -178,6 +178,13 @@ keep_on() {
     done
 }
 
+# Prints all that a keeper goes by, of this command.
+kept() {
+    quote "$zone" "$project" "$type" "$version" "$queued" "$branch" "$prepare" \
+        "$every" "$restarts" "$delete_when_done" ${capacity[@]+"${capacity[@]}"}
+    printf ' %s' "$(worker_command)"
+}
+
 # Prints the process of the keeper, or nothing. ps, because the number may be
 # another program's by now; -ww, because a narrow terminal cuts commands off.
 keeper() {
@@ -216,6 +223,7 @@ keep() {
         [[ -z "$pid" || "$pid" == "$$" ]] ||
             die "process $pid keeps $name already: tpu.sh stop ends it"
         echo "$$" >"$record.pid" # for stop and delete
+        kept >"$record.kept"
         keep_on
     fi
     touch "$record.log"
@@ -228,6 +236,9 @@ keep() {
         pid=$!
         set +m
         echo "$pid" >"$record.pid"
+    elif [[ "$(kept)" != "$(cat "$record.kept" 2>/dev/null || kept)" ]]; then
+        die "process $pid keeps $name with other flags or arguments: tpu.sh" \
+            "stop ends it and the training, and this command then resumes it"
     fi
     echo "tpu.sh: process $pid keeps $name; its log is $record.log;" \
         "it outlives this terminal, tpu.sh stop ends it"

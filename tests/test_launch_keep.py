@@ -178,6 +178,9 @@ def test_the_keeper_outlives_the_terminal_and_is_found_again(
     again = desk.run(*KEEP, "--no-follow", COLUMNS="40")
     assert again.returncode == 0, again.stderr
     assert f"process {pid} keeps t1" in again.stdout
+    other = desk.run(*KEEP, "--no-follow", "--delete-when-done")
+    assert other.returncode == 2
+    assert f"process {pid} keeps t1 with other flags" in other.stderr
     stopped = desk.run("launch/tpu.sh", "stop", *WHERE)
     assert f"stopped the keeper (process {pid})" in stopped.stdout
     wait_for(lambda: not pathlib.Path("/proc", str(pid)).exists())
