@@ -144,6 +144,8 @@ keep_on() {
     local verdict states last=""
     trap 'echo $? >"$record.exit"; rm -f "$errors"' EXIT
     trap 'exit 143' TERM
+    # The same after a preemption, whatever is committed meanwhile.
+    branch="$(git -C "$TOPD_TOP" rev-parse "$branch^{commit}")"
     while true; do
         verdict="$(slice)"
         if [[ "$verdict" != "$last" ]]; then

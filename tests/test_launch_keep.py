@@ -63,6 +63,23 @@ def test_it_resumes_after_a_preemption(desk: Desk) -> None:
     assert verbs.count("create") == 2 and verbs.count("delete") == 1
 
 
+def test_it_resumes_with_the_code_that_it_began_with(desk: Desk) -> None:
+    look = "topd-state|{}|"
+    desk.troubles(
+        *(look.format(does) for does in ("pass", "pass", "preempt")),
+    )
+    commits = (
+        f"cd '{desk.top}' && touch configs/new.py && git add . "
+        "&& git -c user.name=t -c user.email=t@example.com "
+        "commit -qm new --allow-empty"
+    )
+    done, verbs, starts = keep(desk, "--prepare", commits, plays="60:0 0:0")
+    assert done.returncode == 0, done.stderr
+    assert starts == 2 and verbs.count("scp") == 2
+    source = desk.worker / "topd_jax" / "src" / "configs"
+    assert [p.name for p in source.glob("[nt]*")] == ["tiny.py"]
+
+
 def test_it_waits_in_the_queue_and_requests_again(desk: Desk) -> None:
     queue = "queued-resources describe|say|"
     desk.troubles(
