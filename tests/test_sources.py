@@ -88,6 +88,9 @@ def test_prompts_of_a_run(tmp_path):
         read(**file, held_out=5)
     with pytest.raises(ValueError, match="data.path is empty"):
         read(source="tfds")
+    for name in ("path", "eval_path"):
+        with pytest.raises(ValueError, match="'world' does not read .*q.jsonl"):
+            read(**{name: path})
 
 
 def test_hub_needs_its_package_and_reads_rows(monkeypatch):

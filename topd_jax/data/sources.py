@@ -99,6 +99,11 @@ def read_records(
       ValueError: for what cannot be read, or too few records.
     """
     if data.source == "world":
+        if path := data.path or data.eval_path:
+            raise ValueError(
+                f"data.source='world' does not read {path}; say what does, for "
+                "instance --config.data.source=jsonl, or leave the path out"
+            )
         template = templates.get("", "")
         return (
             read_world("train", world.prompts, world.seed, template),
