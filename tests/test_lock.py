@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from small_run import settings_with
 
@@ -124,6 +125,23 @@ def test_within_a_process_a_lock_is_held_once(tmp_path):
     with lock.held(tmp_path / "new"):
         assert contents(tmp_path / "new")["token"] != token
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_whether_all_see_the_directory_is_compared(
+    shared, tmp_path, monkeypatch
+):
+    """As the second of several processes does it: it takes nothing."""
+    folder, told = tmp_path / "run", []
+    if shared:
+        folder.mkdir()
+        (folder / lock.NAME).touch()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(lock.hosts, "from_first", lambda call: None)
+    monkeypatch.setattr(lock.hosts, "require_same", told.append)
+    monkeypatch.setattr(lock, "_PATIENCE", 0.1)
+    with lock.held(folder):
+        assert told == [{f"sees {folder / lock.NAME}": shared}]
 
 
 def test_who_lost_its_lock_writes_nothing_more(

@@ -108,7 +108,7 @@ def require_same(facts: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"process {index} runs something else than the first "
                 f"({'; '.join(differing)}); give all processes the same "
-                "version, command and config"
+                "version, command and config, and a directory that all share"
             )
 
 

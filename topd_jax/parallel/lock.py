@@ -98,7 +98,8 @@ def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
         processes the first alone calls this then.
 
     Raises:
-      ValueError: naming the living holder.
+      ValueError: naming the living holder, or a process that does not see what
+        the first has written there.
       OSError: where nothing can be written.
     """
     remote = buckets.is_remote(directory)
@@ -116,9 +117,20 @@ def held(directory: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
         # No device is touched alone: the holder may have them all.
         if jax.distributed.is_initialized() and not wait:
             hosts.from_first(take)
+            seen = _appears(path)
+            hosts.from_first(lambda: None)  # a collective would not wait
+            hosts.require_same({f"sees {path}": seen})
         else:
             take()
         yield
+
+
+def _appears(path: pathlib.Path) -> bool:
+    """Whether this process sees a file of the first, by now or soon."""
+    until = _now() + _PATIENCE
+    while not (there := path.exists()) and _now() < until:
+        time.sleep(_POLL)
+    return there
 
 
 @contextlib.contextmanager
