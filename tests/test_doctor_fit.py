@@ -94,3 +94,14 @@ def test_models_and_optimizer_must_fit_a_device(sources, monkeypatch):
             monkeypatch.setattr(fit, "device_bytes", lambda _, n=have: n)
             found = checked(fit.meshes, settings, mesh)["memory"]
             assert (found.level, bool(found.way_out)) == (level, level != "ok")
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "level"), [(1, None), (2, "ok"), (4, "warning")]
+)
+def test_slices_that_leave_devices_without_rows(accumulate, level):
+    settings = settings_with(
+        data__batch_size=8, data__samples=1, optimizer__accumulate=accumulate
+    )
+    found = checked(fit.slices, settings, mesh_of(2, 2, 1, 1, 1))
+    assert [f.level for f in found.values()] == [level] * (level is not None)

@@ -37,6 +37,7 @@ FILE_CHECKS: tuple[Callable[[Context], Iterable[Finding]], ...] = (
     fit.dtypes,
     fit.repeatable,
     fit.meshes,
+    fit.slices,
 )
 
 

@@ -12,6 +12,7 @@ import jax
 
 from topd_jax.cli.doctor.files import Context
 from topd_jax.cli.doctor.findings import Finding, judge, refusal
+from topd_jax.parallel.sharding import row_ways
 from topd_jax.training.placement import device_bytes
 from topd_jax.training.shapes import abstract_models, bytes_held
 
@@ -79,6 +80,27 @@ def meshes(context: Context) -> Iterator[Finding]:
         f"{f'has {_spelled(have)}' if have else 'does not say what it has'}",
         "teacher.param_dtype='bfloat16', student.lora_rank, or a larger "
         "mesh.fsdp; topd plan counts the rest",
+    )
+
+
+def slices(context: Context) -> Iterator[Finding]:
+    """Check that every slice of an update is spread over the devices."""
+    settings, mesh = context.settings, context.mesh
+    count = settings.optimizer.accumulate
+    if mesh is None or count == 1:
+        return
+    rows, ways = (
+        settings.data.batch_size * settings.data.samples,
+        row_ways(mesh),
+    )
+    yield judge(
+        "slices",
+        rows // count % ways == 0,
+        f"optimizer.accumulate={count} slices of {rows // count} rows, on "
+        f"{ways} devices that rows are spread over; where these do not divide "
+        "them, slices take more time for no less memory",
+        f"an optimizer.accumulate of which {rows // ways} is a multiple, or "
+        "another data.batch_size",
     )
 
 
