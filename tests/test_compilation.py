@@ -42,6 +42,9 @@ def test_the_users_cache_directory_is_the_default(home):
 def test_another_directory_may_be_named(home):
     other = home / "other"
     assert compilation.keep_compiled(str(other)).parent == other
+    compilation.keep_compiled("gs://bucket/programs")  # JAX can read there
+    place = f"gs://bucket/programs/{compilation.machine_key()}"
+    assert jax.config.jax_compilation_cache_dir == place
 
 
 def test_off_and_several_devices_keep_nothing(home, monkeypatch):

@@ -19,6 +19,8 @@ import jax
 import jaxlib
 from jax.sharding import Mesh
 
+from topd_jax.parallel import buckets
+
 # Programs that compile faster are not worth a file, seconds.
 _WORTH_KEEPING = 0.2
 
@@ -52,7 +54,7 @@ def keep_compiled(choice: str = "auto") -> pathlib.Path | None:
     home = pathlib.Path(
         os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     )
-    folder = home / "topd_jax" if choice == "auto" else pathlib.Path(choice)
+    folder = home / "topd_jax" if choice == "auto" else buckets.as_path(choice)
     folder = folder / machine_key()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update(
