@@ -143,6 +143,7 @@ def test_every_program_has_its_arguments_on_the_mesh(stage):
     )
     assert list(run) == [
         "rollout", "score", "train_step", "statistics", "evaluate",
+        "compare",
     ]  # fmt: skip
     # Student, two moments, and a few counters.
     held = bytes_held(models.student)
@@ -158,7 +159,8 @@ def test_every_program_has_its_arguments_on_the_mesh(stage):
 
 def test_statistics_that_are_off_are_no_program():
     _, run = run_of(settings_with(log__statistics_every=0))
-    assert list(run) == ["rollout", "score", "train_step", "evaluate"]
+    names = ["rollout", "score", "train_step", "evaluate", "compare"]
+    assert list(run) == names
 
 
 def test_of_a_student_with_adapters_only_these_are_in_the_state():
@@ -180,6 +182,8 @@ def test_slots_are_planned_as_batches_of_so_many_rows():
     rows = {n: (c.args[1].tokens.shape[0], c.times) for n, c in run.items()
             if n in ("rollout", "evaluate")}  # fmt: skip
     assert rows == {"rollout": (4, 2), "evaluate": (4, 4)}
+    read = run["compare"]  # no more rows at once than are written
+    assert (read.args[2].tokens.shape[0], read.times) == (4, 4)
     assert run["score"].args[2].tokens.shape == (8, 16)
     assert {c.times for c in plain.values()} == {1}
 

@@ -40,6 +40,7 @@ def test_a_small_run_on_eight_chips(tmp_path):
     costs = {p["name"]: p["cost"] for p in plan["programs"]}
     assert list(costs) == [
         "rollout", "score", "train_step", "statistics", "evaluate",
+        "compare",
     ]  # fmt: skip
     assert all(p["temporaries"] > 0 for p in plan["programs"])
     # A student of one layer of width 32 writes a row: a prompt, 15 tokens.

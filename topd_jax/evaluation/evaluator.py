@@ -152,6 +152,7 @@ class Evaluator:
       vocab_size: ids from here on are never drawn.
       seed: of the run.
       top_k: size of the top sets in the statistics.
+      chunk_size: tokens whose logits exist at a time; None chooses.
     """
 
     options: EvalSettings
@@ -165,6 +166,7 @@ class Evaluator:
     vocab_size: int
     seed: int
     top_k: int
+    chunk_size: int | None = None
 
     @functools.cached_property
     def writer(self) -> Callable[..., Trajectories]:
@@ -185,7 +187,7 @@ class Evaluator:
     @functools.cached_property
     def comparer(self) -> Callable[..., dict]:
         """Compare, jitted: (student, teacher, rows, real) -> metrics."""
-        layout = loss_layout(self.mesh)
+        layout = loss_layout(self.mesh, chunk_size=self.chunk_size)
         return jax.jit(
             functools.partial(compare, top_k=self.top_k, layout=layout)
         )

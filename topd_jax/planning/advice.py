@@ -55,12 +55,12 @@ def _options(
     scores = {section_of(n) for n in settings.teachers or ("",)}
     if any(m.is_student for m in settings.by_teacher.values()):
         scores.add("student")
-    reads = scores if name == "score" else {"student"}
+    reads = {"score": scores, "compare": {"student", *scores}}
     kernels = [
         f"{section}.attention=flash"
         for section, config in model_configs(settings).items()
         # No kernel has attention sinks.
-        if section in reads
+        if section in reads.get(name, ("student",))
         and config.attention == "blocks"
         and not config.sinks
     ]
@@ -82,8 +82,9 @@ def _options(
     if writes and getattr(settings.rollout, decoding) == "gathered":
         yield f"rollout.{decoding}=rows"
     chunk = settings.train.chunk_size or math.inf
-    if name in ("score", "train_step", "statistics") and chunk > _CHUNK * ways:
+    fused = ("score", "train_step", "statistics", "compare")
+    if name in fused and chunk > _CHUNK * ways:
         yield f"train.chunk_size={_CHUNK * ways}"
     half = settings.eval.batch_size // 2
-    if name == "evaluate" and half and half % ways == 0:
+    if name in ("evaluate", "compare") and half and half % ways == 0:
         yield f"eval.batch_size={half}"

@@ -189,8 +189,8 @@ def expected(cost: Cost, chip: Chip) -> float:
 
 
 def _calls(settings: Settings, name: str) -> int:
-    """Return how often a run calls a program; "evaluate" as ``topd eval``."""
-    if name == "evaluate":
+    """Return how often a run calls a program; evaluations as ``topd eval``."""
+    if name in ("evaluate", "compare"):
         options = settings.eval
         batches = math.ceil(options.final_problems / options.batch_size)
         return batches * options.samples

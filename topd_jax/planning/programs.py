@@ -16,17 +16,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from topd_jax.data.templates import teacher_width
-from topd_jax.evaluation.evaluator import write
+from topd_jax.evaluation.evaluator import compare, write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import sharding
 from topd_jax.parallel.compilation import decoding_options
+from topd_jax.parallel.layouts import loss_layout
 from topd_jax.training.compiled import (
     Compiled,
     compile_phases,
     make_optimizer,
 )
 from topd_jax.training.config import Settings
-from topd_jax.training.shapes import Models, abstract_models, placed
+from topd_jax.training.shapes import (
+    Models,
+    abstract_models,
+    bytes_held,
+    placed,
+)
 from topd_jax.types import Prompts, Scored
 
 
@@ -56,9 +62,10 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
       mesh: set as the mesh in use.
 
     Returns:
-      "rollout", "score", "train_step", "statistics" unless they are off, and
-      "evaluate" (the sampler of evaluations) -> call; with "score 2" and
-      "train_step 2" where guidance ends before the run.
+      "rollout", "score", "train_step", "statistics" unless they are off,
+      "evaluate" (the sampler of evaluations) and "compare" (with the largest
+      teacher) -> call; with "score 2" and "train_step 2" where guidance ends
+      before the run.
 
     Raises:
       ValueError: if something does not divide over the mesh, or the run reads
@@ -109,6 +116,7 @@ def calls(settings: Settings, mesh: Mesh) -> dict[str, Call]:
     every |= {
         "statistics": Call(step.statistics, read, every["train_step"].live),
         "evaluate": Call(writer, asked, (*held, questions)),
+        "compare": _comparison(settings, models, writer, asked, slots, mesh),
     }
     if slots:
         every |= _in_slots(every, settings, mesh, slots, sampler)
@@ -134,6 +142,29 @@ def _learning(
     return (
         Call(step.score, read, during),
         Call(step.train_step, learned, (*during, scored)),
+    )
+
+
+def _comparison(
+    settings: Settings, models: Models, writer: Callable[..., Any],
+    asked: tuple, slots: int, mesh: Mesh,
+) -> Call:  # fmt: skip
+    """Return the call that compares what evaluations wrote, so many at once."""
+    student, questions, *rest = asked
+    count = settings.eval.batch_size
+    size = min(slots or count, count)
+    if size < count:
+        questions = _prompts(settings, mesh, size)
+    rows = _rows(jax.eval_shape(writer, student, questions, *rest), mesh)
+    teacher = max(models.teachers, key=bytes_held).beside(student)
+    layout = loss_layout(mesh, chunk_size=settings.train.chunk_size)
+    return Call(
+        jax.jit(
+            functools.partial(compare, top_k=settings.log.top_k, layout=layout)
+        ),
+        (student, teacher, rows),
+        (models.state, models.teachers, models.frozen, rows),
+        count / size,
     )
 
 

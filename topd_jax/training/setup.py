@@ -109,13 +109,10 @@ class Setup:
             unit=sharding.row_ways(self.mesh) * settings.optimizer.accumulate,
             seed=settings.seed,
         )
+        cure = "raise rollout.max_new_tokens, or lower offline.pack_length"
         for model in (self.student, *(t.model for t in self.teachers)):
             if isinstance(model, Decoder):
-                model.config.require_rows(
-                    stream.longest,
-                    "raise rollout.max_new_tokens, or lower "
-                    "offline.pack_length",
-                )
+                model.config.require_rows(stream.longest, cure)
         return stream
 
     def evaluator(self, settings: Settings) -> Evaluator:
@@ -132,6 +129,7 @@ class Setup:
             vocab_size=self.vocab_size,
             seed=settings.seed,
             top_k=settings.log.top_k,
+            chunk_size=settings.train.chunk_size,
         )
 
 
