@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sourced by tpu.sh: train until it is done, whatever happens to the slice.
 #
-# The keeper remembers only how often the training failed. It decides from what
-# the cloud and the workers report, so that one that is started again, on this
-# machine or another, continues where the last one ended.
+# The keeper remembers only how often the training failed and which commit it
+# installs. It decides from what the cloud and the workers report, so that one
+# that is started again, on this machine or another, continues where the last
+# one ended.
 # shellcheck disable=SC2154
 
 # say WORD...: a line of the keeper's log.

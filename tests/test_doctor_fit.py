@@ -105,3 +105,11 @@ def test_slices_that_leave_devices_without_rows(accumulate, level):
     )
     found = checked(fit.slices, settings, mesh_of(2, 2, 1, 1, 1))
     assert [f.level for f in found.values()] == [level] * (level is not None)
+
+
+def test_rows_of_written_solutions_divide_whatever_their_number():
+    settings = settings_with(
+        data__batch_size=8, optimizer__accumulate=4, train__stage="offline",
+        offline__path="solutions", offline__pack_length=64,
+    )  # fmt: skip
+    assert not checked(fit.slices, settings, mesh_of(2, 2, 1, 1, 1))

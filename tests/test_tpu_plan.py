@@ -50,7 +50,7 @@ def test_a_small_run_on_eight_chips(tmp_path):
     assert least <= costs["rollout"]["flops"] < 3 * least
     # Gradients are summed over the replicas.
     assert costs["train_step"]["sent"] > 0
-    assert done.stdout.count("fits") == 5 and "8 devices" in done.stdout
+    assert done.stdout.count("fits") == 6 and "8 devices" in done.stdout
 
 
 def test_what_does_not_fit_is_told_and_what_may_help():
@@ -86,4 +86,4 @@ def test_recurrent_layers_and_their_branches_compile(tmp_path):
         "--config.objective=topd(candidates=16, window=4, branch_fraction=1.0)",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("fits") == 5
+    assert done.stdout.count("fits") == 6
