@@ -236,6 +236,11 @@ def large(**sections):
             program("score", temporaries=18 * GIB), 1,
             "teacher.attention=flash",
         ),
+        (  # as evaluations, they read with both models
+            dict(teacher=dict(attention="blocks")),
+            program("statistics", temporaries=18 * GIB), 1,
+            "teacher.attention=flash",
+        ),
         (  # the student of every step, which has its own
             dict(student=dict(attention="blocks"),
                  teacher=dict(source="student", param_dtype="float32",

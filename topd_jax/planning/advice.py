@@ -55,7 +55,8 @@ def _options(
     scores = {section_of(n) for n in settings.teachers or ("",)}
     if any(m.is_student for m in settings.by_teacher.values()):
         scores.add("student")
-    reads = {"score": scores, "compare": {"student", *scores}}
+    both = {"student", *scores}
+    reads = {"score": scores, "statistics": both, "compare": both}
     kernels = [
         f"{section}.attention=flash"
         for section, config in model_configs(settings).items()
