@@ -26,6 +26,7 @@ def test_ours_and_the_bound_take_turns():
     assert row["skipped"] == {"tunix": "no network"}
     assert row["ours"]["seconds"] > 0
     assert row["ratios"]["bound/ours"]["seconds"] > 0
+    assert row["bound"]["attention"] > 0
 
 
 def test_slots_take_fewer_steps_than_fixed_batches(monkeypatch, capsys):
