@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import families_table
+import numpy as np
 import pytest
 
 from topd_jax.configs import tiny
@@ -106,16 +107,28 @@ def test_the_runs_on_sums_are_those_of_the_record():
         assert f"{', '.join(found)} and {last} after" in " ".join(
             section.split()
         )
-    trained = [row for row in rows if "seconds_step" in row]
-    assert f"first {len(trained)} of 18 trainings" in section
+    probes = [row for row in rows if "mean" in row]
+    runs = [row for row in rows if "evaluation" in row]
+    summary = summarize(runs)
+    printed = lines_of(markdown(summary))
     lines = [cells(x) for x in section.splitlines() if x.startswith("| ")][1:]
-    for line, row in zip(lines, rows, strict=True):
-        found, greedy = row["evaluation"], row["greedy"]["exact_match"]
-        low, high = (found[f"exact_match_{end}"] for end in ("low", "high"))
-        assert line[1:6] == [
-            f"{found['exact_match']:.2f} ({low:.2f}–{high:.2f})",
-            f"{greedy:.2f}", f"{found['reverse_kl']:.3f}",
-            f"{found['length_mean']:.1f}", f"{found['distinct_3']:.3f}",
+    for line, variant in zip(lines, summary["variants"], strict=True):
+        name = variant["name"]
+        _, accuracy, gain, _, greedy, _, kl, *_ = printed[name]
+        told = [r["evaluation"] for r in runs if r["name"] == name]
+        length, distinct = (
+            np.mean([e[what] for e in told])
+            for what in ("length_mean", "distinct_3")
+        )
+        futures = [p["mean"] for p in probes if p["name"] == name]
+        apart = [
+            f"{np.mean([means[group] for means in futures]):.3f}"
+            for group in ("high", "random")
+            if futures
+        ]
+        assert line[1:] == [
+            accuracy, gain, greedy, kl, f"{length:.1f}", f"{distinct:.3f}",
+            " / ".join(apart),
         ]  # fmt: skip
 
 
