@@ -292,7 +292,8 @@ run() {
 [ -f src/$file ] || fail 'no config '$file
 # shellcheck disable=SC2016
 printf '%s' $(quote "$line") >train.command
-${prepare:+($prepare)
+${prepare:+($prepare
+)
 }cd src
 $start_on_worker
 start $line"

@@ -73,7 +73,9 @@ def test_it_resumes_with_the_code_that_it_began_with(desk: Desk) -> None:
         "&& git -c user.name=t -c user.email=t@example.com "
         "commit -qm new --allow-empty"
     )
-    done, verbs, starts = keep(desk, "--prepare", commits, plays="60:0 0:0")
+    done, verbs, starts = keep(
+        desk, "--prepare", f"{commits} # a comment", plays="60:0 0:0"
+    )
     assert done.returncode == 0, done.stderr
     assert starts == 2 and verbs.count("scp") == 2
     source = desk.worker / "topd_jax" / "src" / "configs"
