@@ -135,7 +135,7 @@ def test_adapters_learn_beside_a_quantized_base(settings, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lora_rank": 0}, "no adapters to export: student.lora_rank=0"),
+        ({"lora_rank": 0, "lora_alpha": 16.0}, "no adapters to export: stud"),
         ({"keep_layers": (0,)}, r"keep_layers=\(0,\): no file holds"),
     ],
 )

@@ -56,11 +56,11 @@ def check_settings(
             f"student has {given} and student.adapter={student.adapter!r}, "
             "which says these itself; leave them out"
         )
-    if student.lora_targets and not student.lora_rank:
+    if given and not student.lora_rank:
+        name, value = next(iter(given.items()))
         raise ValueError(
             f"student.lora_rank={student.lora_rank} must be at least 1 where "
-            f"student.lora_targets={student.lora_targets!r}; 0 trains the "
-            "whole student"
+            f"student.{name}={value!r}; 0 trains the whole student"
         )
     if student.quantize and not (student.lora_rank or student.adapter):
         raise ValueError(
