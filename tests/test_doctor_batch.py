@@ -12,6 +12,7 @@ from small_hub import CONFIG, IDS, copier, hub_directory
 
 from topd_jax.cli.doctor import batch, examine
 from topd_jax.cli.doctor.findings import Finding
+from topd_jax.models.settings import ModelSettings
 from topd_jax.training.setup import load_setup
 
 
@@ -77,7 +78,9 @@ def test_every_teacher_is_looked_at(tmp_path):
         for name in ("good", "other")
     }
     data = dataclasses.replace(settings.data, teacher_field="who")
-    settings = dataclasses.replace(settings, teachers=teachers, data=data)
+    settings = dataclasses.replace(
+        settings, teacher=ModelSettings(), teachers=teachers, data=data
+    )
     found = {f.name: f for f in examine.examine(settings, tmp_path)[0]}
     assert found["one batch (good)"].level == "ok"
     other = found["one batch (other)"]

@@ -9,6 +9,7 @@ import pytest
 from small_run import changed, settings_with
 
 from topd_jax.configs import qwen3_8b_to_1p7b
+from topd_jax.models.settings import ModelSettings
 from topd_jax.parallel import sharding
 from topd_jax.planning import command
 from topd_jax.planning.advice import suggest
@@ -293,6 +294,7 @@ def test_no_flag_is_named_that_the_run_refuses(tmp_path):
     data = dict(teacher_field="name", prompts_per_teacher=(16, 16, 32))
     several = dataclasses.replace(
         settings,
+        teacher=ModelSettings(),
         teachers=names,
         data=dataclasses.replace(settings.data, **data),
     )

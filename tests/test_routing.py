@@ -122,6 +122,21 @@ def test_what_does_not_go_together_is_refused(data, message):
         settings_from(config_with(**data))
 
 
+def test_what_only_the_unused_teacher_has_is_refused():
+    config = config_with()
+    for model in (config.teacher, *config.teachers.values()):
+        model.dtype = "bfloat16"
+    config.teachers.math.source = "elsewhere"
+    settings_from(config)  # all read the one, and "world" is the default
+    config.teacher.source = config.teachers.math.source
+    with pytest.raises(ValueError, match=re.escape(
+        "teacher.source='elsewhere' must be 'world' (the default): "
+        "config.teachers takes the place of config.teacher; set "
+        "teachers.code.source"
+    )):  # fmt: skip
+        settings_from(config)
+
+
 def test_keys_and_names_of_teachers_are_checked():
     for teachers, message in (
         ({"math": {"sorce": "x"}}, "config.teachers.math.sorce; the nearest "

@@ -74,6 +74,7 @@ def check_settings(
                 f"{section}.quantize_tile={model.quantize_tile} must be 0 (the "
                 f"default) where {section}.quantize is ''"
             )
+    _check_only_teacher(teachers)
     for section, teacher in teachers.items():
         if teacher.is_student:
             _check_student_as_teacher(section, teacher, student)
@@ -89,6 +90,24 @@ def check_settings(
                 f"{section}.quantize={teacher.quantize!r} matrices; leave one "
                 "out, or merge it with peft (merge_and_unload, "
                 "save_pretrained) and give the merged model"
+            )
+
+
+def _check_only_teacher(teachers: Mapping[str, ModelSettings]) -> None:
+    """Refuse settings of the only teacher that no named one has as well."""
+    named = {name: m for name, m in teachers.items() if name != "teacher"}
+    for field in dataclasses.fields(ModelSettings) if named else ():
+        value = getattr(teachers["teacher"], field.name)
+        others = [
+            f"{name}.{field.name}"
+            for name, model in named.items()
+            if getattr(model, field.name) != value
+        ]
+        if value != field.default and others:
+            raise ValueError(
+                f"teacher.{field.name}={value!r} must be {field.default!r} "
+                "(the default): config.teachers takes the place of "
+                f"config.teacher; set {', '.join(others)}"
             )
 
 
