@@ -122,12 +122,15 @@ def test_without_answers_there_are_statistics_only(setup, evaluator):
 
 
 def test_runs_are_compared_on_the_same_problems(tmp_path):
-    def run(name, problems, right=(), temperature=1.0, samples=1):
+    def run(
+        name, problems, right=(), temperature=1.0, samples=1, answer="7",
+        **seed,
+    ):  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
         records = [
             {"problem": p, "right": [p in right] * samples,
-             "answers": [p] * samples}
+             "answers": [p] * samples, "reference": answer}
             for p in problems
         ]  # fmt: skip
         (folder / "eval-latest.json").write_text(
@@ -135,6 +138,7 @@ def test_runs_are_compared_on_the_same_problems(tmp_path):
                 {
                     "temperature": temperature,
                     "benchmarks": {"test": {"records": records}},
+                    **seed,
                 }
             )
         )
@@ -143,11 +147,17 @@ def test_runs_are_compared_on_the_same_problems(tmp_path):
     one, two, none = run("1", "ab", "a"), run("2", "ac"), run("3", "")
     better, greedy = run("4", "ab", "ab"), run("5", "ab", "ab", 0.0)
     often = run("6", "ab", "ab", samples=3)
+    other = run("7", "ab", "ab", answer="8")
+    seeds = [run(f"seed {i}", "ab", "a", seed=i) for i in range(2)]
+    benchmarking.compare_runs([*seeds, one], [*seeds, better], "latest")
     compared = benchmarking.compare_runs([one], [better], "latest")["test"]
     assert (compared["problems"], compared["difference"]) == (2, 0.5)
     for a, b, message in (
         ([one], [two], "not answered the same problems of test"),
         ([one], [often], "the same problems of test equally often"),
+        ([one], [other], "not answered the same problems of test"),
+        (seeds, seeds[::-1], r"--a have config.seed \(0, 1\) .*--b \(1, 0\);"),
+        (seeds[:1] * 2, seeds[:1] * 2, r"seed \(0, 0\) .* each seed once"),
         ([one], [greedy], "not evaluated alike: .*1.0.*; .*0.0"),
         ([one, two], [one], "--a names 2 runs and --b 1"),
         ([], [], "--a names 0 runs"),

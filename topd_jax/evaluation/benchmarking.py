@@ -243,15 +243,16 @@ def compare_runs(
       benchmark that all of them have.
 
     Raises:
-      ValueError: for a missing file, unequal numbers of runs, or runs that
-        have not answered the same problems in the same way.
+      ValueError: for a missing file, unequal numbers of runs, runs that have
+        not answered the same problems in the same way, or whose seeds are no
+        pairs.
     """
     if len(a) != len(b) or not a:
         raise ValueError(
             f"--a names {len(a)} runs and --b {len(b)}; give as many of each, "
             "seed by seed"
         )
-    runs, how = zip(
+    runs, how, seeds = zip(
         *(_read(d / f"eval-{which}.json") for d in (*a, *b)), strict=True
     )
     if any(one != how[0] for one in how):
@@ -259,6 +260,7 @@ def compare_runs(
             "the runs were not evaluated alike: "
             f"{'; '.join(map(str, how))}; run topd eval with the same settings"
         )
+    _require_pairs(seeds[: len(a)], seeds[len(a) :])
     names = [
         n for n in runs[0] if all(n in r and r[n]["records"] for r in runs)
     ]
@@ -269,7 +271,10 @@ def compare_runs(
         )
     for name in names:
         asked = [
-            [(p["problem"], len(p["right"])) for p in r[name]["records"]]
+            [
+                (p["problem"], p.get("reference"), len(p["right"]))
+                for p in r[name]["records"]
+            ]
             for r in runs
         ]
         if any(other != asked[0] for other in asked):
@@ -287,14 +292,31 @@ def compare_runs(
     }
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the benchmarks of an evaluation, and how it was sampled."""
+def _require_pairs(a: Sequence[int | None], b: Sequence[int | None]) -> None:
+    """Refuse seeds that are no pairs, or twice there; None is not known."""
+    known = [seed for seed in a if seed is not None]
+    unlike = any(
+        one != other
+        for one, other in zip(a, b, strict=True)
+        if None not in (one, other)
+    )
+    if unlike or len(set(known)) < len(known):
+        raise ValueError(
+            f"the runs of --a have config.seed {a} and those of --b {b}; both "
+            "must name runs of the same seeds in the same order, each seed once"
+        )
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Return benchmarks of an evaluation, how it was sampled, and its seed."""
     if not path.is_file():
         raise ValueError(f"no file at {path}; run topd eval there first")
     try:
         file = parse_json(path.read_bytes(), path.name)
         keys = "temperature", "max_new_tokens"
-        return file["benchmarks"], {key: file.get(key) for key in keys}
+        benchmarks = file["benchmarks"]
+        how = {key: file.get(key) for key in keys}
+        return benchmarks, how, file.get("seed")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not what topd eval writes ({error!r}); run it again"
