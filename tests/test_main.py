@@ -199,8 +199,9 @@ def test_overrides_reach_the_settings():
     changed = settings("--config.sweep.seeds=(1,2)", "--config.seed=7")
     assert changed.sweep.seeds == (1, 2) and changed.seed == 7
     tasks = ("reasoning_gym:a(size=9, signs=('+', '-'), n=(1,2))", "b.jsonl")
-    changed = settings(f"--config.eval.benchmarks={','.join(tasks)}")
-    assert changed.eval.benchmarks == tasks
+    for comma in (",", ", "):
+        changed = settings(f"--config.eval.benchmarks={comma.join(tasks)}")
+        assert changed.eval.benchmarks == tasks
     # start and teacher only
     assert settings("--config.sweep.variants=").sweep.variants == ()
 

@@ -87,8 +87,8 @@ def _value(section: ConfigDict, key: str, text: str) -> Any:
             return None
         if kind is not tuple:
             return text
-        # "opd,topd(window=20, fraction=0.5)" without quotes, and "" for none.
-        value = _PARTS.findall(text)
+        # "opd, topd(window=20, fraction=0.5)" without quotes, and "" for none.
+        value = list(filter(None, map(str.strip, _PARTS.findall(text))))
     if kind is tuple:
         return tuple(value) if isinstance(value, list | tuple) else (value,)
     return value
