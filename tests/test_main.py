@@ -196,6 +196,12 @@ def test_overrides_reach_the_settings():
     assert changed.sweep.seeds == (3,)
     assert changed.mesh.data == -1
     assert changed.data.path == "a=b, c"
+    changed = settings(
+        "--config.data.thinking=False", "--config.data.thinking=None"
+    )
+    assert changed.data.thinking is None
+    with pytest.raises(ValueError, match="tensorboard=None must be of type bo"):
+        settings("--config.log.tensorboard=None")
     changed = settings("--config.sweep.seeds=(1,2)", "--config.seed=7")
     assert changed.sweep.seeds == (1, 2) and changed.seed == 7
     tasks = ("reasoning_gym:a(size=9, signs=('+', '-'), n=(1,2))", "b.jsonl")

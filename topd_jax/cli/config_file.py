@@ -79,7 +79,8 @@ def _value(section: ConfigDict, key: str, text: str) -> Any:
     if kind is str:
         return text
     if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
+        words = {"true": True, "false": False, "none": None}
+        return words.get(text.lower(), text)
     try:
         value = float(text) if kind is float else ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
