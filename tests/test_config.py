@@ -12,6 +12,7 @@ from small_run import settings_with, small_config
 
 import topd_jax
 from topd_jax import configs
+from topd_jax.cli.settings import explain as explain_part
 from topd_jax.configs import default
 from topd_jax.training import config as config_module
 from topd_jax.training.config import (
@@ -60,6 +61,10 @@ def test_every_setting_is_explained_with_default_and_bounds():
     assert "(least 0, below 1)" in line
     (line,) = (x for x in lines if "data.source" in x)
     assert "'world' | 'jsonl' | 'tfds' | 'hub'" in line
+    assert explain_part("teachers").startswith("config.teachers = {}: name -> ")
+    # As errors name it.
+    (line,) = explain_part("teachers.math.dtype").splitlines()
+    assert line.startswith("config.teacher.dtype = 'float32'")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """``topd settings``: every setting with its default, bounds and meaning."""
 
+import re
+
 from topd_jax.training import config
 
 
@@ -7,7 +9,8 @@ def explain(name: str = "") -> str:
     """Explain settings.
 
     Args:
-      name: part of a setting's dotted name; "" takes all of them.
+      name: part of a setting's dotted name, of one of config.teachers as of
+        config.teacher; "" takes all of them.
 
     Returns:
       One line a setting; all of them under headings of their sections.
@@ -18,8 +21,9 @@ def explain(name: str = "") -> str:
     text = config.explain()
     if not name:
         return text
+    part = re.sub(r"\bteachers\.[\w-]+\.", "teacher.", name)
     lines = [
-        line for line in text.splitlines() if name in line.partition(" = ")[0]
+        line for line in text.splitlines() if part in line.partition(" = ")[0]
         and " = " in line
     ]  # fmt: skip
     if not lines:

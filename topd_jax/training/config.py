@@ -362,6 +362,9 @@ def explain() -> str:
             if dataclasses.is_dataclass(hints[field.name]):
                 lines.append(f"\n{name}: {hints[field.name].__doc__}")
                 add(hints[field.name], f"{name}.")
+            elif field.name == "teachers":
+                text = "name -> section with the keys of config.teacher, whose"
+                lines.append(f"\n{name} = {{}}: {text} place they take")
             elif field.metadata:
                 limits = field.metadata
                 bounds = [
