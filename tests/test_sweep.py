@@ -227,3 +227,7 @@ def test_seconds_of_a_run_that_is_guided_in_part(tmp_path):
     (tmp_path / "evals.jsonl").write_text("")
     found = sweep._summarize_logs(tmp_path)
     assert found == {"seconds_step": 21 / 12, "curve": []}
+    # No step was logged.
+    (tmp_path / "metrics.jsonl").write_text("")
+    found = sweep._summarize_logs(tmp_path)
+    assert found == {"seconds_step": None, "curve": []}

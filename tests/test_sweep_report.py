@@ -56,7 +56,10 @@ def test_what_is_unknown_is_empty_in_the_tables(tmp_path):
              greedy={"exact_match": None})
         for name in ("start", "opd")
     ]  # fmt: skip
-    for point in ungraded[1]["curve"]:
+    untimed = line("tip", 0, draw(0, 1.0), evaluation=unknown,
+                   greedy={"exact_match": None}, seconds_step=None)  # fmt: skip
+    ungraded.append(untimed)
+    for point in (*ungraded[1]["curve"], *untimed["curve"]):
         point["exact_match"] = None
     nothing = detector_entry()
     nothing["fork"] = dict(nothing["fork"], share=None)
@@ -64,12 +67,15 @@ def test_what_is_unknown_is_empty_in_the_tables(tmp_path):
     files = write_report(ungraded, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "| opd | 1 |  |  |  |  |  | 0.250 | 0.500 | 1.00 |" in table
+    assert "| tip | 1 |  |  |  |  |  | 0.250 |  |  |" in table
     assert "the token is the fork: by distance | – | 0.800" in table
     assert "by loss alone | 0.200 | – | 0.600 | 0.700 |" in table
     assert "Seeds 0; a machine." in table
     assert "One seed: intervals and p are of these students" in table
     assert set(files) == {"report", "table_file", "curves"}
     assert image.imread(files["curves"]).std() > 0.01
+    write_report(ungraded, tmp_path, baseline="start")  # which has no seconds
+    assert "| s a step | ÷ start |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_single_seed_is_told(tmp_path):

@@ -158,7 +158,9 @@ def _variant(
     if trained:
         numbers["seconds_step"] = _mean(r["seconds_step"] for r in rows)
         numbers["overhead"] = _mean(
-            r["seconds_step"] / b["seconds_step"] for r, b in paired
+            r["seconds_step"] / b["seconds_step"]
+            for r, b in paired
+            if r["seconds_step"] and b.get("seconds_step")
         )
     return numbers
 
