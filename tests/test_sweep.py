@@ -137,6 +137,11 @@ def test_an_unknown_variant_is_refused_before_the_first_run(
                    "--config.sweep.variants=opd,tpod")  # fmt: skip
     assert "'tpod' must be one of opd, " in line
     assert list(tmp_path.iterdir()) == []
+    entry = f"opd;train.stage=offline;offline.path={tmp_path}/none"
+    line = refused("sweep", *small_arguments, f"--workdir={tmp_path}",
+                   f"--config.sweep.variants=opd,{entry}")  # fmt: skip
+    assert f"{tmp_path}/none" in line
+    assert not (tmp_path / "record.jsonl").exists()
 
 
 def test_what_belongs_to_one_sweep_is_told_by_its_settings():

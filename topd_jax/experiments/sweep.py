@@ -26,7 +26,7 @@ from topd_jax.experiments.sweep_report import write_report
 from topd_jax.parallel import buckets, hosts, lock
 from topd_jax.training.config import Settings, settings_from
 from topd_jax.training.logging import read_jsonl
-from topd_jax.training.loop import Run
+from topd_jax.training.loop import Run, require_solutions
 from topd_jax.training.recovery import say
 from topd_jax.training.setup import Setup, load_setup
 
@@ -63,6 +63,8 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         rows = hosts.from_first(lambda: read_jsonl(record, fields=_FIELDS))
         recorded = {_key(row) for row in rows}
         missing = {key: run for key, run in runs.items() if key not in recorded}
+        for run in missing.values():
+            require_solutions(run.settings)
         setups: dict[str, Setup] = {}
         started = time.monotonic()
         for done, run in enumerate(missing.values()):
