@@ -1,6 +1,7 @@
 """The plan of a run: figures, table, flags; no TPU compiler needed."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -12,6 +13,7 @@ from topd_jax.configs import qwen3_8b_to_1p7b
 from topd_jax.models.settings import ModelSettings
 from topd_jax.parallel import sharding
 from topd_jax.planning import command
+from topd_jax.planning import plan as plan_module
 from topd_jax.planning.advice import suggest
 from topd_jax.planning.chips import CHIPS, chip_of, topology_devices
 from topd_jax.planning.hlo_cost import Cost
@@ -68,6 +70,17 @@ def test_an_unknown_topology_is_one_line(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
     with pytest.raises(ValueError, match="v5e:9x9: no such layout; try"):
         topology_devices("v5e:9x9")
+
+
+def test_batches_that_a_run_refuses_are_refused_here(monkeypatch):
+    mesh = jax.sharding.AbstractMesh((2, 1, 1, 1, 1), sharding.MESH_AXES)
+    for name, value in (
+        ("topology_devices", None), ("chip_of", V5E), ("make_run_mesh", mesh)
+    ):  # fmt: skip
+        told = functools.partial(lambda value, *_: value, value)
+        monkeypatch.setattr(plan_module, name, told)
+    with pytest.raises(ValueError, match=r"eval\.batch_size=3 .*; try 4"):
+        plan_module.make_plan(settings_with(eval__batch_size=3), "v5e:1x2")
 
 
 def test_the_slowest_of_three_bounds_a_program():

@@ -30,7 +30,7 @@ from topd_jax.planning.hlo import parse
 from topd_jax.planning.hlo_cost import Cost, count
 from topd_jax.planning.programs import Call, calls
 from topd_jax.training.config import Settings
-from topd_jax.training.placement import make_run_mesh
+from topd_jax.training.placement import check_batches, make_run_mesh
 from topd_jax.training.shapes import bytes_held
 
 # The runtime keeps some of a device's memory; the compiler of v5e counts with
@@ -138,6 +138,7 @@ def make_plan(
     devices = topology_devices(topology)
     chip = chip_of(devices)
     mesh = make_run_mesh(settings, devices, chip.memory)
+    check_batches(settings, mesh)
     programs = []
     with jax.set_mesh(mesh):
         for name, call in calls(settings, mesh).items():
