@@ -85,6 +85,7 @@ def test_every_setting_is_explained_with_default_and_bounds():
         ({"data.end_ids": (999,)}, r"end_ids=\(999,\) must be \(\) in the tin"),
         ({"world.student_heads": 5}, "width=96 must be divisible by .*heads=5"),
         ({".objective": "opd(log_floor=1)"}, "log_floor=1 must be .*below 0"),
+        ({".objective": "topd(window='9')"}, "='9' must be of type int, not s"),
         ({".objective": "topd(window=49)"}, "=49 must not exceed .*tokens=48"),
     ],
 )

@@ -78,7 +78,10 @@ def check(instance: object, path: str = "") -> None:
         if not limits or (value is None and field.default is None):
             continue
         name = f"{path}.{field.name}" if path else field.name
-        _checked(value, hints[field.name], name)
+        known = _checked(value, hints[field.name], name)
+        if isinstance(value, str) and not isinstance(known, str):
+            kinds = f"{type(known).__name__}, not str"  # only read as one
+            raise ValueError(wrong_type(name, repr(value), kinds))
         if limits["choices"] and value not in limits["choices"]:
             raise ValueError(
                 f"{name}={value!r} must be one of "
