@@ -39,7 +39,13 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
             raise ValueError(f"unexpected arguments: {argument}")
         negated, path, text = match.groups()
         section, key = _place(config, path)
-        if section.get_type(key) is bool and text is None:
+        is_flag = section.get_type(key) is bool and text is None
+        if negated and not is_flag:
+            raise ValueError(
+                f"{argument} must be --noconfig.KEY of a setting that is True "
+                f"or False; others are --config.{path}=VALUE"
+            )
+        if is_flag:
             section[key] = not negated
             continue
         if text is None and not rest:
