@@ -29,8 +29,9 @@ from small_heads import (
 from topd_jax.losses import chunks, divergences, fused, log_probs, token_losses
 from topd_jax.types import CappedHead, Layout, soft_cap
 
-# All at once; columns of one, which divide T = 7; columns of two, which do not.
-CHUNKS = [Layout(size) for size in (None, 2, 5)]
+# All at once; columns of one, which divide T = 7; columns of two, which do not,
+# in chunks of tokens that do not divide over the devices of their rule.
+CHUNKS = [Layout(), Layout(2), Layout(5, {"tokens": 3})]
 PAIRS = Layout(4)
 reverse_kl = divergences.reverse_kl
 

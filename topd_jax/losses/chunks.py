@@ -289,7 +289,10 @@ def _with_gradients(
     narrow = jnp.promote_types(hidden.dtype, head.dtype)
     wide = accumulation_dtype(hidden, head)
     layout = chunked.layout
-    parts = _parts(hidden.shape[0] if hidden.ndim > 2 else 1, layout)
+    # Devices that have tokens, and so a sum, of their own.
+    rows_held = hidden.shape[0] if hidden.ndim > 2 else 1
+    ways, share = layout.ways_of("tokens"), layout.ways_of("sequence")
+    parts = 1 if rows_held * share % ways else ways
     head = gathered(head, layout)
 
     def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
@@ -319,11 +322,6 @@ def _with_gradients(
     )
     on_head = layout.constrain(jnp.sum(total, axis=0), "embed", "vocab")
     return token_losses, (on_hidden, on_head.T)
-
-
-def _parts(rows: int, layout: Layout) -> int:
-    """Return how many devices have tokens, and so a sum, of their own."""
-    return 1 if rows % layout.ways_of("batch") else layout.ways_of("tokens")
 
 
 def _by_parts(
