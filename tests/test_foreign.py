@@ -117,7 +117,10 @@ def test_gradient_is_that_of_the_dense_loss(foreign, decoder):
 
 
 def test_a_cache_of_ones_own_is_used():
-    """Keys of one layer, mean-pooled: written in place, never read again."""
+    """Keys of one layer, mean-pooled: written in place, never read again.
+
+    Two heads of each row are rows of the cache.
+    """
     rng = np.random.default_rng(0)
     params = {
         "rows": jnp.asarray(rng.normal(size=(VOCAB, 6)), jnp.float32),
@@ -128,21 +131,25 @@ def test_a_cache_of_ones_own_is_used():
         x = params["rows"][tokens] * (1.0 + 0.1 * positions[..., None])
         if cache is not None:
             at, kept = cache
-            kept = jax.lax.dynamic_update_slice_in_dim(kept, x, at, 1)
-            x, cache = kept, (at + tokens.shape[1], kept)
+            heads = x.reshape(*x.shape[:2], 2, 3).swapaxes(1, 2)
+            heads = heads.reshape(-1, x.shape[1], 3)
+            kept = jax.lax.dynamic_update_slice_in_dim(kept, heads, at, 1)
+            cache = at + tokens.shape[1], kept
+            x = kept.reshape(len(x), 2, -1, 3).swapaxes(1, 2)
+            x = x.reshape(len(x), -1, 6)
         seen = mask.astype(x.dtype)
         total = jnp.maximum(seen.sum(-1, keepdims=True), 1.0)
         return jnp.tanh(seen @ x / total), cache
 
     def empty(batch, columns):
-        return jnp.zeros((), jnp.int32), jnp.zeros((batch, columns, 6))
+        return jnp.zeros((), jnp.int32), jnp.zeros((2 * batch, columns, 3))
 
     options = dict(head=lambda p: p["head"].T, embedding=lambda p: p["rows"])
     kept = from_function(pooled, params, init_cache=empty, **options)
     again = from_function(pooled, params, **options)
     assert kept.embedding.shape == (VOCAB, 6)
     prompts = prompts_of(make_trajectories(rows=3))
-    one, two = (greedy(m, prompts, 12) for m in (kept, again))
+    one, two = (greedy(m, prompts, 12, samples=2) for m in (kept, again))
     np.testing.assert_array_equal(one.tokens, two.tokens)
     a, b = (scores(again, m, one, TOPD)[0] for m in (kept, again))
     np.testing.assert_array_equal(

@@ -153,15 +153,20 @@ def repeat_rows(model: Any, cache: Any, times: int) -> Any:
     """
     if times == 1:
         return cache
-    grown = [
-        jnp.repeat(x, times, axis=per_row.index(1)) if 1 in per_row else x
-        for x, per_row in zip(
-            jax.tree.leaves(cache),
-            growth(model.init_cache, (1, 1), (2, 1)),
-            strict=True,
-        )
-    ]
-    return jax.tree.unflatten(jax.tree.structure(cache), grown)
+
+    def one(x: jax.Array, per_row: list[int]) -> jax.Array:
+        if not any(per_row):
+            return x
+        dim = per_row.index(max(per_row))
+        size = per_row[dim]  # rows and heads may be one dimension
+        lead, rest = x.shape[:dim], x.shape[dim + 1 :]
+        x = jnp.repeat(x.reshape(*lead, -1, size, *rest), times, axis=dim)
+        return x.reshape(*lead, -1, *rest)
+
+    leaves, structure = jax.tree.flatten(cache)
+    grows = growth(model.init_cache, (1, 1), (2, 1))
+    repeated = [one(x, own) for x, own in zip(leaves, grows, strict=True)]
+    return jax.tree.unflatten(structure, repeated)
 
 
 def add_columns(model: Any, cache: Any, extra: int) -> Any:
