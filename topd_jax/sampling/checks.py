@@ -118,6 +118,23 @@ def check_prompt_values(prompts: Prompts, vocab_size: int) -> None:
     )
 
 
+def check_limits(limits: jax.Array | None, rows: int) -> None:
+    """Refuse limits that are not of each row.
+
+    Args:
+      limits: i32[rows] tokens of each row at the most, or None.
+      rows: completions, all samples of all prompts.
+
+    Raises:
+      ValueError: for another shape.
+    """
+    if limits is not None and jnp.shape(limits) != (rows,):
+        raise ValueError(
+            f"limits has shape {jnp.shape(limits)} and must have ({rows},), "
+            "one for each of the samples of each prompt"
+        )
+
+
 def check_candidates(candidates: Candidates, rows: int) -> None:
     """Check shapes and dtypes of candidates.
 
