@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from topd_jax.models.attention.cache import update_slice
-from topd_jax.parallel.sharding import constrain
+from topd_jax.parallel.sharding import constrain, parameter_name
 from topd_jax.types import Head, head_rows
 
 Apply = Callable[..., tuple[jax.Array, Any]]
@@ -212,7 +212,8 @@ def from_function(
 
     Raises:
       ValueError: where head, embedding or what ``apply`` returns has another
-        shape, or the cache comes back changed in structure, shape or dtype.
+        shape, the cache comes back changed in structure, shape or dtype, or
+        ``logical_axes`` names what no parameter is.
     """
     axes = {name: tuple(a) for name, a in (logical_axes or {}).items()}
     model = FunctionModel(
@@ -226,8 +227,23 @@ def from_function(
                 f"{name}(params) has shape {shape} and must be [V, D], a row "
                 "for every id; transpose a [D, V] kernel"
             )
+    _check_axes(model)
     _check_reading(model, keeps=init_cache is not None)
     return model
+
+
+def _check_axes(model: FunctionModel) -> None:
+    """Refuse names that no parameter has: it would not be spread."""
+    axes = model.logical_axes
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    unused = set(axes) - {parameter_name(*leaf, axes) for leaf in leaves}
+    if unused:
+        name = min(unused)
+        raise ValueError(
+            f"logical_axes has {name!r} with {len(axes[name])} axes, which is "
+            "no parameter of as many dimensions; name an attribute, or the "
+            "end of a path with its '/', such as 'params/embedding'"
+        )
 
 
 def _check_reading(model: FunctionModel, keeps: bool) -> None:

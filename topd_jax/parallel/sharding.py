@@ -243,7 +243,7 @@ def tree_shardings(
     """
 
     def one(path: tuple, leaf: jax.Array) -> NamedSharding:
-        name = _name(path, leaf, logical_axes)
+        name = parameter_name(path, leaf, logical_axes)
         if name is None:
             return replicated(mesh)
         axes = logical_axes[name]
@@ -254,10 +254,16 @@ def tree_shardings(
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _name(
+def parameter_name(
     path: tuple, leaf: jax.Array, logical_axes: Mapping[str, Sequence]
 ) -> str | None:
-    """Return the parameter that a leaf is (a part of); None if unknown."""
+    """Return the parameter that a leaf is (a part of); None if unknown.
+
+    Args:
+      path: of the leaf, as JAX has it.
+      leaf: an array or ``ShapeDtypeStruct``.
+      logical_axes: as in :func:`tree_shardings`.
+    """
     names = [k.name for k in path if hasattr(k, "name")]
     names = [n for n in names if n in logical_axes]
     where = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
@@ -326,7 +332,7 @@ def reshard(
         return tree
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = _name(path, leaf, logical_axes)
+        name = parameter_name(path, leaf, logical_axes)
         if name is None:
             return leaf
         return jax.lax.with_sharding_constraint(
