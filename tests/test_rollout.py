@@ -212,6 +212,7 @@ def test_bfloat16_and_scanned_layers_inside_another_jit():
         (dict(samples=0), "samples=0"),
         (dict(eos_ids=7), "sequence: \\(7,\\)"),
         (dict(eos_ids=(3, 40)), "eos_ids: 40 must lie in 0..39"),
+        (dict(vocab_size=7), "\\(7, 9\\) must have one below vocab_size=7"),
         (dict(pad_id=-1), "pad_id: -1"),
         (dict(top_k=41), "top_k=41.*40"),
         (dict(limits=jnp.ones(3, int), samples=2, slots=2), "limits.*\\(8,\\)"),

@@ -118,6 +118,24 @@ def check_prompt_values(prompts: Prompts, vocab_size: int) -> None:
     )
 
 
+def check_ends(eos_ids: Sequence[int], drawn: int) -> None:
+    """Refuse ends of which none is ever drawn.
+
+    Args:
+      eos_ids: end-of-sequence ids; () never ends.
+      drawn: ids from here on are never drawn.
+
+    Raises:
+      ValueError: naming the ids and the bound.
+    """
+    if eos_ids and min(eos_ids) >= drawn:
+        raise ValueError(
+            f"eos_ids={tuple(eos_ids)} must have one below vocab_size={drawn}, "
+            "or no row ends; pass vocab_size=None, or len(tokenizer): the "
+            "vocab_size of a tokenizer of transformers leaves added tokens out"
+        )
+
+
 def check_limits(limits: jax.Array | None, rows: int) -> None:
     """Refuse limits that are not of each row.
 

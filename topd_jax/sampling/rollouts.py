@@ -19,6 +19,7 @@ from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.rules import decoding_rules, using
 from topd_jax.parallel.sharding import constrain_rows, reshard
 from topd_jax.sampling.checks import (
+    check_ends,
     check_ids,
     check_limits,
     check_prompt_values,
@@ -101,6 +102,7 @@ def rollout(
         counts["slots"] = slots
     check_sampler(temperature, top_p, top_k, vocab_size=ids, **counts)
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
+    check_ends(eos_ids, ids)
     check_prompts(prompts)
     check_limits(limits, prompts.tokens.shape[0] * int(samples))
     return _rollout(
