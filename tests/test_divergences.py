@@ -350,6 +350,11 @@ def test_weighted_mean():
         (aware, {"entropy_threshold": np.nan}, "threshold=nan must"),
         (weighted_mean, {"mask": jnp.ones(3)}, "must be bool"),
         (
+            lambda x, _, mask: weighted_mean(x, mask),
+            {"mask": jnp.ones(3, bool)},
+            "weights are bool.* mask=",
+        ),
+        (
             functools.partial(divergences.on_logits, reverse_kl),
             {"temperature": 0},
             "temperature=0 must be positive",

@@ -279,7 +279,7 @@ def weighted_mean(
       f32[] (f64 for f64).
 
     Raises:
-      ValueError: for a mask that is not bool.
+      ValueError: for a mask that is not bool, or weights that are.
 
     Example:
       >>> import jax.numpy as jnp
@@ -295,6 +295,11 @@ def weighted_mean(
         raise ValueError(
             f"mask is {mask.dtype} and must be bool; pass numbers as weights, "
             "or mask=x > 0"
+        )
+    if weights is not None and weights.dtype == bool:
+        raise ValueError(
+            "weights are bool, and would leave what they hide in the "
+            "denominator; pass a mask as mask=..."
         )
     mask = jnp.broadcast_to(mask, values.shape)
     # Selected before they are multiplied: 0 * NaN would be NaN.
