@@ -203,10 +203,24 @@ def test_a_near_future_of_ones_own_trains(student, teacher, trajectories):
     assert_step_is(dense, student, run)
 
 
-def test_a_plan_that_no_detector_makes_is_refused(student, teacher):
-    objective = topd.make_objective(
-        "topd(context='student', detector='future_loss')"
+def bare(candidates):
+    """No detector: distances alone."""
+    return candidates.mask * 1.0
+
+
+@pytest.mark.parametrize(
+    ("detector", "text"),
+    [
+        (topd.FutureLoss(), "detector makes none; take detector="),
+        (bare, ":bare returned .* must return a topd_jax.Detection"),
+    ],
+)
+def test_what_a_detector_does_not_make_is_refused(
+    student, teacher, detector, text
+):
+    objective = topd.topd(
+        near_future=topd.NearFuture(detector=detector), context="student"
     )
-    with pytest.raises(ValueError, match="detector makes none; take detector="):
+    with pytest.raises(ValueError, match=text):
         step(student, (topd.Teacher(teacher),), make_trajectories(2),
              lambda: objective)  # fmt: skip

@@ -17,8 +17,8 @@ from topd_jax.losses import near_future
 from topd_jax.losses.fused import fused_token_logprobs
 from topd_jax.models.passes import trajectory_cache, trajectory_states
 from topd_jax.models.protocol import LanguageModel
-from topd_jax.objectives.objective import Objective
-from topd_jax.objectives.pieces import ask
+from topd_jax.objectives.objective import Detection, Objective
+from topd_jax.objectives.pieces import ask, spelled
 from topd_jax.objectives.statistics import token_statistics
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.rules import reading_rules, using
@@ -61,8 +61,9 @@ def score(
       What each teacher says, all of it data.
 
     Raises:
-      ValueError: where rows and teachers do not fit together, or a guidance
-        asks for a plan that the detector does not make.
+      ValueError: where rows and teachers do not fit together, a detector
+        returns no :class:`Detection`, or a guidance asks for a plan that the
+        detector does not make.
     """
     layout = loss_layout() if layout is None else layout
     parts = split_rows(trajectories, teachers)
@@ -217,6 +218,11 @@ def _look_ahead(
         | vars(scored)
         | {"embedding": student.embedding, "window": ahead.window},
     )
+    if not isinstance(found, Detection):
+        raise ValueError(
+            f"detector {spelled(ahead.detector)} returned {found!r:.60} and "
+            "must return a topd_jax.Detection(distance)"
+        )
     rule = dict(percentile=ahead.percentile, threshold=ahead.threshold)
     divergent = near_future.divergence_mask(found.distance, candidates, **rule)
     scored = scored.replace(
