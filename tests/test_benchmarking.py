@@ -150,6 +150,7 @@ def test_runs_are_compared_on_the_same_problems(tmp_path):
     other = run("7", "ab", "ab", answer="8")
     seeds = [run(f"seed {i}", "ab", "a", seed=i) for i in range(2)]
     benchmarking.compare_runs([*seeds, one], [*seeds, better], "latest")
+    benchmarking.compare_runs(seeds[:1], seeds[1:], "latest")  # one run each
     compared = benchmarking.compare_runs([one], [better], "latest")["test"]
     assert (compared["problems"], compared["difference"]) == (2, 0.5)
     for a, b, message in (
