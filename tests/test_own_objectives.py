@@ -208,16 +208,23 @@ def bare(candidates):
     return candidates.mask * 1.0
 
 
+def planless(candidates):
+    """A detector that makes no plan."""
+    return topd.Detection(bare(candidates))
+
+
 @pytest.mark.parametrize(
     ("detector", "text"),
     [
-        (topd.FutureLoss(), "detector makes none; take detector="),
+        (planless, "detector makes none; take detector="),
         (bare, ":bare returned .* must return a topd_jax.Detection"),
     ],
 )
 def test_what_a_detector_does_not_make_is_refused(
     student, teacher, detector, text
 ):
+    with pytest.raises(ValueError, match="detector makes none; take detector="):
+        topd.make_objective("topd(context='student', detector='future_loss')")
     objective = topd.topd(
         near_future=topd.NearFuture(detector=detector), context="student"
     )

@@ -41,6 +41,10 @@ FUTURES = frozenset(
         *("plan", "divergent", "false_alarm", "selected"),
     }
 )
+NO_PLAN = (
+    "the objective needs a transport plan and its detector makes none; take "
+    "detector='transport', or context='teacher'"
+)
 _RANKING = TOKENS | {"token_loss"}
 _DETECTOR = TOKENS | {"candidates", "student_windows", "teacher_windows"} | {
     "embedding", "window",
@@ -262,6 +266,9 @@ class Objective:
                 f"{spelled(ahead[0])} needs candidates; give the objective a "
                 "near_future=NearFuture(...)"
             )
+        detector = self.near_future and self.near_future.detector
+        if isinstance(detector, FutureLoss) and "plan" in self.named:
+            raise ValueError(NO_PLAN)
 
     def phases(self, steps: int) -> tuple[tuple[int, "Objective"], ...]:
         """Return what a run minimizes in turn, each with its last step.

@@ -17,7 +17,7 @@ from topd_jax.losses import near_future
 from topd_jax.losses.fused import fused_token_logprobs
 from topd_jax.models.passes import trajectory_cache, trajectory_states
 from topd_jax.models.protocol import LanguageModel
-from topd_jax.objectives.objective import Detection, Objective
+from topd_jax.objectives.objective import NO_PLAN, Detection, Objective
 from topd_jax.objectives.pieces import ask, spelled
 from topd_jax.objectives.statistics import token_statistics
 from topd_jax.parallel.layouts import loss_layout
@@ -232,9 +232,6 @@ def _look_ahead(
         false_alarm=candidates.mask & ~divergent,
     )
     if found.plan is None and "plan" in objective.named:
-        raise ValueError(
-            "the objective needs a transport plan and its detector makes none; "
-            "take detector='transport', or context='teacher'"
-        )
+        raise ValueError(NO_PLAN)
     selected = ask(ahead.select, vars(scored) | {"key": select_key})
     return scored.replace(selected=selected)
