@@ -154,7 +154,10 @@ def _variant(
             numbers["gain_interval"] = bootstrap_interval(gains)
         if trained:
             last = [r["curve"][-1] for r in rows]
-            numbers["validation"] = _mean(p["exact_match"] for p in last)
+            # With eval.every=0 the only one is of the start.
+            numbers["validation"] = _mean(
+                p["exact_match"] for p in last if p["step"]
+            )
     if trained:
         numbers["seconds_step"] = _mean(r["seconds_step"] for r in rows)
         numbers["overhead"] = _mean(
