@@ -333,3 +333,7 @@ def test_nothing_is_named_where_nothing_helps_or_lacks():
     sampler = program("rollout", temporaries=18 * GIB)
     assert suggest(large(), plan_of(sampler)) == []
     assert suggest(large(), plan_of(program())) == []
+    # A smaller evaluation would be written in as many slots.
+    sampler = program("evaluate", temporaries=18 * GIB)
+    slots = large(rollout=dict(slots=32))
+    assert suggest(slots, plan_of(sampler)) == []

@@ -86,6 +86,8 @@ def _options(
     fused = ("score", "train_step", "statistics", "compare")
     if name in fused and chunk > _CHUNK * ways:
         yield f"train.chunk_size={_CHUNK * ways}"
-    half = settings.eval.batch_size // 2
-    if name in ("evaluate", "compare") and half and half % ways == 0:
+    half, slots = settings.eval.batch_size // 2, settings.rollout.slots
+    # As many rows are written in slots, however many there are.
+    fewer = not slots or half < slots < data.batch_size * data.samples
+    if name in ("evaluate", "compare") and half and half % ways == 0 and fewer:
         yield f"eval.batch_size={half}"
