@@ -7,6 +7,7 @@ import jax
 import pytest
 from small_run import settings_with
 
+from topd_jax.cli import evaluate
 from topd_jax.data.toy_world import problems
 from topd_jax.evaluation import benchmarking, grading
 from topd_jax.evaluation.benchmarking import read_benchmark
@@ -104,9 +105,11 @@ def test_benchmarks_are_mathematics(
     summary = evaluation["benchmarks"]["sums"]["summary"]
     assert summary["pass@1"]["value"] == 0.2
     assert asked == [["2", "3", "4", "5", "6"] * 3]
+    options = dataclasses.replace(settings.eval, benchmarks=(path, path))
+    monkeypatch.setattr(evaluate, "open_run", None)  # before models are loaded
     with pytest.raises(ValueError, match="second benchmark of the name 'sums'"):
-        benchmarking.read_benchmarks(
-            (path, path), settings.data, setup.tokenizer
+        evaluate.evaluate(
+            dataclasses.replace(settings, eval=options), tmp_path, "start"
         )
 
 

@@ -34,10 +34,9 @@ def evaluate(
     Raises:
       ValueError: for a benchmark that cannot be read, before models are loaded.
     """
-    asked = [
-        benchmarking.read_benchmark(where, split=settings.data.eval_split)
-        for where in settings.eval.benchmarks
-    ]
+    asked = benchmarking.read_benchmarks(
+        settings.eval.benchmarks, split=settings.data.eval_split
+    )
     path = workdir / f"eval-{which}.json"
     part = path.with_suffix(".part")
     with open_run(settings, workdir, which) as (setup, student, step):
@@ -47,8 +46,8 @@ def evaluate(
             code_fingerprint(), facts, fingerprint(student),
             setup.teacher_fingerprints,
         )  # fmt: skip
-        asked = asked or [(benchmarking.TEST, setup.test.records)]
-        made_from = {name: _hash(records) for name, records in asked}
+        asked = asked or {benchmarking.TEST: setup.test.records}
+        made_from = {name: _hash(records) for name, records in asked.items()}
         found = hosts.from_first(lambda: _finished((path, part), evaluated))
         done = {
             name: benchmark

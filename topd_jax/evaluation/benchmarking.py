@@ -15,7 +15,6 @@ from topd_jax.data.routing import places_of
 from topd_jax.data.settings import DataSettings
 from topd_jax.data.sources import Fields, Record, read_source
 from topd_jax.data.teachers import by_name
-from topd_jax.data.tokenizers import Tokenizer
 from topd_jax.evaluation import comparisons
 from topd_jax.evaluation.evaluator import Evaluator
 from topd_jax.evaluation.grading import Grader, make_grader, math_grader
@@ -71,14 +70,13 @@ def read_benchmark(
 
 
 def read_benchmarks(
-    places: Sequence[str], data: DataSettings, tokenizer: Tokenizer
-) -> dict[str, EncodedPrompts]:
-    """Read all benchmarks, before anything is generated.
+    places: Sequence[str], *, split: str = "test"
+) -> dict[str, list[Record]]:
+    """Read all benchmarks, before models are loaded.
 
     Args:
       places: of each, as :func:`read_benchmark` takes it.
-      data: their split, and what to do about long prompts.
-      tokenizer: of the student.
+      split: of the datasets.
 
     Returns:
       name -> problems, in order.
@@ -86,20 +84,15 @@ def read_benchmarks(
     Raises:
       ValueError: for a benchmark that cannot be read, or two of one name.
     """
-    benchmarks: dict[str, EncodedPrompts] = {}
+    benchmarks: dict[str, list[Record]] = {}
     for where in places:
-        name, records = read_benchmark(where, split=data.eval_split)
+        name, records = read_benchmark(where, split=split)
         if name in benchmarks or name == TEST:
             raise ValueError(
                 f"eval.benchmarks: {where} is a second benchmark of the name "
                 f"{name!r}; give the file another name"
             )
-        benchmarks[name] = encode_prompts(
-            records,
-            tokenizer,
-            max_length=data.max_prompt_length,
-            on_long_prompt=data.on_long_prompt,
-        )
+        benchmarks[name] = records
     return benchmarks
 
 
@@ -133,7 +126,16 @@ def evaluate_all(
     options: EvalSettings = evaluator.options
     if options.benchmarks:
         grader = math_grader()
-        asked = read_benchmarks(options.benchmarks, data, evaluator.tokenizer)
+        read = read_benchmarks(options.benchmarks, split=data.eval_split)
+        asked = {
+            name: encode_prompts(
+                records,
+                evaluator.tokenizer,
+                max_length=data.max_prompt_length,
+                on_long_prompt=data.on_long_prompt,
+            )
+            for name, records in read.items()
+        }
     else:
         grader, count = make_grader(data), options.final_problems
         places = range(len(evaluator.test.ids))[:count]
