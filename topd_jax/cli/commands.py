@@ -250,7 +250,11 @@ COMMANDS = {
         "measure whether updates on one window mend its divergence",
         "experiments.local_correction:correct",
         (
-            *STUDENT, COUNT,
+            *STUDENT,
+            _flag(
+                "count", metavar="N", type=_at_least(1), default=32,
+                help="divergent points, at most one a test prompt (32)",
+            ),
             _flag(
                 "updates", metavar="N", type=_at_least(0), default=5,
                 help="of each correction (5)",
