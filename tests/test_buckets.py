@@ -309,7 +309,7 @@ def test_a_run_ends_where_no_connection_comes_back(
     service.fault = lost_for(1e9)
     train = ["train", *small_arguments, f"--workdir={bucket}/run"]
     code, _, err = run_topd(*train, cwd=tmp_path)
-    assert code == 2 and "Traceback" not in err
+    assert code == 1 and "Traceback" not in err
     line = err.splitlines()[-1]
     assert line.startswith(f"topd: {bucket}: ")
     assert line.endswith("check that it can be reached, and rerun the command")

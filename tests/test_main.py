@@ -14,6 +14,7 @@ import pytest
 
 from topd_jax.cli import commands, main
 from topd_jax.cli.config_file import config_path, load_settings
+from topd_jax.parallel import buckets, hosts
 
 # Help.
 
@@ -237,6 +238,33 @@ def test_a_mistake_of_the_program_keeps_its_traceback(
     monkeypatch.setattr(commands.Command, "load", lambda _: function)
     with pytest.raises(kind):
         main.run(["report", "--workdir=x"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyError("a mistake"), 1),
+        (OSError("gs://b: 503 UNAVAILABLE"), 1),
+        (OSError("gs://b: 403 Forbidden"), 2),
+        (OSError(errno.ENOENT, "is not there", "file"), 2),
+    ],
+)
+def test_the_code_of_one_of_several_says_whether_a_restart_may_help(
+    monkeypatch, error, code
+):
+    """tpu.sh keep gives up after 2, and joins even one process to itself."""
+
+    def failing(**_):
+        raise error
+
+    left = []
+    monkeypatch.setattr(commands.Command, "load", lambda _: failing)
+    monkeypatch.setattr(buckets, "_used", {"gs://b"})
+    monkeypatch.setattr(main, "_process", lambda: 0)
+    monkeypatch.setattr(hosts, "leave", lambda _, code: left.append(code))
+    with pytest.raises(SystemExit) as exit_:
+        main.run(["report", "--workdir=x"])
+    assert [exit_.value.code] == left == [code]
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,6 @@ def test_who_lost_another_stays_until_it_is_named(
     monkeypatch.setattr(os, "_exit", lambda code: done.append(("exit", code)))
     monkeypatch.setattr(time, "sleep", lambda s: done.append(("sleep", s)))
     monkeypatch.setattr(hosts, "_heartbeat_seconds", 30)
-    hosts.leave(error)
-    assert done == [("sleep", waits), ("exit", 2)]
+    hosts.leave(error, 1)
+    assert done == [("sleep", waits), ("exit", 1)]
     assert ("was another lost?" in capsys.readouterr().err) == (waits > 2)

@@ -1,7 +1,7 @@
 """The command line: ``topd COMMAND --config FILE [--config.key=value ...]``.
 
 Bad input is one clear line and exit code 2; a mistake of the program shows its
-traceback. Nothing heavy is imported before a command runs.
+traceback, with exit code 1. Nothing heavy is imported before a command runs.
 """
 
 import errno
@@ -37,7 +37,7 @@ def main() -> None:
     except SystemExit as stop:
         # Threads that write there would ask again for many minutes.
         if buckets.explain(_chain(stop)):
-            os._exit(2)
+            os._exit(stop.code)
         raise
 
 
@@ -84,8 +84,13 @@ def _call(name: str, *arguments: str) -> Any:
 
 
 def _fail(error: Exception) -> None:
-    """Say what went wrong, and leave."""
+    """Say what went wrong, and leave.
+
+    With 2 for what another start would meet again, as a bad config: what
+    restarts jobs gives up then. Else with 1.
+    """
     line = _one_line(error)
+    code = 1 if line is None or buckets.AWAY in line else 2
     if line is None or os.environ.get("TOPD_TRACEBACK"):
         if _process() is None:
             raise error  # where it came from is the point
@@ -95,8 +100,8 @@ def _fail(error: Exception) -> None:
     if _process() is not None:
         from topd_jax.parallel import hosts
 
-        hosts.leave(error)
-    raise SystemExit(2) from error
+        hosts.leave(error, code)
+    raise SystemExit(code) from error
 
 
 def _process() -> int | None:

@@ -22,6 +22,8 @@ from typing import Any
 
 _SCHEMES = ("gs", "s3", "az", "hf")  # that epath knows
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests")
+# The way out of what may be over when the command is run again.
+AWAY = "check that it can be reached"
 # What an error says -> what to do about it.
 _WAYS_OUT = {
     r"\b40[13]\b|Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|[Cc]redentials": (
@@ -29,9 +31,7 @@ _WAYS_OUT = {
         "storage.legacyBucketReader)"
     ),
     r"\b404\b|NOT_FOUND|NotFound": "check that the bucket exists",
-    r"\b(429|5\d\d)\b|UNAVAILABLE|ABORTED|EXCEEDED|EXHAUSTED|[Cc]onnect": (
-        "check that it can be reached"
-    ),
+    r"\b(429|5\d\d)\b|UNAVAILABLE|ABORTED|EXCEEDED|EXHAUSTED|[Cc]onnect": AWAY,
 }
 _SHOWN = 300  # characters of an error
 _RETRY_SECONDS = 30.0  # that a lock asks again for, after errors 429 and 5xx

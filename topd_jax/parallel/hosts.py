@@ -124,8 +124,8 @@ def _gather(text: str) -> list[str]:
     ]
 
 
-def leave(error: BaseException) -> NoReturn:
-    """End this process of several after an error, with exit code 2.
+def leave(error: BaseException, code: int) -> NoReturn:
+    """End this process of several after an error.
 
     Python's own exit would wait for the others, which wait for this one. If
     a collective failed, another process most likely died: this one then waits
@@ -134,6 +134,7 @@ def leave(error: BaseException) -> NoReturn:
 
     Args:
       error: already printed.
+      code: to exit with.
     """
     broken = isinstance(error, jax.errors.JaxRuntimeError)
     if broken and "RESOURCE_EXHAUSTED" not in str(error):
@@ -147,7 +148,7 @@ def leave(error: BaseException) -> NoReturn:
         time.sleep(wait)
     elif is_first():
         time.sleep(_LAST_SECONDS)
-    os._exit(2)
+    os._exit(code)
 
 
 def is_first() -> bool:
