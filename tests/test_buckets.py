@@ -246,6 +246,31 @@ def test_a_dump_in_a_bucket_is_replayed(
     assert repeat(dump, setup=setup)["same"]
 
 
+def test_a_copy_that_breaks_off_leaves_nothing(
+    bucket, service, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in "ab":
+        (bucket / "model" / "part" / name).write_text(name)
+    system, _ = buckets._system(bucket / "model")
+    plain = system.get_file
+
+    def broken(source, target):
+        plain(source, target)
+        if source.endswith("b"):
+            raise OSError("503")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "get_file", broken)
+        with pytest.raises(OSError, match="503"):
+            buckets.copied(bucket / "model")
+    assert buckets.files(tmp_path) == []
+    for _ in range(2):
+        copy = buckets.copied(bucket / "model")
+        assert copy.name == "model"
+        assert buckets.files(copy) == ["part/a", "part/b"]
+
+
 @pytest.mark.parametrize(
     ("status", "way_out"),
     [

@@ -243,16 +243,16 @@ def copied(path: Any) -> pathlib.Path:
     place /= hashlib.sha256(text.encode()).hexdigest()[:16]
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = tempfile.mkdtemp(dir=place.parent)
-        system, root = _system(path)
-        for name in listing:
-            target = pathlib.Path(fresh, path.name, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            system.get_file(f"{root}/{name}".rstrip("/"), str(target))
-        try:
-            pathlib.Path(fresh).rename(place)
-        except OSError:  # another process was faster
-            shutil.rmtree(fresh)
+        # A copy that breaks off is as large as a model: nothing of it stays.
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            fresh = pathlib.Path(folder, "whole")
+            system, root = _system(path)
+            for name in listing:
+                target = fresh / path.name / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(f"{root}/{name}".rstrip("/"), str(target))
+            with contextlib.suppress(OSError):  # another process was faster
+                fresh.rename(place)
     return place / path.name
 
 
