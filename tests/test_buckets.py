@@ -239,6 +239,9 @@ def test_a_dump_in_a_bucket_is_replayed(
     monkeypatch.setattr(Watch, "look", alarming)
     setup = load_setup(settings, tmp_path)
     settings = changed(settings, "train", steps=4)
+    settings = changed(settings, "guard", dumps=1)
+    # Of before a roll-back: older, whatever its step.
+    (bucket / "run" / "dumps" / "9-even" / "dump.json").write_text("{}")
     loop.train(settings, bucket / "run", setup=dataclasses.replace(setup))
     (dump,) = (bucket / "run" / "dumps").glob("*")
     assert dump.name == "4-odd"  # the newest of a name

@@ -59,7 +59,8 @@ def write_dump(run: Any, alarm: Alarm) -> pathlib.Path:
             shutil.copytree(
                 run.workdir / saved, fresh / saved, copy_function=_link
             )
-    by_age = sorted(folder.glob("*-*"), key=_age)
+    # After a roll-back others may be of later steps.
+    by_age = sorted(folder.glob("*-*"), key=lambda p: (p == path, _age(p)))
     for old in by_age[: -run.settings.guard.dumps]:
         buckets.remove(old)
     return path
