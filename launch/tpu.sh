@@ -290,11 +290,12 @@ run() {
     on_worker all "$refuse_if_running
 [ -e installed ] || fail 'topd_jax is not installed: run tpu.sh install'
 [ -f src/$file ] || fail 'no config '$file
-# shellcheck disable=SC2016
-printf '%s' $(quote "$line") >train.command
 ${prepare:+($prepare
 )
-}cd src
+}# Last, for the end of the log is an earlier command's until it starts.
+# shellcheck disable=SC2016
+printf '%s' $(quote "$line") >train.command
+cd src
 $start_on_worker
 start $line"
 }

@@ -169,6 +169,16 @@ def test_a_training_that_fails_is_restarted_at_most_so_often(
     assert f"topd: exit code {plays[2]}" in done.stderr  # the end of the log
 
 
+def test_a_start_that_breaks_off_is_not_done_as_the_command_before(
+    desk: Desk,
+) -> None:
+    assert keep(desk)[0].returncode == 0
+    once = "[ -e tried ] || ! touch tried"
+    done, _, starts = keep(desk, "--prepare", once, "--", "--config.seed=1")
+    assert done.returncode == 0 and starts == 1, done.stdout
+    assert "failure 1 of at most 10: run" in done.stdout
+
+
 def test_the_keeper_outlives_the_terminal_and_is_found_again(
     desk: Desk,
 ) -> None:
