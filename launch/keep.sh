@@ -105,7 +105,7 @@ act() {
         sleep "$every"
     elif ! grep -qv '^ended 0$' <<<"$1"; then
         finish
-    elif grep -q '^ended 2$' <<<"$1"; then
+    elif [[ -n "$started" ]] && ! grep -qv '^ended 2$' <<<"$1"; then
         attempt logs >&2 || true
         give_up "topd refused its arguments or its config (exit code 2)"
     elif [[ "$1" != "$last_states" ]] && grep -q '^running' <<<"$1"; then
@@ -128,6 +128,7 @@ restart() {
         fi
     fi
     say "starting the training"
+    started=yes
     attempt run || failed "run"
 }
 
@@ -141,7 +142,8 @@ finish() {
 
 # The keeper itself, until it exits; the code is left to those who follow.
 keep_on() {
-    failures=0 last_states="" follow=""
+    # started: what an earlier keeper was refused may be mended by now.
+    failures=0 last_states="" follow="" started=""
     local verdict states last=""
     trap 'echo $? >"$record.exit"; rm -f "$errors"' EXIT
     trap 'exit 143' TERM

@@ -169,6 +169,13 @@ def test_a_training_that_fails_is_restarted_at_most_so_often(
     assert f"topd: exit code {plays[2]}" in done.stderr  # the end of the log
 
 
+def test_what_was_refused_is_tried_again_by_another_keeper(desk: Desk) -> None:
+    """What the training lacked may be there by now."""
+    assert keep(desk, plays="0:2")[0].returncode == 1
+    done, _, starts = keep(desk, plays="0:2 0:0")
+    assert done.returncode == 0 and starts == 1, done.stdout
+
+
 def test_a_start_that_breaks_off_is_not_done_as_the_command_before(
     desk: Desk,
 ) -> None:
