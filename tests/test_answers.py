@@ -25,6 +25,11 @@ from topd_jax.evaluation.answers import normal, stated_answer
         ("the final answers are 1 and 2", ("marked", "1 and 2")),
         ("71, then 1,072", ("number", "1,072")),
         ("who knows", ("", "")),
+        ("<answer>5</answer> of 9", ("marked", "5")),
+        ("\\boxed{4} <answer>so \\boxed{5}</answer>", ("boxed", "5")),
+        ("<answer>4</answer>, no: \\boxed{5}", ("boxed", "5")),
+        ("in <answer> </answer>: \\boxed{5}", ("boxed", "5")),
+        ("<answer>The answer is 5.</answer>", ("marked", "5")),
     ],
 )
 def test_stated_answer(text, stated):

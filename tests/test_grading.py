@@ -131,6 +131,18 @@ TABLE = [
     ("(2,4)", "\\boxed{(2,4)}\n\\boxed{(2,4)}", True),
     ("#### 5 #### 6\n", "6", True),
     ("#### 0.5", "It is $\\frac{1}{2}$", True),
+    # An order of three things is no product.
+    ("BAC", "\\boxed{CAB}", False),
+    ("BAC", "\\boxed{\\text{BAC}}", True),
+    ("abc", "\\boxed{cba}", True),
+    ("5", "\\boxed{€5}", True),
+    ("€5", "<answer>5.00</answer>", True),
+    ("5", "<answer>5 apples</answer>, 3 are left", True),
+    ("7", "\\boxed{7 \\pmod{12}}", True),
+    ("7", "\\boxed{8 \\pmod{12}}", False),
+    ("7 \\pmod{12}", "\\boxed{7}", True),
+    ("7 \\pmod{12}", "\\boxed{x \\equiv 7\\ (\\text{mod } 12)}", True),
+    ("7 \\pmod{12}", "\\boxed{7 \\pmod{13}}", False),
 ]  # fmt: skip
 # Each of these costs memory or time without end where nothing stops it.
 COSTLY = [

@@ -19,6 +19,12 @@ _STATED = re.compile(
     r"answers?\W{0,4}\s*(?:is\b|are\b|:|=)[\s:*]*(?:\\[\[(]\s*)?([^\n]+)",
     re.I,
 )
+# At the end of an answer: 7 \pmod{12}, 7 (mod 12), 7 (\text{mod } 12).
+_MODULUS = re.compile(
+    r"(?<![\s,(\\])[\s,(\\]*(?:text\s*\{\s*)?\\?[bp]?mod(?![a-z])[\s{}]*(\w+)[\s})$.]*$"
+)
+# An order of things that letters name; math-verify reads a product.
+_ORDER = re.compile("[A-Z]{3,}")
 # Where mathematics begins and ends.
 _DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:/\d+)?(?:e[+-]?\d+)?", re.I)
@@ -41,6 +47,7 @@ _SPELLINGS = tuple(
         (r",\\!\s*(?=\d)", ","),
         # Not the second half of a line break, \\ -14.
         (r"(?<!\\)\\[!,;:> ]", ""),
+        (r"[€£¥₹]|\\pounds(?![a-z])", ""),
         (r"(?<!\\)%", r"\\%"),
         (r"\^\s*\{?\s*\\circ\s*\}?", r"^\\circ"),
         (r"np\.(?=[a-z])", r"\\"),
@@ -72,9 +79,19 @@ def stated_answer(text: str) -> tuple[str, str]:
       (how, answer): "boxed" and the content of the last \\boxed (adjacent
       ones are joined by commas); else "marked" and the text after the last
       "####" or "the answer is"; else "number" and the last number; else ""
-      and "".
+      and "". What stands between <answer> and </answer>, with no box after
+      it, is read in the same way, and is "marked" as a whole if nothing in
+      it is.
     """
-    boxes = list(_boxes(text))
+    boxes = _boxes(text)
+    head, _, _ = text.rpartition("</answer>")
+    _, opening, tagged = head.rpartition("<answer>")
+    is_last = not boxes or boxes[-1][0] < len(head)
+    if opening and tagged.strip() and is_last:
+        how, answer = stated_answer(tagged)
+        is_stated = how in ("boxed", "marked")
+        whole = "marked", tagged.strip()[:_LONGEST]
+        return (how, answer) if is_stated else whole
     if boxes:
         parts = [boxes[-1]]
         for box in boxes[-2::-1]:
@@ -126,6 +143,29 @@ def normal(answer: str) -> str:
     if choice:
         return choice[1]
     return key.lower() if re.fullmatch(r"[A-Za-z]{2,}", key) else key
+
+
+def without_modulus(answer: str, reference: str) -> tuple[str, str]:
+    """Remove the modulus of two answers, unless each names another.
+
+    Args:
+      answer: of the solution.
+      reference: the right one.
+    """
+    pair = answer, reference
+    moduli = {m[1] for m in map(_MODULUS.search, pair) if m}
+    if len(moduli) > 1:
+        return pair
+    return _MODULUS.sub("", answer), _MODULUS.sub("", reference)
+
+
+def are_orders(*answers: str) -> bool:
+    """Return whether answers are orders, "BAC", of which none is another.
+
+    Args:
+      *answers: as :func:`plain_latex` returns them.
+    """
+    return all(_ORDER.fullmatch(answer) for answer in answers)
 
 
 def is_costly(latex: str) -> bool:

@@ -30,10 +30,12 @@ from topd_jax.data.settings import DataSettings
 from topd_jax.data.sources import Record
 from topd_jax.data.toy_world import problems
 from topd_jax.evaluation.answers import (
+    are_orders,
     is_costly,
     normal,
     plain_latex,
     stated_answer,
+    without_modulus,
 )
 
 DEADLINE = 10.0  # seconds an answer
@@ -247,6 +249,7 @@ def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
     if isinstance(reference, list):
         readings = answer.strip(), plain_latex(answer)
         return any(gym.is_right(*reference, reading) for reading in readings)
+    answer, reference = without_modulus(answer, reference)
     # "62.5" answers what percentage it is.
     same = {normal(reference), normal(reference).removesuffix("%")}
     # "120,240" is one number where nothing says otherwise, "120, 240" is two.
@@ -262,6 +265,8 @@ def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
         return math_verify.parse(text, parsing_timeout=None)
 
     latex = plain_latex(answer)
+    if are_orders(latex, plain_latex(reference)):
+        return False
     if how == "boxed":
         readings = [f"\\boxed{{{latex}}}"]
     elif how == "marked":
