@@ -15,6 +15,8 @@ from topd_jax.evaluation.answers import normal, stated_answer
         ("\\fbox{3}, #### 4", ("boxed", "3")),
         ("the answer is 3. \\boxed{4", ("marked", "3. \\boxed{4")),
         ("1 + 1 = 2\n#### 2\n", ("marked", "2")),
+        ("#### Step 1: add\n2 + 3.\nThe answer is 5.", ("marked", "5")),
+        ("the answer is 71, no:\n#### 72", ("marked", "72")),
         ("The answer is 72. I hope that helps.", ("marked", "72.")),
         ("\\boxed{ \\boxed{72}", ("boxed", "72")),
         ("\\boxed{a \\boxed{b} c}", ("boxed", "a \\boxed{b} c")),

@@ -100,11 +100,13 @@ def stated_answer(text: str) -> tuple[str, str]:
             parts.insert(0, box)
         # Some models box their answer again and again.
         return "boxed", ", ".join(dict.fromkeys(p[2] for p in parts))
-    if "####" in text:
-        return "marked", _line(text.rsplit("####", 1)[1])
-    stated = _STATED.findall(text)
+    *_, stated = None, *_STATED.finditer(text)
+    mark = text.rfind("####")
+    # Before "the answer is 5" it opens a heading, "#### Step 2: add".
+    if mark > (stated.start() if stated else -1):
+        return "marked", _line(text[mark + len("####") :])
     if stated:
-        return "marked", _line(stated[-1])
+        return "marked", _line(stated[1])
     numbers = _NUMBER.findall(text)
     return ("number", numbers[-1][:_LONGEST]) if numbers else ("", "")
 
