@@ -143,6 +143,19 @@ TABLE = [
     ("7 \\pmod{12}", "\\boxed{7}", True),
     ("7 \\pmod{12}", "\\boxed{x \\equiv 7\\ (\\text{mod } 12)}", True),
     ("7 \\pmod{12}", "\\boxed{7 \\pmod{13}}", False),
+    # Words and one number are prose, in a box too; expressions are not.
+    ("18", "\\boxed{18 eggs}", True),
+    ("18", "\\boxed{\\text{18 dollars per day}}", True),
+    ("18", "The answer is 18 km/h", True),
+    ("2", "The answer is $2x$.", False),
+    ("2", "The answer is 2 or 3", False),
+    ("2", "The answer is 2π", False),
+    ("3", "The answer is x + 3", False),
+    ("2", "The answer is 2:3", False),
+    ("72", "The answer is 72 clips in 2 months.", True),
+    ("18", "The answer is 18 dollars a day and $126 a week", True),
+    ("3", "\\boxed{3!}", False),
+    ("5", "\\boxed{5 apples and 3 pears}", False),
 ]  # fmt: skip
 # Each of these costs memory or time without end where nothing stops it.
 COSTLY = [

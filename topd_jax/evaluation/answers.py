@@ -62,6 +62,8 @@ _SPELLINGS = tuple(
         (r"(?<![\d.,(\[])(?<!\\\{)([1-9]\d{0,2}(?:,\d{3})+)"
          r"(?![\d,)\]]|\\\})",
          lambda m: m[1].replace(",", "")),
+        # \text{5 apples} has a number.
+        (r"\\(?:text|mbox|mathrm|textbf)\s*\{\s*(-?\d[^{}]*)\}", r"\1"),
         # -1./3 is a fraction.
         (r"(?<=\d)\.(?=/|$)", ""),
         (r"\s+", " "),

@@ -54,8 +54,15 @@ grading._serve(float(sys.argv[2]))
 """
 # An answer that nothing announces is near the end, if anywhere.
 _TAIL = 2000  # characters
-# An answer of words and one number, "18 eggs a day": read as prose.
-_PROSE = re.compile(r"[^\\^_{}()\[\],=;<>]*")
+# An answer of words and one number, "18 eggs a day", but no "2x" and no
+# "x + 3": read as prose. Other numbers follow words, "18 eggs in 2 days".
+_WORDS = r"(?:[^\\^_{}()\[\],=;<>+*×·÷√π|/\d-]|(?<=[A-Za-z])[-/](?=[A-Za-z]))*"
+_PROSE = re.compile(
+    rf"{_WORDS}(?<![A-Za-z.])-?(?:\d*\.)?\d+(?:/\d+)?"
+    r"(?!a\b|\s?[b-fi-kn-rt-zA-KM-Z](?![A-Za-z.]))"
+    r"(?!\s*(?::|(?:and|minus|or|over|plus|times|to)\b))"
+    rf"({_WORDS}(?:(?<=[a-z]\s)\d+(?:\.\d+)*{_WORDS})*)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,12 +274,13 @@ def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
     latex = plain_latex(answer)
     if are_orders(latex, plain_latex(reference)):
         return False
-    if how == "boxed":
-        readings = [f"\\boxed{{{latex}}}"]
-    elif how == "marked":
-        readings = [f"${latex}$"]
-        # "(3, 5)" as prose would end with a 5.
-        if _PROSE.fullmatch(latex):
+    if how in ("boxed", "marked"):
+        is_boxed = how == "boxed"
+        readings = [f"\\boxed{{{latex}}}" if is_boxed else f"${latex}$"]
+        # "(3, 5)" as prose would end with a 5; in a box, 3! is 6 alone, and
+        # 5 apples and 3 pears are no 5.
+        prose = _PROSE.fullmatch(latex)
+        if prose and not (is_boxed and re.search(r"[\d!]", prose[1])):
             readings.append(f"The answer is {latex}")
     else:
         tail = text[-_TAIL:]
