@@ -156,6 +156,13 @@ TABLE = [
     ("18", "The answer is 18 dollars a day and $126 a week", True),
     ("3", "\\boxed{3!}", False),
     ("5", "\\boxed{5 apples and 3 pears}", False),
+    ("2\\sqrt{13}", "\\boxed{2√13}", True),
+    ("2", "The answer is 2√3.", False),
+    ("\\sqrt{x+1}", "The answer is √(x+1)", True),
+    ("(-\\infty, 1)", "\\boxed{(−∞, 1)}", True),
+    ("x^2", "\\boxed{x²}", True),
+    ("5", "\\boxed{5²}", False),
+    ("5", "\\boxed{5 cm²}", True),
 ]  # fmt: skip
 # Each of these costs memory or time without end where nothing stops it.
 COSTLY = [

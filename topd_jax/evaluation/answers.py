@@ -48,6 +48,11 @@ _SPELLINGS = tuple(
         # Not the second half of a line break, \\ -14.
         (r"(?<!\\)\\[!,;:> ]", ""),
         (r"[€£¥₹]|\\pounds(?![a-z])", ""),
+        (r"√\s*\(([^()]*)\)|√\s*(\d+|\w)", r"\\sqrt{\1\2}"),
+        ("∞", r"\\infty "),
+        # A square, but not of a unit, 5 cm².
+        (r"(?<=[\dxyz)])²", "^2"),
+        (r"(?<=[\dxyz)])³", "^3"),
         (r"(?<!\\)%", r"\\%"),
         (r"\^\s*\{?\s*\\circ\s*\}?", r"^\\circ"),
         (r"np\.(?=[a-z])", r"\\"),
