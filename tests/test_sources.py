@@ -102,7 +102,7 @@ def test_hub_needs_its_package_and_reads_rows(monkeypatch):
     def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
         asked.append((name, config, split))
         if split != "test":
-            raise OSError("no network")
+            raise (OSError if split == "train" else RuntimeError)("no network")
         return [{"question": "a", "answer": "b"}]
 
     module = types.SimpleNamespace(load_dataset=load_dataset)
@@ -112,6 +112,8 @@ def test_hub_needs_its_package_and_reads_rows(monkeypatch):
     assert (record["prompt"], record["answer"]) == ("a", "b")
     with pytest.raises(ValueError, match="cannot read hub .*: no network"):
         read_source("hub", "owner/questions")
+    with pytest.raises(ValueError, match="cannot read hub .*: no network"):
+        read_source("hub", "owner/script", "dev")
 
 
 def test_tfds_reads_array_record(tmp_path, monkeypatch):
@@ -141,6 +143,10 @@ def test_tfds_reads_array_record(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tfds, "builder", lambda name: builder)
         named = read_source("tfds", "toy_questions")
+        # As TensorFlow's users have it, prepared as TFRecord.
+        patch.setattr(builder.info, "available_file_formats", lambda: {"tf"})
+        with pytest.raises(ValueError, match="anew with file_format="):
+            read_source("tfds", "toy_questions")
     assert {(r["prompt"], r["answer"]) for r in named} == {
         ("Où 0?", "0"),
         ("Où 1?", "1"),

@@ -233,11 +233,17 @@ def _open_dataset(source: str, name: str, split: str) -> Iterable[Any]:
             builder = tfds.builder(name)
             builder.download_and_prepare(file_format="array_record")
         return builder.as_data_source(split=split)
-    except (ImportError, OSError, ValueError, KeyError) as error:
+    # RuntimeError: of a hub's dataset that is a script, or a file format.
+    except (
+        ImportError, OSError, ValueError, KeyError, RuntimeError,
+        AssertionError,
+    ) as error:  # fmt: skip
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         way_out = "check the name and the network"
         if isinstance(error, ImportError):
             way_out = f"pip install {error.name}"
+        elif isinstance(error, NotImplementedError):
+            way_out = 'prepare it anew with file_format="array_record"'
         raise ValueError(
             f"cannot read {source} dataset {name!r} split {split!r}: {reason}; "
             f"{way_out}, or export the questions to JSONL and set data.path"
