@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from small_run import changed, settings_with
 
 from topd_jax.data import solutions as solution_data
 from topd_jax.data import sources
+from topd_jax.data.prompts import ordered_batches
 from topd_jax.data.toy_world import problems
+from topd_jax.training import generation
 from topd_jax.training.generation import generate
 from topd_jax.training.setup import load_setup
 
@@ -156,6 +159,20 @@ def test_several_solutions_of_prompts_without_answers(settings, tmp_path):
     assert told["exact_match"] is not None
     with pytest.raises(ValueError, match="2 of 16 solutions .* no reference"):
         solution_data.read_solutions(str(tmp_path), "correct")
+
+
+def test_a_task_is_graded_where_it_has_no_answer(settings, setup):
+    plain = setup.encoded.records[0] | {"answer": ""}
+    records = (plain, plain | {"task": "graph_color"})
+    encoded = dataclasses.replace(setup.encoded.take([0, 1]), records=records)
+    (batch,) = ordered_batches(encoded, batch_size=2)
+    rows = types.SimpleNamespace(
+        tokens=np.full((2, 3), 5), mask=np.ones((2, 3), bool),
+        truncated=np.ones(2, bool), logp=np.zeros((2, 3)),
+    )  # fmt: skip
+    own = dataclasses.replace(setup, grade=lambda r, _: [True] * len(r))
+    found = generation._solutions(settings, own, encoded, batch, rows)
+    assert [s["correct"] for s in found] == [None, True]
 
 
 def test_what_to_keep_is_chosen_when_it_is_read(written, solutions, tmp_path):

@@ -232,7 +232,10 @@ def _solutions(
                 correct=None,
             )
         )
-    known = [s for s in out if s["answer"]]
+    # Some tasks of reasoning-gym have no answer, but all have a grader.
+    known = [
+        s for s in out if s["answer"] or "task" in encoded.records[s["index"]]
+    ]
     grades = setup.grade(
         [encoded.records[s["index"]] for s in known],
         [s["completion"] for s in known],
