@@ -1,5 +1,6 @@
 """Grading: answers right and wrong, and answers that will not be graded."""
 
+import resource
 import subprocess
 import sys
 
@@ -236,10 +237,16 @@ def test_answers_of_benchmarks_are_not_costly(answer):
 
 
 def test_a_worker_imports_no_jax():
+    """And it grades where the system allows less memory than it would."""
     code = grading._BEGIN + "sys.exit(5 + ('jax' in sys.modules))"
+    least = (grading._MEMORY * 3 // 4,) * 2
     worker = subprocess.run(
-        [sys.executable, "-c", code, grading._CHECKOUT, "1"], input=b""
+        [sys.executable, "-c", code, grading._CHECKOUT, "1"],
+        input=b'["72", "\\\\boxed{72}"]\n',
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, least),
     )
+    assert worker.stdout.split() == [b"started", b"true"]
     assert worker.returncode == 5
 
 
