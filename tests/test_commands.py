@@ -229,5 +229,10 @@ def test_eval_resumes_after_the_last_finished_benchmark(
     assert set(json.loads(topd(*alone))["benchmarks"]) == {"one", "two"}
     topd(*line)
     assert asked == [3, 4, 4, 3]
+    # One is answered more often, and the other stays.
+    told = json.loads(topd(*alone, "--config.eval.samples=2"))["benchmarks"]
+    assert [told[n]["samples"] for n in ("one", "two")] == [2, 1]
+    topd(*alone, "--config.eval.samples=2")
+    assert asked[4:] == [3]
     topd(*line, "--config.eval.temperature=0.5")
-    assert asked[4:] == [3, 4]
+    assert asked[5:] == [3, 4]

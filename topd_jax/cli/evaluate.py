@@ -20,7 +20,7 @@ def evaluate(
 
     A benchmark that an earlier call has finished is read back, where nothing
     has changed that its numbers depend on; the others of the same student stay
-    in the file.
+    in the file, also where they were answered less or more often.
 
     Args:
       settings: of the run; ``settings.eval`` names samples and benchmarks.
@@ -41,13 +41,17 @@ def evaluate(
     part = path.with_suffix(".part")
     with open_run(settings, workdir, which) as (setup, student, step):
         facts = settings.to_dict()
-        del facts["eval"]["benchmarks"]
+        # What each benchmark has of its own is told by its hash.
+        samples = facts["eval"].pop("samples")
+        del facts["eval"]["benchmarks"], facts["data"]["eval_split"]
         evaluated = _hash(
             code_fingerprint(), facts, fingerprint(student),
             setup.teacher_fingerprints,
         )  # fmt: skip
         asked = asked or {benchmarking.TEST: setup.test.records}
-        made_from = {name: _hash(records) for name, records in asked.items()}
+        made_from = {
+            name: _hash(records, samples) for name, records in asked.items()
+        }
         found = hosts.from_first(lambda: _finished((path, part), evaluated))
         done = {
             name: benchmark
