@@ -8,6 +8,7 @@ from small_files import LLAMA, assert_same, make, write_gguf
 from small_step import assert_trees_equal
 
 from topd_jax.cli import main
+from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.evaluation import benchmarking, grading
 from topd_jax.models import load
 from topd_jax.training import loop as training
@@ -236,3 +237,10 @@ def test_eval_resumes_after_the_last_finished_benchmark(
     assert asked[4:] == [3]
     topd(*line, "--config.eval.temperature=0.5")
     assert asked[5:] == [3, 4]
+    # Another chat template, of the same weights.
+    chat = SentencePieceTokenizer.chat
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "chat", lambda self, q: chat(self, f"1{q}")
+    )
+    topd(*line, "--config.eval.temperature=0.5")
+    assert asked[7:] == [3, 4]

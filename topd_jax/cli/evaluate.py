@@ -47,6 +47,8 @@ def evaluate(
         evaluated = _hash(
             code_fingerprint(), facts, fingerprint(student),
             setup.teacher_fingerprints,
+            # The chat template and the ends are in no setting.
+            setup.tokenizer.chat("?"), setup.tokenizer.eos_ids,
         )  # fmt: skip
         asked = asked or {benchmarking.TEST: setup.test.records}
         made_from = {
