@@ -165,6 +165,14 @@ TABLE = [
     ("5", "\\boxed{5²}", False),
     ("5", "\\boxed{5 cm²}", True),
 ]  # fmt: skip
+# Of tasks whose graders compare text, and in a box.
+TEXTS = [
+    ("Yes", "\\text{Yes}"),
+    ("2 × 433", "$2 \\times 433$"),
+    ("1 2\n3 4", "\\text{1 2\n3 4}"),
+    ("1 2\n3 4", "1 2 \\\\ 3 4"),
+    ('{"a_b": 1}', '\\{"a\\_b": 1\\}'),
+]
 # Each of these costs memory or time without end where nothing stops it.
 COSTLY = [
     "(" * 20_000,
@@ -204,6 +212,18 @@ def test_the_table_is_graded_as_it_says():
     assert [
         row for g, row in zip(grades, rows, strict=True) if g != row[2]
     ] == []
+
+
+@pytest.mark.parametrize(("answer", "latex"), TEXTS)
+def test_a_task_reads_text_without_its_latex(answer, latex, monkeypatch):
+    def is_right(task, index, reading):
+        if "\\" in reading:
+            raise ValueError("as a grader that reads numbers")
+        return reading == answer
+
+    monkeypatch.setattr(grading.gym, "is_right", is_right)
+    for text, right in ((latex, True), (answer, True), (latex + "0", False)):
+        assert _is_right(["task", 0], f"\\boxed{{{text}}}", None) == right
 
 
 def test_hostile_answers_are_wrong_and_the_next_one_is_graded(monkeypatch):

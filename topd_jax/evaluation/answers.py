@@ -36,7 +36,9 @@ _HUGE = re.compile(
     r"\^[\s{]*[-+]?(?:\d[\d,]{4,}|\d+[\s}]*\^)|\de[-+]?\d{4,}"
     r"|(?:\d{4,}|!)[\s)}]*!|\\binom\s*\{?\d{5,}", re.I,
 )  # fmt: skip
-_WORDS = r"(?:text|mbox|mathrm|textbf|mathbf|operatorname)"
+_TEXT = re.compile(
+    r"\\(?:text|mbox|mathrm|textbf|mathbf|operatorname)\s*\{([^{}]*)\}"
+)
 # Spellings and their replacements, in the order in which they are applied.
 _SPELLINGS = tuple(
     (re.compile(pattern), plain)
@@ -143,8 +145,7 @@ def normal(answer: str) -> str:
     Returns:
       The key: no spaces, no text commands, words in lower case; "" for none.
     """
-    key = plain_latex(answer)
-    key = re.sub(rf"\\{_WORDS}\s*\{{([^{{}}]*)\}}", r"\1", key)
+    key = _TEXT.sub(r"\1", plain_latex(answer))
     key = re.sub(r"\s+", "", key).replace("\\%", "%")
     key = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", key)
     key = re.sub(r"\{(\w)\}", r"\1", key)
@@ -152,6 +153,21 @@ def normal(answer: str) -> str:
     if choice:
         return choice[1]
     return key.lower() if re.fullmatch(r"[A-Za-z]{2,}", key) else key
+
+
+def plain_text(answer: str) -> str:
+    """Remove the LaTeX of an answer that is not mathematics.
+
+    Args:
+      answer: as it stands in a box.
+
+    Returns:
+      The text that a program would compare: no text commands and no escapes;
+      lines, also those that LaTeX breaks, stay.
+    """
+    text = _TEXT.sub(r"\1", _DELIMITERS.sub("", answer))
+    text = re.sub(r" *\\\\ *\n?", "\n", text).replace("\\times", "×")
+    return re.sub(r"\\([{}_&#%])", r"\1", text).strip()
 
 
 def without_modulus(answer: str, reference: str) -> tuple[str, str]:

@@ -34,6 +34,7 @@ from topd_jax.evaluation.answers import (
     is_costly,
     normal,
     plain_latex,
+    plain_text,
     stated_answer,
     without_modulus,
 )
@@ -255,8 +256,7 @@ def _grade_lines(
 def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
     how, answer = stated_answer(text)
     if isinstance(reference, list):
-        readings = answer.strip(), plain_latex(answer)
-        return any(gym.is_right(*reference, reading) for reading in readings)
+        return _is_solved(*reference, answer)
     answer, reference = without_modulus(answer, reference)
     # "62.5" answers what percentage it is.
     same = {normal(reference), normal(reference).removesuffix("%")}
@@ -298,6 +298,17 @@ def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
         )  # fmt: skip
 
     return any(is_equal(read(reading)) for reading in readings)
+
+
+def _is_solved(task: str, index: int, answer: str) -> bool:
+    """Return whether any reading of an answer solves a task's problem."""
+    readings = answer.strip(), plain_latex(answer), plain_text(answer)
+    for reading in dict.fromkeys(readings):
+        # What a task's grader cannot read may be spelled otherwise.
+        with contextlib.suppress(Exception):
+            if gym.is_right(task, index, reading):
+                return True
+    return False
 
 
 def _places(found: Sequence[Any]) -> int:
