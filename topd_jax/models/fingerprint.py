@@ -68,6 +68,8 @@ def _bit_sum(x: jax.Array) -> jax.Array:
         x = jax.random.key_data(x)  # nnx keeps that of its dropout
     if x.dtype in (bool, jnp.int4):
         x = x.astype(jnp.int8)
+    if x.dtype.itemsize == 8:  # as two numbers
+        x = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sizes = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     wide = sizes[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, wide).astype(jnp.uint32)
