@@ -159,6 +159,12 @@ def test_finite_where_tokens_are_impossible(name):
         assert (np.abs(grad).max() > 1e-3) == (name != "k1")
 
 
+def slopes(loss, student, teacher, **options):
+    """Gradients of a loss's sum, of both arrays."""
+    total = functools.partial(loss, **options)
+    return jax.grad(lambda *x: jnp.sum(total(*x)), (0, 1))(student, teacher)
+
+
 def test_masked_equals_sliced():
     student, teacher = logits_of(0), logits_of(1)
     where = jnp.arange(9) < 5
@@ -172,6 +178,11 @@ def test_masked_equals_sliced():
         assert_allclose(loss(student, teacher, where=where), want)
         turned = loss(student.T, teacher.T, where=where[:, None], axis=0)
         assert_allclose(turned, want, 1e-5)
+        # What is left out may be anything, also to the gradient.
+        anything = [jnp.where(where, x, jnp.nan) for x in (student, teacher)]
+        got = slopes(loss, *anything, where=where)
+        part = slopes(loss, student[:, :5], teacher[:, :5])
+        assert_allclose(got, np.pad(part, ((0, 0), (0, 0), (0, 4))), 1e-5, 1e-6)
     weights, mask = jnp.abs(teacher), jnp.broadcast_to(where, (4, 9))
     assert_allclose(
         weighted_mean(student, weights, mask),

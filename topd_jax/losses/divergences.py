@@ -24,6 +24,7 @@ from topd_jax.losses.log_probs import (
     floored,
     is_finite_number,
     log_softmax,
+    within,
 )
 
 # Blocks of the vocabulary in which the largest values are found first.
@@ -51,7 +52,7 @@ def reverse_kl(
       log_floor: stands for smaller log-probabilities of the teacher, below 0.
       axis: of the vocabulary.
       where: bool, broadcast to the inputs: the ids that the sum runs over;
-        all unless given.
+        all unless given. What the others hold, NaN too, is ignored.
 
     Returns:
       f32[...] (f64 for f64), nats.
@@ -72,8 +73,8 @@ def reverse_kl(
     """
     check_pair(student_logp, teacher_logp)
     check_log_floor(log_floor)
-    student = floored(student_logp)
-    teacher = floored(teacher_logp, log_floor)
+    student = within(floored(student_logp), where)
+    teacher = within(floored(teacher_logp, log_floor), where)
     return jnp.sum(
         jnp.exp(student) * (student - teacher), axis=axis, where=where
     )
@@ -161,7 +162,8 @@ def generalized_jsd(
             log_floor=log_floor, axis=axis, where=where,
         )  # fmt: skip
     check_pair(student_logp, teacher_logp)
-    student, teacher = floored(student_logp), floored(teacher_logp)
+    student = within(floored(student_logp), where)
+    teacher = within(floored(teacher_logp), where)
     p_student = (1 - beta) * jnp.exp(student)
     p_teacher = beta * jnp.exp(teacher)
     mixture = p_student + p_teacher

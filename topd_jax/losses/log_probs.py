@@ -39,6 +39,11 @@ def floored(x: jax.Array, floor: float = LOWEST) -> jax.Array:
     return jnp.where(x <= floor, floor, x)  # NaN stays NaN
 
 
+def within(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    """Replace what a sum leaves out by 0: else its NaN were a gradient's."""
+    return x if where is None else jnp.where(where, x, 0)
+
+
 def log_normalizer(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Compute log sum exp in two parts, to be subtracted one by one.
 
@@ -198,7 +203,7 @@ def entropy(
       0.6931
     """
     check_floats(logp)
-    logp = floored(logp)
+    logp = within(floored(logp), where)
     return -jnp.sum(jnp.exp(logp) * logp, axis=axis, where=where)
 
 
