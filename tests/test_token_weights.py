@@ -156,6 +156,8 @@ def test_fire_by_hand():
     assert_allclose(got, raw * 8 / raw.sum(), rtol=1e-6)
     mean = weighted_mean(jnp.ones((5, 2)), got, mask)
     assert_allclose(mean, 1.0, rtol=1e-6)
+    # However small, weights add up to the tokens again.
+    assert_allclose(weights.renormalized(got / 100, mask), got, rtol=1e-6)
     # Empty rows are no rollouts: of four none is a whole fifth.
     mask = mask.at[0].set(False)
     got = weights.fire_weights(teacher_logp, h_student, h_teacher, mask)

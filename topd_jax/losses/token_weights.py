@@ -384,6 +384,7 @@ def renormalized(weights: jax.Array, mask: jax.Array) -> jax.Array:
       mask: bool[..., T] which tokens exist.
 
     Returns:
-      f32[..., T].
+      f32[..., T]; 0 where all weights are.
     """
-    return weights * jnp.sum(mask) / jnp.maximum(jnp.sum(weights), 1.0)
+    total = jnp.sum(weights)
+    return weights * jnp.sum(mask) / jnp.where(total > 0, total, 1.0)
