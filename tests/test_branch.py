@@ -191,6 +191,7 @@ def test_branch_refuses(student, rows, candidates):
     refuse("needs a key", temperature=0.5)
     refuse("length=0 must be at least 1", length=0)
     refuse("vocab_size=41 must lie in 1..40", vocab_size=41)
+    refuse("10\\) must have one below vocab_size=3", vocab_size=3)
     refuse(r"branch_columns\(3, 6\)\), 29 col", cache=student.init_cache(4, 9))
     refuse("completion coordinates", hidden=jnp.zeros((4, 8, 16)))
     refuse(r"\[B=4, M\]", candidates=jax.tree.map(lambda x: x[0], candidates))

@@ -24,6 +24,7 @@ from topd_jax.parallel.sharding import constrain_rows, reshard
 from topd_jax.sampling.checks import (
     check_candidate_values,
     check_candidates,
+    check_ends,
     check_ids,
     check_vocab_size,
 )
@@ -98,6 +99,7 @@ def branch(
     check_sampler(temperature, length=length)
     _check_key(key, temperature)
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
+    check_ends(eos_ids, ids)
     check_candidates(candidates, trajectories.tokens.shape[0])
     _check_reading(model, cache, hidden, trajectories, candidates, length)
     return _branch(

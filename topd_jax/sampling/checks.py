@@ -131,7 +131,7 @@ def check_ends(eos_ids: Sequence[int], drawn: int) -> None:
     if eos_ids and min(eos_ids) >= drawn:
         raise ValueError(
             f"eos_ids={tuple(eos_ids)} must have one below vocab_size={drawn}, "
-            "or no row ends; pass vocab_size=None, or len(tokenizer): the "
+            "or nothing ends; pass len(tokenizer) or the rows of the head: the "
             "vocab_size of a tokenizer of transformers leaves added tokens out"
         )
 
