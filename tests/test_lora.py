@@ -118,6 +118,7 @@ def test_half_precision_keeps_adapters_wide_until_they_are_cast(base):
     )
     assert hidden.dtype == jnp.bfloat16
     assert merge_lora(fresh).arrays["q"].dtype == jnp.bfloat16
+    assert dequantize(fresh).arrays["q_lora_a"] is fresh.arrays["q_lora_a"]
 
 
 def test_beside_quantised_matrices_adapters_stay_apart(base):

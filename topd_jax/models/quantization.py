@@ -96,10 +96,14 @@ def dequantize(model: Decoder) -> Decoder:
       model: any decoder.
 
     Returns:
-      Its parameters in ``param_dtype``, whole.
+      Its matrices in ``param_dtype``, whole; what was floats is as it was,
+      float32 adapters too.
     """
     dtype = model.config.param_dtype
-    arrays = {name: as_floats(x, dtype) for name, x in model.arrays.items()}
+    arrays = {
+        name: as_floats(x, dtype) if is_quantized(x) else x
+        for name, x in model.arrays.items()
+    }
     return Decoder(model.config, arrays)
 
 
