@@ -1,5 +1,6 @@
 """local.sh, test.sh, setup.sh, .ci/run and what launch/README.md shows."""
 
+import math
 import os
 import pathlib
 import re
@@ -33,11 +34,11 @@ def test_scripts_pass_shellcheck() -> None:
         assert not [line for line in lines if len(line) > 80]
 
 
-@pytest.mark.parametrize("script", ["local", "test", "tpu"])
-def test_help_sets_nothing_up(desk: Desk, script: str) -> None:
-    result = desk.run(f"launch/{script}.sh", "--help")
-    assert result.returncode == 0
-    assert result.stdout.startswith(f"usage: bash launch/{script}.sh")
+def test_help_sets_nothing_up(desk: Desk) -> None:
+    for script in ("local", "test", "tpu", "paper"):
+        result = desk.run(f"launch/{script}.sh", "--help")
+        assert result.returncode == 0
+        assert result.stdout.startswith(f"usage: bash launch/{script}.sh")
     assert not desk.calls_file.exists()
 
 
@@ -71,32 +72,22 @@ def test_local_installs_once_and_passes_arguments_on(desk: Desk) -> None:
     assert not [c for c in calls if c[0] == "topd"]
 
 
-def test_topd_venv_starts_at_the_caller_and_an_extra_includes_the_core(
-    desk: Desk, tmp_path: pathlib.Path
-) -> None:
-    for script, installs in (("test", [".[test]"]), ("local", [])):
-        result = desk.run(
-            f"launch/{script}.sh", "--setup-only", TOPD_VENV="my env"
-        )
-        assert result.returncode == 0, result.stderr
-        assert desk.installs() == installs
-    assert (tmp_path / "my env" / "bin" / "topd").exists()
-    assert not (desk.top / ".venv").exists()
-
-
 def test_what_an_environment_has_lost_is_installed_again(
     desk: Desk, tmp_path: pathlib.Path
 ) -> None:
-    environment, other = tmp_path / "env", tmp_path / "other"
+    """TOPD_VENV starts at the caller; an extra includes the core."""
+    environment, other = tmp_path / "my env", tmp_path / "other"
     shutil.copytree(desk.top, other)
 
     def installs(script: str, top: pathlib.Path = desk.top) -> list[str]:
         path = str(top / "launch" / script)  # joined, it stays what it is
-        done = desk.run(path, "--setup-only", TOPD_VENV=str(environment))
+        done = desk.run(path, "--setup-only", TOPD_VENV="my env")
         assert done.returncode == 0, done.stderr
         return desk.installs()
 
     assert installs("test.sh") == [".[test]"] and not installs("local.sh")
+    assert (environment / "bin" / "topd").exists()
+    assert not (desk.top / ".venv").exists()
     # Another checkout takes its place, with another extra.
     assert installs("local.sh", other) == ["."]
     assert installs("local.sh") == ["."] and not installs("local.sh")
@@ -196,23 +187,6 @@ def test_ci_runs_everything_and_fails_if_anything_does(
     assert (desk.top / ".venv" / "bin" / "topd").exists()
 
 
-@pytest.mark.parametrize(
-    ("kind", "version"), [("newest", "3.13"), ("oldest", "3.11")]
-)
-def test_versions_are_installed_and_tested(
-    desk: Desk, kind: str, version: str
-) -> None:
-    result = desk.run(".ci/versions", kind, "-k", "a b")
-    assert result.returncode == 0, result.stderr
-    calls = desk.calls("-m", f"python{version}")
-    made = [f"python{version}", "-m", "venv", f"{desk.top}/.venv-{kind}"]
-    lowest = [c[2:5] for c in calls if "lowest-direct" in c]
-    assert made in calls
-    assert lowest == [["uv", "pip", "install"]] * (kind == "oldest")
-    assert calls[-1][2:] == ["pytest", "-k", "a b"]
-    assert desk.run(".ci/versions", "other").returncode == 2
-
-
 # The paper's recipe
 
 
@@ -267,7 +241,6 @@ def test_the_recipe_needs_a_config_and_a_place(desk: Desk) -> None:
     result = desk.run("launch/paper.sh", "--config")
     assert result.returncode == 2
     assert "needs --config and --workdir: see --help" in result.stderr
-    assert desk.run("launch/paper.sh", "--help").stdout.startswith("usage")
 
 
 # launch/README.md
@@ -305,8 +278,6 @@ def test_manifest_is_a_jobset_that_restarts_after_a_preemption(
     (desk.top / "gke.sh").write_text(script)
     assert desk.run("gke.sh").returncode == 0
     manifest = yaml.safe_load((desk.worker / "stdin").read_text())
-    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-    assert manifest["kind"] == "JobSet"
     assert manifest["metadata"]["name"] == "t1"
     (jobs,) = manifest["spec"]["replicatedJobs"]
     job = jobs["template"]["spec"]
@@ -318,23 +289,19 @@ def test_manifest_is_a_jobset_that_restarts_after_a_preemption(
     assert job["completionMode"] == "Indexed"
     assert job["parallelism"] == job["completions"] == 4
     chips = int(container["resources"]["limits"]["google.com/tpu"])
-    assert job["parallelism"] * chips == 4 * 4
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-        "cloud.google.com/gke-tpu-topology": "4x4",
-    }
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    slice_ = math.prod(map(int, topology.split("x")))
+    assert job["parallelism"] * chips == slice_
     assert container["command"] == ["topd", "train", "--distributed"]
     assert container["args"] == ["--config=tiny", "--workdir=/runs/t1"]
     (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
     assert mount == {"name": volume["name"], "mountPath": "/runs"}
-    assert volume["persistentVolumeClaim"] == {"claimName": "runs"}
     image = (TOP / "launch" / "Dockerfile").read_text().splitlines()
     assert f"WORKDIR {container['workingDir']}" in image
     assert "RUN pip install --no-cache-dir -e '.[tpu]'" in image
 
     policy = manifest["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
-    assert policy["restartStrategy"] == "BlockingRecreate"
     (rule,) = policy["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]

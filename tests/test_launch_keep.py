@@ -51,19 +51,7 @@ def test_it_creates_installs_starts_and_sees_the_end(desk: Desk) -> None:
 
 
 def test_it_resumes_after_a_preemption(desk: Desk) -> None:
-    look = "topd-state|{}|"
-    desk.troubles(
-        *(look.format(does) for does in ("pass", "pass", "preempt")),
-    )
-    done, verbs, starts = keep(desk, plays="60:0 0:0")
-    assert done.returncode == 0, done.stderr
-    assert "the slice: PREEMPTED" in done.stdout
-    assert "failure" not in done.stdout
-    assert starts == 2 and verbs.count("scp") == 2
-    assert verbs.count("create") == 2 and verbs.count("delete") == 1
-
-
-def test_it_resumes_with_the_code_that_it_began_with(desk: Desk) -> None:
+    """With the code that it began with."""
     look = "topd-state|{}|"
     desk.troubles(
         *(look.format(does) for does in ("pass", "pass", "preempt")),
@@ -77,7 +65,10 @@ def test_it_resumes_with_the_code_that_it_began_with(desk: Desk) -> None:
         desk, "--prepare", f"{commits} # a comment", plays="60:0 0:0"
     )
     assert done.returncode == 0, done.stderr
+    assert "the slice: PREEMPTED" in done.stdout
+    assert "failure" not in done.stdout
     assert starts == 2 and verbs.count("scp") == 2
+    assert verbs.count("create") == 2 and verbs.count("delete") == 1
     source = desk.worker / "topd_jax" / "src" / "configs"
     assert [p.name for p in source.glob("[nt]*")] == ["tiny.py"]
 
