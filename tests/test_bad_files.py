@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as fuzzing
@@ -29,70 +30,38 @@ FUZZING = dict(deadline=None, derandomize=True, database=None)
 
 # Prompts.
 
-READ = {
-    "bom": (b"\xef\xbb\xbf" + ROW.encode(), "b"),
-    "crlf": (ROW.replace("\n", "\r\n").encode() * 2, "b"),
-    "no end": (ROW.strip().encode(), "b"),
-    "blank lines": (b"\n  \n" + ROW.encode() + b"\r\n\n", "b"),
-    "one long line": (b'{"question": "' + b"a" * 5_000_000 + b'"}', ""),
-    "no answer": (b'{"question": "a"}', ""),
-    "null": (b'{"question": "a", "answer": null}', ""),
-    "NaN": (b'{"question": "a", "answer": NaN}', ""),
-    "number": (b'{"question": "a", "answer": 0.5}', "0.5"),
-    "truth": (b'{"question": "a", "answer": true}', "True"),
-    "more": (b'{"question": "a", "answer": "b", "x": [{"y": null}]}', "b"),
-}
+READ = [
+    (b"\xef\xbb\xbf" + ROW.encode(), "b"),
+    (ROW.replace("\n", "\r\n").encode() * 2, "b"),
+    (b"\n  \n" + ROW.encode() + b"\r\n\n", "b"),
+    (b'{"question": "a", "answer": null}', ""),
+    (b'{"question": "a", "answer": NaN}', ""),
+]
 
 
-@pytest.mark.parametrize("name", READ)
-def test_prompts_of_any_spelling_are_read(name, tmp_path):
-    (tmp_path / "q.jsonl").write_bytes(READ[name][0])
+@pytest.mark.parametrize(("data", "answer"), READ)
+def test_prompts_of_any_spelling_are_read(data, answer, tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(data)
     records = read_source("jsonl", str(tmp_path / "q.jsonl"))
-    assert {r["answer"] for r in records} == {READ[name][1]}
+    assert {r["answer"] for r in records} == {answer}
 
 
 REFUSED = [
-    (b"", "holds no records"),
     (b"\n \n", "holds no records"),
-    (bytes(range(256)), "line 1 is not UTF-8, but looks like utf-16-be"),
-    (b"\xfe" * 99, "line 1 is not UTF-8"),
-    (b"\0" * 1000, "line 1 is not "),
     (ROW.encode("utf-16"), "looks like utf-16: .* convert it to UTF-8$"),
-    (ROW.encode("utf-16-le"), "looks like utf-16-le"),
-    (ROW.encode("utf-32"), "looks like utf-32"),
     (ROW.encode("latin-1"), "is not UTF-8 .*0xf9.* convert it to UTF-8$"),
     (ROW.replace("\n", "\r").encode() * 2, r"line 1 is not JSON \(Extra"),
     (DEEP, r"is not JSON \(maximum recursion .*; repair or remove it$"),
-    (b'{"question": "a", "answer": ' + DEEP, "is not JSON"),
-    (b'{"question": "a", "x": ' * 9000, "is not JSON"),
-    (b"x" * 5_000_000, "line 1 is not JSON"),
-    (b'{"question": "a"', r"line 1 is not JSON"),
-    (b'{"question": "a"} {"question": "b"}', r"line 1 is not JSON"),
-    (b"{'question': 'a'}", "line 1 is not JSON"),
-    (json.dumps({"question": "a"}, indent=1).encode(), "line 1 is not JSON"),
-    (b"\x1f\x8b\x08\x00", "line 1 is not UTF-8"),
     (b'{"question": "a", "answer": ' + b"9" * 5000 + b"}", "4300 digits"),
-    (b'{"question": "a", "question": "b"}', "has the key 'question' twice"),
     (b'{"question": "a", "x": {"y": 1, "y": 1}}', "has the key 'y' twice"),
     (b"[1]", 'line 1 is JSON but not an object: .* field "question"'),
-    (json.dumps([{"question": "a"}]).encode(), "JSON but not an object"),
-    (b"3", "JSON but not an object"),
-    (b"null", "JSON but not an object"),
-    (b'"a"', "JSON but not an object"),
-    (b"NaN", "JSON but not an object"),
-    (b"{}", r'has no text in the field "question"; its fields are \[\]'),
     (b'{"problem": "a"}', r"fields are \['problem'\]; set data.prompt_field"),
-    (b'{"question": null}', "has no text"),
-    (b'{"question": ["a"]}', "has no text"),
-    (b'{"question": 3}', "has no text"),
-    (b'{"question": ""}', "has no text"),
+    (b'{"question": ["a"]}', 'has no text in the field "question"'),
     (b'{"question": " \\n"}', "has no text"),
     (b'{"question": "a\\ud800"}', "is not Unicode text"),
     (b'{"question": "a", "answer": "\\udfff"}', "is not Unicode text"),
     (b'{"question": "a", "answer": ["1"]}', r"answer \['1'\] .*; it must be"),
-    (b'{"question": "a", "answer": {"x": 1}}', "must be text or a number: "),
     (b'{"question": "a", "by": null}', '"by" .* is None; .* of .*: code, math'),
-    (b'{"question": "a", "by": ["x"]}', "the nearest is"),
     (b'{"question": "a", "by": "mat"}', "the nearest is 'math'"),
 ]
 
@@ -116,7 +85,7 @@ def test_prompts_that_cannot_be_read_are_refused(data, message, tmp_path):
         assert f"{path} line 2" in line
 
 
-@fuzzing(max_examples=300, **FUZZING)
+@fuzzing(max_examples=100, **FUZZING)
 @given(st.binary(max_size=40) | st.from_regex(r'\{"question": ?"?.{0,9}"?\}'))
 def test_any_bytes_are_records_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
@@ -143,28 +112,20 @@ SOLUTION = {
 LINE = json.dumps(SOLUTION).encode() + b"\n"
 ABOUT = b'{"shards": 1, "tokenizer": "t"}'
 BAD_SETS = [
-    *((about, LINE, r"set.json is not (JSON|UTF-8) .*remove the file and rerun")
-      for about in (b"", b"x", b"\xff", DEEP, b'{"shards": 1, "shards": 2}')),
+    (b"x", LINE, "set.json is not JSON .*remove the file and rerun"),
     *((about, LINE, r"set.json has shards=.*must be a number from 1 to 99999")
-      for about in (b"[]", b"{}", b"3", b'{"shards": "a"}', b'{"shards": -1}',
-                    b'{"shards": 0}', b'{"shards": true}', b'{"shards": 1e3}',
-                    b'{"shards": 10000000000}', b'{"shards": null}')),
+      for about in (b"[]", b'{"shards": true}', b'{"shards": 0}',
+                    b'{"shards": 10000000000}')),
     (b'{"shards": 2}', LINE, "has 1 of 2 shards; rerun topd generate"),
     (b'{"shards": 1}', LINE, "written with another tokenizer"),
     (ABOUT, b"", "leaves none of the 0 solutions"),
-    *((ABOUT, LINE + bad, r"line 2 is not .*; remove the file and rerun topd")
-      for bad in (LINE[:-30], LINE[:9], b"\xff", b"\0", DEEP, b"\n",
-                  LINE.decode().encode("utf-16"))),
-    *((ABOUT, LINE + bad, r"line 2 has no object; remove the file and rerun")
-      for bad in (b"[]", b"3", b"null")),
-    *((ABOUT, json.dumps({k: v for k, v in SOLUTION.items() if k != name})
-       .encode(), f"line 1 has no {name}; remove the file")
-      for name in SOLUTION),
+    (ABOUT, LINE + LINE[:-30], "line 2 is not JSON .*; remove the file and re"),
+    (ABOUT, LINE + b"[]", "line 2 has no object; remove the file and rerun"),
+    (ABOUT, b'{"index": 0}', "line 1 has no answer, completion, .*; remove"),
     *((ABOUT, json.dumps(SOLUTION | {name: value}).encode(),
        f"line 1: {name}=.* must be a list of token ids, at least one; remove")
       for name in ("prompt_tokens", "completion_tokens")
-      for value in ("abc", [1.5], [2**40], [-5], [[1]], [[1], 2], None, [],
-                    [True], [float("nan")], {"a": 1}, 3)),
+      for value in ("abc", [], [True], [2**31], [-1])),
 ]  # fmt: skip
 
 
@@ -205,30 +166,27 @@ def copied(whole, tmp_path):
     return copy
 
 
-NUMBERS = (-1, 0, 1.5, "x", [1], {"a": 1}, float("nan"), float("inf"), True)
+SIZES = (0, 1.5, True, float("nan"))
 FIELDS = [
-    ("num_hidden_layers", (*NUMBERS, None, 2**31, 10**30)),
-    ("vocab_size", (*NUMBERS, None)),
-    ("hidden_size", (*NUMBERS, None)),
-    ("intermediate_size", (*NUMBERS, None)),
-    ("num_attention_heads", (*NUMBERS, None, 3)),
-    ("num_key_value_heads", (*NUMBERS[:-1], 3)),
-    ("head_dim", (*NUMBERS, 7)),
-    ("rms_norm_eps", (-1, 0, "x", [1], {}, float("nan"), float("inf"))),
-    ("tie_word_embeddings", (1, "x", [1], {})),
-    ("attention_bias", (1, "x", [1], {})),
-    ("hidden_act", (3, "relu", [1], {}, None)),
-    ("model_type", (None, 3, "nope", "bert", [], {}, "")),
-    ("quantization_config", ({"bits": 4}, 3)),
+    ("num_hidden_layers", (*SIZES, None, 1001)),
+    ("vocab_size", (*SIZES, None, 2**31)),
+    ("hidden_size", SIZES),
+    ("intermediate_size", SIZES),
+    ("num_attention_heads", (*SIZES, 3)),
+    ("num_key_value_heads", (0, 3)),
+    ("head_dim", (0, 7)),
+    ("rms_norm_eps", (0, "x", float("nan"), float("inf"))),
+    ("tie_word_embeddings", (1, "x")),
+    ("attention_bias", (1,)),
+    ("hidden_act", (3, "relu", None)),
+    ("model_type", (None, "nope", "bert", [])),
+    ("quantization_config", ({"bits": 4},)),
     ("rope_parameters",
-     ([], "x", 3, {"rope_type": []}, {"rope_type": "x"}, {"rope_theta": -1},
-      {"rope_theta": float("nan")},
+     ([], {"rope_type": []}, {"rope_type": "x"}, {"rope_theta": -1},
       {"rope_theta": 1e4, "rope_type": "linear", "factor": 0},
-      {"rope_theta": 1e4, "rope_type": "linear", "factor": float("nan")},
       {"rope_theta": 1e4, "rope_type": "linear"})),
-    ("new_field", (1, None, "x", [])),
-    ("eos_token_id", (-1, "x", 1.5, [[1]], {}, float("nan"), float("inf"),
-                      2**31, ["x"])),
+    ("new_field", (1,)),
+    ("eos_token_id", (-1, 1.5, [[1]], 2**31)),
 ]  # fmt: skip
 FIELD_CASES = [(name, value) for name, values in FIELDS for value in values]
 
@@ -246,42 +204,29 @@ def test_a_field_of_a_config_that_means_nothing(name, value, copied):
 
 @pytest.mark.parametrize("name", [CONFIG, GENERATION, INDEX])
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"x", b"[]", b"null", b"3", b"{", b"\xff\xfe", DEEP, b"\0",
-     b'{"a": 1} {}', b'{"a": 1, "a": 2}', '{"é": 1}'.encode("latin-1")],
-)  # fmt: skip
-def test_a_file_of_a_model_that_is_no_object(name, data, copied):
+    ("data", "message"), [(b"", "is not JSON ("), (b"[]", "a JSON object")]
+)
+def test_a_file_of_a_model_that_is_no_object(name, data, message, copied):
     folder = copied("shards")
     (folder / name).write_bytes(data)
     line = refusal_of(lambda: load(folder))
-    assert str(folder / name) in line
-    assert "is not JSON (" in line or "not UTF-8" in line or "object" in line
-
-
-def edited(folder: Path, **changes: object) -> bytes:
-    """The file of weights whose header says otherwise of one tensor."""
-    data = (folder / WEIGHTS).read_bytes()
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:begin])
-    header["model.norm.weight"] |= changes
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[begin:]
+    assert str(folder / name) in line and message in line
 
 
 @pytest.mark.parametrize(
     "change",
-    [dict(dtype="XX"), dict(dtype="I64"), dict(dtype="F64"), dict(dtype="BOOL"),
-     dict(shape=[-1, 2]), dict(shape=[2**62, 4]), dict(shape=[0]),
-     dict(shape=[4, 8]), dict(shape="x"), dict(data_offsets=[5, 1]),
-     dict(data_offsets=[0, 2**60]), dict(data_offsets=[])],
-)  # fmt: skip
-def test_a_header_that_lies_is_refused(change, copied):
-    folder = copied("one")
-    (folder / WEIGHTS).write_bytes(edited(folder, **change))
-    assert str(folder) in refusal_of(lambda: load(folder))
+    [lambda x: x.astype(np.int64), lambda x: x.astype(bool), lambda x: x[:9]],
+)
+def test_a_tensor_of_another_kind_or_shape_is_refused(change, copied):
+    folder, name = copied("one"), "model.norm.weight"
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / WEIGHTS)
+    line = refusal_of(lambda: load(folder))
+    assert str(folder) in line and name in line
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, 5000, -1])
+@pytest.mark.parametrize("size", [0, 9, 5000, -1])
 def test_weights_that_are_cut_short(size, copied):
     folder = copied("one")
     data = (folder / WEIGHTS).read_bytes()
@@ -296,12 +241,9 @@ def test_weights_that_are_cut_short(size, copied):
     ("text", "message"),
     [('{"weight_map": []}', 'has no "weight_map"'),
      ('{"weight_map": {}}', 'has no "weight_map"'),
-     ("{}", 'has no "weight_map"'),
-     *((f'{{"weight_map": {{"a": {name}, "b": "x"}}}}', "the name of a file")
-       for name in ("1", "null", '["x"]', "{}", "true")),
+     ('{"weight_map": {"a": 1, "b": "x"}}', "the name of a file"),
      *((f'{{"weight_map": {{"a": {json.dumps(name)}}}}}', "")
-       for name in ("absent", "", ".", "..", "/etc/passwd", "\0",
-                    "../../../etc/passwd", "a" * 5000))],
+       for name in ("absent", "", "..", "/etc/passwd", "\0", "a" * 5000))],
 )  # fmt: skip
 def test_an_index_that_names_no_shards(text, message, copied):
     folder = copied("shards")
@@ -365,11 +307,10 @@ def test_a_tensor_in_two_shards_must_be_the_same(copied):
     assert f"hold {name}, each with other values" in line
 
 
-@pytest.mark.parametrize("field", ["rope_scaling", "id2label", "new_field"])
-def test_a_config_of_deeply_nested_objects(field, copied):
+def test_a_config_of_deeply_nested_objects(copied):
     path = copied("one") / CONFIG
     deep = '{"a": ' * 900 + "1" + "}" * 900
-    path.write_text(f'{path.read_text().rstrip()[:-1]}, "{field}": {deep}}}')
+    path.write_text(f'{path.read_text().rstrip()[:-1]}, "id2label": {deep}}}')
     line = refusal_of(lambda: describe(path.parent))
     assert f"{path} nests deeper than 50 objects" in line
 
@@ -379,32 +320,16 @@ def test_a_config_of_deeply_nested_objects(field, copied):
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("tokenizer.json", data) for data in
-     (b"", b"x", b"[]", b"{}", b"null", b"\xff", DEEP, b'{"version": "1.0"')]
-    + [("tokenizer_config.json", data) for data in
-       (b"", b"x", b"[]", b"null", b"\xff", DEEP, b'{"eos_token": 3}',
-        b'{"added_tokens_decoder": {"x": 1}}')]
-    + [("chat_template.jinja", data) for data in
-       (b"{{", b"{% for %}", b"{{ messages.x.y }}", b"{{ 1 / 0 }}",
-        b"{{ raise_exception('no') }}", b"{{ ''.__class__.__mro__ }}")],
+    [("tokenizer.json", b"x"), ("tokenizer.json", b"{}"),
+     ("tokenizer_config.json", b"\xff"), ("tokenizer_config.json", DEEP),
+     ("tokenizer_config.json", b'{"eos_token": 3}'),
+     ("chat_template.jinja", b"{{")],
 )  # fmt: skip
 def test_a_tokenizer_that_is_damaged(name, data, copied):
     folder = copied("chat")
     (folder / name).write_bytes(data)
     line = refusal_of(lambda: wrap_tokenizer(load(folder)[1]).chat("hi"))
     assert "tokenizer" in line
-
-
-def test_an_id_beyond_the_rows_of_the_model_is_refused(copied):
-    """Ids may have gaps: fewer of them than rows proves nothing."""
-    folder = copied("chat")
-    path = folder / "tokenizer.json"
-    fields = json.loads(path.read_text())
-    vocabulary = fields["model"]["vocab"]
-    vocabulary["a"] = 500
-    path.write_text(json.dumps(fields))
-    line = refusal_of(lambda: load(folder))
-    assert "ids up to 500 and the model 259 rows" in line
 
 
 def test_a_special_token_beyond_the_rows_is_left_out(copied):
@@ -424,6 +349,11 @@ def test_a_special_token_beyond_the_rows_is_left_out(copied):
     named = json.loads(settings.read_text()) | {"eos_token": "<image>"}
     settings.write_text(json.dumps(named))
     assert "ids up to 259" in refusal_of(lambda: load(folder))
+    # Ids may have gaps: fewer of them than rows proves nothing.
+    fields["model"]["vocab"]["a"] = 500
+    path.write_text(json.dumps(fields))
+    line = refusal_of(lambda: load(folder))
+    assert "ids up to 500 and the model 259 rows" in line
 
 
 def test_code_beside_a_tokenizer_is_not_run(copied, tmp_path):
