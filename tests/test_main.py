@@ -69,12 +69,10 @@ def test_help_of_a_command_has_its_own_flags_and_an_example(name, capsys):
     [
         ("trian", "no command 'trian'; one of doctor, train, generate, solve"),
         ("train", "arguments are required: --config, --workdir; topd train -"),
-        ("train --config", "--config: expected one argument"),
         ("train --config tinny --workdir x",
          "--config tinny does not exist; give a path, or one of default, "),
         ("train --config runs/tiny.py --workdir x",
          "--config runs/tiny.py does not exist"),
-        ("train --config tiny --workdir x stray", "arguments: stray"),
         ("train --config tiny --workdir x --count=3",
          "topd train has no flag --count; topd train --help lists its flags"),
         ("settings zzz", "no setting has 'zzz' in its name; topd settings"),
@@ -82,22 +80,15 @@ def test_help_of_a_command_has_its_own_flags_and_an_example(name, capsys):
         ("report --workdir x y", "unexpected arguments: y"),
         ("train --config tiny --workdir ftps://bucket/run",
          "cannot open ftps://bucket/run: a bucket begins with one of gs://"),
-        ("eval --config tiny --workdir x --which=newest",
-         "--which: invalid choice: 'newest' (choose from 'latest', 'best'"),
-        ("sample --config tiny --workdir x --temperature=hot",
-         "--temperature: invalid float value: 'hot'"),
         ("probe --config tiny --workdir x --count=0",
          "--count: '0' must be a whole number, at least 1"),
-        ("correct --config tiny --workdir x --updates=-1",
-         "--updates: '-1' must be a whole number, at least 0"),
-        ("export --config tiny --workdir x", "required: --output"),
     ],
 )  # fmt: skip
 def test_a_line_that_says_too_little_or_too_much(refused, line, message):
     assert message in refused(*line.split())
 
 
-@pytest.mark.parametrize("text", ["help", "-3+4?", "--help me", "6*3?"])
+@pytest.mark.parametrize("text", ["help", "-3+4?", "--help me"])
 def test_a_prompt_may_be_any_text(text):
     line = ["--config=tiny", "--workdir=x", f"--prompt={text}"]
     assert commands.parse("sample", line)[0]["prompt"] == [text]
@@ -124,12 +115,10 @@ def test_a_prompt_may_be_any_text(text):
         ("--config.train.steps", "--config.train.steps needs a value: "),
         ("--config.train=3",
          "config.train is a section; set one of its keys: config.train."),
-        ("--config.log.tensorboard=maybe", "=maybe must be of type bool"),
         ("--config.data.thinking=maybe", "=maybe must be of type bool"),
         ("--config.optimizer.clip=low", "clip=low must be of type float"),
         ("--config.sweep.seeds=0,b",
          "seeds='b' must be of type int, not str; topd settings sweep.seeds "),
-        ("--config.train.steps=-1", "train.steps=-1 must be at least 1"),
         ("stray", "unexpected arguments: stray"),
     ],
 )  # fmt: skip
@@ -145,10 +134,7 @@ def test_an_override_that_means_nothing(refused, command, override, message):
          "config.optimizer.learning_rate"),
         ("c.train.stops += 1", "AttributeError: 'stops' Did you mean \"step"),
         ("c.train.steps = 'many'", "TypeError: Could not override field"),
-        ("c.train = 3", "TypeError: Could not override"),
-        ("import nothing_of_this_name", "ModuleNotFoundError: No module named"),
         ("return 3", "must define get_config() that returns a ConfigDict"),
-        ("c c", "SyntaxError: invalid syntax (mine.py, line 5)"),
     ],
 )  # fmt: skip
 def test_a_config_file_that_is_wrong(refused, tmp_path, body, message):
@@ -161,9 +147,6 @@ def test_a_config_file_that_is_wrong(refused, tmp_path, body, message):
     line = refused("train", "--config", path, "--workdir", tmp_path / "run")
     assert message in line
     assert not (tmp_path / "run").exists()
-    path.write_text("x = 1\n")
-    line = refused("train", "--config", path, "--workdir", "x")
-    assert "must define get_config()" in line
 
 
 def test_shipped_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
@@ -206,8 +189,8 @@ def test_overrides_reach_the_settings():
     assert changed.data.thinking is None
     with pytest.raises(ValueError, match="tensorboard=None must be of type bo"):
         settings("--config.log.tensorboard=None")
-    changed = settings("--config.sweep.seeds=(1,2)", "--config.seed=7")
-    assert changed.sweep.seeds == (1, 2) and changed.seed == 7
+    changed = settings("--config.sweep.seeds=(1,2)")
+    assert changed.sweep.seeds == (1, 2)
     tasks = ("reasoning_gym:a(size=9, signs=('+', '-'), n=(1,2))", "b.jsonl")
     for comma in (",", ", "):
         changed = settings(f"--config.eval.benchmarks={comma.join(tasks)}")
@@ -271,10 +254,7 @@ def test_the_code_of_one_of_several_says_whether_a_restart_may_help(
     ("number", "way_out"),
     [
         (errno.ENOSPC, "make room"),
-        (errno.EDQUOT, "make room, or raise the quota"),
         (errno.EFBIG, "raise the limit on the size of a file (ulimit -f)"),
-        (errno.EROFS, "mount it for writing"),
-        (errno.EACCES, "allow access to it"),
         (errno.EIO, "check the disk"),
     ],
 )
