@@ -50,7 +50,8 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     counts = np.stack([(drawn == s).sum(1) for s in range(seeds)], axis=1)
     of_problems = counts @ values / draws
     drawn = rng.integers(problems, size=(_RESAMPLES, problems))
-    means = np.take_along_axis(of_problems, drawn, axis=1).mean(1)
+    # Row by row: gathered at once, these are all that a report waits for.
+    means = [row[at].mean() for row, at in zip(of_problems, drawn, strict=True)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
