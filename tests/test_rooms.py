@@ -1,6 +1,7 @@
 """The rooms of the package: imports point downward, and never in a circle."""
 
 import ast
+import functools
 from pathlib import Path
 
 import topd_jax
@@ -22,10 +23,15 @@ def modules() -> dict[str, Path]:
     }
 
 
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
     """Modules of the package that a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
@@ -88,10 +94,9 @@ def test_the_root_holds_three_modules():
 def test_files_and_functions_are_short():
     long = []
     for path in PACKAGE.rglob("*.py"):
-        source = path.read_text()
-        if source.count("\n") >= 400:
-            long.append(f"{path.name}: {source.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(source)):
+        if (lines := path.read_text().count("\n")) >= 400:
+            long.append(f"{path.name}: {lines} lines")
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef):
                 doc = ast.get_docstring(node, clean=False) or ""
                 size = node.end_lineno - node.lineno - doc.count("\n")
@@ -104,7 +109,7 @@ def test_nothing_is_unpickled_and_no_shell_is_started():
     """Nor is code run that comes with a model or a dataset."""
     forbidden = ("shell", "allow_pickle", "trust_remote_code")
     for path in PACKAGE.rglob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
+        nodes = nodes_of(path)
         imported = {
             alias.name.split(".")[0]
             for node in nodes
