@@ -7,7 +7,6 @@ import pytest
 from small_files import LLAMA, assert_same, make, write_gguf
 from small_step import assert_trees_equal
 
-from topd_jax.cli import main
 from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.evaluation import benchmarking, grading
 from topd_jax.models import load
@@ -51,22 +50,15 @@ def test_eval_of_the_latest_is_the_runs_own(topd, trained, small_arguments):
     ))  # fmt: skip
     assert start["step"] == 0
     assert start["benchmarks"]["test"]["reverse_kl"] != summary["reverse_kl"]
+    # It may read otherwise than it was trained.
     best = json.loads(topd(
-        "eval", *small_arguments, f"--workdir={trained}", "--which=best"
-    ))  # fmt: skip
-    assert best["step"] in (0, 4)
-
-
-def test_eval_may_read_otherwise_than_it_was_trained(
-    topd, trained, small_arguments
-):
-    row = json.loads(topd(
-        "eval", *small_arguments, f"--workdir={trained}",
+        "eval", *small_arguments, f"--workdir={trained}", "--which=best",
         "--config.eval.temperature=0", "--config.eval.final_problems=5",
         "--config.rollout.max_new_tokens=8",
     ))  # fmt: skip
-    summary = row["benchmarks"]["test"]
-    assert row["temperature"] == 0 and summary["problems"] == 5
+    assert best["step"] in (0, 4)
+    summary = best["benchmarks"]["test"]
+    assert best["temperature"] == 0 and summary["problems"] == 5
     assert summary["length_mean"] <= 8
 
 
@@ -78,7 +70,6 @@ def test_sample_completes_prompts(topd, trained, small_arguments, refused):
     greedy = [*line, "--temperature=0", "--prompt=3+4*5?", "--prompt=2+2?"]
     found = json.loads(topd(*greedy))
     assert [f["prompt"] for f in found] == ["3+4*5?", "2+2?"]
-    assert found == json.loads(topd(*greedy, "--config.rollout.top_k=1"))
     assert found[0]["completion"]
     message = refused(*line, "--prompt=" + "+".join(["12"] * 9))
     assert "(--prompt) has " in message and "the limit is 16" in message
@@ -86,19 +77,12 @@ def test_sample_completes_prompts(topd, trained, small_arguments, refused):
     assert "rollout.temperature=-1.0 must be at least 0" in message
 
 
-@pytest.fixture(scope="module")
-def exported(trained, small_arguments, tmp_path_factory):
-    output = tmp_path_factory.mktemp("exported") / "model"
-    main.run([
-        "export", *small_arguments, f"--workdir={trained}",
-        f"--output={output}",
-    ])  # fmt: skip
-    return output
-
-
 def test_an_export_is_the_student(
-    exported, trained, settings, setup, topd, small_arguments, tmp_path
+    trained, settings, setup, topd, small_arguments, tmp_path, refused
 ):
+    exported = tmp_path / "model"
+    line = ["export", *small_arguments, f"--workdir={trained}"]
+    topd(*line, f"--output={exported}")
     student, step = load_student(settings, trained, setup, "latest")
     assert step == 6
     model, tokenizer = load(exported)
@@ -117,12 +101,7 @@ def test_an_export_is_the_student(
     final = read_jsonl(trained / "evals.jsonl")[-1]
     assert row["benchmarks"]["test"]["reverse_kl"] == final["reverse_kl"]
     assert row["benchmarks"]["test"]["runs"] == [final["exact_match"]]
-
-
-def test_an_export_takes_no_place_that_is_taken(
-    exported, trained, refused, small_arguments, tmp_path
-):
-    line = ["export", *small_arguments, f"--workdir={trained}"]
+    # It takes no place that is taken.
     before = sorted(p.name for p in exported.iterdir())
     message = refused(*line, f"--output={exported}")
     assert "is not empty; remove it, or choose another directory" in message
@@ -132,21 +111,19 @@ def test_an_export_takes_no_place_that_is_taken(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    """A run on questions as GSM8K is published, a GGUF pair, OPD."""
-    folder = tmp_path_factory.mktemp("questions")
-    gguf = write_gguf(folder / "model.gguf", make(LLAMA))
+def test_questions_are_trained_on_graded_and_exported(topd, tmp_path):
+    """As GSM8K is published, by a GGUF pair, with OPD."""
+    gguf = write_gguf(tmp_path / "model.gguf", make(LLAMA))
     rows = [
         {
             "question": f"tom has {i} and gets 4",
             "answer": f"{i}+4\n#### {i + 4}",
         }
-        for i in range(12)
+        for i in range(7)
     ]
-    path = folder / "train.jsonl"
+    path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return [
+    questions = [
         f"--config={TESTS / 'small_run.py'}",
         f"--config.student.source={gguf}",
         f"--config.teacher.source={gguf}",
@@ -157,15 +134,11 @@ def questions(tmp_path_factory):
         "--config.data.batch_size=4",
         "--config.data.max_prompt_length=32",
         "--config.objective=opd",
-        "--config.train.steps=2",
+        "--config.train.steps=1",
+        "--config.eval.every=0",
         "--config.eval.batch_size=4",
-        f"--workdir={folder / 'run'}",
+        f"--workdir={tmp_path / 'run'}",
     ]
-
-
-def test_questions_are_trained_on_graded_and_exported(
-    questions, topd, tmp_path
-):
     row = json.loads(topd("train", *questions))
     assert row["problems"] == 3
     assert row["exact_match"] is not None and row["reverse_kl"] > 0
@@ -177,17 +150,10 @@ def test_questions_are_trained_on_graded_and_exported(
     assert tokenizer.chat_template is not None
     assert tokenizer.eos_token_id == 0
     # The work directory itself serves as a source, without what it came from.
-    student, own = load(questions[-1].removeprefix("--workdir="))
+    student, own = load(tmp_path / "run")
     assert_same(student, model)
     assert own("tom has 3").input_ids == tokenizer("tom has 3").input_ids
     assert own.chat_template == tokenizer.chat_template
-    again = [a for a in questions if "student" not in a and "workdir" not in a]
-    start = json.loads(topd(
-        "eval", *again, "--which=start", f"--workdir={tmp_path}",
-        f"--config.student.source={tmp_path / 'out'}",
-    ))  # fmt: skip
-    assert start["benchmarks"]["test"]["reverse_kl"] == row["reverse_kl"]
-    assert start["benchmarks"]["test"]["length_mean"] == row["length_mean"]
 
 
 def test_eval_resumes_after_the_last_finished_benchmark(
