@@ -5,6 +5,7 @@ their samples (a cluster bootstrap, so that samples of one problem do not
 count as independent), and seeds too where runs of several are given.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from math import comb
@@ -42,18 +43,22 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
       is drawn, where there are several: as many would make the mean's variance
       S / (S - 1) times too small (McCarthy and Snowden, 1985).
     """
-    rng = np.random.default_rng(0)
-    seeds, problems = values.shape
-    draws = max(seeds - 1, 1)
-    drawn = rng.integers(seeds, size=(_RESAMPLES, draws))
+    counts, drawn = _resampled(*values.shape)
     # Sum over the drawn seeds first: all seeds share the drawn problems.
-    counts = np.stack([(drawn == s).sum(1) for s in range(seeds)], axis=1)
-    of_problems = counts @ values / draws
-    drawn = rng.integers(problems, size=(_RESAMPLES, problems))
+    of_problems = counts @ values / counts[0].sum()
     # Row by row: gathered at once, these are all that a report waits for.
     means = [row[at].mean() for row, at in zip(of_problems, drawn, strict=True)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+@functools.lru_cache(1)  # 32 MB, of which a report asks dozens of times
+def _resampled(seeds: int, problems: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often each seed, and which problems, resamples draw."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(seeds, size=(_RESAMPLES, max(seeds - 1, 1)))
+    counts = np.stack([(drawn == s).sum(1) for s in range(seeds)], axis=1)
+    return counts, rng.integers(problems, size=(_RESAMPLES, problems))
 
 
 def normal_p(value: float, interval: tuple[float, float]) -> float:
