@@ -14,11 +14,7 @@ from topd_jax.types import head_cap, head_rows, soft_cap
 B, T, V, D, E = 2, 7, 33, 8, 12
 SHAPE = (B, T)
 
-LOSSES = {
-    "reverse_kl": divergences.reverse_kl,
-    "forward_kl": divergences.forward_kl,
-    "jsd": functools.partial(divergences.generalized_jsd, beta=0.25),
-}
+jsd = functools.partial(divergences.generalized_jsd, beta=0.25)
 
 
 def heads(shape=SHAPE, vocab=(V, V), dtype=jnp.float32, seed=0):
