@@ -19,9 +19,10 @@ def trajectories(tokens, mask):
 
 
 def test_select_candidates_by_hand():
-    loss = jnp.array([[1.0, 9.0, 2.0, 7.0, 8.0, 99.0], [5.0, 1, 99, 99, 99, 9]])
+    # Losses far below whatever stands for padding, and padding that would win.
+    loss = [[1.0, 9, 2, 7, 8, 1e9], [5, 1, 1e9, 1e9, 1e9, 9]]
     mask = row_mask(5, 2, columns=6)
-    got = near.select_candidates(loss, mask, count=3)
+    got = near.select_candidates(jnp.array(loss) - 1e5, mask, count=3)
     assert_array_equal(got.positions, [[1, 3, 4], [0, 1, 0]])
     assert_array_equal(got.mask, [[1, 1, 1], [1, 1, 0]])
     # Among equal losses the earlier token; never what is not a number.
@@ -60,51 +61,6 @@ def test_a_shortlist_keeps_the_highest_scores_of_each_row():
     assert_array_equal(whole.mask, at.mask)
     with pytest.raises(ValueError, match="fraction=1.5 must lie above 0"):
         near.shortlist(score, at, fraction=1.5)
-
-
-def test_select_candidates_never_takes_padding(rng):
-    mask = jnp.asarray(rng.uniform(size=(50, T)) < 0.4)
-    # Padding that would win, and losses below every padding value.
-    loss = jnp.where(mask, jnp.asarray(rng.normal(size=(50, T))) - 50, 1e9)
-    got = near.select_candidates(loss, mask, count=6)
-    taken = jnp.take_along_axis(mask, got.positions, axis=-1)
-    assert bool(jnp.all(taken | ~got.mask))
-    assert_array_equal(got.mask.sum(-1), np.minimum(mask.sum(-1), 6))
-    ascending = np.diff(np.asarray(got.positions), axis=-1) > 0
-    assert np.all(ascending | ~np.asarray(got.mask)[:, 1:])
-    # Masked equals sliced.
-    first = jnp.arange(T) < 7
-    whole = near.select_candidates(loss, mask & first, count=3)
-    sliced = near.select_candidates(loss[:, :7], mask[:, :7], count=3)
-    jax.tree.map(assert_array_equal, whole, sliced)
-
-
-def test_jit_and_vmap_equal_eager(rng):
-    loss = jnp.asarray(rng.normal(size=(2, 3, T)), jnp.float32)
-    mask = jnp.asarray(rng.uniform(size=(2, 3, T)) < 0.8)
-    tokens = jnp.asarray(rng.integers(1, 9, (2, 3, T)))
-
-    def look(loss, mask, tokens):
-        at = near.select_candidates(loss, mask, count=M, fraction=0.3)
-        windows = near.student_windows(
-            trajectories(tokens, mask), at, length=T + 5
-        )
-        future = near.future_loss(loss, mask, at, length=3)
-        divergent = near.divergence_mask(future, at, threshold=0.1)
-        return (
-            at,
-            windows,
-            future,
-            divergent,
-            near.slice_windows(tokens, at.positions, 3),
-        )
-
-    whole = look(loss, mask, tokens)
-    assert whole[1].tokens.shape == (2, 3, M, T + 5)
-    assert 0 < whole[3].sum() < whole[0].mask.sum()
-    for other in (jax.jit(look), jax.vmap(look)):
-        got = other(loss, mask, tokens)
-        jax.tree.map(lambda x, y: assert_allclose(x, y, 1e-6), got, whole)
 
 
 def test_student_windows_by_hand():
@@ -147,18 +103,19 @@ def test_slice_windows_of_vectors_has_a_gradient(rng):
     assert_array_equal(grad[..., 0], count)
 
 
-@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 0.77, 1.0])
-def test_masked_quantile_is_numpys(rng, quantile):
-    values = rng.normal(size=(30, T)).astype(np.float32)
-    mask = rng.uniform(size=(30, T)) < 0.5
+def test_masked_quantile_is_numpys(rng):
+    values = rng.normal(size=(9, T)).astype(np.float32)
+    mask = rng.uniform(size=(9, T)) < 0.5
     mask[:2] = [[False], [True]] * (np.arange(T) == 3)
     values[~mask] = np.nan
-    got = near.masked_quantile(jnp.asarray(values), jnp.asarray(mask), quantile)
-    assert got[0] == np.inf
-    for row, keep, result in list(zip(values, mask, got, strict=True))[1:]:
-        assert_allclose(
-            result, np.quantile(row[keep], quantile), rtol=1e-5, atol=1e-6
-        )
+    for quantile in (0.0, 0.3, 0.5, 1.0):
+        got = near.masked_quantile(values, mask, quantile)
+        assert got[0] == np.inf
+        for row, keep, result in zip(
+            values[1:], mask[1:], got[1:], strict=True
+        ):
+            want = np.quantile(row[keep], quantile)
+            assert_allclose(result, want, rtol=1e-5, atol=1e-6)
 
 
 def test_divergence_mask_by_hand():
@@ -174,11 +131,7 @@ def test_divergence_mask_by_hand():
     ):
         divergent = near.divergence_mask(distance, at, **options)
         assert_array_equal(divergent, want)
-    jitted = jax.jit(near.divergence_mask)(distance, at)
-    assert_array_equal(jitted, (i >= 3) & (i < 10))
-
-
-def test_divergence_mask_with_ties_and_few_candidates():
+    # Ties, and few candidates.
     at = candidates((0, 1, 2, 3))
     equal = jnp.full((1, 4), 0.3)
     assert not np.any(near.divergence_mask(equal, at))
@@ -202,8 +155,6 @@ def test_matched_control_mask(rng):
     # Every divergent candidate is as likely as every other.
     rate = np.asarray(draws.mean(0))[np.asarray(divergent)]
     assert_allclose(rate, count / divergent.sum(), atol=0.12)
-    again = jax.jit(draw)(keys[0], divergent, alarms)
-    assert_array_equal(again, draws[0])
     # Where there are too few, all of them; of none, none.
     few = jnp.zeros_like(divergent).at[0, 0].set(True)
     assert_array_equal(draw(keys[0], few, ~few), few)
@@ -247,28 +198,14 @@ def test_options_out_of_bounds(function, options, message):
         function(*CALLS[function], **options)
 
 
-def integers(tree):
-    return jax.tree.map(lambda x: x.astype(int), tree)
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (near.select_candidates, (LOSS, integers(MASK))),
-        (near.future_loss, (LOSS, integers(MASK), AT)),
-        (near.future_loss, (LOSS, MASK, integers(AT))),
-        (near.student_windows, (trajectories(LOSS, MASK), integers(AT))),
-        (near.student_windows, (trajectories(LOSS, integers(MASK)), AT)),
-        (near.divergence_mask, (LOSS[:, :M], integers(AT))),
-        (
-            near.matched_control_mask,
-            (jax.random.key(0), AT.mask, integers(AT.mask)),
-        ),
-    ],
-)
-def test_integer_masks_are_refused(function, arguments):
-    options = {"count": 2} if function is near.select_candidates else {}
-    if "windows" in function.__name__ or function is near.future_loss:
-        options = {"length": 2}
-    with pytest.raises(AssertionError, match="int"):
-        function(*arguments, **options)
+def test_integer_masks_are_refused():
+    flags, at = AT.mask, AT.replace(mask=AT.mask.astype(int))
+    for call in (
+        lambda: near.select_candidates(LOSS, MASK.astype(int), count=2),
+        lambda: near.future_loss(LOSS, MASK, at, length=2),
+        lambda: near.student_windows(trajectories(LOSS, MASK), at, length=2),
+        lambda: near.divergence_mask(LOSS[:, :M], at),
+        lambda: near.matched_control_mask(jax.random.key(0), flags, at.mask),
+    ):
+        with pytest.raises(AssertionError, match="int"):
+            call()
