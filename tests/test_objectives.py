@@ -10,72 +10,40 @@ import pytest
 from numpy.testing import assert_allclose
 
 import topd_jax as topd
-from topd_jax.objectives import loading, pieces, presets
+from topd_jax.objectives import loading
 
-CAP, GUIDANCE = "cap_selected", "branch_cross_entropy"
-# preset -> names of token loss, weights and guidance; whether candidates are
-# looked at, the teacher continues them, and scoring reads the student.
-PIECES = {
-    "opd": ("reverse_kl", [], None, ""),
-    "opd(token_loss='jsd', beta=0.3)": ("generalized_jsd", [], None, ""),
-    "suppress": ("reverse_kl", [CAP], None, "ahead branches"),
-    "suppress(detector='future_loss')": ("reverse_kl", [CAP], None, "ahead"),
-    "suppress(ranking='token_loss')": (
-        "reverse_kl", [CAP], None, "ahead branches student",
-    ),
-    "suppress_control": ("reverse_kl", [CAP], None, "ahead branches"),
-    "n_step": ("reverse_kl", ["NStep"], None, "ahead branches"),
-    "topd": ("reverse_kl", [], GUIDANCE, "ahead branches along"),
-    "topd(branch_loss='forward_kl')": (
-        "reverse_kl", [], "BranchDivergence", "ahead branches along",
-    ),
-    "topd(context='student')": (
-        "reverse_kl", [], "PlanTargets", "ahead branches",
-    ),
-    "topd_suppress": ("reverse_kl", [CAP], GUIDANCE, "ahead branches along"),
-    "entropy_aware": ("entropy_aware_kl", [], None, ""),
-    "trust_region": ("trust_region_loss", [], None, ""),
-    "tip": ("reverse_kl", ["Tip"], None, "student"),
-    "teachability": ("reverse_kl", ["Teachability"], None, "student"),
-    "fire": ("reverse_kl", ["Fire"], None, "student"),
-    "agreement": ("reverse_kl", ["Agreement"], None, "student"),
-    "prefix": ("reverse_kl", ["Prefix"], None, ""),
-    "retain": ("reverse_kl", ["Retain"], None, ""),
-    "suppress_unlikely": ("suppress_unlikely", [], None, ""),
-    "topd(ranking='random')": (
-        "reverse_kl", [], GUIDANCE, "ahead branches along",
-    ),
-}  # fmt: skip
+# preset -> whether candidates are looked at, the teacher continues them, their
+# states are kept, the student reads along, and scoring reads the student.
+DOES = {
+    "opd": "",
+    "suppress": "ahead branches",
+    "suppress(detector='future_loss')": "ahead",
+    "suppress(ranking='token_loss')": "ahead branches student",
+    "topd": "ahead branches along",
+    "topd(ranking='random')": "ahead branches along",
+    "topd(branch_loss='forward_kl')": "ahead branches states along",
+    "topd(context='student')": "ahead branches",
+    "tip": "student",
+    "teachability": "student",
+    "fire": "student",
+    "agreement": "student",
+    "prefix": "",
+    "retain": "",
+    "suppress_unlikely": "",
+}
 
 
-def name_of(piece):
-    return pieces.spelled(piece).split(":")[1]
-
-
-@pytest.mark.parametrize("text", PIECES)
-def test_a_preset_is_made_of_its_pieces(text):
+@pytest.mark.parametrize("text", DOES)
+def test_an_objective_asks_for_what_its_pieces_need(text):
     objective = topd.make_objective(text)
-    token_loss, token_weights, guidance, does = PIECES[text]
-    assert name_of(objective.token_loss) == token_loss
-    assert [name_of(w) for w in objective.token_weights] == token_weights
-    ours = objective.guidance
-    assert (ours and name_of(ours.loss)) == guidance
     said = {
         "ahead": objective.near_future is not None,
         "branches": objective.needs_branches,
+        "states": objective.needs_window_hidden,
         "along": objective.trains_on_branch,
         "student": objective.needs_student,
     }
-    assert {name for name, is_so in said.items() if is_so} == set(does.split())
-    kept = objective.needs_window_hidden
-    assert kept == (guidance == "BranchDivergence")
-
-
-def test_every_preset_is_told():
-    assert {text.split("(")[0] for text in PIECES} == set(topd.PRESETS)
-    assert presets.suppress_control().near_future.select is (
-        topd.matched_control_mask
-    )
+    assert {n for n, is_so in said.items() if is_so} == {*DOES[text].split()}
 
 
 def far(student_logp, teacher_logp, strength=2.0):
@@ -187,64 +155,42 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(beside, text, message):
     assert "\n" not in str(error.value)
 
 
-AHEAD = {
-    "candidates": [0, 2.5, "no"],
-    "fraction": [0.0, 1.01, "no"],
-    "window": [0, -1, 2.5],
-    "percentile": [-0.1, 100.1],
-    "threshold": [-1.0, "no"],
-    "branch_fraction": [0.0, 1.01],
-    "branch_temperature": [-0.1],
-    "epsilon": [0.0, 1e-9, 11.0],
-    "position_weight": [-1.0, 11.0],
-    "ranking": ["no", 5],
-    "detector": ["no", 5],
-}
-LOSS = {
-    "alpha": [-1.0, "no"],
-    "loss_threshold": [-1.0, "no"],
-    "clip": [0.0, -1.0, 1e999, "no"],
-    "token_loss": ["no", 5],
-    "temperature": [0.0, -1.0, 1e308, "no"],
-    "log_floor": [0.0, 1.0, -1e999, "no"],
-    "beta": [-0.1, 1.1, "no"],
-}
-TOPD = AHEAD | LOSS | {
-    "context": ["no", 5],
-    "guidance_weight": [-1.0, 1e999, "no"],
-    "guidance_share": [0.0, 1.1, "no"],
-    "branch_loss": ["no", 5],
-    "anchor_first": ["no", 5],
-}  # fmt: skip
+# Option -> values that no preset takes.
 BAD = {
-    "opd": LOSS,
-    "suppress": AHEAD | LOSS,
-    "suppress_control": AHEAD | LOSS,
-    "n_step": AHEAD | LOSS | {
-        "n": [0, 2.5],
-        "discount": [-0.1, 1.1],
-        "strength": [-1.0, "no"],
-        "cap": [-1.0],
-    },
-    "topd": TOPD,
-    "topd_suppress": TOPD,
-    "entropy_aware": {
-        "top_k": [0, 2.5, "no"],
-        "alpha": [-1.0, 1e999, "no"],
-        "entropy_threshold": [-1.0, 1e999, "no"],
-        "log_floor": [0.0, "no"],
-    },
-    "trust_region": {"top_k": [0, 2.5], "log_floor": [0.0, -1e999]},
-    "tip": LOSS | {"fraction": [0.0, 1.1]},
-    "teachability": LOSS | {"fraction": [0.0, 1.1], "top_k": [0, 2.5]},
-    "fire": LOSS | {"drop": [-0.1, 1.1]},
-    "agreement": LOSS | {"quantile": [-0.1, 1.1], "window": [0, 2.5]},
-    "prefix": LOSS | {"gamma": [-1.0, 1e999]},
-    "retain": LOSS | {"fraction": [0.0, 1.1]},
-    "suppress_unlikely": {"probability": [0.0, 1.1, "no"]},
-}  # fmt: skip
-
-
+    "alpha": [-1.0, "no"],
+    "anchor_first": ["no", 5],
+    "beta": [-0.1, 1.1, "no"],
+    "branch_fraction": [0.0, 1.01],
+    "branch_loss": ["no", 5],
+    "branch_temperature": [-0.1],
+    "candidates": [0, 2.5, "no"],
+    "cap": [-1.0],
+    "clip": [0.0, -1.0, 1e999, "no"],
+    "context": ["no", 5],
+    "detector": ["no", 5],
+    "discount": [-0.1, 1.1],
+    "drop": [-0.1, 1.1],
+    "entropy_threshold": [-1.0, 1e999, "no"],
+    "epsilon": [0.0, 1e-9, 11.0],
+    "fraction": [0.0, 1.01],
+    "gamma": [-1.0, 1e999],
+    "guidance_share": [0.0, 1.1, "no"],
+    "guidance_weight": [-1.0, 1e999, "no"],
+    "log_floor": [0.0, 1.0, -1e999, "no"],
+    "loss_threshold": [-1.0, "no"],
+    "n": [0, 2.5],
+    "percentile": [-0.1, 100.1],
+    "position_weight": [-1.0, 11.0],
+    "probability": [0.0, 1.1, "no"],
+    "quantile": [-0.1, 1.1],
+    "ranking": ["no", 5],
+    "strength": [-1.0, "no"],
+    "temperature": [0.0, -1.0, 1e308, "no"],
+    "threshold": [-1.0, "no"],
+    "token_loss": ["no", 5],
+    "top_k": [0, 2.5],
+    "window": [0, 2.5],
+}
 # Options -> what an objective needs besides to have them.
 WITH = {
     "anchor_first": {"context": "student"},
@@ -268,11 +214,10 @@ def test_guidance_may_end_before_the_run():
     assert then == dataclasses.replace(capped, guidance=None)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", topd.PRESETS)
 def test_every_option_is_bounded_at_construction(name):
-    assert set(BAD[name]) == loading.options_of(topd.PRESETS[name])
-    for option, values in BAD[name].items():
-        for value in values:
+    for option in loading.options_of(topd.PRESETS[name]):
+        for value in BAD[option]:
             more = WITH.get(option, {}) if name != "entropy_aware" else {}
             text = loading.spell(name, **more, **{option: value})
             text = text.replace("=inf", "=1e999").replace("=-inf", "=-1e999")
