@@ -11,7 +11,6 @@ from numpy.testing import assert_allclose
 from small_step import IDS, SGD, logp_of
 
 import topd_jax as topd
-from topd_jax.objectives import pieces
 
 
 @functools.partial(jax.jit, static_argnames="make")
@@ -53,7 +52,8 @@ def signed(student_logp, teacher_logp, tokens, uniforms, power=2.0):
 @topd.row_wise
 def late(student_entropy, mask, **unused):
     """A weight of each row by itself."""
-    return mask * student_entropy * jnp.arange(mask.shape[1])
+    weights = student_entropy * jnp.arange(mask.shape[1])
+    return jnp.where(mask, weights, jnp.nan)  # says nothing of padding
 
 
 def best(student_logp, teacher_logp):
@@ -63,7 +63,8 @@ def best(student_logp, teacher_logp):
 
 def relative(best, token_loss, mask):
     """A weight that needs the whole batch."""
-    return mask * best / topd.weighted_mean(token_loss, mask=mask)
+    weights = best / topd.weighted_mean(token_loss, mask=mask)
+    return jnp.where(mask, weights, jnp.nan)
 
 
 def own():
@@ -95,42 +96,6 @@ def test_pieces_of_ones_own_train(student, teacher, trajectories):
     assert_step_is(dense, student, run)
     total, count = run[1]["divergence"]
     assert_allclose(total / count, average, rtol=1e-4)
-
-
-def unsaid(mask):
-    """A weight of the batch that says nothing of padding."""
-    return jnp.where(mask, 2.0, jnp.nan)
-
-
-def test_what_a_weight_says_of_padding_is_left_out(
-    student, teacher, trajectories
-):
-    def scores(student, teacher, rows):
-        return topd.score(
-            student, (topd.Teacher(teacher),), rows, jax.random.key(3),
-            objective=topd.Objective(token_weights=(unsaid,)), **IDS,
-        )  # fmt: skip
-
-    (scored,) = jax.jit(scores)(student, teacher, trajectories)
-    np.testing.assert_array_equal(scored.weights, 2.0 * trajectories.mask)
-
-
-@pytest.mark.parametrize("name", ["tip", "teachability", "fire", "agreement"])
-def test_weights_of_siblings_keep_a_mean_of_one(trajectories, name):
-    (weight,) = topd.PRESETS[name]().token_weights
-    if name == "agreement":
-        weight = type(weight)(0.6, 3)
-    mask, rng = trajectories.mask, np.random.default_rng(0)
-    stats = {
-        n: jnp.asarray(rng.exponential(size=mask.shape), jnp.float32)
-        for n in sorted(pieces.needs(weight) - {"mask"})
-    }
-    got = pieces.ask(weight, stats | {"mask": mask})
-    assert_allclose(got.sum(), mask.sum(), rtol=1e-5)
-    assert 0 < (got > 0).sum() < mask.sum()
-    other = pieces.ask(weight, {n: x[::-1] for n, x in stats.items()} | {
-        "mask": mask[::-1]})[::-1]  # fmt: skip
-    assert_allclose(other, got, rtol=1e-5)  # rows are alike
 
 
 def by_position(candidates, mask, student_windows):
