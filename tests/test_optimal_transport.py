@@ -40,8 +40,7 @@ def test_cosine_cost_by_hand():
     x = jnp.array([[1.0, 0.0], [3.0, 4.0]])
     y = jnp.array([[2.0, 0.0], [0.0, 1.0], [-5.0, 0.0]])
     want = [[0.0, 1.0, 2.0], [0.4, 0.2, 1.6]]
-    for fn in (cosine_cost, jax.jit(cosine_cost)):
-        assert_allclose(fn(x, y), want, atol=1e-6)
+    assert_allclose(cosine_cost(x, y), want, atol=1e-6)
     # A zero vector has no direction, and no gradient.
     grad, value = jax.grad(
         lambda x: ((c := cosine_cost(x, y)).sum(), c), has_aux=True
@@ -102,8 +101,8 @@ def test_marginals_are_met_and_uneven_windows_too(rng):
 
 
 def test_the_defaults_reach_the_converged_distance(rng, embedding):
-    tokens, lengths = rng.integers(0, V, (2, 16, 50)), rng.integers(20, 51, 32)
-    pair = windows(tokens[0], lengths[:16]), windows(tokens[1], lengths[16:])
+    tokens, lengths = rng.integers(0, V, (2, 8, 50)), rng.integers(20, 51, 16)
+    pair = windows(tokens[0], lengths[:8]), windows(tokens[1], lengths[8:])
     distance, _ = window_distance(embedding, *pair)
     converged, _ = window_distance(
         embedding, *pair, max_iterations=5000, threshold=1e-5
@@ -111,14 +110,13 @@ def test_the_defaults_reach_the_converged_distance(rng, embedding):
     assert_allclose(distance, converged, atol=2e-3)
 
 
-@pytest.mark.parametrize("epsilon", [0.005, 0.05, 10])
+@pytest.mark.parametrize("epsilon", [0.005, 10])
 def test_distances_keep_their_bounds(rng, embedding, epsilon):
     """Within rounding of 0..2, for any weight of positions that is allowed."""
     opposed = jnp.tile(embedding[:1], (V, 1)).at[V // 2 :].multiply(-1)
     for length, vectors, weight in (
         (50, embedding, 0.5),
-        (50, opposed, 0.5),
-        (10, opposed, 0.0),
+        (50, opposed, 0.0),
         (50, opposed, 10.0),
         (2, opposed, 10.0),
     ):
@@ -142,9 +140,6 @@ def test_identical_windows_are_at_distance_zero(rng, embedding):
     distance, plan = window_distance(embedding, same, same)
     assert 0 <= distance[0] < 2e-3
     assert_allclose(plan[0], np.eye(K) / K, atol=2e-3)
-    # A shift by one place costs next to nothing either: order is a hint only.
-    shifted = windows([np.roll(same.tokens[0], 1)], [K])
-    assert window_distance(embedding, same, shifted)[0][0] < 0.02
     # All tokens alike: any plan costs 0, the position term picks the diagonal.
     alike = windows(jnp.zeros((K,), int), K)
     distance, plan = window_distance(embedding, alike, alike)
@@ -172,32 +167,27 @@ def test_padded_equals_unpadded(rng, embedding):
     assert np.all(padded_plan[:, 5:] == 0)
 
 
-def test_any_batch_jit_and_vmap(rng):
+def test_a_distance_does_not_depend_on_its_batch_nor_on_x64(rng):
     cost, a = costs(rng, 2, 3), uniform(2, 3, K)
     together, plans = transport(cost, a, a)
-    for other in (jax.jit(transport), jax.vmap(transport)):
-        for got, want in zip(other(cost, a, a), (together, plans), strict=True):
-            assert_allclose(got, want, atol=1e-5)
+    alone, plan = transport(cost[1, 2], a[1, 2], a[1, 2])
+    assert_allclose(alone, together[1, 2], atol=1e-6)
+    assert_allclose(plan, plans[1, 2], atol=1e-6)
     with jax.enable_x64(True):
         wide, _ = transport(cost, a, a)
     assert wide.dtype == jnp.float32
     assert_allclose(wide, together, atol=1e-5)
-    # A distance does not depend on the rest of its batch.
-    for i in np.ndindex(2, 3):
-        alone, plan = transport(cost[i], uniform(K), uniform(K))
-        assert_allclose(alone, together[i], atol=1e-6)
-        assert_allclose(plan, plans[i], atol=1e-6)
 
 
-@pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (5, 0)])
-def test_an_empty_window_has_distance_zero(rng, embedding, lengths):
-    tokens = rng.integers(0, V, (2, 3, K))
-    pair = [windows(t, [n, K, K]) for t, n in zip(tokens, lengths, strict=True)]
+def test_an_empty_window_has_distance_zero(rng, embedding):
+    tokens = rng.integers(0, V, (2, 4, K))
+    lengths = [0, 0, 5, K], [0, 5, 0, K]
+    pair = [windows(t, n) for t, n in zip(tokens, lengths, strict=True)]
     distance, plan = window_distance(embedding, *pair)
-    assert distance[0] == 0
-    assert np.all(plan[0] == 0)
+    assert_array_equal(distance[:3], 0)
+    assert_array_equal(plan[:3], 0)
     assert np.all(np.isfinite(plan))
-    assert np.all(distance[1:] > 0)
+    assert distance[3] > 0
 
 
 def test_what_padding_costs_does_not_matter(rng):
