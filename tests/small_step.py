@@ -16,6 +16,9 @@ from topd_jax.training.step import init_state, train_step
 from topd_jax.types import Teacher, completion_states
 
 IDS = {"eos_ids": (EOS,), "pad_id": PAD}
+# One objective with everything in it: a program is compiled once for all files.
+AHEAD = "candidates=3, window=4"
+TOPD = f"topd({AHEAD}, guidance_weight=0.3)"
 # At rate 1 a step subtracts the gradient itself.
 SGD = optax.sgd(1.0)
 

@@ -7,21 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_trajectories
-from small_step import (
-    assert_trees_equal,
-    logp_of,
-    scores,
-    step,
-)
+from small_step import AHEAD, TOPD, assert_trees_equal, logp_of, scores
 
 from topd_jax.losses import near_future
-
-AHEAD = "candidates=3, window=4"
 
 
 def test_every_teacher_reads_its_own_rows(student, teachers, trajectories):
     """Its token loss is the naive one, and other rows do not change it."""
-    scored = scores(student, teachers, trajectories, f"topd({AHEAD})")
+    scored = scores(student, teachers, trajectories, TOPD)
     for notes, teacher, rows in zip(
         scored, teachers, (slice(0, 2), slice(2, 8)), strict=True
     ):
@@ -37,7 +30,7 @@ def test_every_teacher_reads_its_own_rows(student, teachers, trajectories):
         lambda a, b: jnp.concatenate([a[:2], b[2:]]),
         trajectories, make_trajectories(seed=7),
     )  # fmt: skip
-    again = scores(student, teachers, mixed, f"topd({AHEAD})")
+    again = scores(student, teachers, mixed, TOPD)
     assert_trees_equal(scored[0], again[0])
     assert (scored[1].teacher_token_loss != again[1].teacher_token_loss).any()
 
@@ -62,9 +55,26 @@ def test_candidates_are_divergent_or_false_alarms(student, teacher):
     assert not (control.selected & ~control.divergent).any()
 
 
-def test_opd_does_not_look_ahead(student, teacher, trajectories):
-    (notes,) = scores(student, teacher, trajectories)
-    assert notes.candidates is None and notes.plan is None
+@pytest.mark.parametrize(
+    ("text", "looks", "keeps"),
+    [
+        ("opd", None, False),
+        ("topd({})", (8, 1), False),  # a third
+        ("topd({}, branch_loss='reverse_kl')", (8, 1), True),
+        ("topd({}, context='student')", (8, 3), False),
+        ("topd_suppress({})", (8, 3), False),
+    ],
+)
+def test_how_far_an_objective_looks(
+    student, teacher, trajectories, text, looks, keeps
+):
+    """Candidates by default, and the states along branches where needed."""
+    (notes,) = jax.eval_shape(
+        functools.partial(scores, objective=text.format(AHEAD)),
+        student, teacher, trajectories,
+    )  # fmt: skip
+    assert (notes.candidates and notes.candidates.mask.shape) == looks
+    assert (notes.teacher_window_hidden is not None) == keeps
 
 
 def test_future_losses_detect_without_branches(student, teacher, trajectories):
@@ -78,20 +88,13 @@ def test_future_losses_detect_without_branches(student, teacher, trajectories):
     mask = near_future.divergence_mask(expected, notes.candidates)
     np.testing.assert_array_equal(notes.divergent, mask)
     assert mask.any() and notes.selected.any()
-    _, metrics = step(student, teacher, trajectories, text)
-    total, count = metrics["distance"]
-    assert total == pytest.approx(float(jnp.sum(expected)), rel=1e-5)
-    assert count == notes.candidates.mask.sum()
 
 
 def test_guidance_looks_at_the_candidates_of_highest_future_loss(
     student, teacher, trajectories
 ):
-    """A third by default, of whom is said what is said among all."""
-    (some,) = scores(student, teacher, trajectories, f"topd({AHEAD})")
-    for text in ("topd({}, context='student')", "topd_suppress({})"):
-        (whole,) = scores(student, teacher, trajectories, text.format(AHEAD))
-        assert whole.candidates.mask.shape == (8, 3)
+    """Of whom is said what is said among all."""
+    (some,) = scores(student, teacher, trajectories, TOPD)
     (every,) = scores(
         student, teacher, trajectories, f"topd({AHEAD}, branch_fraction=1.0)"
     )
@@ -116,22 +119,11 @@ def test_guidance_needs_branches_whatever_detects(
 ):
     text = f"topd({AHEAD}, detector='future_loss')"
     (notes,) = scores(student, teacher, trajectories, text)
-    (usual,) = scores(student, teacher, trajectories, f"topd({AHEAD})")
+    (usual,) = scores(student, teacher, trajectories, TOPD)
     assert notes.plan is None
     assert_trees_equal(notes.teacher_windows, usual.teacher_windows)
-    _, metrics = step(student, teacher, trajectories, text)
-    assert metrics["guidance"][0] > 0
     with pytest.raises(ValueError, match="plan and its detector makes none"):
         scores(
             student, teacher, trajectories,
             f"topd({AHEAD}, detector='future_loss', context='student')",
         )  # fmt: skip
-
-
-def test_only_branch_divergences_keep_the_states_along_branches(
-    student, teacher, trajectories
-):
-    for loss, kept in (("cross_entropy", False), ("reverse_kl", True)):
-        text = f"topd({AHEAD}, branch_loss='{loss}')"
-        (notes,) = scores(student, teacher, trajectories, text)
-        assert (notes.teacher_window_hidden is not None) == kept

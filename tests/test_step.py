@@ -10,6 +10,8 @@ import optax
 import pytest
 from conftest import make_model
 from small_step import (
+    AHEAD,
+    TOPD,
     assert_trees_close,
     assert_trees_equal,
     gradient,
@@ -21,13 +23,10 @@ from small_step import (
 from topd_jax.losses import divergences
 from topd_jax.models import causal_mask, unembed
 from topd_jax.objectives.loading import make_objective
-from topd_jax.objectives.presets import PRESETS
 from topd_jax.training.step import init_state, train_step
 from topd_jax.types import Trajectories
 
-AHEAD = "candidates=3, window=4"
-TOPD = f"topd({AHEAD}, guidance_weight=0.3)"
-STUDENT = f"topd({AHEAD}, guidance_weight=0.3, context='student')"
+SLOW = pytest.mark.slow
 
 
 def dense_kl(student, teacher, rows):
@@ -50,8 +49,6 @@ def test_opd_is_the_dense_reverse_kl(student, teacher, trajectories):
     total, count = metrics["divergence"]
     np.testing.assert_allclose(total / count, loss, rtol=1e-5)
     assert count == tokens
-    same = step(student, student, trajectories)[1]
-    assert abs(float(same["loss"][0])) < 1e-6
 
 
 def test_several_teachers_are_one_dense_loss_over_all_tokens(
@@ -90,9 +87,8 @@ def test_several_teachers_are_one_dense_loss_over_all_tokens(
 def test_points_of_all_teachers_are_one_mean(student, teachers, trajectories):
     scored = scores(student, teachers, trajectories, TOPD)
     _, metrics = step(student, teachers, trajectories, TOPD)
-    points = [n.divergent.sum() for n in scored]
-    assert metrics["guidance"][1] == sum(points)
     parts = [metrics[f"guidance/{t.name}"] for t in teachers]
+    points = [n.divergent.sum() for n in scored]
     assert [p[1] for p in parts] == points
     mean = sum(p[0] for p in parts) / sum(points)
     opd = metrics["divergence"][0] / metrics["divergence"][1]
@@ -151,53 +147,21 @@ def test_a_window_may_be_one_token(student, teacher, trajectories):
     np.testing.assert_allclose(total / count, -logp.mean(), rtol=1e-5)
 
 
-def test_student_context_is_the_naive_target(student, teacher, trajectories):
-    """Targets from the plan, spelled out over the whole vocabulary."""
-    (notes,) = scores(student, teacher, trajectories, STUDENT)
-    logp = np.asarray(logp_of(student, trajectories), np.float64)
-    per_point = []
-    for b, m in np.argwhere(np.asarray(notes.divergent)):
-        t = int(notes.candidates.positions[b, m])
-        teacher_tokens = np.asarray(notes.teacher_windows.tokens[b, m])
-        plan = np.asarray(notes.plan[b, m], np.float64)
-        values = []
-        for i in np.flatnonzero(notes.student_windows.mask[b, m]):
-            target = np.zeros(logp.shape[-1])
-            np.add.at(target, teacher_tokens, plan[i] / plan[i].sum())
-            if i == 0:
-                target = np.eye(len(target))[teacher_tokens[0]]
-            kept = target > 0
-            ratio = np.log(target[kept]) - logp[b, t + i][kept]
-            values.append(np.sum(target[kept] * ratio))
-        per_point.append(np.mean(values))
-    _, metrics = step(student, teacher, trajectories, STUDENT)
-    total, count = metrics["guidance"]
-    np.testing.assert_allclose(total / count, np.mean(per_point), rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "loss", [pytest.param("forward_kl", marks=pytest.mark.slow), "reverse_kl"]
-)
-def test_branch_divergences_are_nought_for_equals(
-    student, teacher, trajectories, loss
-):
-    text = f"topd({AHEAD}, branch_loss='{loss}')"
-    _, metrics = step(student, teacher, trajectories, text)
+def test_a_branch_divergence_is_nought_for_equals(student, trajectories):
+    text = f"topd({AHEAD}, branch_loss='reverse_kl')"
+    _, metrics = step(student, make_model(1), trajectories, text)
     assert float(metrics["guidance"][0]) > 0
     _, same = step(student, student, trajectories, text)
     assert abs(float(same["guidance"][0])) < 1e-4
 
 
-# The golden numbers have another; these take as long and are slow.
-QUICK = ("tip",)
+# Weights of the whole batch; of rows, from candidates and from both models;
+# draws. The golden numbers have guidance.
+SLICED = ("tip", "n_step", "prefix", "trust_region")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(v, marks=() if v in QUICK else pytest.mark.slow)
-        for v in PRESETS
-    ],
+    "name", [SLICED[0], *(pytest.param(n, marks=SLOW) for n in SLICED[1:])]
 )
 def test_accumulation_changes_nothing(student, teacher, trajectories, name):
     whole, metrics = step(student, teacher, trajectories, name)
@@ -244,23 +208,21 @@ def test_an_update_that_is_not_finite_is_skipped(teacher, trajectories):
     assert_trees_close(state.student, broken)
 
 
-@pytest.mark.parametrize("objective", [TOPD, STUDENT])
-def test_an_empty_batch_is_finite(student, teacher, trajectories, objective):
+def test_an_empty_batch_is_finite(student, teacher, trajectories):
     empty = trajectories.replace(mask=jnp.zeros_like(trajectories.mask))
-    state, metrics = step(student, teacher, empty, objective)
+    state, metrics = step(student, teacher, empty, TOPD)
     assert metrics["skipped"][0] == metrics["loss"][0] == 0
     assert_trees_close(state.student, student)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steps_in_slices_keep_every_type_and_compile_once(
-    teacher, trajectories, dtype
+    teacher, trajectories
 ):
     """Moments in another type would compile the second step again."""
-    config = dataclasses.replace(make_model(0).config, param_dtype=dtype)
-    student = make_model(0).__class__(
-        config,
-        {n: x.astype(dtype) for n, x in make_model(0).arrays.items()},
+    model = make_model(0)
+    student = type(model)(
+        dataclasses.replace(model.config, param_dtype="bfloat16"),
+        {n: x.astype("bfloat16") for n, x in model.arrays.items()},
     )
     optimizer = optax.adam(1e-3)
     scored = scores(student, teacher, trajectories)
@@ -273,7 +235,7 @@ def test_steps_in_slices_keep_every_type_and_compile_once(
     )  # fmt: skip
     state = init_state(student, optimizer)
     types = [x.dtype for x in jax.tree.leaves(state)]
-    assert str(types[0]) == dtype
+    assert str(types[0]) == "bfloat16"
     for _ in range(2):
         before = jax.tree.leaves(state)
         state, _ = learn(state, trajectories, scored)
