@@ -9,6 +9,7 @@ from small_run import (
     assert_same_run,
     changed,
     interrupted,
+    run_in,
     settings_with,
 )
 
@@ -56,9 +57,9 @@ def settings(world_cache, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
+def finished(settings, setup, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
-    loop.train(settings, workdir)
+    run_in(settings, workdir, setup).train()
     return workdir
 
 
@@ -86,11 +87,11 @@ def test_a_run_logs_every_teacher_apart(finished):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(
-    finished, settings, tmp_path
+    finished, settings, setup, tmp_path
 ):
     with interrupted(4):
-        loop.train(settings, tmp_path)
-    loop.train(settings, tmp_path)
+        run_in(settings, tmp_path, setup).train()
+    run_in(settings, tmp_path, setup).train()
     assert_same_run(finished, tmp_path)
 
 
