@@ -44,15 +44,6 @@ OPTIONS = dict(optimizer=ADAM, **IDS)
 UPDATES = 60  # enough to write what the teacher writes
 
 
-def observed(student, teacher):
-    written = make_trajectories(rows=6)
-    scored = score(
-        student, (teacher,), written, jax.random.key(1),
-        objective=AHEAD, **IDS,
-    )  # fmt: skip
-    return Observed([], *jax.device_get((written, list(scored))))
-
-
 @pytest.fixture(scope="module")
 def reader(teacher):
     return Teacher(teacher)
@@ -61,7 +52,10 @@ def reader(teacher):
 @pytest.fixture(scope="module")
 def points(student, reader):
     def batches():
-        yield observed(student, reader)
+        written = make_trajectories(rows=6)
+        read = jax.jit(functools.partial(score, objective=AHEAD, **IDS))
+        scored = read(student, (reader,), written, jax.random.key(1))
+        yield Observed([], *jax.device_get((written, list(scored))))
         raise AssertionError("one was enough")
 
     return choose(batches(), 3, PAD)
@@ -72,6 +66,12 @@ def measured(student, reader, points):
     return local_correction.measure(
         student, reader, points, METHODS, UPDATES, **OPTIONS
     )
+
+
+write = jax.jit(
+    functools.partial(rollout, max_new_tokens=K, temperature=0.0, **IDS)
+)
+distance_of = jax.jit(window_distance)
 
 
 def correction(objective, **options):
@@ -129,14 +129,16 @@ def as_window(tokens):
 
 
 def slot(positions, distance, divergent):
-    """One trajectory's candidates, windows of K tokens, any plan."""
+    """One trajectory's candidates, each position's own window, any plan."""
     count = len(positions)
-    blank = Windows(np.zeros((1, count, K), int), np.ones((1, count, K), bool))
+    shape = (1, count, K)
+    tokens = np.broadcast_to(np.array(positions)[:, None], shape)
+    own = Windows(tokens, np.ones(shape, bool))
     return Scored(
         None, None, None,
         candidates=Candidates(np.array([positions]), np.ones((1, count), bool)),
-        student_windows=blank,
-        teacher_windows=blank,
+        student_windows=own,
+        teacher_windows=own,
         distance=np.array([distance], np.float32),
         plan=np.zeros((1, count, K, K), np.float32),
         divergent=np.array([divergent]),
@@ -156,24 +158,15 @@ def test_the_farthest_divergent_point_is_chosen(truncated, at):
     assert points.distance[0] == pytest.approx({3: 0.4, 7: 0.6}[at])
     prompt = written.prompt[0][written.prompt_mask[0]].tolist()
     assert prefix_of(points, 0) == prompt + written.tokens[0, :at].tolist()
+    for windows in (points.student, points.teacher):
+        assert window_of(windows, 0) == [at] * K
 
 
-def test_points_are_cut_from_their_trajectories(student, reader, points):
-    seen = observed(student, reader)
-    written, scored = seen.trajectories, seen.scored[0]
-    row = int(np.flatnonzero(scored.divergent.any(1))[0])
-    assert len(points.distance) == 3
-    sequence = [*prefix_of(points, 0), *window_of(points.student, 0)]
-    prompt = written.prompt[row][written.prompt_mask[row]].tolist()
-    whole = prompt + written.tokens[row][written.mask[row]].tolist()
-    assert sequence == whole[: len(sequence)]
-    # The teacher's window is what it writes there itself.
-    for i in range(3):
-        theirs = greedy(reader.model, prefix_of(points, i))
-        assert window_of(points.teacher, i) == theirs
-    # Padded on the left.
-    mask = points.prefix.mask
-    assert mask[:, -1].all() and (np.diff(mask.astype(int)) >= 0).all()
+def test_prefixes_are_padded_on_the_left(points):
+    mask = points.prefix.mask.astype(int)
+    assert len(mask) == 3
+    assert mask[:, -1].all() and (np.diff(mask) >= 0).all()
+    assert not mask.all()
 
 
 def test_where_nothing_diverges_is_said():
@@ -190,7 +183,7 @@ def test_before_is_what_the_start_writes(student, teacher, points, measured):
     for i in range(3):
         ours = greedy(student, prefix_of(points, i))
         theirs = window_of(points.teacher, i)
-        distance, _ = window_distance(
+        distance, _ = distance_of(
             student.embedding, as_window(ours), as_window(theirs)
         )
         assert before["distance"][i] == pytest.approx(
@@ -239,10 +232,7 @@ def test_a_correction_is_m_updates_on_the_window_alone(
     written = []
     for number in range(7):
         windows, skipped = run(student, reader, point, jnp.int32(number))
-        expected = rollout(
-            state.student, point.prefix, jax.random.key(3),
-            max_new_tokens=K, temperature=0.0, **IDS,
-        )  # fmt: skip
+        expected = write(state.student, point.prefix, jax.random.key(3))
         assert window_of(windows, 0) == window_of(expected, 0)
         assert skipped == 0
         written.append(window_of(windows, 0))
