@@ -1,7 +1,5 @@
 """Any function (params, tokens, positions, mask, cache) learns and teaches."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +18,7 @@ from topd_jax.models import (
     unembed,
 )
 from topd_jax.models.passes import trajectory_states
-from topd_jax.objectives.loading import make_objective
 from topd_jax.sampling import rollout
-from topd_jax.training.step import init_state, train_step
 from topd_jax.types import Prompts, completion_states
 
 K = 4
@@ -68,29 +64,6 @@ def test_samples_and_growing_columns_keep_rows_apart():
     np.testing.assert_array_equal(rows.tokens, likeliest)
     np.testing.assert_array_equal(rows.tokens[0], rows.tokens[1])
     assert (rows.tokens[0] != rows.tokens[2]).any()
-
-
-@pytest.mark.parametrize("context", ["teacher", "student"])
-def test_steps_lower_the_loss(foreign, decoder, context):
-    """It learns in one context, and teaches in the other."""
-    student, teacher = foreign, decoder
-    if context == "student":
-        student, teacher = decoder, foreign
-    text = f"topd(candidates=2, window=4, context={context!r})"
-    rows = make_trajectories(rows=4)
-    scored = scores(student, teacher, rows, text)
-    assert scored[0].teacher_hidden.shape[-1] == teacher.head.shape[1]
-    assert scored[0].divergent.any()
-    optimizer, objective = optax.adam(3e-3), make_objective(text)
-    learn = jax.jit(
-        functools.partial(train_step, objective=objective, optimizer=optimizer)
-    )
-    state, losses = init_state(student, optimizer), []
-    for _ in range(8):
-        state, metrics = learn(state, rows, scored)
-        losses.append(float(metrics["loss"][0]))
-    assert int(state.skipped) == 0
-    assert losses[-1] < losses[0] - 0.1, losses
 
 
 def test_gradient_is_that_of_the_dense_loss(foreign, decoder):
