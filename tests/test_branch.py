@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PAD, VOCAB, make_model, make_trajectories
+from conftest import PAD, VOCAB, make_trajectories
 from foreign_model import make_foreign
 from small_files import RECURRENT, make
 from test_attention import GPT_OSS, WAYS, forward
@@ -66,7 +66,7 @@ MADE = {f"way {i}": config for i, config in enumerate(WAYS)} | {
     "recurrent": RECURRENT,
     "recurrent, unrolled": RECURRENT.replace(unroll=4),
 }
-MODELS = {"small": lambda: make_model(0), "foreign": make_foreign} | {
+MODELS = {"foreign": make_foreign} | {
     name: functools.partial(make, config) for name, config in MADE.items()
 }
 
@@ -96,7 +96,7 @@ def test_branches_equal_reading_their_text(name, rows, candidates, monkeypatch):
     used = np.asarray(candidates.mask)[..., None]
     np.testing.assert_array_equal(mask, used & (ends.cumsum(-1) - ends == 0))
     lengths = mask.sum(-1)[used[..., 0]]
-    if name == "small":
+    if name == "way 0":
         assert lengths.min() < K == lengths.max(), "some end and some do not"
     states, along = jax.jit(branch_states)(model, rows, candidates, windows)
     kept = np.where(mask[..., None], alone, 0)
