@@ -80,34 +80,12 @@ def assert_close(metrics, expected):
         assert metrics[name][1] == count, name
 
 
-@pytest.mark.parametrize("top_k", [1, 4, VOCAB + 9])
+@pytest.mark.parametrize("top_k", [4, VOCAB + 9])
 def test_statistics_are_those_of_plain_numpy(
     student, teacher, trajectories, top_k
 ):
     metrics = look(student, teacher, trajectories, top_k=top_k)
     assert_close(metrics, dense(student, teacher, trajectories, top_k))
-
-
-def test_masked_tokens_do_not_count(student, teacher, trajectories):
-    half = trajectories.mask.at[4:].set(False)
-    garbage = jnp.where(half, trajectories.tokens, 17)
-    rows = trajectories.replace(mask=half, tokens=garbage)
-    first = jax.tree.map(lambda x: x[:4], trajectories)
-    metrics = look(student, teacher, rows, top_k=4)
-    assert_close(metrics, dense(student, teacher, first, 4))
-    empty = trajectories.replace(mask=jnp.zeros_like(trajectories.mask))
-    for total, count in look(student, teacher, empty, top_k=4).values():
-        assert total == count == 0
-
-
-def test_a_student_that_is_the_teacher(teacher, trajectories):
-    metrics = look(teacher, teacher, trajectories, top_k=5)
-    mean = {n: float(total / count) for n, (total, count) in metrics.items()}
-    for name in ("reverse_kl", "forward_kl", "reverse_kl_k1", "reverse_kl_k3"):
-        assert abs(mean[name]) < 1e-5, name
-    assert mean["top_k_overlap"] == 1
-    assert mean["student_entropy"] == mean["teacher_entropy"]
-    assert mean["student_nll"] == pytest.approx(mean["teacher_nll"])
 
 
 def test_a_padded_teacher_is_cut_and_the_dropped_mass_is_told(
