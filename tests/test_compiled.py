@@ -13,7 +13,6 @@ from topd_jax.models import init_decoder
 from topd_jax.objectives.loading import make_objective
 from topd_jax.training.compiled import (
     compile_step,
-    initial_state,
     make_optimizer,
     make_schedule,
 )
@@ -94,25 +93,3 @@ def test_without_a_warm_up_the_first_update_has_the_whole_rate(steps):
     rate = make_schedule(options, steps)
     assert float(rate(0)) == pytest.approx(options.learning_rate)
     assert float(rate(1)) < options.learning_rate
-
-
-def test_a_step_keeps_the_states_shardings_where_they_are_given(
-    student, teacher, trajectories
-):
-    """Else XLA chooses others, and every stage compiles a second time."""
-    mesh = jax.make_mesh(
-        (1,) * 5, ("data", "fsdp", "tensor", "expert", "sequence"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 5,
-    )  # fmt: skip
-    optimizer = make_optimizer(SETTINGS.optimizer, 6)
-    with jax.set_mesh(mesh):
-        state = initial_state(student, optimizer, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        stages = compiled(SETTINGS, shardings=shardings)
-        teachers, key = (Teacher(teacher),), jax.random.key(0)
-        scored = stages.score(student, teachers, trajectories, key)
-        for _ in range(2):
-            state, _ = stages.train_step(state, trajectories, scored, None)
-    kept = [x.sharding for x in jax.tree.leaves(state)]
-    assert kept == jax.tree.leaves(shardings)
-    assert stages.train_step._cache_size() == 1
