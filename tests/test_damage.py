@@ -1,34 +1,30 @@
 """Storage that lies: damaged checkpoints and logs, and what becomes of runs."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 
 import jax
-import jax.numpy as jnp
 import pytest
-from small_run import assert_same_run, settings_with
+from small_run import saved_arrays, settings_with, without_times
 from small_step import assert_trees_equal
+from test_checkpointing import record, state
 
 from topd_jax.models import load
-from topd_jax.training import identity, loop
+from topd_jax.models.io import checksums
+from topd_jax.training import loop
 from topd_jax.training.checkpointing import Checkpoints
 from topd_jax.training.logging import read_jsonl
 
 SUMS = "SHA256SUMS"
 
 
-def state(value: float) -> dict:
-    return {"weights": jnp.full((40, 20), value), "step": jnp.int32(value)}
-
-
 def save(directory, *steps):
     checkpoints = Checkpoints(directory, 3)
     for step in steps:
-        record = identity.record(
-            settings_with(), {"name": "opd"}, {}, {"next_index": step}, None
-        )
-        checkpoints.save(step, state(step), jax.random.key(step), record)
+        told = record(position={"next_index": step})
+        checkpoints.save(step, state(step), jax.random.key(step), told)
     checkpoints.close()
 
 
@@ -58,37 +54,41 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize(
-    "damage", [flip, truncate, empty, lambda path: path.unlink()],
-    ids=["flip", "truncate", "empty", "delete"],
-)  # fmt: skip
-def test_every_file_is_verified_or_unused(saved, tmp_path, damage, caplog):
-    names = [p.relative_to(saved / "6") for p in files_of(saved / "6")]
-    assert len(names) > 10
-    unused = {"_CHECKPOINT_METADATA", "commit_success.txt"}
-    for number, name in enumerate(names):
+DAMAGES = flip, truncate, empty, pathlib.Path.unlink
+UNUSED = "_CHECKPOINT_METADATA", "commit_success.txt"
+
+
+def test_every_file_is_verified_or_unused(saved, tmp_path):
+    place = tmp_path / "6"
+    shutil.copytree(saved / "6", place)
+    assert len(files_of(place)) > 10
+    for file in files_of(place):
+        text, name = file.read_bytes(), str(file.relative_to(place))
+        for damage in DAMAGES:
+            damage(file)
+            fault = checksums.find_damage(place)
+            if name in UNUSED:
+                assert fault is None
+            else:
+                # A changed list accuses the file that it no longer describes.
+                assert fault and (name in fault or name == SUMS), name
+            file.write_bytes(text)
+    assert checksums.find_damage(place) is None
+
+
+def test_a_checkpoint_is_restored_without_what_is_unused(saved, tmp_path):
+    for number, damage in enumerate(DAMAGES):
         directory = tmp_path / str(number)
         shutil.copytree(saved, directory)
-        damage(directory / "6" / name)
+        for name in UNUSED:
+            damage(directory / "6" / name)
         checkpoints = Checkpoints(directory, 3)
-        caplog.clear()
-        step = checkpoints.newest_intact()
-        assert step == checkpoints.latest()
-        if str(name) in unused:
-            assert step == 6 and "is damaged" not in caplog.text
-        else:
-            assert step == 4, name
-            assert f"{directory}/6 is damaged: " in caplog.text
-            assert f"moved to {directory}/damaged-6" in caplog.text
-            # A changed list accuses the file that it no longer describes.
-            assert str(name) in caplog.text or (name.name == SUMS)
-        restored, key = checkpoints.restore(step, state(0))
-        assert_trees_equal(restored, state(step))
-        assert jax.random.key_data(key).tolist() == [0, step]
-        assert checkpoints.record(step)["data"] == {"next_index": step}
+        assert checkpoints.newest_intact() == 6
+        restored, key = checkpoints.restore(6, state(0))
+        assert_trees_equal(restored, state(6))
+        assert jax.random.key_data(key).tolist() == [0, 6]
+        assert checkpoints.record(6)["data"] == {"next_index": 6}
         checkpoints.close()
-        save(directory, 6)
-        assert Checkpoints(directory, 3).newest_intact() == 6
 
 
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum")
@@ -104,6 +104,10 @@ def test_damaged_checkpoints_are_named_and_moved_only_if_one_is_intact(
     for step in ("4", "6"):
         empty(tmp_path / "run" / step / "record" / "metadata")
     assert Checkpoints(tmp_path / "run", 3).newest_intact() == 2
+    for step in (4, 6):
+        said = f"{tmp_path}/run/{step} is damaged: record/metadata differs"
+        assert said in caplog.text
+        assert f"moved to {tmp_path}/run/damaged-{step}" in caplog.text
     save(tmp_path / "run", 4, 6)
     empty(tmp_path / "run" / "6" / SUMS)
     assert Checkpoints(tmp_path / "run", 3).newest_intact() == 4
@@ -148,32 +152,25 @@ def data_file(checkpoint):
 def test_a_run_repeats_the_steps_of_a_damaged_checkpoint(
     trained, world_cache, tmp_path, caplog
 ):
+    """Also without its logs, or with garbage in them."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     flip(data_file(run / "checkpoints" / "6"))
     flip(data_file(next((run / "best").iterdir())))
-    loop.train(settings_with(world_cache), run)
-    assert caplog.text.count(" is damaged: state/") == 2
-    assert_same_run(trained, run)
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {
-        "4", "6", "damaged-6"
-    }  # fmt: skip
-
-
-def test_a_run_resumes_without_its_logs_or_with_garbage_in_them(
-    trained, world_cache, tmp_path, caplog
-):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
     for name in ("evals", "problems", "completions"):
         (run / f"{name}.jsonl").unlink()
     with (run / "metrics.jsonl").open("ab") as log:
         log.write(b"\xff\x00\n[]\n")
     final = loop.train(settings_with(world_cache), run)
-    assert final == read_jsonl(trained / "evals.jsonl")[-1]
+    assert caplog.text.count(" is damaged: state/") == 2
     assert f"{run}/metrics.jsonl: dropped 2 damaged line(s)" in caplog.text
-    kept = (run / "metrics.jsonl").read_bytes()
-    assert kept == (trained / "metrics.jsonl").read_bytes()
+    assert final == read_jsonl(trained / "evals.jsonl")[-1]
+    kept, before = (without_times(x / "metrics.jsonl") for x in (run, trained))
+    assert kept == before
+    assert_trees_equal(saved_arrays(run), saved_arrays(trained))
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {
+        "4", "6", "damaged-6"
+    }  # fmt: skip
 
 
 def test_readers_refuse_a_damaged_checkpoint(
