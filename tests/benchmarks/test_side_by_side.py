@@ -1,12 +1,12 @@
 """The command of ``tests/benchmarks`` works; no time is asserted."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
+import bounds
+import ours
 import pytest
 import rounds
 import slots
@@ -19,11 +19,14 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def test_ours_and_the_bound_take_turns():
-    spec = dict(student=SMALL, prompt=4, new=3)
-    work = works.decode("tunix", 2, spec)
+def test_sides_take_turns():
+    """One cannot run, and one ends."""
+    work = works.decode("tunix", 2, dict(student=SMALL, prompt=4, new=3))
+    broken = works.Side("ours.py", "decode", {"student": SMALL, "rows": "x"})
+    work = {**work, "broken": broken}
     row = rounds.measure(work, 2, {"tunix": RuntimeError("no network")})
     assert row["skipped"] == {"tunix": "no network"}
+    assert "TypeError" in row["failed"]["broken"]
     assert row["ours"]["seconds"] > 0
     assert row["ratios"]["bound/ours"]["seconds"] > 0
     assert row["bound"]["attention"] > 0
@@ -59,25 +62,17 @@ def test_topd_costs_its_branches_at_least():
     work = works.against_opd(spec, "candidates=3", "window=2")
     told = work["branches"].spec
     assert (told["branches"], told["window"], told["trained"]) == (1, 2, True)
-    row = rounds.measure(work, 1, {})
-    assert row["branches"]["train_step"] > 0
-    assert row["ratios"]["least/opd"]["seconds"] > 1
+    sides = {name: ours.step(**work[name].spec) for name in ("ours", "opd")}
+    sides["branches"] = bounds.branches(**told)
+    rows = {name: [run()] for name, run in sides.items()}
+    assert rows["branches"][0]["train_step"] > 0
+    assert rounds.ratios(rows)["least/opd"]["seconds"] > 1
 
 
-def test_a_side_that_ends_is_told_with_its_last_words():
-    side = works.Side("ours.py", "decode", {"student": SMALL, "rows": "x"})
-    row = rounds.measure({"ours": side}, 1, {})
-    assert "TypeError" in row["failed"]["ours"]
-    assert "ratios" not in row
-
-
-def test_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks", "--list"],
-        cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0 and "decode-8x64-tunix" in done.stdout
-    main = runpy.run_path(str(ROOT / "tests/benchmarks/__main__.py"))["main"]
-    with pytest.raises(SystemExit, match="begins no work"):
-        main(["dekode"])
+def test_command(monkeypatch, capsys):
+    file = str(ROOT / "tests/benchmarks/__main__.py")
+    for words, said in ((["--list"], "0"), (["dekode"], "begins no work")):
+        monkeypatch.setattr(sys, "argv", [file, *words])
+        with pytest.raises(SystemExit, match=said):
+            runpy.run_path(file, run_name="__main__")
+    assert "decode-8x64-tunix" in capsys.readouterr().out
