@@ -131,6 +131,7 @@ def test_a_distilled_student_starts_and_teaches_the_next_run(
         f"--config.student.source={trained}",
         f"--config.teacher.source={trained / 'best'}",
         "--config.train.steps=2",
+        "--config.objective=opd",
         "--config.eval.every=0",
         "--config.world.cache=nowhere",
     ]
