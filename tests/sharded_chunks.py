@@ -1,7 +1,7 @@
 """The fused losses on eight simulated devices: equal to one, and frugal.
 
     sharded_chunks.py meshes      values and gradients, on any mesh
-    sharded_chunks.py sent        what the losses send at every chunk
+    sharded_chunks.py sent        what the losses send at every chunk; and top_k
     sharded_chunks.py sent v5e:2x4
 
 Hidden states of 8 rows are compared with a teacher's, in chunks of 32 tokens:
@@ -21,6 +21,7 @@ from small_heads import heads, weights_of
 
 from topd_jax.losses import fused
 from topd_jax.parallel import sharding
+from topd_jax.parallel.collectives import top_k
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.planning import hlo, hlo_cost
 from topd_jax.planning.chips import topology_devices, without_tpu
@@ -160,7 +161,21 @@ def on_meshes():
         compare(loss_layout(chunk_size=16), mesh, (rows, None, "tensor", None))
 
 
+def best():
+    """The largest of logits spread over the vocabulary, with many ties."""
+    x = np.random.default_rng(0).integers(0, 9, (8, 24)).astype(np.float32)
+    for shape in ((8, 1, 1), (1, 4, 2), (1, 1, 8)):
+        with jax.set_mesh(sharding.make_mesh(*shape)):
+            for k in (1, 20):  # 20 are more than a device has
+                got = jax.jit(top_k, static_argnums=1)(x, k)
+                want = jax.lax.top_k(x, k)
+                jax.tree.map(np.testing.assert_array_equal, tuple(want), got)
+        print(f"same best on {shape}")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["sent"]:
+        best()
     if sys.argv[1] == "meshes":
         on_meshes()
     for loss in (weighted, recomputed, normalized):
