@@ -9,16 +9,18 @@ from pathlib import Path
 
 import jax
 import pytest
-from small_run import settings_with
 
 from topd_jax.parallel import lock
-from topd_jax.training import loop
+from topd_jax.training.checkpointing import Checkpoints
+from topd_jax.training.config import GuardSettings
+from topd_jax.training.logging import Logs
+from topd_jax.training.watch import Watch
 
 # Holds a directory until it is killed; it imports what the command does.
 HOLDER = """
 import pathlib, sys, time
 from topd_jax.parallel import lock
-lock._BEAT = float(sys.argv[2])
+lock._BEAT = 0.1
 with lock.held(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -30,7 +32,7 @@ ELSEWHERE = ["elsewhere", "its-boot", "pid:[1]"]
 def holder(tmp_path):
     """Another process that holds the directory ``run``."""
     child = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path / "run", "0.1"],
+        [sys.executable, "-c", HOLDER, tmp_path / "run"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdout.readline() == "held\n"
@@ -58,46 +60,36 @@ def leave_behind(directory: Path, **changes: object) -> None:
 
 
 def test_a_living_holder_refuses_others_by_name(
-    holder, world_cache, tmp_path, topd, refused, small_arguments
+    holder, tmp_path, topd, refused, small_arguments
 ):
     workdir = tmp_path / "run"
-    line = refused("train", *small_arguments, f"--workdir={workdir}")
-    assert f"{workdir} is in use by process {holder.pid} on " in line
-    assert "since 20" in line and "(-c " in line
-    assert refused(
-        "generate", *small_arguments, f"--workdir={workdir}"
-    ).startswith(f"topd: {workdir} is in use by process {holder.pid}")
+    for name in ("train", "generate"):
+        line = refused(name, *small_arguments, f"--workdir={workdir}")
+        assert f"{workdir} is in use by process {holder.pid} on " in line
+        assert "since 20" in line and "(-c " in line
     assert [p.name for p in workdir.iterdir()] == [lock.NAME]
     # Who reads is not refused.
     topd("sample", *small_arguments, f"--workdir={workdir}", "--which=start")
-    # Once it is killed, nothing is in the way, and nothing stays behind.
-    holder.kill()
-    holder.wait()
-    loop.train(settings_with(world_cache, train__steps=1), workdir)
-    assert not (workdir / lock.NAME).exists()
-
-
-@pytest.mark.parametrize("how", ["stopped", "zombie"])
-def test_who_may_go_on_holds_and_who_cannot_does_not(holder, tmp_path, how):
-    if how == "stopped":
-        os.kill(holder.pid, signal.SIGSTOP)
-        with pytest.raises(ValueError, match="is in use by process"):
-            lock.held(tmp_path / "run").__enter__()
-        return
+    # Who may go on still holds, and who cannot does not.
+    os.kill(holder.pid, signal.SIGSTOP)
+    with pytest.raises(ValueError, match="is in use by process"):
+        lock.held(workdir).__enter__()
     holder.kill()  # and nobody has waited for it yet
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
-    with lock.held(tmp_path / "run"):
-        assert contents(tmp_path / "run")["pid"] == os.getpid()
+    with lock.held(workdir):
+        assert contents(workdir)["pid"] == os.getpid()
+    assert not (workdir / lock.NAME).exists()
 
 
 def test_a_holder_elsewhere_is_known_by_its_beats(
     holder, impatient, tmp_path, monkeypatch
 ):
+    """And is refused, or waited for."""
     monkeypatch.setattr(lock, "_machine", lambda: ELSEWHERE)
     with pytest.raises(ValueError, match=f"process {holder.pid} on"):
         lock.held(tmp_path / "run").__enter__()
-    holder.kill()
-    with lock.held(tmp_path / "run"):
+    monkeypatch.setattr(lock.logging, "warning", lambda *_: holder.kill())
+    with lock.held(tmp_path / "run", wait=True):
         assert contents(tmp_path / "run")["machine"] == ELSEWHERE
 
 
@@ -144,54 +136,54 @@ def test_whether_all_see_the_directory_is_compared(
         assert told == [{f"sees {folder / lock.NAME}": shared}]
 
 
-def test_who_lost_its_lock_writes_nothing_more(
-    world_cache, tmp_path, monkeypatch
-):
-    plain = loop.Run._one_step
-
-    def taken(run, step):
-        if step == 3:
-            leave_behind(tmp_path, machine=ELSEWHERE, pid=77)
-            for held in lock._held.values():  # as after a long suspension
-                held.beaten -= lock._PATIENCE
-        return plain(run, step)
-
-    monkeypatch.setattr(loop.Run, "_one_step", taken)
-    with pytest.raises(ValueError, match="taken over by process 77 on elsewh"):
-        loop.train(settings_with(world_cache), tmp_path)
+def test_who_lost_its_lock_writes_nothing_more(tmp_path):
+    watch = Watch(GuardSettings(), max_skipped=1)
+    saved = Checkpoints(tmp_path / "checkpoints", 2)
+    with lock.held(tmp_path):
+        logs = Logs(tmp_path, step=-1, tensorboard=False, watch=watch)
+        logs.write("metrics", {"step": 1})
+        leave_behind(tmp_path, machine=ELSEWHERE, pid=77)
+        for held in lock._held.values():  # as after a long suspension
+            held.beaten -= lock._PATIENCE
+        for write in (
+            lambda: logs.write("metrics", {"step": 2}), logs.sync, logs.close,
+            lambda: saved.save(2, {}, jax.random.key(0), {}),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="over by process 77 on elsew"):
+                write()
+    saved.close()
     steps = (tmp_path / "metrics.jsonl").read_text().count("\n")
-    assert steps == 2  # the third is not written
+    assert steps == 1 and not list((tmp_path / "checkpoints").iterdir())
     assert contents(tmp_path)["pid"] == 77  # and left alone
+
+
+# Four processes, of which one holds the directory.
+TAKERS = """
+import os, pathlib, sys, time
+from topd_jax.parallel import lock
+os.fork(), os.fork()
+try:
+    with lock.held(pathlib.Path(sys.argv[1])):
+        os.write(1, b"held\\n")
+        time.sleep(600)
+except ValueError as error:
+    os.write(1, str(error).encode() + b"\\n")
+"""
 
 
 def test_takers_at_once_are_one_after_the_other(tmp_path):
     leave_behind(tmp_path, pid=2**22 + 1)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLDER, tmp_path, "5"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(4)
-    ]  # fmt: skip
+    children = subprocess.Popen(
+        [sys.executable, "-c", TAKERS, tmp_path],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        refusals = 0
-        for child in children:
-            if child.stdout.readline() == "":
-                refusals += "is in use by process" in child.stderr.read()
-        assert refusals == 3
+        said = [children.stdout.readline() for _ in range(4)]
+        refusals = [x for x in said if "is in use by process" in x]
+        assert said.count("held\n") == 1 and len(refusals) == 3
     finally:
-        for child in children:
-            child.kill()
-            child.communicate()
-
-
-def test_whoever_makes_a_world_is_waited_for(holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_POLL", 0.05)
-    monkeypatch.setattr(
-        lock.logging, "warning", lambda *_: (holder.kill(), holder.wait())
-    )
-    with lock.held(tmp_path / "run", wait=True):
-        assert contents(tmp_path / "run")["pid"] == os.getpid()
+        os.killpg(children.pid, signal.SIGKILL)
+        children.communicate()
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -210,4 +202,4 @@ def test_where_nothing_can_be_written_one_line_says_so(
         monkeypatch.setattr(lock.os, "open", read_only)
     line = refused("train", *small_arguments, f"--workdir={tmp_path}")
     assert str(tmp_path / lock.NAME) in line
-    assert ("make room" if full else "Read-only file system") in line
+    assert ("; make room" if full else "; mount it for writing and re") in line
