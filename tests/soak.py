@@ -1,21 +1,16 @@
 """Train the tiny world for long, twice at once, and compare.
 
     python -m tests.soak --minutes 60 --steps 8000
-    python -m tests.soak --saves 300
 
 One run is left in peace, in one process whose memory, files, threads and
 processor time are watched. The other gets a fault every few minutes and the
 same command again. Both must end with the same bits. Appends a JSON line to
 ``notebooks/results/soak.jsonl`` and draws ``soak.png`` beside it.
-
-The second command prints how much memory a process keeps of every save.
 """
 
 import argparse
-import ctypes
 import datetime
 import functools
-import gc
 import json
 import os
 import platform
@@ -24,7 +19,6 @@ import re
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -283,64 +277,6 @@ def draw(watch: Watch) -> None:
     pyplot.close(figure)
 
 
-def kept_of_saves(count: int) -> dict[str, float]:
-    """KB that a process keeps of every save: of ours, and of orbax alone.
-
-    And of every time that orbax asks tensorstore how much it has written; and
-    how long a save holds up the step after it, and takes in all, ms.
-    """
-    import jax
-    import orbax.checkpoint as ocp
-    import tensorstore
-
-    from topd_jax.training.checkpointing import Checkpoints
-
-    key = jax.random.key(0)
-    state = {f"{i}": jax.random.normal(key, (2, 96, 200)) for i in range(30)}
-    trim = ctypes.CDLL("libc.so.6").malloc_trim
-
-    def kept(call: Callable[[int], object]) -> float:
-        def memory() -> float:
-            gc.collect()
-            trim(0)
-            return status(os.getpid())["VmRSS"]
-
-        for step in range(150):
-            call(step)
-        before = memory()
-        for step in range(150, 150 + count):
-            call(step)
-        return (memory() - before) / count
-
-    stalls: list[float] = []
-    whole: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        ours = Checkpoints(Path(folder, "ours"), keep=2)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        alone = ocp.CheckpointManager(Path(folder, "alone"), options=options)
-
-        def save(step: int) -> None:
-            alone.save(step, args=ocp.args.StandardSave(state))
-            alone.wait_until_finished()
-
-        def save_ours(step: int) -> None:
-            started = time.perf_counter()
-            ours.save(step, state, key, {})
-            stalls.append(time.perf_counter() - started)
-            ours.wait()
-            whole.append(time.perf_counter() - started)
-
-        ask = tensorstore.experimental_collect_matching_metrics
-        told = {"orbax": kept(save), "ours": kept(save_ours)}
-        alone.close()
-        ours.close()
-    return told | {
-        "metrics": kept(lambda _: ask("/tensorstore/kvstore/")),
-        "stall_ms": 1000 * statistics.median(stalls),
-        "save_ms": 1000 * statistics.median(whole),
-    }
-
-
 def main() -> None:
     """Run the command; an assertion says what went wrong."""
     parser = argparse.ArgumentParser("python -m tests.soak")
@@ -355,11 +291,7 @@ def main() -> None:
         help="seconds between two faults, on average",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
-    parser.add_argument("--saves", type=int, help="measure so many instead")
     options = parser.parse_args()
-    if options.saves:
-        print(json.dumps(kept_of_saves(options.saves)))
-        return
     folder = Path(tempfile.mkdtemp(prefix="topd-soak-"))
     started = time.monotonic()
     row = soak(options, folder)
