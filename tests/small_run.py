@@ -176,21 +176,18 @@ def get_config() -> ConfigDict:
     return small_config()
 
 
-def main(workdir: str, cache: str, kill_at: str, where: str) -> None:
-    """A run that SIGKILL ends: before a save, or after a step."""
+def main(workdir: str, cache: str, kill_at: str) -> None:
+    """A run that SIGKILL ends before it saves a step."""
     from topd_jax.training import loop
 
-    name = {"before_save": "save", "after_step": "_one_step"}[where]
-    plain = getattr(loop.Run, name)
+    plain = loop.Run.save
 
-    def deadly(self: loop.Run, *arguments: int) -> object:
-        step = arguments[0] if arguments else self.step
-        value = plain(self, *arguments) if where == "after_step" else None
-        if step == int(kill_at):
+    def deadly(self: loop.Run) -> None:
+        if self.step == int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
-        return value if where == "after_step" else plain(self)
+        plain(self)
 
-    setattr(loop.Run, name, deadly)
+    loop.Run.save = deadly
     loop.train(settings_with(Path(cache)), workdir)
 
 
