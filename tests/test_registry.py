@@ -8,24 +8,20 @@ import pytest
 from small_files import LLAMA, assert_same, make
 from tiny_configs import config_of
 
-from topd_jax.models import (
-    RopeScaling,
-    drop_layers,
-    load,
-    save_model,
-)
+from topd_jax.models import RopeScaling, drop_layers, load, save_model
 from topd_jax.models.io.families import FAMILIES
-from topd_jax.models.io.hub_config import config_json, decoder_config
+from topd_jax.models.io.hub_config import (
+    _read_names,
+    config_json,
+    decoder_config,
+)
+from topd_jax.models.io.hub_values import VALUES
 
 SHAPE = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
 
 
 def read(model_type, **changes):
@@ -48,16 +44,12 @@ def test_other_families_refuse_by_the_field_that_they_lose(name):
         config_json(config_of(name), other)
 
 
-def test_dropped_layers_take_their_options_with_them():
-    student = drop_layers(make(config_of("gemma2")), [0, 1])
-    assert student.config.sliding == (True, False)
-
-
 def test_a_decoder_may_keep_its_attention_alone(tmp_path):
     whole = make(config_of("qwen3_5_text"))
     attention = [i for i, r in enumerate(whole.config.recurrent) if not r]
     student = drop_layers(whole, attention)
     assert student.config.recurrent == ()
+    assert config_of("gemma2").keep_layers([0, 1]).sliding == (True, False)
     assert_same(load(save_model(student, tmp_path / "m"))[0], student)
 
 
@@ -84,11 +76,9 @@ def test_windows_as_each_family_spells_them():
 
 def test_rope_in_the_old_and_the_new_spelling():
     llama3 = {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }
+    }  # fmt: skip
     want = RopeScaling("llama3", 8.0, 8192.0, 1.0, 4.0)
     old = {"rope_type": "llama3"} | llama3
     new = old | {"rope_theta": 5e5}
@@ -138,11 +128,8 @@ def test_longrope_in_the_old_and_the_new_spelling():
 
 def test_local_rope_in_the_old_and_the_new_spelling():
     scaled = {"rope_type": "linear", "factor": 8.0}
-    old = {
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rope_scaling": scaled,
-    }
+    bases = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    old = bases | {"rope_scaling": scaled}
     new = {
         "full_attention": scaled | {"rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -154,8 +141,6 @@ def test_local_rope_in_the_old_and_the_new_spelling():
         assert got.rope_theta == 1e6
         assert got.local_rope_theta == 1e4
         assert got.rope_scaling == RopeScaling("linear", 8.0)
-    got = read("gemma3_text")
-    assert (got.rope_theta, got.local_rope_theta) == (1e6, 1e4)
     bad = new | {"sliding_attention": scaled}
     with pytest.raises(ValueError, match="rope_parameters.sliding_attention"):
         read("gemma3_text", rope_parameters=bad)
@@ -211,134 +196,71 @@ def test_the_text_of_a_larger_model_has_its_defaults_and_ties():
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 LLAMA3 = YARN | {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
-
+    "rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4.0,
+}  # fmt: skip
 LONGROPE = {
-    "rope_type": "longrope",
-    "original_max_position_embeddings": 64,
-    "short_factor": [1.0, 1.5, 2.0, 3],
-    "long_factor": [1.0, 2.0, 4.0, 8.0],
-}
+    "rope_type": "longrope", "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.5, 2.0, 3], "long_factor": [1.0, 2.0, 4.0, 8.0],
+}  # fmt: skip
 
+# (family, what is named, value of the field that is named) or (family, what
+# is named, fields).
 REFUSED = [
     ("gemma3_text", "attn_logit_softcapping", 50.0),
     ("gemma2", "use_bidirectional_attention", True),
-    ("gemma2", "final_logit_softcapping", 0),
-    ("gemma2", "query_pre_attn_scalar", None),
     ("gemma2", "hidden_act", "silu"),
-    ("llama", "final_logit_softcapping", 30.0),
     ("mistral", "sliding_window", 0),
     ("mistral", "attention_bias", True),
     ("mistral", "layer_types", ["full_attention"] * 6),
-    (
-        "qwen2",
-        "sliding_window=None",
-        {"layer_types": ["sliding_attention"] * 6},
-    ),
-    ("qwen2", "mlp_bias", True),
+    ("qwen2", "sliding_window=None",
+     {"layer_types": ["sliding_attention"] * 6}),
     ("qwen2", "layer_types", ["chunked_attention"] * 6),
     ("qwen3_moe", "experts_per_token=129", {"num_experts_per_tok": 129}),
     ("qwen3_moe", "decoder_sparse_step", 2),
     ("qwen3_moe", "mlp_only_layers", [3]),
-    ("qwen3_moe", "decoder_sparse_step", 0),
-    ("qwen3_moe", "decoder_sparse_step", 7),  # no layer with experts
-    ("qwen3_moe", "mlp_only_layers", ["a"]),
-    ("qwen3_moe", "mlp_only_layers", list(range(6))),
-    ("qwen3_moe", "norm_topk_prob", 3),
-    *(
-        ("smollm3", "must have one entry a layer, 6", {"no_rope_layers": given})
-        for given in ([], [1, 0])
-    ),
+    ("smollm3", "must have one entry a layer, 6", {"no_rope_layers": []}),
     ("gemma2", "entry a layer, 6", {"layer_types": ["full_attention"]}),
     ("llama", "rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
     ("llama", "rope_parameters", {"rope_type": "linear"}),
     ("llama", "rope_parameters", {"full_attention": {"rope_theta": 1.0}}),
     ("llama", "'factor'", {"rope_scaling": {"type": "default", "factor": 2}}),
-    *(
-        ("gemma3_text", "the reference ignores", {"rope_parameters": given})
-        for given in (
-            LINEAR,
-            {"rope_theta": 1e5},
-            {"full_attention": LINEAR, "factor": 8.0},
-            {"full_attention": LINEAR, "truncate": False},
-        )
-    ),
-    (  # transformers 5.4 does not read this scaling at all
-        "gemma3_text",
-        "the reference ignores full_attention.truncate|transformers refuses",
-        {"rope_parameters": {"full_attention": YARN | {"truncate": False}}},
-    ),
-    *(
-        ("gemma3_text", "mean nothing here", {"rope_scaling": given})
-        for given in (
-            {"full_attention": LINEAR},
-            {"sliding_attention": {"rope_type": "default"}},
-        )
-    ),
-    *(
-        (
-            "llama",
-            f"low_freq_factor={low} must be below high_freq_factor=4",
-            {"rope_scaling": LLAMA3 | {"low_freq_factor": low}},
-        )
-        for low in (4, 5)
-    ),
+    *(("gemma3_text", "the reference ignores", {"rope_parameters": given})
+      for given in (LINEAR, {"full_attention": LINEAR, "truncate": False})),
+    # transformers 5.4 does not read this scaling at all
+    ("gemma3_text",
+     "the reference ignores full_attention.truncate|transformers refuses",
+     {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}),
+    ("gemma3_text", "mean nothing here",
+     {"rope_scaling": {"full_attention": LINEAR}}),
+    ("llama", "low_freq_factor=4 must be below high_freq_factor=4",
+     {"rope_scaling": LLAMA3}),
     ("llama", "'short_factor'", {"rope_scaling": YARN | {"short_factor": [1]}}),
     ("phi3", "short_mscale", {"rope_scaling": LONGROPE | {"short_mscale": 1}}),
-    (
-        "llama",
-        "rotary_dim=8 turns 4 pairs, .* are for 3 and 4",
-        {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 3}},
-    ),
-    (
-        "llama",
-        "original_max_position_embeddings=1 must be a number above 1",
-        {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 1}},
-    ),
+    ("llama", "rotary_dim=8 turns 4 pairs, .* are for 3 and 4",
+     {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 3}}),
     ("glm4", "partial_rotary_factor", 1.5),
     ("glm4", "rotary_dim=3 must be even", {"partial_rotary_factor": 0.45}),
     ("glm4", "rotary_dim=0 must be even", {"partial_rotary_factor": 0.01}),
-    (
-        "llama",
-        "partial_rotary_factor",
-        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    ),
-    (
-        "mistral",
-        "llama_4_scaling_beta",
-        {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
-    ),
+    ("llama", "partial_rotary_factor",
+     {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("mistral", "llama_4_scaling_beta",
+     {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}),
     ("ministral3", "mscale", {"rope_parameters": YARN | {"mscale": "1"}}),
-    (
-        "gpt_oss",
-        "quantization_config",
-        {"quantization_config": {"quant_method": "fp8"}},
-    ),
+    ("gpt_oss", "quantization_config",
+     {"quantization_config": {"quant_method": "fp8"}}),
     ("olmoe", "clip_qkv", 8.0),
-    ("mixtral", "router_jitter_noise", 0.1),
     ("exaone4", "sliding_window_pattern", "LLLG"),
     ("gemma3", "text_config=3 must be an object", {"text_config": 3}),
     ("mistral3", "text_config", {}),
     ("llama", "hidden_act", "relu"),
-    ("llama", "attention_bias", "yes"),
-    ("llama", "mlp_bias", 1),
     ("llama", "attention_dropout", 0.1),
-    ("llama", "use_sliding_window", True),
     ("llama", "partial_rotary_factor", 0.5),
     ("llama", "quantization_config", {"quantization_config": {"bits": 8}}),
     ("llama", "logit_softcapping", 30.0),
-    ("llama", "hidden_size", "32"),
-    ("llama", "num_hidden_layers", 0),
-    ("llama", "rope_theta", -1),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "field", "value"), REFUSED)
@@ -349,40 +271,32 @@ def test_what_is_not_supported_is_refused_by_name(family, field, value):
 
 
 NAN, INFINITY = math.nan, math.inf
-VALUES = [
-    ("llama", "rms_norm_eps", "a positive number",
+# One field of every kind.
+KINDS = [
+    ("rms_norm_eps", "a positive number",
      (None, NAN, INFINITY, -1, 0.0, "1e-5", True, [1], 10**400)),
-    ("llama", "tie_word_embeddings", "true or false", ("false", 1, None)),
-    ("llama", "num_hidden_layers", "an integer from 1 to 1000", (1001, 6.0)),
-    ("llama", "vocab_size", "an integer from 1 to 2147483647", (2**31, True)),
-    ("llama", "hidden_act", "a name", (["silu"], None, {}, 3)),
-    ("llama", "rope_theta", "a number above 1",
-     (None, "x", True, 1, 10**400, NAN)),
-    ("llama", "rope_scaling", "an object, of objects", ("", ["linear"], 3)),
-    ("gemma3_text", "rope_parameters", "an object, of objects",
-     ({"full_attention": 3}, {"sliding_attention": []}, "x", 3)),
-    ("gemma3_text", "rope_theta", "a number above 1", (None, "x")),
-    ("gemma3_text", "rope_local_base_freq", "a number above 1", (None, 1)),
-    ("gemma3_text", "sliding_window_pattern", "an integer from 1",
-     (0, None, "x", 1.5, -2)),
-    ("gemma3_text", "hidden_activation", "a name", (["silu"],)),
-    ("gemma3_text", "layer_types", "a list of names, one a layer",
-     (3, "full_attention", [["full_attention"]] * 6, [3] * 6)),
-    ("gemma2", "sliding_window", "an integer from 0", (2**31, "x", -3)),
-    *((family, "max_window_layers", "an integer from 0", (None, "x", -1))
-      for family in ("qwen2", "qwen3")),
-    ("smollm3", "no_rope_layers", "a list of 0 or 1, one a layer",
-     ("111111", 3, [[1]] * 6, ["a"] * 6, [2] * 6)),
-    ("smollm3", "no_rope_layer_interval", "an integer from 1", (0, -1, None)),
-    ("qwen3_moe", "moe_intermediate_size", "an integer from 1", (0, None)),
-    *(("qwen3_moe", name, "an integer from 1 to 1000", (10**9, 0, None, "4"))
-      for name in ("num_experts", "num_local_experts")),
+    ("tie_word_embeddings", "true or false", ("false", 1, None)),
+    ("num_hidden_layers", "an integer from 1 to 1000", (1001, 6.0, 0, "4")),
+    ("vocab_size", "an integer from 1 to 2147483647", (2**31, True)),
+    ("num_key_value_heads", "an integer from 1", (0, "x", 1.5)),
+    ("hidden_act", "a name", (["silu"], None, {}, 3)),
+    ("rope_theta", "a number above 1", (None, "x", True, 1, 10**400, NAN)),
+    ("rope_scaling", "an object, of objects",
+     ("", ["linear"], 3, {"full_attention": 3}, {"sliding_attention": []})),
 ]  # fmt: skip
+OF_A_FAMILY = [
+    ("gemma3_text", "rope_local_base_freq", "a number above 1", 1),
+    ("gemma3_text", "sliding_window_pattern", "an integer from 1", 0),
+    ("gemma3_text", "layer_types", "a list of names, one a layer", [3] * 6),
+    ("gemma2", "sliding_window", "an integer from 0", -3),
+    ("smollm3", "no_rope_layers", "a list of 0 or 1, one a layer", [2] * 6),
+]
 
 
 @pytest.mark.parametrize(
     ("family", "field", "bound", "value"),
-    [(*row[:3], value) for row in VALUES for value in row[3]],
+    [("llama", *row[:2], value) for row in KINDS for value in row[2]]
+    + OF_A_FAMILY,
 )
 def test_values_of_a_config_have_kinds_and_bounds(family, field, bound, value):
     line = f"{field}={value!r:.60} must be {bound}"
@@ -390,29 +304,26 @@ def test_values_of_a_config_have_kinds_and_bounds(family, field, bound, value):
         read(family, **{field: value})
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_field_that_is_read_has_a_kind(name):
+    bases = {"rope_theta", "rope_local_base_freq"}  # of rope_parameters
+    assert _read_names(FAMILIES[name]) - bases <= VALUES.keys()
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "line"),
+    ("start", "name", "value", "line"),
     [
-        ("factor", None, ".factor=None must be a positive number"),
-        ("factor", "4", ".factor='4' must be a positive number"),
-        ("truncate", "false", ".truncate='false' must be true or false"),
-        ("rope_type", ["yarn"], "rope_type"),
-        ("rope_theta", 1, "rope_theta=1 must be a number above 1"),
+        (YARN, "factor", "4", ".factor='4' must be a positive number"),
+        (YARN, "truncate", "false", "'false' must be true or false"),
+        (YARN, "rope_type", ["yarn"], "rope_type"),
+        (LONGROPE, "original_max_position_embeddings", 1, "=1 must be a number "
+         "above 1"),
+        *((LONGROPE, "long_factor", given, f".long_factor={given!r:.60} must "
+           "be a list of positive") for given in (2.0, [1, 2, 3, 0])),
     ],
-)
-def test_values_of_a_scaling_have_kinds_and_bounds(name, value, line):
-    given = YARN | {"rope_theta": 1e4, name: value}
-    with pytest.raises(ValueError, match=re.escape(line)):
-        read("llama", rope_parameters=given)
-
-
-@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
-@pytest.mark.parametrize(
-    "value", [None, 2.0, [1, 2, 3, 0], [1, 2, 3, NAN], ["1"] * 4]
-)
-def test_factors_of_longrope_are_lists_of_positive_numbers(name, value):
-    given = LONGROPE | {"rope_theta": 1e4, name: value}
-    line = f"rope_parameters.{name}={value!r:.60} must be a list of positive"
+)  # fmt: skip
+def test_values_of_a_scaling_have_kinds_and_bounds(start, name, value, line):
+    given = start | {"rope_theta": 1e4, name: value}
     with pytest.raises(ValueError, match=re.escape(line)):
         read("llama", rope_parameters=given)
 
@@ -432,6 +343,8 @@ def test_factors_of_longrope_are_lists_of_positive_numbers(name, value):
 def test_bad_options_are_refused(field, value, match):
     with pytest.raises(ValueError, match=match):
         LLAMA.replace(**{field: value})
+    with pytest.raises(ValueError, match="kind='dynamic' must be 'linear'"):
+        RopeScaling("dynamic", 2.0)
 
 
 def test_all_faults_are_named_at_once():
@@ -446,20 +359,14 @@ def test_all_faults_are_named_at_once():
         read("gpt2")
 
 
-@pytest.mark.parametrize(
-    ("name", "lacks"),
-    [
+def test_a_family_that_is_not_read_is_refused_by_what_is_missing():
+    for name, lacks in (
         ("gemma3n", "several residual streams .AltUp."),
-        ("gemma3n_text", "embeddings of their own"),
-        ("gemma4", "heads of two sizes"),
-        ("gemma4_text", "layers that share keys and values"),
-        ("gemma4_unified", "a scalar each"),
-    ],
-)
-def test_a_family_that_is_not_read_is_refused_by_what_is_missing(name, lacks):
-    line = rf"'{name}' is not supported: its layers have .*{lacks}.*supported: "
-    with pytest.raises(ValueError, match=line):
-        read(name)
+        ("gemma4_text", ".*layers that share keys and values"),
+    ):
+        line = rf"'{name}' is not supported: its layers have {lacks}.*supported"
+        with pytest.raises(ValueError, match=line):
+            read(name)
 
 
 def test_defaults_are_the_familys_and_harmless_fields_pass():
@@ -472,17 +379,8 @@ def test_defaults_are_the_familys_and_harmless_fields_pass():
     got = decoder_config(fields, where="x")
     assert (got.head_dim, got.qk_norm) == (128, True)
     harmless = {
-        "transformers_version": "5.0",
-        "attention_dropout": 0.0,
-        "sliding_window": 4096,
-        "use_sliding_window": False,
-        "eos_token_id": [1, 2],
-        "rope_interleaved": False,
-        "rope_scaling": {"type": "default"},
-    }
+        "transformers_version": "5.0", "attention_dropout": 0.0,
+        "sliding_window": 4096, "use_sliding_window": False,
+        "eos_token_id": [1, 2], "rope_scaling": {"type": "default"},
+    }  # fmt: skip
     assert read("llama", **harmless) == read("llama")
-
-
-def test_unknown_scalings_are_refused():
-    with pytest.raises(ValueError, match="kind='dynamic' must be 'linear'"):
-        RopeScaling("dynamic", 2.0)
