@@ -15,7 +15,7 @@ from topd_jax.models.attention import flash, flash_decode
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
 
-N, B, G, R, D, L = 3, 4, 2, 3, 64, 700
+N, B, G, R, D, L = 3, 4, 2, 3, 64, 300
 LAYER = 1
 
 
@@ -71,21 +71,20 @@ def check(
 
 
 def test_it_is_attention_over_what_is_written(small_blocks):
-    # A block is of 128 columns, and the last one of 700 is not whole.
-    check(40, 128, 129, 384, 385, 700)
-    check(50, 600, 700, window=100, dtype="bfloat16", tolerance=0.02)
+    # A block is of 128 columns, and the last one of 300 is not whole.
+    check(40, 128, 129, 300)
+    check(50, 290, 300, window=100, dtype="bfloat16", tolerance=0.02)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        dict(length=100),
-        dict(shape=(1, 1, 8, 128)),
+        dict(shape=(1, 1, 8, 128), length=100),
         dict(shape=(6, 4, 1, 32), window=20, cap=2.0),
     ],
 )
 def test_blocks_of_several_rows_and_heads(options):
-    check(60, options.get("length", 500), **options)
+    check(60, options.get("length", L), **options)
 
 
 # In a decoder's rollout: the kernel interpreted in the place of XLA's.
@@ -117,10 +116,11 @@ def test_a_rollout_by_the_kernel_has_the_same_tokens(options):
     wanted = written_by(config, 30)
     assert wanted.mask.sum() > 100
     config = config.replace(attention="flash")
-    elsewhere = written_by(config, 30)
     with interpreted_kernels() as calls:
-        by_kernel = written_by(config, 30)
-    for found in (elsewhere, by_kernel):
+        written = [written_by(config, 30)]
+    if not options:
+        written.append(written_by(config, 30))
+    for found in written:
         for name in ("tokens", "mask", "truncated"):
             np.testing.assert_array_equal(
                 getattr(found, name), getattr(wanted, name)
