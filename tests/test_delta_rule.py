@@ -3,15 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from topd_jax.models import delta_rule
 from topd_jax.models.delta_rule import Inputs, read_chunks, read_step
 
-# Several chunks, of which the last one is filled up; all tokens in one.
-CHUNKS = pytest.mark.parametrize(
-    "chunk", [4, pytest.param(64, marks=pytest.mark.slow)]
-)
+# Several chunks, of which the last one is filled up.
+CHUNK = 4
 
 
 def inputs(rows=2, length=21, heads=2, key=4, value=6, starts=()):
@@ -19,29 +16,33 @@ def inputs(rows=2, length=21, heads=2, key=4, value=6, starts=()):
 
     def draw(*shape):
         x = rng.normal(size=(rows, length, heads, *shape))
-        return jnp.asarray(x, jnp.float32)
+        return x.astype(np.float32)
 
     def unit(x):
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
     age = np.tile(1 + np.arange(length), (rows, 1))
     for row, column in starts:
         age[row, column:] = np.arange(length - column)
-    return Inputs(
-        unit(draw(key)), unit(draw(key)), draw(value),
-        -jnp.exp(draw()), jax.nn.sigmoid(draw()), jnp.asarray(age),
+    arrays = (
+        unit(draw(key)), unit(draw(key)), draw(value), -np.exp(draw()),
+        1 / (1 + np.exp(draw())), age.astype(np.int32),
     )  # fmt: skip
+    return Inputs(*map(jnp.asarray, arrays))
 
 
+@jax.jit
 def one_by_one(x, state):
     """The oracle: outputs, and the state after every token."""
-    outs, states = [], []
-    for t in range(x.age.shape[1]):
-        state = jnp.where(x.age[:, t, None, None, None] == 0, 0, state)
-        out, state = read_step(jax.tree.map(lambda a, t=t: a[:, t], x), state)
-        outs.append(out)
-        states.append(state)
-    return jnp.stack(outs, 1), jnp.stack(states, 1)
+
+    def read(state, token):
+        state = jnp.where(token.age[:, None, None, None] == 0, 0, state)
+        out, state = read_step(token, state)
+        return state, (out, state)
+
+    tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
+    _, written = jax.lax.scan(read, state, tokens)
+    return [jnp.swapaxes(a, 0, 1) for a in written]
 
 
 def test_a_key_that_comes_again_and_again_is_corrected():
@@ -53,21 +54,22 @@ def test_a_key_that_comes_again_and_again_is_corrected():
         log_decay=jnp.zeros_like(x.log_decay),
     )  # fmt: skip
     outs, states = one_by_one(x, jnp.zeros((2, 2, 4, 6)))
-    out, last = read_chunks(x, jnp.zeros((2, 2, 4, 6)))
+    out, last = jax.jit(read_chunks)(x, jnp.zeros((2, 2, 4, 6)))
     np.testing.assert_allclose(out, outs, atol=1e-5)
     np.testing.assert_allclose(last, states[:, -1], atol=1e-5)
 
 
 def test_all_is_float32_where_float64_is_allowed():
     with jax.enable_x64(True):
-        out, state = read_chunks(inputs(), jnp.zeros((2, 2, 4, 6), jnp.float32))
+        out, state = jax.eval_shape(
+            read_chunks, inputs(), jnp.zeros((2, 2, 4, 6), jnp.float32)
+        )
     assert out.dtype == state.dtype == jnp.float32
 
 
-@CHUNKS
-def test_chunks_are_steps(chunk, monkeypatch):
+def test_chunks_are_steps(monkeypatch):
     """Outputs, final state and gradients, with segments that begin anywhere."""
-    monkeypatch.setattr(delta_rule, "_CHUNK", chunk)
+    monkeypatch.setattr(delta_rule, "_CHUNK", CHUNK)
     x = inputs(starts=[(0, 4), (0, 6), (1, 0), (1, 19)])
     state = jax.random.normal(jax.random.key(1), (2, 2, 4, 6))
     weight = jax.random.normal(jax.random.key(2), (2, 21, 2, 6))
@@ -89,13 +91,12 @@ def test_chunks_are_steps(chunk, monkeypatch):
     )  # fmt: skip
 
 
-@CHUNKS
-def test_states_where_branches_leave(chunk, monkeypatch):
-    monkeypatch.setattr(delta_rule, "_CHUNK", chunk)
+def test_states_where_branches_leave(monkeypatch):
+    monkeypatch.setattr(delta_rule, "_CHUNK", CHUNK)
     x = inputs()
     state = jnp.zeros((2, 2, 4, 6))
     leaves = jnp.asarray([[1, 4, 5, 21], [8, 8, 2, 20]])
-    _, got = read_chunks(x, state, leaves)
+    _, got = jax.jit(read_chunks)(x, state, leaves)
     _, states = one_by_one(x, state)
     want = states[jnp.arange(2)[:, None], leaves - 1]
     np.testing.assert_allclose(got, want, atol=1e-5)
