@@ -60,9 +60,17 @@ def test_without_a_tpu_or_flash_there_is_nothing_to_compare(monkeypatch):
     assert [*doctor.kernels({"student": object()})] == []
 
 
-@pytest.mark.parametrize("broken", [scaled, without_the_first_block])
-def test_broken_kernels(calls, monkeypatch, broken):
+@pytest.mark.parametrize(
+    ("broken", "compare"),
+    [(scaled, "_read"), (without_the_first_block, "_decode")],
+)
+def test_broken_kernels(calls, monkeypatch, broken, compare):
     broken(monkeypatch)
+    off = getattr(doctor, compare)(doctor._shape(Model.config))
+    assert off > 0.03
+    monkeypatch.setattr(doctor, "_read", lambda _: 0.0)
+    monkeypatch.setattr(doctor, "_decode", lambda _: 0.0)
+    monkeypatch.setattr(doctor, compare, lambda _: off)
     (found,) = doctor.kernels({"teacher a": Model})
     assert found.level == "error" and "the limit is 0.03" in found.text
     assert found.way_out == "--config.teachers.a.attention=blocks"

@@ -39,26 +39,17 @@ def with_cudnn(monkeypatch):
     jax.clear_caches()
 
 
-def lowered_step():
-    """A TOPD step of a mixture, rows of 128 tokens, as StableHLO for CUDA."""
+def test_a_step_for_cuda_has_attention_of_cudnn_and_no_tpu_kernel(with_cudnn):
+    """A TOPD step of a mixture, rows of 128 tokens."""
     make = jax.jit(init_decoder, static_argnums=0)
     student, teacher = (make(CONFIG, jax.random.key(i)) for i in (0, 1))
     rows = make_trajectories(rows=2, prompt=20, completion=108)
-    text = "topd(context='teacher', candidates=3, window=4)"
-    trace = whole_step.trace(student, teacher, rows, text)
-    return trace.lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_a_step_for_cuda_has_attention_of_cudnn_and_no_tpu_kernel(with_cudnn):
-    text = lowered_step()
+    goal = "topd(context='teacher', candidates=3, window=4)"
+    trace = whole_step.trace(student, teacher, rows, goal)
+    text = trace.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmax(" in text
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
     assert "tpu_custom_call" not in text
-
-
-def test_a_step_for_cuda_without_cudnn_is_in_blocks():
-    text = lowered_step()
-    assert "__cudnn" not in text and "tpu_custom_call" not in text
 
 
 def problem(dtype, size=16, queries=140, keys=160):
@@ -71,9 +62,8 @@ def problem(dtype, size=16, queries=140, keys=160):
     return arrays, mask.widen(keys).dense()[:, None]
 
 
-@pytest.mark.parametrize("lengths", [(140, 160), (139, 141)])
-def test_dot_product_attention_is_attention_of_all_scores(lengths):
-    arrays, mask = problem("float32", 16, *lengths)
+def test_dot_product_attention_is_attention_of_all_scores():
+    arrays, mask = problem("float32", 16, 139, 141)
     real = mask.any(-1)[:, 0, :, None, None]  # padding attends to nothing
 
     def gradients(read):
@@ -137,7 +127,7 @@ def test_the_preflight_compares_what_a_gpu_takes(on_gpu, monkeypatch):
         return plain(*args) * 1.2
 
     monkeypatch.setattr(cudnn, "attend", broken)
-    assert attention_of(CONFIG).level == "error"
+    assert doctor._read(doctor._shape(CONFIG)) > 0.03
 
 
 def test_the_preflight_names_the_flag_of_repeatable_runs(on_gpu, monkeypatch):
