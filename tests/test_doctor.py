@@ -1,9 +1,11 @@
 """The preflight: what fits, and every kind of misfit with its way out."""
 
 import json
+import types
 
 import pytest
 import small_hub
+import small_run
 from small_files import edit_config
 from small_hub import END, STOP, copier, hub_directory
 
@@ -27,9 +29,10 @@ def teacher(tmp_path_factory):
     return hub_directory(tmp_path_factory.mktemp("t") / "teacher", ends=[1])
 
 
-def looked(tmp_path, teacher, changes=(), **options):
+def looked(tmp_path, teacher, changes=(), config=(), **options):
     """What the first stage says of a doctored student."""
     student = hub_directory(tmp_path / "student", **options)
+    edit_config(student, **dict(config))
     settings = small_hub.settings(tmp_path, student, teacher, **dict(changes))
     return examine.examine_files(settings, tmp_path / "none")
 
@@ -48,34 +51,80 @@ def test_nothing_is_found_in_a_pair_that_fits(tmp_path, teacher):
 # Tokenizers, templates, ends.
 
 
-def test_one_id_that_means_another_piece(tmp_path, teacher):
-    found = looked(tmp_path, teacher, swapped=("a", "z"))
-    ((level, text, way_out),) = named(found, "tokenizers")
-    assert level == "error"
-    vocabulary = small_hub.small_tokenizer().get_vocab()
-    a, z = vocabulary["a"], vocabulary["z"]
-    assert "different vocabularies (259 and 259 ids): 2 ids differ" in text
-    assert f"(id: student / teacher) {a}: 'z' / 'a', {z}: 'a' / 'z'" in text
-    assert "choose a pair that shares one tokenizer" in way_out
-    assert named(found, "mesh")  # the rest was looked at all the same
+PIECES = small_hub.small_tokenizer().get_vocab()
+A, Z = PIECES["a"], PIECES["z"]
+OTHER = small_hub.TEMPLATE.replace("assistant\n", "assistant: ")
+PARTS = len("Suser\n") + len("3 ") + 60 + len("E\nSassistant")
+LONG = {"data__max_prompt_length": 60}
+SKIP = {"data__on_long_prompt": "skip"}
+
+# What is wrong with a student (its directory, its config.json, the settings),
+# and the finding: its name, level, parts of its text, of its way out.
+MISFITS = [
+    (dict(swapped=("a", "z")), {}, {}, "tokenizers", "error", (
+        "different vocabularies (259 and 259 ids): 2 ids differ",
+        f"(id: student / teacher) {A}: 'z' / 'a', {Z}: 'a' / 'z'",
+    ), "choose a pair that shares one tokenizer"),
+    (dict(template=OTHER), {}, {}, "chat template", "warning", (
+        f"from token {PARTS} on: student ", "':'", "/ teacher ", "'Ċ'",
+    ), "copy the teacher's chat_template.jinja to the student"),
+    (dict(template=None), {}, {}, "chat template", "error",
+     ("the student's makes no prompt",), "put a chat_template.jinja beside"),
+    # The tokenizer says <|endoftext|>, the template <|im_end|>.
+    (dict(eos=STOP), {}, {}, "ends", "warning", (
+        f"the chat template ends a text with 1 {END!r}, at which this run does "
+        "not stop: completions may go on to the limit",
+    ), "--config.data.end_ids=1"),
+    (dict(eos=STOP), {}, {"data__end_ids": (1,)}, "ends", "ok",
+     (f"stops at 2 {STOP!r}, 1 {END!r}; ",), ""),
+    (dict(ends=1), {"eos_token_id": [1, 2]}, {}, "ends", "warning",
+     (f"the student's config.json ends a text with 2 {STOP!r}",),
+     "--config.data.end_ids=2"),
+    (dict(ends=[1, 300]), {}, {}, "ends", "error",
+     ("end or pad ids [300] are not below the models' 259 rows",), ""),
+    (dict(model=copier(8.0, rows=264)), {}, {}, "vocabulary", "ok", (
+        "259 ids; student 264 rows (5 padded), teacher 259 rows (0 padded); "
+        "dropped 5 of the student, the rest renormalized",
+    ), ""),
+    ({}, {"vocab_size": 200}, {}, "vocabulary", "error",
+     ("the tokenizer has 259 ids and the student 200 rows",), ""),
+    ({}, {}, LONG, "prompts", "error",
+     ("100% are longer than allowed: median 81, longest",),
+     "--config.data.max_prompt_length=82, or"),
+    ({}, {}, LONG | SKIP, "prompts", "error", (), ""),
+    ({}, {}, SKIP | {"data__max_prompt_length": 81}, "prompts", "warning",
+     (), ""),
+]  # fmt: skip
 
 
-class Words:
-    """A tokenizer of given pieces, one a word."""
+@pytest.mark.parametrize(
+    ("options", "config", "changes", "name", "level", "texts", "way_out"),
+    MISFITS,
+)
+def test_misfits_have_a_finding_and_a_way_out(
+    tmp_path, teacher, options, config, changes, name, level, texts, way_out
+):
+    if "eos" in options:  # the teacher's ends count as well
+        teacher = hub_directory(tmp_path / "teacher", **options)
+    found = looked(tmp_path, teacher, changes, config, **options)
+    ((got, text, way),) = named(found, name)
+    assert got == level
+    assert all(part in text for part in texts), text
+    assert way_out in way
 
-    vocab_size = 6
 
-    def __init__(self, begin=0):
-        self._begin = begin
+def said_of(check, record, **tokenizers):
+    """What a check says of models of which only tokenizers are there."""
+    models = {who: ModelFiles(None, t) for who, t in tokenizers.items()}
+    return [*check(Context(None, models, [record], None))]
 
-    def vocabulary(self):
-        return [*"abcdef"]
 
-    def encode(self, text):
-        return [len(w) + self._begin for w in text.split()]
-
-    def chat(self, text):
-        return [5]
+def words(begin):
+    """A tokenizer of six pieces, one a word."""
+    return types.SimpleNamespace(
+        vocab_size=6, vocabulary=lambda: [*"abcdef"], chat=lambda text: [5],
+        encode=lambda text: [len(w) + begin for w in text.split()],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -87,71 +136,13 @@ class Words:
     ],
 )  # fmt: skip
 def test_the_same_pieces_may_be_cut_in_another_way(begin, level, text):
-    models = {
-        "student": ModelFiles(None, Words()),
-        "teacher": ModelFiles(None, Words(begin)),
-    }
-    records = [{"prompt": "p", "answer": "a bc"}]
-    found = [*tokens.templates(Context(None, models, records, None))]
+    found = said_of(
+        tokens.templates, {"prompt": "p", "answer": "a bc"},
+        student=words(0), teacher=words(begin),
+    )  # fmt: skip
     assert [f.level for f in found if f.name == "chat template"] == ["ok"]
     ((got, said, _),) = named(found, "encoding")
     assert (got, said) == (level, text)
-
-
-def test_where_two_chat_templates_part(tmp_path, teacher):
-    other = small_hub.TEMPLATE.replace("assistant\n", "assistant: ")
-    found = looked(tmp_path, teacher, template=other)
-    ((level, text, way_out),) = named(found, "chat template")
-    assert level == "warning"
-    at = len("Suser\n") + len("3 ") + 60 + len("E\nSassistant")
-    assert f"from token {at} on: student " in text
-    assert "':'" in text and "/ teacher " in text and "'Ċ'" in text
-    assert "copy the teacher's chat_template.jinja to the student" in way_out
-
-
-def test_a_student_without_a_template(tmp_path, teacher):
-    found = looked(tmp_path, teacher, template=None)
-    ((level, text, way_out),) = named(found, "chat template")
-    assert (level, text) == ("error", "the student's makes no prompt")
-    assert "put a chat_template.jinja beside" in way_out
-
-
-def test_an_end_of_turn_at_which_nothing_stops(tmp_path):
-    """The tokenizer says <|endoftext|>, the template <|im_end|>."""
-    teacher = hub_directory(tmp_path / "teacher", eos=STOP)
-    (found,) = named(looked(tmp_path, teacher, eos=STOP), "ends")
-    assert found == (
-        "warning",
-        f"the chat template ends a text with 1 {END!r}, at which this run does "
-        "not stop: completions may go on to the limit",
-        "--config.data.end_ids=1",
-    )
-    changes = {"data__end_ids": (1,)}
-    settings = small_hub.settings(tmp_path, teacher, teacher, **changes)
-    ((level, text, _),) = named(
-        examine.examine_files(settings, tmp_path), "ends"
-    )
-    assert level == "ok" and f"stops at 2 {STOP!r}, 1 {END!r}; " in text
-
-
-def test_an_end_that_config_json_alone_knows(tmp_path, teacher):
-    student = hub_directory(tmp_path / "student", ends=1)
-    edit_config(student, eos_token_id=[1, 2])
-    settings = small_hub.settings(tmp_path, student, teacher)
-    ((level, text, way_out),) = named(
-        examine.examine_files(settings, tmp_path), "ends"
-    )
-    assert (level, way_out) == ("warning", "--config.data.end_ids=2")
-    assert text.startswith(
-        f"the student's config.json ends a text with 2 {STOP!r}"
-    )
-
-
-def test_an_end_that_no_row_can_be(tmp_path, teacher):
-    found = looked(tmp_path, teacher, ends=[1, 300])
-    ((level, text, _),) = named(found, "ends")
-    assert level == "error"
-    assert "end or pad ids [300] are not below the models' 259 rows" in text
 
 
 @pytest.mark.parametrize(
@@ -163,63 +154,20 @@ def test_an_end_that_no_row_can_be(tmp_path, teacher):
     ],
 )  # fmt: skip
 def test_how_prompts_begin(begin, template, text):
-    class Begun:
-        bos_id, begins_texts = 2, begin
+    def chat(prompt):
+        raw = small_hub.small_tokenizer(template)
+        raw.bos_token = STOP
+        message = [{"role": "user", "content": prompt}]
+        return raw.apply_chat_template(message, return_dict=False)
 
-        def chat(self, prompt):
-            raw = small_hub.small_tokenizer(template)
-            raw.bos_token = STOP
-            message = [{"role": "user", "content": prompt}]
-            return raw.apply_chat_template(message, return_dict=False)
-
-        def vocabulary(self):
-            return ["", "", STOP]
-
-    models = {"student": ModelFiles(None, Begun())}
-    records = [{"prompt": "a", "answer": "b"}]
-    found = [*tokens.beginning(Context(None, models, records, None))]
+    student = types.SimpleNamespace(
+        bos_id=2, begins_texts=begin, chat=chat,
+        vocabulary=lambda: ["", "", STOP],
+    )  # fmt: skip
+    record = {"prompt": "a", "answer": "b"}
+    found = said_of(tokens.beginning, record, student=student)
     assert [f.level for f in found] == (["warning"] if text else [])
     assert text is None or text in found[0].text
-
-
-# Vocabularies, prompts, several errors.
-
-
-def test_padded_rows_are_counted(tmp_path, teacher):
-    found = looked(tmp_path, teacher, model=copier(8.0, rows=264))
-    assert named(found, "vocabulary") == [
-        ("ok",
-         "259 ids; student 264 rows (5 padded), teacher 259 rows (0 padded); "
-         "dropped 5 of the student, the rest renormalized",
-         "")
-    ]  # fmt: skip
-
-
-def test_a_model_with_fewer_rows_than_ids(tmp_path, teacher):
-    student = hub_directory(tmp_path / "student")
-    edit_config(student, vocab_size=200)
-    settings = small_hub.settings(tmp_path, student, teacher)
-    found = examine.examine_files(settings, tmp_path)
-    ((level, text, _),) = named(found, "vocabulary")
-    assert (level, text) == (
-        "error", "the tokenizer has 259 ids and the student 200 rows"
-    )  # fmt: skip
-
-
-def test_prompts_that_are_too_long(tmp_path, teacher):
-    changes = {"data__max_prompt_length": 60}
-    found = looked(tmp_path, teacher, changes)
-    ((level, text, way_out),) = named(found, "prompts")
-    assert level == "error"
-    assert text.startswith("100% are longer than allowed: median 81, longest")
-    assert way_out.startswith("--config.data.max_prompt_length=82, or")
-    skip = changes | {"data__on_long_prompt": "skip"}
-    some = skip | {"data__max_prompt_length": 81}
-    student = str(tmp_path / "student")
-    for changes, level in ((skip, "error"), (some, "warning")):
-        settings = small_hub.settings(tmp_path, student, teacher, **changes)
-        found = examine.examine_files(settings, tmp_path)
-        assert [f[0] for f in named(found, "prompts")] == [level]
 
 
 def test_a_mesh_without_its_devices_is_one_of_several_errors(tmp_path, teacher):
@@ -258,9 +206,8 @@ def test_the_report_is_in_columns():
 
 def command(tmp_path, student, teacher, *more):
     data = small_hub.questions(tmp_path / "q.jsonl")
-    folder = small_hub.__file__.rpartition("/")[0]
     return [
-        f"--config={folder}/small_run.py", "--config.data.source=jsonl",
+        f"--config={small_run.__file__}", "--config.data.source=jsonl",
         f"--config.data.path={data}", "--config.data.held_out=3",
         "--config.data.max_prompt_length=120",
         f"--config.student.source={student}",
@@ -290,8 +237,9 @@ def test_a_world_to_train_needs_no_work_directory(capsys, monkeypatch):
     """What it would train in minutes is left out, and said to be."""
     monkeypatch.chdir("/")
     anew = "--config.world.from_scratch=True"
+    config = f"--config={small_run.__file__}"
     with pytest.raises(SystemExit) as exit_:
-        main.run(["doctor", "--config=tiny", anew, "--json"])
+        main.run(["doctor", config, anew, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert exit_.value.code == 0
     levels = {f["name"]: f["level"] for f in report}
