@@ -14,6 +14,7 @@ from topd_jax.types import Prompts
 
 KEY = jax.random.key(1)
 IDS = dict(eos_ids=(7, 9), pad_id=0)
+ZEROS = jnp.zeros((2, 3), jnp.int32)
 
 
 @struct.dataclass
@@ -91,14 +92,16 @@ def test_end_is_counted_and_nothing_after_it():
 
 def test_pad_may_be_the_end_and_no_end_never_stops():
     bigram = Bigram(chain(4, t1=2, t2=3, t3=1))
-    run = dict(max_new_tokens=5, pad_id=3)
-    out = rollout(bigram, prompt_of([3, 1]), KEY, eos_ids=[3], **run)
-    np.testing.assert_array_equal(out.tokens, [[2, 3, 3, 3, 3]])
-    np.testing.assert_array_equal(out.mask, [[1, 1, 0, 0, 0]])
-    out = rollout(bigram, prompt_of([3, 1]), KEY, eos_ids=(), **run)
-    np.testing.assert_array_equal(out.tokens, [[2, 3, 1, 2, 3]])
-    assert out.mask.all()
-    assert out.truncated.all()
+    for ends, tokens, mask in (
+        ([3], [2, 3, 3, 3, 3], [1, 1, 0, 0, 0]), ((), [2, 3, 1, 2, 3], [1] * 5)
+    ):  # fmt: skip
+        out = rollout(
+            bigram, prompt_of([3, 1]), KEY, max_new_tokens=5, pad_id=3,
+            eos_ids=ends,
+        )  # fmt: skip
+        np.testing.assert_array_equal(out.tokens, [tokens])
+        np.testing.assert_array_equal(out.mask, [mask])
+        assert out.truncated.all() == (not ends)
 
 
 def test_stops_when_every_row_has_ended():
@@ -114,27 +117,24 @@ def test_stops_when_every_row_has_ended():
     assert list(calls) == [(2, 1), (4, 1), (4, 1)]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_tokens_and_logp_are_those_of_a_full_forward(student, temperature):
-    out = rollout(
-        student, some_prompts(), KEY, max_new_tokens=12,
-        temperature=temperature, **IDS,
-    )  # fmt: skip
-    hidden = jax.jit(trajectory_states)(student, out)
-    logits = unembed(student.head, hidden)
-    if temperature == 0:
-        np.testing.assert_array_equal(
-            out.tokens, jnp.where(out.mask, logits.argmax(-1), 0)
-        )
-        assert not out.logp.any()
-        return
+def test_tokens_and_logp_are_those_of_a_full_forward(student):
+    for temperature in (0.0, 0.7):
+        out = rollout(
+            student, some_prompts(), KEY, max_new_tokens=12,
+            temperature=temperature, **IDS,
+        )  # fmt: skip
+        hidden = jax.jit(trajectory_states)(student, out)
+        logits = unembed(student.head, hidden)
+        if temperature == 0:
+            best = jnp.where(out.mask, logits.argmax(-1), 0)
+            np.testing.assert_array_equal(out.tokens, best)
+            assert not out.logp.any()
     logp = jnp.take_along_axis(
         jax.nn.log_softmax(logits / temperature), out.tokens[..., None], -1
     )[..., 0]
     np.testing.assert_allclose(
         out.logp, jnp.where(out.mask, logp, 0), atol=1e-4
     )
-    assert (out.logp[out.mask] < 0).all()
 
 
 def test_transitions_follow_the_tempered_softmax():
@@ -153,31 +153,20 @@ def test_transitions_follow_the_tempered_softmax():
 
 
 def test_noise_depends_on_key_row_and_step_alone(student):
+    """And the samples of a prompt are consecutive rows of their own noise."""
     run = dict(max_new_tokens=9, eos_ids=(), pad_id=0)
-    prompts = some_prompts()
-    full = rollout(student, prompts, KEY, **run)
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (3, 0))), prompts)
-    wide = rollout(student, padded, KEY, **run)
-    fewer = jax.tree.map(lambda x: x[:2], prompts)
-    short = rollout(student, fewer, KEY, **run | {"max_new_tokens": 4})
-    for out, rows, steps in ((wide, 4, 9), (short, 2, 4)):
-        np.testing.assert_array_equal(out.tokens, full.tokens[:rows, :steps])
-        np.testing.assert_allclose(
-            out.logp, full.logp[:rows, :steps], atol=1e-5
-        )
-    other = rollout(student, prompts, jax.random.key(2), **run)
+    prompts = some_prompts((3, 5))
+    full = rollout(student, prompts, KEY, samples=3, **run)
+    padded = jax.tree.map(
+        lambda x: jnp.pad(jnp.repeat(x, 3, axis=0)[:4], ((0, 0), (3, 0))),
+        prompts,
+    )
+    out = rollout(student, padded, KEY, **run | {"max_new_tokens": 4})
+    np.testing.assert_array_equal(out.tokens, full.tokens[:4, :4])
+    np.testing.assert_allclose(out.logp, full.logp[:4, :4], atol=1e-5)
+    other = rollout(student, prompts, jax.random.key(2), samples=3, **run)
     assert (np.asarray(other.tokens) != np.asarray(full.tokens)).mean() > 0.5
-
-
-def test_samples_are_consecutive_rows_with_noise_of_their_own(student):
-    run = dict(max_new_tokens=9, eos_ids=(), pad_id=0)
-    prompts = some_prompts()
-    out = rollout(student, prompts, KEY, samples=3, **run)
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), prompts)
-    same = rollout(student, repeated, KEY, **run)
-    np.testing.assert_array_equal(out.sequence, same.sequence)
-    np.testing.assert_allclose(out.logp, same.logp, atol=1e-5)
-    assert len(np.unique(np.asarray(out.tokens), axis=0)) == 12
+    assert len(np.unique(np.asarray(full.tokens), axis=0)) == 6
 
 
 def test_settings_do_not_recompile(student):
@@ -217,42 +206,31 @@ def test_bfloat16_and_scanned_layers_inside_another_jit():
         (dict(top_k=41), "top_k=41.*40"),
         (dict(limits=jnp.ones(3, int), samples=2, slots=2), "limits.*\\(8,\\)"),
         (dict(sharding="columns"), "'columns' must be one of train, gathered"),
+        (dict(slots=-1), "slots=-1 must be at least 1"),
+        (dict(prompts=Prompts(ZEROS, ZEROS[0] > 0)), "one shape"),
+        (dict(prompts=Prompts(ZEROS, ZEROS)), "mask has dtype int32.*!= 0"),
+        (dict(prompts=Prompts(ZEROS * 1.0, ZEROS > 0)),
+         "prompts.tokens has dtype float32"),
     ],
-)
-def test_rollout_refuses_settings(student, setting, words):
-    run = dict(max_new_tokens=3, **IDS) | setting
+)  # fmt: skip
+def test_rollout_refuses(student, setting, words):
+    run = dict(prompts=some_prompts(), key=KEY, max_new_tokens=3, **IDS)
     with pytest.raises(ValueError, match=words):
-        rollout(student, some_prompts(), KEY, **run)
+        rollout(student, **run | setting)
 
 
-def test_rollout_refuses_prompts_of_another_kind(student):
-    run = dict(max_new_tokens=3, **IDS)
-    tokens, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool)
-    for bad, words in (
-        (Prompts(tokens, mask[0]), "one shape"),
-        (Prompts(tokens, tokens), "prompts.mask has dtype int32.*mask != 0"),
-        (Prompts(tokens * 1.0, mask), "prompts.tokens has dtype float32"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            rollout(student, bad, KEY, **run)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "mask", "words"),
-    [
+def test_checked_refuses_values_of_prompts(student):
+    for tokens, mask, words in (
         ([4, 5, 0], [1, 1, 0], "row 1 .* is not padded on the left"),
         ([0, 0, 0], [0, 0, 0], "row 1 .* has no token"),
         ([4, 40, 5], [1, 1, 1], "the id 40 and ids must lie in 0..39"),
         ([0, -1, 5], [0, 1, 1], "the id -1"),
-    ],
-)
-def test_checked_refuses_values_of_prompts(student, tokens, mask, words):
-    run = dict(max_new_tokens=3, **IDS)
-    bad = Prompts(
-        jnp.array([[4, 5, 6], tokens]), jnp.array([[1, 1, 1], mask], bool)
-    )
-    with pytest.raises(ValueError, match=words):
-        checked(rollout)(student, bad, KEY, **run)
+    ):
+        bad = Prompts(
+            jnp.array([[4, 5, 6], tokens]), jnp.array([[1, 1, 1], mask], bool)
+        )
+        with pytest.raises(ValueError, match=words):
+            checked(rollout)(student, bad, KEY, max_new_tokens=3, **IDS)
 
 
 def test_checks_are_not_compiled_unless_asked_for(student):

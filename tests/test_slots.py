@@ -18,11 +18,7 @@ from topd_jax.training.setup import check_batches
 LENGTHS = (3, 5, 1, 4, 2, 5, 3, 1, 4, 2, 5)
 WIDTH = 5 + 30 + 3  # columns of the cache of slots
 RUN = dict(max_new_tokens=30, eos_ids=(7, 9, 11), pad_id=0)
-WAYS = {
-    "unrolled": {},
-    "scanned": dict(unroll=1),
-    "sliding": dict(sliding=(True, False), window=4),
-}
+SLIDING = dict(sliding=(True, False), window=4)
 
 
 def assert_same(out, fixed):
@@ -33,18 +29,19 @@ def assert_same(out, fixed):
     np.testing.assert_allclose(out.logp, fixed.logp, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_rollout_is_that_of_the_fixed_batch(way, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "slots"), [(dict(unroll=1), 1), (SLIDING, 4)]
+)
+def test_the_rollout_is_that_of_the_fixed_batch(options, slots, monkeypatch):
     """By caches of every width, whose columns are dropped again and again."""
     monkeypatch.setattr(layerwise, "_SHORTEST", 3)
     jax.clear_caches()
-    config = make_model(0).config.replace(**WAYS[way])
+    config = make_model(0).config.replace(**options)
     model, prompts = init_decoder(config, KEY), some_prompts(LENGTHS)
     fixed = rollout(model, prompts, KEY, **RUN)
     lengths = np.asarray(fixed.mask.sum(1))
     assert lengths.min() < 8 and lengths.sum() > 2 * WIDTH
-    for slots in (1, 4):
-        assert_same(rollout(model, prompts, KEY, slots=slots, **RUN), fixed)
+    assert_same(rollout(model, prompts, KEY, slots=slots, **RUN), fixed)
 
 
 def test_samples_limits_and_filters_are_those_of_the_fixed_batch(student):
@@ -57,10 +54,6 @@ def test_samples_limits_and_filters_are_those_of_the_fixed_batch(student):
     np.testing.assert_array_equal(fixed.truncated, ~ended.any(1))
     assert fixed.truncated.any() and (fixed.mask.sum(1) == limits).any()
     out = rollout(student, some_prompts(LENGTHS), KEY, slots=5, **run)
-    assert_same(out, fixed)
-    run = RUN | dict(temperature=0.0)
-    fixed = rollout(student, some_prompts(LENGTHS), KEY, **run)
-    out = rollout(student, some_prompts(LENGTHS), KEY, slots=3, **run)
     assert_same(out, fixed)
 
 
@@ -122,5 +115,3 @@ def test_slots_that_save_nothing_or_do_not_divide_are_one_line():
     said = refusal_of(lambda: check_batches(settings, mesh))
     assert "rollout.slots=6 must be divisible by the mesh's" in said
     assert "(4); try 8" in said
-    with pytest.raises(ValueError, match="slots=-1 must be at least 1"):
-        rollout(make_model(0), some_prompts(), KEY, slots=-1, **RUN)
