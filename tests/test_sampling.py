@@ -14,7 +14,7 @@ ROW = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 draw_jitted = jax.jit(draw, static_argnums=(3, 4))
 
 
-@pytest.mark.parametrize("size", [5, 300, 4096])
+@pytest.mark.parametrize("size", [5, 300])
 def test_draw_frequencies_are_the_tempered_softmax(size):
     logits = jax.random.normal(jax.random.key(size), (size,)) * 1.5
     logits = logits.at[2].set(-jnp.inf)
@@ -51,34 +51,28 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_odds():
 
 
 @pytest.mark.parametrize(
-    ("top_p", "top_k", "kept"),
+    ("logits", "top_p", "top_k", "kept"),
     [
-        (1.0, 2, [1, 3]),
-        (0.6, 0, [1, 3]),  # 0.4 does not reach 0.6, 0.7 does
-        (0.75, 3, [1, 3]),  # of what top_k left: 0.444, 0.778
-        (1e-6, 0, [1]),
-        (1.0, 4, [0, 1, 2, 3]),
+        (ROW, 1.0, 2, [1, 3]),
+        (ROW, 0.6, 0, [1, 3]),  # 0.4 does not reach 0.6, 0.7 does
+        (ROW, 0.75, 3, [1, 3]),  # of what top_k left: 0.444, 0.778
+        (ROW, 1e-6, 0, [1]),
+        # Ties are broken by id.
+        (np.log(np.full(6, 1 / 6)), 1.0, 2, [0, 1]),
+        (np.log(np.full(6, 1 / 6)), 0.4, 0, [0, 1, 2]),
     ],
 )
-def test_filters_by_hand(top_p, top_k, kept):
-    logits = jnp.tile(ROW, (4000, 1))
-    tokens, logp = draw_jitted(jax.random.key(0), logits, 1.0, top_p, top_k)
+def test_filters_by_hand(logits, top_p, top_k, kept):
+    tokens, logp = draw_jitted(
+        jax.random.key(0), jnp.tile(logits, (4000, 1)), 1.0, top_p, top_k
+    )
     assert set(np.unique(tokens)) == set(kept)
-    p = np.exp(ROW)
+    p = np.exp(logits)
     expected = np.log(p[tokens] / p[kept].sum())
     np.testing.assert_allclose(logp, expected, atol=1e-6)
     for token in kept:
         share = np.mean(np.asarray(tokens) == token)
         assert abs(share - p[token] / p[kept].sum()) < 0.04
-    eager, _ = draw(jax.random.key(0), logits, 1.0, top_p, top_k)
-    np.testing.assert_array_equal(eager, tokens)
-
-
-def test_filters_break_ties_by_id():
-    tokens, _ = draw_jitted(jax.random.key(0), jnp.zeros((500, 6)), 1, 1.0, 2)
-    assert set(np.unique(tokens)) == {0, 1}
-    tokens, _ = draw_jitted(jax.random.key(0), jnp.zeros((500, 6)), 1, 0.4, 0)
-    assert set(np.unique(tokens)) == {0, 1, 2}
 
 
 def test_zero_temperature_is_greedy_with_certainty():
@@ -89,7 +83,7 @@ def test_zero_temperature_is_greedy_with_certainty():
         np.testing.assert_array_equal(logp, [0.0, 0.0])
 
 
-@pytest.mark.parametrize("size", [256, 257, 1000, 4096])
+@pytest.mark.parametrize("size", [256, 257, 4096])
 def test_greedy_takes_the_first_of_the_likeliest(size):
     """Whatever blocks a vocabulary is read in; the last id too."""
     key = jax.random.key(size)
@@ -100,11 +94,11 @@ def test_greedy_takes_the_first_of_the_likeliest(size):
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_draw_survives_rows_without_hope(temperature):
+def test_draw_survives_rows_without_hope():
     logits = jnp.stack([jnp.full(300, -jnp.inf), jnp.full(300, jnp.nan)])
-    tokens, _ = draw_jitted(jax.random.key(0), logits, temperature)
-    assert ((tokens >= 0) & (tokens < 300)).all()
+    for temperature in (0.0, 1.0):
+        tokens, _ = draw_jitted(jax.random.key(0), logits, temperature)
+        assert ((tokens >= 0) & (tokens < 300)).all()
 
 
 @pytest.mark.parametrize(
