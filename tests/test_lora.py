@@ -29,7 +29,6 @@ from topd_jax.objectives.loading import make_objective
 from topd_jax.training.step import init_state, train_step
 
 LORA = Lora(rank=3, alpha=6.0, targets=LORA_TARGETS)
-GUIDED = "topd(candidates=3, window=4, guidance_weight=0.3)"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +46,7 @@ TOKENS = jnp.arange(22).reshape(2, 11) * 7 % 40
 
 def test_adapters_start_where_the_model_is(base):
     fresh = add_lora(base, LORA)
-    np.testing.assert_array_equal(
-        states(fresh, TOKENS),
-        states(base, TOKENS),
-    )
+    np.testing.assert_array_equal(states(fresh, TOKENS), states(base, TOKENS))
     for name, row in parameter_table(fresh.config).items():
         array = fresh.arrays[name]
         assert (array.shape, row.shape) == (row.shape, array.shape)
@@ -64,10 +60,7 @@ def test_adapters_start_where_the_model_is(base):
 def test_two_thin_products_are_the_merged_map(base, adapted):
     merged = merge_lora(adapted)
     assert merged.config == base.config
-    want, got = (
-        states(merged, TOKENS),
-        states(adapted, TOKENS),
-    )
+    want, got = states(merged, TOKENS), states(adapted, TOKENS)
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert abs(want - states(base, TOKENS)).max() > 0.1
     # By hand, one layer of the map whose input has two dimensions.
@@ -126,11 +119,8 @@ def test_beside_quantised_matrices_adapters_stay_apart(base):
     adapted = small_files.adapted(fewer, LORA)
     assert merge_lora(adapted) is adapted
     floats = small_files.adapted(dequantize(fewer), LORA)
-    np.testing.assert_allclose(
-        states(adapted, TOKENS),
-        states(floats, TOKENS),
-        atol=1e-5,
-    )
+    want = states(floats, TOKENS)
+    np.testing.assert_allclose(states(adapted, TOKENS), want, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused_by_name(adapted):
@@ -153,28 +143,26 @@ def test_what_does_not_fit_is_refused_by_name(adapted):
 
 
 @functools.cache
-def data(goal="opd"):
+def data():
     trajectories, teacher = make_trajectories(), make_model(1, width=24)
-    return trajectories, scores(make_model(0), teacher, trajectories, goal)
+    return trajectories, scores(make_model(0), teacher, trajectories)
 
 
-def learner(optimizer, goal="opd", **options):
+def learner(optimizer, **options):
     learn = functools.partial(
-        train_step, objective=make_objective(goal), optimizer=optimizer,
+        train_step, objective=make_objective("opd"), optimizer=optimizer,
         **options,
     )  # fmt: skip
     return jax.jit(learn, donate_argnums=0)
 
 
 def test_gradients_are_those_of_the_merged_map_by_the_chain_rule(adapted):
-    goal = GUIDED
     sgd = optax.sgd(1.0)
     trained, frozen = split(adapted)
-    state, _ = learner(sgd, goal, accumulate=2)(
-        init_state(adapted, sgd), *data(goal), frozen
-    )
+    learn = learner(sgd, accumulate=2)
+    state, _ = learn(init_state(adapted, sgd), *data(), frozen)
     merged = merge_lora(adapted)
-    whole, _ = learner(sgd, goal)(init_state(merged, sgd), *data(goal))
+    whole, _ = learner(sgd)(init_state(merged, sgd), *data())
     before, after, w, moved = jax.device_get((
         trained.arrays, state.student.arrays, merged.arrays,
         whole.student.arrays,
