@@ -1,9 +1,9 @@
 """Hugging Face directories in and out, meshes, students, fingerprints."""
 
 import dataclasses
+import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from topd_jax.models import (
     Decoder,
     drop_layers,
     fingerprint,
-    init_decoder,
     load,
+    parameter_table,
     save_model,
 )
 from topd_jax.models.io.huggingface import resolve
@@ -30,12 +30,11 @@ def saved(tmp_path):
     return save_model(make(LLAMA), tmp_path / "model")
 
 
-@pytest.mark.parametrize(("config", "shards"), [(LLAMA, 1), (QWEN, 4)])
-def test_round_trip(config, shards, tmp_path):
-    model = make(config)
+def test_round_trip_in_shards(tmp_path):
+    model = make(QWEN)
     size = sum(x.nbytes for x in model.arrays.values())
-    out = save_model(model, tmp_path / "m", max_shard_bytes=size // shards + 1)
-    assert (len(list(out.glob("*.safetensors"))) > 1) == (shards > 1)
+    out = save_model(model, tmp_path / "m", max_shard_bytes=size // 4 + 1)
+    assert len(list(out.glob("*.safetensors"))) > 1
     back, tokenizer = load(out)
     assert tokenizer is None
     assert_same(back, model)
@@ -43,31 +42,12 @@ def test_round_trip(config, shards, tmp_path):
     assert names == {"m"}, "nothing is left beside the directory"
 
 
-def test_linear_maps_are_written_out_by_in(saved):
-    tensors = load_file(saved / "model.safetensors")
-    model = make(LLAMA)
-    q = tensors["model.layers.1.self_attn.q_proj.weight"]
-    assert q.shape == (32, 32)
-    # Row head * head_dim + e reads the whole input.
-    np.testing.assert_array_equal(q[2 * 8 + 5], model.arrays["q"][1, :, 2, 5])
-    o = tensors["model.layers.2.self_attn.o_proj.weight"]
-    np.testing.assert_array_equal(o[:, 3 * 8 + 1], model.arrays["o"][2, 3, 1])
-    k = tensors["model.layers.0.self_attn.k_proj.weight"]
-    assert k.shape == (16, 32)
-    down = tensors["model.layers.0.mlp.down_proj.weight"]
-    np.testing.assert_array_equal(down.T, model.arrays["down"][0])
-    assert tensors["model.embed_tokens.weight"].shape == (50, 32)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "param_dtype"), [("float16", "bfloat16"), ("bfloat16", "float32")]
-)
-def test_half_precision_files(dtype, param_dtype, tmp_path):
-    saved = save_model(make(LLAMA), tmp_path / "m", dtype=dtype)
-    model = load(saved, param_dtype=param_dtype, dtype="bfloat16")[0]
+def test_half_precision_files(tmp_path):
+    saved = save_model(make(LLAMA), tmp_path / "m", dtype="float16")
+    model = load(saved, param_dtype="bfloat16", dtype="bfloat16")[0]
     assert model.config.dtype == "bfloat16"
-    want = make(LLAMA).arrays["up"].astype(dtype).astype(param_dtype)
-    assert model.arrays["up"].dtype == param_dtype
+    want = make(LLAMA).arrays["up"].astype("float16").astype("bfloat16")
+    assert model.arrays["up"].dtype == "bfloat16"
     np.testing.assert_array_equal(model.arrays["up"], want)
 
 
@@ -86,15 +66,13 @@ def test_all_faulty_tensors_are_named_at_once(saved):
         load(saved)[0]
     message = str(error.value)
     for part in (
-        "missing (2): ",
-        "model.layers.0.mlp.up_proj.weight",
-        "model.norm.weight",
-        "not expected (2): ",
+        "missing (2): ", "model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight", "not expected (2): ",
         "model.layers.3.mlp.up_proj.weight",
         "model.layers.0.self_attn.q_proj.bias",
         f"{name} is [32, 16], not [16, 32]",
         "model.layers.2.mlp.gate_proj.weight is I8",
-    ):
+    ):  # fmt: skip
         assert part in message, part
 
 
@@ -163,14 +141,10 @@ def test_hub_names(monkeypatch, saved):
         resolve(saved / "config.json")
 
 
-def test_drop_layers_keeps_the_rest_and_owns_its_arrays():
+def test_drop_layers_owns_its_arrays():
     model = make(QWEN)
     student = drop_layers(model, [0, 2])
     assert student.config == dataclasses.replace(QWEN, layers=2)
-    for name, array in model.arrays.items():
-        stacked = model.logical_axes[name][0] == "layers"
-        want = array[np.array([0, 2])] if stacked else array
-        np.testing.assert_array_equal(student.arrays[name], want)
     for array in student.arrays.values():
         array.delete()  # as donation does
     assert np.isfinite(model.head).all()
@@ -246,18 +220,13 @@ def test_load_on_eight_devices(saved):
 
 
 @pytest.mark.parametrize(
-    ("name", "total"),
-    [  # as the model cards say
-        ("Qwen/Qwen3-1.7B", 1.72e9),
-        ("Qwen/Qwen3-4B-Instruct-2507", 4.02e9),
-        ("Qwen/Qwen3-8B", 8.19e9),
-        ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.53e9),
-    ],
+    ("name", "total"),  # as the model cards say
+    [("Qwen/Qwen3-8B", 8.19e9), ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.53e9)],
 )
 def test_published_shapes_have_the_published_parameters(name, total):
     config = shape_of(name, dtype="bfloat16")
-    shapes = jax.eval_shape(lambda: init_decoder(config, jax.random.key(0)))
-    count = sum(x.size for x in jax.tree.leaves(shapes))
+    table = parameter_table(config).values()
+    count = sum(math.prod(row.shape) for row in table)
     assert count == pytest.approx(total, rel=2e-3)
     assert config.dtype == "bfloat16"
 
