@@ -16,6 +16,8 @@ from tiny_families import random, torch, transformers
 from topd_jax.models import load
 from topd_jax.models.io.gguf import gguf_config, open_gguf
 
+pytestmark = pytest.mark.slow
+
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 PIECES = [
     "<eos>", "<pad>", "<bos>", "<unk>", *BYTES, "\n", "  ", "   ", "ab",

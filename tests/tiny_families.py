@@ -6,23 +6,11 @@ from tiny_configs import MODELS, SHAPE
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# Those with options that others have not.
-SHORT = [
-    "olmo3", "olmoe", "ministral3", "seed-oss", "phi3", "phi3-longrope",
-    "mixtral", "qwen2-moe", "exaone4", "granite", "glm4", "gpt-oss", "gemma",
-    "qwen3-next", "qwen3.5",
-]  # fmt: skip
 IMAGES = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "depth": 1,
-    "num_heads": 2,
-    "out_hidden_size": 48,
-}
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "depth": 1,
+    "num_heads": 2, "out_hidden_size": 48,
+}  # fmt: skip
 # name -> (class, model_type of its encoder of images, of MODELS its text)
 WRAPPERS = {
     "gemma3": ("Gemma3", "siglip_vision_model", "gemma3"),
