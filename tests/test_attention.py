@@ -67,16 +67,6 @@ def test_branches_see_their_prefix_and_themselves():
             [0, 1, 0, 0, 0, 0, 1, 0],  # has ended
         ],
     )
-    within = branch_intervals(exists, start, window).within(2).dense()
-    np.testing.assert_array_equal(
-        within[0, 4:].astype(int),
-        [
-            [0, 0, 1, 0, 1, 0, 0, 0],
-            [0, 0, 0, 0, 1, 1, 0, 0],
-            [0, 1, 0, 0, 0, 0, 1, 0],
-            [0, 0, 0, 0, 0, 0, 1, 0],
-        ],
-    )
 
 
 def test_the_mask_of_branches():
@@ -163,7 +153,7 @@ def test_capped_scores_of_a_row_that_sees_nothing_are_finite():
         key = jnp.swapaxes(x, 1, 2)[:, :2]
         return attend(x, key, key, only(mask), 2, CONFIG).sum()
 
-    assert np.isfinite(jax.grad(total)(x)).all()
+    assert np.isfinite(jax.jit(jax.grad(total))(x)).all()
 
 
 # What other families have, each in every program of a model.
@@ -178,10 +168,7 @@ def forward(model, tokens, mask):
     return hidden
 
 
-WAYS = [CONFIG, CONFIG.replace(unroll=3), GPT_OSS]
-
-
-@pytest.mark.parametrize("config", WAYS)
+@pytest.mark.parametrize("config", [CONFIG, GPT_OSS.replace(unroll=3)])
 def test_rollout_equals_reading_it_again(config):
     """Through cache and left padding; its log-probabilities are capped."""
     model = make(config)

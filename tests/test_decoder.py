@@ -1,4 +1,4 @@
-"""The decoder: structure, padding, cache, and that every number counts."""
+"""The decoder: its equations, gradients, dtypes and refusals."""
 
 import dataclasses
 
@@ -14,24 +14,14 @@ from topd_jax.models import (
     RopeScaling,
     cast,
     parameter_table,
-    unembed,
 )
 
 BASE = DecoderConfig(
-    vocab_size=37,
-    layers=3,
-    width=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=24,
-    rope_theta=100.0,
-    norm_eps=1e-3,
-)
+    vocab_size=37, layers=2, width=16, heads=4, kv_heads=2, head_dim=8,
+    mlp_width=24, rope_theta=100.0, norm_eps=1e-3,
+)  # fmt: skip
 QWEN = dataclasses.replace(BASE, qk_norm=True, tied=False, head_dim=6)
 WIDE_VOCAB = dataclasses.replace(BASE, vocab_size=600)  # gather, not one-hot
-
-CONFIGS = {"llama": BASE, "qwen": QWEN, "vocab": WIDE_VOCAB}
 
 
 def tokens_for(config, rows=2, length=9, seed=3):
@@ -49,7 +39,7 @@ def loss_of(model, tokens, mask):
     return -jnp.sum(picked * mask)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", [QWEN, WIDE_VOCAB])
 def test_against_plain_loops(config):
     """The equations once more, in NumPy float64, one token at a time."""
     model = make(config)
@@ -96,50 +86,12 @@ def test_against_plain_loops(config):
         np.testing.assert_allclose(got[row], want, atol=2e-5)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_cache_equals_no_cache(config):
-    model = make(config)
-    tokens = tokens_for(config)
-    want = logits_of(model, tokens, full(tokens))
-    columns = 12
-    order = jnp.arange(columns)
-
-    @jax.jit
-    def step(part, cache):
-        positions = cache.length + jnp.arange(part.shape[1])
-        mask = order[None] <= positions[:, None]
-        mask = jnp.broadcast_to(mask, (2, *mask.shape))
-        positions = jnp.broadcast_to(positions, part.shape)
-        hidden, cache = model(part, positions, mask, cache)
-        return unembed(model.head, hidden), cache
-
-    cache = model.init_cache(2, columns)
-    first, cache = step(tokens[:, :4], cache)
-    out = [first]
-    for t in range(4, 9):
-        logits, cache = step(tokens[:, t : t + 1], cache)
-        out.append(logits)
-    assert int(cache.length) == 9
-    np.testing.assert_allclose(jnp.concatenate(out, 1), want, atol=1e-5)
-
-
-def test_gradients_are_finite_when_all_is_masked():
-    model = make(QWEN)
-    tokens = tokens_for(QWEN)
-    mask = full(tokens).at[0].set(False)
-    gradients = jax.jit(jax.grad(loss_of))(model, tokens, mask)
-    for name, value in gradients.arrays.items():
-        assert np.isfinite(value).all(), name
-
-
 def test_remat_and_unroll_change_no_gradient():
-    base = dataclasses.replace(QWEN, layers=2)
-    model = make(base)
-    tokens = tokens_for(base)
+    model, tokens = make(QWEN), tokens_for(QWEN)
     gradient = jax.jit(jax.grad(loss_of))
     want = gradient(model, tokens, full(tokens)).arrays
     for remat, unroll in (("full", 1), ("dots", 2)):
-        config = dataclasses.replace(base, remat=remat, unroll=unroll)
+        config = dataclasses.replace(QWEN, remat=remat, unroll=unroll)
         other = Decoder(config, model.arrays)
         got = gradient(other, tokens, full(tokens)).arrays
         for name in want:
@@ -147,47 +99,28 @@ def test_remat_and_unroll_change_no_gradient():
             assert np.abs(want[name]).max() > 0, name
 
 
+# What neither the loops above nor the tests of one part see.
 CHANGES = {
-    "rope_theta": 5e6,
-    "norm_eps": 1e-2,
-    "qk_norm": True,
-    "tied": False,
-    "dtype": "bfloat16",
-    "wide_qk_norm": True,
-    "attention_bias": True,
-    "output_bias": True,
-    "mlp_bias": True,
-    "pre_norms": False,
-    "post_norms": True,
-    "centered_norms": True,
-    "activation": "gelu_tanh",
-    "scaled_embedding": True,
-    "query_scalar": 3.0,
-    "attention_multiplier": 0.1,
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.5,
-    "logits_scaling": 2.0,
-    "rotary_dim": 4,
-    "interleaved_rope": True,
-    "attention_softcap": 0.5,
-    "final_softcap": 0.5,
+    "wide_qk_norm": True, "attention_bias": True, "output_bias": True,
+    "mlp_bias": True, "pre_norms": False, "post_norms": True,
+    "centered_norms": True, "activation": "gelu_tanh",
+    "scaled_embedding": True, "attention_multiplier": 0.1,
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+    "logits_scaling": 2.0, "rotary_dim": 4, "interleaved_rope": True,
     "rope_scaling": RopeScaling("linear", 3.0),
-    "no_rope": (False, True, False),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_config_number_changes_the_logits(field):
     """Fields that leave the parameters' shapes alone must still count."""
-    model = make(BASE)
-    tokens = tokens_for(BASE)
-    config = dataclasses.replace(BASE, **{field: CHANGES[field]})
-    arrays = dict(model.arrays)
-    table = parameter_table(config)
-    for name, row in table.items():
-        if name not in arrays:
-            arrays[name] = jnp.full(row.shape, 0.7)
-    arrays = {name: arrays[name] for name in table}
+    plain = dataclasses.replace(BASE, layers=1)
+    model, tokens = make(plain), tokens_for(plain)
+    config = dataclasses.replace(plain, **{field: CHANGES[field]})
+    arrays = {
+        name: model.arrays.get(name, jnp.full(row.shape, 0.7))
+        for name, row in parameter_table(config).items()
+    }
     want = logits_of(model, tokens, full(tokens))
     got = logits_of(Decoder(config, arrays), tokens, full(tokens))
     assert np.abs(got - want).max() > 1e-3
@@ -200,7 +133,7 @@ def test_wrong_arrays_are_named():
     with pytest.raises(ValueError, match="gate") as error:
         Decoder(BASE, arrays)
     assert "extra ['spare']" in str(error.value)
-    assert "up (1, 16, 24), not (3, 16, 24)" in str(error.value)
+    assert "up (1, 16, 24), not (2, 16, 24)" in str(error.value)
 
 
 def test_cast_keeps_and_computes_in_the_new_dtype():

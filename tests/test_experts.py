@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from small_files import make
+from small_files import logits_of, make
 
-from topd_jax.models import DecoderConfig, causal_mask, unembed
+from topd_jax.models import DecoderConfig
 from topd_jax.models.experts import mix, route
-from topd_jax.types import positions_of
 
 CONFIG = DecoderConfig(
     vocab_size=40, layers=3, width=16, heads=4, kv_heads=2, head_dim=8,
@@ -17,14 +15,12 @@ CONFIG = DecoderConfig(
 )  # fmt: skip
 
 
-def weights(seed=0, experts=4):
-    rng = np.random.default_rng(seed)
+def weights():
+    rng = np.random.default_rng(0)
     shapes = {
-        "router": (16, experts),
-        "expert_gate": (experts, 16, 12),
-        "expert_up": (experts, 16, 12),
-        "expert_down": (experts, 12, 16),
-    }
+        "router": (16, 4), "expert_gate": (4, 16, 12),
+        "expert_up": (4, 16, 12), "expert_down": (4, 12, 16),
+    }  # fmt: skip
     return {n: rng.normal(size=s) for n, s in shapes.items()}
 
 
@@ -58,18 +54,10 @@ def dense_loop(x, w, config):
 def check_mix(x, w, config):
     """Compares with the loop; tokens are [T, D]."""
     arrays = {n: jnp.asarray(p, jnp.float32) for n, p in w.items()}
-    got = mix(jnp.asarray(x, jnp.float32)[None], arrays, config)[0]
+    read = jax.jit(mix, static_argnums=2)
+    got = read(jnp.asarray(x, jnp.float32)[None], arrays, config)[0]
     want = dense_loop(x, w, config)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("renormalize", "copies"), [(True, 2), (False, 1), (False, 4)]
-)
-def test_equals_a_dense_loop(renormalize, copies):
-    config = CONFIG.replace(renormalize=renormalize, experts_per_token=copies)
-    x = np.random.default_rng(1).normal(size=(10, 16))
-    check_mix(x, weights(), config)
 
 
 def test_biased_and_clamped_experts_equal_a_dense_loop():
@@ -104,22 +92,11 @@ def test_routing_by_hand():
     np.testing.assert_allclose(chances, [[4 / 7, 3 / 7]], rtol=1e-6)
 
 
-def test_layers_scanned_and_unrolled():
-    """Every layer's parameters are used and learn."""
+def test_every_layer_learns():
     tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 40)
-    mask = jnp.ones((2, 7), bool)
-
-    @jax.jit
-    def logits(model):
-        hidden, _ = model(tokens, positions_of(mask), causal_mask(mask))
-        return unembed(model.head, hidden)
-
-    model = make(CONFIG)
-    lazy = CONFIG.replace(remat="full", unroll=3)
-    other = model.__class__(lazy, model.arrays)
-    np.testing.assert_allclose(logits(model), logits(other), atol=1e-5)
-    gradient = jax.jit(jax.grad(lambda m: (logits(m) ** 2).sum()))(model)
-    for name, slope in gradient.arrays.items():
+    model = make(CONFIG.replace(remat="full"))
+    learn = jax.jit(jax.grad(lambda m: (logits_of(m, tokens) ** 2).sum()))
+    for name, slope in learn(model).arrays.items():
         assert np.isfinite(slope).all(), name
         each = np.abs(slope).reshape(len(slope), -1).max(-1)
         assert name in ("embedding", "final_norm") or each.all(), name

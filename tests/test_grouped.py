@@ -49,9 +49,9 @@ def test_values_are_those_of_a_loop(rows, sizes, shape, tolerance):
         )
 
 
-@pytest.mark.parametrize(("rows", "sizes"), CASES[1:3])
-def test_gradients_are_those_of_ragged_dot(rows, sizes):
-    x, w, sizes = problem(rows, sizes)
+def test_gradients_are_those_of_ragged_dot():
+    rows = 300
+    x, w, sizes = problem(rows, (255, 1, 0, 9))
     slope = jax.random.normal(jax.random.key(1), (rows, w.shape[2]))
     # Whatever stands behind the groups, NaN included, moves nothing.
     behind = (jnp.arange(rows) >= sizes.sum())[:, None]
@@ -92,5 +92,3 @@ def test_compiled_for_v5e_with_experts_spread():
     pytest.importorskip("libtpu", reason="pip install libtpu")
     said = run_script("tpu_kernels.py", "experts", "v5e:2x4", **LIBTPU)
     assert said.count("kernels") == 4, said
-    said = run_script("tpu_kernels.py", "families", "v5e:2x4", **LIBTPU)
-    assert said.count("compiled") == 2, said
