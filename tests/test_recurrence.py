@@ -12,7 +12,6 @@ from topd_jax.models import Lora, causal_mask, merge_lora, unembed
 from topd_jax.models.attention.cache import Cache
 from topd_jax.models.attention.masks import (
     BranchMask,
-    CachedMask,
     causal_intervals,
     packed_intervals,
 )
@@ -31,11 +30,6 @@ from topd_jax.sampling.layerwise import unstack
 from topd_jax.types import Prompts
 
 UNROLLED = dataclasses.replace(RECURRENT, unroll=4)
-BOTH = pytest.mark.parametrize(
-    "config",
-    [RECURRENT, pytest.param(UNROLLED, marks=pytest.mark.slow)],
-    ids=["scan", "apart"],
-)
 KEY = jax.random.key(0)
 
 
@@ -154,18 +148,14 @@ def test_a_gap_begins_no_segment():
     assert np.all(np.where(started, got.age > 0, got.age == 0))
     segments = jnp.asarray([[0, 0, 0, 1, 2, 2]])
     mask = packed_intervals(segments)
-    np.testing.assert_array_equal(
-        token_order(mask.dense(), None, 6).age, [[0, 1, 2, 0, 0, 1]]
-    )
-    np.testing.assert_array_equal(
-        token_order(mask, None, 6).age, [[0, 1, 2, 0, 0, 1]]
-    )
+    for given in (mask, mask.dense()):
+        age = token_order(given, None, 6).age
+        np.testing.assert_array_equal(age, [[0, 1, 2, 0, 0, 1]])
 
 
-@BOTH
-def test_a_rollout_is_what_one_reading_says(config):
+def test_a_rollout_is_what_one_reading_says():
     """Through the cache, two samples a prompt, and in slots."""
-    model, mask = make(config), jnp.arange(6) >= jnp.array([[0], [4], [2]])
+    model, mask = make(RECURRENT), jnp.arange(6) >= jnp.array([[0], [4], [2]])
     run = dict(max_new_tokens=8, eos_ids=(7, 9), pad_id=0)
     prompts = Prompts(jnp.where(mask, tokens_of(3, 6), 0), mask)
     out = rollout(model, prompts, KEY, samples=2, **run)
@@ -180,41 +170,32 @@ def test_a_rollout_is_what_one_reading_says(config):
     np.testing.assert_array_equal(held.tokens, out.tokens)
 
 
-@pytest.mark.parametrize("branches", [0, 2])
-def test_layers_apart_keep_each_its_own(branches):
-    """A token read from a cache in which no two states are the same."""
-    model, length = make(UNROLLED), 5
-    rng, m = np.random.default_rng(0), branches or 1
+def test_layers_apart_keep_each_its_own():
+    """Tokens read from a cache in which no two states are the same."""
+    model, length, m = make(UNROLLED), 5, 2
+    rng = np.random.default_rng(0)
     cache = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),
-        model.init_cache(2, length, branches),
+        model.init_cache(2, length, m),
     ).replace(length=jnp.asarray(3, jnp.int32))
-    exists = jnp.ones((2, length), bool)
-    mask = CachedMask(exists, jnp.asarray(4), 4)
-    if branches:
-        mask = BranchMask(exists, jnp.full((2, 2), 2), 3)
+    mask = BranchMask(jnp.ones((2, length), bool), jnp.full((2, m), 2), 3)
     given = tokens_of(2, m), jnp.full((2, m), 3), mask
     want, kept = jax.jit(lambda f, *x: f(*x))(model, *given, cache)
     reader, apart = unstack(model, cache, length)
     got, apart = jax.jit(lambda f, *x: f(*x))(reader, *given, apart)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for i, layer in enumerate([0, 2]):
-        np.testing.assert_allclose(
-            apart[layer].states, kept.states[i], atol=1e-5
-        )
-        np.testing.assert_allclose(
-            apart[layer].inputs, kept.inputs[i], atol=1e-5
-        )
+        for name in ("states", "inputs"):
+            one, other = getattr(apart[layer], name), getattr(kept, name)[i]
+            np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_layers_kept_are_those_of_their_kind():
     model = make(RECURRENT)
     kept = drop_layers(model, [0, 1, 3])
-    for name, layers in {
-        "delta_o": [0],
-        "q": [0, 1],
-        "gate": [0, 1, 3],
-    }.items():
+    for name, layers in (
+        ("delta_o", [0]), ("q", [0, 1]), ("gate", [0, 1, 3])
+    ):  # fmt: skip
         np.testing.assert_array_equal(
             kept.arrays[name], model.arrays[name][np.array(layers)]
         )

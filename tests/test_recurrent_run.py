@@ -9,12 +9,12 @@ import small_run
 from children import on_eight_devices
 from conftest import make_trajectories
 from small_files import RECURRENT, logits_of, make
-from small_hub import IDS, hub_directory, questions, settings
-from small_run import assert_same_run, interrupted
+from small_hub import IDS, hub_directory, questions
 
 from topd_jax.models import load
-from topd_jax.training import loop
 from topd_jax.training.logging import read_jsonl
+
+pytestmark = pytest.mark.slow
 
 # Heads for two devices, and rows of the vocabulary.
 CONFIG = dataclasses.replace(RECURRENT, vocab_size=IDS + 1, kv_heads=4)
@@ -56,7 +56,6 @@ def losses(workdir):
     return [(row["divergence"], row["grad_norm"]) for row in rows]
 
 
-@pytest.mark.slow
 def test_a_pair_is_checked_trained_graded_and_exported(
     pair, flags, tmp_path, topd
 ):
@@ -82,22 +81,6 @@ def test_a_pair_is_checked_trained_graded_and_exported(
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["opd", TOPD])
-def test_an_interrupted_run_ends_with_the_same_bits(pair, tmp_path, objective):
-    config = settings(
-        tmp_path, str(pair / "student"), str(pair / "teacher"),
-        objective=objective,
-        **{name.replace(".", "__"): value for name, value in ASKED.items()},
-    )  # fmt: skip
-    with interrupted(3):
-        loop.train(config, tmp_path / "parts")
-    loop.train(config, tmp_path / "parts")
-    loop.train(config, tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.slow
 def test_eight_devices_write_it_in_slots(pair, flags, tmp_path, topd):
     """Slots of recurrent layers lie on several devices."""
     line = [
