@@ -150,11 +150,8 @@ def run_of(settings):
         return abstract_models(settings, mesh), calls(settings, mesh)
 
 
-@pytest.mark.parametrize("stage", ["on_policy", "offline"])
-def test_every_program_has_its_arguments_on_the_mesh(stage):
-    models, run = run_of(
-        settings_with(teacher__attention="flash", train__stage=stage)
-    )
+def test_every_program_has_its_arguments_on_the_mesh():
+    models, run = run_of(settings_with(teacher__attention="flash"))
     assert list(run) == [
         "rollout", "score", "train_step", "statistics", "evaluate",
         "compare",
@@ -171,16 +168,13 @@ def test_every_program_has_its_arguments_on_the_mesh(stage):
     assert teacher.model.config.attention == "flash"
 
 
-def test_statistics_that_are_off_are_no_program():
-    _, run = run_of(settings_with(log__statistics_every=0))
-    names = ["rollout", "score", "train_step", "evaluate", "compare"]
-    assert list(run) == names
-
-
 def test_of_a_student_with_adapters_only_these_are_in_the_state():
     models, run = run_of(
-        settings_with(student__lora_rank=1, teacher__quantize="int8")
-    )
+        settings_with(student__lora_rank=1, teacher__quantize="int8",
+                      log__statistics_every=0)
+    )  # fmt: skip
+    names = ["rollout", "score", "train_step", "evaluate", "compare"]
+    assert list(run) == names  # and no statistics
     held = bytes_held(models.frozen)
     assert bytes_held(models.state) < held / 2
     adapters = bytes_held(models.student) - held
@@ -222,6 +216,12 @@ def test_what_cannot_be_planned_is_refused():
         model_configs(few)
 
 
+LARGE = {
+    name: program(name, temporaries=18 * GIB)
+    for name in ("score", "statistics", "rollout", "evaluate")
+}
+
+
 def large(**sections):
     """Settings of qwen3_8b_to_1p7b, changed as section=dict(key=value)."""
     settings = settings_from(qwen3_8b_to_1p7b.get_config())
@@ -234,43 +234,25 @@ def large(**sections):
 @pytest.mark.parametrize(
     ("sections", "lacks", "data", "flag"),
     [
-        (
-            {}, program(held=12 * GIB, temporaries=9 * GIB), 8,
-            "mesh.data=1 --config.mesh.fsdp=8",
-        ),
+        ({}, program(held=12 * GIB, temporaries=9 * GIB), 8,
+         "mesh.data=1 --config.mesh.fsdp=8"),
         # 9 GiB of room: half of 18, and a twentieth of 180.
         ({}, program(temporaries=18 * GIB), 1, "optimizer.accumulate=2"),
         ({}, program(temporaries=180 * GIB), 1, "student.remat=full"),
-        (
-            {}, program("score", temporaries=18 * GIB), 1,
-            "train.chunk_size=2048",
-        ),
-        (
-            dict(teacher=dict(attention="blocks")),
-            program("score", temporaries=18 * GIB), 1,
-            "teacher.attention=flash",
-        ),
-        (  # as evaluations, they read with both models
-            dict(teacher=dict(attention="blocks")),
-            program("statistics", temporaries=18 * GIB), 1,
-            "teacher.attention=flash",
-        ),
-        (  # the student of every step, which has its own
-            dict(student=dict(attention="blocks"),
-                 teacher=dict(source="student", param_dtype="float32",
-                              attention="blocks")),
-            program("score", temporaries=18 * GIB), 1,
-            "student.attention=flash",
-        ),
-        (
-            dict(rollout=dict(sharding="gathered")),
-            program("rollout", temporaries=18 * GIB), 1,
-            "rollout.sharding=rows",
-        ),
-        (
-            {}, program("evaluate", temporaries=18 * GIB), 1,
-            "eval.batch_size=32",
-        ),
+        ({}, LARGE["score"], 1, "train.chunk_size=2048"),
+        (dict(teacher=dict(attention="blocks")), LARGE["score"], 1,
+         "teacher.attention=flash"),
+        # As evaluations, they read with both models.
+        (dict(teacher=dict(attention="blocks")), LARGE["statistics"], 1,
+         "teacher.attention=flash"),
+        # The student of every step, which has its own.
+        (dict(student=dict(attention="blocks"),
+              teacher=dict(source="student", param_dtype="float32",
+                           attention="blocks")),
+         LARGE["score"], 1, "student.attention=flash"),
+        (dict(rollout=dict(sharding="gathered")), LARGE["rollout"], 1,
+         "rollout.sharding=rows"),
+        ({}, LARGE["evaluate"], 1, "eval.batch_size=32"),
     ],
 )  # fmt: skip
 def test_a_flag_follows_from_the_memory_that_is_missing(
@@ -306,11 +288,9 @@ def test_no_flag_is_named_that_the_run_refuses(tmp_path):
     names = {"a": dataclasses.replace(other, **sinks), "b": other, "c": other}
     data = dict(teacher_field="name", prompts_per_teacher=(16, 16, 32))
     several = dataclasses.replace(
-        settings,
-        teacher=ModelSettings(),
-        teachers=names,
+        settings, teacher=ModelSettings(), teachers=names,
         data=dataclasses.replace(settings.data, **data),
-    )
+    )  # fmt: skip
     alone = changed(settings, "teacher", **sinks)
     more = dict(temporaries=18 * GIB)
     for run, name, flags in (
@@ -330,8 +310,7 @@ def test_no_flag_is_named_that_the_run_refuses(tmp_path):
 
 
 def test_nothing_is_named_where_nothing_helps_or_lacks():
-    sampler = program("rollout", temporaries=18 * GIB)
-    assert suggest(large(), plan_of(sampler)) == []
+    assert suggest(large(), plan_of(LARGE["rollout"])) == []
     assert suggest(large(), plan_of(program())) == []
     # A smaller evaluation would be written in as many slots.
     sampler = program("evaluate", temporaries=18 * GIB)
