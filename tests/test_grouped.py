@@ -92,3 +92,5 @@ def test_compiled_for_v5e_with_experts_spread():
     pytest.importorskip("libtpu", reason="pip install libtpu")
     said = run_script("tpu_kernels.py", "experts", "v5e:2x4", **LIBTPU)
     assert said.count("kernels") == 4, said
+    said = run_script("tpu_kernels.py", "families", "v5e:2x4", **LIBTPU)
+    assert said.count("compiled") == 2, said

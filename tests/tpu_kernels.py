@@ -1,6 +1,6 @@
 """Compiles the kernels for a TPU topology, without the TPU.
 
-    python tpu_kernels.py flash|decode|experts v5e:2x4
+    python tpu_kernels.py flash|decode|experts|families v5e:2x4
 
 flash: a row's heads are spread over the tensor axis, and no scores exist
 outside of the kernels: temporaries are smaller than those of two heads. Nor do
@@ -11,6 +11,8 @@ there: temporaries are smaller than a quarter of a layer, and no other
 operation reads a key.
 
 experts: the products of a mixture's layer are megablox.
+
+families: a layer of gpt-oss-20b and one of GLM-4-9B, and their gradients.
 """
 
 import functools
@@ -22,7 +24,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from topd_jax.models import DecoderConfig
+from topd_jax.models import (
+    Decoder,
+    DecoderConfig,
+    RopeScaling,
+    parameter_table,
+)
 from topd_jax.models.attention.cache import Cache, write_cache
 from topd_jax.models.attention.core import (
     MaskSpec,
@@ -35,10 +42,12 @@ from topd_jax.models.attention.masks import (
     BranchMask,
     CachedMask,
     IntervalMask,
+    causal_intervals,
 )
 from topd_jax.models.experts import mix
 from topd_jax.parallel import sharding
 from topd_jax.planning import hlo, hlo_cost
+from topd_jax.types import positions_of
 
 EVERYWHERE = jnp.int32(np.iinfo(np.int32).max)
 QWEN3_8B = dict(heads=32, kv_heads=8, head_dim=128)
@@ -227,7 +236,52 @@ def experts(topology):
             print(f"{dtype}: {count} kernels", flush=True)
 
 
+GPT_OSS = DecoderConfig(
+    vocab_size=1024, layers=1, width=2880, heads=64, kv_heads=8, head_dim=64,
+    mlp_width=2880, window=128, sliding=(True,), experts=32, sinks=True,
+    experts_per_token=4, expert_width=2880, expert_biases=True,
+    swiglu_limit=7.0, renormalize=True, attention_bias=True, output_bias=True,
+    rope_scaling=RopeScaling("yarn", 32.0, 4096.0, truncate=False),
+)  # fmt: skip
+GLM_4 = DecoderConfig(
+    vocab_size=1024, layers=1, width=4096, heads=32, kv_heads=2, head_dim=128,
+    mlp_width=13696, attention_bias=True, post_norms=True, rotary_dim=64,
+    interleaved_rope=True,
+)  # fmt: skip
+
+
+def families(topology):
+    mesh = sharding.make_mesh(fsdp=4, tensor=2, devices=devices(topology))
+    tokens = (8, 2048), jnp.int32, ("batch", None)
+    for name, config in (("gpt-oss", GPT_OSS), ("glm-4", GLM_4)):
+        config = config.replace(
+            dtype="bfloat16", param_dtype="bfloat16", remat="full"
+        )
+
+        def learn(arrays, tokens, config=config):
+            mask = jnp.ones(tokens.shape, bool)
+
+            def loss(arrays):
+                model = Decoder(config, arrays)
+                hidden, _ = model(
+                    tokens, positions_of(mask), causal_intervals(mask)
+                )
+                return hidden.astype("float32").sum()
+
+            return jax.grad(loss)(arrays)
+
+        arrays = {
+            name: (row.shape, "bfloat16", row.axes)
+            for name, row in parameter_table(config).items()
+        }
+        program = compile_on(mesh, learn, arrays, tokens)
+        # The products of experts, and nothing else.
+        assert bool(kernels(program)) == bool(config.experts)
+        print(f"{name}: compiled, {temporaries(program)} bytes", flush=True)
+
+
 if __name__ == "__main__":
-    {"flash": flash, "decode": decode, "experts": experts}[sys.argv[1]](
-        sys.argv[2]
-    )
+    {
+        function.__name__: function
+        for function in (flash, decode, experts, families)
+    }[sys.argv[1]](sys.argv[2])
