@@ -9,7 +9,7 @@ import pytest
 from conftest import PAD, VOCAB, make_trajectories
 from foreign_model import make_foreign
 from small_files import RECURRENT, make
-from test_attention import GPT_OSS, WAYS, forward
+from test_attention import CONFIG, GPT_OSS, forward
 
 from topd_jax.models import unembed
 from topd_jax.models.attention import core
@@ -61,7 +61,9 @@ def texts(rows, candidates, windows):
     return tokens, exists > 0
 
 
-MADE = {f"way {i}": config for i, config in enumerate(WAYS)} | {
+MADE = {
+    "sliding": CONFIG.replace(unroll=3),
+    "with sinks": GPT_OSS,
     "few behind": GPT_OSS.replace(unroll=3),
     "recurrent": RECURRENT,
     "recurrent, unrolled": RECURRENT.replace(unroll=4),
@@ -96,7 +98,7 @@ def test_branches_equal_reading_their_text(name, rows, candidates, monkeypatch):
     used = np.asarray(candidates.mask)[..., None]
     np.testing.assert_array_equal(mask, used & (ends.cumsum(-1) - ends == 0))
     lengths = mask.sum(-1)[used[..., 0]]
-    if name == "way 0":
+    if name == "sliding":
         assert lengths.min() < K == lengths.max(), "some end and some do not"
     states, along = jax.jit(branch_states)(model, rows, candidates, windows)
     kept = np.where(mask[..., None], alone, 0)
