@@ -96,7 +96,7 @@ def test_four_processes_write_solutions_and_resume(world_cache, tmp_path):
             assert "rerun the command to resume" in done[2][1]
             assert all(code for *_, code in done)
             # The first names the process that went.
-            assert re.search(r"heartbeats\):\n1\n", done[0][1]), done[0][1]
+            assert re.search(r"heartbeats\):\n2\n", done[0][1]), done[0][1]
             children = start_several(line, count)
         for _, err, code in finish(children):
             assert code == 0, err

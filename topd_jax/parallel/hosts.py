@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -145,7 +146,9 @@ def leave(error: BaseException, code: int) -> NoReturn:
       error: already printed.
       code: to exit with.
     """
-    broken = isinstance(error, jax.errors.JaxRuntimeError)
+    # Where a dispatched program fails at once, JAX makes a ValueError of it.
+    status = re.match(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED): ", str(error))
+    broken = status or isinstance(error, jax.errors.JaxRuntimeError)
     if broken and "RESOURCE_EXHAUSTED" not in str(error):
         wait = _heartbeat_seconds + 2 * _GRACE_SECONDS
         print(
