@@ -207,7 +207,7 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(
         service.fault = lambda method, path, status=status: status
         line = refused(*train)
         assert str(bucket) in line and out in line and str(status) in line
-    service.fault, service.faults = now_and_then(150), 0
+    service.fault, service.faults = now_and_then(600), 0
     one_step = loop.Run._one_step
 
     def vanishing(run, step):
@@ -220,7 +220,7 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(
         patch.setattr(loop.Run, "_one_step", vanishing)
         line = refused(*train, bars=True)
     assert str(bucket) in line and gone in line
-    service.fault = now_and_then(150)
+    service.fault = now_and_then(600)
     # Uploaded with the last checkpoint.
     assert steps_of(workdir) == [1, 2, 3, 4]
     topd(*train)
