@@ -96,11 +96,10 @@ def test_benchmarks_are_mathematics(
         return [i % 5 == 0 for i in range(len(texts))]
 
     monkeypatch.setattr(grading, "grade_answers", grade)
-    options = dataclasses.replace(settings.eval, benchmarks=(path,))
     with jax.set_mesh(setup.mesh):
         evaluation = benchmarking.evaluate_all(
-            dataclasses.replace(evaluator, options=options), setup.student,
-            settings.data, 7,
+            evaluator, setup.student, settings.data, 7,
+            benchmarks=benchmarking.read_benchmarks([path]),
         )  # fmt: skip
     summary = evaluation["benchmarks"]["sums"]["summary"]
     assert summary["pass@1"]["value"] == 0.2

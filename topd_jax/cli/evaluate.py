@@ -34,7 +34,7 @@ def evaluate(
     Raises:
       ValueError: for a benchmark that cannot be read, before models are loaded.
     """
-    asked = benchmarking.read_benchmarks(
+    benchmarks = benchmarking.read_benchmarks(
         settings.eval.benchmarks, split=settings.data.eval_split
     )
     path = workdir / f"eval-{which}.json"
@@ -50,7 +50,7 @@ def evaluate(
             # The chat template and the ends are in no setting.
             setup.tokenizer.chat("?"), setup.tokenizer.eos_ids,
         )  # fmt: skip
-        asked = asked or {benchmarking.TEST: setup.test.records}
+        asked = benchmarks or {benchmarking.TEST: setup.test.records}
         made_from = {
             name: _hash(records, samples) for name, records in asked.items()
         }
@@ -69,7 +69,7 @@ def evaluate(
 
         evaluation = benchmarking.evaluate_all(
             setup.evaluator(settings), student, settings.data, step,
-            done=done, keep=keep,
+            benchmarks=benchmarks, done=done, keep=keep,
         )  # fmt: skip
     keep(evaluation)
     hosts.from_first(lambda: part.replace(path) and None)

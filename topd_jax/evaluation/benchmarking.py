@@ -102,18 +102,20 @@ def evaluate_all(
     data: DataSettings,
     step: int,
     *,
+    benchmarks: Mapping[str, list[Record]] = types.MappingProxyType({}),
     done: Mapping[str, Any] = types.MappingProxyType({}),
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a student on the benchmarks, or on its own test problems.
 
     Args:
-      evaluator: of the run; its options name the benchmarks. None takes the
-        run's test problems, ``eval.final_problems`` of them.
+      evaluator: of the run.
       student: the model.
       data: of the run; says how its own problems are graded. Benchmarks are
         mathematics, but those of reasoning-gym, which grades them itself.
       step: of the student, for the record.
+      benchmarks: as :func:`read_benchmarks` returns them; none takes the run's
+        test problems, ``eval.final_problems`` of them.
       done: benchmarks that need not be run again, as returned; those that are
         not asked for are returned too.
       keep: given what is returned, as far as it is known, after each of
@@ -124,9 +126,8 @@ def evaluate_all(
       name -> :func:`run_benchmark`.
     """
     options: EvalSettings = evaluator.options
-    if options.benchmarks:
+    if benchmarks:
         grader = math_grader()
-        read = read_benchmarks(options.benchmarks, split=data.eval_split)
         asked = {
             name: encode_prompts(
                 records,
@@ -134,7 +135,7 @@ def evaluate_all(
                 max_length=data.max_prompt_length,
                 on_long_prompt=data.on_long_prompt,
             )
-            for name, records in read.items()
+            for name, records in benchmarks.items()
         }
     else:
         grader, count = make_grader(data), options.final_problems
