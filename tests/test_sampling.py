@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import topd_jax
-from topd_jax.sampling import Stream, draw, stream_key
+from topd_jax.sampling import Stream, draw, samplers, stream_key
 
 ROW = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 draw_jitted = jax.jit(draw, static_argnums=(3, 4))
@@ -92,6 +92,14 @@ def test_greedy_takes_the_first_of_the_likeliest(size):
     logits = logits.at[0].set(-jnp.inf).at[1, size - 1].set(9.0)
     tokens, _ = draw(key, logits, 0.0)
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+
+
+def test_sums_that_err_draw_nothing_without_weight(monkeypatch):
+    """As sums made in parallel may: the second is 1e-4 too large."""
+    sums = jnp.array([0.5, 0.5001, 1.0])
+    monkeypatch.setattr(jnp, "cumsum", lambda weights, axis: sums)
+    weights = jnp.array([0.5, 0.0, 0.5])
+    assert samplers._invert_once(jnp.float32(0.50005), weights) == 2
 
 
 def test_draw_survives_rows_without_hope():
