@@ -81,10 +81,12 @@ def test_it_is_attention_over_what_is_written(small_blocks):
     [
         dict(shape=(1, 1, 8, 128), length=100),
         dict(shape=(6, 4, 1, 32), window=20, cap=2.0),
+        dict(shape=(6, 4, 1, 32)),  # rows begin in different blocks
     ],
 )
 def test_blocks_of_several_rows_and_heads(options):
-    check(60, options.get("length", L), **options)
+    length = options.get("length", L)
+    check(60, length, **options)
 
 
 # In a decoder's rollout: the kernel interpreted in the place of XLA's.

@@ -63,8 +63,7 @@ def best(student_logp, teacher_logp):
 
 def relative(best, token_loss, mask):
     """A weight that needs the whole batch."""
-    weights = best / topd.weighted_mean(token_loss, mask=mask)
-    return jnp.where(mask, weights, jnp.nan)
+    return mask * best / topd.weighted_mean(token_loss, mask=mask)
 
 
 def own():
@@ -96,6 +95,24 @@ def test_pieces_of_ones_own_train(student, teacher, trajectories):
     assert_step_is(dense, student, run)
     total, count = run[1]["divergence"]
     assert_allclose(total / count, average, rtol=1e-4)
+
+
+def unsaid(mask):
+    """A weight of the batch that says nothing of padding."""
+    return jnp.where(mask, 2.0, jnp.nan)
+
+
+def test_what_a_weight_says_of_padding_is_left_out(
+    student, teacher, trajectories
+):
+    def scores(student, teacher, rows):
+        return topd.score(
+            student, (topd.Teacher(teacher),), rows, jax.random.key(3),
+            objective=topd.Objective(token_weights=(unsaid,)), **IDS,
+        )  # fmt: skip
+
+    (scored,) = jax.jit(scores)(student, teacher, trajectories)
+    np.testing.assert_array_equal(scored.weights, 2.0 * trajectories.mask)
 
 
 def by_position(candidates, mask, student_windows):
