@@ -292,7 +292,7 @@ run() {
 [ -f src/$file ] || fail 'no config '$file
 ${prepare:+($prepare
 )
-}# Last, for the end of the log is an earlier command's until it starts.
+}# Written last: until it starts, the log ends as the command before it did.
 # shellcheck disable=SC2016
 printf '%s' $(quote "$line") >train.command
 cd src
