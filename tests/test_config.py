@@ -80,7 +80,6 @@ def test_every_setting_is_explained_with_default_and_bounds():
         ({"teacher.lora_rank": 4}, "be 0: .*teacher.adapter merges"),
         ({"student.quantize": "int8"}, "would freeze what is to learn"),
         ({"teacher.quantize": "int2"}, "quantize='int2' must be one of '', "),
-        ({"teacher.quantize_tile": 32}, "quantize_tile=32 must be 0 .* where"),
         ({"offline.path": "somewhere"}, "needs train.stage=offline"),
         ({"data.end_ids": (999,)}, r"end_ids=\(999,\) must be \(\) in the tin"),
         ({"world.student_heads": 5}, "width=96 must be divisible by .*heads=5"),

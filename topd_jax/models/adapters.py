@@ -68,12 +68,6 @@ def check_settings(
             "learn; give it adapters (student.lora_rank), or quantize the "
             "teacher (teacher.quantize)"
         )
-    for section, model in ({"student": student} | teachers).items():
-        if model.quantize_tile and not model.quantize:
-            raise ValueError(
-                f"{section}.quantize_tile={model.quantize_tile} must be 0 (the "
-                f"default) where {section}.quantize is ''"
-            )
     _check_only_teacher(teachers)
     for section, teacher in teachers.items():
         if teacher.is_student:

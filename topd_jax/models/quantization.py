@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from qwix import QArray
 
 KINDS = ("int8", "int4")
-# Inputs that share a scale where nothing else is said; 0: all of them.
-DEFAULT_TILE = {"int8": 0, "int4": 32}
+# Inputs that share a scale; 0: all of them.
+_TILE = {"int8": 0, "int4": 32}
 _SCALE_DTYPE = {"int8": jnp.float32, "int4": jnp.bfloat16}
 _MATRICES = (
     *LORA_TARGETS,
@@ -41,38 +41,32 @@ _MATRICES = (
 
 
 def quantizer(
-    kind: str, tile: int = 0
+    kind: str,
 ) -> "Callable[[str, jax.Array], jax.Array | QArray] | None":
     """Return what a loader does to each parameter once it is placed.
 
     Args:
       kind: "int8", "int4", or "" for nothing.
-      tile: inputs that share a scale; 0 takes the kind's default. Where it
-        does not divide a dimension its largest divisor below does.
 
     Returns:
       (parameter, array) -> what the decoder holds instead; None for "".
 
     Raises:
-      ValueError: for another kind, or a negative tile.
+      ValueError: for another kind.
     """
     if not kind:
         return None
-    if kind not in KINDS or tile < 0:
-        raise ValueError(
-            f"kind={kind!r} must be {', '.join(KINDS)} or '', and tile={tile} "
-            "at least 0"
-        )
-    return functools.partial(_quantize, kind=kind, tile=tile)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} must be {', '.join(KINDS)} or ''")
+    return functools.partial(_quantize, kind=kind)
 
 
-def quantize(model: Decoder, kind: str, tile: int = 0) -> Decoder:
+def quantize(model: Decoder, kind: str) -> Decoder:
     """Keep the matrices of a decoder's layers as integers.
 
     Args:
       model: any decoder of float parameters.
       kind: "int8", "int4", or "" for nothing.
-      tile: see :func:`quantizer`.
 
     Returns:
       A decoder whose matrices are ``qwix.QArray``, spread as they were. It
@@ -81,7 +75,7 @@ def quantize(model: Decoder, kind: str, tile: int = 0) -> Decoder:
     Raises:
       ValueError: for another kind, or a model that is quantized already.
     """
-    finish = quantizer(kind, tile)
+    finish = quantizer(kind)
     if finish is None:
         return model
     require_floats(model, "quantize")
@@ -125,16 +119,17 @@ def require_floats(model: Decoder, what: str) -> None:
 
 
 def _quantize(
-    name: str, array: jax.Array, *, kind: str, tile: int
+    name: str, array: jax.Array, *, kind: str
 ) -> "jax.Array | QArray":
     if name not in _MATRICES:
         return array
     # The dimensions that the product sums over.
     first = 2 if name.startswith("expert_") else 1
     summed = range(first, first + linear_inputs(name))
-    wanted, last, tiled = tile or DEFAULT_TILE[kind], summed[-1], {}
+    wanted, last, tiled = _TILE[kind], summed[-1], {}
     if wanted:
         # Heads, where the product sums over them too, have their own scales.
+        # What does not divide a dimension is its largest divisor below.
         size = array.shape[last]
         tiled = {last: max(n for n in range(1, wanted + 1) if size % n == 0)}
         summed = (last,)

@@ -47,9 +47,6 @@ class ModelSettings:
         "large matrices kept as integers, frozen (teacher only)",
         choices=("", "int8", "int4"),
     )
-    quantize_tile: int = setting(
-        0, "inputs that share a scale; 0: all in int8, 32 in int4", least=0
-    )
     lora_rank: int = setting(
         0,
         "r of low-rank adapters (arXiv:2106.09685), the only thing trained; "

@@ -361,7 +361,7 @@ def _load(
         unroll=settings.unroll,
         mesh=mesh,
         length=length,
-        finish=quantizer(settings.quantize, settings.quantize_tile),
+        finish=quantizer(settings.quantize),
     )
     if model.config.long_rope:
         logging.info(

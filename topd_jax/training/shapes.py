@@ -133,10 +133,7 @@ def row_length(settings: Settings) -> int:
 
 def _decoder(config: DecoderConfig, model: ModelSettings, mesh: Mesh) -> Any:
     def init() -> Any:
-        decoder = init_decoder(config, jax.random.key(0))
-        if model.quantize:
-            return quantize(decoder, model.quantize, model.quantize_tile)
-        return decoder
+        return quantize(init_decoder(config, jax.random.key(0)), model.quantize)
 
     shapes = jax.eval_shape(init)
     axes = shapes.logical_axes
