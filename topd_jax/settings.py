@@ -39,7 +39,7 @@ def setting(
       most: largest value allowed.
       above: values must be greater.
       below: values must be smaller.
-      choices: the values allowed, where they are few.
+      choices: the values allowed, where they are few; of a tuple each item.
 
     Returns:
       The field. :func:`check` tests the bounds.
@@ -82,18 +82,18 @@ def check(instance: object, path: str = "") -> None:
         if isinstance(value, str) and not isinstance(known, str):
             kinds = f"{type(known).__name__}, not str"  # only read as one
             raise ValueError(wrong_type(name, repr(value), kinds))
-        if limits["choices"] and value not in limits["choices"]:
+        items = value if isinstance(value, tuple) else (value,)
+        if limits["choices"] and not set(items) <= set(limits["choices"]):
             raise ValueError(
                 f"{name}={value!r} must be one of "
                 f"{', '.join(map(repr, limits['choices']))}"
             )
         bounds = {k: limits[k] for k in _TESTS if limits[k] is not None}
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(type(n) is int and n > _LARGEST for n in numbers):
+        if any(type(n) is int and n > _LARGEST for n in items):
             bounds.setdefault("most", _LARGEST)
         if not all(
             _TESTS[kind][0](number, bound)
-            for number in numbers
+            for number in items
             for kind, bound in bounds.items()
         ):
             spelled = " and ".join(

@@ -5,12 +5,7 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
-from topd_jax.models.config import (
-    DELTA_TARGETS,
-    LORA_TARGETS,
-    DecoderConfig,
-    Lora,
-)
+from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import Decoder
 from topd_jax.models.io.families import FAMILIES
 from topd_jax.models.io.loading import describe
@@ -39,12 +34,6 @@ def check_settings(
             f"student.source={student.source!r} names a teacher that is the "
             "student; give what the student is loaded from (a directory of "
             "this name as './student')"
-        )
-    known = LORA_TARGETS + DELTA_TARGETS
-    if not set(student.lora_targets) <= set(known):
-        raise ValueError(
-            f"student.lora_targets={student.lora_targets!r} must be some of "
-            f"{', '.join(known)}, or () for all"
         )
     given = {
         name: getattr(student, name)

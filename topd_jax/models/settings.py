@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from topd_jax.models.config import DELTA_TARGETS, LORA_TARGETS
 from topd_jax.settings import setting
 
 
@@ -58,9 +59,8 @@ class ModelSettings:
     )
     lora_targets: tuple[str, ...] = setting(
         (),
-        "of q, k, v, o, gate, up, down, and of delta rules delta_qkv, "
-        "delta_z, delta_qkvz, delta_o; (): all that a model has, but never "
-        "experts",
+        "maps that have adapters; (): all that a model has, but never experts",
+        choices=LORA_TARGETS + DELTA_TARGETS,
     )
     lora_rank_stabilised: bool = setting(
         False, "scale alpha / sqrt(r) instead (arXiv:2312.03732)"
