@@ -24,6 +24,7 @@ from topd_jax.training import loop
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.restore import load_student
 from topd_jax.training.setup import load_setup
+from topd_jax.training.shapes import model_configs
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,14 @@ def test_adapters_go_out_and_in(finished, student, settings, setup, tmp_path):
     assert teacher.config.lora is None
     for name, array in whole.items():
         np.testing.assert_allclose(teacher.arrays[name], array, atol=1e-6)
+    # Beside integers they stay apart.
+    small = changed(again, "teacher", quantize="int8")
+    teacher = load_setup(small, tmp_path).teachers[0].model
+    assert is_quantized(teacher.arrays["q"])
+    got = arrays(split(teacher)[0])
+    assert_trees_equal(got, arrays(split(student)[0]))
+    planned = model_configs(small)["teacher"]
+    assert planned.lora.targets == teacher.config.lora.targets
     export(settings, finished, "latest", merged)
     assert_trees_equal(arrays(load(merged)[0]), whole)
     # It says itself what it is.

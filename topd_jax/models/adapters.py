@@ -67,13 +67,6 @@ def check_settings(
                 f"learns nothing; {section}.adapter merges a trained one into "
                 "it"
             )
-        if teacher.adapter and teacher.quantize:
-            raise ValueError(
-                f"{section}.adapter={teacher.adapter!r} cannot be merged into "
-                f"{section}.quantize={teacher.quantize!r} matrices; leave one "
-                "out, or merge it with peft (merge_and_unload, "
-                "save_pretrained) and give the merged model"
-            )
 
 
 def _check_only_teacher(teachers: Mapping[str, ModelSettings]) -> None:
@@ -123,7 +116,7 @@ def adapt(
       settings: of the model.
       mesh: where to spread the adapters.
       train: keep the adapters apart, to be trained; else they are merged and
-        the arrays of ``model`` given up.
+        the arrays of ``model`` given up, unless it is quantized.
 
     Returns:
       The model; itself where the settings ask for nothing.

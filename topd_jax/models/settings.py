@@ -68,7 +68,8 @@ class ModelSettings:
     adapter: str = setting(
         "",
         "directory or hub name of a PEFT adapter to start from; the "
-        "teacher's is merged into it",
+        "teacher's is merged into it, or stands beside it where it is "
+        "quantized",
     )
     prompt: str = setting(
         "",

@@ -115,7 +115,8 @@ def model_configs(settings: Settings) -> dict[str, DecoderConfig]:
         options = ("dtype", "param_dtype", "remat", "unroll", "attention")
         config = config.replace(**{key: getattr(model, key) for key in options})
         config = config.for_rows(row_length(settings))
-        if model.lora_rank or (model.adapter and student):
+        apart = student or model.quantize  # else they are merged
+        if model.lora_rank or (model.adapter and apart):
             config = config.replace(lora=lora_of(model, config))
         configs[name] = config
     return configs
