@@ -139,7 +139,6 @@ def test_a_plan_has_no_second_model(settings):
     [
         ({"teacher__source": "student"},
          "teacher.source='student' reads what the student reads"),
-        ({"student__source": "student"}, "student.source='student' names"),
         ({"teacher__source": "student", "teacher__quantize": "int8"},
          "source='student', which computes as the student does; give it the "
          "student's {'quantize': ''}"),

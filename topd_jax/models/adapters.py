@@ -29,12 +29,6 @@ def check_settings(
     Raises:
       ValueError: by name.
     """
-    if student.is_student:
-        raise ValueError(
-            f"student.source={student.source!r} names a teacher that is the "
-            "student; give what the student is loaded from (a directory of "
-            "this name as './student')"
-        )
     given = {
         name: getattr(student, name)
         for name in _LORA

@@ -202,13 +202,12 @@ class Settings:
     def __post_init__(self) -> None:
         several = {f"teachers.{n}": m for n, m in self.teachers.items()}
         teachers = {"teacher": self.teacher} | several
-        models = [self.student, *self.by_teacher.values()]
-        models = [model for model in models if not model.is_student]
+        read = [m for m in self.by_teacher.values() if not m.is_student]
         check(self)
         for name, section in (vars(self) | several).items():
             if dataclasses.is_dataclass(section):
                 check(section, name)
-        if self.data.end_ids and all(m.in_world for m in models):
+        if self.data.end_ids and all(m.in_world for m in (self.student, *read)):
             raise ValueError(
                 f"data.end_ids={self.data.end_ids} must be () in the tiny "
                 "world, whose tokenizer has one end"
