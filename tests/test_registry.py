@@ -336,7 +336,7 @@ def test_values_of_a_scaling_have_kinds_and_bounds(start, name, value, line):
         ("experts", 4, r"experts_per_token=0 must lie in 1\.\.4"),
         ("activation", "relu", "activation='relu' must be"),
         ("heads", 5, "heads=5 must be divisible by kv_heads=2"),
-        ("head_dim", 7, "head_dim=7 must be even"),
+        ("head_dim", 7, "rotary_dim=7 must be even"),
         ("param_dtype", "f32", "param_dtype='f32' must be"),
     ],
 )

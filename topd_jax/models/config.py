@@ -207,11 +207,6 @@ class DecoderConfig:
                 f"heads={self.heads} must be divisible by kv_heads="
                 f"{self.kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be even: rotary embedding "
-                "turns pairs"
-            )
         if self.sinks and self.attention == "flash":
             raise ValueError(
                 "attention='flash' has no kernel for the attention sinks of "
@@ -223,7 +218,7 @@ class DecoderConfig:
         if turned % 2 or not 2 <= turned <= self.head_dim:
             raise ValueError(
                 f"rotary_dim={turned} must be even and in 2..{self.head_dim}, "
-                "the head_dim"
+                "the head_dim: rotary embedding turns pairs"
             )
         if self.rope_scaling is not None:
             self.rope_scaling.check_pairs(turned // 2)
