@@ -1,7 +1,6 @@
 """Grouped products: megablox, interpreted, against a loop and ragged_dot."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -78,13 +77,6 @@ def test_cpu_programs_hold_no_kernel_and_tpu_programs_no_ragged_dot():
     assert "tpu_custom_call" not in cpu
     assert "tpu_custom_call" in tpu
     assert "ragged_dot" not in tpu
-
-
-def test_a_jax_without_megablox_takes_ragged_dot(monkeypatch):
-    args = problem(16, (9, 3))
-    name = "jax.experimental.pallas.ops.tpu.megablox.ops"
-    monkeypatch.setitem(sys.modules, name, None)
-    np.testing.assert_array_equal(megablox(*args), jax.lax.ragged_dot(*args))
 
 
 @pytest.mark.slow

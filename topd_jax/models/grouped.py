@@ -18,7 +18,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 # Rows, inputs and outputs of a tile; at most 6 MB of a core's 16 MB of fast
 # memory in f32, double buffers and the accumulator included.
@@ -76,11 +75,7 @@ def megablox(
     """
     # Here, not above: Pallas takes a while to import, and dense models need
     # none of it.
-    try:
-        from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
-    except ImportError:
-        logging.warning("this JAX has no megablox; experts use ragged_dot")
-        return jax.lax.ragged_dot(x, w, sizes)
+    from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 
     # Whole tiles, and a group for the rows of none. It has no matrix: the
     # kernel fills its rows with zeros.
