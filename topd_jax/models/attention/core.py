@@ -217,7 +217,7 @@ def attend_cached(
     window: jax.Array,
     config: DecoderConfig,
 ) -> jax.Array | None:
-    """Attend from one token a row, reading the cache in place.
+    """Attend from one token a row, in place on a TPU; no gradient.
 
     Args:
       query: [B, 1, heads, head_dim].
@@ -235,16 +235,21 @@ def attend_cached(
     if mask is None:
         return None
 
-    def plain(
-        query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
-    ) -> jax.Array:
-        return _attend(query, key, value, mask[:, None, None], config)
+    def plain(*arrays: jax.Array) -> jax.Array:
+        query, keys, values, index, mask, _, last = arrays
+        allowed = (mask != 0) & (jnp.arange(mask.shape[2]) <= last)
+        return _attend(
+            query, keys[index], values[index], allowed[:, None], config
+        )
 
     read = functools.partial(
-        flash_decode.attend,
-        options=_options(config),
-        usual=_usual(config, cached.usual),
-        plain=plain,
+        jax.lax.platform_dependent,
+        tpu=functools.partial(
+            flash_decode.read,
+            options=_options(config),
+            usual=_usual(config, cached.usual),
+        ),
+        default=plain,
     )
     if spec.key_positions is not None:
         mask = flash_decode.as_numbers(layer_mask(spec, window)[:, 0, 0])

@@ -14,7 +14,6 @@ cost of its own.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,51 +46,6 @@ class Sizes(NamedTuple):
     size: int  # of a head
     keys: int  # of a block
     length: int  # L
-
-
-def attend(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    index: jax.Array,
-    mask: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-    *,
-    options: Options,
-    usual: int,
-    plain: Callable[..., jax.Array],
-) -> jax.Array:
-    """Attend by the kernel on TPU, plainly elsewhere; no gradient.
-
-    Args:
-      query: [B, 1, heads, head_dim].
-      keys: [N, B, kv_heads, L, head_dim].
-      values: the same.
-      index: i32[] which of the N layers.
-      mask: :func:`as_numbers` of the keys of each row, of those
-        from ``first`` to ``last``.
-      first: i32[B] a key, before which the row has none.
-      last: i32[] a key, behind which no row has any.
-      options: of the kernel.
-      usual: see :func:`read`.
-      plain: (query, key, value, bool[B, L]) -> the same, of one layer's
-        keys.
-
-    Returns:
-      [B, 1, heads, head_dim].
-    """
-
-    def elsewhere(*arrays: jax.Array) -> jax.Array:
-        query, keys, values, index, mask, _, last = arrays
-        allowed = (mask[:, 0] != 0) & (jnp.arange(mask.shape[2]) <= last)
-        return plain(query, keys[index], values[index], allowed)
-
-    return jax.lax.platform_dependent(
-        query, keys, values, index, mask, first, last,
-        tpu=functools.partial(read, options=options, usual=usual),
-        default=elsewhere,
-    )  # fmt: skip
 
 
 def read(
