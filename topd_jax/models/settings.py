@@ -45,7 +45,8 @@ class ModelSettings:
     )
     quantize: str = setting(
         "",
-        "large matrices kept as integers, frozen (teacher only)",
+        "large matrices kept as integers, frozen: of a teacher, or of a "
+        "student that has adapters",
         choices=("", "int8", "int4"),
     )
     lora_rank: int = setting(
