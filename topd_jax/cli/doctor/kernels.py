@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from topd_jax.cli.doctor.findings import Finding, judge
 from topd_jax.models import Cache, DecoderConfig
-from topd_jax.models.attention import core, cudnn, flash_decode
+from topd_jax.models.attention import core, cudnn
 from topd_jax.models.attention.masks import CachedMask, branch_intervals
 
 # Columns of a rollout, of which some are padding; tokens of a branch; window
@@ -136,8 +136,7 @@ def _decode(config: DecoderConfig) -> float:
 
     @jax.jit
     def by_kernel(query: jax.Array, *cached: jax.Array) -> Any:
-        numbers = flash_decode.as_numbers(exists)
-        spec = core.MaskSpec(mask, at, keys_at, numbers)
+        spec = core.MaskSpec(mask, at, keys_at)
         cache = Cache(*cached, jnp.int32(_WRITTEN))
         return core.attend_cached(
             query, cache, jnp.int32(1), spec, window, config

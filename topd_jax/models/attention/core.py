@@ -48,15 +48,12 @@ class MaskSpec(NamedTuple):
       query_positions: i32[B, S] positions of the tokens.
       key_positions: i32[B, L] positions of the keys; None where no layer
         slides.
-      exists: of what is written, as the kernel takes it: made once for all
-        layers; None for other masks.
       order: of the tokens, for layers that are recurrent; None without any.
     """
 
     mask: Mask
     query_positions: jax.Array
     key_positions: jax.Array | None
-    exists: jax.Array | None = None
     order: TokenOrder | None = None
 
 
@@ -77,36 +74,29 @@ def prepare_mask(
     Returns:
       (spec, cache).
     """
-    exists = order = None
+    count, order = positions.shape[1], None
     if config.recurrent:
-        order = token_order(mask, cache, positions.shape[1])
+        order = token_order(mask, cache, count)
     if isinstance(mask, RolloutMask):
         mask = mask.intervals
+    whole, kernel = False, _by_kernel(config, count)
     if isinstance(mask, IntervalMask):
-        keys = mask.exists.shape[1]
-        if not (
-            _is_long(positions.shape[1], keys)
-            or _by_kernel(config, positions.shape[1])
-        ):
-            mask = mask.dense()[:, None]
+        whole = not kernel and not _is_long(count, mask.exists.shape[1])
     elif isinstance(mask, CachedMask):
-        if config.attention == "flash":
-            exists = flash_decode.as_numbers(mask.exists)
-        else:
-            mask = mask.dense()[:, None]
+        whole = config.attention != "flash"
     elif isinstance(mask, BranchMask):
         behind = mask.exists.shape[1] - mask.read
-        kernel = _by_kernel(config, positions.shape[1])
-        if not kernel and behind <= max(_FEW_BEHIND, mask.read // 2):
-            mask = mask.dense()[:, None]
+        whole = not kernel and behind <= max(_FEW_BEHIND, mask.read // 2)
     else:
         mask = mask[:, None]
+    if whole:
+        mask = mask.dense()[:, None]
     if not any(config.sliding):
-        return MaskSpec(mask, positions, None, exists, order), cache
+        return MaskSpec(mask, positions, None, order), cache
     if cache is None:
-        return MaskSpec(mask, positions, positions, None, order), None
+        return MaskSpec(mask, positions, positions, order), None
     noted = update_slice(cache.positions, positions[None], (0, 0, cache.length))
-    spec = MaskSpec(mask, positions, noted[0], exists, order)
+    spec = MaskSpec(mask, positions, noted[0], order)
     return spec, cache.replace(positions=noted)
 
 
@@ -228,31 +218,27 @@ def attend_cached(
       config: as in :func:`attend`.
 
     Returns:
-      [B, 1, heads, head_dim]; None where :func:`attend` is to read: without
-      ``spec.exists``, and where heads and their keys would part.
+      [B, 1, heads, head_dim]; None where :func:`attend` is to read: a mask
+      that is no :class:`CachedMask`, and where heads and their keys would part.
     """
-    cached, mask = spec.mask, spec.exists
-    if mask is None:
+    if not isinstance(spec.mask, CachedMask):
         return None
 
     def plain(*arrays: jax.Array) -> jax.Array:
-        query, keys, values, index, mask, _, last = arrays
-        allowed = (mask != 0) & (jnp.arange(mask.shape[2]) <= last)
-        return _attend(
-            query, keys[index], values[index], allowed[:, None], config
-        )
+        query, keys, values, index, mask, *_ = arrays
+        allowed = (mask != 0)[:, None]
+        return _attend(query, keys[index], values[index], allowed, config)
 
     read = functools.partial(
         jax.lax.platform_dependent,
         tpu=functools.partial(
             flash_decode.read,
             options=_options(config),
-            usual=_usual(config, cached.usual),
+            usual=_usual(config, spec.mask.usual),
         ),
         default=plain,
     )
-    if spec.key_positions is not None:
-        mask = flash_decode.as_numbers(layer_mask(spec, window)[:, 0, 0])
+    mask = flash_decode.as_numbers(layer_mask(spec, window)[:, 0, 0])
     first = jnp.argmax(mask[:, 0], axis=1).astype(jnp.int32)
     keys, values = cache.keys, cache.values
     if index is None:
@@ -260,7 +246,7 @@ def attend_cached(
         index, keys, values = 0, keys.reshape(shape), values.reshape(shape)
     return over_cached_heads(
         read, query, keys, values, jnp.asarray(index),
-        mask, first, cached.length - 1,
+        mask, first, spec.mask.length - 1,
     )  # fmt: skip
 
 
