@@ -157,6 +157,8 @@ def test_fingerprint_is_of_the_parameters(foreign):
         for flags in ([True, False], [False, True])
     ] + [fingerprint({"drop": jax.random.key(1), "flags": jnp.array([True])})]
     assert len(set(others)) == 3
+    turns = {fingerprint({"turns": jnp.array([1 + s * 1j])}) for s in (1, -1)}
+    assert len(turns) == 2
     with jax.enable_x64(True):
         wide = {fingerprint({"w": jnp.array([x])}) for x in (1, 1.0, 1 + 1e-12)}
     assert len(wide) == 3

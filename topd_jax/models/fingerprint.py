@@ -66,6 +66,8 @@ def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
 def _bit_sum(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)  # nnx keeps that of its dropout
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag])
     if x.dtype in (bool, jnp.int4):
         x = x.astype(jnp.int8)
     if x.dtype.itemsize == 8:  # as two numbers
