@@ -31,18 +31,15 @@ def rope_table(
       (cos, sin), the R ways that the config's layers are turned in.
     """
     scaling, size = config.rope_scaling, config.rotary_dim or config.head_dim
-    turns = frequencies(config.rope_theta, size, scaling, long=config.long_rope)
-    ways = [(turns, 1.0)]
-    if scaling is not None:
-        ways[0] = ways[0][0], scaling.attention_factor
-    local = config.local_rope_theta or config.rope_theta
-    ways += [(frequencies(local, size), 1.0), (np.zeros_like(ways[0][0]), 1.0)]
+    base = frequencies(config.rope_theta, size, scaling, long=config.long_rope)
+    local = frequencies(config.local_rope_theta or config.rope_theta, size)
+    factor = 1.0 if scaling is None else scaling.attention_factor
     used = np.unique(_ways(config))  # what no layer uses is left out
-    turn = np.stack([ways[i][0] for i in used])
-    scale = np.asarray([ways[i][1] for i in used], np.float32)
+    turn = np.stack([base, local, np.zeros_like(base)])[used]
+    scale = np.array([factor, 1, 1], np.float32)[used]
+    angle = positions[None, ..., None, None].astype(jnp.float32)
+    angle = angle * turn[:, None, None, None]
     scale = scale[:, None, None, None, None]
-    turn = turn[:, None, None, None]
-    angle = positions[None, ..., None, None].astype(jnp.float32) * turn
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
