@@ -114,9 +114,8 @@ def add_lora(
         axis does not fit it.
     """
     config = adapted_config(model, lora)
-    table, shardings = (
-        parameter_table(config), parameter_shardings(config, mesh)
-    )  # fmt: skip
+    table = parameter_table(config)
+    shardings = parameter_shardings(config, mesh)
     # NumPy: the same numbers whatever the devices, in every process.
     draw = np.random.default_rng(0)
     placed = {}

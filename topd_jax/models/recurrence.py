@@ -148,13 +148,9 @@ def read_tokens(
     exists = order.exists[..., None]
     mixed, rate, step = inputs
     # The states of a row are read in order: its tokens stay together.
-    mixed, rate, step = (
-        constrain(x, "batch", None, axis)
-        for x, axis in (
-            (mixed, None),
-            (rate, "activation_heads"),
-            (step, "activation_heads"),
-        )
+    mixed = constrain(mixed, "batch", None, None)
+    rate, step = (
+        constrain(x, "batch", None, "activation_heads") for x in (rate, step)
     )
     mixed = jnp.where(exists, mixed, 0)
     rate = jnp.where(exists, jax.nn.sigmoid(rate).astype(jnp.float32), 0)
