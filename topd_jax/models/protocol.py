@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.core import FrozenDict
 
 from topd_jax.models.attention.cache import update_slice
 from topd_jax.parallel.sharding import constrain, parameter_name
@@ -115,7 +116,7 @@ class FunctionModel:
       select_head: params -> [V, D].
       select_embedding: params -> [V, E], or None for the head's rows.
       make_cache: (batch, length) -> cache, or None to read again.
-      axes: pairs of a parameter's name and its logical axes.
+      logical_axes: parameter name -> logical axes, hashable.
     """
 
     params: Any
@@ -125,7 +126,7 @@ class FunctionModel:
     make_cache: Callable[[int, int], Any] | None = struct.field(
         pytree_node=False
     )
-    axes: tuple = struct.field(pytree_node=False)
+    logical_axes: FrozenDict = struct.field(pytree_node=False)
 
     @property
     def head(self) -> Head:
@@ -138,11 +139,6 @@ class FunctionModel:
         if self.select_embedding is None:
             return head_rows(self.head)
         return self.select_embedding(self.params)
-
-    @property
-    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Return parameter name -> logical axes."""
-        return dict(self.axes)
 
     def init_cache(self, batch: int, length: int) -> Any:
         """Make an empty cache; see :class:`LanguageModel`."""
@@ -217,7 +213,7 @@ def from_function(
     """
     axes = {name: tuple(a) for name, a in (logical_axes or {}).items()}
     model = FunctionModel(
-        params, apply, head, embedding, init_cache, tuple(axes.items())
+        params, apply, head, embedding, init_cache, FrozenDict(axes)
     )
     for name in ("head", "embedding"):
         rows = jax.eval_shape(lambda m, n=name: getattr(m, n), model)
