@@ -197,10 +197,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                *others, last = map(repr, choices)
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be "
-                    f"{', '.join(others)} or {last}"
+                    f"{name}={getattr(self, name)!r} must be one of "
+                    f"{', '.join(map(repr, choices))}"
                 )
         if self.heads % self.kv_heads:
             raise ValueError(
