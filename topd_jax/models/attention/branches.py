@@ -166,10 +166,8 @@ def _prefix(
         allowed = (begin[:, None] <= keys) & (keys < end[:, None])
         return _part(options, query, key, value, mask.exists & allowed)
 
-    given = (query, mask.begin, mask.prefix)
     together = max(_SCORES // max(key.shape[2], 1), 1)
-    if query.shape[1] <= together:
-        return jax.vmap(of_one, in_axes=1, out_axes=1)(*given)
+    given = (query, mask.begin, mask.prefix)
     given = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), given)
     parts = jax.lax.map(lambda x: of_one(*x), given, batch_size=together)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), parts)
