@@ -1,8 +1,9 @@
 """Settings: frozen dataclasses whose fields carry bounds and a help text.
 
-Each room declares its own with :func:`setting`; :func:`build` turns nested
-mappings into them and refuses unknown keys, wrong types and values out of
-bounds, before anything is loaded. :func:`parse_json` does so for files.
+Each room declares its own with :func:`setting`. :func:`build` turns nested
+mappings into them and refuses unknown keys and wrong types, :func:`check`
+refuses values out of bounds, before anything is loaded. :func:`parse_json`
+does so for files.
 """
 
 import ast
@@ -46,10 +47,6 @@ def setting(
     """
     bounds = dict(least=least, most=most, above=above, below=below)
     metadata = {"text": text, "choices": tuple(choices), **bounds}
-    if isinstance(default, list | dict):
-        return dataclasses.field(
-            default_factory=lambda: default, metadata=metadata
-        )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -134,39 +131,28 @@ def build(cls: type, config: Mapping, path: str) -> typing.Any:
       An instance of ``cls``; a key that is not given takes its default.
 
     Raises:
-      ValueError: an unknown key (naming the nearest), a missing section, a
-        value of the wrong type.
+      ValueError: an unknown key (naming the nearest), what is no section, a
+        value of the wrong type; and what the class itself refuses.
     """
     _require_section(config, path)
-    hints = typing.get_type_hints(cls)
+    hints, values = typing.get_type_hints(cls), {}
     for key in config:
+        name = f"{path}.{key}"
         if key not in hints:
-            raise ValueError(unknown_key(f"{path}.{key}", list(hints), path))
-    values = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in config:
-            if (
-                field.default is dataclasses.MISSING
-                and field.default_factory is dataclasses.MISSING
-            ):
-                raise ValueError(f"{path}.{field.name} is missing")
-            continue
-        value, kind = config[field.name], hints[field.name]
-        name = f"{path}.{field.name}"
+            raise ValueError(unknown_key(name, list(hints), path))
+        value, kind = config[key], hints[key]
         if dataclasses.is_dataclass(kind):
-            values[field.name] = build(kind, value, name)
+            values[key] = build(kind, value, name)
         elif typing.get_origin(kind) is dict:
             _require_section(value, name)
             item = typing.get_args(kind)[1]
-            values[field.name] = {
-                key: build(item, value[key], f"{name}.{key}")
-                for key in sorted(value.keys())
+            values[key] = {
+                inner: build(item, value[inner], f"{name}.{inner}")
+                for inner in sorted(value.keys())
             }
         else:
-            values[field.name] = _checked(value, kind, name)
-    made = cls(**values)
-    check(made, path.removeprefix("config").removeprefix("."))
-    return made
+            values[key] = _checked(value, kind, name)
+    return cls(**values)
 
 
 def _require_section(config: object, path: str) -> None:
