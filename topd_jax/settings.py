@@ -7,7 +7,6 @@ does so for files.
 """
 
 import ast
-import collections
 import dataclasses
 import difflib
 import json
@@ -291,29 +290,15 @@ def parse_json(data: bytes, where: str, way_out: str = "") -> typing.Any:
       The value.
 
     Raises:
-      ValueError: for another encoding, what is no JSON, brackets that nest
-        too deeply, and an object that has a key twice.
+      ValueError: for another encoding, what is no JSON, and brackets that
+        nest too deeply.
     """
-    encoding, converted = json.detect_encoding(data), "convert it to UTF-8"
     try:
-        if encoding.startswith("utf-8"):
-            return json.loads(
-                data.decode("utf-8-sig"), object_pairs_hook=_without_twins
-            )
-        fault, advice = f"UTF-8, but looks like {encoding}", converted
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        fault, advice = f"UTF-8 ({error})", converted
+        fault, advice = f"UTF-8 ({error})", "convert it to UTF-8"
     except (ValueError, RecursionError) as error:
         fault, advice = f"JSON ({error})", "repair or remove it"
     raise ValueError(
         f"{where} is not {fault}: {data[:60]!r}; {way_out or advice}"
     )
-
-
-def _without_twins(pairs: list[tuple[str, typing.Any]]) -> dict:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        twin = counts.most_common(1)[0][0]
-        raise ValueError(f"an object has the key {twin!r} twice")
-    return values
