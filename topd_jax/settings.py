@@ -267,10 +267,7 @@ def parse_call(
         options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         if None in options or len(options) < len(call.keywords):
             raise SyntaxError
-    except (
-        AttributeError, SyntaxError, TypeError, ValueError, RecursionError,
-        MemoryError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # whatever Python's parser raises
         raise ValueError(
             f"{name}={text!r} cannot be read; write NAME or "
             f"NAME(option=value, ...), for instance {example}"
