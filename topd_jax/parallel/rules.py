@@ -80,11 +80,7 @@ def using(rules: Rules) -> Iterator[None]:
         "draws": _joined(tokens, rules.get("vocab")),
         **rules,
     }
-    frozen = tuple(
-        (name, tuple(axes) if isinstance(axes, list) else axes)
-        for name, axes in complete.items()
-    )
-    with _in_force(frozen):
+    with _in_force(tuple(complete.items())):
         yield
 
 
