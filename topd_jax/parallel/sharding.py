@@ -110,8 +110,8 @@ def spec_on(
       The partition; nothing is spread on a mesh of one device.
 
     Raises:
-      ValueError: for a name without a rule, a mesh axis used twice, or one
-        that the mesh does not have.
+      ValueError: for a name without a rule, or a mesh axis that the mesh does
+        not have.
     """
     rules = rules_in_force() if rules is None else rules
     parts = []
@@ -122,14 +122,7 @@ def spec_on(
                 f"{sorted(rules)}"
             )
         parts.append(None if axis is None else rules[axis])
-    used = [m for p in parts for m in mesh_axes(p)]
-    if len(used) != len(set(used)):
-        raise ValueError(
-            f"logical axes {tuple(axes)} put one mesh axis on two dimensions: "
-            f"{parts}; change a rule"
-        )
-    for axis, part in zip(axes, parts, strict=True):
-        missing = [n for n in mesh_axes(part) if n not in mesh.shape]
+        missing = [n for n in mesh_axes(parts[-1]) if n not in mesh.shape]
         if missing and mesh.size == 1:
             return PartitionSpec(*(None,) * len(axes))
         if missing:
