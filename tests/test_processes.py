@@ -237,13 +237,11 @@ def test_flags_that_do_not_go_together(arguments, message, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_is_first_and_waits_for_nobody(tmp_path):
+def test_one_process_is_first_and_waits_for_nobody():
     assert hosts.is_first()
-    hosts.meet("here")
     assert hosts.from_first(lambda: 4) == 4
     hosts.require_same({"command": "train"})
     assert not hosts.told_to_stop()
-    hosts.wait_for([tmp_path])
     tree = {"a": jax.numpy.arange(3), "b": 4}
     tree = hosts.on_host(tree)
     assert isinstance(tree["a"], np.ndarray)

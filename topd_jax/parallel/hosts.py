@@ -8,23 +8,20 @@ same work directory.
 import itertools
 import json
 import os
-import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from topd_jax.parallel import stopping
 
-_POLL_SECONDS = 0.5
 _GRACE_SECONDS = 10
 # For which the first stays after an error: without it the others end at once,
 # and could not say what they found.
@@ -168,16 +165,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
-    """Wait until every process has reached the same point.
-
-    Args:
-      name: of the point; the same in all processes.
-    """
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def from_first(call: Callable[[], Any]) -> Any:
     """Call a function in the first process, and return its result in all.
 
@@ -262,18 +249,3 @@ def on_host(tree: Any) -> Any:
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
-
-
-def wait_for(paths: Sequence[pathlib.Path]) -> None:
-    """Wait for files of the first process, however long that takes.
-
-    Not a collective, which would time out: if the first process dies, the
-    heartbeat ends this one.
-
-    Args:
-      paths: files or directories that appear atomically.
-    """
-    if not all(p.exists() for p in paths):
-        logging.info("waiting for the first process to write %s", paths[0])
-    while not all(p.exists() for p in paths):
-        time.sleep(_POLL_SECONDS)

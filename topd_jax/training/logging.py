@@ -105,19 +105,20 @@ class Logs:
         workdir.mkdir(parents=True, exist_ok=True)
         self._files = {}
         self._board = None
-        first = hosts.is_first()
-        for name in ("metrics", "evals", *_TEXTS):
-            path = workdir / f"{name}.jsonl"
-            if first:
+
+        def open_files() -> None:
+            for name in ("metrics", "evals", *_TEXTS):
+                path = workdir / f"{name}.jsonl"
                 cut_log(path, step, FIELDS[name])
                 self._files[name] = (
                     buckets.LogParts(path)
                     if buckets.is_in_parts(path)
                     else path.open("a", encoding="utf-8")
                 )
-        hosts.meet("logs are cut")
+
+        hosts.from_first(open_files)
         self.evals = read_jsonl(workdir / "evals.jsonl")
-        if tensorboard and first:
+        if tensorboard and hosts.is_first():
             # Slow to import: where torch is installed, it comes along.
             from topd_jax.training.tensorboard import Board
 

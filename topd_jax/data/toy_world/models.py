@@ -56,15 +56,18 @@ def world_models(
     where = {
         name: TRAINED if _comes(settings, name) else cache for name in names
     }
+
+    def complete() -> None:
+        if all((where[name] / name).exists() for name in names):
+            return
+        with (
+            lock.held(cache, wait=True),
+            buckets.uploaded(cache, last=tokenizer) as folder,
+        ):
+            _make(settings, folder)
+
     if cache in where.values():
-        if not hosts.is_first():
-            hosts.wait_for([where[name] / name for name in names])
-        elif not all((where[name] / name).exists() for name in names):
-            with (
-                lock.held(cache, wait=True),
-                buckets.uploaded(cache, last=tokenizer) as folder,
-            ):
-                _make(settings, folder)
+        hosts.from_first(complete)
     spm = SentencePieceTokenizer((where[tokenizer] / tokenizer).read_bytes())
     return where[teacher] / teacher, where[student] / student, spm
 
