@@ -1,7 +1,7 @@
 """Keep compiled programs between runs, on this machine; compiler options.
 
 JAX can read a program that an earlier process compiled. It tells programs
-apart by what they compute and by its own version, not by the processor that
+apart by what they compute, by flags and versions, not by the processor that
 they were compiled for: a home directory that machines share would hand one
 machine's program to another. Here each kind of machine has a directory of its
 own. A file that was cut short does not decompress, and its program is compiled
@@ -9,14 +9,11 @@ again.
 """
 
 import hashlib
-import json
 import os
 import pathlib
 import platform
-import sys
 
 import jax
-import jaxlib
 from jax.sharding import Mesh
 
 from topd_jax.parallel import buckets
@@ -86,25 +83,16 @@ def decoding_options(mesh: Mesh | None, sharding: str) -> dict[str, bool]:
 
 
 def machine_key() -> str:
-    """Return 16 hex digits of what a compiled program depends on.
+    """Return 16 hex digits of the processor: its kind and what it can do.
 
-    The processor and what it can do, the versions of Python, jax and jaxlib,
-    the platforms that JAX may take, and the flags of XLA.
+    JAX itself tells versions, platforms and flags of XLA apart.
     """
-    names = ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS")
-    told = {name: os.environ.get(name, "") for name in names}
-    versions = [sys.version, jax.__version__, jaxlib.__version__]
-    text = json.dumps([_processor(), versions, told], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _processor() -> list[str]:
-    """Return the processor's name and features; Linux tells them in a file."""
-    about = pathlib.Path("/proc/cpuinfo")
+    about = pathlib.Path("/proc/cpuinfo")  # of Linux
     lines = about.read_text().splitlines() if about.exists() else []
     kinds = ("model name", "flags", "Features", "CPU part")
-    found = {line for line in lines if line.startswith(kinds)}
-    return [platform.machine(), platform.processor(), *sorted(found)]
+    found = sorted({line for line in lines if line.startswith(kinds)})
+    text = "\n".join([platform.machine(), platform.processor(), *found])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plays_several_devices() -> bool:
