@@ -31,19 +31,12 @@ def keep_compiled(choice: str = "auto") -> pathlib.Path | None:
 
     Args:
       choice: "auto" takes the user's cache directory (``XDG_CACHE_HOME``, else
-        ``~/.cache``); "off" keeps nothing; else a directory.
+        ``~/.cache``); "off" or "" keeps nothing; else a directory.
 
     Returns:
       The directory; None where nothing is kept.
-
-    Raises:
-      ValueError: for an empty choice.
     """
-    if not choice:
-        raise ValueError(
-            "train.compilation_cache='' must be 'auto', 'off' or a directory"
-        )
-    if choice == "off" or _plays_several_devices():
+    if choice in ("", "off") or _plays_several_devices():
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
