@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from topd_jax.parallel.rules import mesh_axes, rules_in_force
 from topd_jax.parallel.sharding import (
@@ -121,21 +121,22 @@ def over_experts(
 def over_heads(
     read: Callable[..., jax.Array],
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: Any,
+    keys: jax.Array,
+    values: jax.Array,
+    *rest: Any,
 ) -> jax.Array | None:
     """Compute attention over the rows, heads and queries of each device.
 
-    Keys are gathered over the axis that spreads queries. The mask counts
-    columns of the whole row, wherever the query is.
+    Keys are gathered over the axis that spreads queries. What is said of them
+    counts columns of the whole row, wherever the query is.
 
     Args:
-      read: (query, key, value, mask) -> attention of one device's part.
+      read: (query, keys, values, *rest) -> attention of one device's part.
       query: [B, S, heads, head_dim].
-      key: [B, kv_heads, L, head_dim].
-      value: the same.
-      mask: a dataclass of ``exists``, bool[B, L], and arrays [B, S, ...].
+      keys: [B, kv_heads, L, head_dim], or [N, B, ...] of all layers.
+      values: the same.
+      *rest: arrays [], [B] and [B, S, ...], and dataclasses of these and of
+        ``exists``, bool[B, L].
 
     Returns:
       [B, S, heads, head_dim]; None where heads would be separated
@@ -143,66 +144,28 @@ def over_heads(
     """
     mesh = mesh_in_use()
     if mesh is None:
-        return read(query, key, value, mask)
-    query_spec, key_spec = _head_specs(mesh, query.shape, key.shape)
-    if query_spec[2] != key_spec[1]:
+        return read(query, keys, values, *rest)
+    query_axes = ("batch", "sequence", "activation_heads", None)
+    key_axes = ("batch", "activation_kv_heads", None, None)
+    of_query = divisible_spec(mesh, query.shape, query_axes)
+    of_key = divisible_spec(mesh, keys.shape[-4:], key_axes)
+    if of_query[2] != of_key[1]:
         return None
-    of_query = PartitionSpec(*query_spec[:2])
-    of_column = PartitionSpec(query_spec[0])
-    places = jax.tree.map(lambda _: of_query, mask).replace(exists=of_column)
+
+    def place(path: tuple, x: jax.Array) -> PartitionSpec:
+        of_columns = path[-1:] == (jax.tree_util.GetAttrKey("exists"),)
+        return PartitionSpec(*of_query[: 1 if of_columns else min(x.ndim, 2)])
+
+    held = PartitionSpec(*(None,) * (keys.ndim - 4), *of_key)
+    places = jax.tree_util.tree_map_with_path(place, rest)
     attend = jax.shard_map(
         read,
-        in_specs=(query_spec, key_spec, key_spec, places),
-        out_specs=query_spec,
+        in_specs=(of_query, held, held, *places),
+        out_specs=of_query,
         # Kernels do not say over which axes their result varies.
         check_vma=False,
     )
-    return attend(query, key, value, mask)
-
-
-def over_cached_heads(
-    read: Callable[..., jax.Array],
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    index: jax.Array,
-    mask: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-) -> jax.Array | None:
-    """Compute attention over the rows and heads of each device, from a cache.
-
-    Args:
-      read: (query, keys, values, index, mask, first, last) -> attention of
-        one device's part.
-      query: [B, 1, heads, head_dim].
-      keys: [N, B, kv_heads, L, head_dim].
-      values: the same.
-      index: i32[] layer that is read.
-      mask: i32[B, 1, L].
-      first: i32[B].
-      last: i32[].
-
-    Returns:
-      [B, 1, heads, head_dim]; None where heads would be separated
-      from their keys.
-    """
-    mesh = mesh_in_use()
-    if mesh is None:
-        return read(query, keys, values, index, mask, first, last)
-    query_spec, key_spec = _head_specs(mesh, query.shape, keys.shape[1:])
-    if query_spec[2] != key_spec[1]:
-        return None
-    cache, rows = PartitionSpec(None, *key_spec), PartitionSpec(query_spec[0])
-    replicated = PartitionSpec()
-    attend = jax.shard_map(
-        read,
-        in_specs=(query_spec, cache, cache, replicated, rows, rows, replicated),
-        out_specs=query_spec,
-        # Kernels do not say over which axes their result varies.
-        check_vma=False,
-    )
-    return attend(query, keys, values, index, mask, first, last)
+    return attend(query, keys, values, *rest)
 
 
 def row_parts(rows: int) -> tuple[tuple[str, ...], int]:
@@ -253,18 +216,6 @@ def over_rows(
         axis_names=set(axes),
         check_vma=False,
     )(held, new, *places)
-
-
-def _head_specs(
-    mesh: AbstractMesh, query: tuple[int, ...], key: tuple[int, ...]
-) -> tuple[PartitionSpec, PartitionSpec]:
-    """Return the specs of [B, S, heads, D] and [B, kv_heads, L, D]."""
-    return (
-        divisible_spec(
-            mesh, query, ("batch", "sequence", "activation_heads", None)
-        ),
-        divisible_spec(mesh, key, ("batch", "activation_kv_heads", None, None)),
-    )
 
 
 def top_k(

@@ -19,7 +19,7 @@ from topd_jax.models.attention.masks import (
 )
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.recurrence import TokenOrder, token_order
-from topd_jax.parallel.collectives import over_cached_heads, over_heads
+from topd_jax.parallel.collectives import over_heads
 from topd_jax.parallel.sharding import mesh_in_use
 from topd_jax.types import soft_cap
 
@@ -244,7 +244,7 @@ def attend_cached(
     if index is None:
         shape = (1, query.shape[0], -1, *keys.shape[-2:])
         index, keys, values = 0, keys.reshape(shape), values.reshape(shape)
-    return over_cached_heads(
+    return over_heads(
         read, query, keys, values, jnp.asarray(index),
         mask, first, spec.mask.length - 1,
     )  # fmt: skip
