@@ -178,11 +178,6 @@ def test_bytes_on_a_ring_of_groups_in_every_spelling(
     assert sent == pytest.approx(30 * 4 * factor(devices))
 
 
-def test_a_text_that_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="ENTRY"):
-        hlo.parse("nothing")
-
-
 SLICED = """\
 HloModule sliced, num_partitions=1
 

@@ -93,11 +93,9 @@ class Computation:
     """Hold a named list of instructions.
 
     Attributes:
-      name: of the computation.
       instructions: name -> instruction, in order.
     """
 
-    name: str
     instructions: dict[str, Instruction]
 
     @functools.cached_property
@@ -147,25 +145,19 @@ def parse(text: str) -> Program:
 
     Returns:
       The program.
-
-    Raises:
-      ValueError: if the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            current = Computation(header[2], {})
-            computations[current.name] = current
-            entry = current.name if header[1] else entry
+            computations[header[2]] = current = Computation({})
+            entry = header[2] if header[1] else entry
         elif current is not None and (match := _LINE.match(line)):
             root, name, kind, op, operands, attributes = match.groups()
             current.instructions[name] = Instruction(
                 name, op, _names(operands), _arrays(kind), attributes,
                 bool(root),
             )  # fmt: skip
-    if not entry:
-        raise ValueError("the text has no ENTRY computation: not an HLO module")
     partitions = re.search(r"num_partitions=(\d+)", text)
     return Program(computations, entry, int(partitions[1]) if partitions else 1)
 
