@@ -98,25 +98,6 @@ def check(instance: object, path: str = "") -> None:
             raise ValueError(f"{name}={value!r} must be {spelled}")
 
 
-def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """Flatten nested settings into one mapping.
-
-    Args:
-      tree: nested dictionaries.
-      prefix: of every name.
-
-    Returns:
-      "section.key" -> value.
-    """
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out
-
-
 def build(cls: type, config: Mapping, path: str) -> typing.Any:
     """Check a section and turn it into its dataclass.
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from topd_jax.cli.commands import Command
 from topd_jax.parallel import hosts
-from topd_jax.settings import flat
 from topd_jax.training.config import Settings
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def _facts(
         "jax": jax.__version__,
         "command": name,
         **{f"--{flag}": str(value) for flag, value in values.items()},
-        **flat({"config": settings.to_dict()}),
+        **flatten_dict({"config": settings.to_dict()}, sep="."),
     }
 
 

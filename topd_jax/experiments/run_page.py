@@ -10,12 +10,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from plotly.offline import get_plotlyjs
 
 from topd_jax.experiments import pages, run_curves
 from topd_jax.experiments.run_records import Row, RunRecords, read_run
 from topd_jax.parallel import buckets
-from topd_jax.settings import flat
 from topd_jax.training.config import defaults_of
 
 _EVALUATED = {
@@ -101,7 +101,7 @@ def report(
 
 def state_of(run: RunRecords) -> str:
     """Tell a run's objective and how far it is."""
-    settings = flat(run.settings)
+    settings = flatten_dict(run.settings, sep=".")
     step = max((r["step"] for r in (*run.metrics, *run.evals)), default=0)
     steps = settings.get("train.steps")
     finished = any(
@@ -200,7 +200,7 @@ def settings_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
       For each setting "name", "values" (a text a run), "default" and whether
       it "differs", or has no default to keep.
     """
-    settings = [flat(run.settings) for run in runs]
+    settings = [flatten_dict(run.settings, sep=".") for run in runs]
     defaults: dict[str, object] = {}
     for run in runs:
         defaults |= defaults_of(run.settings)

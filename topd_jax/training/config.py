@@ -10,6 +10,7 @@ import json
 import typing
 from collections.abc import Mapping
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from topd_jax.data.settings import (
@@ -26,7 +27,7 @@ from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import Objective
 from topd_jax.parallel.settings import MeshSettings
 from topd_jax.sampling.settings import RolloutSettings
-from topd_jax.settings import build, check, flat, setting
+from topd_jax.settings import build, check, setting
 
 # Of section eval, read by ``topd eval`` alone: no run depends on them.
 EVAL_ONLY = ("samples", "benchmarks")
@@ -282,7 +283,7 @@ class Settings:
         known = defaults_of(self.to_dict())
         values = {
             name: value
-            for name, value in flat(self.to_dict()).items()
+            for name, value in flatten_dict(self.to_dict(), sep=".").items()
             if name not in NO_IDENTITY and known.get(name, ...) != value
         }
         text = json.dumps(values, sort_keys=True)
@@ -312,7 +313,7 @@ def check_fits(objective: Objective, settings: Settings) -> None:
 
 
 def _defaults() -> dict[str, object]:
-    return flat(json.loads(json.dumps(dataclasses.asdict(Settings()))))
+    return flatten_dict(Settings().to_dict(), sep=".")
 
 
 def defaults_of(tree: Mapping) -> dict[str, object]:
@@ -325,7 +326,7 @@ def defaults_of(tree: Mapping) -> dict[str, object]:
       "section.key" -> default; the source of one of ``teachers`` has none,
       for it makes the section.
     """
-    keys = flat(dataclasses.asdict(ModelSettings()))
+    keys = dataclasses.asdict(ModelSettings())
     defaults = _defaults()
     return defaults | {
         f"teachers.{name}.{key}": defaults[f"teacher.{key}"]

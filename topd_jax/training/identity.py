@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from topd_jax.models import DecoderConfig
-from topd_jax.settings import flat
 from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
 
 # Of the record; other numbers are refused by name. 2 has no checksums.
@@ -121,13 +121,13 @@ def require_same_run(
     # A setting that is younger than the checkpoint was at its default there.
     before = defaults_of(settings.to_dict()) | {
         _RENAMED.get(name, name): value
-        for name, value in flat(saved["settings"]).items()
+        for name, value in flatten_dict(saved["settings"], sep=".").items()
     }
-    now = flat(settings.to_dict())
+    now = flatten_dict(settings.to_dict(), sep=".")
     for tree, known in ((saved["objective"], before), (objective, now)):
         known.pop("objective", None)  # one objective has several spellings
         # A function has its name under "" where options are beside it.
-        options = flat({"objective": tree}).items()
+        options = flatten_dict({"objective": tree}, sep=".").items()
         known |= {name.rstrip("."): value for name, value in options}
     for name in _YOUNGER.keys() & now.keys():
         before.setdefault(name, _YOUNGER[name])
