@@ -10,11 +10,7 @@ from collections.abc import Iterator
 from topd_jax.data.templates import teacher_width
 from topd_jax.planning.plan import Plan, ProgramPlan
 from topd_jax.training.config import Settings
-from topd_jax.training.shapes import (
-    model_configs,
-    section_of,
-    teacher_prompts,
-)
+from topd_jax.training.shapes import model_configs, teacher_prompts
 
 # Attention kernels read at least so many tokens at once.
 _KERNEL_TOKENS = 128
@@ -52,16 +48,12 @@ def _options(
     tokens = settings.rollout.max_new_tokens + (
         teacher_width(data) if name == "score" else data.max_prompt_length
     )
-    scores = {section_of(n) for n in settings.teachers or ("",)}
-    if any(m.is_student for m in settings.by_teacher.values()):
-        scores.add("student")
-    both = {"student", *scores}
-    reads = {"score": scores, "statistics": both, "compare": both}
+    alone = name in ("rollout", "evaluate", "train_step")
     kernels = [
         f"{section}.attention=flash"
         for section, config in model_configs(settings).items()
         # No kernel has attention sinks.
-        if section in reads.get(name, ("student",))
+        if (section == "student" or not alone)
         and config.attention == "blocks"
         and not config.sinks
     ]
