@@ -79,7 +79,7 @@ def test_no_program_of_a_tpu_gathers_a_whole(tmp_path):
 def test_mesh_must_fit_the_devices():
     with pytest.raises(ValueError, match=r"needs 6 devices and there are 1"):
         sharding.make_mesh(3, 2, 1, devices=jax.devices()[:1])
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=r"fsdp=0 x .* needs 0 devices"):
         sharding.make_mesh(-1, 0, 1)
 
 

@@ -52,27 +52,18 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     others = (fsdp, tensor, expert, sequence)
-    sizes = dict(zip(MESH_AXES, (data, *others), strict=True))
-    if min(others) < 1 or (data < 1 and data != -1):
-        raise ValueError(
-            f"mesh axes {_spelled(sizes, ', ')} must be positive; only data "
-            "may be -1 (all that is left)"
-        )
     rest = math.prod(others)
     if data == -1:
-        sizes["data"] = max(len(devices) // rest, 1)
-    if sizes["data"] * rest != len(devices):
+        data = max(len(devices) // max(rest, 1), 1)
+    sizes = dict(zip(MESH_AXES, (data, *others), strict=True))
+    if data * rest != len(devices) or min(others) < 1:
+        spelled = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh {_spelled(sizes, ' x ')} needs {sizes['data'] * rest} "
-            f"devices and there are {len(devices)}; set data=-1 to take what "
-            "the others leave"
+            f"mesh {spelled} needs {data * rest} devices and there are "
+            f"{len(devices)}; set data=-1 to take what the others leave"
         )
-    grid = np.asarray(devices).reshape([sizes[name] for name in MESH_AXES])
+    grid = np.asarray(devices).reshape(list(sizes.values()))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def _spelled(sizes: Mapping[str, int], between: str) -> str:
-    return between.join(f"{name}={size}" for name, size in sizes.items())
 
 
 def mesh_in_use() -> AbstractMesh | None:
