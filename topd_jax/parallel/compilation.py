@@ -36,7 +36,10 @@ def keep_compiled(choice: str = "auto") -> pathlib.Path | None:
     Returns:
       The directory; None where nothing is kept.
     """
-    if choice in ("", "off") or _plays_several_devices():
+    simulated = "xla_force_host_platform_device_count"
+    several = simulated in os.environ.get("XLA_FLAGS", "")
+    several |= (jax.config.jax_num_cpu_devices or 1) > 1
+    if choice in ("", "off") or several:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     if given := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -86,9 +89,3 @@ def machine_key() -> str:
     found = sorted({line for line in lines if line.startswith(kinds)})
     text = "\n".join([platform.machine(), platform.processor(), *found])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _plays_several_devices() -> bool:
-    flags = os.environ.get("XLA_FLAGS", "")
-    several = "xla_force_host_platform_device_count" in flags
-    return several or (jax.config.jax_num_cpu_devices or 1) > 1
