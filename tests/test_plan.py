@@ -131,7 +131,7 @@ def test_the_table_says_what_fits_and_by_how_much_not():
 def test_the_command_writes_json_and_names_flags(monkeypatch, tmp_path):
     large = program("score", temporaries=18 * GIB)
     monkeypatch.setattr(command, "without_tpu", lambda: None)
-    monkeypatch.setattr(command, "make_plan", lambda *_, **__: plan_of(large))
+    monkeypatch.setattr(command, "make_plan", lambda *_: plan_of(large))
     path = tmp_path / "new" / "plans.jsonl"
     for _ in range(2):
         said = command.plan(settings_with(), "v5e:2x4", output=path)
@@ -140,7 +140,7 @@ def test_the_command_writes_json_and_names_flags(monkeypatch, tmp_path):
     assert one == two and one["settings"]["data"]["batch_size"] == 8
     assert one["plan"]["programs"][0]["cost"]["flops"] == 394e12
     small = plan_of(program())
-    monkeypatch.setattr(command, "make_plan", lambda *_, **__: small)
+    monkeypatch.setattr(command, "make_plan", lambda *_: small)
     assert "change" not in command.plan(settings_with(), "v5e:2x4")
 
 

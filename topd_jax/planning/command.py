@@ -1,11 +1,9 @@
 """``topd plan``: the plan as a table and as JSON, and what to change."""
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
-import sys
 
 import jax
 
@@ -51,8 +49,7 @@ def plan(
     if output is not None:  # before minutes of work are lost
         output.parent.mkdir(parents=True, exist_ok=True)
     without_tpu()
-    log = functools.partial(print, file=sys.stderr, flush=True)
-    first = make_plan(settings, topology, log=log)
+    first = make_plan(settings, topology)
     if output is not None:
         record = {"plan": dataclasses.asdict(first), "jax": jax.__version__}
         line = json.dumps(record | {"settings": settings.to_dict()}) + "\n"

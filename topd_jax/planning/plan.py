@@ -17,8 +17,8 @@ import dataclasses
 import math
 import pathlib
 import re
+import sys
 import tempfile
-from collections.abc import Callable
 from operator import mul
 from typing import Any
 
@@ -115,18 +115,12 @@ class Plan:
         return sum(map(mul, often, least)), sum(map(mul, often, about))
 
 
-def make_plan(
-    settings: Settings,
-    topology: str,
-    *,
-    log: Callable[[str], None] = lambda line: None,
-) -> Plan:
-    """Compile a run for a topology.
+def make_plan(settings: Settings, topology: str) -> Plan:
+    """Compile a run for a topology; say so on stderr, program by program.
 
     Args:
       settings: of the run.
       topology: kind and shape, "v5e:2x4".
-      log: called before a program is compiled.
 
     Returns:
       The plan.
@@ -142,7 +136,7 @@ def make_plan(
     programs = []
     with jax.set_mesh(mesh):
         for name, call in calls(settings, mesh).items():
-            log(f"compiling {name}")
+            print(f"compiling {name}", file=sys.stderr, flush=True)
             program = _compile(name, call, USABLE * chip.memory)
             often = _calls(settings, name)
             programs.append(dataclasses.replace(program, calls=often))
