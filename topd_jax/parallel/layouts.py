@@ -6,7 +6,7 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from topd_jax.parallel.rules import Rules, mesh_axes, rules_in_force
+from topd_jax.parallel.rules import Rules, mesh_axes, rules_in_force, using
 from topd_jax.parallel.sharding import divisible_spec, spec_on
 from topd_jax.types import Layout
 
@@ -44,9 +44,10 @@ def loss_layout(
     rules = rules_in_force() if rules is None else rules
     table = {axis: mesh_axes(rules.get(axis)) for axis in _LOSS_AXES}
     ways = {}
-    for axis in _LOSS_AXES:
-        (axes,) = spec_on(used, (axis,), table)
-        ways[axis] = math.prod(used.shape[name] for name in mesh_axes(axes))
+    with using(table):
+        for axis in _LOSS_AXES:
+            (axes,) = spec_on(used, (axis,))
+            ways[axis] = math.prod(used.shape[a] for a in mesh_axes(axes))
     return Layout(chunk_size, ways, _Constrain(mesh, tuple(table.items())))
 
 
@@ -60,7 +61,8 @@ class _Constrain:
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         mesh = self.mesh
         used = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-        partition = divisible_spec(used, x.shape, axes, dict(self.table))
+        with using(dict(self.table)):
+            partition = divisible_spec(used, x.shape, axes)
         if mesh is not None:
             partition = NamedSharding(mesh, partition)
         return jax.lax.with_sharding_constraint(x, partition)

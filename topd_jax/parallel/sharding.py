@@ -19,7 +19,7 @@ from jax.sharding import (
     PartitionSpec,
 )
 
-from topd_jax.parallel.rules import Axes, Rules, mesh_axes, rules_in_force
+from topd_jax.parallel.rules import Axes, mesh_axes, rules_in_force
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 
@@ -86,16 +86,13 @@ def mesh_in_use() -> AbstractMesh | None:
 
 
 def spec_on(
-    mesh: Mesh | AbstractMesh,
-    axes: Sequence[str | None],
-    rules: Rules | None = None,
+    mesh: Mesh | AbstractMesh, axes: Sequence[str | None]
 ) -> PartitionSpec:
-    """Translate logical axes to axes of one mesh, which must have them.
+    """Translate logical axes to axes of one mesh, by the rules in force.
 
     Args:
       mesh: any mesh.
       axes: one logical name, or None, per dimension.
-      rules: logical name -> mesh axes; None takes those in force.
 
     Returns:
       The partition; nothing is spread on a mesh of one device.
@@ -104,7 +101,7 @@ def spec_on(
       ValueError: for a name without a rule, or a mesh axis that the mesh does
         not have.
     """
-    rules = rules_in_force() if rules is None else rules
+    rules = rules_in_force()
     parts = []
     for axis in axes:
         if axis is not None and axis not in rules:
@@ -131,7 +128,6 @@ def divisible_spec(
     mesh: Mesh | AbstractMesh,
     shape: Sequence[int],
     axes: Sequence[str | None],
-    rules: Rules | None = None,
 ) -> PartitionSpec:
     """Return :func:`spec_on`, cut down to what divides the array.
 
@@ -139,12 +135,11 @@ def divisible_spec(
       mesh: any mesh.
       shape: of the array.
       axes: its logical axes, one per dimension.
-      rules: logical name -> mesh axes; None takes those in force.
 
     Returns:
       For each dimension, the longest prefix of its mesh axes that divides it.
     """
-    return dividing(mesh, shape, spec_on(mesh, axes, rules))
+    return dividing(mesh, shape, spec_on(mesh, axes))
 
 
 def dividing(
@@ -299,29 +294,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def reshard(
-    tree: object, logical_axes: Mapping[str, Sequence[str | None]], rules: Rules
+    tree: object, logical_axes: Mapping[str, Sequence[str | None]]
 ) -> object:
-    """Move a model's parameters to where other rules put them.
+    """Move a model's parameters to where the rules in force put them.
 
     Args:
       tree: the model, inside a jitted function.
       logical_axes: parameter name -> logical axes.
-      rules: where to; dimensions that do not divide stay whole.
 
     Returns:
-      The model; itself where no mesh is set.
+      The model; dimensions that do not divide are whole.
     """
-    mesh = mesh_in_use()
-    if mesh is None:
-        return tree
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
         name = parameter_name(path, leaf, logical_axes)
-        if name is None:
-            return leaf
-        return jax.lax.with_sharding_constraint(
-            leaf, divisible_spec(mesh, leaf.shape, logical_axes[name], rules)
-        )
+        return leaf if name is None else constrain(leaf, *logical_axes[name])
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -145,9 +145,8 @@ def _branch(
     args = (cache, hidden, trajectories, candidates, *args)
     if sharding == "train":
         return _write(model, *args, **options)
-    rules = decoding_rules(sharding)
-    model = reshard(in_compute_dtype(model), model.logical_axes, rules)
-    with using(rules):
+    with using(decoding_rules(sharding)):
+        model = reshard(in_compute_dtype(model), model.logical_axes)
         out = _write(model, *args, **options)
         return constrain_rows(out)
 

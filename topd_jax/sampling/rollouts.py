@@ -143,10 +143,9 @@ def _rollout(
 ) -> Trajectories:
     check_prompt_values(prompts, model.head.shape[0])
     prompts = prompts.replace(tokens=prompts.tokens.astype(jnp.int32))
-    rules = decoding_rules(sharding)
-    if sharding != "train":
-        model = reshard(model, model.logical_axes, rules)
-    with using(rules):
+    with using(decoding_rules(sharding)):
+        if sharding != "train":
+            model = reshard(model, model.logical_axes)
         out = _write(model, prompts, key, temperature, top_p, limits, **options)
     return constrain_rows(out)
 
