@@ -9,7 +9,7 @@ from small_run import settings_with
 from topd_jax.models import fingerprint
 from topd_jax.models.quantization import is_quantized
 from topd_jax.objectives.loading import make_objective
-from topd_jax.parallel.batches import spread_rows
+from topd_jax.parallel.sharding import spread_rows
 from topd_jax.training.compiled import compile_step, make_optimizer
 from topd_jax.training.loop import initial_state
 from topd_jax.training.setup import load_setup

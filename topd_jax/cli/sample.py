@@ -8,8 +8,7 @@ import jax
 
 from topd_jax.data.prompts import encode_prompts, ordered_batches
 from topd_jax.parallel import hosts
-from topd_jax.parallel.batches import spread_rows
-from topd_jax.parallel.sharding import row_ways
+from topd_jax.parallel.sharding import row_ways, spread_rows
 from topd_jax.settings import check
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run

@@ -32,11 +32,10 @@ from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.models.lora import merge_lora
 from topd_jax.models.passes import trajectory_states
 from topd_jax.models.protocol import LanguageModel
-from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.compilation import decoding_options
 from topd_jax.parallel.hosts import from_first, on_host
 from topd_jax.parallel.layouts import loss_layout
-from topd_jax.parallel.sharding import constrain_rows, spec_on
+from topd_jax.parallel.sharding import constrain_rows, spec_on, spread_rows
 from topd_jax.sampling import Stream, rollout, stream_key
 from topd_jax.sampling.settings import RolloutSettings
 from topd_jax.types import ONE_DEVICE, Layout, Prompts, Teacher, Trajectories

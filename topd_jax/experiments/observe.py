@@ -18,8 +18,8 @@ from topd_jax.evaluation.evaluator import write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import NearFuture, Objective, Transport
 from topd_jax.parallel import hosts
-from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.compilation import decoding_options
+from topd_jax.parallel.sharding import spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings, check_fits
 from topd_jax.training.score import score

@@ -288,6 +288,28 @@ def batch_shardings(tree: object, mesh: Mesh) -> object:
     return jax.tree.map(one, tree)
 
 
+def spread_rows(batch: object, mesh: Mesh) -> object:
+    """Put a batch that every process holds whole on the mesh, by rows.
+
+    Args:
+      batch: a tree of host arrays [B, ...], the same in every process.
+      mesh: from :func:`make_mesh`.
+
+    Returns:
+      The tree on the mesh.
+
+    Raises:
+      ValueError: where the rows do not divide over the mesh.
+    """
+    return jax.tree.map(
+        lambda x, where: jax.make_array_from_callback(
+            x.shape, where, lambda index: x[index]
+        ),
+        batch,
+        batch_shardings(batch, mesh),
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of what every device has whole."""
     return NamedSharding(mesh, PartitionSpec())

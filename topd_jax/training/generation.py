@@ -25,8 +25,8 @@ from topd_jax.data.solutions import Solution, SolutionFiles
 from topd_jax.data.templates import require_same_prompts
 from topd_jax.evaluation.evaluator import write
 from topd_jax.parallel import hosts, lock
-from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.compilation import decoding_options
+from topd_jax.parallel.sharding import spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup

@@ -24,7 +24,7 @@ from topd_jax.models.lora import join, split
 from topd_jax.objectives.loading import make_objective, parse
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
-from topd_jax.parallel import batches, buckets, hosts, lock, stopping
+from topd_jax.parallel import buckets, hosts, lock, sharding, stopping
 from topd_jax.training import checkpointing, identity, recovery
 from topd_jax.training.ahead import compile_ahead, trace_run
 from topd_jax.training.compiled import (
@@ -273,7 +273,7 @@ class Run:
     def place(self, batch: Any) -> Any:
         """Spread the rows of a batch over the mesh."""
         rows = batch if isinstance(batch, PackedRows) else batch.prompts
-        return batches.spread_rows(rows, self.setup.mesh)
+        return sharding.spread_rows(rows, self.setup.mesh)
 
     def _one_step(self, step: int) -> dict[str, float] | None:
         """Dispatch a step; return the metrics of the one before."""

@@ -21,9 +21,8 @@ from topd_jax.losses.fused import fused_token_logprobs
 from topd_jax.models import Decoder, cast
 from topd_jax.models.attention.masks import causal_intervals
 from topd_jax.parallel import hosts
-from topd_jax.parallel.batches import spread_rows
 from topd_jax.parallel.layouts import loss_layout
-from topd_jax.parallel.sharding import row_ways
+from topd_jax.parallel.sharding import row_ways, spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup
