@@ -12,7 +12,7 @@ from math import comb
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom, norm
+from scipy.stats import binomtest, norm
 
 _RESAMPLES = 4000
 
@@ -188,21 +188,6 @@ def _mean(problems: Sequence[dict[str, Any]], name: str) -> float:
     return float(np.mean([p[name] for p in problems]))
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Return p of the two-sided exact McNemar test (1947, binomial form).
-
-    Args:
-      only_a: problems that only the first run solves.
-      only_b: problems that only the second run solves.
-
-    Returns:
-      p, the probability of a difference at least as large if both were
-      equally likely.
-    """
-    total = only_a + only_b
-    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), total, 0.5)))
-
-
 def compare(
     a: Sequence[Sequence[dict[str, Any]]],
     b: Sequence[Sequence[dict[str, Any]]],
@@ -243,5 +228,6 @@ def compare(
         "interval": bootstrap_interval(rates_b - rates_a),
         "only_a": only_a,
         "only_b": only_b,
-        "mcnemar_p": mcnemar(only_a, only_b),
+        # Of one coin at least: where none differs p is 1.
+        "mcnemar_p": float(binomtest(only_a, max(only_a + only_b, 1)).pvalue),
     }
