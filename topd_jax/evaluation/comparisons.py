@@ -105,15 +105,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
     Returns:
       0..1.
-
-    Raises:
-      ValueError: for a k outside 1..n.
     """
-    if not 1 <= k <= samples:
-        raise ValueError(
-            f"k={k} must lie in 1..{samples}, the samples a problem; draw "
-            "more: eval.samples"
-        )
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
