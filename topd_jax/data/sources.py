@@ -76,7 +76,6 @@ def read_records(
     *,
     problems: int,
     final_problems: int,
-    split: str = "validation",
     templates: Mapping[str, str] = types.MappingProxyType({"": ""}),
 ) -> tuple[list[Record], list[Record], list[Record]]:
     """Read training, validation and test prompts.
@@ -86,7 +85,6 @@ def read_records(
       world: of the tiny world.
       problems: validation problems of the tiny world.
       final_problems: test problems of the tiny world.
-      split: of the tiny world's validation problems.
       templates: name of each teacher, "" for the only one -> template of
         what it reads; "" for the question.
 
@@ -107,7 +105,7 @@ def read_records(
         template = templates.get("", "")
         return (
             read_world("train", world.prompts, world.seed, template),
-            read_world(split, problems, _HELD_OUT_SEED, template),
+            read_world("validation", problems, _HELD_OUT_SEED, template),
             read_world("test", final_problems, _HELD_OUT_SEED, template),
         )
     if not data.path:

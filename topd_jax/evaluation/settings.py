@@ -14,11 +14,6 @@ class EvalSettings:
     final_problems: int = setting(1000, "at the end", least=1, most=10_000_000)
     batch_size: int = setting(200, "problems at once", least=1, most=100_000)
     temperature: float = setting(1.0, "0 is greedy", least=0, most=1e3)
-    split: str = setting(
-        "validation",
-        "of the tiny world; test at the end",
-        choices=("train", "validation", "test"),
-    )
     samples: int = setting(
         1, "completions a problem (topd eval only)", least=1, most=10_000
     )

@@ -203,7 +203,6 @@ def read_prompts(
         settings.world,
         problems=settings.eval.problems,
         final_problems=settings.eval.final_problems,
-        split=settings.eval.split,
         templates=settings.templates,
     )
     if settings.is_offline:
