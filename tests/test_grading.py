@@ -164,6 +164,12 @@ TABLE = [
     ("x^2", "\\boxed{x²}", True),
     ("5", "\\boxed{5²}", False),
     ("5", "\\boxed{5 cm²}", True),
+    # Mathematics and words after it; the last of several marks counts.
+    ("\\frac{3}{4}", "The answer is $\\frac{3}{4}$ dollars.", True),
+    ("(1,2)", "The answer is \\((1,2)\\), as required.", True),
+    ("x^2+1", "Final Answer: The final answer is $x^2+1$. I hope it is right.",
+     True),
+    ("3", "The answer is $3$ or $5$.", False),
 ]  # fmt: skip
 # Of tasks whose graders compare text, and in a box.
 TEXTS = [

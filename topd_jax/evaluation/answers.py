@@ -16,8 +16,12 @@ _JOIN = re.compile(
     r"(?:[\s,;$.{}]|\\(?:text|mbox|q?quad)(?![a-z])|\\[,; ]|and|or)*"
 )
 _STATED = re.compile(
-    r"answers?\W{0,4}\s*(?:is\b|are\b|:|=)[\s:*]*(?:\\[\[(]\s*)?([^\n]+)",
+    r"answers?\W{0,4}\s*(?:is\b|are\b|:|=)[\s:*]*(?:\\[\[(]\s*)?(?=[^\n])",
     re.I,
+)
+# Mathematics and words after it: $2$ apples, but not $2$ or $3$.
+_ENCLOSED = re.compile(
+    r"(?:\$([^$]+)\$|(.+?)\\[)\]])(?!\s*(?:and|or|to)\b)[^\d$\\=+*/<>^]*"
 )
 # At the end of an answer: 7 \pmod{12}, 7 (mod 12), 7 (\text{mod } 12).
 _MODULUS = re.compile(
@@ -115,7 +119,7 @@ def stated_answer(text: str) -> tuple[str, str]:
     if mark > (stated.start() if stated else -1):
         return "marked", _line(text[mark + len("####") :])
     if stated:
-        return "marked", _line(stated[1])
+        return "marked", _line(text[stated.end() :])
     numbers = _NUMBER.findall(text)
     return ("number", numbers[-1][:_LONGEST]) if numbers else ("", "")
 
@@ -227,7 +231,9 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def _line(text: str) -> str:
-    """Return the first line, up to the end of its first sentence."""
+    """Return the answer in the first sentence of the first line."""
     line = next((s for s in text.splitlines() if s.strip()), "")
     line = line.strip()[:_LONGEST]
-    return re.split(r"\.\s+(?=[A-Z])", line)[0].strip("* ")
+    line = re.split(r"\.\s+(?=[A-Z])", line)[0].strip("* ")
+    enclosed = _ENCLOSED.fullmatch(line)
+    return enclosed[1] or enclosed[2] if enclosed else line
