@@ -5,6 +5,7 @@ import errno
 import json
 import pathlib
 import re
+import shutil
 import types
 
 import pytest
@@ -13,6 +14,7 @@ from foreign_model import make_foreign
 from small_files import LLAMA, edit_config, make, save_run, write_gguf
 from small_run import changed, settings_with
 
+from topd_jax.data.settings import WorldSettings
 from topd_jax.data.toy_world import models
 from topd_jax.models import (
     RopeScaling,
@@ -279,6 +281,22 @@ def test_a_world_that_was_killed_half_made_is_finished(
     assert_same_world(make_world(tmp_path / "half"), reference)
     # What was whole already is not made again.
     assert untrained == ["student"]
+
+
+def test_a_world_is_whole_where_its_last_file_is(tmp_path, monkeypatch):
+    """An upload broke off within a student whose teacher is the package's."""
+    settings, made = WorldSettings(student_steps=7), []
+    _, student, tokenizer = models._names(settings)
+    (tmp_path / student).mkdir()
+
+    def make(_, folder):
+        made.append(folder)
+        shutil.copy(models.TRAINED / tokenizer, folder)
+
+    monkeypatch.setattr(models, "_make", make)
+    for _ in range(2):
+        assert models.world_models(settings, tmp_path)[1].parent == tmp_path
+    assert made == [tmp_path]
 
 
 def test_a_torn_tokenizer_beside_finished_models_is_replaced(

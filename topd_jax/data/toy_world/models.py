@@ -67,6 +67,7 @@ def world_models(
             _make(settings, folder)
 
     if cache in where.values():
+        where[tokenizer] = cache  # its last file: where it is, all others are
         hosts.from_first(complete)
     spm = SentencePieceTokenizer((where[tokenizer] / tokenizer).read_bytes())
     return where[teacher] / teacher, where[student] / student, spm
