@@ -34,8 +34,6 @@ from topd_jax.parallel import buckets, hosts, lock
 TRAINED = pathlib.Path(__file__).parent / "trained"
 # Part of the tiny world -> its PRNG stream.
 _STREAMS = {"teacher": 0, "student": 1}
-# What of a student's corpus is its own.
-_HABITS = ("student_left_to_right", "student_drops_carry")
 # Groups of rows of similar lengths that training takes in turn.
 _GROUPS = 4
 
@@ -166,22 +164,14 @@ def _hash_of(settings: WorldSettings, part: str) -> str:
     """Return eight hex digits that change with what a part is made from."""
     if part != "student":
         settings = _usual(settings)
-    fields = dataclasses.asdict(settings)
-    for name in ("cache", "prompts", "from_scratch"):
-        fields.pop(name)
-    if settings.student_sharpness == 1:
-        fields.pop("student_sharpness")  # names are older than this setting
-    other = {"teacher": "student_", "student": "teacher_"}.get(part)
+    # What makes no model, and what is of other parts.
+    others = "cache", "prompts", "from_scratch"
+    others += tuple(f"{other}_" for other in _STREAMS if other != part)
     kept = {
         key: value
-        for key, value in fields.items()
-        # Habits are in all names: the tokenizer is trained on both corpora.
-        if other is None or not key.startswith(other) or key in _HABITS
+        for key, value in dataclasses.asdict(settings).items()
+        if not key.startswith(others)
     }
-    usual = dataclasses.asdict(_usual(settings))
-    if any(kept[key] != usual[key] for key in _HABITS):
-        # Under the name without it: with ids of a tokenizer of its own.
-        kept["tokenizer"] = "of the usual student"
     # A sample of both corpora stands for the code that writes them.
     sample = _corpora(dataclasses.replace(settings, solutions=50))
     text = json.dumps([part, kept, sample], sort_keys=True)
