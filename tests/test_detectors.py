@@ -91,7 +91,8 @@ def label(text, positions):
         divergent=at % 2 == 0,
     )  # fmt: skip
     seen = Observed([{"prompt": PROBLEM}], written, [scored])
-    return detectors.label_candidates(seen, Letters(), window=WINDOW)
+    labels = seen.labels(Letters(), WINDOW)
+    return detectors.label_candidates(seen, labels, window=WINDOW)
 
 
 def test_candidates_are_held_against_the_truth():

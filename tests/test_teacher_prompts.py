@@ -20,7 +20,7 @@ from topd_jax.data.templates import teacher_prompt
 from topd_jax.data.toy_world import problems
 from topd_jax.evaluation.benchmarking import run_benchmark
 from topd_jax.evaluation.grading import make_grader
-from topd_jax.experiments import certainty
+from topd_jax.experiments import detectors
 from topd_jax.planning import programs
 from topd_jax.training.dumps import arrays_of
 from topd_jax.training.placement import make_run_mesh
@@ -61,7 +61,7 @@ def test_certainty_is_of_what_the_teacher_says_after_its_prompt(
 ):
     right = logp_of(teacher, rows.for_teacher).argmax(-1)[..., None]
     want = jnp.take_along_axis(logp_of(student, rows), right, -1)[..., 0]
-    found = certainty._right(student, teacher, rows)
+    found = detectors._right(student, teacher, rows)
     mask = rows.mask
     np.testing.assert_allclose(found[mask], want[mask], rtol=1e-4)
 

@@ -1,71 +1,14 @@
-"""How sure a student is of its errors, and when guidance then pays.
+"""At which certainty of a student guidance begins to pay.
 
 The derivation is in losses/README.md; the paper has none of it.
 """
 
 import math
-from typing import Any
 
-import jax
 import numpy as np
 from scipy.optimize import brentq
 
-from topd_jax.data.toy_world import truth
-from topd_jax.experiments.observe import observe
-from topd_jax.losses.fused import fused_map
-from topd_jax.losses.log_probs import token_logprobs
-from topd_jax.models.passes import trajectory_states
 from topd_jax.objectives.objective import Objective
-from topd_jax.parallel.hosts import on_host
-from topd_jax.training.config import Settings
-from topd_jax.training.setup import Setup
-from topd_jax.types import Trajectories
-
-# Test problems on which the student's forks are looked at.
-_PROBLEMS = 1000
-
-
-def right_at_forks(settings: Settings, setup: Setup) -> dict[str, Any]:
-    """Measure how sure the student is of its errors, at a run's start.
-
-    At each fork of the student's rollouts: the probability that it gives to
-    the teacher's most likely token. Where that is small, little of the
-    gradient of reverse KL reaches the right token (losses/README.md).
-
-    Args:
-      settings: of a run in the tiny world.
-      setup: of the run; its student completes the test problems.
-
-    Returns:
-      JSON-able: the number of "forks"; the "median", "low" and "high"
-      (quartiles) of that probability, or None.
-    """
-    found = []
-    for seen in observe(settings, setup, setup.student, _PROBLEMS, []):
-        written = seen.trajectories
-        labels = truth.label_batch(
-            [r["prompt"] for r in seen.records],
-            written.tokens, written.mask, setup.tokenizer, window=1,
-        )  # fmt: skip
-        teacher = setup.teachers[0].beside(setup.student)
-        right = on_host(_right(setup.student, teacher, written))
-        found.append(np.exp(right)[labels.token == truth.FORK])
-    values = np.concatenate(found)
-    names = {"low": 0.25, "median": 0.5, "high": 0.75}
-    return {"forks": values.size} | {
-        name: float(np.quantile(values, level)) if values.size else None
-        for name, level in names.items()
-    }
-
-
-@jax.jit
-def _right(student: Any, teacher: Any, trajectories: Trajectories) -> jax.Array:
-    """Compute log p_S of the teacher's most likely token, f32[B, T]."""
-    return fused_map(
-        lambda own, frozen: token_logprobs(own, frozen.argmax(-1)),
-        trajectory_states(student, trajectories), student.head,
-        trajectory_states(teacher, trajectories.for_teacher), teacher.head,
-    )  # fmt: skip
 
 
 def pays_below(

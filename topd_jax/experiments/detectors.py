@@ -1,11 +1,12 @@
-"""Detectors of forks against the truth of the tiny world.
+"""Detectors of forks, and the student at forks, by the tiny world's truth.
 
 The paper could not measure this: in the tiny world it is known for every
 token whether the student disagrees with the teacher in surface form alone or
 forks off the reasoning (:mod:`topd_jax.data.toy_world.truth`). Candidates of
 the student's rollouts are compared with the truth as tokens (is this token
 the fork?) and as windows (does the fork lie in the K tokens that the detector
-looks at?). Tokens after a fork are left out.
+looks at?). Tokens after a fork are left out. How sure the student is of its
+errors is the probability that it gives to the right token at a fork.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +17,14 @@ from scipy.stats import mannwhitneyu
 
 from topd_jax.data.toy_world import truth
 from topd_jax.experiments.observe import Observed, looking_ahead, observe
+from topd_jax.losses.fused import fused_map
+from topd_jax.losses.log_probs import token_logprobs
 from topd_jax.losses.near_future import future_loss
+from topd_jax.models.passes import trajectory_states
+from topd_jax.parallel.hosts import on_host
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup
+from topd_jax.types import Trajectories
 
 # Test problems that detectors are measured on.
 _PROBLEMS = 1000
@@ -45,24 +51,20 @@ class LabeledCandidates(NamedTuple):
 
 
 def label_candidates(
-    seen: Observed, tokenizer: Any, *, window: int
+    seen: Observed, labels: truth.TruthLabels, *, window: int
 ) -> LabeledCandidates:
     """Label the candidates of some rollouts with the truth.
 
     Args:
       seen: rollouts on problems of the tiny world, scored with one objective
         that looks ahead.
-      tokenizer: of the rollouts' tokens.
+      labels: of the rollouts, with windows of K tokens.
       window: K.
 
     Returns:
       The candidates that do not come after a fork.
     """
     written, (scored,) = seen.trajectories, seen.scored
-    labels = truth.label_batch(
-        [r["prompt"] for r in seen.records],
-        written.tokens, written.mask, tokenizer, window=window,
-    )  # fmt: skip
     candidates, loss = scored.candidates, scored.teacher_token_loss
 
     def at_candidates(values: np.ndarray) -> np.ndarray:
@@ -148,19 +150,48 @@ def _share(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def measure_detectors(settings: Settings, setup: Setup) -> dict[str, Any]:
-    """Measure the detectors on the rollouts of a run's start.
+def measure_forks(settings: Settings, setup: Setup) -> dict[str, Any]:
+    """Measure detectors, and how sure the student of a run's start errs.
+
+    Where the student gives the teacher's most likely token at a fork a small
+    probability, little of the gradient of reverse KL reaches the right token
+    (losses/README.md).
 
     Args:
       settings: of a run in the tiny world.
       setup: of the run; its student completes the test problems.
 
     Returns:
-      JSON-able: the numbers of :func:`report`.
+      JSON-able: "detector", the numbers of :func:`report`; "right_at_forks",
+      the number of "forks" and the "median", "low" and "high" (quartiles) of
+      that probability, or None.
     """
     ahead = looking_ahead(settings)
-    batches = [
-        label_candidates(seen, setup.tokenizer, window=ahead.near_future.window)
-        for seen in observe(settings, setup, setup.student, _PROBLEMS, [ahead])
-    ]
-    return report(jax.tree.map(lambda *x: np.concatenate(x), *batches))
+    window = ahead.near_future.window
+    teacher = setup.teachers[0].beside(setup.student)
+    parts, found = [], []
+    for seen in observe(settings, setup, setup.student, _PROBLEMS, [ahead]):
+        labels = seen.labels(setup.tokenizer, window)
+        parts.append(label_candidates(seen, labels, window=window))
+        right = on_host(_right(setup.student, teacher, seen.trajectories))
+        found.append(np.exp(right)[labels.token == truth.FORK])
+    values = np.concatenate(found)
+    names = {"low": 0.25, "median": 0.5, "high": 0.75}
+    quartiles = {
+        name: float(np.quantile(values, level)) if values.size else None
+        for name, level in names.items()
+    }
+    return {
+        "detector": report(jax.tree.map(lambda *x: np.concatenate(x), *parts)),
+        "right_at_forks": {"forks": values.size} | quartiles,
+    }
+
+
+@jax.jit
+def _right(student: Any, teacher: Any, trajectories: Trajectories) -> jax.Array:
+    """Compute log p_S of the teacher's most likely token, f32[B, T]."""
+    return fused_map(
+        lambda own, frozen: token_logprobs(own, frozen.argmax(-1)),
+        trajectory_states(student, trajectories), student.head,
+        trajectory_states(teacher, trajectories.for_teacher), teacher.head,
+    )  # fmt: skip

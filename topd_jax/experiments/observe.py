@@ -14,6 +14,8 @@ import jax
 from topd_jax.data.prompts import ordered_batches
 from topd_jax.data.routing import places_of
 from topd_jax.data.sources import Record
+from topd_jax.data.tokenizers import Tokenizer
+from topd_jax.data.toy_world import truth
 from topd_jax.evaluation.evaluator import write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import NearFuture, Objective, Transport
@@ -40,6 +42,14 @@ class Observed(NamedTuple):
     records: list[Record]
     trajectories: Trajectories
     scored: list[Scored]
+
+    def labels(self, tokenizer: Tokenizer, window: int) -> truth.TruthLabels:
+        """Return the truth of every token, of problems of the tiny world."""
+        return truth.label_batch(
+            [record["prompt"] for record in self.records],
+            self.trajectories.tokens, self.trajectories.mask, tokenizer,
+            window=window,
+        )  # fmt: skip
 
 
 def looking_ahead(settings: Settings) -> Objective:

@@ -19,8 +19,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from topd_jax.experiments.certainty import right_at_forks
-from topd_jax.experiments.detectors import measure_detectors
+from topd_jax.experiments.detectors import measure_forks
 from topd_jax.experiments.records import append_row, machine
 from topd_jax.experiments.sweep_report import write_report
 from topd_jax.parallel import buckets, hosts, lock
@@ -215,8 +214,7 @@ def _measure(run: _Run, workdir: pathlib.Path, setup: Setup) -> dict[str, Any]:
             if name == "teacher":
                 model = setup.teachers[0].beside(model)
             elif settings.data.source == "world":
-                row["detector"] = measure_detectors(settings, setup)
-                row["right_at_forks"] = right_at_forks(settings, setup)
+                row |= measure_forks(settings, setup)
             row["evaluation"], _ = evaluate(model)
         else:
             folder = f"{run.world}-{name}-{settings.seed}".strip("-")

@@ -47,12 +47,7 @@ def trajectories_of(
       "window_truth" (is the fork in the window?).
     """
     written, (scored,) = seen.trajectories, seen.scored
-    labels = None
-    if is_world:
-        labels = truth.label_batch(
-            [r["prompt"] for r in seen.records],
-            written.tokens, written.mask, setup.tokenizer, window=window,
-        )  # fmt: skip
+    labels = seen.labels(setup.tokenizer, window) if is_world else None
     ids = [t[m].tolist() for t, m in zip(written.tokens, written.mask,
                                          strict=True)]  # fmt: skip
     grades = setup.grade(seen.records, [setup.tokenizer.decode(i) for i in ids])
