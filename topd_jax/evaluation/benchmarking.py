@@ -263,7 +263,14 @@ def compare_runs(
             "the runs were not evaluated alike: "
             f"{'; '.join(map(str, how))}; run topd eval with the same settings"
         )
-    _require_pairs(seeds[: len(a)], seeds[len(a) :])
+    of_a, of_b = seeds[: len(a)], seeds[len(a) :]
+    # Of one run problems are resampled alone, and it is a pair with any.
+    if len(a) > 1 and (of_a != of_b or len(set(of_a)) < len(a)):
+        raise ValueError(
+            f"the runs of --a have config.seed {of_a} and those of --b {of_b}; "
+            "both must name runs of the same seeds in the same order, each "
+            "seed once"
+        )
     names = [
         n for n in runs[0] if all(n in r and r[n]["records"] for r in runs)
     ]
@@ -275,7 +282,7 @@ def compare_runs(
     for name in names:
         asked = [
             [
-                (p["problem"], p.get("reference"), len(p["right"]))
+                (p["problem"], p["reference"], len(p["right"]))
                 for p in r[name]["records"]
             ]
             for r in runs
@@ -295,33 +302,14 @@ def compare_runs(
     }
 
 
-def _require_pairs(a: Sequence[int | None], b: Sequence[int | None]) -> None:
-    """Refuse seeds that are no pairs, or twice there; None is not known."""
-    if len(a) == 1:
-        return  # problems are resampled, and one run is a pair with any
-    known = [seed for seed in a if seed is not None]
-    unlike = any(
-        one != other
-        for one, other in zip(a, b, strict=True)
-        if None not in (one, other)
-    )
-    if unlike or len(set(known)) < len(known):
-        raise ValueError(
-            f"the runs of --a have config.seed {a} and those of --b {b}; both "
-            "must name runs of the same seeds in the same order, each seed once"
-        )
-
-
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Return benchmarks of an evaluation, how it was sampled, and its seed."""
     if not path.is_file():
         raise ValueError(f"no file at {path}; run topd eval there first")
     try:
         file = parse_json(path.read_bytes(), path.name)
-        keys = "temperature", "max_new_tokens"
-        benchmarks = file["benchmarks"]
-        how = {key: file.get(key) for key in keys}
-        return benchmarks, how, file.get("seed")
+        how = {key: file[key] for key in ("temperature", "max_new_tokens")}
+        return file["benchmarks"], how, file["seed"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not what topd eval writes ({error!r}); run it again"
