@@ -161,6 +161,14 @@ def test_what_belongs_to_one_sweep_is_told_by_its_settings():
         assert mark_of(other) != mark
 
 
+def test_a_long_variant_has_a_short_directory(tmp_path):
+    name = f"topd({'candidates=4, ' * 30})"
+    run = sweep._Run(name, "world.seed=1", settings_with())
+    assert run.folder.startswith("world.seed-1-topd-candidates-4-")
+    assert run.folder.endswith(f"-{run.mark[:8]}")
+    (tmp_path / run.folder).mkdir()
+
+
 def own_objective(strength: float = 1.0) -> Objective:
     return Objective(temperature=strength)
 

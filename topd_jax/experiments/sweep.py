@@ -128,6 +128,14 @@ class _Run:
         world = dataclasses.replace(settings.world, cache="")
         return dataclasses.replace(settings, world=world, **plain).fingerprint()
 
+    @property
+    def folder(self) -> str:
+        """Return the name of its directory, of at most 110 letters."""
+        name = f"{self.world}-{self.name}-{self.settings.seed}".strip("-")
+        name = re.sub(r"[^\w.]+", "-", name)[:100]
+        # A run goes on with another rate or length; that is another run.
+        return f"{name}-{self.mark[:8]}"
+
 
 def _runs(settings: Settings) -> Iterator[_Run]:
     """Yield each run, seed by seed and world by world."""
@@ -217,10 +225,7 @@ def _measure(run: _Run, workdir: pathlib.Path, setup: Setup) -> dict[str, Any]:
                 row |= measure_forks(settings, setup)
             row["evaluation"], _ = evaluate(model)
         else:
-            folder = f"{run.world}-{name}-{settings.seed}".strip("-")
-            folder = re.sub(r"[^\w.]+", "-", folder)
-            # A run goes on with another rate or length; that is another run.
-            folder = workdir / "runs" / f"{folder}-{run.mark[:8]}"
+            folder = workdir / "runs" / run.folder
             with lock.held(folder):
                 training = Run(settings, folder, setup)
                 row["evaluation"] = training.train()
