@@ -4,6 +4,7 @@ import collections
 import functools
 import random
 import re
+import types
 
 import numpy as np
 import pytest
@@ -150,15 +151,24 @@ def test_being_cut_off_is_no_fork_and_ending_early_is():
 def test_a_fork_belongs_to_the_token_that_holds_it():
     pieces = ["= ", "1", "8", "+19-4", "= 38", "-4", None]
     assert truth.fork_index(PROBLEM, pieces) == 4
-    labels = truth.token_labels(PROBLEM, pieces)
+    tokenizer = types.SimpleNamespace(
+        eos_ids=(6,), pieces=lambda ids: [pieces[i] for i in ids]
+    )
+    tokens = np.array([[*range(7), 0], [0, 1, 2, 0, 0, 0, 0, 0]])
+    mask = np.arange(8) < np.array([[7], [3]])
     ok, fork, after = truth.OK, truth.FORK, truth.AFTER
-    assert labels.tolist() == [ok, ok, ok, ok, fork, after, after]
+    right = [ok] * 3 + [after] * 5
     for window, expected in (
-        (1, labels.tolist()),
-        (3, [ok, ok, fork, fork, fork, after, after]),
-        (99, [fork, fork, fork, fork, fork, after, after]),
+        (1, [ok, ok, ok, ok, fork, after, after, after]),
+        (3, [ok, ok, fork, fork, fork, after, after, after]),
+        (99, [fork, fork, fork, fork, fork, after, after, after]),
     ):
-        assert truth.window_labels(labels, window).tolist() == expected
+        labels = truth.label_batch(
+            [PROBLEM] * 2, tokens, mask, tokenizer, window=window
+        )
+        assert labels.window.tolist() == [expected, right]
+    assert labels.token[0].tolist() == [ok] * 4 + [fork] + [after] * 3
+    assert labels.fork.tolist() == [4, 8]
 
 
 # An independent account of what is correct: every solution of a small

@@ -138,44 +138,6 @@ def fork_index(problem: str, token_pieces: Sequence[str | None]) -> int | None:
     return None
 
 
-def token_labels(
-    problem: str, token_pieces: Sequence[str | None]
-) -> np.ndarray:
-    """Label each token ``OK``, ``FORK`` or ``AFTER``.
-
-    Args:
-      problem: the problem's text.
-      token_pieces: as in :func:`fork_index`.
-
-    Returns:
-      i8[N].
-    """
-    labels = np.full(len(token_pieces), OK, np.int8)
-    fork = fork_index(problem, token_pieces)
-    if fork is not None:
-        labels[fork] = FORK
-        labels[fork + 1 :] = AFTER
-    return labels
-
-
-def window_labels(labels: np.ndarray, length: int) -> np.ndarray:
-    """Label the window that starts at each token.
-
-    Args:
-      labels: i8[..., N] of :func:`token_labels`.
-      length: K, tokens of a window, the first one included.
-
-    Returns:
-      i8[..., N]: ``FORK`` at t if the fork is one of t .. t + K - 1, ``OK``
-      if not, ``AFTER`` where the labels say so.
-    """
-    windows = labels.copy()
-    for shift in range(1, min(length, labels.shape[-1])):
-        ahead = labels[..., shift:] == FORK
-        windows[..., :-shift][ahead] = FORK
-    return windows
-
-
 def label_batch(
     problems: Sequence[str],
     tokens: np.ndarray,
@@ -191,13 +153,14 @@ def label_batch(
       tokens: i32[B, T] completions, padded on the right.
       mask: bool[B, T] which tokens exist, end-of-sequence included.
       tokenizer: that wrote the tokens.
-      window: K, for the window labels.
+      window: K, tokens of a window, the first one included.
 
     Returns:
       The labels.
     """
     tokens, mask = np.asarray(tokens), np.asarray(mask)
-    token = np.full(tokens.shape, AFTER, np.int8)
+    token, windows = np.full((2, *tokens.shape), AFTER, np.int8)
+    fork = np.full(len(tokens), tokens.shape[1], np.int32)
     for row, problem in enumerate(problems):
         ids = tokens[row, mask[row]].tolist()
         ends = set(tokenizer.eos_ids)
@@ -205,9 +168,11 @@ def label_batch(
             None if i in ends else piece
             for i, piece in zip(ids, tokenizer.pieces(ids), strict=True)
         ]
-        token[row, : len(ids)] = token_labels(problem, pieces)
-    is_fork = token == FORK
-    fork = np.where(
-        is_fork.any(-1), is_fork.argmax(-1), tokens.shape[1]
-    ).astype(np.int32)
-    return TruthLabels(token, window_labels(token, window), fork)
+        at = fork_index(problem, pieces)
+        token[row, : len(ids)] = windows[row, : len(ids)] = OK
+        if at is not None:
+            fork[row] = at
+            token[row, at:] = windows[row, at:] = AFTER
+            token[row, at] = FORK
+            windows[row, max(at - window + 1, 0) : at + 1] = FORK
+    return TruthLabels(token, windows, fork)
