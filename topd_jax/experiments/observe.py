@@ -16,11 +16,9 @@ from topd_jax.data.routing import places_of
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer
 from topd_jax.data.toy_world import truth
-from topd_jax.evaluation.evaluator import write
 from topd_jax.objectives.loading import make_objective
 from topd_jax.objectives.objective import NearFuture, Objective, Transport
 from topd_jax.parallel import hosts
-from topd_jax.parallel.compilation import decoding_options
 from topd_jax.parallel.sharding import spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings, check_fits
@@ -98,15 +96,13 @@ def observe(
     Yields:
       The batches, without the rows that only fill the last one.
     """
-    ids = {"eos_ids": setup.tokenizer.eos_ids, "pad_id": setup.tokenizer.pad_id}
-    writer = functools.partial(
-        write, options=settings.rollout, vocab_size=setup.vocab_size, **ids
-    )
+    writer = setup.evaluator(settings).writer
     look = functools.partial(
-        _look, branch_sharding=settings.rollout.branch_sharding, **ids
+        _look,
+        branch_sharding=settings.rollout.branch_sharding,
+        eos_ids=setup.tokenizer.eos_ids,
+        pad_id=setup.tokenizer.pad_id,
     )
-    told = decoding_options(setup.mesh, settings.rollout.sharding)
-    writer = jax.jit(writer, compiler_options=told)
     looks = [jax.jit(functools.partial(look, objective=o)) for o in objectives]
     stream = stream_key(jax.random.key(settings.seed), Stream.OBSERVE)
     size = settings.eval.batch_size
