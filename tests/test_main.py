@@ -275,9 +275,9 @@ def test_a_refusal_is_one_line_or_a_traceback_on_request(
     refused, monkeypatch, tmp_path
 ):
     line = refused("report", "--workdir", tmp_path / "none")
-    assert line.startswith(f"topd: no directory at {tmp_path / 'none'}")
+    assert line.startswith(f"topd: no run at {tmp_path / 'none'}")
     monkeypatch.setenv("TOPD_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="no directory at"):
+    with pytest.raises(ValueError, match="no run at"):
         main.run(["report", f"--workdir={tmp_path / 'none'}"])
 
 

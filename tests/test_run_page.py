@@ -153,9 +153,10 @@ def test_runs_are_laid_over_each_other():
 def test_an_empty_run_has_a_page_too(tmp_path):
     run = RunRecords("none")
     assert not (curves_of([run]) or tables_of([run]) or problems_of([run]))
-    (tmp_path / "settings.json").write_text("{}")
+    settings = {"objective": "opd", "train": {"steps": 9}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     result = report(tmp_path, output=tmp_path / "deep" / "page.html")
-    assert result["runs"] == {tmp_path.name: "step 0, not finished"}
+    assert result["runs"] == {tmp_path.name: "opd, step 0 of 9, not finished"}
     shown = text_of((tmp_path / "deep" / "page.html").read_text())
     assert "Nothing is logged yet." in shown and "None yet." in shown
 
@@ -175,8 +176,8 @@ def test_what_is_no_run_is_refused(tmp_path):
             report(workdirs[0], workdirs[1:])
         return str(error.value)
 
-    assert "no directory at" in refused(tmp_path / "none")
-    assert "topd train writes them" in refused(tmp_path)
+    for workdir in (tmp_path, tmp_path / "none"):
+        assert f"no run at {workdir}: it has no settings" in refused(workdir)
     one = write_run(records(), tmp_path / "one")
     assert "the same run is given twice" in refused(one, tmp_path / "." / "one")
     (one / "eval-best.json").write_text("{")

@@ -102,18 +102,11 @@ def report(
 def state_of(run: RunRecords) -> str:
     """Tell a run's objective and how far it is."""
     settings = flatten_dict(run.settings, sep=".")
+    steps = settings.get("train.steps", 0)
     step = max((r["step"] for r in (*run.metrics, *run.evals)), default=0)
-    steps = settings.get("train.steps")
-    finished = any(
-        r.get("final") and r["step"] >= (steps or 0) for r in run.evals
-    )
-    return ", ".join(
-        [
-            *([str(settings["objective"])] if "objective" in settings else []),
-            f"step {step}" + (f" of {steps}" if steps else ""),
-            "finished" if finished else "not finished",
-        ]
-    )
+    finished = any(r.get("final") and r["step"] >= steps for r in run.evals)
+    state = "finished" if finished else "not finished"
+    return f"{settings.get('objective')}, step {step} of {steps}, {state}"
 
 
 def tables_of(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
-    """The records of a run; every part may be empty.
+    """The records of a run; every part but the settings may be empty.
 
     Attributes:
       name: what the page calls it.
@@ -48,27 +48,24 @@ def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
     Raises:
       ValueError: where there is no run, or a file is not what a run writes.
     """
-    if not workdir.is_dir():
-        raise ValueError(
-            f"no directory at {workdir}; give the --workdir of topd train"
-        )
-    logs = {
-        log: read_jsonl(workdir / f"{log}.jsonl", torn=True, fields=FIELDS[log])
-        for log in ("metrics", "evals", "completions", "problems")
-    }
     path = workdir / SETTINGS
-    if not path.is_file() and not any(logs.values()):
+    if not path.is_file():
         raise ValueError(
-            f"{workdir} holds no run: neither {SETTINGS} nor metrics.jsonl; "
-            "topd train writes them"
+            f"no run at {workdir}: it has no {SETTINGS}, which topd train "
+            "writes first; give the --workdir of topd train"
         )
     return RunRecords(
         name=name,
-        settings=read_json(path) if path.is_file() else {},
+        settings=read_json(path),
         benchmarks={
             which: read_json(file)
             for which in ("latest", "best", "start")
             if (file := workdir / f"eval-{which}.json").is_file()
         },
-        **logs,
+        **{
+            log: read_jsonl(
+                workdir / f"{log}.jsonl", torn=True, fields=FIELDS[log]
+            )
+            for log in ("metrics", "evals", "completions", "problems")
+        },
     )
