@@ -74,7 +74,7 @@ def report(
       "page", its path; "runs", name -> how far it is.
 
     Raises:
-      ValueError: where there is no run, or the same one twice.
+      ValueError: where there is no run.
     """
     workdirs = [workdir, *b]
     # In a bucket a path is whole as it is.
@@ -82,10 +82,6 @@ def report(
         pathlib.PurePosixPath(d) if buckets.is_remote(d) else d.resolve()
         for d in workdirs
     ]
-    if len(set(places)) < len(places):
-        raise ValueError(
-            f"the same run is given twice: {', '.join(map(str, workdirs))}"
-        )
     above = os.path.commonpath([place.parent for place in places])
     runs = [
         read_run(workdir, str(place.relative_to(above)))
