@@ -35,6 +35,8 @@ from topd_jax.evaluation.answers import normal, stated_answer
         ("<answer>4</answer>, no: \\boxed{5}", ("boxed", "5")),
         ("in <answer> </answer>: \\boxed{5}", ("boxed", "5")),
         ("<answer>The answer is 5.</answer>", ("marked", "5")),
+        ("<think>\\boxed{4}?</think>\n\nThe answer is 5.", ("marked", "5")),
+        ("<think>so \\boxed{4}</think>\n", ("boxed", "4")),
     ],
 )
 def test_stated_answer(text, stated):

@@ -94,8 +94,11 @@ def stated_answer(text: str) -> tuple[str, str]:
       "####" or "the answer is"; else "number" and the last number; else ""
       and "". What stands between <answer> and </answer>, with no box after
       it, is read in the same way, and is "marked" as a whole if nothing in
-      it is.
+      it is. Of what a model thought first, up to </think>, nothing counts
+      where anything follows.
     """
+    *_, said = text.rpartition("</think>")
+    text = said if said.strip() else text
     boxes = _boxes(text)
     head, _, _ = text.rpartition("</answer>")
     _, opening, tagged = head.rpartition("<answer>")
