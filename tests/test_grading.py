@@ -170,6 +170,10 @@ TABLE = [
     ("x^2+1", "Final Answer: The final answer is $x^2+1$. I hope it is right.",
      True),
     ("3", "The answer is $3$ or $5$.", False),
+    ("3", "The answer is not $3$.", False),
+    ("(2,3)", "The answer is the point $(2,3)$.", True),
+    ("72", "The answer is\n$$\n72\n$$", True),
+    ("\\frac{3}{4}", "The answer is $$\\frac{3}{4}$$ dollars.", True),
 ]  # fmt: skip
 # Of tasks whose graders compare text, and in a box.
 TEXTS = [

@@ -16,12 +16,15 @@ _JOIN = re.compile(
     r"(?:[\s,;$.{}]|\\(?:text|mbox|q?quad)(?![a-z])|\\[,; ]|and|or)*"
 )
 _STATED = re.compile(
-    r"answers?\W{0,4}\s*(?:is\b|are\b|:|=)[\s:*]*(?:\\[\[(]\s*)?(?=[^\n])",
+    r"answers?\W{0,4}\s*(?:is\b|are\b|:|=)[\s:*]*"
+    r"(?:(?:\\[\[(]|\$\$)\s*)?(?=[^\n])",
     re.I,
 )
-# Mathematics and words after it: $2$ apples, but not $2$ or $3$.
+# Mathematics among words: the sum $2$ of it, but not $2$ or $3$.
 _ENCLOSED = re.compile(
-    r"(?:\$([^$]+)\$|(.+?)\\[)\]])(?!\s*(?:and|or|to)\b)[^\d$\\=+*/<>^]*"
+    r"(?:(?!not?\b)[a-z\s]*\$([^$]+)\$|(.+?)(?:\\[)\]]|\$\$))"
+    r"(?!\s*(?:and|or|to)\b)[^\d$\\=+*/<>^]*",
+    re.I,
 )
 # At the end of an answer: 7 \pmod{12}, 7 (mod 12), 7 (\text{mod } 12).
 _MODULUS = re.compile(

@@ -59,7 +59,7 @@ _TAIL = 2000  # characters
 # "x + 3": read as prose. Other numbers follow words, "18 eggs in 2 days".
 _WORDS = r"(?:[^\\^_{}()\[\],=;<>+*×·÷√π|/\d-]|(?<=[A-Za-z])[-/](?=[A-Za-z]))*"
 _PROSE = re.compile(
-    rf"{_WORDS}(?<![A-Za-z.])-?(?:\d*\.)?\d+(?:/\d+)?"
+    rf"(?!not?\b){_WORDS}(?<![A-Za-z.])-?(?:\d*\.)?\d+(?:/\d+)?"
     r"(?!a\b|\s?[b-fi-kn-rt-zA-KM-Z](?![A-Za-z.]))"
     r"(?!\s*(?::|(?:and|minus|or|over|plus|times|to)\b))"
     rf"({_WORDS}(?:(?<=[a-z]\s)\d+(?:\.\d+)*{_WORDS})*)"
