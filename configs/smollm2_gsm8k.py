@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.rollout.max_new_tokens = 64
 
     config.objective = "topd(candidates=4, window=12)"
+    config.sweep.variants = ("opd", config.objective)
+    config.sweep.seeds = (0, 1)
 
     config.optimizer.learning_rate = 1e-4
     config.train.steps = 40
