@@ -52,7 +52,7 @@ def probe(
     """
     ahead = looking_ahead(settings)
     with open_run(settings, workdir, which) as (setup, student, step):
-        objectives = ranked(ahead, setup.tokenizer.eos_ids, settings.seed)
+        objectives = ranked(ahead, setup.tokenizer.eos_ids)
         groups = collect(observe(settings, setup, student, count, objectives))
         prompts = len(setup.test.records[:count])
     folder = workdir / f"probe-{which}"
@@ -76,15 +76,12 @@ def probe(
     return result
 
 
-def ranked(
-    ahead: Objective, eos_ids: tuple[int, ...], seed: int
-) -> list[Objective]:
+def ranked(ahead: Objective, eos_ids: tuple[int, ...]) -> list[Objective]:
     """Return an objective that chooses positions as each of :data:`GROUPS`.
 
     Args:
       ahead: that looks ahead.
       eos_ids: end-of-sequence ids.
-      seed: of the random positions.
     """
     return [
         dataclasses.replace(
@@ -93,7 +90,7 @@ def ranked(
                 ahead.near_future,
                 ranking=functools.partial(
                     rank, group=group, window=ahead.near_future.window,
-                    eos_ids=eos_ids, seed=seed,
+                    eos_ids=eos_ids,
                 ),
                 # Those of highest future loss would be no random ones.
                 branch_fraction=1.0,
@@ -107,11 +104,11 @@ def rank(
     teacher_token_loss: jax.Array,
     tokens: jax.Array,
     mask: jax.Array,
+    uniforms: jax.Array,
     *,
     group: str,
     window: int,
     eos_ids: tuple[int, ...],
-    seed: int,
 ) -> jax.Array:
     """Rank positions by high loss, at random, or by low loss.
 
@@ -119,19 +116,18 @@ def rank(
       teacher_token_loss: f32[B, T].
       tokens: i32[B, T].
       mask: bool[B, T].
+      uniforms: f32[B, T] draws, which rank at random.
       group: one of :data:`GROUPS`.
       window: K. In truncated rows positions with fewer than K tokens after
         them are left out: the limit alone cuts their window short.
       eos_ids: end-of-sequence ids.
-      seed: of the random positions.
 
     Returns:
       f32[B, T], -inf where a position is left out.
     """
-    key = jax.random.fold_in(jax.random.key(seed), jnp.sum(tokens))
     score = {
         "high": teacher_token_loss,
-        "random": jax.random.uniform(key, mask.shape),
+        "random": uniforms,
         "low": -teacher_token_loss,
     }[group]
     truncated = mask[:, -1] & ~jnp.isin(tokens[:, -1], jnp.asarray(eos_ids))
