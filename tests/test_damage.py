@@ -1,6 +1,5 @@
 """Storage that lies: damaged checkpoints and logs, and what becomes of runs."""
 
-import json
 import pathlib
 import shutil
 import subprocess
@@ -125,20 +124,6 @@ def test_damaged_checkpoints_are_named_and_moved_only_if_one_is_intact(
         checkpoints.newest_intact()
     assert {p.name for p in (tmp_path / "run").iterdir()} == names
     assert checkpoints.newest_intact(required=False) is None
-
-
-def test_one_without_checksums_is_older_or_damaged(saved, tmp_path, caplog):
-    shutil.copytree(saved, tmp_path / "run")
-    record = tmp_path / "run" / "6" / "record" / "metadata"
-    older = json.loads(record.read_text()) | {"format": 2}
-    record.write_text(json.dumps(older))
-    (tmp_path / "run" / "6" / SUMS).unlink()
-    checkpoints = Checkpoints(tmp_path / "run", 3)
-    assert checkpoints.newest_intact() == 6
-    assert "6 has no checksums, as older versions wrote it" in caplog.text
-    assert checkpoints.record(6)["format"] == 2
-    record.write_text("{")
-    assert checkpoints.newest_intact() == 4
 
 
 # --- runs, and who reads them ---------------------------------------------

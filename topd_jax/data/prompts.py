@@ -238,16 +238,14 @@ class Stream:
         Raises:
           ValueError: for a position in other data.
         """
-        there = state.get(self._kind, self._mark)
+        there = state.get(self._kind)
         if there != self._mark:
             raise ValueError(
                 f"the checkpoint was made with other {self._kind} (fingerprint "
                 f"{there} there, {self._mark} here); use another --workdir, or "
-                "the data.path or offline.path it was started with (earlier "
-                "versions kept prompts that are held out as well)"
+                "the data.path or offline.path it was started with"
             )
-        # Of prompts, older checkpoints have the number alone.
-        self._batches.set_state(state.get("batches", state))
+        self._batches.set_state(state["batches"])
 
 
 def prompt_stream(

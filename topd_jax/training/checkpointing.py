@@ -18,7 +18,7 @@ from absl import logging
 
 from topd_jax.models.io import checksums, runs
 from topd_jax.parallel import buckets, hosts, lock
-from topd_jax.training.identity import FORMAT, READABLE
+from topd_jax.training.identity import FORMAT
 
 # An array is stored in pieces of at most this: whoever reads a part of it, or
 # spreads it over other devices, unpacks the pieces of that part alone.
@@ -212,7 +212,7 @@ class Checkpoints:
         saved = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
-        if saved.get("format", 1) not in READABLE:
+        if saved.get("format", 1) != FORMAT:
             raise ValueError(
                 f"the checkpoint {self._directory / str(step)} has format "
                 f"{saved.get('format', 1)} and this version of topd_jax reads "

@@ -14,9 +14,8 @@ from flax.traverse_util import flatten_dict
 from topd_jax.models import DecoderConfig
 from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
 
-# Of the record; other numbers are refused by name. 2 has no checksums.
+# Of the record; other numbers are refused by name.
 FORMAT = 3
-READABLE = (2, FORMAT)
 # Settings that may differ between a run and its continuation: they change
 # what is logged or done in trouble, not what is computed.
 _FREE = (

@@ -7,20 +7,15 @@ later and have no checksum; restoring does not depend on them.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from absl import logging
 
 from topd_jax.parallel import buckets
 
 NAME = "SHA256SUMS"
 # The items of a checkpoint: folders of its directory.
 STATE, RECORD = "state", "record"
-# The first format of a record whose checkpoint has checksums.
-_FORMAT = 3
 _THREADS = 8  # files read at a time
 
 
@@ -40,8 +35,6 @@ def find_damage(
 ) -> str | None:
     """Compare the files of a checkpoint with their checksums.
 
-    A checkpoint from before checksums is taken as it is, with a warning.
-
     Args:
       directory: of one step.
       items: whose files are read.
@@ -51,13 +44,7 @@ def find_damage(
       is; None if there is no such file.
     """
     if not (directory / NAME).is_file():
-        if _format(directory) >= _FORMAT:
-            return f"{NAME} is missing"
-        logging.warning(
-            "the checkpoint %s has no checksums, as older versions wrote it: "
-            "whether its files are intact is not known", directory,
-        )  # fmt: skip
-        return None
+        return f"{NAME} is missing"
     text = (directory / NAME).read_bytes().decode(errors="replace")
     lines = (line.partition("  ") for line in text.splitlines())
     known = {name: digest for digest, _, name in lines}
@@ -107,12 +94,3 @@ def _hashes(directory: Path, names: list[str]) -> dict[str, str]:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _format(directory: Path) -> int:
-    """Return the format that a record names; that of today if it is unread."""
-    try:
-        record = json.loads((directory / RECORD / "metadata").read_bytes())
-        return record.get("format", 1)
-    except (OSError, ValueError, AttributeError):
-        return _FORMAT

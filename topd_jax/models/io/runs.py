@@ -101,10 +101,9 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
         )["record"]
     if "student" not in record:
         raise ValueError(
-            f"the checkpoint {folder / str(step)} was written before "
-            "checkpoints named their student's shape, or its student is no "
-            "decoder; a decoder is written out with the settings of its run "
-            "(topd export ... --output DIRECTORY): give that directory"
+            f"the student of the checkpoint {folder / str(step)} is no "
+            "decoder of this package, and its shape is not known; give it from "
+            "Python, as a function"
         )
     return DecoderConfig.from_dict(record["student"])
 
