@@ -2,8 +2,9 @@
 
 A family is one row of :data:`FAMILIES`. Defaults, and which layers slide, are
 those of the families' config classes in ``transformers``; see
-:mod:`topd_jax.models.io.hub_config`. What a file of any family names its
-tensors is in :mod:`topd_jax.models.io.tensors`.
+:mod:`topd_jax.models.io.hub_config`. Which models each is, in words, stands in
+the README of the models room. What a file of any family names its tensors is
+in :mod:`topd_jax.models.io.tensors`.
 """
 
 import dataclasses
@@ -36,9 +37,6 @@ class Family:
     Attributes:
       model_type: as ``config.json`` (and ``general.architecture``) spells it.
       architecture: the class that transformers loads it with.
-      checkpoints: of which models, for people.
-      about: what it has beside pre-norms, rotary positions, grouped heads and
-        a gated SiLU, for people.
       options: fields of :class:`DecoderConfig` that the family fixes.
       reads: fields beside the common ones -> fields of the decoder that they
         set, with the name given; none where they only change how others are
@@ -59,8 +57,6 @@ class Family:
 
     model_type: str
     architecture: str
-    checkpoints: str
-    about: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=dict
@@ -114,52 +110,35 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
-            "llama", "LlamaForCausalLM", "Llama 2 and 3.x, SmolLM2",
-            "biases; linear, llama3 and yarn scaling",
+            "llama", "LlamaForCausalLM",
             reads=_ALL_BIASES | _MLP_BIAS,
             gguf="llama", gguf_permuted=True,
         ),
+        Family("mistral", "MistralForCausalLM"),
+        Family("ministral", "MinistralForCausalLM"),
+        Family("ministral3", "Ministral3ForCausalLM", growing_query=True),
         Family(
-            "mistral", "MistralForCausalLM", "Mistral, Mistral Small 3",
-            "sliding window in every layer, or none",
-        ),
-        Family(
-            "ministral", "MinistralForCausalLM", "Ministral 8B",
-            "some layers slide",
-        ),
-        Family(
-            "ministral3", "Ministral3ForCausalLM", "Ministral 3",
-            "yarn scaling; queries grow with their position",
-            growing_query=True,
-        ),
-        Family(
-            "qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5",
-            "biases of q, k and v; sliding window",
+            "qwen2", "Qwen2ForCausalLM",
             options={"attention_bias": True}, gguf="qwen2",
         ),
         Family(
-            "qwen3", "Qwen3ForCausalLM", "Qwen3",
-            "norm of each head's q and k; biases; sliding window",
+            "qwen3", "Qwen3ForCausalLM",
             options={"qk_norm": True}, reads=_ALL_BIASES, gguf="qwen3",
         ),
         Family(
-            "qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3 mixtures",
-            "the same with experts in all layers",
+            "qwen3_moe", "Qwen3MoeForCausalLM",
             options={"qk_norm": True},
             reads=_ALL_BIASES | _EXPERTS, gguf="qwen3moe",
         ),
         Family(
-            "qwen2_moe", "Qwen2MoeForCausalLM", "Qwen1.5 and Qwen2 mixtures",
-            "biases of q, k and v; experts in all layers, and a gated one for "
-            "all tokens",
+            "qwen2_moe", "Qwen2MoeForCausalLM",
             reads=_EXPERTS | {
                 "qkv_bias": ("attention_bias",),
                 "shared_expert_intermediate_size": ("shared_expert_width",),
             },
         ),
         Family(
-            "mixtral", "MixtralForCausalLM", "Mixtral",
-            "experts in all layers; sliding window",
+            "mixtral", "MixtralForCausalLM",
             options={"renormalize": True},
             reads=_EXPERT_WIDTH | {
                 "num_local_experts": ("experts",),
@@ -171,9 +150,7 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            "gpt_oss", "GptOssForCausalLM", "gpt-oss, its MXFP4 expanded",
-            "attention sinks; biases; experts in all layers, biased and "
-            "clamped; every second layer slides",
+            "gpt_oss", "GptOssForCausalLM",
             options={
                 "sinks": True, "expert_biases": True, "renormalize": True,
                 "swiglu_limit": 7.0,
@@ -198,54 +175,45 @@ FAMILIES: dict[str, Family] = {
             packed="mxfp4",
         ),
         Family(
-            "smollm3", "SmolLM3ForCausalLM", "SmolLM3",
-            "layers without rotation; biases; sliding window",
+            "smollm3", "SmolLM3ForCausalLM",
             reads=_ALL_BIASES | _MLP_BIAS,
         ),
         Family(
-            "seed_oss", "SeedOssForCausalLM", "Seed-OSS", "biases",
+            "seed_oss", "SeedOssForCausalLM",
             reads=_MLP_BIAS | {
                 "attention_bias": ("attention_bias",),
                 "attention_out_bias": ("output_bias",),
             },
         ),
         Family(
-            "phi3", "Phi3ForCausalLM", "Phi-3, Phi-4",
-            "turns a part of each head; longrope scaling; sliding window; q, k "
-            "and v in one tensor",
+            "phi3", "Phi3ForCausalLM",
             reads=_PARTIAL | {"original_max_position_embeddings": ()},
             fused=(
                 Fused("self_attn.qkv_proj.weight", ("q", "k", "v")), _GATE_UP
             ),
         ),
         Family(
-            "olmo2", "Olmo2ForCausalLM", "OLMo 2",
-            "norms after and not before; norm of q and k over all heads",
+            "olmo2", "Olmo2ForCausalLM",
             options=_NORMS_AFTER | {"wide_qk_norm": True},
             reads=_ALL_BIASES,
         ),
         Family(
-            "olmo3", "Olmo3ForCausalLM", "OLMo 3",
-            "the same; three of four layers slide, without scaling of RoPE",
+            "olmo3", "Olmo3ForCausalLM",
             options=_NORMS_AFTER | {"wide_qk_norm": True},
             reads=_ALL_BIASES, local_rope="rope_theta",
         ),
         Family(
-            "olmoe", "OlmoeForCausalLM", "OLMoE",
-            "norm of q and k over all heads; experts in all layers",
+            "olmoe", "OlmoeForCausalLM",
             options={"wide_qk_norm": True},
             reads=_ALL_BIASES | _ROUTED | _EXPERT_WIDTH,
         ),
         Family(
-            "exaone4", "Exaone4ForCausalLM", "EXAONE 4.0",
-            "norms after and not before; norm of each head's q and k; where "
-            "layers slide the others have no rotary positions",
+            "exaone4", "Exaone4ForCausalLM",
             options=_NORMS_AFTER | {"qk_norm": True},
             reads={"sliding_window_pattern": ()}, full_unturned=True,
         ),
         Family(
-            "granite", "GraniteForCausalLM", "Granite 3",
-            "multipliers of embeddings, scores, residuals and logits; biases",
+            "granite", "GraniteForCausalLM",
             reads=_ALL_BIASES | _MLP_BIAS | {
                 name: (name,) for name in (
                     "attention_multiplier", "embedding_multiplier",
@@ -254,9 +222,7 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            "glm4", "Glm4ForCausalLM", "GLM-4-0414",
-            "norms before and after; biases of q, k and v; turns neighboring "
-            "pairs of half of each head",
+            "glm4", "Glm4ForCausalLM",
             options={"post_norms": True, "interleaved_rope": True},
             reads=_PARTIAL | {"attention_bias": ("attention_bias",)},
             names={
@@ -267,44 +233,34 @@ FAMILIES: dict[str, Family] = {
             fused=(_GATE_UP,),
         ),
         Family(
-            "gemma", "GemmaForCausalLM", "Gemma",
-            "norms scale by 1 + w; scaled embedding; tanh-GELU",
+            "gemma", "GemmaForCausalLM",
             options=_GEMMA, reads=_ALL_BIASES,
         ),
         Family(
-            "gemma2", "Gemma2ForCausalLM", "Gemma 2",
-            "the same; norms before and after; soft-capped scores and logits; "
-            "every second layer slides",
+            "gemma2", "Gemma2ForCausalLM",
             options=_GEMMA | {"post_norms": True},
             activation="hidden_activation",
             reads=_GEMMA_READS
             | {"attn_logit_softcapping": ("attention_softcap",)},
         ),
         Family(
-            "gemma3_text", "Gemma3ForCausalLM", "Gemma 3",
-            "the same without soft-capped scores; norm of q and k; five of six "
-            "layers slide, with a rotary base of their own",
+            "gemma3_text", "Gemma3ForCausalLM",
             options=_GEMMA | {"post_norms": True, "qk_norm": True},
             activation="hidden_activation",
             reads=_GEMMA_READS, local_rope="rope_local_base_freq",
             gguf="gemma3",
         ),
         Family(
-            "qwen3_next", "Qwen3NextForCausalLM", "Qwen3-Next",
-            "gated delta rules in three of four layers; gated attention, "
-            "partly turned, with norm of q and k; norms scale by 1 + w; "
-            "experts, and a gated one for all tokens",
+            "qwen3_next", "Qwen3NextForCausalLM",
             options=_DELTA | {"delta_grouped": True},
             reads=_DELTA_READS | _EXPERTS | _SHARED,
         ),
         Family(
-            "qwen3_5_text", "Qwen3_5ForCausalLM", "Qwen3.5",
-            "the same without experts",
+            "qwen3_5_text", "Qwen3_5ForCausalLM",
             options=_DELTA, reads=_DELTA_READS, gguf="qwen35",
         ),
         Family(
-            "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "Qwen3.5 mixtures",
-            "the same with experts",
+            "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
             options=_DELTA | {"renormalize": True},
             reads=_DELTA_READS | _SHARED | {
                 "num_experts": ("experts",),
