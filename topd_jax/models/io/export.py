@@ -91,7 +91,7 @@ def save_model(
         for _ in shards:  # the others' part in gathering
             pass
         return target
-    with staged(target, plan.metadata["total_size"]) as staging:
+    with staged(target) as staging:
         for file, tensors in shards:
             save_file(tensors, staging / file, metadata={"format": "pt"})
         if plan.is_sharded:
@@ -159,12 +159,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def staged(target: Path, needed: int) -> Iterator[Path]:
+def staged(target: Path) -> Iterator[Path]:
     """Yield a directory beside ``target`` that becomes it on success.
 
     Args:
       target: a new or empty directory.
-      needed: bytes.
 
     Raises:
       OSError: where the disk is full or refuses; nothing is left then.
@@ -173,11 +172,6 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-        free = shutil.disk_usage(target.parent).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free"
-            )
         staging.mkdir()
         yield staging
         staging.replace(target)

@@ -156,7 +156,7 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with staged(target, sum(x.nbytes for x in tensors.values())) as staging:
+    with staged(target) as staging:
         save_file(tensors, staging / TENSOR_FILE, metadata={"format": "pt"})
         write_json(staging / CONFIG_FILE, fields)
     return target
