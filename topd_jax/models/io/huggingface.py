@@ -48,8 +48,6 @@ TOKENIZER_FILES = (
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Objects and lists in each other, in JSON.
 _DEEPEST = 50
-# Compared at once, where a file holds a tied head as well.
-_HEAD_ROWS = 1024
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -221,11 +219,9 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: where the file is missing or is not a JSON object, or where
         its objects and lists nest deeper than any model's do.
     """
-    require_regular(path)
-    try:
-        value = parse_json(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise ValueError(f"no file {path}; is this a model?") from None
+    if not require_regular(path):
+        raise ValueError(f"no file {path}; is this a model?")
+    value = parse_json(path.read_bytes(), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {value!r:.40}")
     inner: list[Any] = [value]
@@ -247,15 +243,8 @@ def _drop_tied_head(
     head, embedding = WEIGHTS["output"].hub, WEIGHTS["embedding"].hub
     if head not in tensors or embedding not in tensors:
         return
-    shape = tensors[head].shape
-    pieces = (
-        (slice(i, min(i + _HEAD_ROWS, shape[0])),)
-        for i in range(0, shape[0], _HEAD_ROWS)
-    )
-    if shape != tensors[embedding].shape or not all(
-        np.array_equal(read(head, rows), read(embedding, rows))
-        for rows in pieces
-    ):
+    whole = (slice(None),)
+    if not np.array_equal(read(head, whole), read(embedding, whole)):
         raise ValueError(
             f"{directory}: {head} differs from {embedding}, yet config.json "
             'says "tie_word_embeddings": true; set it to false to load both'
