@@ -104,13 +104,7 @@ def _backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     tokens = metadata["tokenizer.ggml.tokens"]
     # A model may have more rows than its tokenizer ids; the converter names
     # each of these so, and the tokenizer of the directory has none of them.
-    named = [(t, i) for i, t in enumerate(tokens) if t != f"[PAD{i}]"]
-    vocabulary = dict(named)
-    if len(vocabulary) != len(named):
-        raise ValueError(
-            f"{where}: {len(named) - len(vocabulary)} of {len(tokens)} tokens "
-            "are spelled twice"
-        )
+    vocabulary = {t: i for i, t in enumerate(tokens) if t != f"[PAD{i}]"}
     if metadata["tokenizer.ggml.model"] == "llama":
         backend = _of_pieces(vocabulary)
     else:
