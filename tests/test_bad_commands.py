@@ -35,7 +35,7 @@ def files(tmp_path_factory):
         Path("list").mkdir()
         Path("list/config.json").write_text("[]")
         Path("set").mkdir()
-        Path("set/set.json").write_text('{"shards": 10000000000}')
+        Path("set/set.json").write_text('{"shards": 2}')
     return root
 
 
@@ -65,7 +65,7 @@ COMMANDS = [
     (f"sample --which=start --prompt=a {MODELS}torn", "cut short?"),
     (f"export --which=start --output=out {MODELS}list", "JSON object"),
     ("train --config.train.stage=offline --config.offline.path=set",
-     "set.json has shards=10000000000; it must be"),
+     "offline.path=set has 0 of 2 shards; rerun topd generate"),
     (f"train --config.train.steps={'9' * 9999}", "99 must be of type int"),
     (f"train --config.objective=topd({'(' * 999}", "cannot be read; write"),
     ("doctor --json=3", "ignored explicit argument"),

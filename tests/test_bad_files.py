@@ -112,19 +112,10 @@ LINE = json.dumps(SOLUTION).encode() + b"\n"
 ABOUT = b'{"shards": 1, "tokenizer": "t"}'
 BAD_SETS = [
     (b"x", LINE, "set.json is not JSON .*remove the file and rerun"),
-    *((about, LINE, r"set.json has shards=.*must be a number from 1 to 99999")
-      for about in (b"[]", b'{"shards": true}', b'{"shards": 0}',
-                    b'{"shards": 10000000000}')),
     (b'{"shards": 2}', LINE, "has 1 of 2 shards; rerun topd generate"),
     (b'{"shards": 1}', LINE, "written with another tokenizer"),
     (ABOUT, b"", "leaves none of the 0 solutions"),
     (ABOUT, LINE + LINE[:-30], "line 2 is not JSON .*; remove the file and re"),
-    (ABOUT, LINE + b"[]", "line 2 has no object; remove the file and rerun"),
-    (ABOUT, b'{"index": 0}', "line 1 has no answer, completion, .*; remove"),
-    *((ABOUT, json.dumps(SOLUTION | {name: value}).encode(),
-       f"line 1: {name}=.* must be a list of token ids, at least one; remove")
-      for name in ("prompt_tokens", "completion_tokens")
-      for value in ("abc", [], [True], [2**31], [-1])),
 ]  # fmt: skip
 
 

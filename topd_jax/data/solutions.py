@@ -16,9 +16,6 @@ import numpy as np
 from topd_jax.parallel import buckets
 from topd_jax.settings import parse_json
 
-# Five digits name a shard.
-_MOST_SHARDS = 99_999
-_LARGEST_ID = np.iinfo(np.int32).max
 # The way out of a set that is damaged.
 _AGAIN = "remove the file and rerun topd generate"
 
@@ -85,8 +82,10 @@ class SolutionFiles:
         path = self.path(shard)
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                where = f"{path} line {number}"
-                yield _solution(parse_json(line, where, _AGAIN), where)
+                row = parse_json(line, f"{path} line {number}", _AGAIN)
+                for name in ("prompt_tokens", "completion_tokens"):
+                    row[name] = np.asarray(row[name], np.int32)
+                yield row
 
 
 def open_set(folder: pathlib.Path, about: Mapping[str, Any]) -> SolutionFiles:
@@ -203,31 +202,4 @@ def read_solutions(
 
 def _read_about(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "set.json"
-    about = parse_json(path.read_bytes(), str(path), _AGAIN)
-    shards = about.get("shards") if isinstance(about, dict) else None
-    if type(shards) is not int or not 1 <= shards <= _MOST_SHARDS:
-        raise ValueError(
-            f"{path} has shards={shards!r}; it must be a number from 1 to "
-            f"{_MOST_SHARDS}: {_AGAIN}"
-        )
-    return about
-
-
-def _solution(row: Any, where: str) -> Solution:
-    """Return a line of a shard with its ids as arrays, all keys there."""
-    keys = Solution.__annotations__.keys()
-    absent = sorted(keys - row.keys()) if isinstance(row, dict) else ["object"]
-    if absent:
-        raise ValueError(f"{where} has no {', '.join(absent)}; {_AGAIN}")
-    for name in ("prompt_tokens", "completion_tokens"):
-        ids = row[name]
-        is_filled = isinstance(ids, list) and ids
-        if not is_filled or not all(
-            type(i) is int and 0 <= i <= _LARGEST_ID for i in ids
-        ):
-            raise ValueError(
-                f"{where}: {name}={ids!r:.60} must be a list of token ids, at "
-                f"least one; {_AGAIN}"
-            )
-        row[name] = np.asarray(ids, np.int32)
-    return row
+    return parse_json(path.read_bytes(), str(path), _AGAIN)
