@@ -6,7 +6,6 @@ makes batches of them.
 
 import dataclasses
 import difflib
-import math
 import numbers
 import pathlib
 import types
@@ -17,7 +16,7 @@ from absl import logging
 
 from topd_jax.data import gym
 from topd_jax.data.settings import DataSettings, WorldSettings
-from topd_jax.data.templates import as_text, teacher_prompt
+from topd_jax.data.templates import as_text, is_missing, teacher_prompt
 from topd_jax.data.toy_world import problems
 from topd_jax.parallel import buckets
 from topd_jax.settings import parse_json
@@ -291,9 +290,7 @@ def _record(
             "question"
         )
     answer = as_text(row.get(fields.answer), source)
-    # Tables that are made into JSON spell what is missing as null or NaN.
-    nan = isinstance(answer, numbers.Real) and math.isnan(answer)
-    if answer is None or nan:
+    if is_missing(answer):
         answer = ""
     if not isinstance(answer, str | numbers.Real):
         raise ValueError(

@@ -83,7 +83,7 @@ def teacher_prompt(
     Raises:
       ValueError: for a field that is missing or holds no text.
     """
-    if not _is_missing(row.get(OWN_FIELD)):
+    if not is_missing(row.get(OWN_FIELD)):
         return _field(row, OWN_FIELD, source, "the teacher's prompt")
     if not template:
         return None
@@ -117,7 +117,8 @@ def _setting(teacher: str) -> str:
     return f"teachers.{teacher}.prompt" if teacher else "teacher.prompt"
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
+    """Tell whether a record's field holds nothing: null, NaN or blanks."""
     # Tables that are made into JSON spell what is missing as null or NaN.
     blank = isinstance(value, str | bytes) and not value.strip()
     nan = isinstance(value, numbers.Real) and math.isnan(value)
@@ -126,7 +127,7 @@ def _is_missing(value: object) -> bool:
 
 def _field(row: Mapping[str, Any], name: str, source: str, whose: str) -> str:
     value = as_text(row.get(name), source)
-    if _is_missing(value) or not isinstance(value, str | numbers.Real):
+    if is_missing(value) or not isinstance(value, str | numbers.Real):
         raise ValueError(
             f'{source} has no text in the field "{name}" ({whose}); its '
             f"fields are {sorted(row)}; name one of them, or repair the record"
