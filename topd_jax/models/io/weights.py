@@ -7,14 +7,12 @@ memory never holds two copies of a model.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
@@ -170,7 +168,7 @@ def build(
 ) -> Decoder:
     """Build a decoder from its parameters, one at a time.
 
-    A bar of bytes is shown while a large model is read, and its end logged.
+    A bar of bytes is shown while a large model is read.
 
     Args:
       config: the decoder's shape.
@@ -191,10 +189,9 @@ def build(
         for name, row in parameter_table(config).items()
     }
     arrays, total = {}, sum(sizes.values())
-    large, started = total >= _SHOWN_BYTES, time.perf_counter()
     with tqdm(
         total=total, desc=placement.label, unit="B", unit_scale=True,
-        disable=not (large and hosts.is_first()),
+        disable=total < _SHOWN_BYTES or not hosts.is_first(),
     ) as bar:  # fmt: skip
         for name, size in sizes.items():
             array = parameter(name, shardings[name])
@@ -202,12 +199,6 @@ def build(
                 array = placement.finish(name, array)
             arrays[name] = array
             bar.update(size)
-    if large:
-        seconds = time.perf_counter() - started
-        logging.info(
-            "%s: %d bytes of parameters in %.1f s",
-            placement.label, total, seconds,
-        )  # fmt: skip
     return Decoder(config, arrays)
 
 
