@@ -273,23 +273,6 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-# Known types that are not read -> what their layers have and no option of the
-# decoder computes.
-MISSING = {
-    "gemma3n": (
-        "several residual streams (AltUp), low-rank residual maps (LAuReL), "
-        "embeddings of their own, sparse activations, and layers that share "
-        "keys and values"
-    ),
-    "gemma4": (
-        "heads of two sizes, a norm of values, values that are keys, a scalar "
-        "each, proportional RoPE, and in some sizes embeddings of their own, "
-        "experts beside the dense network, and layers that share keys and "
-        "values"
-    ),
-}
-
-
 def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
     """Return the family of a ``model_type``.
 
@@ -302,8 +285,7 @@ def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
       The row of :data:`FAMILIES`.
 
     Raises:
-      ValueError: listing the supported families, and what the decoder lacks
-        for this one where that is known.
+      ValueError: listing the supported families.
     """
     known = {
         row.gguf if gguf else row.model_type: row
@@ -311,10 +293,8 @@ def family_of(model_type: object, where: str, *, gguf: bool = False) -> Family:
         if row.gguf or not gguf
     }
     if not isinstance(model_type, str) or model_type not in known:
-        kind = str(model_type).removesuffix("_text").removesuffix("_unified")
-        why = f": its layers have {MISSING[kind]}" if kind in MISSING else ""
         raise ValueError(
-            f"{where}: model_type={model_type!r} is not supported{why}; "
-            f"supported: {', '.join(sorted(known))}"
+            f"{where}: model_type={model_type!r} is not supported; supported: "
+            f"{', '.join(sorted(known))}"
         )
     return known[model_type]
