@@ -19,7 +19,6 @@ from topd_jax.data.toy_world import models
 from topd_jax.models import (
     RopeScaling,
     describe,
-    end_ids,
     fingerprint,
     load,
     save_model,
@@ -174,10 +173,10 @@ def test_a_run_stops_at_the_ends_that_any_file_names(tmp_path):
         settings = small_hub.settings(tmp_path, *pair, data__end_ids=more)
         assert load_setup(settings, tmp_path).tokenizer.eos_ids == ends
     (tmp_path / "plain" / "generation_config.json").write_text("{}")
-    assert end_ids(plain) == ()  # as in transformers
+    assert describe(plain).end_ids == ()  # as in transformers
     end_of_turn = {"tokenizer.ggml.eot_token_id": 5}
     file = write_gguf(tmp_path / "m.gguf", make(LLAMA), metadata=end_of_turn)
-    assert end_ids(file) == (0, 5)
+    assert describe(file).end_ids == (0, 5)
 
 
 def test_longrope_is_chosen_by_the_longest_row_of_the_run(tmp_path):
@@ -225,7 +224,7 @@ def test_a_description_agrees_with_what_is_loaded(tmp_path, gguf):
     run = save_run(tmp_path / "run", make(LLAMA))
     assert describe(run, unroll=3).config == load(run, unroll=3)[0].config
     assert describe(run).tokenizer is None
-    assert end_ids(run) == ()
+    assert describe(run).end_ids == ()
 
 
 # --- the tiny world's models, killed while they are made -------------------

@@ -18,7 +18,7 @@ from topd_jax.models.decoder import (
 from topd_jax.models.fingerprint import fingerprint
 from topd_jax.models.frequencies import RopeScaling
 from topd_jax.models.io.export import save_model
-from topd_jax.models.io.loading import Description, describe, end_ids, load
+from topd_jax.models.io.loading import Description, describe, load
 from topd_jax.models.io.peft import load_adapter, save_adapter
 from topd_jax.models.lora import add_lora, merge_lora
 from topd_jax.models.parameters import parameter_table
@@ -39,7 +39,6 @@ __all__ = [
     "dequantize",
     "describe",
     "drop_layers",
-    "end_ids",
     "fingerprint",
     "from_function",
     "in_compute_dtype",

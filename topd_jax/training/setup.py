@@ -25,7 +25,7 @@ from topd_jax.data.toy_world.models import world_models
 from topd_jax.data.vocabulary import check_model, require_same_vocabulary
 from topd_jax.evaluation.evaluator import Evaluator
 from topd_jax.evaluation.grading import make_grader
-from topd_jax.models import Decoder, drop_layers, end_ids, fingerprint, load
+from topd_jax.models import Decoder, describe, drop_layers, fingerprint, load
 from topd_jax.models.adapters import adapt
 from topd_jax.models.lora import frozen_fingerprint
 from topd_jax.models.quantization import quantizer
@@ -338,7 +338,7 @@ def tokenizer_options(settings: Settings) -> dict[str, Any]:
     """
     ends: list[int] = []
     for model in model_settings(settings).values():
-        ends += () if model.in_world else end_ids(model.source)
+        ends += () if model.in_world else describe(model.source).end_ids
     ends += settings.data.end_ids
     thinking = settings.data.thinking
     template = {} if thinking is None else {"enable_thinking": thinking}

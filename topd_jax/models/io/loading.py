@@ -1,7 +1,7 @@
 """Find a model and read it: a directory, a hub name, a GGUF file, or a run.
 
-:func:`load` reads everything. :func:`describe`, :func:`end_ids` and
-:func:`shape_of` read no weights: seconds at most, however large the model is.
+:func:`load` reads everything. :func:`describe` and :func:`shape_of` read no
+weights: seconds at most, however large the model is.
 """
 
 import dataclasses
@@ -122,8 +122,12 @@ class Description:
 
     Attributes:
       config: its shape.
-      end_ids: ids that end its text, as its files name them: see
-        :func:`end_ids`.
+      end_ids: ids at which generation stops, in the files' order.
+        generation_config.json names them ("eos_token_id", one or several: the
+        end of a turn beside the end of a text); config.json does where that
+        file is missing, as in transformers. A GGUF file names both in its
+        metadata, and a run none. The tokenizer's own end is not among them
+        unless they say so.
       model_type: as config.json spells it; "" for other sources.
       config_end_ids: those that config.json names; generation ignores them
         where generation_config.json exists.
@@ -209,27 +213,6 @@ def describe(
         )
     config = described.config.replace(**options).for_rows(length)
     return dataclasses.replace(described, config=config)
-
-
-def end_ids(source: str | os.PathLike) -> tuple[int, ...]:
-    """Return the ids at which generation with this model stops.
-
-    generation_config.json names them ("eos_token_id", one or several: the end
-    of a turn beside the end of a text); config.json does where that file is
-    missing, as in transformers. A GGUF file names both in its metadata. The
-    tokenizer's own end is not among them unless they say so. A run has its
-    tokenizer's alone.
-
-    Args:
-      source: as in :func:`load`.
-
-    Returns:
-      The ids in the files' order; () where they name none.
-
-    Raises:
-      ValueError: where the source is not there or is not supported.
-    """
-    return describe(source).end_ids
 
 
 def _is_gguf(source: str) -> bool:
