@@ -14,7 +14,7 @@ fields that differ between layers (``sliding_window``, ``layer_types``,
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from topd_jax.models.config import DecoderConfig
@@ -67,17 +67,13 @@ _LAYERS = {
 
 
 def decoder_config(
-    fields: Mapping[str, object],
-    *,
-    where: str,
-    ignore: Iterable[str] = (),
+    fields: Mapping[str, object], *, where: str
 ) -> DecoderConfig:
     """Read the fields of a ``config.json``.
 
     Args:
       fields: the parsed file.
       where: the file, for errors.
-      ignore: fields of no consequence that this reader does not know.
 
     Returns:
       The decoder's shape, in float32.
@@ -99,7 +95,7 @@ def decoder_config(
         if name != "sliding_window_pattern" or not given.get("layer_types")
         for problem in wrong_value(name, value)
     ]
-    problems += _unread(fields, family, frozenset(ignore))
+    problems += _unread(fields, family)
     _refuse(where, problems)
     layers = given["num_hidden_layers"]
     problems += [
@@ -235,12 +231,10 @@ def _read_names(family: Family) -> set[str]:
     return read
 
 
-def _unread(
-    fields: Mapping[str, object], family: Family, ignore: frozenset
-) -> list[str]:
+def _unread(fields: Mapping[str, object], family: Family) -> list[str]:
     """List the fields that change the network and that nobody here reads."""
     defaults = _hub_defaults(family.model_type)
-    read = _read_names(family) | HARMLESS | ignore | {"model_type"}
+    read = _read_names(family) | HARMLESS | {"model_type"}
     problems = []
     for name, value in fields.items():
         twice = name == "hidden_act" and value == fields.get(family.activation)
@@ -259,8 +253,8 @@ def _unread(
         elif not allowed:
             problems.append(
                 f"{name}={value!r} is not known; if the model's reference "
-                "does not read it, delete it from the file or pass "
-                f"ignore=({name!r},)"
+                "does not read it, delete it from the file (of a hub name, "
+                "from that of a download of your own)"
             )
     return problems
 

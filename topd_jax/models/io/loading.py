@@ -7,7 +7,7 @@ weights: seconds at most, however large the model is.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,6 @@ def load(
     unroll: int = 1,
     mesh: Mesh | None = None,
     length: int = 0,
-    ignore: Sequence[str] = (),
     finish: Finish | None = None,
 ) -> "tuple[Decoder, Tokenizer | None]":
     """Load a model and its tokenizer.
@@ -85,7 +84,6 @@ def load(
       length: tokens of the longest row that it will read, for models with
         "longrope"; 0: they take their short factors, and the student of a run
         those of the run.
-      ignore: unknown fields of a config.json to skip.
       finish: (parameter, array) -> what the model holds instead; called as
         soon as each is placed, before the next one is read.
 
@@ -100,8 +98,8 @@ def load(
         tokenizer with an id that the model has no row for.
     """
     files = describe(
-        source, ignore=ignore, length=length, dtype=dtype,
-        param_dtype=param_dtype, remat=remat, unroll=unroll,
+        source, length=length, dtype=dtype, param_dtype=param_dtype,
+        remat=remat, unroll=unroll,
     )  # fmt: skip
     placement = Placement(Path(source).name, mesh, finish)
     model = files.read_decoder(files.config, placement)
@@ -155,7 +153,6 @@ def describe(
     source: str | os.PathLike,
     *,
     length: int = 0,
-    ignore: Sequence[str] = (),
     **options: Any,
 ) -> Description:
     """Describe a model without reading its weights.
@@ -163,7 +160,6 @@ def describe(
     Args:
       source: as in :func:`load`.
       length: as there.
-      ignore: as there.
       **options: dtype, param_dtype, remat and unroll, as there.
 
     Returns:
@@ -201,7 +197,7 @@ def describe(
         ends = ("eos_token_id",)
         config_ends = _ids(fields, ends, str(path))
         described = Description(
-            decoder_config(fields, where=str(path), ignore=ignore),
+            decoder_config(fields, where=str(path)),
             of(load_tokenizer, directory),
             of(hub_decoder, family_of(fields["model_type"], name), directory),
             _ids(read_json(generation), ends, str(generation))
