@@ -99,16 +99,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Returns:
       The solutions of each row, by index; the same for the same arguments.
-
-    Raises:
-      ValueError: for a solution longer than a row.
     """
-    longest = max(lengths, default=0)
-    if longest > capacity:
-        raise ValueError(
-            f"a solution of {longest} tokens does not fit a row of "
-            f"{capacity}; raise the row's length"
-        )
     rows: list[list[int]] = []
     room: list[int] = []
     # The sort is stable: solutions of equal length keep their order.
