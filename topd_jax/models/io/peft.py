@@ -230,7 +230,6 @@ def _lora(
         f"{name}={fields.get(name)!r} is not supported, only "
         f"{', '.join(map(repr, allowed))}"
         for name, allowed in _ONLY.items()
-        if name != "init_lora_weights" or name in fields
         if fields.get(name) not in allowed
     ]
     problems += [
