@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from topd_jax.models.config import DecoderConfig
@@ -74,14 +75,15 @@ def run_decoder(
     folder, step = _find(buckets.as_path(source))
     where, dtype = folder / str(step), config.param_dtype
     _require_intact(where, checksums.STATE)
-    with _opened(folder) as manager:
-        paths = _paths(manager, step, config, where)
+    state = _item(where, checksums.STATE)
+    handler = ocp.PyTreeCheckpointHandler()
+    paths = _paths(handler.metadata(state).tree, config, where)
 
-        def parameter(name: str, sharding: NamedSharding | None) -> jax.Array:
-            return _restore(manager, step, paths[name], sharding, dtype)
+    def parameter(name: str, sharding: NamedSharding | None) -> jax.Array:
+        return _restore(handler, state, paths[name], sharding, dtype)
 
-        logging.info("reading the student of %s", where)
-        return build(config, parameter, placement)
+    logging.info("reading the student of %s", where)
+    return build(config, parameter, placement)
 
 
 def run_config(source: str | os.PathLike) -> DecoderConfig:
@@ -94,16 +96,14 @@ def run_config(source: str | os.PathLike) -> DecoderConfig:
       ValueError: as there.
     """
     folder, step = _find(buckets.as_path(source))
-    _require_intact(folder / str(step), checksums.RECORD)
-    with _opened(folder) as manager:
-        record = manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
+    where = folder / str(step)
+    _require_intact(where, checksums.RECORD)
+    record = ocp.JsonCheckpointHandler().restore(_item(where, checksums.RECORD))
     if "student" not in record:
         raise ValueError(
-            f"the student of the checkpoint {folder / str(step)} is no "
-            "decoder of this package, and its shape is not known; give it from "
-            "Python, as a function"
+            f"the student of the checkpoint {where} is no decoder of this "
+            "package, and its shape is not known; give it from Python, as a "
+            "function"
         )
     return DecoderConfig.from_dict(record["student"])
 
@@ -114,22 +114,13 @@ def _require_intact(where: Path, item: str) -> None:
         checksums.require_intact(where, out, [item])
 
 
-def _opened(folder: Path) -> ocp.CheckpointManager:
-    """Open checkpoints to read alone: nothing is saved, nothing is dropped."""
-    process = jax.process_index()
-    return ocp.CheckpointManager(
-        buckets.absolute(folder),
-        options=ocp.CheckpointManagerOptions(
-            create=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=process, active_processes={process}
-            ),
-        ),
-        item_handlers={
-            checksums.STATE: ocp.PyTreeCheckpointHandler(),
-            checksums.RECORD: ocp.JsonCheckpointHandler(),
-        },
-    )
+def _item(where: Path, name: str) -> epath.Path:
+    """Return an item's folder in a checkpoint, as orbax takes it.
+
+    Its handlers read it alone: nothing is saved or dropped, and no process
+    waits for another, as with a manager.
+    """
+    return epath.Path(buckets.absolute(where)) / name
 
 
 def _split(path: Path) -> tuple[Path, str, int | None]:
@@ -175,13 +166,9 @@ def _find(source: Path) -> tuple[Path, int]:
 
 
 def _paths(
-    manager: ocp.CheckpointManager,
-    step: int,
-    config: DecoderConfig,
-    where: Path,
+    saved: Any, config: DecoderConfig, where: Path
 ) -> dict[str, tuple[str, ...]]:
     """Map each parameter to its path in the saved train state."""
-    saved = manager.item_metadata(step)["state"].tree
     leaves, _ = jax.tree_util.tree_flatten_with_path(saved["train"]["student"])
     paths, shapes = {}, {}
     for keys, leaf in leaves:
@@ -204,8 +191,8 @@ def _paths(
 
 
 def _restore(
-    manager: ocp.CheckpointManager,
-    step: int,
+    handler: ocp.PyTreeCheckpointHandler,
+    state: epath.Path,
     path: tuple[str, ...],
     sharding: Any,
     dtype: str,
@@ -217,14 +204,12 @@ def _restore(
     args: Any = ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype)
     for key in reversed(path):
         item, args = {key: item}, {key: args}
-    tree = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
-                item, restore_args=args, partial_restore=True
-            )
+    tree = handler.restore(
+        state,
+        args=ocp.args.PyTreeRestore(
+            item, restore_args=args, partial_restore=True
         ),
-    )["state"]
+    )
     for key in path:
         tree = tree[key]
     jax.block_until_ready(tree)
