@@ -41,11 +41,6 @@ MAY_CHANGE = (
     "mesh.expert",
     "mesh.sequence",
 )
-# What settings of earlier checkpoints are called now.
-_RENAMED = {"data.teacher_prompts": "data.prompts_per_teacher"}
-# Options of objectives that are younger than some checkpoints, and their
-# values there.
-_YOUNGER = {"objective.guidance.share": 1.0}
 
 
 def record(
@@ -118,18 +113,14 @@ def require_same_run(
     """
     out = "; use another --workdir, or the settings it was started with"
     # A setting that is younger than the checkpoint was at its default there.
-    before = defaults_of(settings.to_dict()) | {
-        _RENAMED.get(name, name): value
-        for name, value in flatten_dict(saved["settings"], sep=".").items()
-    }
+    there = flatten_dict(saved["settings"], sep=".")
+    before = defaults_of(settings.to_dict()) | there
     now = flatten_dict(settings.to_dict(), sep=".")
     for tree, known in ((saved["objective"], before), (objective, now)):
         known.pop("objective", None)  # one objective has several spellings
         # A function has its name under "" where options are beside it.
         options = flatten_dict({"objective": tree}, sep=".").items()
         known |= {name.rstrip("."): value for name, value in options}
-    for name in _YOUNGER.keys() & now.keys():
-        before.setdefault(name, _YOUNGER[name])
     differing = {
         name: f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())
