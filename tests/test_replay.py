@@ -189,19 +189,6 @@ def test_a_run_that_changes_on_its_way_raises_alarms(settings, setup, tmp_path):
     }  # fmt: skip
 
 
-def test_a_dump_that_is_none_or_damaged_is_named(refused, tmp_path):
+def test_a_directory_that_is_no_dump_is_named(refused, tmp_path):
     message = refused("replay", tmp_path)
     assert message.endswith("is no dump; a run writes them to WORKDIR/dumps")
-    about = tmp_path / "dump.json"
-    about.write_text('{"step": 3')
-    (tmp_path / "settings.json").write_text("{}")
-    assert refused("replay", tmp_path).startswith(f"topd: {about} is not JSON")
-    about.write_text("{}")
-    batch = tmp_path / "batch.npz"
-    np.savez(batch, tokens=np.zeros(1))
-    assert refused("replay", tmp_path).endswith(
-        f'{about} has no "step"; let the run write it again'
-    )
-    for text in (b"", b"rows", b"PK\x03\x04 cut"):
-        batch.write_bytes(text)
-        assert f"{batch} is damaged (" in refused("replay", tmp_path)
