@@ -380,8 +380,8 @@ def parse(name: str, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     values, rest = parser.parse_known_args(arguments)
     has_config = CONFIG in command.flags
     for argument in rest:
-        match = re.match(r"--?(no)?(config\.)?[a-zA-Z]", argument)
-        if match and not (match[2] and has_config):
+        match = re.match(r"--?(config\.)?[a-zA-Z]", argument)
+        if match and not (match[1] and has_config):
             raise ValueError(
                 f"topd {name} has no flag {argument.partition('=')[0]}; topd "
                 f"{name} --help lists its flags"

@@ -14,7 +14,7 @@ from topd_jax.training.config import Settings, settings_from
 
 # Between commas, but for those of calls and of tuples in calls.
 _PARTS = re.compile(r"(?:[^,(]|\((?:[^()]|\([^()]*\))*\)|\()+")
-_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
 
 
 def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
@@ -37,17 +37,8 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
         match = _OVERRIDE.fullmatch(argument := rest.pop(0))
         if not match:
             raise ValueError(f"unexpected arguments: {argument}")
-        negated, path, text = match.groups()
+        path, text = match.groups()
         section, key = _place(config, path)
-        is_flag = section.get_type(key) is bool and text is None
-        if negated and not is_flag:
-            raise ValueError(
-                f"{argument} must be --noconfig.KEY of a setting that is True "
-                f"or False; others are --config.{path}=VALUE"
-            )
-        if is_flag:
-            section[key] = not negated
-            continue
         if text is None and not rest:
             raise ValueError(f"{argument} needs a value: {argument}=VALUE")
         text = rest.pop(0) if text is None else text[1:]
