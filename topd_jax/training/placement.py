@@ -89,9 +89,17 @@ def check_batches(settings: Settings, mesh: Mesh) -> None:
     Raises:
       ValueError: naming a size that does.
     """
-    check_rows(settings.data.batch_size, mesh, "data.batch_size")
-    check_rows(settings.eval.batch_size, mesh, "eval.batch_size")
-    check_rows(settings.rollout.slots, mesh, "rollout.slots")
+    for name, size in _batches(settings).items():
+        check_rows(size, mesh, name)
+
+
+def _batches(settings: Settings) -> dict[str, int]:
+    """Return the settings that are numbers of rows on the mesh."""
+    return {
+        "data.batch_size": settings.data.batch_size,
+        "eval.batch_size": settings.eval.batch_size,
+        "rollout.slots": settings.rollout.slots,
+    }
 
 
 def device_bytes(mesh: Mesh) -> float | None:
@@ -113,11 +121,7 @@ def _divisors(number: int) -> list[int]:
 
 def _candidates(settings: Settings, devices: int) -> list[tuple[int, int]]:
     """Return (fsdp, tensor) over which rows divide, the best first."""
-    sizes = (
-        settings.data.batch_size,
-        settings.eval.batch_size,
-        settings.rollout.slots,
-    )
+    sizes = _batches(settings).values()
     found = [
         (fsdp, tensor)
         for tensor in _divisors(devices)
@@ -144,11 +148,7 @@ def _refusal(settings: Settings, devices: Sequence[jax.Device]) -> str:
             continue
         tensor = size
     ways = len(devices) // tensor
-    sizes = {
-        "data.batch_size": settings.data.batch_size,
-        "eval.batch_size": settings.eval.batch_size,
-        "rollout.slots": settings.rollout.slots,
-    }
+    sizes = _batches(settings)
     told = ", ".join(f"{name}={size}" for name, size in sizes.items() if size)
     flags = " ".join(
         f"--config.{name}={-(-size // ways) * ways}"
