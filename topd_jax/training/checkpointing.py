@@ -6,7 +6,6 @@ belongs to (:mod:`topd_jax.training.identity`). What is not trained is never
 saved.
 """
 
-import itertools
 import pathlib
 import time
 from typing import Any
@@ -114,10 +113,8 @@ class Checkpoints:
 
     def _move_aside(self, step: int, fault: str) -> None:
         place = self._directory / str(step)
-        names = (f"damaged-{step}" + "-again" * n for n in itertools.count())
-        aside = next(
-            path for n in names if not (path := self._directory / n).exists()
-        )
+        aside = self._directory / f"damaged-{step}"
+        buckets.remove(aside)  # of the same step, once before
         place.rename(aside)
         logging.warning(
             "the checkpoint %s is damaged: %s; moved to %s", place, fault, aside
