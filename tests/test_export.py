@@ -71,7 +71,6 @@ def test_an_export_is_for_rows_as_long_as_its_source(tmp_path, monkeypatch):
     run = SimpleNamespace(tokenizer=ids, hub_tokenizer=None)
     opened = contextlib.nullcontext((run, make(LLAMA, seed=1), 3))
     monkeypatch.setattr(command, "open_run", lambda *_: opened)
-    monkeypatch.setattr(command, "require_checkpoint", lambda *_: None)
     settings = SimpleNamespace(student=ModelSettings(source=str(source)))
     command.export(settings, tmp_path, "latest", tmp_path / "out")
     fields = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -9,7 +9,7 @@ from topd_jax.models.adapters import require_adapter
 from topd_jax.models.io.export import check_free
 from topd_jax.parallel import buckets, hosts
 from topd_jax.training.config import Settings
-from topd_jax.training.restore import open_run, require_checkpoint
+from topd_jax.training.restore import open_run
 
 
 def export(
@@ -39,7 +39,6 @@ def export(
         adapter to write.
     """
     check_free(output)
-    require_checkpoint(workdir, which)
     if adapter:
         require_adapter(settings.student)
     with open_run(settings, workdir, which) as (setup, student, step):

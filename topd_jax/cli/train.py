@@ -9,8 +9,9 @@ from typing import Any
 from absl.logging import get_absl_logger
 
 from topd_jax.cli.doctor.examine import preflight
+from topd_jax.models.io import runs
 from topd_jax.parallel import lock
-from topd_jax.training import checkpointing, loop
+from topd_jax.training import loop
 from topd_jax.training.config import Settings
 
 
@@ -31,9 +32,9 @@ def train(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         _tell_failed_saves_once()
     with lock.held(workdir):
         # A run that resumes has passed it.
-        fresh = not checkpointing.has_steps(workdir / "checkpoints")
+        resumes = runs.steps(workdir / runs.LATEST)
         setup = None
-        if settings.train.preflight and fresh:
+        if settings.train.preflight and not resumes:
             setup = preflight(settings, workdir)
         return loop.train(settings, workdir, setup=setup)
 

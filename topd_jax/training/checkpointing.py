@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from topd_jax.models.io import checksums, runs
+from topd_jax.models.io import checksums
 from topd_jax.parallel import buckets, hosts, lock
 from topd_jax.training.identity import FORMAT
 
@@ -254,8 +254,3 @@ def _key_record(key: jax.Array) -> dict[str, Any]:
 
 def _is_shared(x: Any) -> bool:
     return isinstance(x, jax.Array) and not x.is_fully_addressable
-
-
-def has_steps(directory: pathlib.Path) -> bool:
-    """Return whether a directory holds a complete checkpoint."""
-    return bool(runs.steps(directory))

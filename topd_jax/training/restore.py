@@ -45,7 +45,7 @@ def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
       ValueError: naming the directory and the ways out.
     """
     where = workdir / _FOLDERS[which]
-    if which != "start" and not checkpointing.has_steps(where):
+    if which != "start" and not runs.steps(where):
         raise ValueError(
             f"no checkpoint in {where}; train first, or say --which start"
         )
@@ -67,7 +67,7 @@ def require_same_settings(
       ValueError: naming every setting that differs.
     """
     where = workdir / (_FOLDERS.get(which) or runs.LATEST)
-    if checkpointing.has_steps(where):
+    if runs.steps(where):
         _, saved = _newest(where, settings)
         if saved is not None:
             _require(saved, settings, where, _FREE.get(which, ()))
@@ -139,7 +139,7 @@ def load_student(
 
     Args:
       settings: of the run; how it reads, writes and evaluates may differ.
-      workdir: of the run.
+      workdir: of the run, which has the checkpoint.
       setup: of the run; its student is the start.
       which: "latest", "best" or "start".
 
@@ -147,10 +147,8 @@ def load_student(
       (student, step it was saved at; 0 for the start).
 
     Raises:
-      ValueError: where there is no checkpoint, or it is damaged or another
-        run's.
+      ValueError: where it is damaged or another run's.
     """
-    require_checkpoint(workdir, which)
     if which == "start":
         return setup.student, 0
     where = workdir / _FOLDERS[which]
