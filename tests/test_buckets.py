@@ -25,7 +25,7 @@ from test_damage import save
 from test_processes import begin, finish, run_alone, steps_of
 from test_sweep_report import draw, line
 
-from topd_jax.cli.replay import repeat
+from topd_jax.cli.replay import replay
 from topd_jax.data import solutions, sources
 from topd_jax.experiments import sweep
 from topd_jax.experiments.records import append_row
@@ -259,7 +259,7 @@ def test_a_dump_in_a_bucket_is_replayed(
     (dump,) = (bucket / "run" / "dumps").glob("*")
     assert dump.name == "4-odd"  # the newest of a name
     assert (dump / "checkpoints" / "2" / "SHA256SUMS").exists()
-    found = repeat(dump, setup=setup)
+    found = replay(dump, setup=setup)
     assert found["same"] and "began" not in found
 
 

@@ -14,7 +14,7 @@ from small_run import (
 )
 from small_step import assert_trees_equal
 
-from topd_jax.cli.replay import repeat
+from topd_jax.cli.replay import replay
 from topd_jax.training import logging, loop
 from topd_jax.training.logging import read_jsonl
 
@@ -203,7 +203,7 @@ def test_a_run_that_roll_backs_do_not_help_is_given_up(
     assert said.count("topd: alarm non_finite at step 5: loss or gradient") == 2
     run.checkpoints.wait()
     # The dump leads through the roll-back; what was pretended alone differs.
-    found = repeat(tmp_path / "dumps" / "6-given_up", setup=setup)["metrics"]
+    found = replay(tmp_path / "dumps" / "6-given_up", setup=setup)["metrics"]
     assert [n for n, (a, b) in found.items() if a != b] == ["skipped"]
     # The advice can be followed.
     shutil.rmtree(tmp_path / "checkpoints" / "4")

@@ -9,7 +9,7 @@ import pytest
 from small_run import changed, run_in, settings_with
 
 import topd_jax
-from topd_jax.cli.replay import repeat
+from topd_jax.cli.replay import replay
 from topd_jax.losses.divergences import reverse_kl
 from topd_jax.training import loop
 from topd_jax.training.logging import read_jsonl
@@ -83,7 +83,7 @@ def test_a_model_that_is_not_finite_is_named(settings, setup, tmp_path):
     dump = tmp_path / "dumps" / "2-given_up"
     assert f"topd replay {dump} shows where it began" in str(error.value)
     assert alarms(tmp_path) == {"non_finite", "teacher_impossible"}
-    found = repeat(dump, setup=broken)
+    found = replay(dump, setup=broken)
     assert found["same"] and found["metrics"]["loss"] == [None, None]
     began = found["began"]
     assert began["parameters"] == ["teacher final_norm"]
@@ -129,7 +129,7 @@ def test_what_a_teacher_read_is_read_again(settings, tmp_path):
     with pytest.raises(FloatingPointError):
         loop.train(config, tmp_path)
     (dump,) = tmp_path.glob("dumps/*-non_finite")
-    found = repeat(dump)
+    found = replay(dump)
     assert found["same"]
     assert {"teacher_prompt.tokens", "teacher_prompt.mask"} <= set(
         np.load(dump / "batch.npz")
@@ -143,7 +143,7 @@ def test_a_step_of_stage_1_is_repeated_too(settings, setup, tmp_path):
     broken = with_models(setup, student=with_nan(setup.student))
     with pytest.raises(FloatingPointError):
         train(config, tmp_path, broken)
-    found = repeat(tmp_path / "dumps" / "1-given_up", setup=broken)
+    found = replay(tmp_path / "dumps" / "1-given_up", setup=broken)
     assert found["same"]
     began = found["began"]
     assert began["parameters"] == ["student final_norm"]

@@ -34,22 +34,7 @@ _TIMES = ("seconds", "rate")
 _SHOWN = 5  # tokens
 
 
-def replay(dump: pathlib.Path) -> dict[str, Any]:
-    """Repeat a dumped step, with the models and objective of its settings.
-
-    Args:
-      dump: the directory, as a run names it in its alarm.
-
-    Returns:
-      What :func:`repeat` returns.
-
-    Raises:
-      ValueError: as there.
-    """
-    return repeat(dump)
-
-
-def repeat(
+def replay(
     dump: pathlib.Path,
     *,
     setup: Setup | None = None,
@@ -95,7 +80,7 @@ def repeat(
         if describe(run.objective) != about["objective"]:
             raise ValueError(
                 f"the objective of {dump} was given in Python; repeat the step "
-                "there: topd_jax.cli.replay.repeat(dump, objective=...)"
+                "there: topd_jax.cli.replay.replay(dump, objective=...)"
             )
         if about["restart"]:
             run.resume(run.step, about["restart"])
