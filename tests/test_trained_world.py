@@ -23,9 +23,10 @@ def test_the_models_are_small_and_no_file_is_trained(tmp_path):
     assert sum(f.stat().st_size for f in files) < 2e6
 
 
-def test_a_preflight_reads_them_without_a_directory():
-    errors, context = gather(settings_from(tiny.get_config()), None)
-    assert errors == []
+def test_a_preflight_reads_them_without_a_directory(tmp_path):
+    settings = settings_from(tiny.get_config())
+    errors, context = gather(settings, tmp_path / "none")
+    assert errors == [] and not (tmp_path / "none").exists()
     assert all(m.tokenizer is not None for m in context.models.values())
 
 

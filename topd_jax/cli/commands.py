@@ -138,8 +138,8 @@ COMMANDS = {
             CONFIG,
             _flag(
                 "workdir", metavar="DIR", type=_directory, default=None,
-                help="directory of the run: models of a tiny world of your "
-                "own are trained there, and checked",
+                help="directory of the run, where models of a tiny world of "
+                "your own are trained",
             ),
             _flag("json", action="store_true", help="print JSON"),
             *SEVERAL,

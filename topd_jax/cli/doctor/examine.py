@@ -7,12 +7,7 @@ from collections.abc import Callable, Iterable
 import jax
 
 from topd_jax.cli.doctor import batch, fit, tokens
-from topd_jax.cli.doctor.files import (
-    Context,
-    gather,
-    has_world,
-    uses_world,
-)
+from topd_jax.cli.doctor.files import Context, gather, uses_world
 from topd_jax.cli.doctor.findings import (
     Finding,
     errors,
@@ -22,6 +17,7 @@ from topd_jax.cli.doctor.findings import (
 )
 from topd_jax.cli.doctor.kernels import kernels
 from topd_jax.cli.refusals import is_refusal
+from topd_jax.data.toy_world.models import comes_trained
 from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
 from topd_jax.training.setup import Setup, load_setup
@@ -41,14 +37,12 @@ FILE_CHECKS: tuple[Callable[[Context], Iterable[Finding]], ...] = (
 )
 
 
-def examine_files(
-    settings: Settings, workdir: pathlib.Path | None
-) -> list[Finding]:
+def examine_files(settings: Settings, workdir: pathlib.Path) -> list[Finding]:
     """Check everything that can be seen without reading a weight.
 
     Args:
       settings: of the run.
-      workdir: where the tiny world's models are trained; None trains none.
+      workdir: where the tiny world's models are trained.
 
     Returns:
       The findings; errors are collected, not raised.
@@ -88,14 +82,13 @@ def examine_setup(settings: Settings, setup: Setup) -> list[Finding]:
 
 
 def examine(
-    settings: Settings, workdir: pathlib.Path | None
+    settings: Settings, workdir: pathlib.Path
 ) -> tuple[list[Finding], Setup | None]:
     """Run both stages; the second only where the first has no error.
 
     Args:
       settings: of the run.
-      workdir: of the run; None trains no models of a tiny world, and checks
-        those that come with the package alone.
+      workdir: of the run, where a tiny world's models are trained.
 
     Returns:
       (the findings, in the order of the report; the setup of the run, None
@@ -104,14 +97,8 @@ def examine(
     findings = examine_files(settings, workdir)
     if errors(findings):
         return findings, None
-    if uses_world(settings) and not has_world(settings, workdir):
-        text = (
-            "this tiny world's models are trained when the run begins, or here "
-            "with --workdir: tokens and losses are not checked yet"
-        )
-        return [*findings, Finding("ok", "models", text)], None
     try:
-        setup = load_setup(settings, workdir or pathlib.Path())
+        setup = load_setup(settings, workdir)
     except (ValueError, OSError) as raised:
         if not is_refusal(raised):
             raise
@@ -126,13 +113,20 @@ def doctor(
 
     Args:
       settings: of the run.
-      workdir: see :func:`examine`.
+      workdir: see :func:`examine`; None where nothing is trained.
       json: print JSON.
 
     Raises:
+      ValueError: where a tiny world is to be trained and has no place.
       SystemExit: with 2 where there is an error, else with 0.
     """
-    findings, _ = examine(settings, workdir)
+    has_place = workdir or settings.world.cache or comes_trained(settings.world)
+    if uses_world(settings) and not has_place:
+        raise ValueError(
+            "the models of this tiny world are trained before they are "
+            "checked; say where by --workdir DIR"
+        )
+    findings, _ = examine(settings, workdir or pathlib.Path())
     rows = [vars(finding) for finding in findings]
     if hosts.is_first():
         print(json_format.dumps(rows, indent=1) if json else report(findings))

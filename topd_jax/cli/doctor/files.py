@@ -12,7 +12,7 @@ from topd_jax.cli.doctor.findings import Finding, refusal
 from topd_jax.cli.refusals import is_refusal
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
-from topd_jax.data.toy_world.models import comes_trained, world_models
+from topd_jax.data.toy_world.models import world_models
 from topd_jax.data.vocabulary import require_same_vocabulary
 from topd_jax.models import DecoderConfig, Description, describe
 from topd_jax.parallel import buckets
@@ -93,14 +93,13 @@ class Context:
 
 
 def gather(
-    settings: Settings, workdir: pathlib.Path | None
+    settings: Settings, workdir: pathlib.Path
 ) -> tuple[list[Finding], Context | None]:
     """Read the files of a run.
 
     Args:
       settings: of the run.
-      workdir: of the run, where the tiny world's models are trained. None
-        trains none: models of the world then have no tokenizer.
+      workdir: of the run, where the tiny world's models are trained.
 
     Returns:
       (what cannot be read or does not divide, the rest; None where a model is
@@ -147,20 +146,12 @@ def uses_world(settings: Settings) -> bool:
     return any(model.in_world for model in models)
 
 
-def has_world(settings: Settings, workdir: pathlib.Path | None) -> bool:
-    """Tell whether models of the tiny world are there, or may be trained."""
-    world = settings.world
-    return bool(workdir or world.cache) or comes_trained(world)
-
-
 def _read(
-    settings: Settings, workdir: pathlib.Path | None, source: str
+    settings: Settings, workdir: pathlib.Path, source: str
 ) -> tuple[Tokenizer | None, Description | None]:
     """Return the tokenizer of a model, and what else its files say."""
     if source == "world":
-        if not has_world(settings, workdir):
-            return None, None
-        where = settings.world.cache or (workdir or pathlib.Path()) / "world"
+        where = settings.world.cache or workdir / "world"
         return world_models(settings.world, buckets.as_path(where))[2], None
     described = describe(source)
     if described.tokenizer is None:
