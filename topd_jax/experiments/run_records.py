@@ -7,7 +7,7 @@ from typing import Any
 
 from topd_jax.models.io.huggingface import read_json
 from topd_jax.models.io.runs import SETTINGS
-from topd_jax.training.logging import FIELDS, read_jsonl
+from topd_jax.training.logging import read_jsonl
 
 Row = Mapping[str, Any]
 
@@ -63,9 +63,7 @@ def read_run(workdir: pathlib.Path, name: str) -> RunRecords:
             if (file := workdir / f"eval-{which}.json").is_file()
         },
         **{
-            log: read_jsonl(
-                workdir / f"{log}.jsonl", torn=True, fields=FIELDS[log]
-            )
+            log: read_jsonl(workdir / f"{log}.jsonl", torn=True)
             for log in ("metrics", "evals", "completions", "problems")
         },
     )

@@ -31,11 +31,6 @@ from topd_jax.training.setup import Setup, load_setup
 
 # What the runs of a sweep may differ in: models and problems are shared.
 _SECTIONS = ("offline", "optimizer", "rollout", "train")
-# Of a line of the record: the run that it is of, and what was found.
-_FIELDS = {
-    "name": str, "fingerprint": str, "seed": int, "machine": str,
-    "evaluation": dict, "greedy": dict,
-}  # fmt: skip
 
 
 def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def sweep(settings: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     runs = {(run.name, run.mark): run for run in _runs(settings)}
     record = workdir / "record.jsonl"
     with lock.held(workdir):
-        rows = hosts.from_first(lambda: read_jsonl(record, fields=_FIELDS))
+        rows = hosts.from_first(lambda: read_jsonl(record))
         recorded = {_key(row) for row in rows}
         missing = {key: run for key, run in runs.items() if key not in recorded}
         for run in missing.values():

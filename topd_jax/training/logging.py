@@ -9,7 +9,6 @@ import math
 import os
 import pathlib
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,23 +22,6 @@ from topd_jax.types import Teacher, Trajectories
 
 # Logs of texts, which are no numbers for TensorBoard.
 _TEXTS = ("alarms", "completions", "problems")
-_NUMBER = float | int | None
-# What is read again of each log, by a run that resumes or by a report.
-FIELDS = {
-    "metrics": {"step": int, "seconds": float},
-    "evals": {
-        "step": int, "final": bool, "exact_match": _NUMBER,
-        "reverse_kl": _NUMBER,
-    },
-    "alarms": {"step": int},
-    "completions": {
-        "step": int, "prompt": str, "completion": str, "truncated": bool,
-    },
-    "problems": {
-        "step": int, "final": bool, "problem": str, "completion": str,
-        "right": bool | None, "truncated": bool,
-    },
-}  # fmt: skip
 
 
 class Clock:
@@ -109,7 +91,7 @@ class Logs:
         def open_files() -> None:
             for name in ("metrics", "evals", *_TEXTS):
                 path = workdir / f"{name}.jsonl"
-                cut_log(path, step, FIELDS[name])
+                cut_log(path, step)
                 self._files[name] = (
                     buckets.LogParts(path)
                     if buckets.is_in_parts(path)
@@ -262,11 +244,7 @@ def completion_rows(
     return found
 
 
-def cut_log(
-    path: pathlib.Path,
-    step: int,
-    fields: Mapping[str, Any] = types.MappingProxyType({"step": int}),
-) -> None:
+def cut_log(path: pathlib.Path, step: int) -> None:
     """Drop the lines of a JSONL log that are past a step.
 
     Damaged lines, and one that was cut off while it was written, are dropped
@@ -275,13 +253,12 @@ def cut_log(
     Args:
       path: the log; nothing happens where it does not exist.
       step: the checkpoint's step; a line's own is its field "step".
-      fields: that every line has, with their types.
     """
     if buckets.is_in_parts(path):
         # From the last one, until one is whole: those before it are too.
         for part in [path / name for name in reversed(buckets.files(path))]:
             text = part.read_bytes()
-            kept = _kept(text, step, path, fields)
+            kept = _kept(text, step, path)
             if kept == text:
                 break
             if kept:
@@ -290,22 +267,20 @@ def cut_log(
                 part.unlink()
     elif path.exists():
         fresh = path.with_suffix(path.suffix + ".new")
-        fresh.write_bytes(_kept(path.read_bytes(), step, path, fields))
+        fresh.write_bytes(_kept(path.read_bytes(), step, path))
         fresh.replace(path)
 
 
-def _kept(
-    text: bytes, step: int, path: pathlib.Path, fields: Mapping[str, Any]
-) -> bytes:
+def _kept(text: bytes, step: int, path: pathlib.Path) -> bytes:
     """Return the intact lines of a log up to a step."""
     kept, damaged = [], 0
     for line in text.split(b"\n"):
         if not line.strip():
             continue
         try:
-            if _read_row(line, fields)["step"] <= step:
+            if _read_row(line)["step"] <= step:
                 kept.append(line + b"\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             damaged += 1
     if damaged:
         logging.warning("%s: dropped %d damaged line(s)", path, damaged)
@@ -313,10 +288,7 @@ def _kept(
 
 
 def read_jsonl(
-    path: pathlib.Path,
-    *,
-    torn: bool = False,
-    fields: Mapping[str, Any] = types.MappingProxyType({}),
+    path: pathlib.Path, *, torn: bool = False
 ) -> list[dict[str, Any]]:
     """Read the lines of a JSONL file; [] where it does not exist.
 
@@ -324,10 +296,9 @@ def read_jsonl(
       path: of the file.
       torn: whether to pass over a last line without its end, as one who
         reads while another writes has to.
-      fields: that every line has, with their types.
 
     Raises:
-      ValueError: naming the file and the line that is no such JSON object.
+      ValueError: naming the file and the line that is no JSON object.
     """
     # Bytes: half a character may be what has been written of the last line.
     text = buckets.read_log(path)
@@ -340,7 +311,7 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            rows.append(_read_row(line, fields))
+            rows.append(_read_row(line))
         except ValueError as error:
             raise ValueError(
                 f"{path} line {number} {error}; remove the line"
@@ -348,16 +319,11 @@ def read_jsonl(
     return rows
 
 
-def _read_row(line: bytes, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _read_row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
-    for name, kind in fields.items():
-        value = row.get(name, ...)  # None is a value of its own
-        if not isinstance(value, kind) or (value is True and kind is int):
-            spelled = getattr(kind, "__name__", kind)
-            raise ValueError(f'has no "{name}" of type {spelled}')
     return row
