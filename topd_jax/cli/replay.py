@@ -18,7 +18,7 @@ from topd_jax.models.passes import trajectory_states
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
 from topd_jax.objectives.statistics import pick
-from topd_jax.parallel import buckets
+from topd_jax.parallel import buckets, hosts
 from topd_jax.parallel.compilation import keep_compiled
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.training.compiled import compile_step, phase_of, step_keys
@@ -140,7 +140,7 @@ def _began(run: Run) -> dict[str, Any]:
         "parameters": [
             f"{model} {name}"
             for model, tree in models.items()
-            for name in _not_finite(tree)
+            for name in not_finite(tree)
         ],
         "num_tokens": len(places),
         "tokens": [
@@ -154,12 +154,19 @@ def _began(run: Run) -> dict[str, Any]:
             }
             for row, place in places[:_SHOWN]
         ],
-        "gradients": _not_finite(_gradients(run, rows, scored)),
+        "gradients": not_finite(_gradients(run, rows, scored)),
     }
 
 
-def _not_finite(tree: Any) -> list[str]:
-    """Return the names of the arrays in which something is not finite."""
+def not_finite(tree: Any) -> list[str]:
+    """Name the arrays in which something is not finite.
+
+    Args:
+      tree: of arrays; every process must call this with the same.
+
+    Returns:
+      Their paths.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [
         # Without what nnx calls the array of a parameter.
@@ -167,7 +174,8 @@ def _not_finite(tree: Any) -> list[str]:
             ".value"
         )
         for path, x in leaves
-        if jnp.issubdtype(x.dtype, jnp.floating) and not jnp.isfinite(x).all()
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        and not hosts.on_host(jax.jit(jnp.isfinite)(x).all())
     ]
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.cli.doctor.findings import Finding, judge
+from topd_jax.cli.replay import not_finite
 from topd_jax.data.prompts import ordered_batches
 from topd_jax.data.routing import places_of
 from topd_jax.losses.fused import fused_token_logprobs
@@ -99,7 +100,7 @@ def score(settings: Settings, setup: Setup, teacher: Teacher) -> Scores:
     broken = () if all(map(math.isfinite, means)) else tuple(
         f"{who}'s {name}"
         for who, one in (("student", student), ("teacher", model))
-        for name in _not_finite(one)
+        for name in not_finite(one)
     )  # fmt: skip
     rounding = max(_ROUNDING[dtype] for dtype in dtypes)
     return Scores(*means, math.log(setup.vocab_size), rounding, broken)
@@ -117,17 +118,6 @@ def _prompt_nll(
     )  # fmt: skip
     real = mask[:, :-1] & mask[:, 1:]
     return -jnp.sum(jnp.where(real, logp, 0.0)), jnp.sum(real)
-
-
-def _not_finite(model: Decoder) -> list[str]:
-    """Name the parameters that have numbers which are not finite."""
-    return [
-        name
-        for name, array in model.arrays.items()
-        for x in jax.tree.leaves(array)  # of quantized weights the scales
-        if jnp.issubdtype(x.dtype, jnp.floating)
-        and not hosts.on_host(jax.jit(jnp.isfinite)(x).all())
-    ]
 
 
 def judged(scores: Scores, where: str = "") -> Iterator[Finding]:
