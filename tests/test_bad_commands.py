@@ -86,7 +86,7 @@ def test_a_command_that_cannot_be_done_writes_nothing(
     if name != "doctor":
         more.append("--workdir=run")
     said = refused(name, *small_arguments, *more)
-    assert message in said and len(said) < 3000
+    assert message in said
     assert files() == before
 
 

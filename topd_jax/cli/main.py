@@ -16,8 +16,6 @@ from topd_jax.cli.commands import COMMANDS, parse, usage
 from topd_jax.cli.refusals import is_refusal
 from topd_jax.parallel import buckets, stopping
 
-# Characters of an error that are shown, from its begin and before its end.
-_SHOWN = 2000, 500
 # What the system says of storage -> the way out.
 _STORAGE = {
     errno.ENOSPC: "make room",
@@ -137,12 +135,7 @@ def _one_line(error: Exception) -> str | None:
                 f"{text}; {way_out} and rerun the command: it resumes from "
                 "the last checkpoint"
             )
-    if not is_refusal(error):
-        return None
-    begin, end = _SHOWN
-    if len(text) > begin + end:  # a value of any length; its way out is last
-        text = f"{text[:begin]} [...] {text[-end:]}"
-    return text
+    return text if is_refusal(error) else None
 
 
 if __name__ == "__main__":
