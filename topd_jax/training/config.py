@@ -29,12 +29,11 @@ from topd_jax.parallel.settings import MeshSettings
 from topd_jax.sampling.settings import RolloutSettings
 from topd_jax.settings import build, check, setting
 
-# Of section eval, read by ``topd eval`` alone: no run depends on them.
-EVAL_ONLY = ("samples", "benchmarks")
-# What may change without making it another run.
+# What may change without making it another run. Samples and benchmarks are of
+# ``topd eval`` alone.
 NO_IDENTITY = (
-    *(f"eval.{name}" for name in EVAL_ONLY), "train.preflight",
-    "train.heartbeat", "train.compilation_cache",
+    "eval.samples", "eval.benchmarks", "train.preflight", "train.heartbeat",
+    "train.compilation_cache",
 )  # fmt: skip
 
 
@@ -260,10 +259,11 @@ class Settings:
     @property
     def writing(self) -> RolloutSettings:
         """How a teacher writes solutions."""
-        told = dict(temperature=self.offline.temperature, top_k=0)
+        offline = self.offline
         return dataclasses.replace(
-            self.rollout, top_p=self.offline.top_p, **told
-        )
+            self.rollout, temperature=offline.temperature, top_k=0,
+            top_p=offline.top_p,
+        )  # fmt: skip
 
     @property
     def is_offline(self) -> bool:
@@ -312,10 +312,6 @@ def check_fits(objective: Objective, settings: Settings) -> None:
             )
 
 
-def _defaults() -> dict[str, object]:
-    return flatten_dict(Settings().to_dict(), sep=".")
-
-
 def defaults_of(tree: Mapping) -> dict[str, object]:
     """Return the default of every setting, those of named teachers included.
 
@@ -327,7 +323,7 @@ def defaults_of(tree: Mapping) -> dict[str, object]:
       for it makes the section.
     """
     keys = dataclasses.asdict(ModelSettings())
-    defaults = _defaults()
+    defaults = flatten_dict(Settings().to_dict(), sep=".")
     return defaults | {
         f"teachers.{name}.{key}": defaults[f"teacher.{key}"]
         for name in tree.get("teachers", {})

@@ -275,22 +275,20 @@ def with_models(
             "whose rows the batches are made of; load the setup without "
             "config.teachers"
         )
-    placed = {}
-    for name, model in (("student", student), ("teacher", teacher)):
-        if model is not None:
-            check_model(setup.tokenizer, model.head.shape[0])
-            where = sharding.tree_shardings(
-                model, setup.mesh, model.logical_axes
-            )
-            placed[name] = jax.device_put(model, where)
+
+    def place(model: Any) -> Any:
+        check_model(setup.tokenizer, model.head.shape[0])
+        where = sharding.tree_shardings(model, setup.mesh, model.logical_axes)
+        return jax.device_put(model, where)
+
     changed: dict[str, Any] = {}
     if student is not None:
-        changed["student"] = placed["student"]
+        changed["student"] = place(student)
         changed["frozen_fingerprint"] = frozen_fingerprint(student)
     if teacher is not None:
-        changed["teachers"] = (Teacher(placed["teacher"]),)
-        mark = fingerprint(placed["teacher"])
-        changed["teacher_fingerprints"] = {"": mark}
+        placed = place(teacher)
+        changed["teachers"] = (Teacher(placed),)
+        changed["teacher_fingerprints"] = {"": fingerprint(placed)}
     return dataclasses.replace(setup, **changed)
 
 
