@@ -67,8 +67,10 @@ def test_an_export_is_for_rows_as_long_as_its_source(tmp_path, monkeypatch):
     """Not for the default of its family, nor for its tokenizer's limit."""
     lengths = {"max_position_embeddings": 99_999}
     source = save_model(make(LLAMA), tmp_path / "source", extra=lengths)
-    ids = SimpleNamespace(eos_ids=(1,), bos_id=None, pad_id=0)
-    run = SimpleNamespace(tokenizer=ids, hub_tokenizer=None)
+    tokenizer = SimpleNamespace(
+        eos_ids=(1,), bos_id=None, pad_id=0, save_pretrained=lambda _: None
+    )
+    run = SimpleNamespace(tokenizer=tokenizer)
     opened = contextlib.nullcontext((run, make(LLAMA, seed=1), 3))
     monkeypatch.setattr(command, "open_run", lambda *_: opened)
     settings = SimpleNamespace(student=ModelSettings(source=str(source)))

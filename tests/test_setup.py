@@ -15,6 +15,7 @@ from small_files import LLAMA, edit_config, make, save_run, write_gguf
 from small_run import changed, settings_with
 
 from topd_jax.data.settings import WorldSettings
+from topd_jax.data.tokenizers import HuggingFaceTokenizer
 from topd_jax.data.toy_world import models
 from topd_jax.models import (
     RopeScaling,
@@ -73,7 +74,7 @@ def test_a_file_of_questions_is_split(gguf, tmp_path):
     assert not {r["prompt"] for r in setup.encoded.records} & set(held)
     assert setup.student.config.layers == 2
     assert setup.teachers[0].model.config.layers == 3
-    assert setup.hub_tokenizer is not None
+    assert isinstance(setup.tokenizer, HuggingFaceTokenizer)
     other = questions(tmp_path / "test.jsonl", 4, "")
     setup = load_setup(changed(settings, "data", eval_path=other), tmp_path)
     held = {r["prompt"] for r in setup.test.records}

@@ -3,7 +3,6 @@
 import pathlib
 from typing import Any
 
-from topd_jax.data.tokenizers import SentencePieceTokenizer
 from topd_jax.models import dequantize, describe, save_adapter, save_model
 from topd_jax.models.adapters import require_adapter
 from topd_jax.models.io.export import check_free
@@ -59,10 +58,10 @@ def export(
             longest = describe(settings.student.source).longest
             ids |= {"max_position_embeddings": longest} if longest else {}
         with buckets.uploaded(output) as folder:
-            hub = setup.hub_tokenizer
+            # None of sentencepiece, which writes its own files.
+            hub = getattr(tokenizer, "wrapped", None)
             # A quantized base is written as the floats that it computes as.
             save_model(dequantize(student), folder, tokenizer=hub, extra=ids)
-            own = isinstance(tokenizer, SentencePieceTokenizer)
-            if own and hosts.is_first():
+            if hub is None and hosts.is_first():
                 tokenizer.save_pretrained(folder)
     return {"output": str(output), "step": step}

@@ -57,6 +57,9 @@ class Tokenizer(Protocol):
     def vocabulary(self) -> list[str]:
         """Return the name of every id, "" where it has none."""
 
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write its files into a directory."""
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model with explicit pad, bos, eos and unk ids 0..3."""
@@ -226,6 +229,15 @@ class HuggingFaceTokenizer:
             reader = copy.deepcopy(reader)
             reader.add_tokens(marks, special_tokens=True)
         return reader, special + marks
+
+    @property
+    def wrapped(self) -> Any:
+        """The object of ``transformers``."""
+        return self._tokenizer
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write the tokenizer's files into a directory."""
+        self._tokenizer.save_pretrained(str(directory))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special ids."""

@@ -174,9 +174,8 @@ class Run:
         text = json.dumps(self.settings.to_dict(), indent=1)
         (self.workdir / runs.SETTINGS).write_text(text)
         # So that the run can be the source of another one.
-        tokenizer = self.setup.hub_tokenizer or self.setup.tokenizer
         with buckets.uploaded(self.workdir / runs.TOKENIZER) as folder:
-            tokenizer.save_pretrained(folder)
+            self.setup.tokenizer.save_pretrained(folder)
 
     def open_logs(self) -> Logs:
         """Open the logs, cut back to the step that the run goes on from."""

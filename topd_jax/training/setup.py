@@ -16,11 +16,7 @@ from topd_jax.data.routing import prompts_per_teacher
 from topd_jax.data.sources import Record, read_records, without
 from topd_jax.data.teachers import shared_vocab
 from topd_jax.data.templates import require_same_prompts, teacher_width
-from topd_jax.data.tokenizers import (
-    SentencePieceTokenizer,
-    Tokenizer,
-    wrap_tokenizer,
-)
+from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
 from topd_jax.data.toy_world.models import world_models
 from topd_jax.data.vocabulary import check_model, require_same_vocabulary
 from topd_jax.evaluation.evaluator import Evaluator
@@ -46,8 +42,6 @@ class Setup:
       teachers: the frozen models, placed on the mesh, or the student; usually
         one.
       tokenizer: of all of them.
-      hub_tokenizer: the object of transformers behind it; None in the tiny
-        world.
       mesh: of devices.
       encoded: the training prompts.
       validation: held-out prompts for the interval.
@@ -64,7 +58,6 @@ class Setup:
     student: Any
     teachers: tuple[Teacher, ...]
     tokenizer: Tokenizer
-    hub_tokenizer: Any
     mesh: Mesh
     encoded: prompt_data.EncodedPrompts
     validation: prompt_data.EncodedPrompts
@@ -151,7 +144,7 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
     check_batches(settings, mesh)
     parts = read_prompts(settings)
     prompts_of = prompts_by_teacher(settings, parts, mesh)
-    models, tokenizer, behind, student_source = _models(settings, workdir, mesh)
+    models, tokenizer, student_source = _models(settings, workdir, mesh)
     encoded, validation, test = (
         prompt_data.encode_prompts(
             part,
@@ -170,7 +163,6 @@ def load_setup(settings: Settings, workdir: pathlib.Path) -> Setup:
         models["student"],
         teachers,
         tokenizer,
-        behind,
         mesh,
         encoded,
         validation,
@@ -294,7 +286,7 @@ def with_models(
 
 def _models(
     settings: Settings, workdir: pathlib.Path, mesh: Mesh
-) -> tuple[dict[str, Any], Tokenizer, Any, str]:
+) -> tuple[dict[str, Any], Tokenizer, str]:
     """Load models by section, their tokenizer, and the student's source."""
     paths, tokenizer = {}, None
     names = model_settings(settings)
@@ -303,29 +295,24 @@ def _models(
         *parts, tokenizer = world_models(settings.world, buckets.as_path(where))
         world = dict(zip(("teacher", "student"), parts, strict=True))
         paths = {n: world[model.world_part(n)] for n, model in names.items()}
-    models, tokenizers, behind = {}, {}, {}
+    models, tokenizers = {}, {}
     options = tokenizer_options(settings)
     for name, model in names.items():
         source = paths[name] if model.in_world else model.source
         models[name], own = _load(
             model, source, mesh, row_length(settings), name == "student"
         )
-        tokenizers[name], behind[name] = tokenizer, own
+        tokenizers[name] = tokenizer
         if own is not None:
             tokenizers[name] = wrap_tokenizer(own, **options)
-        if isinstance(tokenizers[name], SentencePieceTokenizer):
-            behind[name] = None
     tokenizer = _common_tokenizer(tokenizers, models)
     if max(settings.data.end_ids, default=0) >= tokenizer.vocab_size:
         raise ValueError(
             f"data.end_ids={settings.data.end_ids} must be below "
             f"{tokenizer.vocab_size}, the ids of the tokenizer"
         )
-    hub_tokenizer = next(
-        (behind[n] for n in names if tokenizers[n] is tokenizer), None
-    )
     source = str(paths.get("student", settings.student.source))
-    return models, tokenizer, hub_tokenizer, source
+    return models, tokenizer, source
 
 
 def tokenizer_options(settings: Settings) -> dict[str, Any]:
