@@ -266,8 +266,7 @@ def test_storage_that_fails_is_one_line(refused, monkeypatch, number, way_out):
 
     monkeypatch.setattr(commands.Command, "load", lambda _: failing)
     assert refused("report", "--workdir=x") == (
-        f"topd: a library's; {way_out} and rerun the command: it resumes from "
-        "the last checkpoint"
+        f"topd: a library's; {way_out} and rerun the command"
     )
 
 

@@ -131,10 +131,7 @@ def _one_line(error: Exception) -> str | None:
             getattr(e, "errno", None) == number or os.strerror(number) in str(e)
             for e in chain
         ):
-            return (
-                f"{text}; {way_out} and rerun the command: it resumes from "
-                "the last checkpoint"
-            )
+            return f"{text}; {way_out} and rerun the command"
     return text if is_refusal(error) else None
 
 
