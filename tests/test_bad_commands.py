@@ -104,7 +104,10 @@ def test_a_process_ends_with_one_line_or_with_a_traceback(place):
 
     line = ["report", "--workdir=x"]
     code, said = ended("-m", "topd_jax.cli", *line, "y")
-    assert code == 2 and said == "topd: unexpected arguments: y\n"
+    assert code == 2
+    assert said == (
+        "topd: unrecognized arguments: y; topd report --help has an example\n"
+    )
     code, said = ended(
         "-c",
         "from topd_jax.cli import commands, main\n"

@@ -227,7 +227,8 @@ def test_processes_roll_back_as_one_does(world, tmp_path):
         (["train", "--coordinator=localhost:1", "--processes=2",
           "--process=2"], "--process=2 must be in 0..1"),
         (["eval", "--coordinator=x:1"], "--processes, --process missing"),
-        (["report", "--distributed"], "topd report has no flag"),
+        (["report", "--distributed"],
+         "unrecognized arguments: --config=tiny --distributed"),
     ],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(arguments, message, tmp_path, refused):

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import importlib
 import pathlib
-import re
 import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -359,11 +358,11 @@ def parse(name: str, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
       arguments: after it.
 
     Returns:
-      (parameter -> value, the overrides of the config as they were typed).
+      (parameter -> value, what else was typed: overrides of the config).
 
     Raises:
-      ValueError: for a flag that the command does not have, one that it must
-        have, or a value out of bounds.
+      ValueError: for a flag that the command must have, a value out of bounds,
+        or what a command without a config does not know.
       SystemExit: after printing the help that was asked for.
     """
     command = COMMANDS[name]
@@ -377,15 +376,7 @@ def parse(name: str, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     )
     for flag, options in command.flags:
         parser.add_argument(flag, **options)
+    if CONFIG not in command.flags:
+        return vars(parser.parse_args(arguments)), []
     values, rest = parser.parse_known_args(arguments)
-    has_config = CONFIG in command.flags
-    for argument in rest:
-        match = re.match(r"--?(config\.)?[a-zA-Z]", argument)
-        if match and not (match[1] and has_config):
-            raise ValueError(
-                f"topd {name} has no flag {argument.partition('=')[0]}; topd "
-                f"{name} --help lists its flags"
-            )
-    if rest and not has_config:
-        raise ValueError(f"unexpected arguments: {' '.join(rest)}")
     return vars(values), rest

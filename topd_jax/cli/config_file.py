@@ -36,7 +36,10 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
     while rest:
         match = _OVERRIDE.fullmatch(argument := rest.pop(0))
         if not match:
-            raise ValueError(f"unexpected arguments: {argument}")
+            raise ValueError(
+                f"unexpected arguments: {argument}; topd COMMAND --help lists "
+                "the flags of a command"
+            )
         path, text = match.groups()
         section, key = _place(config, path)
         if text is None and not rest:
