@@ -69,7 +69,7 @@ COMMANDS = [
     (f"train --config.train.steps={'9' * 9999}", "99 must be of type int"),
     (f"train --config.objective=topd({'(' * 999}", "cannot be read; write"),
     ("doctor --json=3", "ignored explicit argument"),
-    ("sample --temperature=nan --which=start", "=nan must be a finite number"),
+    ("sample --config.rollout.temperature=nan", "=nan must be a finite number"),
     ("probe --count=²", "--count: "),
 ]  # fmt: skip
 

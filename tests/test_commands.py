@@ -67,14 +67,12 @@ def test_sample_completes_prompts(topd, trained, small_arguments, refused):
     found = json.loads(topd(*line))
     assert len(found) == 3
     assert all(set(f) == {"prompt", "completion"} for f in found)
-    greedy = [*line, "--temperature=0", "--prompt=3+4*5?", "--prompt=2+2?"]
-    found = json.loads(topd(*greedy))
+    line.append("--config.rollout.temperature=0")
+    found = json.loads(topd(*line, "--prompt=3+4*5?", "--prompt=2+2?"))
     assert [f["prompt"] for f in found] == ["3+4*5?", "2+2?"]
     assert found[0]["completion"]
     message = refused(*line, "--prompt=" + "+".join(["12"] * 9))
     assert "(--prompt) has " in message and "the limit is 16" in message
-    message = refused(*line, "--temperature=-1")
-    assert "rollout.temperature=-1.0 must be at least 0" in message
 
 
 def test_an_export_is_the_student(

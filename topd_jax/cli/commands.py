@@ -270,12 +270,8 @@ COMMANDS = {
                 "prompt", metavar="TEXT", action="append",
                 help="text to complete, again for more (three test prompts)",
             ),
-            _flag(
-                "temperature", metavar="T", type=float,
-                help="of the sampler, 0 is greedy (config.rollout.temperature)",
-            ),
         ),
-        f"{_EXAMPLE} --prompt '6*3+19-4?'",
+        f"{_EXAMPLE} --prompt '6*3+19-4?' --config.rollout.temperature=0",
     ),
     "export": Command(
         "write a student to a Hugging Face directory",

@@ -1,6 +1,5 @@
 """``topd sample``: what a trained student writes."""
 
-import dataclasses
 import math
 import pathlib
 
@@ -9,7 +8,6 @@ import jax
 from topd_jax.data.prompts import encode_prompts, ordered_batches
 from topd_jax.parallel import hosts
 from topd_jax.parallel.sharding import row_ways, spread_rows
-from topd_jax.settings import check
 from topd_jax.training.config import Settings
 from topd_jax.training.restore import open_run
 
@@ -19,27 +17,18 @@ def sample(
     workdir: pathlib.Path,
     which: str,
     prompt: list[str] | None = None,
-    temperature: float | None = None,
 ) -> list[dict[str, str]]:
     """Complete prompts with a trained student.
 
     Args:
-      settings: of the run.
+      settings: of the run; its ``rollout`` may differ.
       workdir: of the run.
       which: "latest", "best" or "start".
       prompt: texts, before any chat template; None takes three test prompts.
-      temperature: of the sampler; None takes ``rollout.temperature``.
 
     Returns:
       One dictionary a prompt, with "prompt" and "completion".
-
-    Raises:
-      ValueError: for a temperature out of bounds, before models are loaded.
     """
-    options = settings.rollout
-    if temperature is not None:
-        options = dataclasses.replace(options, temperature=temperature)
-        check(options, "rollout")
     with open_run(settings, workdir, which) as (setup, student, _):
         texts = prompt or [r["prompt"] for r in setup.test.records[:3]]
         records = [
@@ -53,7 +42,6 @@ def sample(
         ways = row_ways(setup.mesh)
         rows = ways * math.ceil(len(texts) / ways)
         (batch,) = ordered_batches(encoded, batch_size=rows)
-        settings = dataclasses.replace(settings, rollout=options)
         trajectories = setup.evaluator(settings).writer(
             student,
             spread_rows(batch.prompts, setup.mesh),
