@@ -42,9 +42,24 @@ def write_dump(run: Any, alarm: Alarm) -> pathlib.Path:
     run.checkpoints.wait()
     if not hosts.is_first():
         return path
+    checkpoint, settings = run.checkpoints.latest(), run.settings.to_dict()
+    # Wherever the dump is read, the models are here.
+    cache = run.settings.world.cache or run.workdir / "world"
+    settings["world"]["cache"] = str(cache)
+    about = {
+        "step": alarm.step,
+        "alarm": alarm.name,
+        "text": alarm.text,
+        "metrics": dict(alarm.metrics),
+        "checkpoint": checkpoint,
+        "restart": run.restart,
+        "objective": describe(run.objective),
+        "devices": run.setup.mesh.size,
+    }
     with _whole(path) as fresh:
-        checkpoint = run.checkpoints.latest()
-        _write(run, alarm, batch, checkpoint, fresh)
+        (fresh / runs.SETTINGS).write_text(json.dumps(settings, indent=1))
+        np.savez(fresh / BATCH, **batch)
+        (fresh / ABOUT).write_text(json.dumps(about, indent=1))
         saved = pathlib.Path(runs.LATEST, str(checkpoint))
         if checkpoint is not None and buckets.is_remote(path):
             buckets.copy_within(run.workdir / saved, path / saved)
@@ -92,33 +107,6 @@ def _age(path: Any) -> int:
     if buckets.is_remote(path):  # a folder there has no time
         return int(path.name.partition("-")[0])
     return path.stat().st_mtime_ns
-
-
-def _write(
-    run: Any,
-    alarm: Alarm,
-    batch: dict[str, Any],
-    checkpoint: int | None,
-    fresh: pathlib.Path,
-) -> None:
-    """Write all of a dump but the checkpoint."""
-    settings = run.settings.to_dict()
-    # Wherever the dump is read, the models are here.
-    cache = run.settings.world.cache or run.workdir / "world"
-    settings["world"]["cache"] = str(cache)
-    (fresh / runs.SETTINGS).write_text(json.dumps(settings, indent=1))
-    np.savez(fresh / BATCH, **batch)
-    about = {
-        "step": alarm.step,
-        "alarm": alarm.name,
-        "text": alarm.text,
-        "metrics": dict(alarm.metrics),
-        "checkpoint": checkpoint,
-        "restart": run.restart,
-        "objective": describe(run.objective),
-        "devices": run.setup.mesh.size,
-    }
-    (fresh / ABOUT).write_text(json.dumps(about, indent=1))
 
 
 def _link(source: str, target: str) -> None:
