@@ -210,9 +210,7 @@ def accumulated(
     )
 
     def body(total: Any, part: Any) -> tuple[Any, None]:
-        found = jax.tree.map(
-            lambda x: x.astype(jnp.float32), grad_fn(trained, part)
-        )
+        found = optax.tree.cast(grad_fn(trained, part), jnp.float32)
         return jax.tree.map(jnp.add, total, found), None
 
     shapes = jax.eval_shape(
@@ -221,9 +219,7 @@ def accumulated(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     (sums, gradients), _ = jax.lax.scan(body, zeros, batch)
     # Moments of another type would recompile the step and lose donation.
-    return sums, jax.tree.map(
-        lambda g, x: g.astype(x.dtype), gradients, trained
-    )
+    return sums, optax.tree.cast_like(gradients, trained)
 
 
 def apply_gradients(
@@ -249,10 +245,8 @@ def apply_gradients(
         gradients, state.opt_state, state.student
     )
     student = optax.apply_updates(state.student, updates)
-    student, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (student, opt_state),
-        (state.student, state.opt_state),
+    student, opt_state = optax.tree.where(
+        finite, (student, opt_state), (state.student, state.opt_state)
     )
     one = jnp.ones(())
     metrics = {
