@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import logging
 from jax.sharding import Mesh
 
 from topd_jax.data import packing, vocabulary
@@ -347,11 +346,6 @@ def _load(
         length=length,
         finish=quantizer(settings.quantize),
     )
-    if model.config.long_rope:
-        logging.info(
-            "%s turns every token by its long factors: rows have up to %d "
-            "tokens", source, length,
-        )  # fmt: skip
     model = adapt(model, settings, mesh, train=train)
     if settings.keep_layers:
         model = drop_layers(model, settings.keep_layers)
