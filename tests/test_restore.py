@@ -50,18 +50,16 @@ def test_the_best_and_the_start(trained, settings, setup, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, student, start)
 
 
-def test_what_only_a_run_needs_may_differ_and_the_rest_not(
-    trained, settings, setup
-):
+def test_what_only_a_run_needs_may_differ_and_the_rest_not(trained, settings):
     other = changed(settings, "rollout", max_new_tokens=8)
     other = changed(other, "eval", problems=3, batch_size=3)
-    assert restore.load_student(other, trained, setup, "latest")[1] == 6
+    restore.require_same_settings(other, trained, "latest")
     other = changed(settings, "world", student_steps=4)
     with pytest.raises(ValueError, match="student_steps: 3 there, 4 here"):
-        restore.load_student(other, trained, setup, "latest")
+        restore.require_same_settings(other, trained, "latest")
     named = dataclasses.replace(settings, objective="opd")
     with pytest.raises(ValueError, match="other settings .*objective"):
-        restore.load_student(named, trained, setup, "latest")
+        restore.require_same_settings(named, trained, "latest")
 
 
 def test_another_config_is_refused_before_anything_is_loaded(

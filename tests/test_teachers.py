@@ -17,7 +17,7 @@ from topd_jax.data.toy_world import problems
 from topd_jax.models import DecoderConfig, init_decoder, save_model
 from topd_jax.training import loop
 from topd_jax.training.config import settings_from
-from topd_jax.training.identity import record, require_same_run
+from topd_jax.training.identity import record, require_same_models
 from topd_jax.training.logging import read_jsonl
 from topd_jax.training.setup import load_setup
 
@@ -109,7 +109,7 @@ def test_every_prompt_is_compared_with_its_own_teacher(settings, setup):
     other = fingerprints | {"rest": "f" * 64}
     saved = record(settings, "opd", other, {}, None)
     with pytest.raises(ValueError, match=r"another teacher 'rest' \(fing.*fff"):
-        require_same_run(saved, settings, "opd", fingerprints, "here")
+        require_same_models(saved, fingerprints, "", "here")
 
 
 def test_offline_each_teacher_writes_its_own(settings, tmp_path):

@@ -8,7 +8,6 @@ which other runs load it (:mod:`topd_jax.models.io.runs`).
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
 from flax.traverse_util import flatten_dict
 
 from topd_jax.models import DecoderConfig
@@ -41,6 +40,7 @@ MAY_CHANGE = (
     "mesh.expert",
     "mesh.sequence",
 )
+_OUT = "; use another --workdir, or the settings it was started with"
 
 
 def record(
@@ -84,34 +84,30 @@ def _may_change(name: str) -> bool:
     )
 
 
-def require_same_run(
+def require_same_settings(
     saved: dict[str, Any],
     settings: Settings,
     objective: Any,
-    teachers: Mapping[str, str] | None,
     where: str,
     *,
-    frozen: str = "",
     free: tuple[str, ...] = (),
-) -> None:
-    """Refuse to continue another run's checkpoint.
+) -> list[str]:
+    """Refuse the checkpoint of a run with other settings.
 
     Args:
       saved: the record of the checkpoint.
       settings: of the run that wants to continue it.
       objective: its description.
-      teachers: name -> fingerprint of its teachers; None before models are
-        loaded, which compares settings alone.
       where: the checkpoint's directory, for the error.
-      frozen: fingerprint of what its student does not train.
       free: sections that may differ besides those that change nothing: a
         student is read, and not trained on.
 
+    Returns:
+      What differs of the settings that may, with both values.
+
     Raises:
-      ValueError: naming every setting that differs, or the teacher, or the
-        model under the student's adapters.
+      ValueError: naming every setting that differs.
     """
-    out = "; use another --workdir, or the settings it was started with"
     # A setting that is younger than the checkpoint was at its default there.
     there = flatten_dict(saved["settings"], sep=".")
     before = defaults_of(settings.to_dict()) | there
@@ -133,12 +129,26 @@ def require_same_run(
     if differing:
         raise ValueError(
             f"the checkpoint in {where} belongs to a run with other settings "
-            f"({'; '.join(differing.values())}){out}"
+            f"({'; '.join(differing.values())}){_OUT}"
         )
-    if teachers is None:
-        return
-    for line in changed:
-        logging.warning("resumed with another setting: %s", line)
+    return changed
+
+
+def require_same_models(
+    saved: dict[str, Any], teachers: Mapping[str, str], frozen: str, where: str
+) -> None:
+    """Refuse a checkpoint that was made with other models.
+
+    Args:
+      saved: the record of the checkpoint.
+      teachers: name -> fingerprint of the run's teachers.
+      frozen: fingerprint of what its student does not train.
+      where: the checkpoint's directory, for the error.
+
+    Raises:
+      ValueError: naming the teacher, or the model under the student's
+        adapters.
+    """
     there = saved["teachers"]
     for name in sorted(there.keys() | teachers.keys()):
         if there.get(name) != teachers.get(name):
@@ -146,11 +156,11 @@ def require_same_run(
                 f"the checkpoint in {where} was made with another teacher "
                 + (f"{name!r} " if name else "")
                 + f"(fingerprint {there.get(name)} there, "
-                f"{teachers.get(name)} here){out}"
+                f"{teachers.get(name)} here){_OUT}"
             )
     if saved["frozen"] != frozen:
         raise ValueError(
             f"the checkpoint in {where} holds adapters of another model, or "
             f"of another scale (fingerprint {saved['frozen'] or 'none'} there, "
-            f"{frozen or 'none'} here){out}"
+            f"{frozen or 'none'} here){_OUT}"
         )

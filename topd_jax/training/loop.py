@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import jax
+from absl import logging
 from tqdm import tqdm
 
 from topd_jax.data import solutions as solution_data
@@ -187,14 +188,17 @@ class Run:
         """Take up a checkpoint; ``restart`` is of a roll-back."""
         saved = self.checkpoints.record(step)
         where = self.workdir / runs.LATEST
-        identity.require_same_run(
-            saved,
-            self.settings,
-            describe(self.objective),
-            self.setup.teacher_fingerprints,
-            str(where),
-            frozen=self.setup.frozen_fingerprint,
+        changed = identity.require_same_settings(
+            saved, self.settings, describe(self.objective), str(where)
         )
+        identity.require_same_models(
+            saved,
+            self.setup.teacher_fingerprints,
+            self.setup.frozen_fingerprint,
+            str(where),
+        )
+        for line in changed:
+            logging.warning("resumed with another setting: %s", line)
         recovery.require_steps(saved, self.settings, step, where)
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(

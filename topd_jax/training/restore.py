@@ -70,7 +70,16 @@ def require_same_settings(
     if runs.steps(where):
         _, saved = _newest(where, settings)
         if saved is not None:
-            _require(saved, settings, where, _FREE.get(which, ()))
+            identity.require_same_settings(
+                saved,
+                settings,
+                # An objective given in Python is known to its run alone.
+                saved["objective"]
+                if saved["settings"]["objective"] == settings.objective
+                else describe(make_objective(settings.objective)),
+                str(where),
+                free=_FREE.get(which, ()),
+            )
 
 
 def _newest(
@@ -83,28 +92,6 @@ def _newest(
         saved = checkpoints.record(step)
     checkpoints.close()
     return step, saved
-
-
-def _require(
-    saved: dict[str, Any],
-    settings: Settings,
-    where: pathlib.Path,
-    free: tuple[str, ...],
-    setup: Setup | None = None,
-) -> None:
-    """Refuse another run's checkpoint; without a setup, by settings alone."""
-    identity.require_same_run(
-        saved,
-        settings,
-        # An objective given in Python is known to its run alone.
-        saved["objective"]
-        if saved["settings"]["objective"] == settings.objective
-        else describe(make_objective(settings.objective)),
-        setup and setup.teacher_fingerprints,
-        str(where),
-        frozen=setup.frozen_fingerprint if setup else "",
-        free=free,
-    )
 
 
 @contextlib.contextmanager
@@ -138,7 +125,7 @@ def load_student(
     """Load the student of a run's checkpoint, and not its optimizer.
 
     Args:
-      settings: of the run; how it reads, writes and evaluates may differ.
+      settings: of the run, which are known to be those of the checkpoint.
       workdir: of the run, which has the checkpoint.
       setup: of the run; its student is the start.
       which: "latest", "best" or "start".
@@ -147,7 +134,7 @@ def load_student(
       (student, step it was saved at; 0 for the start).
 
     Raises:
-      ValueError: where it is damaged or another run's.
+      ValueError: where it is damaged, or was made with other models.
     """
     if which == "start":
         return setup.student, 0
@@ -156,7 +143,12 @@ def load_student(
     hosts.from_first(
         lambda: checksums.require_intact(where / str(step), _WAYS_OUT[which])
     )
-    _require(saved, settings, where, _FREE[which], setup)
+    identity.require_same_models(
+        saved,
+        setup.teacher_fingerprints,
+        setup.frozen_fingerprint,
+        str(where),
+    )
     trained, frozen = split(setup.student)
     trained = restore_student(where, step, trained)
     return join(trained, frozen), step
