@@ -68,7 +68,7 @@ COMMANDS = [
      "offline.path=set has 0 of 2 shards; rerun topd generate"),
     (f"train --config.train.steps={'9' * 9999}", "99 must be of type int"),
     (f"train --config.objective=topd({'(' * 999}", "cannot be read; write"),
-    ("doctor --json=3", "ignored explicit argument"),
+    ("export --adapter=3", "ignored explicit argument"),
     ("sample --config.rollout.temperature=nan", "=nan must be a finite number"),
     ("probe --count=²", "--count: "),
 ]  # fmt: skip

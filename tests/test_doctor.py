@@ -1,6 +1,5 @@
 """The preflight: what fits, and every kind of misfit with its way out."""
 
-import json
 import types
 
 import pytest
@@ -204,14 +203,14 @@ def test_the_report_is_in_columns():
     findings.require(report[:2])
 
 
-def command(tmp_path, student, teacher, *more):
+def command(tmp_path, student, teacher):
     data = small_hub.questions(tmp_path / "q.jsonl")
     return [
         f"--config={small_run.__file__}", "--config.data.source=jsonl",
         f"--config.data.path={data}", "--config.data.held_out=3",
         "--config.data.max_prompt_length=120",
         f"--config.student.source={student}",
-        f"--config.teacher.source={teacher}", *more,
+        f"--config.teacher.source={teacher}",
     ]  # fmt: skip
 
 
@@ -225,12 +224,11 @@ def test_topd_doctor_prints_and_exits(tmp_path, teacher, capsys):
     assert out[0] == "ok       tokenizers          equal, 259 ids"
     assert out[-1] == "11 ok, 0 warnings, 0 errors"
     other = hub_directory(tmp_path / "other", swapped=("a", "z"))
-    line = command(tmp_path, other, teacher, "--json")
+    line = command(tmp_path, other, teacher)
     with pytest.raises(SystemExit) as exit_:
         main.run(["doctor", *line])
     assert exit_.value.code == 2
-    first = json.loads(capsys.readouterr().out)[0]
-    assert (first["level"], first["name"]) == ("error", "tokenizers")
+    assert capsys.readouterr().out.startswith("error    tokenizers")
 
 
 def test_a_world_to_train_needs_a_work_directory(refused):

@@ -140,7 +140,6 @@ COMMANDS = {
                 help="directory of the run, where models of a tiny world of "
                 "your own are trained",
             ),
-            _flag("json", action="store_true", help="print JSON"),
             *SEVERAL,
         ),
         "--config tiny",

@@ -1,6 +1,5 @@
 """All checks of the preflight, in two stages: files, then models."""
 
-import json as json_format
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -106,15 +105,12 @@ def examine(
     return [*findings, *examine_setup(settings, setup)], setup
 
 
-def doctor(
-    settings: Settings, workdir: pathlib.Path | None, json: bool
-) -> None:
+def doctor(settings: Settings, workdir: pathlib.Path | None) -> None:
     """Check a run and print the report (``topd doctor``).
 
     Args:
       settings: of the run.
       workdir: see :func:`examine`; None where nothing is trained.
-      json: print JSON.
 
     Raises:
       ValueError: where a tiny world is to be trained and has no place.
@@ -127,9 +123,8 @@ def doctor(
             "checked; say where by --workdir DIR"
         )
     findings, _ = examine(settings, workdir or pathlib.Path())
-    rows = [vars(finding) for finding in findings]
     if hosts.is_first():
-        print(json_format.dumps(rows, indent=1) if json else report(findings))
+        print(report(findings))
     raise SystemExit(2 if errors(findings) else 0)
 
 
