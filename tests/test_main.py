@@ -164,13 +164,13 @@ def test_overrides_reach_the_settings():
         return load_settings(values["config"], overrides)
 
     changed = settings(
-        "--config.train.steps", "9",
+        "--config.train.steps=9",
         "--config.optimizer.clip=2",
         "--config.log.tensorboard=false",
         "--config.student.keep_layers=0,2,5",
         "--config.sweep.variants=opd,topd(window=2, candidates=3);seed=1",
         "--config.sweep.seeds=3",
-        "--config.mesh.data", "-1",
+        "--config.mesh.data=-1",
         "--config.data.path=a=b, c",
     )  # fmt: skip
     assert changed.train.steps == 9

@@ -14,7 +14,7 @@ from topd_jax.training.config import Settings, settings_from
 
 # Between commas, but for those of calls and of tuples in calls.
 _PARTS = re.compile(r"(?:[^,(]|\((?:[^()]|\([^()]*\))*\)|\()+")
-_OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
 def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
@@ -22,7 +22,7 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
 
     Args:
       name: see :func:`config_path`.
-      overrides: "--config.section.key=value" each, or the value after it.
+      overrides: "--config.section.key=value" each.
 
     Returns:
       The settings.
@@ -32,9 +32,8 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
         or a value that it cannot have.
     """
     config = read_config(config_path(name))
-    rest = list(overrides)
-    while rest:
-        match = _OVERRIDE.fullmatch(argument := rest.pop(0))
+    for argument in overrides:
+        match = _OVERRIDE.fullmatch(argument)
         if not match:
             raise ValueError(
                 f"unexpected arguments: {argument}; topd COMMAND --help lists "
@@ -42,9 +41,8 @@ def load_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
             )
         path, text = match.groups()
         section, key = _place(config, path)
-        if text is None and not rest:
+        if text is None:
             raise ValueError(f"{argument} needs a value: {argument}=VALUE")
-        text = rest.pop(0) if text is None else text[1:]
         try:
             section[key] = _value(section, key, text)
         except TypeError as error:
