@@ -203,7 +203,7 @@ def check(settings=SETTINGS, saved=None, objective=OBJECTIVE, free=()):
 def test_what_changes_no_number_may_differ():
     settings = SETTINGS
     for section, fields in {
-        "log": {"every": 7, "tensorboard": True}, "checkpoint": {"keep": 9},
+        "log": {"top_k": 7, "tensorboard": True}, "checkpoint": {"keep": 9},
         "guard": {"window": 9, "rollbacks": 3}, "sweep": {"seeds": (1, 2)},
         "world": {"cache": "elsewhere"},
         "eval": {"samples": 16, "benchmarks": ("aime24.jsonl",)},

@@ -149,7 +149,7 @@ def test_what_belongs_to_one_sweep_is_told_by_its_settings():
     for same in (
         changed(settings, "sweep", seeds=(1, 2)),
         changed(settings, "world", cache="y"),
-        changed(settings, "log", every=9),
+        changed(settings, "log", completions=9),
     ):
         assert mark_of(same) == mark
     for other in (

@@ -66,7 +66,7 @@ def replay(
         )
     settings = settings_from(about["settings"])
     log = dataclasses.replace(
-        settings.log, every=1, completions_every=0, tensorboard=False
+        settings.log, completions_every=0, tensorboard=False
     )
     settings = dataclasses.replace(settings, log=log)
     keep_compiled(settings.train.compilation_cache)

@@ -240,7 +240,6 @@ def _summarize_logs(folder: pathlib.Path) -> dict[str, Any]:
     # Guided steps and others; a median ignores those that compile.
     seconds = sum(len(k) * statistics.median(k) for k in kinds if k)
     return {
-        # None where log.every is more than the run's steps.
         "seconds_step": seconds / len(metrics) if metrics else None,
         "curve": [
             {name: e[name] for name in ("step", "exact_match", "reverse_kl")}

@@ -96,7 +96,6 @@ class TrainSettings:
 class LogSettings:
     """What is logged, and how often (steps)."""
 
-    every: int = setting(1, "steps between two lines of metrics", least=1)
     statistics_every: int = setting(
         10, "exact and sampled KLs, entropies; 0: never", least=0
     )

@@ -54,9 +54,9 @@ class Clock:
 class Logs:
     """The log files of one run, written by the first process alone.
 
-    ``metrics.jsonl`` has one line a logged step, ``evals.jsonl`` one an
-    evaluation, ``alarms.jsonl`` one an alarm, ``completions.jsonl`` one a
-    completion, ``problems.jsonl`` one a problem that an evaluation wrote down;
+    ``metrics.jsonl`` has one line a step, ``evals.jsonl`` one an evaluation,
+    ``alarms.jsonl`` one an alarm, ``completions.jsonl`` one a completion,
+    ``problems.jsonl`` one a problem that an evaluation wrote down;
     ``tensorboard/`` has the numbers again. Keys that begin with "seconds" or
     "rate" are times; every other number is reproduced bit for bit by the same
     command.
@@ -73,7 +73,6 @@ class Logs:
         step: int,
         tensorboard: bool,
         watch: Watch,
-        every: int = 1,
     ) -> None:
         """Open the files, cut back to what happened up to ``step``.
 
@@ -82,7 +81,6 @@ class Logs:
           step: the step the run goes on from, -1 for a fresh one.
           tensorboard: whether to write for TensorBoard too.
           watch: of the run.
-          every: steps between two lines of metrics.
         """
         workdir.mkdir(parents=True, exist_ok=True)
         self._files = {}
@@ -106,7 +104,7 @@ class Logs:
 
             self._board = Board(workdir / "tensorboard", step + 1)
         self._pending: tuple[int, dict, dict, float] | None = None
-        self.watch, self._every = watch, every
+        self.watch = watch
         self._known = -math.inf  # when the last step's numbers were there
 
     def later(
@@ -150,8 +148,7 @@ class Logs:
             "seconds": seconds,
             "rate_tokens": row["num_tokens"] / seconds,
         }
-        if step % self._every == 0:
-            self.write("metrics", {"step": step, **row})
+        self.write("metrics", {"step": step, **row})
         for alarm in self.watch.look(step, row):
             line = {"step": step, "alarm": alarm.name, "text": alarm.text}
             self.write("alarms", line)

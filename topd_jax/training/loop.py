@@ -181,8 +181,8 @@ class Run:
     def open_logs(self) -> Logs:
         """Open the logs, cut back to the step that the run goes on from."""
         log = self.settings.log
-        return Logs(self.workdir, step=self.step or -1, every=log.every,
-                    tensorboard=log.tensorboard, watch=self.watch)  # fmt: skip
+        return Logs(self.workdir, step=self.step or -1, watch=self.watch,
+                    tensorboard=log.tensorboard)  # fmt: skip
 
     def resume(self, step: int, restart: dict[str, Any] | None = None) -> None:
         """Take up a checkpoint; ``restart`` is of a roll-back."""
