@@ -124,3 +124,11 @@ def test_the_kernels_that_a_config_asks_for_are_compared(tmp_path, monkeypatch):
     (found,) = examine.examine_setup(settings, setup)
     assert asked == [{"student": "blocks", "teacher": "flash"}]
     assert found.text == "wrong"
+
+
+def test_in_stage_1_a_student_may_write_noise():
+    """It begins with the teacher's own texts, as the way out would say."""
+    noise = GOOD._replace(teacher_nll=5.5)
+    assert [f.level for f in batch.judged(noise, offline=True)] == ["ok"] * 2
+    (_, found) = batch.judged(noise._replace(prompt_nll=5.5), offline=True)
+    assert found.level == "warning" and "tokenizer files" in found.way_out

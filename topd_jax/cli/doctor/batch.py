@@ -120,12 +120,16 @@ def _prompt_nll(
     return -jnp.sum(jnp.where(real, logp, 0.0)), jnp.sum(real)
 
 
-def judged(scores: Scores, where: str = "") -> Iterator[Finding]:
+def judged(
+    scores: Scores, where: str = "", *, offline: bool = False
+) -> Iterator[Finding]:
     """Judge the losses of one batch.
 
     Args:
       scores: of the batch.
       where: behind the names of the findings.
+      offline: whether the run learns from the teacher's texts, so that those
+        of the student may be noise.
     """
     loss, bound = scores.itself, scores.rounding
     yield judge(
@@ -150,7 +154,7 @@ def judged(scores: Scores, where: str = "") -> Iterator[Finding]:
                 "compare the teacher's tokenizer files with those that came "
                 "with its weights"
             )
-        else:
+        elif not offline:
             problem = "what the student writes is noise to the teacher: "
             way_out = (
                 "begin with the teacher's own texts "

@@ -76,7 +76,7 @@ def examine_setup(settings: Settings, setup: Setup) -> list[Finding]:
         with jax.set_mesh(setup.mesh):
             scores = batch.score(settings, setup, teacher)
         where = f" ({teacher.name})" if teacher.name else ""
-        findings += batch.judged(scores, where)
+        findings += batch.judged(scores, where, offline=settings.is_offline)
     return findings
 
 
