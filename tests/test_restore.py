@@ -37,6 +37,9 @@ def test_only_the_students_arrays_are_read(trained, settings, setup, asked):
 def test_the_best_and_the_start(trained, settings, setup, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in .*--which start"):
         restore.require_checkpoint(tmp_path, "best")
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(ValueError, match="in .*best; say --which latest"):
+        restore.require_checkpoint(tmp_path, "best")
     student, step = restore.load_student(settings, trained, setup, "best")
     accuracies = {
         r["step"]: r["exact_match"]

@@ -45,10 +45,14 @@ def require_checkpoint(workdir: pathlib.Path, which: str) -> None:
       ValueError: naming the directory and the ways out.
     """
     where = workdir / _FOLDERS[which]
-    if which != "start" and not runs.steps(where):
-        raise ValueError(
-            f"no checkpoint in {where}; train first, or say --which start"
-        )
+    if which == "start" or runs.steps(where):
+        return
+    # A run that never evaluates keeps no best.
+    trained = which == "best" and runs.steps(workdir / runs.LATEST)
+    way_out = "say --which latest" if trained else (
+        "train first, or say --which start"
+    )  # fmt: skip
+    raise ValueError(f"no checkpoint in {where}; {way_out}")
 
 
 def require_same_settings(
