@@ -174,29 +174,21 @@ class Settings:
         "a preset or package.module:function, with options: "
         "\"topd(context='student', window=20)\"",
     )
-    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
-    student: ModelSettings = dataclasses.field(default_factory=ModelSettings)
-    teacher: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    mesh: MeshSettings = MeshSettings()
+    student: ModelSettings = ModelSettings()
+    teacher: ModelSettings = ModelSettings()
     teachers: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
-    data: DataSettings = dataclasses.field(default_factory=DataSettings)
-    rollout: RolloutSettings = dataclasses.field(
-        default_factory=RolloutSettings
-    )
-    offline: OfflineSettings = dataclasses.field(
-        default_factory=OfflineSettings
-    )
-    optimizer: OptimizerSettings = dataclasses.field(
-        default_factory=OptimizerSettings
-    )
-    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
-    log: LogSettings = dataclasses.field(default_factory=LogSettings)
-    eval: EvalSettings = dataclasses.field(default_factory=EvalSettings)
-    checkpoint: CheckpointSettings = dataclasses.field(
-        default_factory=CheckpointSettings
-    )
-    guard: GuardSettings = dataclasses.field(default_factory=GuardSettings)
-    world: WorldSettings = dataclasses.field(default_factory=WorldSettings)
-    sweep: SweepSettings = dataclasses.field(default_factory=SweepSettings)
+    data: DataSettings = DataSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    offline: OfflineSettings = OfflineSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    log: LogSettings = LogSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    guard: GuardSettings = GuardSettings()
+    world: WorldSettings = WorldSettings()
+    sweep: SweepSettings = SweepSettings()
 
     def __post_init__(self) -> None:
         several = {f"teachers.{n}": m for n, m in self.teachers.items()}
