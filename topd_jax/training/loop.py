@@ -180,26 +180,22 @@ class Run:
 
     def open_logs(self) -> Logs:
         """Open the logs, cut back to the step that the run goes on from."""
-        log = self.settings.log
         return Logs(self.workdir, step=self.step or -1, watch=self.watch,
-                    tensorboard=log.tensorboard)  # fmt: skip
+                    tensorboard=self.settings.log.tensorboard)  # fmt: skip
 
     def resume(self, step: int, restart: dict[str, Any] | None = None) -> None:
         """Take up a checkpoint; ``restart`` is of a roll-back."""
-        saved = self.checkpoints.record(step)
-        where = self.workdir / runs.LATEST
+        saved, setup = self.checkpoints.record(step), self.setup
+        where = str(self.workdir / runs.LATEST)
         changed = identity.require_same_settings(
-            saved, self.settings, describe(self.objective), str(where)
+            saved, self.settings, describe(self.objective), where
         )
         identity.require_same_models(
-            saved,
-            self.setup.teacher_fingerprints,
-            self.setup.frozen_fingerprint,
-            str(where),
+            saved, setup.teacher_fingerprints, setup.frozen_fingerprint, where
         )
         for line in changed:
             logging.warning("resumed with another setting: %s", line)
-        recovery.require_steps(saved, self.settings, step, where)
+        recovery.require_steps(changed, self.settings, step, where)
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=x.sharding

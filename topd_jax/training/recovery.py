@@ -1,8 +1,8 @@
-"""What a run does when it resumes with another schedule, or goes wrong."""
+"""What a run refuses or tells when it resumes, and does when it goes wrong."""
 
 import dataclasses
-import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,12 @@ from topd_jax.training.dumps import write_dump
 
 
 def require_steps(
-    saved: dict[str, Any], settings: Settings, step: int, where: pathlib.Path
+    changed: Sequence[str], settings: Settings, step: int, where: str
 ) -> None:
     """Refuse a run that has no step left to do what its settings ask for.
 
     Args:
-      saved: the record of the checkpoint.
+      changed: settings that differ, each with its name at the begin.
       settings: of the run.
       step: of the checkpoint.
       where: the checkpoints' directory, for the error.
@@ -38,12 +38,12 @@ def require_steps(
             f"step of the checkpoint in {where}; raise it, or use another "
             "--workdir"
         )
-    if settings.train.steps == step and settings.optimizer != _before(saved):
+    unused = [line for line in changed if line.startswith("optimizer.")]
+    if settings.train.steps == step and unused:
         raise ValueError(
-            f"the run in {where} is finished at train.steps={step}; this "
-            "config has another optimizer.learning_rate, end_learning_rate or "
-            "clip, which no step would use: raise train.steps, or use another "
-            "--workdir"
+            f"the run in {where} is finished at train.steps={step}, and no "
+            f"step would use what differs ({'; '.join(unused)}): raise "
+            "train.steps, or use another --workdir"
         )
 
 
