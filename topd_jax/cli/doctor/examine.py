@@ -9,13 +9,12 @@ from topd_jax.cli.doctor import batch, fit, tokens
 from topd_jax.cli.doctor.files import Context, gather, uses_world
 from topd_jax.cli.doctor.findings import (
     Finding,
+    attempt,
     errors,
-    refusal,
     report,
     require,
 )
 from topd_jax.cli.doctor.kernels import kernels
-from topd_jax.cli.refusals import is_refusal
 from topd_jax.data.toy_world.models import comes_trained
 from topd_jax.parallel import hosts
 from topd_jax.training.config import Settings
@@ -96,13 +95,10 @@ def examine(
     findings = examine_files(settings, workdir)
     if errors(findings):
         return findings, None
-    try:
-        setup = load_setup(settings, workdir)
-    except (ValueError, OSError) as raised:
-        if not is_refusal(raised):
-            raise
-        return [*findings, refusal("loading", raised)], None
-    return [*findings, *examine_setup(settings, setup)], setup
+    setup = attempt(findings, "loading", load_setup, settings, workdir)
+    if setup is not None:
+        findings += examine_setup(settings, setup)
+    return findings, setup
 
 
 def doctor(settings: Settings, workdir: pathlib.Path | None) -> None:

@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 from jax.sharding import Mesh
 
-from topd_jax.cli.doctor.findings import Finding, refusal
-from topd_jax.cli.refusals import is_refusal
+from topd_jax.cli.doctor import findings
+from topd_jax.cli.doctor.findings import Finding
 from topd_jax.data.sources import Record
 from topd_jax.data.tokenizers import Tokenizer, wrap_tokenizer
 from topd_jax.data.toy_world.models import world_models
@@ -106,16 +104,7 @@ def gather(
       missing, or the world is not worth training).
     """
     errors: list[Finding] = []
-
-    def attempt(name: str, call: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return call(*args)
-        except (ValueError, OSError) as raised:
-            if not is_refusal(raised):
-                raise
-            errors.append(refusal(name, raised))
-            return None
-
+    attempt = functools.partial(findings.attempt, errors)
     mesh = attempt("mesh", make_run_mesh, settings)
     parts = attempt("data", read_prompts, settings)
     attempt("solutions", require_solutions, settings)

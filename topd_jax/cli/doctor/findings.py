@@ -1,10 +1,12 @@
 """What a check finds: a level, a sentence, and the way out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import logging
 
+from topd_jax.cli.refusals import is_refusal
 from topd_jax.parallel import hosts
 
 
@@ -40,6 +42,19 @@ def refusal(name: str, raised: Exception) -> Finding:
     line = " ".join(str(raised).split())
     text, _, way_out = line.rpartition("; ")
     return Finding("error", name, text or line, way_out if text else "")
+
+
+def attempt(
+    findings: list[Finding], name: str, call: Callable[..., Any], *args: Any
+) -> Any:
+    """Call a function; where it refuses, add that to findings and give None."""
+    try:
+        return call(*args)
+    except (ValueError, OSError) as raised:
+        if not is_refusal(raised):
+            raise
+        findings.append(refusal(name, raised))
+        return None
 
 
 def errors(findings: Sequence[Finding]) -> list[Finding]:
