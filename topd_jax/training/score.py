@@ -75,7 +75,7 @@ def score(
             _score_rows(
                 student, teacher, rows, own_key,
                 objective=objective, layout=layout, eos_ids=eos_ids,
-                pad_id=pad_id, branch_sharding=branch_sharding,
+                pad_id=pad_id, sharding=branch_sharding,
             )
             for teacher, rows, own_key in zip(
                 teachers, parts, keys, strict=True
@@ -191,9 +191,7 @@ def _look_ahead(
     *,
     objective: Objective,
     vocab: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    branch_sharding: str,
+    **branching: Any,
 ) -> Scored:
     """Select candidates, continue them, and say where futures part."""
     ahead = objective.near_future
@@ -204,10 +202,9 @@ def _look_ahead(
     if objective.needs_branches:
         continued, states = branch(
             model, cache, scored.teacher_hidden, read, candidates,
-            length=ahead.window, eos_ids=eos_ids, pad_id=pad_id,
-            temperature=ahead.branch_temperature, key=branch_key,
-            vocab_size=vocab, return_hidden=objective.needs_window_hidden,
-            sharding=branch_sharding,
+            length=ahead.window, temperature=ahead.branch_temperature,
+            key=branch_key, vocab_size=vocab,
+            return_hidden=objective.needs_window_hidden, **branching,
         )  # fmt: skip
         scored = scored.replace(
             teacher_windows=continued, teacher_window_hidden=states

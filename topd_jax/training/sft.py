@@ -133,14 +133,13 @@ def sft_step(
         and teachers do not fit together.
     """
     layout = loss_layout() if layout is None else layout
-    heads = [s.teacher_head for s in scored]
     tokens = jnp.sum(rows.mask, dtype=jnp.float32)
     parts = rows_by_teacher(rows, scored, accumulate, layout)
 
     def loss_fn(trained: Any, parts: Any) -> tuple[jax.Array, dict]:
         student, sums = join(trained, frozen), []
-        for head, (own, notes) in zip(heads, parts, strict=True):
-            notes = notes.replace(teacher_head=head)
+        for whole, (own, notes) in zip(scored, parts, strict=True):
+            notes = notes.replace(teacher_head=whole.teacher_head)
             sums.append(_sums(student, own, notes, layout))
         total = {k: sum(s[k] for s in sums) for k in sums[0]}
         # What has no weight needs no backward pass.
