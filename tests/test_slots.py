@@ -105,6 +105,20 @@ def test_every_slot_is_refilled_at_once():
     )
 
 
+def test_limits_above_all_are_none():
+    def steps(limits):
+        bigram = Bigram(chain(9), calls := Tape())
+        out = rollout(
+            bigram, prompt_of([3], [1], [2]), KEY, max_new_tokens=4,
+            eos_ids=(), pad_id=0, slots=2, limits=limits,
+        )  # fmt: skip
+        jax.block_until_ready(out)
+        jax.effects_barrier()
+        return list(calls)
+
+    assert steps(jnp.full(3, 40)) == steps(None)
+
+
 def test_slots_that_save_nothing_or_do_not_divide_are_one_line():
     small = dict(data__batch_size=8, eval__batch_size=16)
     said = refusal_of(lambda: settings_with(**small, rollout__slots=16))

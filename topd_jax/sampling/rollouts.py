@@ -86,8 +86,8 @@ def rollout(
       slots: rows that are held at once where there are more: the next one
         begins where one has ended. The tokens are the same; the cache is of
         so many rows. 0 holds all.
-      limits: i32[B * samples] tokens of each row at the most, 1..T; None is
-        T for all.
+      limits: i32[B * samples] tokens of each row at the most, at least 1;
+        None, and more than T, are T.
 
     Returns:
       Trajectories of ``B * samples`` rows.

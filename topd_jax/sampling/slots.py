@@ -107,7 +107,8 @@ def write_in_slots(
       length: T.
       eos_ids: tokens that end a row.
       pad_id: put after the end.
-      limits: i32[R] tokens of each row at the most; None is T.
+      limits: i32[R] tokens of each row at the most; None, and more than T, are
+        T.
 
     Returns:
       What was written.
@@ -120,7 +121,8 @@ def write_in_slots(
     prompts = jax.tree.map(lambda x: constrain(x, None, None), prompts)
     loop = _Loop(
         model, reader, prompts, key, draw, slots, length, columns, eos_ids,
-        jnp.full(rows, length) if limits is None else limits,
+        jnp.full(rows, length) if limits is None
+        else jnp.minimum(limits, length),
     )  # fmt: skip
     zeros = jnp.zeros(slots, jnp.int32)
     like, *_ = jax.eval_shape(loop.read_prompts, zeros)
