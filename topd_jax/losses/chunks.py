@@ -34,43 +34,18 @@ class ChunkedLoss(NamedTuple):
     Attributes:
       loss: (logits f32[R, V], constants, rows [R, ...]) -> f32[R].
       layout: chunks and mesh.
+      cap: ``head_cap`` of the head whose plain rows are differentiated.
     """
 
     loss: Callable[[jax.Array, Any, Any], jax.Array]
     layout: Layout
+    cap: float | None
 
-
-def chunked_loss(
-    loss: Callable[[jax.Array, Any, Any], jax.Array],
-    head: Head,
-    layout: Layout,
-) -> ChunkedLoss:
-    """Make a loss of a head's logits for :func:`per_token`.
-
-    :func:`per_token` and :func:`weighted_sum` differentiate plain rows; where
-    the head bounds its logits the loss does so first.
-
-    Args:
-      loss: see :class:`ChunkedLoss`.
-      head: [V, D] that the logits are of.
-      layout: chunks and mesh.
-
-    Returns:
-      What to call them with, beside ``head_rows(head)``.
-    """
-    if (cap := head_cap(head)) is not None:
-        loss = functools.partial(_capped, loss, cap)
-    return ChunkedLoss(loss, layout)
-
-
-def _capped(
-    loss: Callable[[jax.Array, Any, Any], jax.Array],
-    cap: float,
-    logits: jax.Array,
-    constants: Any,
-    rows: Any,
-) -> jax.Array:
-    return loss(soft_cap(logits, cap), constants, rows)
+    def of_products(
+        self, products: jax.Array, constants: Any, rows: Any
+    ) -> jax.Array:
+        """Compute the loss of states times rows, f32[R, V], not yet capped."""
+        return self.loss(soft_cap(products, self.cap), constants, rows)
 
 
 def chunk_tokens(vocab: int, layout: Layout) -> int:
@@ -269,7 +244,7 @@ def _over_chunks(
     def losses_of(_: None, chunk: tuple) -> tuple[None, jax.Array]:
         states, rest = chunk
         logits = unembed_rows(states, head, chunked.layout)
-        return None, chunked.loss(logits, constants, rest)
+        return None, chunked.of_products(logits, constants, rest)
 
     return over_tokens(
         losses_of, None, (hidden, rows), hidden.shape[:-1],
@@ -298,7 +273,7 @@ def _with_gradients(
     def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple]:
         states, weight, rest = chunk
         token_losses, backward = jax.vjp(
-            lambda logits: chunked.loss(logits, constants, rest),
+            lambda logits: chunked.of_products(logits, constants, rest),
             unembed_rows(states, head, layout),
         )
         counts = (weight != 0)[:, None]

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.losses.chunks import (
-    chunked_loss,
+    ChunkedLoss,
     gathered,
     over_tokens,
     per_token,
@@ -94,11 +94,7 @@ def fused_divergence(
     arrays = (student_hidden, student_head, teacher_hidden, teacher_head)
     vocab = shared_vocab(*arrays, vocab_size)
     return per_token(
-        chunked_loss(
-            functools.partial(_both_logprobs, token_loss, layout),
-            student_head,
-            layout,
-        ),
+        _of_both(token_loss, student_head, layout),
         student_hidden,
         head_rows(student_head)[:vocab],
         _constants(arrays, vocab, temperature, layout),
@@ -161,11 +157,7 @@ def fused_weighted_sum(
             f"{list(student_hidden.shape[:-1])}"
         )
     total, token_losses = weighted_sum(
-        chunked_loss(
-            functools.partial(_both_logprobs, token_loss, layout),
-            student_head,
-            layout,
-        ),
+        _of_both(token_loss, student_head, layout),
         weights.astype(accumulation_dtype(*arrays)),
         student_hidden,
         head_rows(student_head)[:vocab],
@@ -269,7 +261,7 @@ def fused_token_logprobs(
             f"{list(hidden.shape[:-1])}"
         )
     return per_token(
-        chunked_loss(_token_logprobs, head, layout),
+        ChunkedLoss(_token_logprobs, layout, head_cap(head)),
         hidden,
         head_rows(head)[:vocab],
         _temperature(temperature, hidden, head),
@@ -300,7 +292,7 @@ def fused_log_normalizer(
       ValueError: for shapes or numbers that do not fit.
     """
     vocab = check_vocab(hidden, head, vocab_size)
-    chunked = chunked_loss(_log_normalizer, head, layout)
+    chunked = ChunkedLoss(_log_normalizer, layout, head_cap(head))
     return per_token(chunked, hidden, head_rows(head)[:vocab], None, None)
 
 
@@ -346,6 +338,13 @@ def dropped_mass(
         layout,
     )
     return mass
+
+
+def _of_both(
+    token_loss: TokenLoss, student_head: Head, layout: Layout
+) -> ChunkedLoss:
+    loss = functools.partial(_both_logprobs, token_loss, layout)
+    return ChunkedLoss(loss, layout, head_cap(student_head))
 
 
 def _both_logprobs(
