@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 import topd_jax
-from topd_jax.sampling import Stream, draw, samplers, stream_key
+from topd_jax.sampling import Stream, samplers, stream_key
 
 ROW = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
+
+
+def draw(key, logits, temperature=1.0, top_p=None, top_k=0):
+    noise = jax.random.uniform(key, (*logits.shape[:-1], 2))
+    return samplers.choose(noise, logits, temperature, top_p, top_k)
+
+
 draw_jitted = jax.jit(draw, static_argnums=(3, 4))
 
 
@@ -53,12 +60,12 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_odds():
 @pytest.mark.parametrize(
     ("logits", "top_p", "top_k", "kept"),
     [
-        (ROW, 1.0, 2, [1, 3]),
+        (ROW, None, 2, [1, 3]),
         (ROW, 0.6, 0, [1, 3]),  # 0.4 does not reach 0.6, 0.7 does
         (ROW, 0.75, 3, [1, 3]),  # of what top_k left: 0.444, 0.778
         (ROW, 1e-6, 0, [1]),
         # Ties are broken by id.
-        (np.log(np.full(6, 1 / 6)), 1.0, 2, [0, 1]),
+        (np.log(np.full(6, 1 / 6)), None, 2, [0, 1]),
         (np.log(np.full(6, 1 / 6)), 0.4, 0, [0, 1, 2]),
     ],
 )
@@ -122,9 +129,9 @@ def test_draw_survives_rows_without_hope():
         (dict(top_k=1.0), "top_k=1.0 must be an int"),
     ],
 )
-def test_draw_refuses_settings(setting, words):
+def test_settings_of_a_sampler_are_bounded(setting, words):
     with pytest.raises(ValueError, match=words):
-        draw(jax.random.key(0), jnp.asarray(ROW), **setting)
+        samplers.check_sampler(vocab_size=4, **setting)
 
 
 def test_every_stream_has_random_numbers_of_its_own():

@@ -12,16 +12,13 @@
 from topd_jax.sampling.branches import branch, branch_columns
 from topd_jax.sampling.checks import checked
 from topd_jax.sampling.rollouts import rollout
-from topd_jax.sampling.samplers import check_sampler, draw
 from topd_jax.sampling.streams import Stream, stream_key
 
 __all__ = [
     "Stream",
     "branch",
     "branch_columns",
-    "check_sampler",
     "checked",
-    "draw",
     "rollout",
     "stream_key",
 ]

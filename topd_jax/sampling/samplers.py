@@ -69,38 +69,6 @@ def check_sampler(
             raise ValueError(f"{name}={value} must be at least 1")
 
 
-def draw(
-    key: jax.Array,
-    logits: jax.Array,
-    temperature: float | jax.Array = 1.0,
-    top_p: float | jax.Array = 1.0,
-    top_k: int = 0,
-) -> tuple[jax.Array, jax.Array]:
-    """Draw one token per row.
-
-    ``softmax(logits / temperature)``, cut to the ``top_k`` likeliest tokens,
-    then to the smallest set of likeliest ones whose share of what is left
-    reaches ``top_p`` (Holtzman et al., 1904.09751); ties go to the lower id.
-
-    Args:
-      key: PRNG key.
-      logits: f32[..., V]; -inf forbids a token.
-      temperature: may be traced; 0 takes the likeliest token.
-      top_p: a Python 1.0 compiles without it; may be traced otherwise.
-      top_k: static; 0 compiles without it.
-
-    Returns:
-      (tokens i32[...], logp f32[...]): the log-probability of each token
-      under the distribution that it was drawn from; 0 where greedy.
-
-    Raises:
-      ValueError: for settings that mean nothing.
-    """
-    check_sampler(temperature, top_p, top_k, vocab_size=logits.shape[-1])
-    noise = jax.random.uniform(key, (*logits.shape[:-1], 2), jnp.float32)
-    return choose(noise, logits, temperature, switch_off(top_p), top_k)
-
-
 def switch_off(top_p: float | jax.Array) -> float | jax.Array | None:
     """Return None for a Python 1.0, so that the filter is not compiled."""
     return None if isinstance(top_p, int | float) and top_p >= 1 else top_p
@@ -113,17 +81,22 @@ def choose(
     top_p: float | jax.Array | None,
     top_k: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw as :func:`draw` does, from given uniform numbers, unchecked.
+    """Draw one token per row from given uniform numbers.
+
+    ``softmax(logits / temperature)``, cut to the ``top_k`` likeliest tokens,
+    then to the smallest set of likeliest ones whose share of what is left
+    reaches ``top_p`` (Holtzman et al., 1904.09751); ties go to the lower id.
 
     Args:
       noise: f32[..., 2] uniform in [0, 1).
-      logits: f32[..., V].
-      temperature: 0 takes the likeliest token.
-      top_p: None turns it off.
-      top_k: 0 turns it off.
+      logits: f32[..., V]; -inf forbids a token.
+      temperature: 0 takes the likeliest token; may be traced.
+      top_p: None compiles without it; may be traced otherwise.
+      top_k: static; 0 compiles without it.
 
     Returns:
-      (tokens i32[...], logp f32[...]), as :func:`draw`.
+      (tokens i32[...], logp f32[...]): the log-probability of each token
+      under the distribution that it was drawn from; 0 where greedy.
     """
     temperature = jnp.asarray(temperature, jnp.float32)
 
