@@ -196,7 +196,7 @@ def _write(
 
     start = jnp.take_along_axis(hidden, candidates.positions[..., None], axis=1)
     states = start if return_hidden else None
-    drawn = nothing_drawn(~candidates.mask, length, pad_id, states=states)
+    drawn = nothing_drawn(~candidates.mask, length, pad_id, states)
     drawn = draw_next(drawn, start)
     if length > 1:  # else the cache has no column to write to
         drawn, _ = jax.lax.while_loop(more, body, (drawn, cache))

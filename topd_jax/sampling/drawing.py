@@ -22,7 +22,7 @@ class Drawn(NamedTuple):
       done: bool[B, ...] sequences that have ended.
       length: i32[B, ...] tokens, the end included.
       tokens: i32[B, ..., T].
-      logp: f32[B, ..., T], or None.
+      logp: f32[B, ..., T].
       states: [B, ..., T, D] the states that the tokens were drawn from, or
         None.
     """
@@ -32,7 +32,7 @@ class Drawn(NamedTuple):
     done: jax.Array
     length: jax.Array
     tokens: jax.Array
-    logp: jax.Array | None
+    logp: jax.Array
     states: jax.Array | None
 
     @property
@@ -45,8 +45,6 @@ def nothing_drawn(
     done: jax.Array,
     length: int,
     pad_id: int,
-    *,
-    keep_logp: bool = False,
     states: jax.Array | None = None,
 ) -> Drawn:
     """Return what the loop starts from.
@@ -55,7 +53,6 @@ def nothing_drawn(
       done: bool[B, ...] sequences that draw nothing.
       length: T.
       pad_id: put where no token is.
-      keep_logp: whether to record log-probabilities.
       states: [..., D] like the states to record; None records none.
     """
 
@@ -71,7 +68,7 @@ def nothing_drawn(
         done=constrain_rows(done),
         length=full(shape, 0, jnp.int32),
         tokens=full(grid, pad_id, jnp.int32),
-        logp=full(grid, 0, jnp.float32) if keep_logp else None,
+        logp=full(grid, 0, jnp.float32),
         states=states,
     )
 
@@ -118,8 +115,6 @@ def draw_token(
     states = drawn.states
     if states is not None:
         states = put(states, jnp.where(drawn.done[..., None], 0, hidden))
-    if drawn.logp is not None:
-        logp = put(drawn.logp, jnp.where(drawn.done, 0.0, logp))
     return Drawn(
         step=drawn.step + 1,
         last=token,
@@ -127,7 +122,7 @@ def draw_token(
         done=drawn.done | ended,
         length=drawn.length + ~drawn.done,
         tokens=put(drawn.tokens, token),
-        logp=None if drawn.logp is None else logp,
+        logp=put(drawn.logp, jnp.where(drawn.done, 0.0, logp)),
         states=states,
     )
 

@@ -182,9 +182,7 @@ def _write(
         draw_next = functools.partial(
             draw_token, head=head, noise=noise, **filters, **told
         )
-        drawn = nothing_drawn(
-            jnp.zeros(rows, bool), max_new_tokens, pad_id, keep_logp=True
-        )
+        drawn = nothing_drawn(jnp.zeros(rows, bool), max_new_tokens, pad_id)
         drawn = _write_all(model, prompts, samples, drawn, draw_next)
     mask = jnp.arange(max_new_tokens) < drawn.length[:, None]
     ended = jnp.any(is_end(drawn.tokens, eos_ids) & mask, axis=1)
