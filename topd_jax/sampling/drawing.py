@@ -160,7 +160,5 @@ def next_token(
 
 def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     """Return bool[...]: which tokens end a sequence."""
-    ended = jnp.zeros(tokens.shape, bool)
-    for eos in eos_ids:
-        ended |= tokens == eos
-    return ended
+    ends = jnp.array(eos_ids, tokens.dtype)
+    return jnp.any(tokens[..., None] == ends, axis=-1)
