@@ -7,6 +7,7 @@ compared with; the paper has neither them nor n-step weights.
 
 import dataclasses
 import functools
+from typing import Any
 
 from topd_jax.losses import token_losses
 from topd_jax.losses.divergences import reverse_kl
@@ -111,23 +112,15 @@ def topd(
     return Objective(token_loss, temperature, (), near_future, guidance)
 
 
-def topd_suppress(
-    token_loss: TokenLoss = reverse_kl,
-    temperature: float = 1.0,
-    near_future: NearFuture = AHEAD,
-    *,
-    context: str = "teacher",
-    guidance_weight: float = 0.1,
-    guidance_share: float = 1.0,
-    branch_loss: str | None = None,
-    anchor_first: bool | None = None,
-) -> Objective:
-    """Guide as :func:`topd` does, and cap the false alarms' loss."""
-    whole = topd(
-        token_loss, temperature, near_future, context=context,
-        guidance_weight=guidance_weight, guidance_share=guidance_share,
-        branch_loss=branch_loss, anchor_first=anchor_first,
-    )  # fmt: skip
+@functools.wraps(topd, assigned=())  # its signature, which names the options
+def topd_suppress(*args: Any, **options: Any) -> Objective:
+    """Guide as :func:`topd` does, and cap the false alarms' loss.
+
+    Args:
+      *args: as :func:`topd`.
+      **options: as :func:`topd`.
+    """
+    whole = topd(*args, **options)
     return dataclasses.replace(whole, token_weights=(weights.cap_selected,))
 
 
