@@ -11,20 +11,18 @@ import jax
 from topd_jax.losses import trajectory
 from topd_jax.losses.divergences import forward_kl, reverse_kl
 from topd_jax.losses.fused import fused_divergence, fused_token_logprobs
-from topd_jax.settings import check, setting
+from topd_jax.objectives.pieces import Bounded
+from topd_jax.settings import setting
 from topd_jax.types import Candidates, Head, Layout, Windows
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanTargets:
+class PlanTargets(Bounded):
     """Train the rollout's own contexts on the transport plan's targets (§3)."""
 
     anchor_first: bool = setting(
         True, "the first target is the teacher's first token"
     )
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self,
@@ -74,15 +72,12 @@ def branch_cross_entropy(
 
 
 @dataclasses.dataclass(frozen=True)
-class BranchDivergence:
+class BranchDivergence(Bounded):
     """Train along the teacher's branch on its whole distributions."""
 
     divergence: str = setting(
         "forward_kl", "along the branch", choices=("forward_kl", "reverse_kl")
     )
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self,

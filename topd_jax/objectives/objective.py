@@ -20,6 +20,7 @@ from topd_jax.losses.near_future import future_loss
 from topd_jax.losses.optimal_transport import window_distance
 from topd_jax.losses.token_losses import TokenLoss
 from topd_jax.objectives.pieces import (
+    Bounded,
     Piece,
     is_row_wise,
     needs,
@@ -70,7 +71,7 @@ class Detection(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Transport:
+class Transport(Bounded):
     """Detect by optimal transport between the two windows (§3)."""
 
     epsilon: float = setting(
@@ -79,9 +80,6 @@ class Transport:
     position_weight: float = setting(
         0.5, "cost of moving a token by a window", least=0, most=10
     )
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self,

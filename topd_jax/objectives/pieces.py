@@ -18,8 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from topd_jax.objectives.statistics import pick
+from topd_jax.settings import check
 
 Piece = Callable[..., Any]
+
+
+class Bounded:
+    """Check the options of a dataclass of this kind when one is made.
+
+    They are fields of :func:`topd_jax.settings.setting`.
+
+    Raises:
+      ValueError: with the value and its bound.
+    """
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def row_wise(weight: Piece) -> Piece:

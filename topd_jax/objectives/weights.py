@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from topd_jax.losses import token_weights
 from topd_jax.losses.log_probs import LOG_FLOOR
-from topd_jax.objectives.pieces import row_wise
-from topd_jax.settings import check, setting
+from topd_jax.objectives.pieces import Bounded, row_wise
+from topd_jax.settings import setting
 from topd_jax.types import Candidates
 
 
@@ -31,16 +31,13 @@ def cap_selected(
 
 @row_wise
 @dataclasses.dataclass(frozen=True)
-class NStep:
+class NStep(Bounded):
     """Give more weight to the n tokens from each divergent state on."""
 
     n: int = setting(10, "tokens that a bonus reaches", least=1)
     discount: float = setting(1.0, "of the bonus, a token", least=0, most=1)
     strength: float = setting(1.0, "of the bonus", least=0, most=1e6)
     cap: float = setting(1.0, "of overlapping bonuses", least=0, most=1e6)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self, divergent: jax.Array, candidates: Candidates, mask: jax.Array
@@ -52,13 +49,10 @@ class NStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tip:
+class Tip(Bounded):
     """Keep the most important tokens (TIP, arXiv:2604.14084)."""
 
     fraction: float = setting(0.5, "share of tokens kept", above=0, most=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self, student_entropy: jax.Array, reverse_kl: jax.Array, mask: jax.Array
@@ -71,16 +65,13 @@ class Tip:
 
 
 @dataclasses.dataclass(frozen=True)
-class Teachability:
+class Teachability(Bounded):
     """Keep the tokens that can be taught (TA-OPD, arXiv:2605.26844).
 
     Names ``coverage``: the teacher's mass on the student's top k.
     """
 
     fraction: float = setting(0.5, "share of tokens kept", above=0, most=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self, reverse_kl: jax.Array, coverage: jax.Array, mask: jax.Array
@@ -93,13 +84,10 @@ class Teachability:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fire:
+class Fire(Bounded):
     """Drop poor rollouts, weigh by confidence (FiRe-OPD, arXiv:2606.02684)."""
 
     drop: float = setting(0.2, "share of rollouts dropped", least=0, most=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self,
@@ -116,14 +104,11 @@ class Fire:
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class Agreement(Bounded):
     """Cut rollouts where both models agree for too long (arXiv:2606.09471)."""
 
     quantile: float = setting(0.1, "level of the threshold", least=0, most=1)
     window: int = setting(64, "tokens of the running mean", least=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(self, reverse_kl: jax.Array, mask: jax.Array) -> jax.Array:
         """Compute the weights, f32[B, T]."""
@@ -137,13 +122,10 @@ class Agreement:
 
 
 @dataclasses.dataclass(frozen=True)
-class Retain:
+class Retain(Bounded):
     """Keep tokens at random: the control of any selection (DIAL-OPD)."""
 
     fraction: float = setting(0.5, "share of tokens kept", above=0, most=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(self, uniforms: jax.Array, mask: jax.Array) -> jax.Array:
         """Compute the weights, f32[B, T]."""
@@ -153,16 +135,13 @@ class Retain:
 
 @row_wise
 @dataclasses.dataclass(frozen=True)
-class Prefix:
+class Prefix(Bounded):
     """Give more weight before disagreement piles up (arXiv:2606.22600)."""
 
     gamma: float = setting(
         0.5, "weight of the first token, less 1", least=0, most=1e6
     )
     log_floor: float = setting(LOG_FLOOR, "nats, of log-probabilities", below=0)
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def __call__(
         self,
