@@ -362,18 +362,12 @@ class Objective:
 
 def _require_kinds(objective: Objective) -> None:
     """Raise ValueError for a piece in a place that is not its own."""
-    for name, kind in (
-        ("token_weights", tuple),
-        ("near_future", NearFuture | None),
-        ("guidance", Guidance | None),
-        ("statistics", Mapping),
+    for name, kind, example in (
+        ("token_weights", tuple, "(weight,)"),
+        ("near_future", NearFuture | None, "NearFuture(...)"),
+        ("guidance", Guidance | None, "Guidance(loss)"),
+        ("statistics", Mapping, "{'name': statistic}"),
     ):
         value = getattr(objective, name)
         if not isinstance(value, kind):
-            example = {
-                "token_weights": "(weight,)",
-                "near_future": "NearFuture(...)",
-                "guidance": "Guidance(loss)",
-                "statistics": "{'name': statistic}",
-            }[name]
             raise ValueError(f"{name}={value!r} must be like {name}={example}")
