@@ -8,32 +8,23 @@ sign, and in what their gradient trains. The paper uses none of them.
 import jax
 import jax.numpy as jnp
 
-from topd_jax.losses.log_probs import (
-    LOG_FLOOR,
-    check_log_floor,
-    check_pair,
-    floored,
-)
+from topd_jax.losses.log_probs import LOG_FLOOR, check_pair, floored
 
 # exp of this is still finite in float32, and so are sums of it.
 _MAX_LOG_RATIO = 80.0
 
 
 def _log_ratio(
-    student_token_logp: jax.Array, teacher_token_logp: jax.Array, floor: float
+    student_token_logp: jax.Array, teacher_token_logp: jax.Array
 ) -> jax.Array:
     """Compute log p_T(y) - log p_S(y), both floored."""
     check_pair(student_token_logp, teacher_token_logp)
-    check_log_floor(floor)
-    student = floored(student_token_logp, floor)
-    return floored(teacher_token_logp, floor) - student
+    student = floored(student_token_logp, LOG_FLOOR)
+    return floored(teacher_token_logp, LOG_FLOOR) - student
 
 
 def k1(
-    student_token_logp: jax.Array,
-    teacher_token_logp: jax.Array,
-    *,
-    log_floor: float = LOG_FLOOR,
+    student_token_logp: jax.Array, teacher_token_logp: jax.Array
 ) -> jax.Array:
     """Estimate KL(student || teacher) by log p_S(y) - log p_T(y), stopped.
 
@@ -42,9 +33,9 @@ def k1(
     direct loss is zero, so none flows.
 
     Args:
-      student_token_logp: [...] log p_S of tokens that the student sampled.
+      student_token_logp: [...] log p_S of tokens that the student sampled;
+        -100 stands for smaller ones, of the teacher's too.
       teacher_token_logp: [...] log p_T of the same tokens.
-      log_floor: stands for smaller log-probabilities of either, below 0.
 
     Returns:
       f32[...] (f64 for f64), nats, stopped.
@@ -57,24 +48,20 @@ def k1(
     See also:
       :func:`k2`, :func:`k3`, and :func:`reverse_kl`, which is exact.
     """
-    log_ratio = _log_ratio(student_token_logp, teacher_token_logp, log_floor)
+    log_ratio = _log_ratio(student_token_logp, teacher_token_logp)
     return jax.lax.stop_gradient(-log_ratio)
 
 
 def k2(
-    student_token_logp: jax.Array,
-    teacher_token_logp: jax.Array,
-    *,
-    log_floor: float = LOG_FLOOR,
+    student_token_logp: jax.Array, teacher_token_logp: jax.Array
 ) -> jax.Array:
     """Estimate KL(student || teacher) by r^2 / 2, r = log p_T(y) - log p_S(y).
 
     Biased; its direct gradient is in expectation that of reverse KL.
 
     Args:
-      student_token_logp: [...] log p_S of tokens that the student sampled.
+      student_token_logp: [...] as in :func:`k1`.
       teacher_token_logp: [...] log p_T of the same tokens.
-      log_floor: as in :func:`k1`.
 
     Returns:
       f32[...] (f64 for f64), nats.
@@ -84,16 +71,11 @@ def k2(
       >>> round(float(k2(jnp.log(0.5), jnp.log(0.25))), 4)
       0.2402
     """
-    return (
-        _log_ratio(student_token_logp, teacher_token_logp, log_floor) ** 2 / 2
-    )
+    return _log_ratio(student_token_logp, teacher_token_logp) ** 2 / 2
 
 
 def k3(
-    student_token_logp: jax.Array,
-    teacher_token_logp: jax.Array,
-    *,
-    log_floor: float = LOG_FLOOR,
+    student_token_logp: jax.Array, teacher_token_logp: jax.Array
 ) -> jax.Array:
     """Estimate KL(student || teacher) by exp(r) - 1 - r, as in :func:`k2`.
 
@@ -101,10 +83,9 @@ def k3(
     of **forward** KL, not of the reverse KL that it estimates.
 
     Args:
-      student_token_logp: [...] log p_S of tokens that the student sampled.
+      student_token_logp: [...] as in :func:`k1`; r is capped at 80 in the
+        exponential, where float32 ends.
       teacher_token_logp: [...] log p_T of the same tokens.
-      log_floor: as in :func:`k1`; r is capped at 80 in the exponential, where
-        float32 ends.
 
     Returns:
       f32[...] (f64 for f64), nats.
@@ -114,5 +95,5 @@ def k3(
       >>> round(float(k3(jnp.log(0.5), jnp.log(0.25))), 4)
       0.1931
     """
-    log_ratio = _log_ratio(student_token_logp, teacher_token_logp, log_floor)
+    log_ratio = _log_ratio(student_token_logp, teacher_token_logp)
     return jnp.expm1(jnp.minimum(log_ratio, _MAX_LOG_RATIO)) - log_ratio

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from topd_jax.losses.fused import fused_log_normalizer
-from topd_jax.losses.log_probs import LOG_FLOOR, check_log_floor
+from topd_jax.losses.log_probs import LOG_FLOOR, floored
 from topd_jax.losses.near_future import slice_windows
 from topd_jax.types import (
     ONE_DEVICE,
@@ -92,11 +92,7 @@ def trajectory_targets(
 
 
 def trajectory_loss(
-    targets: jax.Array,
-    logp: jax.Array,
-    teacher_windows: Windows,
-    *,
-    log_floor: float = LOG_FLOOR,
+    targets: jax.Array, logp: jax.Array, teacher_windows: Windows
 ) -> jax.Array:
     """Compute the KL of the targets to the student, mean over the window.
 
@@ -107,9 +103,8 @@ def trajectory_loss(
 
     Args:
       targets: f32[..., K, J] of :func:`trajectory_targets`.
-      logp: f32[..., K, J] log p_S(T[j] | c_i).
+      logp: f32[..., K, J] log p_S(T[j] | c_i); -100 stands for smaller ones.
       teacher_windows: tokens [..., J].
-      log_floor: stands for smaller log-probabilities, below 0.
 
     Returns:
       f32[...] one value a window; 0 where no row has a target.
@@ -122,7 +117,6 @@ def trajectory_loss(
       >>> round(float(trajectory_loss(targets, logp, teacher)), 4)
       1.3863
     """
-    check_log_floor(log_floor)
     tokens = teacher_windows.tokens
     same = tokens[..., :, None] == tokens[..., None, :]
     # sum_v q_v log q_v = sum_j g_j log q(T[j]): the merged mass belongs under
@@ -134,7 +128,7 @@ def trajectory_loss(
         precision=jax.lax.Precision.HIGHEST,
     )
     used = targets > 0
-    logp = jnp.where(logp <= log_floor, log_floor, logp)
+    logp = floored(logp, LOG_FLOOR)
     gap = jnp.log(jnp.where(used, merged, 1.0)) - logp
     values = jnp.sum(jnp.where(used, targets * gap, 0.0), axis=-1)
     return window_mean(values, jnp.any(used, axis=-1))
