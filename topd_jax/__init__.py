@@ -14,7 +14,7 @@ _ROOMS = {
         "Candidates CappedHead Head Layout Prompts Scored Teacher Trajectories "
         "Windows completion_states"
     ),
-    "losses.log_probs": "cross_entropy entropy log_softmax token_logprobs",
+    "losses.log_probs": "entropy log_softmax token_logprobs",
     "losses.divergences": (
         "forward_kl generalized_jsd on_logits reverse_kl weighted_mean"
     ),

@@ -59,14 +59,6 @@ def log_normalizer(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return peak, jnp.log(total)
 
 
-def _selected(values: jax.Array, tokens: jax.Array) -> jax.Array:
-    # One-hot, not gather: gather would materialise log-softmax, and its
-    # gradient is a scatter.
-    tokens = jnp.asarray(tokens)
-    ids = jax.lax.broadcasted_iota(tokens.dtype, values.shape, values.ndim - 1)
-    return jnp.sum(jnp.where(ids == tokens[..., None], values, 0), axis=-1)
-
-
 def check_floats(*arrays: jax.Array) -> None:
     """Raise AssertionError unless every array is of a float type."""
     chex.assert_type(list(arrays), float)
@@ -80,17 +72,6 @@ def check_pair(student_logp: jax.Array, teacher_logp: jax.Array) -> None:
             f"student_logp{list(jnp.shape(student_logp))} and teacher_logp"
             f"{list(jnp.shape(teacher_logp))} must have the same shape "
             "[..., V]; cut both to the ids that they share first"
-        )
-
-
-def _check_tokens(values: jax.Array, tokens: jax.Array) -> None:
-    check_floats(values)
-    chex.assert_type(tokens, int)
-    if jnp.shape(values)[:-1] != jnp.shape(tokens):
-        raise ValueError(
-            f"tokens{list(jnp.shape(tokens))} must have one id a "
-            f"distribution of {list(jnp.shape(values))}, "
-            f"{list(jnp.shape(values)[:-1])}"
         )
 
 
@@ -145,42 +126,24 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
       >>> round(float(token_logprobs(jnp.zeros(4), jnp.array(1))), 4)
       -1.3863
     """
-    _check_tokens(logits, tokens)
-    logits = floored(logits)
+    check_floats(logits)
+    chex.assert_type(tokens, int)
+    if jnp.shape(logits)[:-1] != jnp.shape(tokens):
+        raise ValueError(
+            f"tokens{list(jnp.shape(tokens))} must have one id a "
+            f"distribution of {list(jnp.shape(logits))}, "
+            f"{list(jnp.shape(logits)[:-1])}"
+        )
+    logits, tokens = floored(logits), jnp.asarray(tokens)
     peak, log_total = log_normalizer(logits)
-    logp = _selected(logits, tokens) - peak[..., 0] - log_total[..., 0]
-    return _known(logp, tokens, logits.shape[-1])
-
-
-def _known(values: jax.Array, tokens: jax.Array, vocab: int) -> jax.Array:
+    # One-hot, not gather: gather would materialise log-softmax, and its
+    # gradient is a scatter.
+    ids = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+    own = jnp.where(ids == tokens[..., None], logits, 0)
+    logp = jnp.sum(own, axis=-1) - peak[..., 0] - log_total[..., 0]
     # A loss of 0 for a token that does not exist would pass unseen.
-    exists = (tokens >= 0) & (tokens < vocab)
-    return jnp.where(exists, values, jnp.nan)
-
-
-def cross_entropy(
-    logp: jax.Array, tokens: jax.Array, *, log_floor: float = LOG_FLOOR
-) -> jax.Array:
-    """Compute -log p(y), at most ``-log_floor``.
-
-    Args:
-      logp: [..., V] log-probabilities.
-      tokens: i32[...] token ids, 0..V - 1; NaN outside.
-      log_floor: stands for smaller log-probabilities, below 0.
-
-    Returns:
-      f32[...] (f64 for f64), 0..-log_floor.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> logp = jnp.log(jnp.array([0.25, 0.75]))
-      >>> round(float(cross_entropy(logp, jnp.array(0))), 4)
-      1.3863
-    """
-    _check_tokens(logp, tokens)
-    check_log_floor(log_floor)
-    values = _selected(floored(logp, log_floor), tokens)
-    return -_known(values, tokens, logp.shape[-1])
+    exists = (tokens >= 0) & (tokens < logits.shape[-1])
+    return jnp.where(exists, logp, jnp.nan)
 
 
 def entropy(
