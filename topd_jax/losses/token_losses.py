@@ -57,7 +57,7 @@ def top_k_forward_kl(
       log_floor: stands for smaller log-probabilities of the student.
 
     Returns:
-      f32[...].
+      f32[...] (f64 for f64), nats.
 
     Raises:
       ValueError: for k below 1, or a floor of 0 or more.
@@ -72,12 +72,10 @@ def top_k_forward_kl(
     check_pair(student_logp, teacher_logp)
     check_log_floor(log_floor)
     kept = top_k_mask(teacher_logp, k)
-    teacher = jnp.maximum(teacher_logp.astype(jnp.float32), LOWEST)
-    q = jax.nn.softmax(jnp.where(kept, teacher, LOWEST), axis=-1)
+    teacher = jnp.where(kept, floored(teacher_logp), LOWEST)
+    q = jax.nn.softmax(teacher, axis=-1)
     used = q > 0
-    student = student_logp.astype(jnp.float32)
-    student = jnp.where(student <= log_floor, log_floor, student)
-    gap = jnp.log(jnp.where(used, q, 1.0)) - student
+    gap = jnp.log(jnp.where(used, q, 1.0)) - floored(student_logp, log_floor)
     return jnp.sum(jnp.where(used, q * gap, 0.0), axis=-1)
 
 
