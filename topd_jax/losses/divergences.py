@@ -154,7 +154,10 @@ def generalized_jsd(
       >>> round(float(generalized_jsd(student, teacher, 0.5)), 4)
       0.0338
     """
-    check_beta(beta)
+    if not (is_finite_number(beta) and 0 <= beta <= 1):
+        raise ValueError(
+            f"beta={beta!r} must lie in 0..1; 0 is forward KL, 1 reverse KL"
+        )
     if beta in (0, 1):
         kl = forward_kl if beta == 0 else reverse_kl
         return kl(
@@ -175,14 +178,6 @@ def generalized_jsd(
         axis=axis,
         where=where,
     )
-
-
-def check_beta(beta: float) -> None:
-    """Raise ValueError for a mixture weight outside 0..1."""
-    if not (is_finite_number(beta) and 0 <= beta <= 1):
-        raise ValueError(
-            f"beta={beta!r} must lie in 0..1; 0 is forward KL, 1 reverse KL"
-        )
 
 
 def on_logits(
