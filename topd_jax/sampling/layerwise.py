@@ -163,10 +163,7 @@ def repeat_rows(model: Any, cache: Any, times: int) -> Any:
         x = jnp.repeat(x.reshape(*lead, -1, size, *rest), times, axis=dim)
         return x.reshape(*lead, -1, *rest)
 
-    leaves, structure = jax.tree.flatten(cache)
-    grows = growth(model.init_cache, (1, 1), (2, 1))
-    repeated = [one(x, own) for x, own in zip(leaves, grows, strict=True)]
-    return jax.tree.unflatten(structure, repeated)
+    return change_leaves(one, growth(model.init_cache, (1, 1), (2, 1)), cache)
 
 
 def add_columns(model: Any, cache: Any, extra: int) -> Any:
@@ -183,18 +180,12 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
     if extra == 0:
         return cache
 
-    def empty(rows: int, columns: int) -> Any:
-        return unstack_cache(model, model.init_cache(rows, columns))
+    def one(x: jax.Array, own: list[int]) -> jax.Array:
+        if not any(own):
+            return x
+        return jnp.pad(x, [(0, extra * more) for more in own])
 
-    leaves, structure = jax.tree.flatten(cache)
-    grows = growth(empty, (1, 1), (1, 2))
-    return jax.tree.unflatten(
-        structure,
-        [
-            jnp.pad(x, [(0, extra * more) for more in own]) if any(own) else x
-            for x, own in zip(leaves, grows, strict=True)
-        ],
-    )
+    return change_leaves(one, column_growth(model), cache)
 
 
 def stretches(length: int) -> list[int]:
@@ -231,3 +222,41 @@ def growth(
         [n - m for m, n in zip(a.shape, b.shape, strict=True)]
         for a, b in zip(one, two, strict=True)
     ]
+
+
+def column_growth(model: Any) -> list[list[int]]:
+    """Tell how the cache of a loop over tokens grows by one column.
+
+    Args:
+      model: that keeps it.
+
+    Returns:
+      As :func:`growth`.
+    """
+
+    def empty(rows: int, columns: int) -> Any:
+        return unstack_cache(model, model.init_cache(rows, columns))
+
+    return growth(empty, (1, 1), (1, 2))
+
+
+def change_leaves(
+    change: Callable[..., jax.Array], grows: list[list[int]], *caches: Any
+) -> Any:
+    """Change every array of caches.
+
+    Args:
+      change: (array, how its dimensions grow, the arrays of the other caches)
+        -> array.
+      grows: of :func:`growth`.
+      *caches: of one model.
+
+    Returns:
+      The changed cache.
+    """
+    leaves = zip(*map(jax.tree.leaves, caches), strict=True)
+    changed = [
+        change(x, own, *rest)
+        for (x, *rest), own in zip(leaves, grows, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(caches[0]), changed)

@@ -4,7 +4,6 @@ Which dimensions of an array are rows and columns is told from how a model's
 caches grow. Integer scalars count the tokens that are written.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +11,12 @@ import jax.numpy as jnp
 
 from topd_jax.models.attention.cache import update_slice
 from topd_jax.parallel.collectives import over_rows
-from topd_jax.sampling.layerwise import growth, unstack_cache
-
-Dims = list[list[int]]
+from topd_jax.sampling.layerwise import (
+    change_leaves,
+    column_growth,
+    growth,
+    unstack_cache,
+)
 
 
 def add_tokens(cache: Any, count: int | jax.Array) -> Any:
@@ -49,7 +51,8 @@ def cut_columns(
             x = jax.lax.dynamic_slice_in_dim(x, start, size, dim)
         return x
 
-    return add_tokens(_over_columns(model, one, cache), -start)
+    cut = change_leaves(one, column_growth(model), cache)
+    return add_tokens(cut, -start)
 
 
 def paste_columns(model: Any, cache: Any, part: Any) -> Any:
@@ -64,7 +67,7 @@ def paste_columns(model: Any, cache: Any, part: Any) -> Any:
     def one(x: jax.Array, grows: list[int], y: jax.Array) -> jax.Array:
         return update_slice(x, y, [0] * x.ndim) if any(grows) else y
 
-    return _over_columns(model, one, cache, part)
+    return change_leaves(one, column_growth(model), cache, part)
 
 
 def put_rows(
@@ -119,7 +122,7 @@ def put_rows(
     return jax.tree.unflatten(structure, leaves)
 
 
-def _growth(model: Any, large: tuple[int, int]) -> Dims:
+def _growth(model: Any, large: tuple[int, int]) -> list[list[int]]:
     """Tell the dimensions of (cache, hidden, noise); see :func:`growth`."""
 
     def held(rows: int, columns: int) -> Any:
@@ -127,16 +130,3 @@ def _growth(model: Any, large: tuple[int, int]) -> Dims:
         return cache, jnp.zeros((rows, 1)), jnp.zeros((rows, 1, 1))
 
     return growth(held, (1, 1), large)
-
-
-def _over_columns(
-    model: Any, change: Callable[..., jax.Array], *caches: Any
-) -> Any:
-    """Change every array of caches, told which of its dimensions grow."""
-    leaves = zip(*map(jax.tree.leaves, caches), strict=True)
-    grows = _growth(model, (1, 2))  # those of the cache come first
-    changed = [
-        change(x, g, *rest)
-        for (x, *rest), g in zip(leaves, grows, strict=False)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(caches[0]), changed)
