@@ -200,7 +200,14 @@ def _write_all(
     draw_next: Callable[[Drawn, jax.Array], Drawn],
 ) -> Drawn:
     """Let all rows write side by side, until the longest has ended."""
-    hidden, cache = _prefill(model, prompts, samples)
+    # Each prompt is read once; then its part of the cache is repeated.
+    hidden, cache = model(
+        prompts.tokens,
+        positions_of(prompts.mask),
+        mask_for(model, causal_intervals(prompts.mask)),
+        model.init_cache(*prompts.tokens.shape),
+    )
+    cache = repeat_rows(model, cache, samples)
     prompts = jax.tree.map(lambda x: _repeat(x, samples), prompts)
     width, length = prompts.tokens.shape[1], drawn.tokens.shape[1]
     first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
@@ -226,28 +233,12 @@ def _write_all(
 
         return jax.lax.while_loop(more, body, carry)
 
-    drawn, begin = draw_next(drawn, hidden), 0
+    drawn, begin = draw_next(drawn, _repeat(hidden[:, -1], samples)), 0
     for end in stretches(length):
         cache = add_columns(model, cache, end - begin)
         drawn, cache = stretch((drawn, cache), begin, end)
         begin = end
     return drawn
-
-
-def _prefill(
-    model: Any, prompts: Prompts, samples: int
-) -> tuple[jax.Array, Any]:
-    """Return last states [B * samples, D], and the cache of the prompts.
-
-    Each prompt is read once; then its part of the cache is repeated.
-    """
-    hidden, cache = model(
-        prompts.tokens,
-        positions_of(prompts.mask),
-        mask_for(model, causal_intervals(prompts.mask)),
-        model.init_cache(*prompts.tokens.shape),
-    )
-    return _repeat(hidden[:, -1], samples), repeat_rows(model, cache, samples)
 
 
 def _repeat(x: jax.Array, times: int) -> jax.Array:
