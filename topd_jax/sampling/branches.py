@@ -97,7 +97,12 @@ def branch(
     """
     ids = check_vocab_size(model.head.shape[0], vocab_size)
     check_sampler(temperature, length=length)
-    _check_key(key, temperature)
+    greedy = isinstance(temperature, int | float) and temperature == 0
+    if key is None and not greedy:
+        raise ValueError(
+            f"branch at temperature={temperature} needs a key; pass key=, or "
+            "temperature=0.0 for the greedy continuation"
+        )
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
     check_ends(eos_ids, ids)
     check_candidates(candidates, trajectories.tokens.shape[0])
@@ -218,15 +223,6 @@ def _branch_mask(
     exists = jnp.pad(exists, ((0, 0), (0, extra)), constant_values=True)
     prefix = candidates.positions + trajectories.prompt.shape[1]
     return BranchMask(exists, prefix, read), step
-
-
-def _check_key(key: jax.Array | None, temperature: float | jax.Array) -> None:
-    greedy = isinstance(temperature, int | float) and temperature == 0
-    if key is None and not greedy:
-        raise ValueError(
-            f"branch at temperature={temperature} needs a key; pass key=, or "
-            "temperature=0.0 for the greedy continuation"
-        )
 
 
 def _check_reading(
