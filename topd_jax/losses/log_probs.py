@@ -59,14 +59,9 @@ def log_normalizer(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return peak, jnp.log(total)
 
 
-def check_floats(*arrays: jax.Array) -> None:
-    """Raise AssertionError unless every array is of a float type."""
-    chex.assert_type(list(arrays), float)
-
-
 def check_pair(student_logp: jax.Array, teacher_logp: jax.Array) -> None:
     """Raise ValueError unless both are floats of one shape."""
-    check_floats(student_logp, teacher_logp)
+    chex.assert_type([student_logp, teacher_logp], float)
     if jnp.shape(student_logp) != jnp.shape(teacher_logp):
         raise ValueError(
             f"student_logp{list(jnp.shape(student_logp))} and teacher_logp"
@@ -104,7 +99,7 @@ def log_softmax(logits: jax.Array) -> jax.Array:
       >>> log_softmax(jnp.array([0.0, -jnp.inf])).tolist()[0]
       0.0
     """
-    check_floats(logits)
+    chex.assert_type(logits, float)
     logits = floored(logits)
     peak, log_total = log_normalizer(logits)
     return logits - peak - log_total
@@ -126,8 +121,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
       >>> round(float(token_logprobs(jnp.zeros(4), jnp.array(1))), 4)
       -1.3863
     """
-    check_floats(logits)
-    chex.assert_type(tokens, int)
+    chex.assert_type([logits, tokens], [float, int])
     if jnp.shape(logits)[:-1] != jnp.shape(tokens):
         raise ValueError(
             f"tokens{list(jnp.shape(tokens))} must have one id a "
@@ -165,7 +159,7 @@ def entropy(
       >>> round(float(entropy(jnp.log(jnp.array([0.5, 0.5])))), 4)
       0.6931
     """
-    check_floats(logp)
+    chex.assert_type(logp, float)
     logp = within(floored(logp), where)
     return -jnp.sum(jnp.exp(logp) * logp, axis=axis, where=where)
 

@@ -85,7 +85,7 @@ def select_candidates(
       >>> select_candidates(loss, mask, count=2).positions.tolist()
       [1, 3]
     """
-    _check_mask(mask)
+    chex.assert_type([mask], bool)
     length = token_loss.shape[-1]
     if not 1 <= count <= length:
         raise ValueError(
@@ -145,10 +145,6 @@ def shortlist(
         candidates.positions, kept.positions, axis=-1
     )
     return Candidates(jnp.where(kept.mask, positions, 0), kept.mask)
-
-
-def _check_mask(*masks: jax.Array) -> None:
-    chex.assert_type(list(masks), bool)
 
 
 def _check_length(length: int) -> None:
@@ -211,7 +207,7 @@ def student_windows(
       ValueError: for a length below 1.
     """
     _check_length(length)
-    _check_mask(trajectories.mask, candidates.mask)
+    chex.assert_type([trajectories.mask, candidates.mask], bool)
     mask = slice_windows(trajectories.mask, candidates.positions, length)
     mask &= candidates.mask[..., None]
     tokens = slice_windows(trajectories.tokens, candidates.positions, length)
@@ -252,7 +248,7 @@ def future_loss(
       [2.5]
     """
     _check_length(length)
-    _check_mask(mask, candidates.mask)
+    chex.assert_type([mask, candidates.mask], bool)
     exists = slice_windows(mask, candidates.positions, length)
     exists &= candidates.mask[..., None]
     losses = slice_windows(token_loss, candidates.positions, length)
@@ -298,7 +294,7 @@ def divergence_mask(
       >>> divergence_mask(distance, at, threshold=0.5).tolist()
       [False, True]
     """
-    _check_mask(candidates.mask)
+    chex.assert_type([candidates.mask], bool)
     if threshold is None:
         if not 0 <= percentile <= 100:
             raise ValueError(
@@ -332,7 +328,7 @@ def matched_control_mask(
     Returns:
       bool[..., M], a subset of ``divergent``.
     """
-    _check_mask(divergent, false_alarm)
+    chex.assert_type([divergent, false_alarm], bool)
     uniforms = jax.random.uniform(key, (divergent.size,))
     uniforms = jnp.where(divergent.ravel(), uniforms, 2.0)
     # Rank by position in the order, so that equal draws cannot both win.
