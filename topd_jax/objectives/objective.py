@@ -27,7 +27,6 @@ from topd_jax.objectives.pieces import (
     require_names,
     require_rows,
     spelled,
-    try_on_a_token,
 )
 from topd_jax.objectives.statistics import STATISTICS
 from topd_jax.settings import check, setting
@@ -254,9 +253,6 @@ class Objective:
         names = TOKENS | {*STATISTICS, *self.statistics, "token_loss"}
         for weight in self.token_weights:
             require_names("token_weights", weight, names | FUTURES)
-        try_on_a_token(self.token_loss)
-        for statistic in self.statistics.values():
-            try_on_a_token(statistic)
         ahead = [w for w in self.token_weights if needs(w) & FUTURES]
         ahead += [] if self.guidance is None else [self.guidance.loss]
         if ahead and self.near_future is None:

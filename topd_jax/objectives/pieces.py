@@ -109,7 +109,7 @@ def require_rows(where: str, piece: Piece, offered: set[str]) -> None:
 
     Args:
       where: what the piece is, for the error.
-      piece: any.
+      piece: any; it is tried on one token, so that bad options are refused.
       offered: what it may name after its first two parameters.
 
     Raises:
@@ -121,9 +121,10 @@ def require_rows(where: str, piece: Piece, offered: set[str]) -> None:
             "teacher_logp"
         )
     require_names(where, piece, offered, after=2)
+    _try_on_a_token(piece)
 
 
-def try_on_a_token(piece: Piece) -> None:
+def _try_on_a_token(piece: Piece) -> None:
     """Trace a piece on one token, so that bad options are refused now.
 
     Of few logits, and where those will not do, of many. An error that differs
