@@ -150,17 +150,11 @@ def _misfit(function: Callable[..., Any], unused: set[str]) -> str:
 def _options_of_piece(piece: Callable[..., Any]) -> set[str]:
     if isinstance(piece, type):
         return options_of(piece)
-    return set(_bindable(piece))
-
-
-def _bindable(piece: Callable[..., Any]) -> list[str]:
-    if isinstance(piece, type) or not callable(piece):
-        return []
-    return [
+    return {
         name
         for name, parameter in inspect.signature(piece).parameters.items()
         if parameter.default is not parameter.empty and name not in _ARRAYS
-    ]
+    }
 
 
 def _build(
@@ -210,7 +204,10 @@ def _bound(
         if isinstance(piece, type):
             return _build(piece, options, unused)
         return _build(type(piece), options, unused, piece)
-    taken = {n: options[n] for n in _bindable(piece) if n in options}
+    if not callable(piece):
+        return piece
+    own = _options_of_piece(piece)
+    taken = {name: x for name, x in options.items() if name in own}
     unused.difference_update(taken)
     return functools.partial(piece, **taken) if taken else piece
 
