@@ -230,9 +230,8 @@ def test_dropped_mass_and_normalizer():
     hidden, head = heads()[:2]
     mass = functools.partial(fused.dropped_mass, layout=UNEVEN)
     for bound in (head, CappedHead(head, 2.0)):
-        want = np.exp(logp(hidden, bound, 2.0))[..., 20:].sum(-1)
-        got = mass(hidden, bound, 20, temperature=2.0)
-        assert_allclose(got, want, rtol=1e-5)
+        want = np.exp(logp(hidden, bound))[..., 20:].sum(-1)
+        assert_allclose(mass(hidden, bound, 20), want, rtol=1e-5)
     assert_array_equal(mass(hidden, head, V), 0)
     # Zero rows beside strongly negative logits take nearly everything.
     padded = jnp.concatenate([jnp.full((10, D), -1.0), jnp.zeros((5, D))])

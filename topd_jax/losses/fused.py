@@ -301,7 +301,6 @@ def dropped_mass(
     head: Head,
     vocab_size: int,
     *,
-    temperature: float | jax.Array = 1.0,
     layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Compute the probability that the full softmax puts beyond shared ids.
@@ -313,7 +312,6 @@ def dropped_mass(
       hidden: [..., T, D] final states.
       head: [V, D].
       vocab_size: ids that are kept, at most V.
-      temperature: divides the logits, above 0.
       layout: size of the chunks, and where they lie on a mesh.
 
     Returns:
@@ -323,10 +321,9 @@ def dropped_mass(
       ValueError: for shapes or numbers that do not fit.
     """
     check_vocab(hidden, head, vocab_size)
-    scale = _temperature(temperature, hidden, head)
 
     def beyond(_: None, states: jax.Array) -> tuple[None, jax.Array]:
-        logp = log_softmax(unembed_rows(states, head, layout) / scale)
+        logp = log_softmax(unembed_rows(states, head, layout))
         return None, jnp.sum(jnp.exp(logp[:, vocab_size:]), axis=-1)
 
     _, mass = over_tokens(
