@@ -229,13 +229,12 @@ def _sinkhorn(
     def advance(state: tuple) -> tuple:
         done, f, g, error = state
         new_f, new_g, new_error = block(cost, a, b, f, g)
-        # A comparison with NaN is False: what fails keeps its last state.
-        live = (error > threshold) & jnp.isfinite(new_error)
+        live = error > threshold
         return (
             done + 1,
             jnp.where(live[..., None], new_f, f),
             jnp.where(live[..., None], new_g, g),
-            jnp.where(error > threshold, new_error, error),
+            jnp.where(live, new_error, error),
         )
 
     # Half-empty problems never converge: they count as finished.
