@@ -243,7 +243,7 @@ def test_every_option_is_bounded_at_construction(name):
         (
             topd.Objective,
             {"token_weights": (lambda *all: all,)},
-            "takes .all; name each parameter",
+            "names all; it may name ",
         ),
         (
             topd.Objective,

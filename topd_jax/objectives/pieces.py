@@ -69,26 +69,20 @@ def needs(piece: Piece, *, after: int = 0) -> frozenset[str]:
         both models' log-probabilities.
 
     Raises:
-      ValueError: for something that cannot be called, or that takes ``*args``.
+      ValueError: for something that cannot be called.
     """
     if not callable(piece):
         raise ValueError(
             f"{piece!r} is no piece of an objective; it must be a function or "
             "have __call__"
         )
-    names = set()
-    parameters = inspect.signature(piece).parameters.items()
-    for name, parameter in list(parameters)[after:]:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            raise ValueError(
-                f"{spelled(piece)} takes *{name}; name each parameter, so "
-                "that the step knows what to compute"
-            )
-        if parameter.default is parameter.empty:
-            names.add(name)
-    return frozenset(names)
+    parameters = list(inspect.signature(piece).parameters.values())[after:]
+    return frozenset(
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+    )
 
 
 def ask(piece: Piece, offered: Mapping[str, Any]) -> Any:
