@@ -39,7 +39,7 @@ from topd_jax.sampling.layerwise import (
     stretches,
     unstack,
 )
-from topd_jax.sampling.samplers import check_sampler, row_noise, switch_off
+from topd_jax.sampling.samplers import check_sampler, row_noise
 from topd_jax.sampling.slots import write_in_slots
 from topd_jax.types import Prompts, Trajectories, positions_of
 
@@ -110,7 +110,8 @@ def rollout(
         prompts,
         key,
         jnp.asarray(temperature, jnp.float32),
-        switch_off(top_p),
+        # The filter is not compiled for a Python 1.0.
+        None if isinstance(top_p, int | float) and top_p >= 1 else top_p,
         limits,
         max_new_tokens=int(max_new_tokens),
         eos_ids=eos_ids,

@@ -69,11 +69,6 @@ def check_sampler(
             raise ValueError(f"{name}={value} must be at least 1")
 
 
-def switch_off(top_p: float | jax.Array) -> float | jax.Array | None:
-    """Return None for a Python 1.0, so that the filter is not compiled."""
-    return None if isinstance(top_p, int | float) and top_p >= 1 else top_p
-
-
 def choose(
     noise: jax.Array,
     logits: jax.Array,
