@@ -174,8 +174,6 @@ def fused_map(
     teacher_hidden: jax.Array,
     teacher_head: Head,
     *args: Any,
-    temperature: float | jax.Array = 1.0,
-    vocab_size: int | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> Any:
     """Compute any per-token statistics of both models in one pass.
@@ -184,14 +182,13 @@ def fused_map(
 
     Args:
       fn: (student_logp [R, V], teacher_logp [R, V], *rows of args [R, ...])
-        -> pytree of [R, ...], for any number R of tokens.
+        -> pytree of [R, ...], for any number R of tokens, V the ids of the
+        smaller head.
       student_hidden: [..., T, D] final states.
       student_head: [V, D].
       teacher_hidden: [..., T, D_teacher].
       teacher_head: [V_teacher, D_teacher].
       *args: pytrees of [..., T, ...], cut into chunks with the states.
-      temperature: divides both models' logits.
-      vocab_size: ids that both models share, as in :func:`fused_divergence`.
       layout: size of the chunks, and where they lie on a mesh.
 
     Returns:
@@ -201,8 +198,9 @@ def fused_map(
       ValueError: for shapes or numbers that do not fit.
     """
     arrays = (student_hidden, student_head, teacher_hidden, teacher_head)
-    vocab = shared_vocab(*arrays, vocab_size)
-    scale, teacher_head = _constants(arrays, vocab, temperature, layout)
+    vocab = shared_vocab(*arrays, None)
+    teacher_head = jax.lax.stop_gradient(teacher_head[:vocab])
+    teacher_head = gathered(teacher_head, layout)
     # Chunks' gradients of the head add up in the type that a scan is given.
     narrow, cap = head_rows(student_head)[:vocab], head_cap(student_head)
     wide = narrow.astype(accumulation_dtype(student_hidden, student_head))
@@ -212,11 +210,8 @@ def fused_map(
         logits = unembed_rows(student, wide.astype(narrow.dtype), layout)
         logits = soft_cap(logits, cap)
         teacher_logits = unembed_rows(teacher, teacher_head, layout)
-        return None, fn(
-            log_softmax(logits / scale),
-            log_softmax(teacher_logits / scale),
-            *rest,
-        )
+        both = log_softmax(logits), log_softmax(teacher_logits)
+        return None, fn(*both, *rest)
 
     _, outputs = over_tokens(
         jax.checkpoint(compare),
