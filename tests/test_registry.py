@@ -165,18 +165,24 @@ def test_the_fields_of_published_files_are_known():
     assert (got.experts, got.swiglu_limit, got.sinks) == (128, 7.0, True)
     assert got.rope_scaling.truncate is False
     kinds = ["sliding_attention", "full_attention"] * 3
-    got = read("exaone4", sliding_window_pattern="LLLG", layer_types=kinds)
+    got = read(
+        "exaone4", sliding_window_pattern="LLLG", layer_types=kinds,
+        reorder_qk_norm=True,
+    )  # fmt: skip
     assert got.no_rope == (False, True) * 3 and got.window == 4096
     assert read("gemma", hidden_activation=None).activation == "gelu_tanh"
     got = read("phi3", original_max_position_embeddings=16384, auto_map={})
     assert got.rotary_dim is None
     assert read("glm4").rotary_dim == 4
     assert read("qwen2_moe", sliding_window=0).window is None
-    # Qwen2.5 and what was distilled into it, Phi-4-mini, Gemma 2 of 9B.
+    # Qwen2.5 and what was distilled into it, Phi-4-mini, Gemma 2 of 9B,
+    # Qwen3-Coder of 30B.
     assert read("qwen2", use_mrope=False) == read("qwen2")
     few = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}
     assert read("phi3", **few) == read("phi3")
     assert read("gemma2", sliding_window_size=4096) == read("gemma2")
+    few = {"shared_expert_intermediate_size": 0, "use_qk_norm": True}
+    assert read("qwen3_moe", qkv_bias=False, **few) == read("qwen3_moe")
     with pytest.raises(ValueError, match="use_mrope=True is not supported"):
         read("qwen2", use_mrope=True)
 
