@@ -169,16 +169,16 @@ def test_noise_depends_on_key_row_and_step_alone(student):
     assert len(np.unique(np.asarray(full.tokens), axis=0)) == 6
 
 
-def test_settings_do_not_recompile(student):
-    compiled = rollouts._rollout._cache_size
+def test_settings_do_not_recompile():
+    bigram, compiled = Bigram(chain(VOCAB)), rollouts._rollout._cache_size
     run = dict(max_new_tokens=3, **IDS)
-    rollout(student, some_prompts(), KEY, temperature=1.0, **run)
+    rollout(bigram, some_prompts(), KEY, temperature=1.0, **run)
     before = compiled()
     for temperature in (0.3, 0.0, 2, jnp.float32(0.9)):
-        rollout(student, some_prompts(), KEY, temperature=temperature, **run)
+        rollout(bigram, some_prompts(), KEY, temperature=temperature, **run)
     assert compiled() == before
     for top_p in (0.5, 0.9):
-        rollout(student, some_prompts(), KEY, top_p=top_p, **run)
+        rollout(bigram, some_prompts(), KEY, top_p=top_p, **run)
         assert compiled() == before + 1
 
 
@@ -219,7 +219,8 @@ def test_rollout_refuses(student, setting, words):
         rollout(student, **run | setting)
 
 
-def test_checked_refuses_values_of_prompts(student):
+def test_checked_refuses_values_of_prompts():
+    bigram = Bigram(chain(VOCAB))
     for tokens, mask, words in (
         ([4, 5, 0], [1, 1, 0], "row 1 .* is not padded on the left"),
         ([0, 0, 0], [0, 0, 0], "row 1 .* has no token"),
@@ -230,23 +231,23 @@ def test_checked_refuses_values_of_prompts(student):
             jnp.array([[4, 5, 6], tokens]), jnp.array([[1, 1, 1], mask], bool)
         )
         with pytest.raises(ValueError, match=words):
-            checked(rollout)(student, bad, KEY, max_new_tokens=3, **IDS)
+            checked(rollout)(bigram, bad, KEY, max_new_tokens=3, **IDS)
 
 
-def test_checks_are_not_compiled_unless_asked_for(student):
-    run = dict(max_new_tokens=3, **IDS)
-    out = checked(rollout)(student, some_prompts(), KEY, **run)
-    same = rollout(student, some_prompts(), KEY, **run)
+def test_checks_are_not_compiled_unless_asked_for():
+    bigram, run = Bigram(chain(VOCAB)), dict(max_new_tokens=3, **IDS)
+    out = checked(rollout)(bigram, some_prompts(), KEY, **run)
+    same = rollout(bigram, some_prompts(), KEY, **run)
     np.testing.assert_array_equal(out.tokens, same.tokens)
 
     def operations():
         program = jax.jit(lambda *args: rollout(*args, **run))
-        lowered = program.lower(student, some_prompts(), KEY)
+        lowered = program.lower(bigram, some_prompts(), KEY)
         cost = lowered.compile().cost_analysis()
         return cost["flops"], cost["bytes accessed"]
 
     plain = operations()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollouts, "check_prompt_values", lambda *args: None)
-        jax.clear_caches()
+        rollouts._rollout.clear_cache()
         assert operations() == plain
