@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model
 from interpreted import interpreted_kernels
 from small_run import refusal_of, settings_with
 from test_rollout import KEY, Bigram, Tape, chain, prompt_of, some_prompts
 
-from topd_jax.models import init_decoder
+from topd_jax.models import Decoder
 from topd_jax.models.protocol import from_function
 from topd_jax.parallel.sharding import MESH_AXES
 from topd_jax.sampling import layerwise, rollout
@@ -29,18 +28,27 @@ def assert_same(out, fixed):
     np.testing.assert_allclose(out.logp, fixed.logp, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def fixed(student):
+    """What the student writes, all rows side by side."""
+    rows = rollout(student, some_prompts(LENGTHS), KEY, **RUN)
+    lengths = np.asarray(rows.mask.sum(1))
+    assert lengths.min() < 8 and lengths.sum() > 2 * WIDTH
+    return rows
+
+
 @pytest.mark.parametrize(
     ("options", "slots"), [(dict(unroll=1), 1), (SLIDING, 4)]
 )
-def test_the_rollout_is_that_of_the_fixed_batch(options, slots, monkeypatch):
+def test_the_rollout_is_that_of_the_fixed_batch(
+    student, fixed, options, slots, monkeypatch
+):
     """By caches of every width, whose columns are dropped again and again."""
     monkeypatch.setattr(layerwise, "_SHORTEST", 3)
-    jax.clear_caches()
-    config = make_model(0).config.replace(**options)
-    model, prompts = init_decoder(config, KEY), some_prompts(LENGTHS)
-    fixed = rollout(model, prompts, KEY, **RUN)
-    lengths = np.asarray(fixed.mask.sum(1))
-    assert lengths.min() < 8 and lengths.sum() > 2 * WIDTH
+    prompts = some_prompts(LENGTHS)
+    model = Decoder(student.config.replace(**options), student.arrays)
+    if options is SLIDING:
+        fixed = rollout(model, prompts, KEY, **RUN)
     assert_same(rollout(model, prompts, KEY, slots=slots, **RUN), fixed)
 
 
@@ -57,10 +65,10 @@ def test_samples_limits_and_filters_are_those_of_the_fixed_batch(student):
     assert_same(out, fixed)
 
 
-def test_the_kernel_reads_what_slots_hold():
-    config = make_model(0).config.replace(attention="flash")
+def test_the_kernel_reads_what_slots_hold(student):
+    config = student.config.replace(attention="flash")
     prompts, run = some_prompts(LENGTHS), RUN | dict(max_new_tokens=12)
-    model = init_decoder(config, KEY)
+    model = Decoder(config, student.arrays)
     fixed = rollout(model, prompts, KEY, **run)
     with interpreted_kernels() as calls:
         out = rollout(model, prompts, KEY, slots=3, **run)
@@ -68,14 +76,12 @@ def test_the_kernel_reads_what_slots_hold():
     assert {shapes[0][0] for name, shapes, _ in calls if name == "read"} == {3}
 
 
-def test_a_function_without_a_cache_begins_rows_anew(student):
+def test_a_function_without_a_cache_begins_rows_anew(student, fixed):
     def read(params, tokens, positions, mask, cache):
         return student(tokens, positions, mask)
 
     model = from_function(read, {}, head=lambda _: student.head)
-    run = RUN | dict(max_new_tokens=9)
-    fixed = rollout(student, some_prompts(LENGTHS), KEY, **run)
-    out = rollout(model, some_prompts(LENGTHS), KEY, slots=2, **run)
+    out = rollout(model, some_prompts(LENGTHS), KEY, slots=2, **RUN)
     assert_same(out, fixed)
 
 
