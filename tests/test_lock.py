@@ -69,7 +69,8 @@ def test_a_living_holder_refuses_others_by_name(
         assert "since 20" in line and "(-c " in line
     assert [p.name for p in workdir.iterdir()] == [lock.NAME]
     # Who reads is not refused.
-    topd("sample", *small_arguments, f"--workdir={workdir}", "--which=start")
+    topd("export", *small_arguments, f"--workdir={workdir}", "--which=start",
+         f"--output={tmp_path / 'exported'}")  # fmt: skip
     # Who may go on still holds, and who cannot does not.
     os.kill(holder.pid, signal.SIGSTOP)
     with pytest.raises(ValueError, match="is in use by process"):
