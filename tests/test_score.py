@@ -11,6 +11,8 @@ from small_step import AHEAD, TOPD, assert_trees_equal, logp_of, scores
 
 from topd_jax.losses import near_future
 
+EVERY = f"topd({AHEAD}, branch_fraction=1.0)"
+
 
 def test_every_teacher_reads_its_own_rows(student, teachers, trajectories):
     """Its token loss is the naive one, and other rows do not change it."""
@@ -63,6 +65,7 @@ def test_candidates_are_divergent_or_false_alarms(student, teacher):
         ("topd({}, branch_loss='reverse_kl')", (8, 1), True),
         ("topd({}, context='student')", (8, 3), False),
         ("topd_suppress({})", (8, 3), False),
+        ("suppress({}, detector='future_loss')", (8, 3), False),
     ],
 )
 def test_how_far_an_objective_looks(
@@ -75,19 +78,8 @@ def test_how_far_an_objective_looks(
     )  # fmt: skip
     assert (notes.candidates and notes.candidates.mask.shape) == looks
     assert (notes.teacher_window_hidden is not None) == keeps
-
-
-def test_future_losses_detect_without_branches(student, teacher, trajectories):
-    text = f"suppress({AHEAD}, detector='future_loss')"
-    (notes,) = scores(student, teacher, trajectories, text)
-    assert notes.teacher_windows is None and notes.plan is None
-    expected = near_future.future_loss(
-        notes.teacher_token_loss, trajectories.mask, notes.candidates, length=4
-    )
-    np.testing.assert_allclose(notes.distance, expected, rtol=1e-6)
-    mask = near_future.divergence_mask(expected, notes.candidates)
-    np.testing.assert_array_equal(notes.divergent, mask)
-    assert mask.any() and notes.selected.any()
+    branches = text != "opd" and "future_loss" not in text
+    assert (notes.teacher_windows is not None) == branches
 
 
 def test_guidance_looks_at_the_candidates_of_highest_future_loss(
@@ -95,9 +87,7 @@ def test_guidance_looks_at_the_candidates_of_highest_future_loss(
 ):
     """Of whom is said what is said among all."""
     (some,) = scores(student, teacher, trajectories, TOPD)
-    (every,) = scores(
-        student, teacher, trajectories, f"topd({AHEAD}, branch_fraction=1.0)"
-    )
+    (every,) = scores(student, teacher, trajectories, EVERY)
     assert some.teacher_windows.tokens.shape == (8, 1, 4)
     future = near_future.future_loss(
         every.teacher_token_loss, trajectories.mask, every.candidates, length=4
@@ -117,13 +107,15 @@ def test_guidance_looks_at_the_candidates_of_highest_future_loss(
 def test_guidance_needs_branches_whatever_detects(
     student, teacher, trajectories
 ):
-    text = f"topd({AHEAD}, detector='future_loss')"
+    text = EVERY[:-1] + ", detector='future_loss')"
     (notes,) = scores(student, teacher, trajectories, text)
-    (usual,) = scores(student, teacher, trajectories, TOPD)
+    (usual,) = scores(student, teacher, trajectories, EVERY)
     assert notes.plan is None
     assert_trees_equal(notes.teacher_windows, usual.teacher_windows)
-    with pytest.raises(ValueError, match="plan and its detector makes none"):
-        scores(
-            student, teacher, trajectories,
-            f"topd({AHEAD}, detector='future_loss', context='student')",
-        )  # fmt: skip
+    expected = near_future.future_loss(
+        notes.teacher_token_loss, trajectories.mask, notes.candidates, length=4
+    )
+    np.testing.assert_allclose(notes.distance, expected, rtol=1e-6)
+    mask = near_future.divergence_mask(expected, notes.candidates)
+    np.testing.assert_array_equal(notes.divergent, mask)
+    assert mask.any() and notes.false_alarm.any()
