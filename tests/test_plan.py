@@ -72,6 +72,21 @@ def test_an_unknown_topology_is_one_line(monkeypatch):
         topology_devices("v5e:9x9")
 
 
+def test_a_chip_of_v4_is_one_device_as_on_a_cloud_tpu(monkeypatch):
+    from jax.experimental import topologies
+
+    asked = []
+
+    def remember(**given):
+        asked.append(given.get("chip_config_name"))
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", remember)
+    for name in ("v4:2x2x1", "v5e:2x4", "TPU7x:2x2x1"):
+        topology_devices(name)
+    assert asked == ["megacore", None, None]
+
+
 def test_batches_that_a_run_refuses_are_refused_here(monkeypatch):
     mesh = jax.sharding.AbstractMesh((2, 1, 1, 1, 1), sharding.MESH_AXES)
     for name, value in (

@@ -72,7 +72,7 @@ _NO_TPU = {
 def chip_of(devices: Sequence[jax.Device]) -> Chip:
     """Return the figures of one device.
 
-    A core that is a device of its own (v4, TPU7x) has its part of the chip.
+    A core that is a device of its own (TPU7x) has its part of the chip.
 
     Args:
       devices: of one topology.
@@ -114,9 +114,11 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     """
     from jax.experimental import topologies
 
+    # On a Cloud TPU the two cores of a v4 are one device; libtpu says two.
+    more = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
         return topologies.get_topology_desc(
-            topology_name=name, platform="tpu"
+            topology_name=name, platform="tpu", **more
         ).devices
     except Exception as error:  # the plugin's own types
         raise ValueError(
