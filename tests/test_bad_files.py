@@ -17,6 +17,7 @@ from small_files import LLAMA, make
 from small_hub import hub_directory
 from small_run import Refusal, attempt, refusal_of
 
+from topd_jax.data.prompts import encode_prompts
 from topd_jax.data.solutions import read_solutions
 from topd_jax.data.sources import Fields, read_source
 from topd_jax.data.tokenizers import wrap_tokenizer
@@ -357,3 +358,12 @@ def test_code_beside_a_tokenizer_is_not_run(copied, tmp_path):
         }))  # fmt: skip
         attempt(lambda: load(folder))
     assert not ran.exists()
+
+
+def test_a_prompt_without_a_token_is_refused(copied):
+    folder = copied("chat")
+    (folder / "chat_template.jinja").write_text("")
+    wrapped = wrap_tokenizer(load(folder)[1])
+    records = [{"prompt": "a", "answer": "", "index": 0, "source": "q line 1"}]
+    line = refusal_of(lambda: encode_prompts(records, wrapped, max_length=9))
+    assert "prompt 0 (q line 1) has no tokens" in line

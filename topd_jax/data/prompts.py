@@ -168,13 +168,17 @@ def _encode(
     ids = np.asarray(
         tokenizer.chat(record.get(key, record["prompt"])), np.int32
     )
+    what = f"{key} {record['index']} ({record['source']})"
+    if not len(ids):
+        raise ValueError(
+            f"{what} has no tokens; the chat template must write at least one"
+        )
     if len(ids) <= limit:
         return ids
     if on_long_prompt == "error":
         raise ValueError(
-            f"{key} {record['index']} ({record['source']}) has {len(ids)} "
-            f"tokens; the limit is {limit}: raise {setting}, or set "
-            'data.on_long_prompt="skip"'
+            f"{what} has {len(ids)} tokens; the limit is {limit}: raise "
+            f'{setting}, or set data.on_long_prompt="skip"'
         )
     return None
 
