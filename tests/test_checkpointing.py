@@ -180,7 +180,7 @@ def test_another_format_is_refused_by_name(tmp_path):
     del old["format"]
     saved.save(3, state(3), jax.random.key(0), old)
     saved.wait()
-    with pytest.raises(ValueError, match=r"3 has format 1 .* reads format 3"):
+    with pytest.raises(ValueError, match=r"3 has format 1 .* reads format 4"):
         saved.record(3)
 
 

@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 from topd_jax.models import DecoderConfig
 from topd_jax.training.config import NO_IDENTITY, Settings, defaults_of
 
-# Of the record; other numbers are refused by name.
-FORMAT = 3
+# Of the record; other numbers are refused by name. It is raised where a
+# setting goes, or is called otherwise.
+FORMAT = 4
 # Settings that may differ between a run and its continuation: they change
 # what is logged or done in trouble, not what is computed.
 _FREE = (

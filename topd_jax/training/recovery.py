@@ -104,7 +104,7 @@ def take_up(run: Any, saved: dict[str, Any], restart: Any = None) -> None:
       restart: of a roll-back: "rollbacks", how many with this one, and "data",
         the position in the data to go on from.
     """
-    guard = saved.get("guard", {"rollbacks": 0, "watch": None})
+    guard = saved["guard"]
     run.watch.set_state(guard["watch"])
     run.rollbacks, run.restart = guard["rollbacks"], restart
     if restart:
