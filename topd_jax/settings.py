@@ -78,10 +78,11 @@ def check(instance: object, path: str = "") -> None:
         if isinstance(value, str) and not isinstance(known, str):
             kinds = f"{type(known).__name__}, not str"  # only read as one
             raise ValueError(wrong_type(name, repr(value), kinds))
-        items = value if isinstance(value, tuple) else (value,)
+        several = isinstance(value, tuple | list)
+        items = value if several else (value,)
         if limits["choices"] and not set(items) <= set(limits["choices"]):
             raise ValueError(
-                f"{name}={value!r} must be one of "
+                f"{name}={value!r} must be {'some' if several else 'one'} of "
                 f"{', '.join(map(repr, limits['choices']))}"
             )
         bounds = {k: limits[k] for k in _TESTS if limits[k] is not None}
