@@ -49,6 +49,7 @@ def test_prompts_of_any_spelling_are_read(data, answer, tmp_path):
 REFUSED = [
     (b"\n \n", "holds no records"),
     (ROW.encode("utf-16"), "is not UTF-8 .*0xff.* convert it to UTF-8$"),
+    (ROW.replace("ù", "u").encode("utf-16-le"), "zero bytes; is it UTF-16"),
     (ROW.encode("latin-1"), "is not UTF-8 .*0xf9.* convert it to UTF-8$"),
     (ROW.replace("\n", "\r").encode() * 2, r"line 1 is not JSON \(Extra"),
     (DEEP, r"is not JSON \(maximum recursion .*; repair or remove it$"),

@@ -273,7 +273,10 @@ def parse_json(data: bytes, where: str, way_out: str = "") -> typing.Any:
         nest too deeply.
     """
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        if "\0" in text[:4]:  # "{" of two bytes or four
+            raise ValueError("zero bytes; is it UTF-16? convert it to UTF-8")
+        return json.loads(text)
     except UnicodeDecodeError as error:
         fault, advice = f"UTF-8 ({error})", "convert it to UTF-8"
     except (ValueError, RecursionError) as error:
