@@ -84,6 +84,7 @@ GARBAGE = {
     '{"step": 2, "text": "é"}'.encode()[:-3]: "is not JSON",
     b'{"step": 2, "lo': "is not JSON",
     b"nonsense": "is not JSON",
+    b"[" * 100_000: "is not JSON",
     b"[1, 2]": "is not a JSON object",
     b"3": "is not a JSON object",
 }

@@ -319,7 +319,7 @@ def read_jsonl(
 def _read_row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
