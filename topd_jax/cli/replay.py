@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import tempfile
 from typing import Any
 
@@ -169,9 +170,11 @@ def not_finite(tree: Any) -> list[str]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [
-        # Without what nnx calls the array of a parameter.
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(
-            ".value"
+        # Without what nnx calls the array of a parameter, and qwix its scale.
+        re.sub(
+            r"\.value(\.scale)?$",
+            "",
+            jax.tree_util.keystr(path, simple=True, separator="."),
         )
         for path, x in leaves
         if jnp.issubdtype(x.dtype, jnp.floating)
