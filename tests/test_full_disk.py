@@ -41,7 +41,7 @@ def test_a_failed_background_write_is_told_once_and_the_run_goes_on(
         line = refused(*train, bars=True)
     assert "/checkpoints/4" in line and "File too large" in line
     assert "; raise the limit on the size of a file (ulimit -f) and re" in line
-    assert line.endswith("and rerun the command")
+    assert line.endswith("and rerun the command to resume")
     places = (tmp_path / "run" / "checkpoints").iterdir()
     assert {p.name for p in places if p.name.isdigit()} == {"2"}
     topd(*train)

@@ -73,7 +73,7 @@ def test_a_save_that_fails_is_one_line(small_arguments, tmp_path):
     said = stopped(small_arguments, tmp_path, "full", "SIGTERM", code=2)
     assert said == [
         "topd: [Errno 28] No space left on device: '/full'; make room and "
-        "rerun the command"
+        "rerun the command to resume"
     ]
 
 

@@ -131,7 +131,8 @@ def _one_line(error: Exception) -> str | None:
             getattr(e, "errno", None) == number or os.strerror(number) in str(e)
             for e in chain
         ):
-            return f"{text}; {way_out} and rerun the command"
+            more = " to resume" if stopping.resumes() else ""
+            return f"{text}; {way_out} and rerun the command{more}"
     return text if is_refusal(error) else None
 
 

@@ -59,6 +59,11 @@ def set_resumes(resumes: bool) -> None:
     _resumes = resumes
 
 
+def resumes() -> bool:
+    """Return whether the command resumes when it is run again."""
+    return _resumes
+
+
 def stop_together() -> None:
     """Let the first signal wait from now on: several processes stop as one."""
     global _several, _answer
