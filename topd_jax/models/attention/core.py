@@ -341,9 +341,12 @@ def _attend(
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
-        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        total = jnp.logaddexp(total, sinks.reshape(groups, 1, -1, 1))
-        weights = jnp.exp(scores - total)
+        sinks = sinks.reshape(groups, 1, -1, 1)
+        most = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+        most = jax.lax.stop_gradient(most)
+        weights = jnp.exp(scores - most)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / (total + jnp.exp(sinks - most))
     weights = weights.astype(value.dtype)
     weights = weights.reshape(*products, -1, keys)
     out = jnp.einsum("...ql,...ld->...qd", weights, value)
