@@ -65,7 +65,8 @@ def test_half_precision_files_and_every_spelling_of_targets(saved):
     [
         ("peft_type", "LOHA"), ("bias", "all"), ("use_dora", True),
         ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 4}),
-        ("init_lora_weights", "pissa"), ("frobnicate", 3),
+        ("init_lora_weights", "pissa"), ("frobnicate", 3), ("r", 0),
+        ("lora_alpha", None),
     ],
 )  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name(saved, field, value):

@@ -237,6 +237,11 @@ def _lora(
         for name, value in fields.items()
         if name not in _READ and value
     ]
+    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        problems.append(f"r={rank!r} must be a positive integer")
+    if type(alpha) not in (int, float) or alpha <= 0:
+        problems.append(f"lora_alpha={alpha!r} must be a positive number")
     if problems:
         raise ValueError(
             f"{where} cannot be read: {'; '.join(problems)}; {_MERGE}"
@@ -245,5 +250,4 @@ def _lora(
     modules = {name.split(".lora_")[0].split(".")[-1] for name in tensors}
     targets = tuple(t for t in config.lora_targets if _module(t) in modules)
     stabilized = bool(fields.get("use_rslora"))
-    rank, alpha = fields["r"], float(fields["lora_alpha"])
-    return Lora(rank, alpha, targets or config.lora_targets, stabilized)
+    return Lora(rank, float(alpha), targets or config.lora_targets, stabilized)
