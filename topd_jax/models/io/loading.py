@@ -289,8 +289,8 @@ def shape_of(source: str, **options: Any) -> DecoderConfig:
     A plan, and a compilation ahead of time, need no more.
 
     Args:
-      source: what :func:`load` takes; of a hub name :data:`PUBLISHED` is
-        read, or config.json alone, which the hub keeps in its cache.
+      source: what :func:`load` takes; of a hub name the local cache is read,
+        or :data:`PUBLISHED`, or config.json alone is downloaded.
       **options: dtype, param_dtype, remat, unroll; see
         :class:`~topd_jax.models.config.DecoderConfig`.
 
@@ -302,22 +302,32 @@ def shape_of(source: str, **options: Any) -> DecoderConfig:
     """
     if _is_gguf(source) or is_run(source):
         return describe(source, **options).config
+    file = _config_file(source)
+    fields = PUBLISHED.get(source) if file is None else read_json(file)
+    if fields is None:
+        raise ValueError(
+            f"no shape for {source!r}: it is no directory with a config.json, "
+            "the hub did not give one, and it is not one of "
+            f"{', '.join(PUBLISHED)}; give a directory that holds its "
+            "config.json, weights are not needed"
+        )
+    return decoder_config(fields, where=str(file or source)).replace(**options)
+
+
+def _config_file(source: str) -> Path | None:
     path = buckets.as_path(source) / "config.json"
     if path.is_file():
-        fields = read_json(path)
-    elif source in PUBLISHED:
-        fields = PUBLISHED[source]
-    else:
-        import huggingface_hub  # slow to import, and needed here only
+        return path
+    if path.parent.exists() or source.count("/") != 1:
+        return None
+    import huggingface_hub  # slow to import, and needed here only
 
-        try:  # a run's mesh follows from shapes, before its models are loaded
-            path = Path(huggingface_hub.hf_hub_download(source, "config.json"))
-        except Exception as error:  # the client raises a dozen unrelated types
-            raise ValueError(
-                f"no shape for {source!r}: it is no directory with a "
-                "config.json, the hub did not give one, and it is not one of "
-                f"{', '.join(PUBLISHED)}; give a directory that holds its "
-                "config.json, weights are not needed"
-            ) from error
-        fields = read_json(path)
-    return decoder_config(fields, where=str(path)).replace(**options)
+    cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    if source in PUBLISHED:
+        return None
+    try:  # a run's mesh follows from shapes, before its models are loaded
+        return Path(huggingface_hub.hf_hub_download(source, "config.json"))
+    except Exception:  # the client raises a dozen unrelated types
+        return None
