@@ -88,11 +88,9 @@ def quantized():
         with jax.set_mesh(mesh):
             return np.asarray(logits_of(model, *tokens_on(mesh)))
 
-    for kind, tile, shape in (
-        ("int8", 0, (1, 4, 2, 1)), ("int4", 4, (1, 2, 2, 2))
-    ):  # fmt: skip
-        whole = quantize(make(EXPERTS), kind, tile)
-        mesh, finish = make_mesh(*shape), quantizer(kind, tile)
+    for kind, shape in (("int8", (1, 4, 2, 1)), ("int4", (1, 2, 2, 2))):
+        whole = quantize(make(EXPERTS), kind)
+        mesh, finish = make_mesh(*shape), quantizer(kind)
         moved, floats = place(whole, mesh), place(make(EXPERTS), mesh)
         arrays = {n: finish(n, x) for n, x in floats.arrays.items()}
         made = floats.__class__(EXPERTS, arrays)
