@@ -288,10 +288,11 @@ def test_a_world_is_whole_where_its_last_file_is(tmp_path, monkeypatch):
     settings, made = WorldSettings(student_steps=7), []
     _, student, tokenizer = models._names(settings)
     (tmp_path / student).mkdir()
+    shutil.copy(models.TRAINED / tokenizer, tmp_path)  # another world's
 
     def make(_, folder):
         made.append(folder)
-        shutil.copy(models.TRAINED / tokenizer, folder)
+        (folder / student / "model.safetensors").touch()
 
     monkeypatch.setattr(models, "_make", make)
     for _ in range(2):

@@ -56,7 +56,12 @@ def world_models(
     }
 
     def complete() -> None:
-        if all((where[name] / name).exists() for name in names):
+        # The tokenizer may be another world's; these come last of a model.
+        last = ("model.safetensors",) * 2 + ("",)
+        if all(
+            (where[name] / name / file).exists()
+            for name, file in zip(names, last, strict=True)
+        ):
             return
         with (
             lock.held(cache, wait=True),
