@@ -234,11 +234,8 @@ class DecoderConfig:
             raise ValueError(
                 f"window={self.window} must be positive where layers slide"
             )
-        if self.recurrent and all(self.recurrent):
-            raise ValueError(
-                f"all {self.layers} layers are recurrent and at least one "
-                "must be attention; keep one more layer"
-            )
+        if any(self.recurrent):
+            self._check_recurrent()
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} must lie in "
@@ -254,6 +251,23 @@ class DecoderConfig:
                 f"lora targets {', '.join(missing)} are experts' in this "
                 "model or not there, and experts have no adapters; take of: "
                 f"{', '.join(self.lora_targets)}"
+            )
+
+    def _check_recurrent(self) -> None:
+        if all(self.recurrent):
+            raise ValueError(
+                f"all {self.layers} layers are recurrent and at least one "
+                "must be attention; keep one more layer"
+            )
+        sizes = {n: v for n, v in vars(self).items() if n.startswith("delta_")}
+        if min(v for n, v in sizes.items() if n != "delta_grouped") < 1:
+            raise ValueError(
+                f"{sizes}: sizes must be at least 1 where layers are recurrent"
+            )
+        if self.delta_value_heads % self.delta_key_heads:
+            raise ValueError(
+                f"delta_value_heads={self.delta_value_heads} must be "
+                f"divisible by delta_key_heads={self.delta_key_heads}"
             )
 
     @property
