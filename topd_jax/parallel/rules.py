@@ -80,7 +80,11 @@ def using(rules: Rules) -> Iterator[None]:
         "draws": _joined(tokens, rules.get("vocab")),
         **rules,
     }
-    with _in_force(tuple(complete.items())):
+    frozen = tuple(
+        (name, tuple(axes) if isinstance(axes, list) else axes)
+        for name, axes in complete.items()
+    )
+    with _in_force(frozen):
         yield
 
 
