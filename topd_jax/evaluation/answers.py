@@ -17,13 +17,17 @@ _JOIN = re.compile(
 )
 _STATED = re.compile(
     r"answers?\W{0,4}\s*(?:is\b|are\b|:|=)[\s:*]*"
-    r"(?:(?:\\[\[(]|\$\$)\s*)?(?=[^\n])",
+    # Answer: The final answer is 5; but not: is 5. This answer is right.
+    r"(?:(?:[a-z]+ ){0,3}answers? (?:is|are)\b[\s:*]*)?"
+    r"(?:(?:\\[\[(]|\$\$)\s*)?([^\n]+)",
     re.I,
 )
 # Mathematics among words: the sum $2$ of it, but not $2$ or $3$.
 _ENCLOSED = re.compile(
-    r"(?:(?!not?\b)[a-z\s]*\$([^$]+)\$|(.+?)(?:\\[)\]]|\$\$))"
-    r"(?!\s*(?:and|or|to)\b)[^\d$\\=+*/<>^]*",
+    r"(?:(?!not?\b)[a-z\s]*\$([^$]+)\$"
+    r"|(?:(?!not?\b)(?:[a-z\s]*\s)?\\[\[(])?"
+    r"((?:(?!\\[\[(]).)+?)(?:\\[)\]]|\$\$))"
+    r"(?!\s*(?:and|or|to)\b)[^\d$\\=+*/<>^%]*",
     re.I,
 )
 # At the end of an answer: 7 \pmod{12}, 7 (mod 12), 7 (\text{mod } 12).
@@ -100,8 +104,7 @@ def stated_answer(text: str) -> tuple[str, str]:
       it is. Of what a model thought first, up to </think>, nothing counts
       where anything follows.
     """
-    *_, said = text.rpartition("</think>")
-    text = said if said.strip() else text
+    text = said(text)
     boxes = _boxes(text)
     head, _, _ = text.rpartition("</answer>")
     _, opening, tagged = head.rpartition("<answer>")
@@ -125,9 +128,15 @@ def stated_answer(text: str) -> tuple[str, str]:
     if mark > (stated.start() if stated else -1):
         return "marked", _line(text[mark + len("####") :])
     if stated:
-        return "marked", _line(text[stated.end() :])
+        return "marked", _line(stated[1])
     numbers = _NUMBER.findall(text)
     return ("number", numbers[-1][:_LONGEST]) if numbers else ("", "")
+
+
+def said(text: str) -> str:
+    """Return what follows a model's thoughts; all where nothing does."""
+    *_, after = text.rpartition("</think>")
+    return after if after.strip() else text
 
 
 def plain_latex(answer: str) -> str:

@@ -35,6 +35,7 @@ from topd_jax.evaluation.answers import (
     normal,
     plain_latex,
     plain_text,
+    said,
     stated_answer,
     without_modulus,
 )
@@ -284,7 +285,7 @@ def _is_right(reference: str | list, text: str, math_verify: Any) -> bool:
         if prose and not (is_boxed and re.search(r"[\d!]", prose[1])):
             readings.append(f"The answer is {latex}")
     else:
-        tail = text[-_TAIL:]
+        tail = said(text)[-_TAIL:]
         readings = [answer if is_costly(tail) else tail]
     if any(is_costly(reading) for reading in (reference, *readings)):
         return False
