@@ -282,7 +282,7 @@ def compare_runs(
     for name in names:
         asked = [
             [
-                (p["problem"], p["reference"], len(p["right"]))
+                (p["problem"], p.get("reference"), len(p["right"]))
                 for p in r[name]["records"]
             ]
             for r in runs
