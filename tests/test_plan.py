@@ -79,12 +79,14 @@ def test_a_chip_of_v4_is_one_device_as_on_a_cloud_tpu(monkeypatch):
 
     def remember(**given):
         asked.append(given.get("chip_config_name"))
-        return types.SimpleNamespace(devices=[])
+        kind = given["topology_name"].split(":")[0].replace("v4-8", "TPU v4")
+        device = types.SimpleNamespace(device_kind=kind)
+        return types.SimpleNamespace(devices=[device])
 
     monkeypatch.setattr(topologies, "get_topology_desc", remember)
-    for name in ("v4:2x2x1", "v5e:2x4", "TPU7x:2x2x1"):
+    for name in ("v4-8", "v5e:2x4"):
         topology_devices(name)
-    assert asked == ["megacore", None, None]
+    assert asked == [None, "megacore", None]
 
 
 def test_batches_that_a_run_refuses_are_refused_here(monkeypatch):

@@ -114,12 +114,14 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     """
     from jax.experimental import topologies
 
-    # On a Cloud TPU the two cores of a v4 are one device; libtpu says two.
-    more = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    told = dict(topology_name=name, platform="tpu")
     try:
-        return topologies.get_topology_desc(
-            topology_name=name, platform="tpu", **more
-        ).devices
+        devices = topologies.get_topology_desc(**told).devices
+        # On a Cloud TPU the two cores of a v4 are one device; libtpu says two.
+        if devices[0].device_kind == "TPU v4":
+            told["chip_config_name"] = "megacore"
+            devices = topologies.get_topology_desc(**told).devices
+        return devices
     except Exception as error:  # the plugin's own types
         raise ValueError(
             f"--topology {name}: {' '.join(str(error).split())[:300]}; try "
