@@ -60,7 +60,8 @@ def make_mesh(
         spelled = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"mesh {spelled} needs {data * rest} devices and there are "
-            f"{len(devices)}; set data=-1 to take what the others leave"
+            f"{len(devices)}; every axis is at least 1, and data=-1 takes "
+            "what the others leave"
         )
     grid = np.asarray(devices).reshape(list(sizes.values()))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
