@@ -125,9 +125,9 @@ class _Run:
 
     @property
     def folder(self) -> str:
-        """Return the name of its directory, of at most 110 letters."""
+        """Return the name of its directory, of at most 250 letters."""
         name = f"{self.world}-{self.name}-{self.settings.seed}".strip("-")
-        name = re.sub(r"[^\w.]+", "-", name)[:100]
+        name = re.sub(r"[^\w.]+", "-", name)[:240]
         # A run goes on with another rate or length; that is another run.
         return f"{name}-{self.mark[:8]}"
 
