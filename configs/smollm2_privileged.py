@@ -24,4 +24,5 @@ def get_config() -> ConfigDict:
     config.objective = "opd(token_loss='forward_kl')"
     config.optimizer.learning_rate = 1e-5
     config.train.steps = 30
+    config.sweep.variants = ("opd", config.objective)
     return config
