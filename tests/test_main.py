@@ -77,7 +77,7 @@ def test_help_of_a_command_has_its_own_flags_and_an_example(name, capsys):
         ("train --config runs/tiny.py --workdir x",
          "--config runs/tiny.py does not exist"),
         ("train --config tiny --workdir x --count=3",
-         "unexpected arguments: --count=3; topd COMMAND --help lists the fl"),
+         "unrecognized arguments: --count=3; topd train --help has an"),
         ("settings zzz", "no setting has 'zzz' in its name; topd settings"),
         ("report --workdir x --config.seed=3",
          "unrecognized arguments: --config.seed=3; topd report --help has an"),
@@ -106,7 +106,7 @@ def test_a_prompt_may_be_any_text(text):
         ("--config.optimizer.learning_rte=1",
          "unknown config key config.optimizer.learning_rte; the nearest is "
          "config.optimizer.learning_rate; topd settings optimizer. prints all"),
-        ("--noconfig.log.tensorboard", "unexpected arguments: --noconfig.log"),
+        ("--noconfig.log.tensorboard", "recognized arguments: --noconfig.log"),
         ("-config.optimiser.clip=1", "is config.optimizer; topd settings pri"),
         ("--config.train.steps.n=1", "config.train.steps has no keys; it is 6"),
         ("--config.train.steps=many",
@@ -119,7 +119,7 @@ def test_a_prompt_may_be_any_text(text):
         ("--config.optimizer.clip=low", "clip=low must be of type float"),
         ("--config.sweep.seeds=0,b",
          "seeds='b' must be of type int, not str; topd settings sweep.seeds "),
-        ("stray", "unexpected arguments: stray"),
+        ("stray", "unrecognized arguments: stray"),
     ],
 )  # fmt: skip
 def test_an_override_that_means_nothing(refused, command, override, message):

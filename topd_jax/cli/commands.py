@@ -374,4 +374,7 @@ def parse(name: str, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     if CONFIG not in command.flags:
         return vars(parser.parse_args(arguments)), []
     values, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if not word.lstrip("-").startswith("config."):
+            parser.error(f"unrecognized arguments: {word}")
     return vars(values), rest
