@@ -276,8 +276,8 @@ def test_every_number_counts_as_in_the_reference(name, tmp_path):
             continue
         got = np.asarray(logits_of(ours, tokens, jnp.asarray(mask)))
         # In float32 the reference is itself 9e-5 off its numbers in float64,
-        # ours 2e-5, where a mixture has recurrent layers.
-        most = 3e-4 if name == "qwen3.5-moe" else 1e-4
+        # ours 2e-5, where layers are recurrent; more on some processors.
+        most = 3e-4 if name.startswith("qwen3.5") else 1e-4
         np.testing.assert_allclose(
             got[mask], want[mask], atol=most, err_msg=label
         )
