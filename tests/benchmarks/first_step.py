@@ -2,7 +2,10 @@
 
 Every measurement starts two processes on one empty compilation cache
 (``JAX_COMPILATION_CACHE_DIR``, every program kept): ``cold`` is the seconds of
-the first step in the first process, ``again`` those in the second.
+the first step in the first process, ``again`` those in the second. ``traced``
+is how long Python traces and lowers in the second, which no cache spares.
+``plain`` is a cold step of programs that XLA does not optimize: what is left
+where its compiler does as little as it can.
 """
 
 import json
@@ -12,7 +15,13 @@ import sys
 import tempfile
 import time
 
+import jax
 from serving import serve
+
+TRACING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+)
 
 
 def first(**spec):
@@ -23,30 +32,51 @@ def first(**spec):
     """
     line = [sys.executable, __file__, "now", json.dumps(spec)]
 
-    def seconds(cache):
-        environment = os.environ | {
+    def seconds(cache, **more):
+        environment = os.environ | more | {
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        }  # fmt: skip
         done = subprocess.run(
             line, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )
-        return float(done.stdout.split()[-1])
+        return json.loads(done.stdout.splitlines()[-1])
 
     def run():
         with tempfile.TemporaryDirectory() as cache:
-            return {key: seconds(cache) for key in ("cold", "again")}
+            cold, again = seconds(cache), seconds(cache)
+        with tempfile.TemporaryDirectory() as cache:
+            plain = seconds(cache, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+        return {
+            "cold": cold["first"],
+            "again": again["first"],
+            "traced": again["traced"],
+            "plain": plain["first"],
+        }
 
     return run
+
+
+def now(spec):
+    """Make the step, and return its seconds and those of tracing."""
+    from ours import step
+
+    traced = 0.0
+
+    def note(event, seconds, **_):
+        nonlocal traced
+        if event in TRACING:
+            traced += seconds
+
+    repetition = step(**spec)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    start = time.perf_counter()
+    repetition()
+    return {"first": time.perf_counter() - start, "traced": traced}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "first":
         serve({"first": first})
     else:
-        from ours import step
-
-        repetition = step(**json.loads(sys.argv[2]))
-        start = time.perf_counter()
-        repetition()
-        print(time.perf_counter() - start)
+        print(json.dumps(now(json.loads(sys.argv[2]))))

@@ -104,19 +104,26 @@ def ratios(told: Mapping[str, list[Row]]) -> Row:
       told: side -> its rows, one a round.
 
     Returns:
-      "ours/SIDE" and "bound/ours" -> quantity -> ratio; of TOPD "least/opd",
+      "ours/SIDE" and "bound/ours" -> quantity -> ratio; "least/ours" where the
+      rest of the work is measured beside its products; of TOPD "least/opd",
       where branches cost no more than their products.
     """
     out = {}
+    if {"bound", "rest"} <= set(told):
+        rounds = zip(told["bound"], told["rest"], strict=True)
+        sums = [{k: a[k] + b[k] for k in a} for a, b in rounds]
+        told = {**told, "least": sums}
     if {"opd", "branches"} <= set(told):
         pairs = zip(told["opd"], told["branches"], strict=True)
         out["least/opd"] = medians(
             [{"seconds": 1 + b["seconds"] / a["seconds"]} for a, b in pairs]
         )
     for name, rows in told.items():
-        if name in ("ours", "branches") or "ours" not in told:
+        if name in ("ours", "branches", "rest") or "ours" not in told:
             continue
-        above, below = ("bound", "ours") if name == "bound" else ("ours", name)
+        above, below = "ours", name
+        if name in ("bound", "least"):
+            above, below = below, above
         shared = set(rows[0]) & set(told["ours"][0]) - {"loss"}
         quotients = [
             {k: a[k] / b[k] for k in sorted(shared)}

@@ -58,6 +58,16 @@ class Side:
 Work = Mapping[str, Side]  # the side of "ours" is first; "bound" is a bound
 
 
+def narrow(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a work of models that have all but their wide products.
+
+    Layers, heads, tokens and vocabulary stay.
+    """
+    thin = {"width": 8, "mlp_width": 8}
+    models = {"student", "teacher"} & set(spec)
+    return {**spec, **{name: {**spec[name], **thin} for name in models}}
+
+
 def decode(peer: str, rows: int, spec: Mapping[str, Any]) -> Work:
     """Decode greedily, beside "tunix" or "transformers"."""
     spec = {**spec, "rows": rows}
@@ -71,6 +81,7 @@ def decode(peer: str, rows: int, spec: Mapping[str, Any]) -> Work:
         "ours": Side("ours.py", "decode", spec),
         peer: Side(*theirs),
         "bound": Side("bounds.py", "decode", spec),
+        "rest": Side("ours.py", "decode", narrow(spec)),
     }
 
 
@@ -124,10 +135,12 @@ def all_works() -> dict[str, Work]:
         spec = dict(student=STUDENT | {"mlp_width": inner}, prompt=16, new=64)
         for rows in (1, 8, 64):
             out[f"decode-{rows}x64-{peer}"] = decode(peer, rows, spec)
+    opd = PAIR | {"objective": "opd"}
     out["opd-16x64"] = {
-        "ours": Side("ours.py", "step", PAIR | {"objective": "opd"}),
+        "ours": Side("ours.py", "step", opd),
         "trl": Side("theirs_torch.py", "step", PAIR, "torch", "trl"),
         "bound": Side("bounds.py", "step", PAIR),
+        "rest": Side("ours.py", "step", narrow(opd)),
     }
     saving = {"objective": "opd", "save": True}
     out["save-16x64"] = {
