@@ -2,9 +2,8 @@
 
 A family is one row of :data:`FAMILIES`. Defaults, and which layers slide, are
 those of the families' config classes in ``transformers``; see
-:mod:`topd_jax.models.io.hub_config`. Which models each is, in words, stands in
-the README of the models room. What a file of any family names its tensors is
-in :mod:`topd_jax.models.io.tensors`.
+:mod:`topd_jax.models.io.hub_config`. What a file of any family names its
+tensors is in :mod:`topd_jax.models.io.tensors`.
 """
 
 import dataclasses
@@ -37,6 +36,9 @@ class Family:
     Attributes:
       model_type: as ``config.json`` (and ``general.architecture``) spells it.
       architecture: the class that transformers loads it with.
+      checkpoints: of which models, for people.
+      about: what it has beside pre-norms, rotary positions, grouped heads and
+        a gated SiLU, for people.
       options: fields of :class:`DecoderConfig` that the family fixes.
       reads: fields beside the common ones -> fields of the decoder that they
         set, with the name given; none where they only change how others are
@@ -57,6 +59,8 @@ class Family:
 
     model_type: str
     architecture: str
+    checkpoints: str
+    about: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=dict
@@ -110,35 +114,52 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
-            "llama", "LlamaForCausalLM",
+            "llama", "LlamaForCausalLM", "Llama 2 and 3.x, SmolLM2",
+            "biases; linear, llama3 and yarn scaling",
             reads=_ALL_BIASES | _MLP_BIAS,
             gguf="llama", gguf_permuted=True,
         ),
-        Family("mistral", "MistralForCausalLM"),
-        Family("ministral", "MinistralForCausalLM"),
-        Family("ministral3", "Ministral3ForCausalLM", growing_query=True),
         Family(
-            "qwen2", "Qwen2ForCausalLM",
+            "mistral", "MistralForCausalLM", "Mistral, Mistral Small 3",
+            "sliding window in every layer, or none",
+        ),
+        Family(
+            "ministral", "MinistralForCausalLM", "Ministral 8B",
+            "some layers slide",
+        ),
+        Family(
+            "ministral3", "Ministral3ForCausalLM", "Ministral 3",
+            "yarn scaling; queries grow with their position",
+            growing_query=True,
+        ),
+        Family(
+            "qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5",
+            "biases of q, k and v; sliding window",
             options={"attention_bias": True}, gguf="qwen2",
         ),
         Family(
-            "qwen3", "Qwen3ForCausalLM",
+            "qwen3", "Qwen3ForCausalLM", "Qwen3",
+            "norm of each head's q and k; biases; sliding window",
             options={"qk_norm": True}, reads=_ALL_BIASES, gguf="qwen3",
         ),
         Family(
-            "qwen3_moe", "Qwen3MoeForCausalLM",
+            "qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3 mixtures",
+            "the same with experts in all layers",
             options={"qk_norm": True},
             reads=_ALL_BIASES | _EXPERTS, gguf="qwen3moe",
         ),
         Family(
-            "qwen2_moe", "Qwen2MoeForCausalLM",
+            "qwen2_moe", "Qwen2MoeForCausalLM", "Qwen1.5 and Qwen2 mixtures",
+            "biases of q, k and v; experts in all layers, and a gated one for "
+            "all tokens",
             reads=_EXPERTS | {
                 "qkv_bias": ("attention_bias",),
                 "shared_expert_intermediate_size": ("shared_expert_width",),
             },
         ),
         Family(
-            "mixtral", "MixtralForCausalLM",
+            "mixtral", "MixtralForCausalLM", "Mixtral",
+            "experts in all layers; sliding window",
             options={"renormalize": True},
             reads=_EXPERT_WIDTH | {
                 "num_local_experts": ("experts",),
@@ -150,7 +171,9 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            "gpt_oss", "GptOssForCausalLM",
+            "gpt_oss", "GptOssForCausalLM", "gpt-oss, its MXFP4 expanded",
+            "attention sinks; biases; experts in all layers, biased and "
+            "clamped; every second layer slides",
             options={
                 "sinks": True, "expert_biases": True, "renormalize": True,
                 "swiglu_limit": 7.0,
@@ -175,45 +198,54 @@ FAMILIES: dict[str, Family] = {
             packed="mxfp4",
         ),
         Family(
-            "smollm3", "SmolLM3ForCausalLM",
+            "smollm3", "SmolLM3ForCausalLM", "SmolLM3",
+            "layers without rotation; biases; sliding window",
             reads=_ALL_BIASES | _MLP_BIAS,
         ),
         Family(
-            "seed_oss", "SeedOssForCausalLM",
+            "seed_oss", "SeedOssForCausalLM", "Seed-OSS", "biases",
             reads=_MLP_BIAS | {
                 "attention_bias": ("attention_bias",),
                 "attention_out_bias": ("output_bias",),
             },
         ),
         Family(
-            "phi3", "Phi3ForCausalLM",
+            "phi3", "Phi3ForCausalLM", "Phi-3, Phi-4",
+            "turns a part of each head; longrope scaling; sliding window; q, k "
+            "and v in one tensor",
             reads=_PARTIAL | {"original_max_position_embeddings": ()},
             fused=(
                 Fused("self_attn.qkv_proj.weight", ("q", "k", "v")), _GATE_UP
             ),
         ),
         Family(
-            "olmo2", "Olmo2ForCausalLM",
+            "olmo2", "Olmo2ForCausalLM", "OLMo 2",
+            "norms after and not before; norm of q and k over all heads",
             options=_NORMS_AFTER | {"wide_qk_norm": True},
             reads=_ALL_BIASES,
         ),
         Family(
-            "olmo3", "Olmo3ForCausalLM",
+            "olmo3", "Olmo3ForCausalLM", "OLMo 3",
+            "the same; three of four layers slide, without scaling of RoPE",
             options=_NORMS_AFTER | {"wide_qk_norm": True},
             reads=_ALL_BIASES, local_rope="rope_theta",
         ),
         Family(
-            "olmoe", "OlmoeForCausalLM",
+            "olmoe", "OlmoeForCausalLM", "OLMoE",
+            "norm of q and k over all heads; experts in all layers",
             options={"wide_qk_norm": True},
             reads=_ALL_BIASES | _ROUTED | _EXPERT_WIDTH,
         ),
         Family(
-            "exaone4", "Exaone4ForCausalLM",
+            "exaone4", "Exaone4ForCausalLM", "EXAONE 4.0",
+            "norms after and not before; norm of each head's q and k; where "
+            "layers slide the others have no rotary positions",
             options=_NORMS_AFTER | {"qk_norm": True},
             reads={"sliding_window_pattern": ()}, full_unturned=True,
         ),
         Family(
-            "granite", "GraniteForCausalLM",
+            "granite", "GraniteForCausalLM", "Granite 3",
+            "multipliers of embeddings, scores, residuals and logits; biases",
             reads=_ALL_BIASES | _MLP_BIAS | {
                 name: (name,) for name in (
                     "attention_multiplier", "embedding_multiplier",
@@ -222,7 +254,9 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            "glm4", "Glm4ForCausalLM",
+            "glm4", "Glm4ForCausalLM", "GLM-4-0414",
+            "norms before and after; biases of q, k and v; turns neighboring "
+            "pairs of half of each head",
             options={"post_norms": True, "interleaved_rope": True},
             reads=_PARTIAL | {"attention_bias": ("attention_bias",)},
             names={
@@ -233,34 +267,44 @@ FAMILIES: dict[str, Family] = {
             fused=(_GATE_UP,),
         ),
         Family(
-            "gemma", "GemmaForCausalLM",
+            "gemma", "GemmaForCausalLM", "Gemma",
+            "norms scale by 1 + w; scaled embedding; tanh-GELU",
             options=_GEMMA, reads=_ALL_BIASES,
         ),
         Family(
-            "gemma2", "Gemma2ForCausalLM",
+            "gemma2", "Gemma2ForCausalLM", "Gemma 2",
+            "the same; norms before and after; soft-capped scores and logits; "
+            "every second layer slides",
             options=_GEMMA | {"post_norms": True},
             activation="hidden_activation",
             reads=_GEMMA_READS
             | {"attn_logit_softcapping": ("attention_softcap",)},
         ),
         Family(
-            "gemma3_text", "Gemma3ForCausalLM",
+            "gemma3_text", "Gemma3ForCausalLM", "Gemma 3",
+            "the same without soft-capped scores; norm of q and k; five of six "
+            "layers slide, with a rotary base of their own",
             options=_GEMMA | {"post_norms": True, "qk_norm": True},
             activation="hidden_activation",
             reads=_GEMMA_READS, local_rope="rope_local_base_freq",
             gguf="gemma3",
         ),
         Family(
-            "qwen3_next", "Qwen3NextForCausalLM",
+            "qwen3_next", "Qwen3NextForCausalLM", "Qwen3-Next",
+            "gated delta rules in three of four layers; gated attention, "
+            "partly turned, with norm of q and k; norms scale by 1 + w; "
+            "experts, and a gated one for all tokens",
             options=_DELTA | {"delta_grouped": True},
             reads=_DELTA_READS | _EXPERTS | _SHARED,
         ),
         Family(
-            "qwen3_5_text", "Qwen3_5ForCausalLM",
+            "qwen3_5_text", "Qwen3_5ForCausalLM", "Qwen3.5",
+            "the same without experts",
             options=_DELTA, reads=_DELTA_READS, gguf="qwen35",
         ),
         Family(
-            "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
+            "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "Qwen3.5 mixtures",
+            "the same with experts",
             options=_DELTA | {"renormalize": True},
             reads=_DELTA_READS | _SHARED | {
                 "num_experts": ("experts",),
