@@ -3,8 +3,9 @@
 A scan over stacked layers slices every weight at every token, and on CPU each
 slice is a copy as large as the arithmetic that follows. Where the config
 unrolls the whole stack, the layers are unstacked once, before the loop: every
-weight and every layer's cache is an array of its own. Deep models (``unroll``
-below ``layers``) stay stacked and compile in constant time.
+weight and every layer's cache is an array of its own, laid out as the products
+are fastest. Deep models (``unroll`` below ``layers``) stay stacked and compile
+in constant time.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from topd_jax.models.attention.cache import fold_heads
 from topd_jax.models.attention.core import prepare_mask
 from topd_jax.models.config import DecoderConfig
 from topd_jax.models.decoder import Decoder, layer_arrays
-from topd_jax.models.layers import embed, final_norm, layer, layer_options
+from topd_jax.models.layers import (
+    embed,
+    final_norm,
+    layer,
+    layer_options,
+)
 from topd_jax.models.parameters import arrays_of
 from topd_jax.models.rope import rope_table
 from topd_jax.parallel.sharding import mesh_in_use
@@ -134,9 +141,7 @@ def _cache_of(cache: Any, recurrent: bool, index: int) -> Any:
         )
     keys, values = cache.keys[index], cache.values[index]
     if mesh_in_use() is None:
-        # As the products of attention take them. What lies between a write
-        # and its reader, XLA would write twice, and copy the cache for it.
-        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (keys, values))
+        keys, values = fold_heads(keys, values)
     return cache.replace(keys=keys, values=values, states=None, inputs=None)
 
 

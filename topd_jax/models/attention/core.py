@@ -242,7 +242,8 @@ def attend_cached(
     first = jnp.argmax(mask[:, 0], axis=1).astype(jnp.int32)
     keys, values = cache.keys, cache.values
     if index is None:
-        shape = (1, query.shape[0], -1, *keys.shape[-2:])
+        keys = keys.mT if keys.ndim == 3 else keys  # of fold_heads
+        shape = (1, query.shape[0], -1, *values.shape[-2:])
         index, keys, values = 0, keys.reshape(shape), values.reshape(shape)
     return over_heads(
         read, query, keys, values, jnp.asarray(index),
