@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from conftest import VOCAB, make_model
 from flax import struct
+from small_files import QWEN2, make
 
-from topd_jax.models import init_decoder, unembed
+from topd_jax.models import Lora, init_decoder, unembed
 from topd_jax.models.passes import trajectory_states
 from topd_jax.sampling import checked, rollout, rollouts
+from topd_jax.sampling.layerwise import unstack, unstack_cache
 from topd_jax.types import Prompts
 
 KEY = jax.random.key(1)
@@ -192,6 +194,42 @@ def test_bfloat16_and_scanned_layers_inside_another_jit():
     np.testing.assert_array_equal(out.tokens, alone.tokens)
     assert out.logp.dtype == jnp.float32
     assert np.isfinite(out.logp).all()
+
+
+@pytest.mark.parametrize("targets", [(), ("q", "down"), ("v", "up")])
+def test_products_of_a_loop_are_those_of_the_stack(targets):
+    """One for the maps that read the same, but where one has an adapter."""
+    lora = Lora(2, 4.0, targets) if targets else None
+    config = QWEN2.replace(unroll=QWEN2.layers, lora=lora)
+    model, length = make(config), 6
+    tokens = jax.random.randint(KEY, (2, length), 0, config.vocab_size)
+    positions = jnp.arange(length)[None].repeat(2, 0)
+    seen = jnp.tri(length, dtype=bool)[None].repeat(2, 0)
+
+    def read(reader, cache, columns):
+        return reader(
+            tokens[:, columns], positions[:, columns], seen[:, columns], cache
+        )
+
+    @jax.jit
+    def run(model):
+        _, cache = read(model, model.init_cache(2, length), slice(4))
+        want, kept = read(model, cache, slice(4, length))
+        reader, cache = unstack(model, cache, length)
+        got, apart = read(reader, cache, slice(4, length))
+        return want, got, unstack_cache(model, kept), apart, reader
+
+    want, got, kept, apart, reader = run(model)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), apart, kept
+    )
+    merged = {name for name in reader.layers[0] if "+" in name}
+    assert merged == {
+        together
+        for together in ("q+k+v", "gate+up")
+        if not set(together.split("+")) & set(targets)
+    }
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from topd_jax.models.parameters import (
     LORA_B,
     as_floats,
     linear_inputs,
+    parameter_table,
 )
 from topd_jax.models.recurrence import read_tokens, split_projections
 from topd_jax.models.rope import grow, rope_rows, rotate
@@ -30,6 +31,9 @@ from topd_jax.parallel.sharding import constrain
 # Below this many ids a lookup by one-hot product is cheaper than a gather,
 # whose gradient is a scatter (three times slower on CPU at 100 ids).
 _ONE_HOT_VOCAB = 512
+
+# Linear maps of a layer that read the same.
+_TOGETHER = ("q+k+v", "gate+up")
 
 
 def rms_norm(
@@ -170,25 +174,7 @@ def _attention(
     rope: tuple[jax.Array, jax.Array],
     spec: MaskSpec,
 ) -> tuple[jax.Array, Cache | None]:
-    # Told the rows of these alone, the compiler would gather the kernels.
-    query, key, value = (
-        to_products(_project(x, w, name, config), "sequence", heads, None)
-        for name, heads in zip("qkv", ("heads", *["kv_heads"] * 2), strict=True)
-    )
-    if config.attention_bias:
-        query, key = query + w["q_bias"], key + w["k_bias"]
-        value = value + w["v_bias"]
-    if config.attention_gate:
-        query, gate = jnp.split(query, 2, axis=-1)
-    if config.qk_norm or config.wide_qk_norm:
-        norm = _wide_norm if config.wide_qk_norm else rms_norm
-        query = norm(query, w["q_norm"], config)
-        key = norm(key, w["k_norm"], config)
-    query = to_rows(query, "sequence", "activation_heads", None)
-    key, value = (
-        to_rows(x, "sequence", "activation_kv_heads", None)
-        for x in (key, value)
-    )
+    query, gate, key, value = _project_heads(config, w, x)
     turn = [t[options["rope"]] if len(t) > 1 else t[0] for t in rope]
     query, key = (
         rotate(x, *turn, config.interleaved_rope) for x in (query, key)
@@ -216,12 +202,38 @@ def _attention(
         )
     # Rows first: a move of heads in their groups is none of one collective.
     out = to_rows(out, "sequence", "activation_heads", None)
-    if config.attention_gate:
+    if gate is not None:
         gate = to_rows(gate, "sequence", "activation_heads", None)
         out = out * jax.nn.sigmoid(gate)
     out = to_products(out, "sequence", "heads", None)
     out = _project(out, w, "o", config)
     return out + w["o_bias"] if config.output_bias else out, cache
+
+
+def _project_heads(
+    config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """Return query, gate, key and value of every token, before they turn."""
+    # Told the rows of these alone, the compiler would gather the kernels.
+    query, *rest = _project_all(x, w, "q+k+v", config)
+    query = to_products(query, "sequence", "heads", None)
+    key, value = (to_products(x, "sequence", "kv_heads", None) for x in rest)
+    if config.attention_bias:
+        query, key = query + w["q_bias"], key + w["k_bias"]
+        value = value + w["v_bias"]
+    gate = None
+    if config.attention_gate:
+        query, gate = jnp.split(query, 2, axis=-1)
+    if config.qk_norm or config.wide_qk_norm:
+        norm = _wide_norm if config.wide_qk_norm else rms_norm
+        query = norm(query, w["q_norm"], config)
+        key = norm(key, w["k_norm"], config)
+    query = to_rows(query, "sequence", "activation_heads", None)
+    key, value = (
+        to_rows(x, "sequence", "activation_kv_heads", None)
+        for x in (key, value)
+    )
+    return query, gate, key, value
 
 
 def _recurrent(
@@ -274,13 +286,53 @@ def _feed_forward(
 def _mlp(
     x: jax.Array, w: dict[str, jax.Array], config: DecoderConfig
 ) -> jax.Array:
-    gate, up = (_project(x, w, name, config) for name in ("gate", "up"))
+    gate, up = _project_all(x, w, "gate+up", config)
     if "gate_bias" in w:
         gate, up = gate + w["gate_bias"], up + w["up_bias"]
     inner = ACTIVATIONS[config.activation](gate) * up
     inner = constrain(inner, "product_batch", "sequence", "activation_mlp")
     out = _project(inner, w, "down", config)
     return out + w["down_bias"] if "down_bias" in w else out
+
+
+def merge_kernels(
+    w: dict[str, jax.Array], config: DecoderConfig
+) -> dict[str, jax.Array]:
+    """Merge the kernels of a layer that read the same: one product, not three.
+
+    Args:
+      w: this layer's parameters.
+      config: the decoder's shape.
+
+    Returns:
+      The same with "q+k+v" [D, q + k + v] and "gate+up" [D, 2F] in the place of
+      those that are floats without adapters.
+    """
+    w, adapted = dict(w), config.lora.targets if config.lora else ()
+    for together in _TOGETHER:
+        names = together.split("+")
+        plain = (isinstance(w.get(name), jax.Array) for name in names)
+        if all(plain) and not set(names) & set(adapted):
+            kernels = [w.pop(name) for name in names]
+            kernels = [x.reshape(len(x), -1) for x in kernels]
+            w[together] = jnp.concatenate(kernels, axis=-1)
+    return w
+
+
+def _project_all(
+    x: jax.Array, w: dict[str, jax.Array], together: str, config: DecoderConfig
+) -> list[jax.Array]:
+    names = together.split("+")
+    if together not in w:
+        return [_project(x, w, name, config) for name in names]
+    table = parameter_table(config)
+    shapes = [table[name].shape[2:] for name in names]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    parts = jnp.split(_linear(x, w[together]), ends, axis=-1)
+    return [
+        part.reshape(*x.shape[:-1], *shape)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 def _project(

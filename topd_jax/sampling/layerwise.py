@@ -24,6 +24,7 @@ from topd_jax.models.layers import (
     final_norm,
     layer,
     layer_options,
+    merge_kernels,
 )
 from topd_jax.models.parameters import arrays_of
 from topd_jax.models.rope import rope_table
@@ -101,13 +102,20 @@ def unstack(model: Any, cache: Any, length: int) -> tuple[Any, Any]:
     # and sines and cosines into every product of every layer.
     weights, caches, rope = jax.lax.optimization_barrier(
         (
-            tuple(arrays_of(config, arrays, i) for i in range(config.layers)),
+            tuple(_weights(config, arrays, i) for i in range(config.layers)),
             unstack_cache(model, cache),
             rope_table(jnp.arange(length)[None], config),
         )
     )
     embedding, norm = model.embedding[...], model.final_norm[...]
     return Layerwise(weights, embedding, norm, rope, config), caches
+
+
+def _weights(
+    config: DecoderConfig, arrays: dict[str, Any], index: int
+) -> dict[str, jax.Array]:
+    own = arrays_of(config, arrays, index)
+    return own if mesh_in_use() else merge_kernels(own, config)
 
 
 def unstack_cache(model: Any, cache: Any) -> Any:
