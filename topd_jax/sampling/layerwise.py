@@ -158,7 +158,7 @@ def repeat_rows(model: Any, cache: Any, times: int) -> Any:
 
     Args:
       model: whose ``init_cache`` tells which dimension the rows are.
-      cache: of that model.
+      cache: as :func:`unstack_cache` returns it.
       times: copies of each row.
 
     Returns:
@@ -176,7 +176,7 @@ def repeat_rows(model: Any, cache: Any, times: int) -> Any:
         x = jnp.repeat(x.reshape(*lead, -1, size, *rest), times, axis=dim)
         return x.reshape(*lead, -1, *rest)
 
-    return change_leaves(one, growth(model.init_cache, (1, 1), (2, 1)), cache)
+    return change_leaves(one, cache_growth(model, (2, 1)), cache)
 
 
 def add_columns(model: Any, cache: Any, extra: int) -> Any:
@@ -198,7 +198,7 @@ def add_columns(model: Any, cache: Any, extra: int) -> Any:
             return x
         return jnp.pad(x, [(0, extra * more) for more in own])
 
-    return change_leaves(one, column_growth(model), cache)
+    return change_leaves(one, cache_growth(model, (1, 2)), cache)
 
 
 def stretches(length: int) -> list[int]:
@@ -237,11 +237,12 @@ def growth(
     ]
 
 
-def column_growth(model: Any) -> list[list[int]]:
-    """Tell how the cache of a loop over tokens grows by one column.
+def cache_growth(model: Any, large: tuple[int, int]) -> list[list[int]]:
+    """Tell how the cache of a loop over tokens grows from (1, 1).
 
     Args:
       model: that keeps it.
+      large: rows and columns of the other.
 
     Returns:
       As :func:`growth`.
@@ -250,7 +251,7 @@ def column_growth(model: Any) -> list[list[int]]:
     def empty(rows: int, columns: int) -> Any:
         return unstack_cache(model, model.init_cache(rows, columns))
 
-    return growth(empty, (1, 1), (1, 2))
+    return growth(empty, (1, 1), large)
 
 
 def change_leaves(

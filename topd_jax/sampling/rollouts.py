@@ -201,18 +201,19 @@ def _write_all(
     draw_next: Callable[[Drawn, jax.Array], Drawn],
 ) -> Drawn:
     """Let all rows write side by side, until the longest has ended."""
+    width, length = prompts.tokens.shape[1], drawn.tokens.shape[1]
+    cache = model.init_cache(*prompts.tokens.shape)
+    reader, cache = unstack(model, cache, width + length)
     # Each prompt is read once; then its part of the cache is repeated.
-    hidden, cache = model(
+    hidden, cache = reader(
         prompts.tokens,
         positions_of(prompts.mask),
         mask_for(model, causal_intervals(prompts.mask)),
-        model.init_cache(*prompts.tokens.shape),
+        cache,
     )
     cache = repeat_rows(model, cache, samples)
     prompts = jax.tree.map(lambda x: _repeat(x, samples), prompts)
-    width, length = prompts.tokens.shape[1], drawn.tokens.shape[1]
     first = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    reader, cache = unstack(model, cache, width + length)
 
     def stretch(carry: Any, begin: int, end: int) -> tuple[Drawn, Any]:
         exists = jnp.pad(prompts.mask, ((0, 0), (0, end)), constant_values=True)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from topd_jax.models.attention.cache import update_slice
 from topd_jax.parallel.collectives import over_rows
 from topd_jax.sampling.layerwise import (
+    cache_growth,
     change_leaves,
-    column_growth,
     growth,
     unstack_cache,
 )
@@ -51,7 +51,7 @@ def cut_columns(
             x = jax.lax.dynamic_slice_in_dim(x, start, size, dim)
         return x
 
-    cut = change_leaves(one, column_growth(model), cache)
+    cut = change_leaves(one, cache_growth(model, (1, 2)), cache)
     return add_tokens(cut, -start)
 
 
@@ -67,7 +67,7 @@ def paste_columns(model: Any, cache: Any, part: Any) -> Any:
     def one(x: jax.Array, grows: list[int], y: jax.Array) -> jax.Array:
         return update_slice(x, y, [0] * x.ndim) if any(grows) else y
 
-    return change_leaves(one, column_growth(model), cache, part)
+    return change_leaves(one, cache_growth(model, (1, 2)), cache, part)
 
 
 def put_rows(
