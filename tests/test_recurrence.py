@@ -17,6 +17,7 @@ from topd_jax.models.attention.masks import (
 )
 from topd_jax.models.decoder import drop_layers
 from topd_jax.models.io.peft import load_adapter, save_adapter
+from topd_jax.models.layerwise import split_cache, unstack
 from topd_jax.models.parameters import arrays_of
 from topd_jax.models.quantization import dequantize, quantize
 from topd_jax.models.recurrence import (
@@ -26,7 +27,6 @@ from topd_jax.models.recurrence import (
     token_order,
 )
 from topd_jax.sampling import rollout
-from topd_jax.sampling.layerwise import unstack
 from topd_jax.types import Prompts
 
 UNROLLED = dataclasses.replace(RECURRENT, unroll=4)
@@ -181,7 +181,7 @@ def test_layers_apart_keep_each_its_own():
     mask = BranchMask(jnp.ones((2, length), bool), jnp.full((2, m), 2), 3)
     given = tokens_of(2, m), jnp.full((2, m), 3), mask
     want, kept = jax.jit(lambda f, *x: f(*x))(model, *given, cache)
-    reader, apart = unstack(model, cache, length)
+    apart, reader = split_cache(UNROLLED, cache), unstack(model, length)
     got, apart = jax.jit(lambda f, *x: f(*x))(reader, *given, apart)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for i, layer in enumerate([0, 2]):

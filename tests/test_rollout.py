@@ -9,9 +9,9 @@ from flax import struct
 from small_files import QWEN2, make
 
 from topd_jax.models import Lora, init_decoder, unembed
+from topd_jax.models.layerwise import unstack
 from topd_jax.models.passes import trajectory_states
 from topd_jax.sampling import checked, rollout, rollouts
-from topd_jax.sampling.layerwise import unstack, unstack_cache
 from topd_jax.types import Prompts
 
 KEY = jax.random.key(1)
@@ -206,24 +206,21 @@ def test_products_of_a_loop_are_those_of_the_stack(targets):
     positions = jnp.arange(length)[None].repeat(2, 0)
     seen = jnp.tri(length, dtype=bool)[None].repeat(2, 0)
 
-    def read(reader, cache, columns):
-        return reader(
-            tokens[:, columns], positions[:, columns], seen[:, columns], cache
-        )
-
     @jax.jit
     def run(model):
-        _, cache = read(model, model.init_cache(2, length), slice(4))
-        want, kept = read(model, cache, slice(4, length))
-        reader, cache = unstack(model, cache, length)
-        got, apart = read(reader, cache, slice(4, length))
-        return want, got, unstack_cache(model, kept), apart, reader
+        def read(columns, cache):
+            now = tokens[:, columns], positions[:, columns], seen[:, columns]
+            return model(*now, cache)
 
-    want, got, kept, apart, reader = run(model)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), apart, kept
-    )
+        hidden, _ = model(tokens, positions, seen)
+        first, cache = read(slice(4), model.init_cache(2, length))
+        then, _ = read(slice(4, length), cache)
+        return hidden, jnp.concatenate([first, then], axis=1), model
+
+    want, _, _ = run(model)
+    *got, reader = run(unstack(model, length))
+    for states in got:
+        np.testing.assert_allclose(states, want, atol=1e-5)
     merged = {name for name in reader.layers[0] if "+" in name}
     assert merged == {
         together

@@ -11,7 +11,7 @@ from test_rollout import KEY, Bigram, Tape, chain, prompt_of, some_prompts
 from topd_jax.models import Decoder
 from topd_jax.models.protocol import from_function
 from topd_jax.parallel.sharding import MESH_AXES
-from topd_jax.sampling import layerwise, rollout
+from topd_jax.sampling import caches, rollout
 from topd_jax.training.setup import check_batches
 
 LENGTHS = (3, 5, 1, 4, 2, 5, 3, 1, 4, 2, 5)
@@ -44,7 +44,7 @@ def test_the_rollout_is_that_of_the_fixed_batch(
     student, fixed, options, slots, monkeypatch
 ):
     """By caches of every width, whose columns are dropped again and again."""
-    monkeypatch.setattr(layerwise, "_SHORTEST", 3)
+    monkeypatch.setattr(caches, "_SHORTEST", 3)
     prompts = some_prompts(LENGTHS)
     model = Decoder(student.config.replace(**options), student.arrays)
     if options is SLIDING:
@@ -87,7 +87,7 @@ def test_a_function_without_a_cache_begins_rows_anew(student, fixed):
 
 def test_prompts_may_be_far_longer_than_completions(student, monkeypatch):
     """A copy for the first half, 73 columns, would be wider than all 69."""
-    monkeypatch.setattr(layerwise, "_SHORTEST", 3)
+    monkeypatch.setattr(caches, "_SHORTEST", 3)
     prompts, run = some_prompts(LENGTHS, width=60), RUN | dict(max_new_tokens=8)
     fixed = rollout(student, prompts, KEY, **run)
     assert_same(rollout(student, prompts, KEY, slots=3, **run), fixed)

@@ -30,7 +30,7 @@ from works import STUDENT
 
 import topd_jax as topd
 from topd_jax.sampling import rollouts
-from topd_jax.sampling.layerwise import stretches
+from topd_jax.sampling.caches import stretches
 
 SEED = 0  # of lengths, weights and prompts
 

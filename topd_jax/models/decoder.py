@@ -287,7 +287,12 @@ def mask_for(
     Returns:
       The same for a decoder; for another model bool[B, S, L].
     """
-    return mask if isinstance(model, Decoder) else mask.dense()
+    return mask if _is_decoder(model) else mask.dense()
+
+
+def _is_decoder(model: Any) -> bool:
+    """Tell whether a model is a decoder, its layers stacked or not."""
+    return isinstance(getattr(model, "config", None), DecoderConfig)
 
 
 def cast(model: Decoder, dtype: str) -> Decoder:
@@ -313,7 +318,7 @@ def cast(model: Decoder, dtype: str) -> Decoder:
 
 def is_recurrent(model: Any) -> bool:
     """Tell whether a model has layers that keep a recurrent state."""
-    return isinstance(model, Decoder) and bool(model.config.recurrent)
+    return _is_decoder(model) and bool(model.config.recurrent)
 
 
 def in_compute_dtype(model: Any) -> Any:

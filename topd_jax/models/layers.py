@@ -32,8 +32,8 @@ from topd_jax.parallel.sharding import constrain
 # whose gradient is a scatter (three times slower on CPU at 100 ids).
 _ONE_HOT_VOCAB = 512
 
-# Linear maps of a layer that read the same.
-_TOGETHER = ("q+k+v", "gate+up")
+# Linear maps of a layer that read the same, and may be one array.
+TOGETHER = ("q+k+v", "gate+up")
 
 
 def rms_norm(
@@ -293,30 +293,6 @@ def _mlp(
     inner = constrain(inner, "product_batch", "sequence", "activation_mlp")
     out = _project(inner, w, "down", config)
     return out + w["down_bias"] if "down_bias" in w else out
-
-
-def merge_kernels(
-    w: dict[str, jax.Array], config: DecoderConfig
-) -> dict[str, jax.Array]:
-    """Merge the kernels of a layer that read the same: one product, not three.
-
-    Args:
-      w: this layer's parameters.
-      config: the decoder's shape.
-
-    Returns:
-      The same with "q+k+v" [D, q + k + v] and "gate+up" [D, 2F] in the place of
-      those that are floats without adapters.
-    """
-    w, adapted = dict(w), config.lora.targets if config.lora else ()
-    for together in _TOGETHER:
-        names = together.split("+")
-        plain = (isinstance(w.get(name), jax.Array) for name in names)
-        if all(plain) and not set(names) & set(adapted):
-            kernels = [w.pop(name) for name in names]
-            kernels = [x.reshape(len(x), -1) for x in kernels]
-            w[together] = jnp.concatenate(kernels, axis=-1)
-    return w
 
 
 def _project_all(

@@ -4,7 +4,7 @@
 * ``slots``: rollouts that hold fewer rows than they write; ``slot_cache``:
   what moves in their cache;
 * ``drawing``: one step of both loops; ``samplers``: temperature, top-k, top-p;
-* ``layerwise``: caches that grow, and layers unstacked for speed on CPU;
+* ``caches``: their rows and columns, whatever model keeps them;
 * ``checks``: static checks, and ``checked`` for values;
 * ``streams``: named random streams.
 """

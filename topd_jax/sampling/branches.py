@@ -29,7 +29,6 @@ from topd_jax.sampling.checks import (
     check_vocab_size,
 )
 from topd_jax.sampling.drawing import Drawn, draw_token, nothing_drawn
-from topd_jax.sampling.layerwise import unstack
 from topd_jax.sampling.samplers import check_sampler, row_noise
 from topd_jax.types import Candidates, Trajectories, Windows
 
@@ -66,7 +65,8 @@ def branch(
     """Continue every candidate's prefix y_{<t}: the windows T_t of §3.
 
     Args:
-      model: the model that has read the trajectories.
+      model: the model that has read the trajectories; on a CPU a small one is
+        faster by :func:`~topd_jax.models.layerwise.unstack`, in both.
       cache: of that reading, made by ``model.init_cache(B, L +
         branch_columns(M, K))``, with ``L`` columns written; None of a
         decoder with recurrent layers, which reads the trajectories again.
@@ -177,8 +177,6 @@ def _write(
     branch_mask, written_at = _branch_mask(
         trajectories, candidates, branch_columns(count, length)
     )
-    columns = branch_mask.exists.shape[1]
-    reader, cache = unstack(model, cache, columns + length)
     draw_next = functools.partial(
         draw_token,
         head=model.head[:vocab_size],
@@ -196,7 +194,7 @@ def _write(
         exists = branch_mask.exists & (written_at < drawn.step)
         mask = mask_for(model, branch_mask.replace(exists=exists))
         position = first + drawn.step - 1
-        hidden, cache = reader(drawn.last, position, mask, cache)
+        hidden, cache = model(drawn.last, position, mask, cache)
         return draw_next(drawn, hidden), cache
 
     start = jnp.take_along_axis(hidden, candidates.positions[..., None], axis=1)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from topd_jax.models.attention.masks import CachedMask, causal_intervals
 from topd_jax.models.decoder import mask_for
+from topd_jax.models.layerwise import unstack
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.parallel.rules import decoding_rules, using
 from topd_jax.parallel.sharding import constrain_rows, reshard
+from topd_jax.sampling.caches import add_columns, repeat_rows, stretches
 from topd_jax.sampling.checks import (
     check_ends,
     check_ids,
@@ -32,12 +34,6 @@ from topd_jax.sampling.drawing import (
     is_end,
     next_token,
     nothing_drawn,
-)
-from topd_jax.sampling.layerwise import (
-    add_columns,
-    repeat_rows,
-    stretches,
-    unstack,
 )
 from topd_jax.sampling.samplers import check_sampler, row_noise
 from topd_jax.sampling.slots import write_in_slots
@@ -202,14 +198,13 @@ def _write_all(
 ) -> Drawn:
     """Let all rows write side by side, until the longest has ended."""
     width, length = prompts.tokens.shape[1], drawn.tokens.shape[1]
-    cache = model.init_cache(*prompts.tokens.shape)
-    reader, cache = unstack(model, cache, width + length)
+    model = unstack(model, width + length)
     # Each prompt is read once; then its part of the cache is repeated.
-    hidden, cache = reader(
+    hidden, cache = model(
         prompts.tokens,
         positions_of(prompts.mask),
         mask_for(model, causal_intervals(prompts.mask)),
-        cache,
+        model.init_cache(*prompts.tokens.shape),
     )
     cache = repeat_rows(model, cache, samples)
     prompts = jax.tree.map(lambda x: _repeat(x, samples), prompts)
@@ -225,7 +220,7 @@ def _write_all(
         def body(carry: tuple[Drawn, Any]) -> tuple[Drawn, Any]:
             drawn, cache = carry
             mask = CachedMask(exists, width + drawn.step, usual)
-            hidden, cache = reader(
+            hidden, cache = model(
                 drawn.last[:, None],
                 (first + drawn.step - 1)[:, None],
                 mask_for(model, mask),

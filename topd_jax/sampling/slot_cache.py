@@ -11,12 +11,7 @@ import jax.numpy as jnp
 
 from topd_jax.models.attention.cache import update_slice
 from topd_jax.parallel.collectives import over_rows
-from topd_jax.sampling.layerwise import (
-    cache_growth,
-    change_leaves,
-    growth,
-    unstack_cache,
-)
+from topd_jax.sampling.caches import change_leaves, growth
 
 
 def add_tokens(cache: Any, count: int | jax.Array) -> Any:
@@ -41,7 +36,7 @@ def cut_columns(
 
     Args:
       model: that keeps it.
-      cache: as the loop over tokens keeps it.
+      cache: of that model.
       start: the first of the columns.
       size: how many.
     """
@@ -51,7 +46,7 @@ def cut_columns(
             x = jax.lax.dynamic_slice_in_dim(x, start, size, dim)
         return x
 
-    cut = change_leaves(one, cache_growth(model, (1, 2)), cache)
+    cut = change_leaves(one, growth(model.init_cache, (1, 2)), cache)
     return add_tokens(cut, -start)
 
 
@@ -60,14 +55,14 @@ def paste_columns(model: Any, cache: Any, part: Any) -> Any:
 
     Args:
       model: that keeps it.
-      cache: as the loop over tokens keeps it.
+      cache: of that model.
       part: of :func:`cut_columns`.
     """
 
     def one(x: jax.Array, grows: list[int], y: jax.Array) -> jax.Array:
         return update_slice(x, y, [0] * x.ndim) if any(grows) else y
 
-    return change_leaves(one, cache_growth(model, (1, 2)), cache, part)
+    return change_leaves(one, growth(model.init_cache, (1, 2)), cache, part)
 
 
 def put_rows(
@@ -126,7 +121,7 @@ def _growth(model: Any, large: tuple[int, int]) -> list[list[int]]:
     """Tell the dimensions of (cache, hidden, noise); see :func:`growth`."""
 
     def held(rows: int, columns: int) -> Any:
-        cache = unstack_cache(model, model.init_cache(rows, columns))
+        cache = model.init_cache(rows, columns)
         return cache, jnp.zeros((rows, 1)), jnp.zeros((rows, 1, 1))
 
-    return growth(held, (1, 1), large)
+    return growth(held, large)

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 
 from topd_jax.models.attention.masks import CachedMask, causal_intervals
 from topd_jax.models.decoder import mask_for
+from topd_jax.models.layerwise import unstack
 from topd_jax.parallel.collectives import row_parts
 from topd_jax.parallel.sharding import constrain
+from topd_jax.sampling.caches import stretches
 from topd_jax.sampling.drawing import is_end
-from topd_jax.sampling.layerwise import stretches, unstack, unstack_cache
 from topd_jax.sampling.samplers import row_noise
 from topd_jax.sampling.slot_cache import (
     add_tokens,
@@ -115,12 +116,12 @@ def write_in_slots(
     """
     rows, width = prompts.tokens.shape
     columns = width + length + max(length // _BEHIND, 1)
+    model = unstack(model, width + length)
     cache = model.init_cache(slots, columns)
-    reader, cache = unstack(model, cache, width + length)
     # Any row may go to any device.
     prompts = jax.tree.map(lambda x: constrain(x, None, None), prompts)
     loop = _Loop(
-        model, reader, prompts, key, draw, slots, length, columns, eos_ids,
+        model, prompts, key, draw, slots, length, columns, eos_ids,
         jnp.full(rows, length) if limits is None
         else jnp.minimum(limits, length),
     )  # fmt: skip
@@ -154,7 +155,6 @@ class _Loop:
     """
 
     model: Any
-    reader: Any
     prompts: Prompts
     key: jax.Array
     draw: Callable[..., tuple[jax.Array, jax.Array]]
@@ -262,7 +262,7 @@ class _Loop:
         first = jnp.where(row == self.rows, s.cursor, s.first)
         exists = jnp.arange(columns) >= first[:, None]
         usual = min(self.width + self.length // 2, columns)
-        hidden, cache = self.reader(
+        hidden, cache = self.model(
             token[:, None],
             (s.cursor - first)[:, None],
             mask_for(self.model, CachedMask(exists, s.cursor + 1, usual)),
@@ -311,12 +311,11 @@ class _Loop:
             constrain(x[rows], "batch", None)
             for x in (self.prompts.tokens, self.prompts.mask)
         )
-        cache = self.model.init_cache(*tokens.shape)
-        hidden, cache = self.reader(
+        hidden, cache = self.model(
             tokens,
             positions_of(mask),
             mask_for(self.model, causal_intervals(mask)),
-            unstack_cache(self.model, cache),
+            self.model.init_cache(*tokens.shape),
         )
         return hidden[:, -1], cache, jnp.sum(mask, axis=1, dtype=jnp.int32)
 

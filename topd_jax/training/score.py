@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from topd_jax.data.teachers import split_rows
 from topd_jax.losses import near_future
 from topd_jax.losses.fused import fused_token_logprobs
+from topd_jax.models.layerwise import unstack
 from topd_jax.models.passes import trajectory_cache, trajectory_states
 from topd_jax.models.protocol import LanguageModel
 from topd_jax.objectives.objective import NO_PLAN, Detection, Objective
@@ -100,6 +101,7 @@ def _score_rows(
         ahead = objective.near_future
         extra = branch_columns(objective.branches, ahead.window)
         columns = read.sequence.shape[1] + extra
+        model = unstack(model, columns + ahead.window)
         hidden, cache = trajectory_cache(model, read, columns)
     else:
         hidden, cache = trajectory_states(model, read), None

@@ -71,36 +71,29 @@ def write_cache(
       key: [B, S, kv_heads, head_dim] of the new tokens.
       value: the same shape.
       index: i32[] of the layer in the cache; None where the cache is of one
-        layer: its arrays lack their first dimension, or are as
-        :func:`fold_heads` returns them.
+        layer, as :func:`fold_heads` returns it.
 
     Returns:
       (cache, keys [B, kv_heads, L, head_dim] of the layer, its values).
     """
-    rows, count, heads, size = key.shape
-    *lead, length, _ = cache.values.shape
-    start = [0] * len(lead) + [cache.length, 0]
-    if index is not None:
-        lead[0], start[0] = 1, index
-    folded = cache.values.ndim == 3
-
-    def write(array: jax.Array, new: jax.Array, turned: bool) -> jax.Array:
-        new = jnp.swapaxes(new, 1, 2).reshape(*lead, count, size)
-        if turned:
-            return update_slice(array, new.mT, [0, 0, cache.length])
-        return update_slice(array, new, start)
-
-    keys = write(cache.keys, key, folded)
-    values = write(cache.values, value, False)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    if index is None:
+        length = cache.length
+        new, values = fold_heads(key, value)
+        keys = update_slice(cache.keys, new, (0, 0, length))
+        values = update_slice(cache.values, values, (0, length, 0))
+        cache = cache.replace(keys=keys, values=values)
+        return cache, *unfold_heads(keys, values, len(key))
+    start = (index, 0, 0, cache.length, 0)
+    keys = update_slice(cache.keys, key[None], start)
+    values = update_slice(cache.values, value[None], start)
     cache = cache.replace(keys=keys, values=values)
-    if index is not None:
-        return cache, keys[index], values[index]
-    keys = keys.mT if folded else keys
-    shape = (rows, heads, length, size)
-    return cache, keys.reshape(shape), values.reshape(shape)
+    return cache, keys[index], values[index]
 
 
-def fold_heads(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
+def fold_heads(
+    keys: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Lay the cache of one layer out as the products of attention take it.
 
     What lies between a write and its reader, XLA on a CPU would write twice,
@@ -116,3 +109,13 @@ def fold_heads(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
     """
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (keys, values))
     return keys.mT, values
+
+
+def unfold_heads(
+    keys: jax.Array, values: jax.Array, rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return what :func:`fold_heads` was given, of B = ``rows``."""
+    keys, values = (
+        x.reshape(rows, -1, *x.shape[1:]) for x in (keys.mT, values)
+    )
+    return keys, values

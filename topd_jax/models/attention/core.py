@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topd_jax.models.attention import branches, cudnn, flash, flash_decode
-from topd_jax.models.attention.cache import Cache, update_slice
+from topd_jax.models.attention.cache import Cache, unfold_heads, update_slice
 from topd_jax.models.attention.masks import (
     BranchMask,
     CachedMask,
@@ -242,9 +242,8 @@ def attend_cached(
     first = jnp.argmax(mask[:, 0], axis=1).astype(jnp.int32)
     keys, values = cache.keys, cache.values
     if index is None:
-        keys = keys.mT if keys.ndim == 3 else keys  # of fold_heads
-        shape = (1, query.shape[0], -1, *values.shape[-2:])
-        index, keys, values = 0, keys.reshape(shape), values.reshape(shape)
+        folded = unfold_heads(keys, values, query.shape[0])
+        index, (keys, values) = 0, (x[None] for x in folded)
     return over_heads(
         read, query, keys, values, jnp.asarray(index),
         mask, first, spec.mask.length - 1,
