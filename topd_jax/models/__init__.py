@@ -5,11 +5,11 @@ ours. See ``README.md`` here for the files in reading order.
 """
 
 from topd_jax.models.attention.cache import Cache
+from topd_jax.models.attention.masks import causal_mask
 from topd_jax.models.config import DecoderConfig, Lora
 from topd_jax.models.decoder import (
     Decoder,
     cast,
-    causal_mask,
     drop_layers,
     in_compute_dtype,
     init_decoder,

@@ -262,19 +262,6 @@ def unembed(head: Head, hidden: jax.Array) -> jax.Array:
     return logits.reshape(*hidden.shape[:-1], head.shape[0])
 
 
-def causal_mask(mask: jax.Array) -> jax.Array:
-    """Return which earlier tokens each token attends to.
-
-    Args:
-      mask: bool[B, L] which tokens exist.
-
-    Returns:
-      bool[B, L, L]: query, key; existing keys that are not after the query.
-    """
-    order = jnp.arange(mask.shape[-1])
-    return (order[:, None] >= order[None, :]) & mask[:, None, :]
-
-
 def mask_for(
     model: Any, mask: IntervalMask | BranchMask | CachedMask | RolloutMask
 ) -> Mask:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from topd_jax.data.tokenizers import Tokenizer
 from topd_jax.losses.divergences import weighted_mean
 from topd_jax.losses.fused import fused_token_logprobs
-from topd_jax.models.decoder import causal_mask
+from topd_jax.models.attention.masks import causal_mask
 
 
 @dataclasses.dataclass(frozen=True)

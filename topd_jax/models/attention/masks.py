@@ -142,6 +142,19 @@ class RolloutMask:
 Mask = jax.Array | IntervalMask | BranchMask | CachedMask | RolloutMask
 
 
+def causal_mask(mask: jax.Array) -> jax.Array:
+    """Return which earlier tokens each token attends to.
+
+    Args:
+      mask: bool[B, L] which tokens exist.
+
+    Returns:
+      bool[B, L, L]: query, key; existing keys that are not after the query.
+    """
+    order = jnp.arange(mask.shape[-1])
+    return (order[:, None] >= order[None, :]) & mask[:, None, :]
+
+
 def causal_intervals(exists: jax.Array) -> IntervalMask:
     """Let each token attend to the existing ones that are not after it.
 
@@ -150,7 +163,7 @@ def causal_intervals(exists: jax.Array) -> IntervalMask:
 
     Returns:
       IntervalMask of L tokens over L keys, those of
-      :func:`~topd_jax.models.decoder.causal_mask`.
+      :func:`causal_mask`.
     """
     order = jnp.broadcast_to(
         jnp.arange(exists.shape[-1], dtype=jnp.int32), exists.shape
