@@ -1,5 +1,8 @@
 """Rollouts: what is written, when they stop, what repeats and what differs."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,6 +197,18 @@ def test_bfloat16_and_scanned_layers_inside_another_jit():
     np.testing.assert_array_equal(out.tokens, alone.tokens)
     assert out.logp.dtype == jnp.float32
     assert np.isfinite(out.logp).all()
+
+
+def test_a_token_copies_no_stack_of_weights():
+    """Of layers that are scanned, by programs that are optimized."""
+    config = make_model(0).config.replace(layers=3, unroll=1)
+    run = functools.partial(rollout, max_new_tokens=5, **IDS)
+    model = jax.eval_shape(functools.partial(init_decoder, config), KEY)
+    text = jax.jit(run).lower(model, some_prompts(), KEY).compile().as_text()
+    width, inner = config.width, config.mlp_width
+    assert re.search(rf"f32\[3,{width},{inner}\]", text)
+    copies = rf"= f32\[3,(1,)?{width},{inner}\]\S* copy\("
+    assert not re.findall(copies, text)
 
 
 @pytest.mark.parametrize("targets", [(), ("q", "down"), ("v", "up")])

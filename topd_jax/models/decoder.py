@@ -169,30 +169,42 @@ class Decoder(nnx.Module):
         body = functools.partial(layer, c, rope=rope, spec=spec)
         body = _rematerialized(body, c)
         options = jax.tree.map(jnp.asarray, layer_options(c))
-        # Kinds of layers repeat: the scan is over their periods.
+        stacks = layer_arrays(self), options
         length = period_of(c)
-        parts = c.layers // length
-        stacks = jax.tree.map(
-            lambda x: x.reshape(parts, -1, *x.shape[1:]),
-            (layer_arrays(self), options),
-        )
-
-        def period(carry: Any, stacks: Any) -> tuple[Any, None]:
-            arrays, options = stacks
-            for i in range(length):
-                own = {name: x[i] for name, x in options.items()}
-                carry = body(carry, arrays_of(c, arrays, i), own)
-            return carry, None
-
+        if length > 1:
+            stacks, body = _by_period(c, stacks, body)
         (hidden, cache), _ = jax.lax.scan(
-            period,
+            lambda carry, own: (body(carry, *own), None),
             (hidden, cache),
             stacks,
-            unroll=min(max(c.unroll // length, 1), parts),
+            unroll=min(max(c.unroll // length, 1), c.layers // length),
         )
         if cache is not None:
             cache = cache.replace(length=cache.length + tokens.shape[1])
         return final_norm(hidden, self.final_norm[...], c), cache
+
+
+def _by_period(
+    config: DecoderConfig, stacks: Any, body: Callable[..., Any]
+) -> tuple[Any, Callable[..., Any]]:
+    """Return stacks over periods, where kinds of layers repeat, and their body.
+
+    Stacks of one layer a period stay as they are: XLA on a CPU copies those
+    that are reshaped at every token of a loop.
+    """
+    length = period_of(config)
+    parts = config.layers // length
+
+    def reshape(x: jax.Array) -> jax.Array:
+        return x.reshape(parts, -1, *x.shape[1:])
+
+    def period(carry: Any, arrays: dict[str, Any], options: Any) -> Any:
+        for i in range(length):
+            own = {name: x[i] for name, x in options.items()}
+            carry = body(carry, arrays_of(config, arrays, i), own)
+        return carry
+
+    return jax.tree.map(reshape, stacks), period
 
 
 def _check_call(tokens: jax.Array, positions: jax.Array, mask: Mask) -> None:
