@@ -17,7 +17,7 @@ from topd_jax.evaluation.metrics import (
     read_metrics,
 )
 from topd_jax.models import init_decoder
-from topd_jax.models.decoder import causal_mask
+from topd_jax.models.attention.masks import causal_mask
 
 
 def logits(model, rows):
