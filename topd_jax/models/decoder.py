@@ -62,6 +62,8 @@ class Decoder(nnx.Module):
       embedding: nnx.Param [V, D]; final_norm; output where not tied.
     """
 
+    reads_intervals = True  # see mask_for
+
     def __init__(
         self, config: DecoderConfig, arrays: dict[str, jax.Array]
     ) -> None:
@@ -291,7 +293,7 @@ def mask_for(
 
 def _is_decoder(model: Any) -> bool:
     """Tell whether a model is a decoder, its layers stacked or not."""
-    return isinstance(getattr(model, "config", None), DecoderConfig)
+    return getattr(model, "reads_intervals", False)
 
 
 def cast(model: Decoder, dtype: str) -> Decoder:

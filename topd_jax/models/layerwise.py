@@ -44,6 +44,7 @@ class Layerwise:
       config: static shape.
     """
 
+    reads_intervals = True  # see mask_for
     layers: tuple[dict[str, jax.Array], ...]
     embedding: jax.Array
     head: Head
