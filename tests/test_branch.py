@@ -13,6 +13,7 @@ from test_attention import CONFIG, GPT_OSS, forward
 
 from topd_jax.models import unembed
 from topd_jax.models.attention import core
+from topd_jax.models.layerwise import unstack
 from topd_jax.models.passes import branch_states, trajectory_cache
 from topd_jax.sampling import branch, branch_columns, checked
 from topd_jax.types import Candidates
@@ -41,6 +42,7 @@ read = jax.jit(trajectory_cache, static_argnums=2)
 def look_ahead(model, rows, candidates, **settings):
     settings = RUN | settings
     extra = branch_columns(candidates.positions.shape[1], settings["length"])
+    model = unstack(model, 64)  # where the config unrolls
     hidden, cache = read(model, rows, rows.sequence.shape[1] + extra)
     return branch(model, cache, hidden, rows, candidates, **settings)
 

@@ -103,7 +103,8 @@ def unstack(model: Any, length: int) -> Any:
 
     Args:
       model: any model.
-      length: above every position that the loop reads at.
+      length: above every position that is read at; nothing checks it, and
+        what is beyond turns as the last one.
 
     Returns:
       A :class:`Layerwise`, with caches of its own form, where the model is a

@@ -65,8 +65,9 @@ def branch(
     """Continue every candidate's prefix y_{<t}: the windows T_t of §3.
 
     Args:
-      model: the model that has read the trajectories; on a CPU a small one is
-        faster by :func:`~topd_jax.models.layerwise.unstack`, in both.
+      model: the model that has read the trajectories. What
+        :func:`~topd_jax.models.layerwise.unstack` makes of a small one, for
+        positions to L + K, reads and branches faster on a CPU.
       cache: of that reading, made by ``model.init_cache(B, L +
         branch_columns(M, K))``, with ``L`` columns written; None of a
         decoder with recurrent layers, which reads the trajectories again.

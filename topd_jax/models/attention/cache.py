@@ -11,6 +11,8 @@ from flax import struct
 class Cache:
     """Keys and values of the tokens that a model has read.
 
+    That of one layer alone holds them as :func:`fold_heads` returns them.
+
     Attributes:
       keys: [N, B, kv_heads, L, head_dim] in compute dtype: as attention
         reads them, so that a token that is decoded moves no other's.
