@@ -15,6 +15,7 @@ from topd_jax.models import (
     cast,
     parameter_table,
 )
+from topd_jax.models.layerwise import unstack
 
 BASE = DecoderConfig(
     vocab_size=37, layers=2, width=16, heads=4, kv_heads=2, head_dim=8,
@@ -159,5 +160,8 @@ def test_cast_keeps_and_computes_in_the_new_dtype():
 )
 def test_inputs_of_another_rank_are_refused(tokens, positions, mask):
     ids = jnp.zeros(tokens, jnp.int32), jnp.zeros(positions, jnp.int32)
-    with pytest.raises(ValueError, match=r"reads tokens \[B, S\] .*not {'tok"):
-        make(BASE)(*ids, jnp.zeros(mask, bool))
+    said = r"reads tokens \[B, S\] .*not {'tok"
+    model = make(dataclasses.replace(BASE, unroll=BASE.layers))
+    for reader in (model, unstack(model, 8)):
+        with pytest.raises(ValueError, match=said):
+            reader(*ids, jnp.zeros(mask, bool))

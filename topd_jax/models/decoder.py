@@ -163,7 +163,7 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: where tokens, positions and mask do not belong together.
         """
-        _check_call(tokens, positions, mask)
+        check_call(tokens, positions, mask)
         c = self.config
         hidden = embed(self.embedding[...], tokens, c)
         spec, cache = prepare_mask(c, positions, mask, cache)
@@ -191,8 +191,7 @@ def _by_period(
 ) -> tuple[Any, Callable[..., Any]]:
     """Return stacks over periods, where kinds of layers repeat, and their body.
 
-    Stacks of one layer a period stay as they are: XLA on a CPU copies those
-    that are reshaped at every token of a loop.
+    XLA on a CPU copies stacks that are reshaped, at every token of a loop.
     """
     length = period_of(config)
     parts = config.layers // length
@@ -209,7 +208,8 @@ def _by_period(
     return jax.tree.map(reshape, stacks), period
 
 
-def _check_call(tokens: jax.Array, positions: jax.Array, mask: Mask) -> None:
+def check_call(tokens: jax.Array, positions: jax.Array, mask: Mask) -> None:
+    """Raise a ValueError where tokens, positions and mask do not fit."""
     shapes = {"tokens": tokens.shape, "positions": positions.shape}
     fits = tokens.ndim == 2 and positions.shape == tokens.shape
     if hasattr(mask, "shape"):

@@ -16,7 +16,7 @@ from topd_jax.models.attention.cache import Cache, fold_heads
 from topd_jax.models.attention.core import prepare_mask
 from topd_jax.models.attention.masks import Mask
 from topd_jax.models.config import DecoderConfig
-from topd_jax.models.decoder import Decoder, layer_arrays
+from topd_jax.models.decoder import Decoder, check_call, layer_arrays
 from topd_jax.models.layers import (
     TOGETHER,
     embed,
@@ -72,6 +72,7 @@ class Layerwise:
         cache: tuple[Cache, ...] | None = None,
     ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
         """Read tokens as ``Decoder.__call__``, with one cache per layer."""
+        check_call(tokens, positions, mask)
         c = self.config
         hidden = embed(self.embedding, tokens, c)
         rope = tuple(
