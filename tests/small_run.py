@@ -94,19 +94,11 @@ def refusal_of(call: Callable[[], object]) -> str:
     return line
 
 
-# The programs of runs, by their settings and what they are made of.
-_programs: dict[tuple, tuple] = {}
-
-
 def run_in(settings: Settings, workdir: Path, setup: object) -> object:
-    """A run that leaves the setup as it was, and compiles what is new in it."""
+    """A run that leaves the setup as it was."""
     from topd_jax.training import loop
 
-    run = loop.Run(settings, workdir, dataclasses.replace(setup))
-    _, run.phases, run.evaluator = _programs.setdefault(
-        (repr(settings), id(setup)), (setup, run.phases, run.evaluator)
-    )
-    return run
+    return loop.Run(settings, workdir, dataclasses.replace(setup))
 
 
 @contextlib.contextmanager

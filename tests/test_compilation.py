@@ -1,14 +1,17 @@
 """Compiled programs are kept for machines of one kind, and for no other."""
 
+import functools
 import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from children import run_script
 
 from topd_jax.cli import main
+from topd_jax.objectives.loading import make_objective
 from topd_jax.parallel import compilation
 
 
@@ -108,3 +111,21 @@ def test_a_command_asks_as_its_settings_say(monkeypatch):
     off = "--config.train.compilation_cache=off"
     main.run(["doctor", "--config", "tiny", off])
     assert asked == ["auto", "off"]
+
+
+def test_equal_arguments_share_what_is_compiled():
+    def scaled(x, *, scale):
+        return x * scale
+
+    def jitted(scale, **told):
+        scaled_by = functools.partial(scaled, scale=scale)
+        return compilation.jitted(scaled_by, **told)
+
+    one = jitted(2.0)
+    assert jitted(2.0) is one
+    assert jitted(3.0) is not one and jitted(2.0, donate_argnums=0) is not one
+    several = jitted(np.arange(3.0))  # has no hash
+    np.testing.assert_array_equal(several(jnp.ones(3)), [0, 1, 2])
+    # As a config spells the same objective for another run.
+    made = (make_objective("opd(token_loss='jsd', beta=0.3)") for _ in "ab")
+    assert len(set(made)) == 1

@@ -25,6 +25,7 @@ from small_run import (
 
 import topd_jax as topd
 from topd_jax.objectives.presets import suppress
+from topd_jax.parallel import compilation
 from topd_jax.training import loop
 from topd_jax.training.logging import read_jsonl
 
@@ -114,6 +115,7 @@ def test_each_stage_compiles_once_and_the_first_step_says_so(
     """Guidance of the first steps: the others, of OPD, do not look ahead."""
     objective = short.objective[:-1] + ", guidance_share=0.5)"
     first = dataclasses.replace(short, objective=objective)
+    compilation._jitted.cache_clear()
     parts = dataclasses.replace(setup)
     # Two programs of score and train_step, and one of all else.
     once = (*compiled_once.PROGRAMS, "score", "train_step")
@@ -128,7 +130,7 @@ def test_each_stage_compiles_once_and_the_first_step_says_so(
     with interrupted(3):
         run_in(first, tmp_path / "resumed", setup).train()
     parts = dataclasses.replace(setup)
-    compiled_once.check(loop.Run(first, tmp_path / "resumed", parts))
+    compiled_once.check(loop.Run(first, tmp_path / "resumed", parts), ())
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 

@@ -32,7 +32,7 @@ from topd_jax.models.decoder import in_compute_dtype
 from topd_jax.models.lora import merge_lora
 from topd_jax.models.passes import trajectory_states
 from topd_jax.models.protocol import LanguageModel
-from topd_jax.parallel.compilation import decoding_options
+from topd_jax.parallel.compilation import decoding_options, jitted
 from topd_jax.parallel.hosts import from_first, on_host
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.sharding import constrain_rows, spec_on, spread_rows
@@ -177,17 +177,15 @@ class Evaluator:
             pad_id=self.tokenizer.pad_id,
         )
         rows = NamedSharding(self.mesh, spec_on(self.mesh, ("batch",)))
-        return jax.jit(
-            functools.partial(write, **options),
-            out_shardings=rows,
-            compiler_options=decoding_options(self.mesh, self.rollout.sharding),
-        )
+        told = decoding_options(self.mesh, self.rollout.sharding)
+        write_rows = functools.partial(write, **options)
+        return jitted(write_rows, out_shardings=rows, compiler_options=told)
 
     @functools.cached_property
     def comparer(self) -> Callable[..., dict]:
         """Compare, jitted: (student, teacher, rows, real) -> metrics."""
         layout = loss_layout(self.mesh, chunk_size=self.chunk_size)
-        return jax.jit(
+        return jitted(
             functools.partial(compare, top_k=self.top_k, layout=layout)
         )
 

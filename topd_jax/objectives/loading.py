@@ -209,7 +209,18 @@ def _bound(
     own = _options_of_piece(piece)
     taken = {name: x for name, x in options.items() if name in own}
     unused.difference_update(taken)
-    return functools.partial(piece, **taken) if taken else piece
+    if not taken:
+        return piece
+    try:
+        return _partial(piece, **taken)
+    except TypeError:  # an option that cannot be hashed
+        return functools.partial(piece, **taken)
+
+
+@functools.lru_cache(typed=True)
+def _partial(piece: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Bind options to a function: the same partial for equal options."""
+    return functools.partial(piece, **options)
 
 
 def _imported(

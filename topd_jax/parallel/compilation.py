@@ -8,10 +8,13 @@ own. A file that was cut short does not decompress, and its program is compiled
 again.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
 import platform
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +23,8 @@ from topd_jax.parallel import buckets
 
 # Programs that compile faster are not worth a file, seconds.
 _WORTH_KEEPING = 0.2
+# Functions whose programs stay in memory: those of a sweep of many variants.
+_HELD = 64
 
 
 def keep_compiled(choice: str = "auto") -> pathlib.Path | None:
@@ -76,6 +81,56 @@ def decoding_options(mesh: Mesh | None, sharding: str) -> dict[str, bool]:
     if sharding != "train" or not on_tpu:
         return {}
     return {"xla_tpu_enable_async_collective_fusion": False}
+
+
+def jitted(
+    function: functools.partial,
+    *,
+    out_shardings: Any = None,
+    donate_argnums: int | tuple[int, ...] = (),
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Jit a function with keywords bound, once for equal ones.
+
+    A second run in a process, of another seed or from a checkpoint, so traces
+    and compiles only what is new in it.
+
+    Args:
+      function: with keywords; where one cannot be hashed, or is compared by
+        identity, nothing is shared.
+      out_shardings: as those of :func:`jax.jit`.
+      donate_argnums: the same.
+      compiler_options: the same.
+
+    Returns:
+      What :func:`jax.jit` returns.
+    """
+    leaves, tree = jax.tree.flatten(out_shardings, lambda x: x is None)
+    key = (
+        function.func, tuple(function.keywords.items()), tuple(leaves), tree,
+        donate_argnums, tuple((compiler_options or {}).items()),
+    )  # fmt: skip
+    try:
+        return _jitted(*key)
+    except TypeError:
+        return _jitted.__wrapped__(*key)
+
+
+@functools.lru_cache(_HELD)
+def _jitted(
+    function: Callable[..., Any],
+    keywords: tuple[tuple[str, Any], ...],
+    leaves: tuple[Any, ...],
+    tree: Any,
+    donate_argnums: int | tuple[int, ...],
+    options: tuple[tuple[str, Any], ...],
+) -> Any:
+    return jax.jit(
+        functools.partial(function, **dict(keywords)),
+        out_shardings=jax.tree.unflatten(tree, leaves),
+        donate_argnums=donate_argnums,
+        compiler_options=dict(options),
+    )
 
 
 def machine_key() -> str:

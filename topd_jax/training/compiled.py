@@ -23,7 +23,7 @@ from topd_jax.data.teachers import (
 from topd_jax.evaluation.evaluator import compare, write
 from topd_jax.evaluation.metrics import statistics as compare_tokens
 from topd_jax.objectives.objective import Objective
-from topd_jax.parallel.compilation import decoding_options
+from topd_jax.parallel.compilation import decoding_options, jitted
 from topd_jax.parallel.layouts import loss_layout
 from topd_jax.parallel.sharding import spec_on, tree_shardings
 from topd_jax.training.config import OptimizerSettings, Settings
@@ -83,6 +83,7 @@ def make_schedule(
     )
 
 
+@functools.lru_cache
 def make_optimizer(
     settings: OptimizerSettings, steps: int | None
 ) -> optax.GradientTransformation:
@@ -167,9 +168,10 @@ def compile_step(
     update = dict(optimizer=optimizer, accumulate=settings.optimizer.accumulate)
     layout = loss_layout(mesh, chunk_size=settings.train.chunk_size)
     look = dict(top_k=settings.log.top_k, layout=layout)
+    drawn = ids | dict(samples=settings.data.samples)
     if settings.is_offline:
         stages = (
-            functools.partial(_write_rows, settings=settings, ids=ids),
+            functools.partial(_write_rows, options=settings.writing, **drawn),
             functools.partial(
                 read_rows, layout=layout, slices=update["accumulate"]
             ),
@@ -181,7 +183,7 @@ def compile_step(
         )  # fmt: skip
     else:
         stages = (
-            functools.partial(_write, settings=settings, ids=ids),
+            functools.partial(_write, options=settings.rollout, **drawn),
             functools.partial(
                 score, layout=layout, objective=objective,
                 branch_sharding=settings.rollout.branch_sharding, **ids,
@@ -195,10 +197,10 @@ def compile_step(
     rows, scored = _row_shardings(mesh, teachers)
     told = decoding_options(mesh, settings.rollout.sharding)
     return Compiled(
-        jax.jit(rollout, out_shardings=rows, compiler_options=told),
-        jax.jit(read, out_shardings=scored),
-        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-        jax.jit(statistics),
+        jitted(rollout, out_shardings=rows, compiler_options=told),
+        jitted(read, out_shardings=scored),
+        jitted(step, donate_argnums=0, out_shardings=(shardings, None)),
+        jitted(statistics),
     )
 
 
@@ -257,15 +259,10 @@ def _write(
     teachers: Sequence[Teacher],
     prompts: Any,
     key: jax.Array,
-    *,
-    settings: Settings,
-    ids: dict[str, Any],
+    **options: Any,
 ) -> Trajectories:
-    return write(
-        student, prompts, key, options=settings.rollout,
-        vocab_size=shared_vocab(student, teachers),
-        samples=settings.data.samples, **ids,
-    )  # fmt: skip
+    vocab_size = shared_vocab(student, teachers)
+    return write(student, prompts, key, vocab_size=vocab_size, **options)
 
 
 def _compare(
@@ -289,25 +286,19 @@ def _write_rows(
     teachers: Sequence[Teacher],
     prompts: Any,
     key: jax.Array,
-    *,
-    settings: Settings,
-    ids: dict[str, Any],
+    **options: Any,
 ) -> PackedRows:
     """Let every teacher write solutions of its own prompts."""
     if isinstance(prompts, PackedRows):
         return prompts  # written beforehand
-    parts = []
+    vocab_size, parts = shared_vocab(student, teachers), []
     for i, (teacher, own) in enumerate(
         zip(teachers, split_rows(prompts, teachers), strict=True)
     ):
         own_key = jax.random.fold_in(key, i) if len(teachers) > 1 else key
         parts.append(
-            write(
-                teacher.model, own, own_key, options=settings.writing,
-                vocab_size=shared_vocab(student, teachers),
-                samples=settings.data.samples, **ids,
-            )
-        )  # fmt: skip
+            write(teacher.model, own, own_key, vocab_size=vocab_size, **options)
+        )
     return rows_of(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
 
 
