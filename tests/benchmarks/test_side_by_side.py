@@ -19,6 +19,7 @@ SMALL = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sides_take_turns():
     """One cannot run, and one ends."""
     work = works.decode("tunix", 2, dict(student=SMALL, prompt=4, new=3))
