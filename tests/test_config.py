@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import json
 import typing
@@ -108,16 +109,25 @@ def test_strings_of_a_command_line_are_understood():
 # --- every setting is read ------------------------------------------------
 
 
+@functools.cache
+def names_and_reads() -> list[tuple[set[str], set[str]]]:
+    """All names, and the attributes, of every module that may read settings."""
+    out = []
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "settings.py":
+            continue  # where the class is defined nothing is read
+        tree = ast.walk(ast.parse(path.read_text()))
+        found = [n for n in tree if isinstance(n, ast.Attribute | ast.Name)]
+        reads = {n.attr for n in found if isinstance(n, ast.Attribute)}
+        out.append((reads | {getattr(n, "id", "") for n in found}, reads))
+    return out
+
+
 def unread(section: str, kind: type) -> list[str]:
     """Fields that no module reads which names the section or its class."""
     known: set[str] = set()
-    for path in PACKAGE.rglob("*.py"):
-        tree = ast.walk(ast.parse(path.read_text()))
-        found = [n for n in tree if isinstance(n, ast.Attribute | ast.Name)]
-        names = {getattr(n, "attr", getattr(n, "id", "")) for n in found}
-        reads = {n.attr for n in found if isinstance(n, ast.Attribute)}
-        # Where the class is defined nothing is read.
-        if {section, kind.__name__} & names and path.name != "settings.py":
+    for names, reads in names_and_reads():
+        if {section, kind.__name__} & names:
             known |= reads
     return [f.name for f in dataclasses.fields(kind) if f.name not in known]
 
