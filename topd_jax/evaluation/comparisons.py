@@ -43,22 +43,26 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
       is drawn, where there are several: as many would make the mean's variance
       S / (S - 1) times too small (McCarthy and Snowden, 1985).
     """
-    counts, drawn = _resampled(*values.shape)
-    # Sum over the drawn seeds first: all seeds share the drawn problems.
-    of_problems = counts @ values / counts[0].sum()
-    # Row by row: gathered at once, these are all that a report waits for.
-    means = [row[at].mean() for row, at in zip(of_problems, drawn, strict=True)]
+    of_seeds, of_problems = _resampled(*values.shape)
+    # All seeds share the drawn problems.
+    sums = np.sum(of_seeds * (of_problems @ values.T), axis=1)
+    means = sums / (of_seeds[0].sum() * values.shape[1])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 @functools.lru_cache(1)  # 32 MB, of which a report asks dozens of times
 def _resampled(seeds: int, problems: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how often each seed, and which problems, resamples draw."""
+    """Return how often resamples draw each seed, and each problem."""
     rng = np.random.default_rng(0)
-    drawn = rng.integers(seeds, size=(_RESAMPLES, max(seeds - 1, 1)))
-    counts = np.stack([(drawn == s).sum(1) for s in range(seeds)], axis=1)
-    return counts, rng.integers(problems, size=(_RESAMPLES, problems))
+
+    def counts(of: int, draws: int) -> np.ndarray:
+        out = np.empty((_RESAMPLES, of))
+        for row in out:
+            row[:] = np.bincount(rng.integers(of, size=draws), minlength=of)
+        return out
+
+    return counts(seeds, max(seeds - 1, 1)), counts(problems, problems)
 
 
 def normal_p(value: float, interval: tuple[float, float]) -> float:
