@@ -14,6 +14,7 @@ import compiled_once
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from foreign_model import make_foreign
 from small_run import (
     assert_same_run,
     changed,
@@ -132,6 +133,27 @@ def test_each_stage_compiles_once_and_the_first_step_says_so(
     parts = dataclasses.replace(setup)
     compiled_once.check(loop.Run(first, tmp_path / "resumed", parts), ())
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_only_what_the_package_computes_is_shared(short, setup, tmp_path):
+    """Another's functions may read what has changed since the first run."""
+    counts = itertools.count()
+
+    def score(own=None, **changes):
+        settings = dataclasses.replace(short, **changes)
+        workdir = tmp_path / str(next(counts))
+        parts = dataclasses.replace(setup)
+        return loop.Run(settings, workdir, parts, own).phases[0][1].score
+
+    assert score(seed=1) is score(seed=2)
+    own, loss = topd.opd(), "topd_jax.losses.divergences:reverse_kl"
+    assert score(own) is not score(own)
+    named = {"objective": f"opd(token_loss={loss!r})"}
+    assert score(**named) is not score(**named)
+    foreign = dataclasses.replace(setup, student=make_foreign(0))
+    assert setup.is_ours and not foreign.is_ours
+    assert setup.evaluator(short).shared
+    assert not foreign.evaluator(short).shared
 
 
 # --- an objective, a model of the reader's own ----------------------------

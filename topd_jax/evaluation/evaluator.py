@@ -152,6 +152,8 @@ class Evaluator:
       seed: of the run.
       top_k: size of the top sets in the statistics.
       chunk_size: tokens whose logits exist at a time; None chooses.
+      shared: whether programs may be those of another evaluator; see
+        :func:`~topd_jax.parallel.compilation.jitted`.
     """
 
     options: EvalSettings
@@ -166,6 +168,7 @@ class Evaluator:
     seed: int
     top_k: int
     chunk_size: int | None = None
+    shared: bool = False
 
     @functools.cached_property
     def writer(self) -> Callable[..., Trajectories]:
@@ -178,16 +181,19 @@ class Evaluator:
         )
         rows = NamedSharding(self.mesh, spec_on(self.mesh, ("batch",)))
         told = decoding_options(self.mesh, self.rollout.sharding)
-        write_rows = functools.partial(write, **options)
-        return jitted(write_rows, out_shardings=rows, compiler_options=told)
+        return jitted(
+            functools.partial(write, **options),
+            shared=self.shared,
+            out_shardings=rows,
+            compiler_options=told,
+        )
 
     @functools.cached_property
     def comparer(self) -> Callable[..., dict]:
         """Compare, jitted: (student, teacher, rows, real) -> metrics."""
         layout = loss_layout(self.mesh, chunk_size=self.chunk_size)
-        return jitted(
-            functools.partial(compare, top_k=self.top_k, layout=layout)
-        )
+        look = functools.partial(compare, top_k=self.top_k, layout=layout)
+        return jitted(look, shared=self.shared)
 
     def evaluate(
         self,

@@ -67,6 +67,17 @@ def make_objective(text: str) -> Objective:
     Raises:
       ValueError: for an unknown name or option, or a value out of bounds.
     """
+    return (_make.__wrapped__ if names_code(text) else _make)(text)
+
+
+def names_code(text: str) -> bool:
+    """Tell whether an objective names code that is not the package's."""
+    return ":" in text
+
+
+@functools.lru_cache
+def _make(text: str) -> Objective:
+    """Make an objective; the same one for the same text."""
     name, options = parse(text)
     function = PRESETS.get(name) or _imported(name, "objective", PRESETS)
     unused = set(options)
@@ -209,18 +220,7 @@ def _bound(
     own = _options_of_piece(piece)
     taken = {name: x for name, x in options.items() if name in own}
     unused.difference_update(taken)
-    if not taken:
-        return piece
-    try:
-        return _partial(piece, **taken)
-    except TypeError:  # an option that cannot be hashed
-        return functools.partial(piece, **taken)
-
-
-@functools.lru_cache(typed=True)
-def _partial(piece: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Bind options to a function: the same partial for equal options."""
-    return functools.partial(piece, **options)
+    return functools.partial(piece, **taken) if taken else piece
 
 
 def _imported(

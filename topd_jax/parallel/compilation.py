@@ -86,18 +86,20 @@ def decoding_options(mesh: Mesh | None, sharding: str) -> dict[str, bool]:
 def jitted(
     function: functools.partial,
     *,
+    shared: bool,
     out_shardings: Any = None,
     donate_argnums: int | tuple[int, ...] = (),
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Jit a function with keywords bound, once for equal ones.
 
-    A second run in a process, of another seed or from a checkpoint, so traces
-    and compiles only what is new in it.
+    A second run in a process, of another seed or from a checkpoint, so finds
+    the programs of the first.
 
     Args:
-      function: with keywords; where one cannot be hashed, or is compared by
-        identity, nothing is shared.
+      function: with keywords.
+      shared: whether it may be found. Not where it calls code of the user's,
+        which may read what has changed since it was traced.
       out_shardings: as those of :func:`jax.jit`.
       donate_argnums: the same.
       compiler_options: the same.
@@ -106,14 +108,11 @@ def jitted(
       What :func:`jax.jit` returns.
     """
     leaves, tree = jax.tree.flatten(out_shardings, lambda x: x is None)
-    key = (
+    make = _jitted if shared else _jitted.__wrapped__
+    return make(
         function.func, tuple(function.keywords.items()), tuple(leaves), tree,
         donate_argnums, tuple((compiler_options or {}).items()),
     )  # fmt: skip
-    try:
-        return _jitted(*key)
-    except TypeError:
-        return _jitted.__wrapped__(*key)
 
 
 @functools.lru_cache(_HELD)

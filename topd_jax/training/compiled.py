@@ -146,6 +146,7 @@ def compile_step(
     mesh: Mesh | None = None,
     shardings: Any = None,
     teachers: Sequence[Teacher] = (),
+    shared: bool = False,
 ) -> Compiled:
     """Bind a run's settings to the stages of its step, and jit them.
 
@@ -160,6 +161,8 @@ def compile_step(
         choose others, for which the second step compiles again.
       teachers: of the run, where rows and scores shall be spread over the
         mesh as is known before they compile; () lets XLA choose.
+      shared: whether equal stages of another run may be returned; see
+        :func:`~topd_jax.parallel.compilation.jitted`.
 
     Returns:
       The stages.
@@ -196,11 +199,12 @@ def compile_step(
     rollout, read, step, statistics = stages
     rows, scored = _row_shardings(mesh, teachers)
     told = decoding_options(mesh, settings.rollout.sharding)
+    jit = functools.partial(jitted, shared=shared)
     return Compiled(
-        jitted(rollout, out_shardings=rows, compiler_options=told),
-        jitted(read, out_shardings=scored),
-        jitted(step, donate_argnums=0, out_shardings=(shardings, None)),
-        jitted(statistics),
+        jit(rollout, out_shardings=rows, compiler_options=told),
+        jit(read, out_shardings=scored),
+        jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        jit(statistics),
     )
 
 

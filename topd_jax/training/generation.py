@@ -25,7 +25,7 @@ from topd_jax.data.solutions import Solution, SolutionFiles
 from topd_jax.data.templates import require_same_prompts
 from topd_jax.evaluation.evaluator import write
 from topd_jax.parallel import hosts, lock
-from topd_jax.parallel.compilation import decoding_options, jitted
+from topd_jax.parallel.compilation import decoding_options
 from topd_jax.parallel.sharding import spread_rows
 from topd_jax.sampling import Stream, stream_key
 from topd_jax.training.config import Settings
@@ -173,7 +173,7 @@ def _written(
     tokenizer = setup.tokenizer
     (teacher,) = setup.teachers
     key = stream_key(jax.random.key(settings.seed), Stream.GENERATE)
-    writer = jitted(
+    writer = jax.jit(
         functools.partial(
             write,
             options=settings.writing,

@@ -22,7 +22,7 @@ from topd_jax.data.packing import PackedRows
 from topd_jax.evaluation.metrics import better
 from topd_jax.models.io import runs
 from topd_jax.models.lora import join, split
-from topd_jax.objectives.loading import make_objective, parse
+from topd_jax.objectives.loading import make_objective, names_code, parse
 from topd_jax.objectives.objective import Objective
 from topd_jax.objectives.pieces import describe
 from topd_jax.parallel import buckets, hosts, lock, sharding, stopping
@@ -61,8 +61,7 @@ def train(
       objective: trains on this instead of ``config.objective``.
       student: any model instead of ``config.student``.
       teacher: any model instead of ``config.teacher``.
-      setup: what the run is made of, where it is loaded already; its student
-        is let go.
+      setup: of the run, where it is loaded already; its student is let go.
 
     Returns:
       The final evaluation, name -> number.
@@ -150,6 +149,8 @@ class Run:
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
             shardings=jax.tree.map(lambda x: x.sharding, self.state),
             mesh=setup.mesh, teachers=setup.teachers,
+            shared=objective is None and setup.is_ours
+            and not names_code(settings.objective),
         )  # fmt: skip
         # Shared with the setup: a step neither changes nor donates it.
         self.frozen = split(setup.student)[1]

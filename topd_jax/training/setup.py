@@ -71,6 +71,12 @@ class Setup:
         """The ids that every model has a row for."""
         return shared_vocab(self.student, self.teachers)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether no model is code of the user's."""
+        models = (t.beside(self.student) for t in self.teachers)
+        return all(isinstance(m, Decoder) for m in (self.student, *models))
+
     def stream(self, settings: Settings) -> Iterator[Any]:
         """Return the checkpointable iterator over prompts, or solutions."""
         data, offline = settings.data, settings.offline
@@ -122,6 +128,7 @@ class Setup:
             seed=settings.seed,
             top_k=settings.log.top_k,
             chunk_size=settings.train.chunk_size,
+            shared=self.is_ours,
         )
 
 
