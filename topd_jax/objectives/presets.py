@@ -7,6 +7,7 @@ compared with; the paper has neither them nor n-step weights.
 
 import dataclasses
 import functools
+from types import MappingProxyType
 from typing import Any
 
 from topd_jax.losses import token_losses
@@ -221,11 +222,14 @@ def suppress_unlikely(probability: float = 0.3) -> Objective:
     )
 
 
-PRESETS = {
-    preset.__name__: preset
-    for preset in (
-        *(opd, suppress, suppress_control, n_step, topd, topd_suppress),
-        *(entropy_aware, trust_region, tip, teachability, fire, agreement),
-        *(prefix, retain, suppress_unlikely),
-    )
-}
+# Read only: an objective of one's own is named by its module.
+PRESETS = MappingProxyType(
+    {
+        preset.__name__: preset
+        for preset in (
+            *(opd, suppress, suppress_control, n_step, topd, topd_suppress),
+            *(entropy_aware, trust_region, tip, teachability, fire, agreement),
+            *(prefix, retain, suppress_unlikely),
+        )
+    }
+)

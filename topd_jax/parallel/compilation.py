@@ -23,7 +23,7 @@ from topd_jax.parallel import buckets
 
 # Programs that compile faster are not worth a file, seconds.
 _WORTH_KEEPING = 0.2
-# Functions whose programs stay in memory: those of a sweep of many variants.
+# Functions whose programs stay in memory: those of a sweep of 15 variants.
 _HELD = 64
 
 
@@ -91,15 +91,16 @@ def jitted(
     donate_argnums: int | tuple[int, ...] = (),
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Jit a function with keywords bound, once for equal ones.
+    """Jit a function with keywords bound, once for equal keywords.
 
-    A second run in a process, of another seed or from a checkpoint, so finds
+    So a second run in a process, of another seed or from a checkpoint, finds
     the programs of the first.
 
     Args:
-      function: with keywords.
-      shared: whether it may be found. Not where it calls code of the user's,
-        which may read what has changed since it was traced.
+      function: with keywords, no positional arguments.
+      shared: whether a later call may return it too; then its keywords have
+        hashes. Not where it runs code of the user's, which may read what has
+        changed since it was traced.
       out_shardings: as those of :func:`jax.jit`.
       donate_argnums: the same.
       compiler_options: the same.
