@@ -134,6 +134,20 @@ def test_distances_keep_their_bounds(rng, embedding, epsilon):
             assert_allclose(distance, 2, atol=2e-3)
 
 
+@pytest.mark.parametrize("epsilon", [0.042, 0.05, 1.0])
+def test_products_give_the_plan_of_logarithms(rng, embedding, epsilon):
+    """Windows have bounded costs; transport knows no bound of its costs."""
+    tokens, lengths = rng.integers(0, V, (2, 16, K)), rng.integers(0, K + 1, 32)
+    ours = windows(tokens[0], lengths[:16])
+    theirs = windows(tokens[1], lengths[16:])
+    distance, plan = window_distance(embedding, ours, theirs, epsilon=epsilon)
+    cost = cosine_cost(embedding[ours.tokens], embedding[theirs.tokens])
+    marginals = map(uniform_marginals, (ours.mask, theirs.mask))
+    want, want_plan = transport(cost, *marginals, epsilon=epsilon)
+    assert_allclose(distance, want, atol=1e-5)
+    assert_allclose(plan, want_plan, atol=1e-5)
+
+
 def test_identical_windows_are_at_distance_zero(rng, embedding):
     # Distinct tokens: the plan is the diagonal.
     same = windows([rng.permutation(V)[:K]], [K])

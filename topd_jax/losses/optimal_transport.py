@@ -17,7 +17,7 @@ NaN where a window is padded. The distance is differentiable in the cost with
 the plan held fixed.
 """
 
-import functools
+import math
 
 import chex
 import jax
@@ -25,11 +25,10 @@ import jax.numpy as jnp
 
 from topd_jax.types import Windows
 
-# Mass that stands for none. log(0) would breed inf - inf in the potentials;
-# 1e-30 is invisible beside any real mass and is cut from the plan at the end.
-_NO_MASS = 1e-30
-# Iterations between two looks at the error.
-_BLOCK = 20
+_LARGEST_COSINE = 2.0
+# Up to here exp(-cost / epsilon), and what iterations multiply it by, are far
+# from the ends of float32, 1e-38 and 1e38.
+_LARGEST_EXPONENT = 60.0
 
 
 def cosine_cost(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -137,24 +136,11 @@ def transport(
       >>> round(float(transport(cost, half, half)[0]), 4)
       0.0
     """
-    chex.assert_type([cost, a, b], float)
-    _check(cost, a, b, epsilon, position_weight, max_iterations)
-    cost, a, b = (jnp.asarray(v, jnp.float32) for v in (cost, a, b))
-    exists = (a > 0)[..., :, None] & (b > 0)[..., None, :]
-    cost = jnp.where(exists, cost, 0.0)
-    rows, columns = cost.shape[-2:]
-    offset = jnp.abs(jnp.arange(rows)[:, None] - jnp.arange(columns))
-    priced = cost + position_weight * offset / rows
-    plan = _sinkhorn(
-        jax.lax.stop_gradient(priced),
-        jax.lax.stop_gradient(a),
-        jax.lax.stop_gradient(b),
-        epsilon=epsilon,
-        blocks=-(-max_iterations // _BLOCK),
+    return _solve(
+        cost, a, b, largest=math.inf, epsilon=epsilon,
+        position_weight=position_weight, max_iterations=max_iterations,
         threshold=threshold,
-    )
-    plan = jnp.where(exists, plan, 0.0)
-    return jnp.sum(plan * cost, axis=(-2, -1)), plan
+    )  # fmt: skip
 
 
 def window_distance(
@@ -188,10 +174,11 @@ def window_distance(
     cost = cosine_cost(
         embedding[student_windows.tokens], embedding[teacher_windows.tokens]
     )
-    return transport(
+    return _solve(
         cost,
         uniform_marginals(student_windows.mask),
         uniform_marginals(teacher_windows.mask),
+        largest=_LARGEST_COSINE,
         epsilon=epsilon,
         position_weight=position_weight,
         max_iterations=max_iterations,
@@ -199,81 +186,41 @@ def window_distance(
     )
 
 
-@jax.jit  # one compilation a shape, also for callers outside of any jit
-def _sinkhorn(
+def _solve(
     cost: jax.Array,
     a: jax.Array,
     b: jax.Array,
     *,
+    largest: float,
     epsilon: float,
-    blocks: int,
+    position_weight: float,
+    max_iterations: int,
     threshold: float,
-) -> jax.Array:
-    """Compute the entropic plan f32[..., K, J], unmasked.
+) -> tuple[jax.Array, jax.Array]:
+    """Compute :func:`transport` of costs that have a bound, or inf."""
+    from topd_jax.losses import sinkhorn  # imports ott
 
-    ott's own stopping rule, once batched, computes the error at every
-    iteration (four times slower here): blocks of a fixed number of its
-    iterations are run on the whole batch, and finished problems are held.
-    """
-    block = jnp.vectorize(
-        functools.partial(_sinkhorn_block, epsilon=epsilon),
-        signature="(k,j),(k),(j),(k),(j)->(k),(j),()",
+    chex.assert_type([cost, a, b], float)
+    _check(cost, a, b, epsilon, position_weight, max_iterations)
+    cost, a, b = (jnp.asarray(v, jnp.float32) for v in (cost, a, b))
+    exists = (a > 0)[..., :, None] & (b > 0)[..., None, :]
+    cost = jnp.where(exists, cost, 0.0)
+    rows, columns = cost.shape[-2:]
+    offset = jnp.abs(jnp.arange(rows)[:, None] - jnp.arange(columns))
+    priced = cost + position_weight * offset / rows
+    # Columns may be more than rows, and further apart.
+    largest += position_weight * max(columns / rows, 1.0)
+    plan = sinkhorn.plan(
+        jax.lax.stop_gradient(priced),
+        jax.lax.stop_gradient(a),
+        jax.lax.stop_gradient(b),
+        epsilon=epsilon,
+        in_logs=largest / epsilon > _LARGEST_EXPONENT,
+        max_iterations=max_iterations,
+        threshold=threshold,
     )
-    solvable = (a.sum(axis=-1) > 0) & (b.sum(axis=-1) > 0)
-    a, b = jnp.maximum(a, _NO_MASS), jnp.maximum(b, _NO_MASS)
-
-    def unfinished(state: tuple) -> jax.Array:
-        done, _, _, error = state
-        return (done < blocks) & jnp.any(error > threshold)
-
-    def advance(state: tuple) -> tuple:
-        done, f, g, error = state
-        new_f, new_g, new_error = block(cost, a, b, f, g)
-        live = error > threshold
-        return (
-            done + 1,
-            jnp.where(live[..., None], new_f, f),
-            jnp.where(live[..., None], new_g, g),
-            jnp.where(live, new_error, error),
-        )
-
-    # Half-empty problems never converge: they count as finished.
-    error = jnp.where(solvable, jnp.inf, 0.0).astype(cost.dtype)
-    error = jnp.broadcast_to(error, cost.shape[:-2])
-    start = (0, jnp.zeros_like(cost[..., 0]), jnp.zeros_like(cost[..., 0, :]))
-    _, f, g, _ = jax.lax.while_loop(unfinished, advance, (*start, error))
-    return jnp.exp((f[..., :, None] + g[..., None, :] - cost) / epsilon)
-
-
-def _sinkhorn_block(
-    cost: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    f: jax.Array,
-    g: jax.Array,
-    *,
-    epsilon: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run a fixed number of iterations of one problem from potentials."""
-    # Here, not above: importing ott takes seconds, and most of the package
-    # does without it.
-    from ott.geometry import geometry
-    from ott.problems.linear import linear_problem
-    from ott.solvers.linear import sinkhorn
-
-    solver = sinkhorn.Sinkhorn(
-        lse_mode=True,
-        min_iterations=_BLOCK,
-        max_iterations=_BLOCK,
-        inner_iterations=_BLOCK,
-        threshold=0.0,
-        implicit_diff=None,
-    )
-    geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)
-    problem = linear_problem.LinearProblem(geom, a, b)
-    out = solver(problem, init=(f, g))
-    # Under jax_enable_x64 the errors are wider than the problem.
-    return *out.potentials, out.errors[-1].astype(cost.dtype)
+    plan = jnp.where(exists, plan, 0.0)
+    return jnp.sum(plan * cost, axis=(-2, -1)), plan
 
 
 def _check(
