@@ -6,7 +6,6 @@ The process sends itself the signal; where the first is to end it at once, what
 follows would take a minute.
 """
 
-import errno
 import os
 import signal
 import subprocess
@@ -19,11 +18,9 @@ from typing import Any
 import jax
 
 from topd_jax.cli import main
-from topd_jax.data.toy_world import pretraining
 from topd_jax.evaluation import grading
 from topd_jax.evaluation.evaluator import Evaluator
 from topd_jax.parallel import stopping
-from topd_jax.training.checkpointing import Checkpoints
 from topd_jax.training.loop import Run
 
 FOREVER = 60.0  # seconds
@@ -91,15 +88,6 @@ def grade(_: object) -> None:
     grading.grade_answers([record], [HOSTILE], deadline=20 * FOREVER)
 
 
-def fill_and_evaluate_long(run: Any, student: Any, step: int) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/full")
-
-    if step == 4:
-        Checkpoints.save = full
-        send_and_wait()
-
-
 def evaluate_long(_: Evaluator, student: Any, step: int) -> None:
     if step == 4:
         send_and_wait(student)
@@ -115,15 +103,11 @@ def evaluate_asked(_: Evaluator, student: Any, step: int) -> None:
 
 PHASES = {
     "step": (Run, "_one_step", at_step(3, send)),
-    "last": (Run, "_one_step", at_step(6, send)),
     "twice": (Run, "_one_step", at_step(3, send_twice)),
     "compile": (Run, "_one_step", at_step(1, compile_long)),
-    "save": (Checkpoints, "save", at_step(2, send)),
-    "full": (Evaluator, "evaluate", fill_and_evaluate_long),
     "asked": (Evaluator, "evaluate", evaluate_asked),
     "evaluate": (Evaluator, "evaluate", evaluate_long),
     "grade": (Run, "_one_step", at_step(1, grade)),
-    "world": (pretraining.Corpus, "batch", send_and_wait),
 }
 
 
