@@ -98,7 +98,7 @@ def test_a_section_that_is_none_is_refused(section):
         assert f"config.{section}" in line
 
 
-@fuzzing(max_examples=150, deadline=None, derandomize=True, database=None)
+@fuzzing(max_examples=75, deadline=None, derandomize=True, database=None)
 @given(
     st.sampled_from(NAMES),
     st.text(max_size=20)
@@ -110,27 +110,20 @@ def test_any_text_of_an_override_is_understood_or_refused(name, text):
     assert isinstance(made, Settings | Refusal)
 
 
-OPTIONS = [
-    f"{name}({option}={value})"
-    for name, preset in PRESETS.items()
-    for option in sorted(options_of(preset))
-    for value in ("'x'", "[1]", "{}", "-1e308", "1e999")
-]
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_any_value_of_an_option_is_taken_or_refused(name):
-    for text in [t for t in OPTIONS if t.startswith(f"{name}(")]:
-        made = attempt(lambda text=text: make_objective(text))
-        assert isinstance(made, Objective) or text in made
+    for option in sorted(options_of(PRESETS[name])):
+        for value in ("'x'", "[1]", "{}", "-1e308", "1e999"):
+            text = f"{name}({option}={value})"
+            made = attempt(lambda text=text: make_objective(text))
+            assert isinstance(made, Objective) or text in made
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "topd(1)", "topd(**{'a': 1})", "topd(*[1])", "topd()()", "topd.x", "1",
-     "..:x", "a.b.c:d", "math:nothing", "os:getcwd", "math:pi", "\ud800",
-     f"topd(window={'[' * 9000})", f"topd(window={'9' * 5000})",
-     "topd(detector=3)", "opd(token_loss='math:pi')"],
+    ["", "topd(**{'a': 1})", "topd(*[1])", "topd()()", "topd.x", "..:x",
+     "os:getcwd", "math:pi", "\ud800", f"topd(window={'[' * 9000})",
+     f"topd(window={'9' * 5000})", "opd(token_loss='math:pi')"],
 )  # fmt: skip
 def test_an_objective_that_means_nothing_is_refused(text):
     assert "objective=" in refusal_of(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from small_run import settings_with, small_config
+from test_bad_settings import NAMES
 
 import topd_jax
 from topd_jax import configs
@@ -71,21 +72,15 @@ def test_every_setting_is_explained_with_default_and_bounds():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"optimizer.accumulate": 5},
-            "32 rows must be divisible .*=5",
-        ),
+        ({"optimizer.accumulate": 5}, "32 rows must be divisible .*=5"),
         ({"student.lora_targets": ("q", "head")}, "must be some of 'q', 'k', "),
         ({"student.lora_targets": ("q",)}, r"lora_rank=0 must .*=\('q',\)"),
         ({"student.lora_alpha": 8.0}, "lora_rank=0 must be .*lora_alpha=8.0"),
         ({"teacher.lora_rank": 4}, "be 0: .*teacher.adapter merges"),
         ({"student.quantize": "int8"}, "would freeze what is to learn"),
-        ({"teacher.quantize": "int2"}, "quantize='int2' must be one of '', "),
         ({"offline.path": "somewhere"}, "needs train.stage=offline"),
         ({"data.end_ids": (999,)}, r"end_ids=\(999,\) must be \(\) in the tin"),
         ({"world.student_heads": 5}, "width=96 must be divisible by .*heads=5"),
-        ({".objective": "opd(log_floor=1)"}, "log_floor=1 must be .*below 0"),
-        ({".objective": "topd(window='9')"}, "='9' must be of type int, not s"),
         ({".objective": "topd(window=49)"}, "=49 must not exceed .*tokens=48"),
     ],
 )
@@ -141,15 +136,6 @@ def test_every_setting_is_read_somewhere():
 # --- the fingerprint ------------------------------------------------------
 
 
-def leaves(section: object, path: tuple[str, ...] = ()):
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, (*path, field.name))
-        else:
-            yield (*path, field.name)
-
-
 def replaced(section: object, path: tuple[str, ...], value: object) -> object:
     """Past the bounds: any value will do."""
     name, *rest = path
@@ -164,7 +150,7 @@ def test_the_fingerprint_changes_with_any_setting():
     settings = settings_from(small_config())
     prints = {settings.fingerprint()}
     assert settings_with().fingerprint() in prints
-    paths = set(leaves(settings)) - {("teachers",)}
+    paths = {tuple(name.split(".")) for name in NAMES} - {("teachers",)}
     free = {tuple(name.split(".")) for name in NO_IDENTITY}
     for path in sorted(paths - free):
         prints.add(replaced(settings, path, "another").fingerprint())

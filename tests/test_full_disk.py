@@ -48,13 +48,6 @@ def test_a_failed_background_write_is_told_once_and_the_run_goes_on(
     assert_same_run(trained, tmp_path / "run")
 
 
-def test_a_file_in_the_way_of_a_directory(refused, command, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("mine")
-    line = refused(*command("train"))
-    assert f"File exists: '{tmp_path / 'run' / 'checkpoints'}'" in line
-
-
 def test_no_log_waits_for_a_disk_that_is_full(tmp_path):
     logs = Logs(
         tmp_path, step=-1, tensorboard=True,

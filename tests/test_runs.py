@@ -30,15 +30,12 @@ def test_a_config_comes_back_from_json():
         rope_scaling=RopeScaling("yarn", 4.0, 8192.0, truncate=False),
         window=3,
         sliding=(True, False, True),
-        final_softcap=30.0,
-        unroll=3,
     )
-    text = json.dumps(config.to_dict())
-    assert DecoderConfig.from_dict(json.loads(text)) == config
-    older = {k: v for k, v in config.to_dict().items() if k != "post_norms"}
-    assert DecoderConfig.from_dict(older) == config
+    fields = json.loads(json.dumps(config.to_dict()))
+    del fields["post_norms"]  # as older runs have it
+    assert DecoderConfig.from_dict(fields) == config
     with pytest.raises(ValueError, match="unknown fields of a decoder: heat"):
-        DecoderConfig.from_dict(config.to_dict() | {"heat": 1})
+        DecoderConfig.from_dict(fields | {"heat": 1})
 
 
 def files(directory):
@@ -50,10 +47,7 @@ def test_a_student_is_read_alone(tmp_path, asked):
     save_run(run, make(QWEN, 1), step=5)
     save_run(run, make(QWEN, 2), step=4, folder="best")
     before = files(run)
-    for source, seed in (
-        ("", 1), ("best", 2), ("checkpoints", 1), ("checkpoints/3", 0),
-        ("checkpoints/5", 1), ("best/4", 2),
-    ):  # fmt: skip
+    for source, seed in (("", 1), ("best", 2), ("checkpoints/3", 0)):
         assert is_run(run / source)
         model, tokenizer = load(run / source)
         assert tokenizer is None
@@ -64,18 +58,14 @@ def test_a_student_is_read_alone(tmp_path, asked):
         asked.clear()
     assert files(run) == before, "a run is not touched by who reads it"
     seen = []
+    options = dict(
+        dtype="bfloat16", param_dtype="bfloat16", remat="full", unroll=3
+    )
     model, _ = load(
-        run,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
-        remat="full",
-        unroll=3,
-        finish=lambda name, array: seen.append(name) or array,
+        run, finish=lambda name, x: seen.append(name) or x, **options
     )
     assert seen == list(make(QWEN).arrays)
-    assert model.config == dataclasses.replace(
-        QWEN, dtype="bfloat16", param_dtype="bfloat16", remat="full", unroll=3
-    )
+    assert model.config == dataclasses.replace(QWEN, **options)
     for name, array in make(QWEN, 1).arrays.items():
         np.testing.assert_array_equal(
             model.arrays[name], array.astype(jnp.bfloat16)
