@@ -134,6 +134,20 @@ def test_a_kill_during_the_background_write_leaves_the_one_before(
         assert_trees_equal(found.restore(4, state(0))[0], state(4))
 
 
+def test_an_error_of_the_background_write_is_raised(tmp_path, monkeypatch):
+    """By the next save, naming the place; nothing is committed."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    saved = Checkpoints(tmp_path, 2)
+    monkeypatch.setattr(checkpointing.checksums, "write_checksums", full)
+    save(saved, 2)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}"):
+        save(saved, 4)
+    assert Checkpoints(tmp_path, 2).newest_intact() is None
+
+
 def test_a_save_that_hangs_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "_SAVE_SECONDS", 0)
     answers = threading.Event()

@@ -95,9 +95,10 @@ def test_a_holder_elsewhere_is_known_by_its_beats(
 
 
 def test_a_lock_that_names_no_living_holder_is_free(tmp_path):
-    """It was cut off, or another process has its holder's number now."""
-    stale = lock._identity() | {"pid": os.getppid(), "started": "1"}
-    for text in ("", '{"pid": 1, "mach', json.dumps(stale)):
+    """It was cut off; its holder is dead, or another has the number now."""
+    dead = lock._identity() | {"pid": 2**22 + 1}
+    other = dead | {"pid": os.getppid(), "started": "1"}
+    for text in ("", '{"pid": 1, "mach', json.dumps(dead), json.dumps(other)):
         (tmp_path / lock.NAME).write_text(text)
         with lock.held(tmp_path):
             token = contents(tmp_path)["token"]

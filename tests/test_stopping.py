@@ -55,6 +55,8 @@ def watched(monkeypatch):
     numbers = signal.SIGINT, signal.SIGTERM
     # Whatever the shell that runs the tests ignores.
     kept = [signal.signal(n, signal.default_int_handler) for n in numbers]
+    # What would end this process at once is no end of all tests.
+    monkeypatch.setattr(os, "_exit", lambda code: None)
     stopping.watch(str)
     yield
     signal.set_wakeup_fd(-1)
@@ -73,7 +75,8 @@ def test_a_stopped_run_is_saved_and_ends_bit_identical(
     def signaled(run, at):
         if at == step:
             os.kill(os.getpid(), signal.Signals[name])
-            while not stopping.asked():
+            until = time.monotonic() + 10
+            while not stopping.asked() and time.monotonic() < until:
                 time.sleep(0.01)
         return one_step(run, at)
 
