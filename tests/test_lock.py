@@ -185,6 +185,14 @@ def test_where_nothing_can_be_written_the_file_is_named(
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lock.os, "pwrite", broken)
-    line = refused(*command("train"))
-    assert f"No space left on device: '{tmp_path / 'run' / lock.NAME}'" in line
+    def read_only(path, *_):
+        raise OSError(30, "Read-only file system", str(path))
+
+    for name, failing, way_out in (
+        ("pwrite", broken, "; make room"),
+        ("open", read_only, "; mount it for writing and re"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(lock.os, name, failing)
+            line = refused(*command("train"))
+        assert f"'{tmp_path / 'run' / lock.NAME}'" in line and way_out in line

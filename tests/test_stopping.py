@@ -111,7 +111,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_is_saved(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "name"),
-    [("compile", "SIGINT"), ("twice", "SIGTERM"), ("grade", "SIGINT")],
+    [("compile", "SIGINT"), ("grade", "SIGINT")],
 )
 def test_elsewhere_a_signal_stops_at_once(
     small_arguments, tmp_path, phase, name
