@@ -55,8 +55,6 @@ LOSSES = {
     "reverse_kl": (reverse_kl, REVERSE),
     "forward_kl": (forward_kl, FORWARD),
     "jsd": (functools.partial(generalized_jsd, beta=0.25), JSD),
-    "jsd 0": (functools.partial(generalized_jsd, beta=0), FORWARD),
-    "jsd 1": (functools.partial(generalized_jsd, beta=1.0), REVERSE),
     "top-k forward": (top_k_forward, FORWARD_2),
     # The teacher's entropy is 0.8979 nats.
     "undecided": (
@@ -83,18 +81,6 @@ def test_by_hand(name):
     """The others are reckoned by hand in their docstrings' examples."""
     loss, want = LOSSES[name]
     assert loss(STUDENT, TEACHER) == pytest.approx(want, rel=2e-6)
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in LOSSES if n[:5] not in ("top-k", "undec", "decid")]
-)
-def test_equal_models_cost_nothing(name):
-    def cost(logits):
-        return LOSSES[name][0](log_softmax(logits), log_softmax(same)).sum()
-
-    same = logits_of(1, (2, 4, 9))
-    for value in jax.jit(jax.value_and_grad(cost))(same):
-        assert_allclose(value, 0, atol=2e-5)
 
 
 @names
@@ -152,19 +138,16 @@ def test_masked_equals_sliced(loss):
     assert_allclose(got, np.pad(part, ((0, 0), (0, 0), (0, 4))), 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("temperature", [1, 2])
-@pytest.mark.parametrize("beta", [0, 0.5, 1])
-def test_equals_trl(beta, temperature, dtype):
+@pytest.mark.parametrize(("beta", "temperature"), [(0, 1), (0.5, 2), (1, 1)])
+def test_equals_trl(beta, temperature):
     """Recorded from TRL, in torch; beta 0 is forward KL there too."""
     with np.load(GOLDEN) as arrays:
         golden = dict(arrays)
-    key = f"beta{beta:g}_T{temperature}_f{dtype[-2:]}"
-    mask, rel = golden["mask"], 1e-6 if dtype == "float64" else 1e-5
+    key, mask = f"beta{beta:g}_T{temperature}_f64", golden["mask"]
     jsd = functools.partial(generalized_jsd, beta=beta)
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(True):
         student, teacher = (
-            jnp.asarray(golden[f"{who}_logits"], dtype)
+            jnp.asarray(golden[f"{who}_logits"], "float64")
             for who in ("student", "teacher")
         )
 
@@ -176,14 +159,12 @@ def test_equals_trl(beta, temperature, dtype):
 
         both = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (value, each), grad = both(student)
-        assert value.dtype == grad.dtype == dtype
+        assert value.dtype == grad.dtype == "float64"
     want = golden[f"grad_{key}"]
-    assert_allclose(value, golden[f"loss_{key}"], rel)
-    assert_allclose(grad, want, rel, rel * np.abs(want).max())
-    if dtype == "float64":  # masked tokens as well
-        assert_allclose(each, golden[f"per_token_{key}"], rel)
-        total = np.sum(np.asarray(each)[mask])
-        assert_allclose(total / 20, golden[f"loss_num_items20_{key}"], rel)
+    assert_allclose(value, golden[f"loss_{key}"], 1e-6)
+    assert_allclose(grad, want, 1e-6, 1e-6 * np.abs(want).max())
+    # Of masked tokens as well.
+    assert_allclose(each, golden[f"per_token_{key}"], 1e-6)
 
 
 def test_impossible_tokens_cost_the_floor():
@@ -307,14 +288,9 @@ def test_weighted_mean():
     ("loss", "options", "text"),
     [
         (generalized_jsd, {"beta": 1.5}, r"beta=1.5 must lie in 0\.\.1"),
-        (generalized_jsd, {"beta": "no"}, "beta='no' must"),
         (reverse_kl, {"log_floor": 0}, "log_floor=0 must be a finite"),
-        (top_k_forward, {"log_floor": "no"}, "log_floor='no' must"),
-        (top_k_forward, {"log_floor": -np.inf}, "log_floor=-inf must"),
         (reverse_kl, {"where": jnp.ones(3)}, "boolean"),
-        (top_k_forward, {"k": 0}, "k=0 must be a whole number"),
         (top_k_forward, {"k": 2.5}, "k=2.5 must be a whole number"),
-        (aware, {"alpha": -1}, "alpha=-1 must"),
         (aware, {"entropy_threshold": np.nan}, "threshold=nan must"),
         (weighted_mean, {"mask": jnp.ones(3)}, "must be bool"),
         (
@@ -327,18 +303,17 @@ def test_weighted_mean():
             {"temperature": 0},
             "temperature=0 must be positive",
         ),
+        (lambda s, t: reverse_kl(s, t[:2]), {}, "must have the same shape"),
+        (
+            lambda s, _: log_probs.token_logprobs(s, jnp.zeros((2,), int)),
+            {},
+            "one id a distribution",
+        ),
     ],
 )
-def test_options_out_of_bounds(loss, options, text):
+def test_what_does_not_fit_is_refused(loss, options, text):
     with pytest.raises(ValueError, match=text):
         loss(STUDENT, TEACHER, **options)
-
-
-def test_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match="must have the same shape"):
-        reverse_kl(STUDENT, TEACHER[:2])
-    with pytest.raises(ValueError, match="one id a distribution"):
-        log_probs.token_logprobs(STUDENT, jnp.zeros((2,), int))
 
 
 def modules() -> list[str]:

@@ -47,11 +47,9 @@ def capped(student_hidden, student_head, teacher_hidden, teacher_head):
 ROWS = {"tokens": jnp.full(SHAPE, 3), "uniforms": weights_of() / 2}
 chances = functools.partial(token_losses.trust_region_loss, top_k=4)
 CASES = {
-    "reverse_kl": (reverse_kl, {}),
     "jsd": (jsd, {"layouts": CHUNKS}),
     "chances": (chances, {"layouts": [UNEVEN], "rows": ROWS}),
-    "sharp": (jsd, {"temperature": 0.5, "shape": (9,)}),
-    "one token": (jsd, {"temperature": 2.0, "shape": (1, 1)}),
+    "one token": (jsd, {"temperature": 0.5, "shape": (1,)}),
     "flat": (jsd, {"temperature": 2.0, "shape": (2, 3, 5)}),
     "no token": (jsd, {"shape": (2, 0)}),
     "capped": (jsd, {"temperature": 0.7, "bound": capped}),
@@ -124,24 +122,22 @@ def test_teacher_and_weights_are_data_and_the_sum_scales():
         assert_array_equal(data, 0)
 
 
-@pytest.mark.parametrize("bad", ["loss", "student_hidden", "teacher_hidden"])
-def test_a_token_of_weight_zero_counts_for_nothing(bad):
+def test_a_token_of_weight_zero_counts_for_nothing():
     """0 * NaN is NaN: what does not count is selected away, not multiplied."""
-    arrays, weights = list(heads()), weights_of().at[1, 3].set(0)
+    bad = np.array([1, 0, 1]), np.array([3, 2, 5])
+    arrays, weights = list(heads()), weights_of().at[bad].set(0)
     want = dense_gradients(reverse_kl, arrays, weights)
-    rows = {"uniforms": jnp.zeros(SHAPE)}
-    if bad == "loss":
-        rows["uniforms"] = rows["uniforms"].at[1, 3].set(jnp.nan)
-    else:
-        i = 2 * (bad == "teacher_hidden")
-        arrays[i] = arrays[i].at[1, 3].set(jnp.nan)
+    # NaN in one token's loss, in another's states of either model.
+    rows = {"uniforms": jnp.zeros(SHAPE).at[1, 3].set(jnp.nan)}
+    arrays[0] = arrays[0].at[0, 2].set(jnp.nan)
+    arrays[2] = arrays[2].at[1, 5].set(jnp.nan)
 
     def loss(student, teacher, uniforms):
         return reverse_kl(student, teacher) * (1 + uniforms)
 
     for got in both_faces(arrays, weights, loss, rows=rows, layout=UNEVEN):
         (total, each), grads = got
-        assert jnp.isnan(each[1, 3])
+        assert jnp.isnan(each[bad]).all()
         assert_close((total, grads), (want[0][0], want[1]))
     for result in both_faces(arrays, jnp.zeros(SHAPE), loss, rows=rows):
         for leaf in (result[0][0], *result[1]):
@@ -180,9 +176,8 @@ def test_a_padded_vocabulary_is_cut_and_renormalized():
     )
 
 
-@pytest.mark.parametrize("bound", [lambda *a: a, capped], ids=["", "capped"])
-def test_statistics(bound):
-    arrays = bound(*heads(vocab=(V, V + 3)))
+def test_statistics():
+    arrays = capped(*heads(vocab=(V, V + 3)))
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, V - 3, SHAPE))
     vectors = weights_of((*SHAPE, 3))
 

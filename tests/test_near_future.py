@@ -92,17 +92,6 @@ def test_future_loss_by_hand():
     assert_array_equal(grad(loss), np.zeros((2, T)))  # it is data
 
 
-def test_slice_windows_of_vectors_has_a_gradient(rng):
-    states = jnp.asarray(rng.normal(size=(2, T, 5)), jnp.float32)
-    starts = jnp.array([[0, 2], [10, 11]])
-    out = near.slice_windows(states, starts, 3)
-    assert_array_equal(out[0, 1], states[0, 2:5])
-    assert_array_equal(out[1, 1, 1:], np.zeros((2, 5)))
-    grad = jax.grad(lambda s: near.slice_windows(s, starts, 3).sum())(states)
-    count = [[1, 1, 2, 1, 1] + [0] * 7, [0] * 10 + [1, 2]]
-    assert_array_equal(grad[..., 0], count)
-
-
 def test_masked_quantile_is_numpys(rng):
     values = rng.normal(size=(9, T)).astype(np.float32)
     mask = rng.uniform(size=(9, T)) < 0.5
@@ -185,11 +174,8 @@ CALLS = {
         (near.select_candidates, {"count": 0}, "count=0 .*try 1$"),
         (near.select_candidates, {"count": 13}, r"in 1\.\.12.*try 12$"),
         (near.select_candidates, {"count": 2, "fraction": 0.0}, "=0.0 must"),
-        (near.select_candidates, {"count": 2, "fraction": 1.5}, "=1.5 must"),
-        (near.future_loss, {"length": 0}, "length=0 must be at least 1"),
         (near.student_windows, {"length": 0}, "length=0 must be at least 1"),
         (near.divergence_mask, {"percentile": 130.0}, r"lie in 0\.\.100"),
-        (near.divergence_mask, {"threshold": -0.1}, "=-0.1 must be at least 0"),
         (near.divergence_mask, {"threshold": np.nan}, "=nan must be at least"),
     ],
 )

@@ -52,14 +52,6 @@ def test_cosine_cost_by_hand():
     assert_allclose(np.diag(half), 0, atol=1e-6)
 
 
-def test_uniform_marginals():
-    mask = jnp.array([[True, True, True, False], [False] * 4])
-    want = [[1 / 3, 1 / 3, 1 / 3, 0], [0, 0, 0, 0]]
-    assert_allclose(uniform_marginals(mask), want, rtol=1e-6)
-    with pytest.raises(AssertionError, match="int"):
-        uniform_marginals(mask.astype(int))
-
-
 def test_two_by_two_by_hand():
     # By symmetry the plan is [[p, q], [q, p]], p + q = 1/2, q/p = e^(-c/eps).
     cost = jnp.array([[0.0, 0.2], [0.2, 0.0]])
@@ -96,7 +88,8 @@ def test_marginals_are_met_and_uneven_windows_too(rng):
     assert_allclose(plan.sum(-1), a, atol=5e-6)
     assert_allclose(plan.sum(-2), b, atol=1e-3)
     assert np.all(np.asarray(plan)[(a[:, :, None] * b[:, None]) == 0] == 0)
-    _, plan = transport(costs(rng)[:3, :5], uniform(3), uniform(5))
+    uneven = costs(rng)[:4, :5]  # the shape of a test below
+    _, plan = transport(uneven, uniform(4), uniform(5))
     assert_allclose(plan.sum(-2), uniform(5), atol=1e-3)
 
 
@@ -149,18 +142,18 @@ def test_products_give_the_plan_of_logarithms(rng, embedding, epsilon):
 
 
 def test_identical_windows_are_at_distance_zero(rng, embedding):
-    # Distinct tokens: the plan is the diagonal.
-    same = windows([rng.permutation(V)[:K]], [K])
+    # Distinct tokens, the plan is the diagonal; all alike, any plan costs 0
+    # and the position term picks the diagonal.
+    tokens = np.stack([rng.permutation(V)[:K], np.zeros(K, int)])
+    same = windows(tokens, [K, K])
     distance, plan = window_distance(embedding, same, same)
-    assert 0 <= distance[0] < 2e-3
+    assert np.all(distance >= 0)
+    assert_allclose(distance, 0, atol=2e-3)
+    assert distance[1] < 1e-6
     assert_allclose(plan[0], np.eye(K) / K, atol=2e-3)
-    # All tokens alike: any plan costs 0, the position term picks the diagonal.
-    alike = windows(jnp.zeros((K,), int), K)
-    distance, plan = window_distance(embedding, alike, alike)
-    assert_allclose(distance, 0.0, atol=1e-6)
-    assert_array_equal(np.argmax(plan, axis=1), np.arange(K))
-    _, flat = window_distance(embedding, alike, alike, position_weight=0.0)
-    assert_allclose(flat, np.full((K, K), 1 / K**2), atol=1e-6)
+    assert_array_equal(np.argmax(plan[1], axis=1), np.arange(K))
+    _, flat = window_distance(embedding, same, same, position_weight=0.0)
+    assert_allclose(flat[1], np.full((K, K), 1 / K**2), atol=1e-6)
 
 
 def test_padded_equals_unpadded(rng, embedding):
@@ -170,15 +163,20 @@ def test_padded_equals_unpadded(rng, embedding):
         embedding, windows(students[:4], 4), windows(teachers, 5),
         position_weight=0.5 * 4 / 9,
     )  # fmt: skip
-    padded, padded_plan = window_distance(
-        embedding,
-        windows(np.r_[students[:4], [7] * 5], 4),
-        windows(np.r_[teachers, [9] * 4], 5),
-    )
-    assert_allclose(padded, short, rtol=1e-5)
-    assert_allclose(padded_plan[:4, :5], plan, atol=1e-5)
-    assert np.all(padded_plan[4:] == 0)
-    assert np.all(padded_plan[:, 5:] == 0)
+    # What padding costs does not matter; an empty side has distance 0.
+    students, teachers = np.r_[students[:4], [7] * 5], np.r_[teachers, [9] * 4]
+    cost = cosine_cost(embedding[students], embedding[teachers])
+    a = uniform_marginals(jnp.arange(9) < jnp.array([[4], [0], [4], [0]]))
+    b = uniform_marginals(jnp.arange(9) < jnp.array([[5], [5], [0], [0]]))
+    exists = (a[..., None] > 0) & (b[:, None] > 0)
+    padded, plans = transport(jnp.where(exists, cost, jnp.nan), a, b)
+    assert_allclose(padded[0], short, rtol=1e-5)
+    assert_allclose(plans[0, :4, :5], plan, atol=1e-5)
+    assert np.all(np.asarray(plans)[~np.asarray(exists)] == 0)
+    assert short > 0
+    assert_array_equal(padded[1:], 0)
+    with pytest.raises(AssertionError, match="int"):
+        uniform_marginals(jnp.ones(4, int))
 
 
 def test_a_distance_does_not_depend_on_its_batch_nor_on_x64(rng):
@@ -191,26 +189,6 @@ def test_a_distance_does_not_depend_on_its_batch_nor_on_x64(rng):
         wide, _ = transport(cost, a, a)
     assert wide.dtype == jnp.float32
     assert_allclose(wide, together, atol=1e-5)
-
-
-def test_an_empty_window_has_distance_zero(rng, embedding):
-    tokens = rng.integers(0, V, (2, 4, K))
-    lengths = [0, 0, 5, K], [0, 5, 0, K]
-    pair = [windows(t, n) for t, n in zip(tokens, lengths, strict=True)]
-    distance, plan = window_distance(embedding, *pair)
-    assert_array_equal(distance[:3], 0)
-    assert_array_equal(plan[:3], 0)
-    assert np.all(np.isfinite(plan))
-    assert distance[3] > 0
-
-
-def test_what_padding_costs_does_not_matter(rng):
-    cost, a = costs(rng), first(5)[0]
-    exists = (a > 0)[:, None] & (a > 0)
-    clean, _ = transport(cost, a, a)
-    dirty, plan = transport(jnp.where(exists, cost, jnp.nan), a, a)
-    assert dirty == clean
-    assert np.all(np.isfinite(plan))
 
 
 def test_the_plan_is_constant_and_the_distance_differentiable(rng):
@@ -227,16 +205,17 @@ def test_the_plan_is_constant_and_the_distance_differentiable(rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epsilon": 1e-9}, r"epsilon=1e-09 must lie in 0\.005\.\.10"),
-        ({"epsilon": np.nan}, "epsilon=nan must lie"),
-        ({"position_weight": -1.0}, r"position_weight=-1\.0 must lie"),
+        ({"epsilon": np.nan}, r"epsilon=nan must lie in 0\.005\.\.10"),
         ({"position_weight": 1e6}, "position_weight=1000000.0 must lie"),
         ({"max_iterations": 0}, "max_iterations=0"),
     ],
 )
-def test_bad_options_and_shapes(options, message):
+def test_bad_options(options, message):
     cost = jnp.zeros((3, 3))
     with pytest.raises(ValueError, match=message):
         transport(cost, uniform(3), uniform(3), **options)
+
+
+def test_marginals_must_fit():
     with pytest.raises(ValueError, match=r"marginals of shape \(3,\) and"):
         transport(jnp.zeros((3, 4)), uniform(3), uniform(3))

@@ -209,8 +209,7 @@ ONES, MASK = jnp.ones((1, T)), row_mask(T)
     [
         ("n_step", {"n": 0}, "n=0 must be at least 1"),
         ("n_step", {"discount": 1.1}, r"discount=1\.1 must lie in 0\.\.1"),
-        ("n_step", {"strength": -1.0}, r"strength=-1\.0"),
-        ("n_step", {"cap": -1.0}, r"cap=-1\.0"),
+        ("n_step", {"cap": -1.0}, r"strength=1\.0 and cap=-1\.0"),
         ("tip", {"fraction": 0.0}, r"fraction=0\.0 must lie above 0"),
         ("teachability", {"fraction": 1.2}, r"fraction=1\.2 must lie"),
         ("fire", {"drop": 2.0}, r"drop=2\.0 must lie in 0\.\.1"),
