@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import EOS, PAD, make_trajectories
+from conftest import EOS, PAD, make_model, make_trajectories
 from matplotlib import image
 from small_run import settings_with
+from small_step import logp_of
 
 from topd_jax.experiments import local_correction
 from topd_jax.experiments.divergent_points import choose
@@ -21,8 +22,10 @@ from topd_jax.experiments.local_correction import (
     report,
 )
 from topd_jax.experiments.observe import Observed
+from topd_jax.losses.divergences import reverse_kl, weighted_mean
+from topd_jax.losses.log_probs import token_logprobs
 from topd_jax.losses.optimal_transport import window_distance
-from topd_jax.models import causal_mask, unembed
+from topd_jax.losses.trajectory import trajectory_loss, trajectory_targets
 from topd_jax.models.config import Lora
 from topd_jax.models.lora import add_lora
 from topd_jax.objectives import presets
@@ -30,7 +33,7 @@ from topd_jax.objectives.objective import NearFuture
 from topd_jax.sampling import rollout
 from topd_jax.training.score import score
 from topd_jax.training.step import init_state, train_step
-from topd_jax.types import Candidates, Scored, Teacher, Windows
+from topd_jax.types import Candidates, Scored, Teacher, Trajectories, Windows
 
 K = 4
 WEIGHT = 0.7
@@ -45,8 +48,13 @@ UPDATES = 60  # enough to write what the teacher writes
 
 
 @pytest.fixture(scope="module")
-def reader(teacher):
-    return Teacher(teacher)
+def student():
+    return make_model(0, layers=1)
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return Teacher(make_model(1, layers=1, width=24))
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +71,26 @@ def points(student, reader):
 
 @pytest.fixture(scope="module")
 def measured(student, reader, points):
+    methods = {name: METHODS[name] for name in ("opd", TEACHER)}
     return local_correction.measure(
-        student, reader, points, METHODS, UPDATES, **OPTIONS
+        student, reader, points, methods, UPDATES, **OPTIONS
     )
 
 
-write = jax.jit(
-    functools.partial(rollout, max_new_tokens=K, temperature=0.0, **IDS)
-)
-distance_of = jax.jit(window_distance)
+@jax.jit
+def write(model, prefix):
+    """What a model writes greedily after prefixes."""
+    written = rollout(
+        model, prefix, jax.random.key(3), max_new_tokens=K, temperature=0.0,
+        **IDS,
+    )  # fmt: skip
+    return Windows(written.tokens, written.mask)
+
+
+@pytest.fixture(scope="module")
+def begun(student, points):
+    """What the student writes before any correction."""
+    return write(student, points.prefix)
 
 
 def correction(objective, **options):
@@ -87,45 +106,8 @@ def one(points, i):
     return jax.tree.map(lambda x: jnp.asarray(x[i : i + 1]), points)
 
 
-def prefix_of(points, i):
-    """The prefix's ids without padding."""
-    return points.prefix.tokens[i][points.prefix.mask[i]].tolist()
-
-
 def window_of(windows, i):
     return windows.tokens[i][windows.mask[i]].tolist()
-
-
-@jax.jit
-def read(model, ids):
-    mask = causal_mask(jnp.ones(ids.shape, bool))
-    hidden, _ = model(ids, jnp.arange(ids.shape[1])[None], mask)
-    return jax.nn.log_softmax(unembed(model.head, hidden))[0]
-
-
-def logp_along(model, prefix, window):
-    """[len(window), V]: log p of each window token, by one plain pass."""
-    begin, end = len(prefix) - 1, len(prefix) + len(window) - 1
-    # What follows is not seen; one length compiles once.
-    ids = np.zeros((1, 24), int)
-    ids[0, : end + 1] = prefix + window
-    return np.asarray(read(model, ids)[begin:end])
-
-
-def greedy(model, prefix):
-    """What a model writes, read anew for every token."""
-    window = []
-    while len(window) < K and EOS not in window:
-        logp = logp_along(model, prefix, [*window, 0])
-        window.append(int(logp[-1].argmax()))
-    return window
-
-
-def as_window(tokens):
-    """One window of K columns."""
-    padded = np.zeros((1, K), int)
-    padded[0, : len(tokens)] = tokens
-    return Windows(jnp.asarray(padded), jnp.arange(K)[None] < len(tokens))
 
 
 def slot(positions, distance, divergent):
@@ -157,16 +139,11 @@ def test_the_farthest_divergent_point_is_chosen(truncated, at):
     assert len(points.distance) == 1
     assert points.distance[0] == pytest.approx({3: 0.4, 7: 0.6}[at])
     prompt = written.prompt[0][written.prompt_mask[0]].tolist()
-    assert prefix_of(points, 0) == prompt + written.tokens[0, :at].tolist()
+    assert window_of(points.prefix, 0) == (
+        prompt + written.tokens[0, :at].tolist()
+    )
     for windows in (points.student, points.teacher):
         assert window_of(windows, 0) == [at] * K
-
-
-def test_prefixes_are_padded_on_the_left(points):
-    mask = points.prefix.mask.astype(int)
-    assert len(mask) == 3
-    assert mask[:, -1].all() and (np.diff(mask) >= 0).all()
-    assert not mask.all()
 
 
 def test_where_nothing_diverges_is_said():
@@ -178,42 +155,41 @@ def test_where_nothing_diverges_is_said():
         choose([Observed([], written, [scored])], 1, PAD)
 
 
-def test_before_is_what_the_start_writes(student, teacher, points, measured):
+def test_before_is_what_the_start_writes(student, points, measured, begun):
+    mask = points.prefix.mask.astype(int)  # padded on the left
+    assert mask[:, -1].all() and (np.diff(mask) >= 0).all()
+    assert not mask.all()
     before = measured["before"]
+    distance, _ = window_distance(student.embedding, begun, points.teacher)
+    np.testing.assert_allclose(before["distance"], distance, atol=1e-5)
+    assert before["distance"].max() > 0.1
     for i in range(3):
-        ours = greedy(student, prefix_of(points, i))
-        theirs = window_of(points.teacher, i)
-        distance, _ = distance_of(
-            student.embedding, as_window(ours), as_window(theirs)
-        )
-        assert before["distance"][i] == pytest.approx(
-            float(distance[0]), abs=1e-5
-        )
+        ours, theirs = window_of(begun, i), window_of(points.teacher, i)
         assert before["first"][i] == (ours[0] == theirs[0])
         assert before["same"][i] == (ours == theirs)
-    assert before["distance"].max() > 0.1
 
 
-def by_hand(student, teacher, points, i, method):
+def by_hand(student, teacher, point, method):
     """The same loss, from plain passes over prefix and window."""
-    prefix, ours = prefix_of(points, i), window_of(points.student, i)
-    theirs = window_of(points.teacher, i)
-    mine = logp_along(student, prefix, ours)
-    gap = mine - logp_along(teacher, prefix, ours)
-    loss = np.mean(np.sum(np.exp(mine) * gap, axis=-1))
+
+    def logp_along(model, windows):
+        rows = Trajectories(
+            point.prefix.tokens, point.prefix.mask, windows.tokens,
+            windows.mask, logp=jnp.zeros((1, K)), truncated=jnp.zeros(1, bool),
+        )  # fmt: skip
+        return logp_of(model, rows)
+
+    ours, theirs = point.student, point.teacher
+    mine = logp_along(student, ours)
+    each = reverse_kl(mine, logp_along(teacher, ours))
+    loss = weighted_mean(each, mask=ours.mask)
     if method == TEACHER:
-        logp = logp_along(student, prefix, theirs)
-        led = -np.mean(logp[np.arange(len(theirs)), theirs])
-        loss += WEIGHT * led
+        led = token_logprobs(logp_along(student, theirs), theirs.tokens)
+        loss -= WEIGHT * weighted_mean(led, mask=theirs.mask)
     if method == STUDENT:
-        plan = points.plan[i][: len(ours), : len(theirs)]
-        targets = np.zeros_like(mine)
-        for j, token in enumerate(theirs):
-            targets[:, token] += plan[:, j] / plan.sum(1)
-        targets[0] = np.eye(mine.shape[1])[theirs[0]]
-        some = np.where(targets > 0, targets, 1.0)
-        led = np.sum(targets * (np.log(some) - mine), axis=-1).mean()
-        loss += WEIGHT * led
+        targets = trajectory_targets(point.plan, theirs, ours)
+        led = jnp.take_along_axis(mine, theirs.tokens[:, None], axis=-1)
+        loss += WEIGHT * trajectory_loss(targets, led, theirs)[0]
     return loss
 
 
@@ -225,23 +201,32 @@ def test_a_correction_is_m_updates_on_the_window_alone(
     step = jax.jit(
         functools.partial(train_step, objective=objective, optimizer=ADAM)
     )
-    run = correction(objective)
+    run = functools.partial(
+        correction(objective),
+        student,
+        reader,
+        jax.tree.map(jnp.asarray, points),
+    )
     point = one(points, 2)
     batch = local_correction.as_batch(reader, point)
     state = init_state(student, ADAM)
     written = []
     for number in range(7):
-        windows, skipped = run(student, reader, point, jnp.int32(number))
-        expected = write(state.student, point.prefix, jax.random.key(3))
-        assert window_of(windows, 0) == window_of(expected, 0)
-        assert skipped == 0
-        written.append(window_of(windows, 0))
+        windows, skipped = run(jnp.int32(number))
+        expected = write(state.student, point.prefix)
+        assert window_of(windows, 2) == window_of(expected, 0)
+        assert skipped[2] == 0
+        written.append(window_of(windows, 2))
         state, metrics = step(state, *batch)
         if number == 0:
             assert float(metrics["loss"][0]) == pytest.approx(
-                by_hand(student, reader.model, points, 2, method), rel=2e-4
+                float(by_hand(student, reader.model, point, method)), rel=2e-4
             )
     assert len(set(map(tuple, written))) > 1  # it did change
+    # Enough updates, in any context, begin as the teacher does.
+    windows, _ = run(jnp.int32(UPDATES))
+    first = points.teacher.tokens[:, 0]
+    np.testing.assert_array_equal(windows.tokens[:, 0], first)
 
 
 def test_every_point_starts_from_the_same_student(
@@ -249,11 +234,11 @@ def test_every_point_starts_from_the_same_student(
 ):
     backwards = jax.tree.map(lambda x: x[::-1], points)
     again = local_correction.measure(
-        student, reader, backwards, {"topd": METHODS["topd"]}, UPDATES,
+        student, reader, backwards, {TEACHER: METHODS[TEACHER]}, UPDATES,
         **OPTIONS,
     )  # fmt: skip
-    for key, values in measured["topd"].items():
-        np.testing.assert_array_equal(again["topd"][key][::-1], values)
+    for key, values in measured[TEACHER].items():
+        np.testing.assert_array_equal(again[TEACHER][key][::-1], values)
 
 
 def test_enough_updates_towards_the_teacher_mend_all(measured):
@@ -262,26 +247,26 @@ def test_enough_updates_towards_the_teacher_mend_all(measured):
     np.testing.assert_allclose(led["distance"], 0, atol=1e-4)
     before = measured["before"]["distance"].mean()
     assert measured["opd"]["distance"].mean() < before
-    # Anchored at the teacher's first token; beyond it, the student's contexts.
-    assert measured[STUDENT]["first"].all()
 
 
-def test_an_update_that_is_not_finite_is_counted(student, reader, points):
+def test_an_update_that_is_not_finite_is_counted(
+    student, reader, points, begun
+):
     endless = presets.opd(lambda s, t: jnp.sum(s * t * jnp.inf, axis=-1))
     run = correction(endless)
     windows, skipped = run(student, reader, one(points, 0), jnp.int32(2))
     assert skipped == 2
-    assert window_of(windows, 0) == greedy(student, prefix_of(points, 0))
+    assert window_of(windows, 0) == window_of(begun, 0)
 
 
-def test_adapters_alone_are_corrected(student, reader, points):
+def test_adapters_alone_are_corrected(student, reader, points, begun):
     adapted = add_lora(student, Lora(2, 4.0, ("q", "v"), False))
     run = correction(METHODS[TEACHER], optimizer=optax.adam(0.1))
     before, after = (
         run(adapted, reader, one(points, 0), jnp.int32(count))[0]
         for count in (0, 20)
     )
-    assert window_of(before, 0) == greedy(student, prefix_of(points, 0))
+    assert window_of(before, 0) == window_of(begun, 0)
     assert window_of(after, 0) != window_of(before, 0)
 
 
@@ -321,24 +306,21 @@ def test_the_numbers_by_hand():
     json.dumps(numbers, allow_nan=False)
 
 
-def test_several_teachers_are_refused_before_any_is_made(tmp_path):
-    settings = settings_with()
-    settings = dataclasses.replace(
-        settings,
-        teachers={"a": settings.teacher, "b": settings.teacher},
+def test_runs_that_cannot_be_corrected_are_refused_before_any_model(tmp_path):
+    settings = settings_with(objective="trust_region")
+    several = dataclasses.replace(
+        settings_with(),
+        teachers=dict.fromkeys("ab", settings.teacher),
         data=dataclasses.replace(
             settings.data, source="jsonl", path="x", teacher_field="subject"
         ),
     )
-    with pytest.raises(ValueError, match="one teacher .* names a, b; leave"):
-        local_correction.correct(settings, tmp_path, "start", 1, 1)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_loss_that_draws_is_refused_before_any_model_is_made(tmp_path):
-    settings = settings_with(objective="trust_region")
-    with pytest.raises(ValueError, match="objective='trust_region' draws anew"):
-        local_correction.correct(settings, tmp_path, "start", 1, 1)
+    for refused, message in (
+        (several, "one teacher .* names a, b; leave"),
+        (settings, "objective='trust_region' draws anew"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            local_correction.correct(refused, tmp_path, "start", 1, 1)
     assert not any(tmp_path.iterdir())
 
 

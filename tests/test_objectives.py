@@ -12,23 +12,26 @@ from numpy.testing import assert_allclose
 import topd_jax as topd
 from topd_jax.objectives import loading
 
-# preset -> whether candidates are looked at, the teacher continues them, their
-# states are kept, the student reads along, and scoring reads the student.
+# preset -> whether candidates are looked at (some of them), the teacher
+# continues them, their states are kept, the student reads along, scoring reads
+# the student, and draws are made.
 DOES = {
     "opd": "",
     "suppress": "ahead branches",
     "suppress(detector='future_loss')": "ahead",
     "suppress(ranking='token_loss')": "ahead branches student",
-    "topd": "ahead branches along",
-    "topd(ranking='random')": "ahead branches along",
-    "topd(branch_loss='forward_kl')": "ahead branches states along",
+    "topd": "ahead some branches along",
+    "topd(ranking='random')": "ahead some branches along draws",
+    "topd(branch_loss='forward_kl')": "ahead some branches states along",
     "topd(context='student')": "ahead branches",
+    "topd_suppress": "ahead branches along",
+    "trust_region": "draws",
     "tip": "student",
     "teachability": "student",
     "fire": "student",
     "agreement": "student",
     "prefix": "",
-    "retain": "",
+    "retain": "draws",
     "suppress_unlikely": "",
 }
 
@@ -36,12 +39,15 @@ DOES = {
 @pytest.mark.parametrize("text", DOES)
 def test_an_objective_asks_for_what_its_pieces_need(text):
     objective = topd.make_objective(text)
+    ahead = objective.near_future is not None
     said = {
-        "ahead": objective.near_future is not None,
+        "ahead": ahead,
+        "some": ahead and objective.branch_fraction < 1,
         "branches": objective.needs_branches,
         "states": objective.needs_window_hidden,
         "along": objective.trains_on_branch,
         "student": objective.needs_student,
+        "draws": objective.draws,
     }
     assert {n for n, is_so in said.items() if is_so} == {*DOES[text].split()}
 

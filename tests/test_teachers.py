@@ -5,13 +5,7 @@ import json
 
 import jax
 import pytest
-from small_run import (
-    assert_same_run,
-    changed,
-    interrupted,
-    run_in,
-    settings_with,
-)
+from small_run import changed, run_in, settings_with
 
 from topd_jax.data.toy_world import problems
 from topd_jax.models import DecoderConfig, init_decoder, save_model
@@ -43,7 +37,7 @@ def settings(world_cache, tmp_path_factory):
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = settings_with(
-        world_cache, data__held_out=8, train__steps=4, log__tensorboard=True,
+        world_cache, data__held_out=8, train__steps=3, log__tensorboard=True,
         objective="topd(candidates=1, window=4, guidance_weight=0.3)",
     ).to_dict()  # fmt: skip
     config["teachers"] = {
@@ -65,7 +59,7 @@ def finished(settings, setup, tmp_path_factory):
 
 def test_a_run_logs_every_teacher_apart(finished):
     rows = read_jsonl(finished / "metrics.jsonl")
-    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert [r["step"] for r in rows] == [1, 2, 3]
     timed = rows[2]
     for name in (
         "divergence", "teacher_token_loss", "distance", "num_tokens",
@@ -83,16 +77,6 @@ def test_a_run_logs_every_teacher_apart(finished):
     completions = read_jsonl(finished / "completions.jsonl")
     assert {r["teacher"] for r in completions} == {"rest", "world"}
     assert list((finished / "tensorboard").iterdir())
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_ends_with_the_same_bits(
-    finished, settings, setup, tmp_path
-):
-    with interrupted(4):
-        run_in(settings, tmp_path, setup).train()
-    run_in(settings, tmp_path, setup).train()
-    assert_same_run(finished, tmp_path)
 
 
 def test_every_prompt_is_compared_with_its_own_teacher(settings, setup):
