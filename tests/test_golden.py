@@ -92,18 +92,6 @@ def test_objective_keeps_its_numbers(case, dtype):
     assert_same_case(record.compute(case, dtype), GOLDEN[case, dtype], dtype)
 
 
-def test_every_variant_is_recorded():
-    assert {case for case, _ in GOLDEN} == set(record.CASES)
-    for case in ("topd/teacher", "topd+suppress/student", "n_step"):
-        divergent = GOLDEN[case, "float32"]["score/divergent"]
-        assert 0 < divergent.sum() < divergent.size
-    losses = [
-        GOLDEN[case, "float32"]["metric/loss"][0] for case in record.CASES
-    ]
-    # Accumulation and a larger vocabulary change nothing; all else does.
-    assert len(set(losses)) >= len(losses) - 2
-
-
 def test_another_guidance_weight_is_noticed():
     """0.30001 in the place of 0.3."""
     want = GOLDEN["topd/teacher", "float32"]

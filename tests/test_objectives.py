@@ -131,12 +131,14 @@ def guide(distance, wings):
     return distance
 
 
+def starred(*all):
+    return all
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("opd(", "cannot be read; write NAME or"),
-        ("opd(1)", "cannot be read"),
-        ("opd(beta=x)", "cannot be read"),
         ("opdd", "must be one of opd, suppress,.* or 'package.module:fun"),
         ("opd(window=3)", "no option window; its options: alpha, beta, "),
         ("topd(near_future=3)", "no option near_future"),
@@ -234,23 +236,12 @@ def test_every_option_is_bounded_at_construction(name):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (topd.NearFuture, {"percentile": np.nan}, "percentile=nan must be a"),
-        (topd.NearFuture, {"window": 2.5}, "window=2.5 must be of type int"),
-        (topd.Guidance, {"loss": far, "weight": "no"}, "must be of type float"),
-        (
-            topd.Guidance,
-            {"loss": guide},
-            "objectives:guide names wings; it may",
-        ),
+        (topd.Guidance, {"loss": guide}, ":guide names wings; it may"),
         (topd.Guidance, {"loss": 5}, "5 is no piece of an objective"),
         (topd.Objective, {"temperature": True}, "must be of type float"),
         (topd.Objective, {"near_future": "no"}, "like near_future=NearFuture"),
         (topd.Objective, {"token_weights": far}, "like token_weights=.weight,"),
-        (
-            topd.Objective,
-            {"token_weights": (lambda *all: all,)},
-            "names all; it may name ",
-        ),
+        (topd.Objective, {"token_weights": (starred,)}, "names all; it may"),
         (
             topd.Objective,
             {"guidance": topd.Guidance(lambda distance: 0)},

@@ -8,7 +8,6 @@ import pytest
 
 from topd_jax.configs import default
 from topd_jax.data.routing import (
-    check_rows,
     check_teacher_rows,
     prompts_per_teacher,
     shares_of,
@@ -73,13 +72,6 @@ def test_rows_that_cannot_be_shared():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(message)):
             check_teacher_rows(prompts, samples=1, ways=ways, accumulate=1)
-
-
-def test_a_batch_divides_over_the_mesh():
-    mesh = mesh_of(data=2, fsdp=3)
-    check_rows(12, mesh, "data.batch_size")
-    with pytest.raises(ValueError, match=r"eval\.batch_size=8 .*\(6\); try 12"):
-        check_rows(8, mesh, "eval.batch_size")
 
 
 def config_with(**data):

@@ -116,10 +116,6 @@ def test_what_does_not_fit_is_refused_before_models_are_made(
     path.write_text('{"question": "a", "teacher": "wrold"}\n')
     with pytest.raises(ValueError, match="line 1.* the nearest is 'world'"):
         load_setup(changed(settings, "data", path=str(path)), tmp_path)
-    lines = (f'{{"question": "{i}", "teacher": "world"}}\n' for i in range(9))
-    path.write_text("".join(lines))
-    with pytest.raises(ValueError, match="no training record .* 'rest'"):
-        load_setup(changed(settings, "data", path=str(path)), tmp_path)
     assert not (tmp_path / "world").exists()  # nothing was trained
     bare = dict.fromkeys(settings.teachers, settings.teachers["rest"])
     lonely = dataclasses.replace(settings, teachers=bare, student=bare["rest"])

@@ -201,33 +201,27 @@ def test_prefix_by_hand():
     assert np.all(np.isfinite(got))
 
 
-ONES, MASK = jnp.ones((1, T)), row_mask(T)
+X = jnp.ones((1, T))
+# What a mask and options give -> why some options, and any integer mask, do
+# not go.
+SINGLE = (FLAGS[:1], candidates((1,)))
+OPTIONS = [
+    (n_step, SINGLE, {"n": 0}, "n=0 must be at least 1"),
+    (n_step, SINGLE, {"discount": 1.1}, r"discount=1\.1 must lie in 0\.\.1"),
+    (n_step, SINGLE, {"cap": -1.0}, r"strength=1\.0 and cap=-1\.0"),
+    (weights.tip_weights, (X, X), {"fraction": 0.0}, "0.0 must lie above 0"),
+    (weights.teachability_weights, (X, X), {"fraction": 1.2}, "1.2 must lie"),
+    (weights.fire_weights, (X, X, X), {"drop": 2.0}, r"must lie in 0\.\.1"),
+    (weights.agreement_threshold, (X,), {"window": 0}, "must be at least 1"),
+    (weights.prefix_weights, (X, X), {"gamma": -1}, "must be at least 0"),
+    (weights.prefix_weights, (X, X), {"log_floor": 0.0}, r"=0\.0 must"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("n_step", {"n": 0}, "n=0 must be at least 1"),
-        ("n_step", {"discount": 1.1}, r"discount=1\.1 must lie in 0\.\.1"),
-        ("n_step", {"cap": -1.0}, r"strength=1\.0 and cap=-1\.0"),
-        ("tip", {"fraction": 0.0}, r"fraction=0\.0 must lie above 0"),
-        ("teachability", {"fraction": 1.2}, r"fraction=1\.2 must lie"),
-        ("fire", {"drop": 2.0}, r"drop=2\.0 must lie in 0\.\.1"),
-        ("agreement", {"window": 0}, "window=0 must be at least 1"),
-        ("prefix", {"gamma": -1}, "gamma=-1 must be at least 0"),
-        ("prefix", {"log_floor": 0.0}, r"log_floor=0\.0 must"),
-    ],
-)
-def test_options_out_of_bounds_and_integer_masks(name, options, message):
-    fn, arrays = {
-        "n_step": (n_step, (FLAGS[:1], candidates((1,)))),
-        "tip": (weights.tip_weights, (ONES, ONES)),
-        "teachability": (weights.teachability_weights, (ONES, ONES)),
-        "fire": (weights.fire_weights, (ONES, ONES, ONES)),
-        "agreement": (weights.agreement_threshold, (ONES,)),
-        "prefix": (weights.prefix_weights, (ONES, ONES)),
-    }[name]
+@pytest.mark.parametrize(("fn", "arrays", "options", "message"), OPTIONS)
+def test_options_out_of_bounds_and_integer_masks(fn, arrays, options, message):
+    mask = row_mask(T)
     with pytest.raises(ValueError, match=message):
-        fn(*arrays, MASK, **options)
+        fn(*arrays, mask, **options)
     with pytest.raises(AssertionError, match="int"):
-        fn(*arrays, MASK.astype(int), **options)
+        fn(*arrays, mask.astype(int), **options)
