@@ -1,7 +1,6 @@
 """A student that is sure of its errors: the mechanism, its worlds, controls."""
 
 import dataclasses
-import functools
 import json
 import types
 
@@ -26,15 +25,13 @@ from topd_jax.training.config import settings_from
 RIGHT = 0.95  # the teacher's probability of the right token
 
 
-@functools.partial(jax.jit, static_argnums=0)
-@functools.partial(jax.vmap, in_axes=(None, 0))
-def pull(loss, right):
+def pull(right):
     """Return minus the gradient of a two-token loss on the right logit."""
     teacher = jnp.log(jnp.array([1 - RIGHT, RIGHT]))
 
     def of(logit):
         logits = jnp.array([0.0, 1.0]) * logit
-        return loss(jax.nn.log_softmax(logits), teacher)
+        return topd.reverse_kl(jax.nn.log_softmax(logits), teacher)
 
     return -jax.grad(of)(jnp.log(right) - jnp.log1p(-right))
 
@@ -55,16 +52,15 @@ def test_controls_ask_neither_teacher_nor_future():
     assert not (weights > 0)[~mask].any()
 
 
-def test_worlds_that_differ_in_the_student_have_one_teacher():
-    usual = models._names(WorldSettings())
-    other = models._names(
-        WorldSettings(student_left_to_right=0.99, student_sharpness=2.0)
+def test_worlds_that_differ_in_the_student_have_one_teacher(
+    tmp_path, monkeypatch
+):
+    """And one tokenizer, which is trained on the usual student."""
+    usual, other = (
+        models._names(WorldSettings(student_sharpness=x)) for x in (1.0, 2.0)
     )
     assert (usual[0], usual[2]) == (other[0], other[2])
     assert other[1] != usual[1]
-
-
-def test_the_tokenizer_is_trained_on_the_usual_student(tmp_path, monkeypatch):
     texts, trained = [], []
 
     def tokenizer(*corpora, vocab_size):
@@ -101,8 +97,7 @@ def test_guidance_pays_where_it_pulls_harder():
     objective = make_objective("topd(guidance_weight=0.3)")
     p = pays_below(objective, tokens=28)
     along = (1 - p) * 0.3 / (0.7 * 10)  # one branch a row, 70 % divergent
-    (found,) = pull(topd.reverse_kl, np.array([p])) / 28
-    assert along == pytest.approx(float(found), rel=1e-3)
+    assert along == pytest.approx(float(pull(p)) / 28, rel=1e-3)
     assert 0.3 < p < 0.35
     # As in the paper: 218 candidates a row of 9688 tokens, K = 50.
     text = "topd(candidates=218, branch_fraction=1.0, window=50)"
