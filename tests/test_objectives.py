@@ -139,6 +139,7 @@ def starred(*all):
     ("text", "message"),
     [
         ("opd(", "cannot be read; write NAME or"),
+        ("opd(1)", "cannot be read"),
         ("opdd", "must be one of opd, suppress,.* or 'package.module:fun"),
         ("opd(window=3)", "no option window; its options: alpha, beta, "),
         ("topd(near_future=3)", "no option near_future"),

@@ -189,21 +189,15 @@ def planless(candidates):
     return topd.Detection(bare(candidates))
 
 
-@pytest.mark.parametrize(
-    ("detector", "text"),
-    [
-        (planless, "detector makes none; take detector="),
-        (bare, ":bare returned .* must return a topd_jax.Detection"),
-    ],
-)
-def test_what_a_detector_does_not_make_is_refused(
-    student, teacher, detector, text
-):
-    with pytest.raises(ValueError, match="detector makes none; take detector="):
+def test_what_a_detector_does_not_make_is_refused(student, teacher):
+    plan = "detector makes none; take detector="
+    with pytest.raises(ValueError, match=plan):
         topd.make_objective("topd(context='student', detector='future_loss')")
-    objective = topd.topd(
-        near_future=topd.NearFuture(detector=detector), context="student"
-    )
-    with pytest.raises(ValueError, match=text):
-        step(student, (topd.Teacher(teacher),), make_trajectories(2),
-             lambda: objective)  # fmt: skip
+    missing = ":bare returned .* must return a topd_jax.Detection"
+    for detector, text in ((planless, plan), (bare, missing)):
+        ahead = topd.NearFuture(detector=detector)
+        make = functools.partial(
+            topd.topd, near_future=ahead, context="student"
+        )
+        with pytest.raises(ValueError, match=text):
+            step(student, (topd.Teacher(teacher),), make_trajectories(2), make)
