@@ -6,21 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, make_trajectories
+from conftest import make_trajectories
 from numpy.testing import assert_allclose
 from small_step import IDS, SGD, logp_of
 
 import topd_jax as topd
-
-
-@pytest.fixture(scope="module")
-def student():
-    return make_model(0, layers=1)
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return make_model(1, layers=1, width=24)
 
 
 @functools.partial(jax.jit, static_argnames="make")

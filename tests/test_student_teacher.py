@@ -46,14 +46,21 @@ def rows(trajectories):
     return trajectories.replace(teacher_prompt=own)
 
 
-def test_it_is_a_frozen_copy_of_the_student_of_this_step(rows):
-    """Scores by hand, and a step towards the copy, beside another teacher."""
+@pytest.mark.parametrize(
+    ("objective", "adapters", "teachers"),
+    [("opd", 0, SEVERAL), (TOPD, 2, (Teacher(None),))],
+)
+def test_it_is_a_frozen_copy_of_the_student_of_this_step(
+    rows, objective, adapters, teachers
+):
+    """Scores by hand, and a step towards the copy."""
     student = make_model(0, layers=1)
-    student = adapted(student, Lora(2, 4.0, LORA_TARGETS))
+    if adapters:
+        student = adapted(student, Lora(adapters, 4.0, LORA_TARGETS))
     copy = jax.tree.map(jnp.copy, student)
-    frozen = tuple(t.replace(model=t.model or copy) for t in SEVERAL)
-    scored = scores(student, SEVERAL, rows, TOPD)
-    expected = scores(student, frozen, rows, TOPD)
+    frozen = tuple(t.replace(model=t.model or copy) for t in teachers)
+    scored = scores(student, teachers, rows, objective)
+    expected = scores(student, frozen, rows, objective)
     assert scored[0].teacher_head is None
     assert_trees_close(
         [s.replace(teacher_head=None) for s in scored],
@@ -68,8 +75,9 @@ def test_it_is_a_frozen_copy_of_the_student_of_this_step(rows):
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
     assert own.tokens.shape[1] != rows.prompt.shape[1]
-    found, metrics = step(student, SEVERAL, rows, TOPD, accumulate=2)
-    wanted, as_copy = step(student, frozen, rows, TOPD, accumulate=2)
+    more = dict(accumulate=len(teachers))
+    found, metrics = step(student, teachers, rows, objective, **more)
+    wanted, as_copy = step(student, frozen, rows, objective, **more)
     assert metrics["divergence"][0] > 1e-3
     assert_trees_close(metrics, as_copy, rtol=1e-4, atol=1e-5)
     assert_trees_close(found.student, wanted.student, rtol=1e-4, atol=1e-6)

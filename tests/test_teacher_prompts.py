@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, make_trajectories
+from conftest import make_trajectories
 from small_run import changed, settings_with
 from small_step import TOPD, assert_trees_close, logp_of, scores, update
 
@@ -22,16 +22,6 @@ from topd_jax.training.dumps import arrays_of
 from topd_jax.training.placement import make_run_mesh
 from topd_jax.training.setup import load_setup
 from topd_jax.types import Prompts
-
-
-@pytest.fixture(scope="module")
-def student():
-    return make_model(0, layers=1)
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return make_model(1, layers=1, width=24)
 
 
 @pytest.fixture
