@@ -62,8 +62,6 @@ def test_every_number_is_read_once_whatever_the_pieces(piece, monkeypatch):
 # Which part of q, [layers, embed, heads, head_dim], two devices hold, and the
 # part of q_proj, [heads x head_dim, embed], that follows.
 PARTS = {
-    "embed": (np.s_[:, 8:16], np.s_[:, 8:16]),
-    "heads": (np.s_[:, :, 1:2], np.s_[8:16, :]),
     "both": (np.s_[:, 8:16, 2:4], np.s_[16:32, 8:16]),
     "layers": (np.s_[1:2, :], np.s_[:, :]),
     # Not one range in the file: read wider, kept as asked.
@@ -184,6 +182,7 @@ def watched_load(path, small):
         | {
             "XLA_FLAGS": simulated(8),
             "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # children.py says why
             # What is freed goes back at once, and not when glibc likes.
             "MALLOC_MMAP_THRESHOLD_": "1000000",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -201,13 +200,14 @@ def watched_load(path, small):
             peak = max(peak, anonymous(child.pid))
             time.sleep(0.001)
             line += child.stdout.readline()  # as much as there is
+    assert child.returncode == 0
     return peak - before, json.loads(line)
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="no /proc to measure with"
 )
-def test_the_host_holds_one_parameter_beside_the_shards(large, tmp_path):
+def test_eight_devices_hold_a_model_and_the_host_one_parameter(large, tmp_path):
     small = save_model(make(LLAMA), tmp_path / "small")
     growth, found = watched_load(large, small)
     held, largest = found["held"], found["largest"]
