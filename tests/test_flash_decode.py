@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import LIBTPU, run_script
 from dense_attention import dense_attention
 from interpreted import interpreted_kernels
+from small_files import make
 
-from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.models import DecoderConfig
 from topd_jax.models.attention import flash, flash_decode
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
@@ -93,36 +93,30 @@ def test_blocks_of_several_rows_and_heads(options):
 
 CONFIG = DecoderConfig(
     vocab_size=41, layers=2, width=32, heads=4, kv_heads=2, head_dim=16,
-    mlp_width=24, attention_softcap=3.0,
+    mlp_width=24, attention_softcap=3.0, window=20, sliding=(True, False),
 )  # fmt: skip
 
 
-def written_by(config, length, **options):
-    model = init_decoder(config, jax.random.key(0))
+def written_by(config):
     mask = np.arange(9) >= np.array([[0], [4], [8]])
     tokens = np.random.default_rng(0).integers(6, 41, (3, 9)) * mask
     tokens, mask = (np.pad(x, ((0, 0), (101, 0))) for x in (tokens, mask))
+    prompts = Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask))
     return rollout(
-        model, Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)),
-        jax.random.key(1), max_new_tokens=length, eos_ids=(3,), pad_id=0,
-        samples=2, **options,
+        make(config), prompts,
+        jax.random.key(1), max_new_tokens=30, eos_ids=(3,), pad_id=0,
+        samples=2,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "options", [{}, dict(unroll=2, window=20, sliding=(True, False))]
-)
-def test_a_rollout_by_the_kernel_has_the_same_tokens(options):
+def test_a_rollout_by_the_kernel_has_the_same_tokens():
     """And where there is no TPU, by plain attention."""
-    config = CONFIG.replace(**options)
-    wanted = written_by(config, 30)
+    wanted = written_by(CONFIG)
     assert wanted.mask.sum() > 100
-    config = config.replace(attention="flash")
+    config = CONFIG.replace(attention="flash")
     with interpreted_kernels() as calls:
-        written = [written_by(config, 30)]
-    if not options:
-        written.append(written_by(config, 30))
-    for found in written:
+        by_kernel = written_by(config)
+    for found in (by_kernel, written_by(config)):
         for name in ("tokens", "mask", "truncated"):
             np.testing.assert_array_equal(
                 getattr(found, name), getattr(wanted, name)
@@ -130,16 +124,8 @@ def test_a_rollout_by_the_kernel_has_the_same_tokens(options):
         np.testing.assert_allclose(
             found.logp, wanted.logp, rtol=2e-4, atol=2e-5
         )
-    # Two blocks, and in the middle of the loop 15 tokens; or half of the layers
+    # Two blocks, and in the middle of the loop 15 tokens; half of the layers
     # see 20 columns.
-    usual = 110 + 15
+    usual = (110 + 15 + 20) // 2
     told = {(shapes[1][3], keywords["usual"]) for _, shapes, keywords in calls}
-    assert told == {(140, (usual + 20) // 2 if options else usual)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
-def test_a_tpu_compiles_it(topology):
-    pytest.importorskip("libtpu", reason="pip install libtpu")
-    said = run_script("tpu_kernels.py", "decode", topology, **LIBTPU)
-    assert said.count("reads the cache in place") == 4
+    assert told == {(140, usual)}

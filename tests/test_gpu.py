@@ -1,6 +1,5 @@
 """Programs lowered for CUDA, and cuDNN's attention; no GPU has run them."""
 
-import functools
 import types
 
 import jax
@@ -8,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import VOCAB, make_trajectories
+from small_files import make
 from small_step import whole_step
 
 from topd_jax.cli.doctor import fit
 from topd_jax.cli.doctor import kernels as doctor
-from topd_jax.models import DecoderConfig, init_decoder
+from topd_jax.models import DecoderConfig
 from topd_jax.models.attention import core, cudnn
 from topd_jax.models.attention.masks import causal_intervals
 
@@ -41,29 +41,24 @@ def with_cudnn(monkeypatch):
 
 def test_a_step_for_cuda_has_attention_of_cudnn_and_no_tpu_kernel(with_cudnn):
     """A TOPD step of a mixture, rows of 128 tokens."""
-    make = jax.jit(init_decoder, static_argnums=0)
-    student, teacher = (make(CONFIG, jax.random.key(i)) for i in (0, 1))
+    model = make(CONFIG)
     rows = make_trajectories(rows=2, prompt=20, completion=108)
     goal = "topd(context='teacher', candidates=3, window=4)"
-    trace = whole_step.trace(student, teacher, rows, goal)
+    trace = whole_step.trace(model, model, rows, goal)
     text = trace.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmax(" in text
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
     assert "tpu_custom_call" not in text
 
 
-def problem(dtype, size=16, queries=140, keys=160):
-    """Arrays of 4 heads, 2 of keys, and a mask of 2 left-padded rows."""
-    rng = np.random.default_rng(0)
-    query = rng.normal(size=(2, queries, 4, size))
-    key, value = rng.normal(size=(2, 2, 2, keys, size))
-    mask = causal_intervals(jnp.arange(queries) >= jnp.array([[0], [7]]))
-    arrays = [jnp.asarray(x, dtype) for x in (query, key, value)]
-    return arrays, mask.widen(keys).dense()[:, None]
-
-
 def test_dot_product_attention_is_attention_of_all_scores():
-    arrays, mask = problem("float32", 16, 139, 141)
+    """Of 4 heads, 2 of keys, in 2 left-padded rows."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 139, 4, 16))
+    arrays = [query, *rng.normal(size=(2, 2, 2, 141, 16))]
+    arrays = [jnp.asarray(x, "float32") for x in arrays]
+    mask = causal_intervals(jnp.arange(139) >= jnp.array([[0], [7]]))
+    mask = mask.widen(141).dense()[:, None]
     real = mask.any(-1)[:, 0, :, None, None]  # padding attends to nothing
 
     def gradients(read):
@@ -94,7 +89,8 @@ def test_dot_product_attention_is_attention_of_all_scores():
     ],
 )
 def test_what_cudnn_does_not_take(monkeypatch, dtype, size, cap):
-    query, fine = (problem(*x)[0][0] for x in ((dtype, size), ("bfloat16",)))
+    query = jax.ShapeDtypeStruct((2, 140, 4, size), dtype)
+    fine = jax.ShapeDtypeStruct((2, 140, 4, 16), "bfloat16")
     assert not cudnn.takes(fine, None)  # no GPU is here
     monkeypatch.setattr(cudnn, "is_there", lambda: True)
     assert cudnn.takes(fine, None) and not cudnn.takes(query, cap)
@@ -102,11 +98,9 @@ def test_what_cudnn_does_not_take(monkeypatch, dtype, size, cap):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Has the preflight see a GPU, and attention by XLA for cuDNN's."""
+    """Has the preflight see a GPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn, "is_there", lambda: True)
-    by_xla = functools.partial(cudnn.attend, implementation="xla")
-    monkeypatch.setattr(cudnn, "attend", by_xla)
 
 
 def attention_of(config):
@@ -117,17 +111,17 @@ def attention_of(config):
 
 
 def test_the_preflight_compares_what_a_gpu_takes(on_gpu, monkeypatch):
-    fine = attention_of(CONFIG)
-    assert fine.level == "ok" and "the limit is 0.03" in fine.text
+    """By XLA for cuDNN, and a fifth too large."""
     blocks = attention_of(CONFIG.replace(dtype="float32"))
     assert blocks.level == "ok" and "in blocks of queries" in blocks.text
     plain = cudnn.attend
 
     def broken(*args):
-        return plain(*args) * 1.2
+        return plain(*args, implementation="xla") * 1.2
 
     monkeypatch.setattr(cudnn, "attend", broken)
-    assert doctor._read(doctor._shape(CONFIG)) > 0.03
+    found = attention_of(CONFIG)
+    assert found.level == "error" and "are 0.2" in found.text
 
 
 def test_the_preflight_names_the_flag_of_repeatable_runs(on_gpu, monkeypatch):

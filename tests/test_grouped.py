@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import LIBTPU, run_script
 
 from topd_jax.models.grouped import grouped_dot, megablox
 
@@ -77,12 +76,3 @@ def test_cpu_programs_hold_no_kernel_and_tpu_programs_no_ragged_dot():
     assert "tpu_custom_call" not in cpu
     assert "tpu_custom_call" in tpu
     assert "ragged_dot" not in tpu
-
-
-@pytest.mark.slow
-def test_compiled_for_v5e_with_experts_spread():
-    pytest.importorskip("libtpu", reason="pip install libtpu")
-    said = run_script("tpu_kernels.py", "experts", "v5e:2x4", **LIBTPU)
-    assert said.count("kernels") == 4, said
-    said = run_script("tpu_kernels.py", "families", "v5e:2x4", **LIBTPU)
-    assert said.count("compiled") == 2, said
