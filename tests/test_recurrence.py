@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from small_files import RECURRENT, adapted, assert_same, logits_of, make
 
-from topd_jax.models import Lora, causal_mask, merge_lora, unembed
+from topd_jax.models import (
+    Lora,
+    causal_mask,
+    load,
+    merge_lora,
+    save_model,
+    unembed,
+)
 from topd_jax.models.attention.cache import Cache
 from topd_jax.models.attention.masks import (
     BranchMask,
@@ -29,6 +36,7 @@ from topd_jax.models.recurrence import (
 from topd_jax.sampling import rollout
 from topd_jax.types import Prompts
 
+SHALLOW = dataclasses.replace(RECURRENT, layers=2, recurrent=(True, False))
 UNROLLED = dataclasses.replace(RECURRENT, unroll=4)
 KEY = jax.random.key(0)
 
@@ -45,7 +53,7 @@ def read_packed(model, tokens, positions, segments):
 
 def test_padding_and_segments_leave_no_trace():
     """Rows alone; padded on the left with noise; packed behind each other."""
-    model, tokens = make(RECURRENT), tokens_of(2, 7)
+    model, tokens = make(SHALLOW), tokens_of(2, 7)
     want = logits_of(model, tokens)
     noise = tokens_of(2, 5)
     padded = jnp.concatenate([noise, tokens], axis=1)
@@ -155,7 +163,7 @@ def test_a_gap_begins_no_segment():
 
 def test_a_rollout_is_what_one_reading_says():
     """Through the cache, two samples a prompt, and in slots."""
-    model, mask = make(RECURRENT), jnp.arange(6) >= jnp.array([[0], [4], [2]])
+    model, mask = make(SHALLOW), jnp.arange(6) >= jnp.array([[0], [4], [2]])
     run = dict(max_new_tokens=8, eos_ids=(7, 9), pad_id=0)
     prompts = Prompts(jnp.where(mask, tokens_of(3, 6), 0), mask)
     out = rollout(model, prompts, KEY, samples=2, **run)
@@ -190,7 +198,7 @@ def test_layers_apart_keep_each_its_own():
             np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_layers_kept_are_those_of_their_kind():
+def test_layers_kept_are_those_of_their_kind(tmp_path):
     model = make(RECURRENT)
     kept = drop_layers(model, [0, 1, 3])
     for name, layers in (
@@ -201,13 +209,16 @@ def test_layers_kept_are_those_of_their_kind():
         )
     with pytest.raises(ValueError, match="all 2 layers are recurrent and at"):
         RECURRENT.keep_layers([0, 2])
+    attention = drop_layers(model, [1, 3])
+    assert attention.config.recurrent == ()
+    assert_same(load(save_model(attention, tmp_path / "m"))[0], attention)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grouped", [False, True])
 def test_adapters_and_integers(grouped, tmp_path):
     """Merged, in PEFT's files, and beside int8."""
-    config = dataclasses.replace(RECURRENT, delta_grouped=grouped)
+    config = dataclasses.replace(SHALLOW, delta_grouped=grouped)
     base, tokens = make(config), tokens_of(2, 7)
     model = adapted(base, Lora(2, 4.0, config.lora_targets))
     want = logits_of(model, tokens)
