@@ -56,14 +56,13 @@ def test_smollm2_weights_are_those_transformers_reads(smollm2):
 
 def test_smollm2_logits_agree_over_real_text(smollm2):
     ours, tokenizer, exported, _, _ = smollm2
-    for text in TEXTS:
-        tokens = np.asarray([tokenizer(text)["input_ids"]])
-        got = np.asarray(logits_of(ours, tokens))
-        with torch.no_grad():
-            want = exported(torch.tensor(tokens)).logits.numpy()
-        error = np.abs(got - want).max()
-        print(f"{tokens.shape[1]} tokens: {error:.1e} of {want.std():.1f}")
-        assert error < 1e-3
+    tokens = np.asarray([tokenizer("\n\n".join(TEXTS))["input_ids"]])
+    got = np.asarray(logits_of(ours, tokens))
+    with torch.no_grad():
+        want = exported(torch.tensor(tokens)).logits.numpy()
+    error = np.abs(got - want).max()
+    print(f"{tokens.shape[1]} tokens: {error:.1e} of {want.std():.1f}")
+    assert error < 1e-3
 
 
 def test_smollm2_tokenizer_is_that_of_transformers(smollm2):
@@ -81,6 +80,16 @@ def test_smollm2_tokenizer_is_that_of_transformers(smollm2):
         {"role": "user", "content": "Sure?"},
     ]
     texts.append(ours.apply_chat_template(chat, tokenize=False))
+    # transformers drops the file's pre-tokenizer, "smollm", which is told
+    # apart by two blanks before a digit, and by numerals beyond ASCII.
+    texts += ["a  7", "1\n\n\n 2", "x² ½ ٣ 四 Ⅷ"]
+    assert ours.tokenize("a  7") == ["a", "ĠĠ", "7"]
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     for text in texts:
         ids = ours(text)["input_ids"]
         assert ids == theirs(text)["input_ids"], text
@@ -93,19 +102,3 @@ def test_smollm2_tokenizer_is_that_of_transformers(smollm2):
     assert len(ours) == len(theirs) == 49152
     added = ours.backend_tokenizer.get_added_tokens_decoder()
     assert sorted(added) == list(range(17))
-    # transformers drops the file's pre-tokenizer, "smollm"; it is told apart
-    # by two blanks before a digit, and by numerals beyond ASCII. Given it, the
-    # two agree there as well.
-    odd = ["a  7", "1\n\n\n 2", "x² ½ ٣ 四 Ⅷ"]
-    assert ours.tokenize("a  7") == ["a", "ĠĠ", "7"]
-    assert theirs.tokenize("a  7") == ["a", "Ġ", "Ġ", "7"]
-    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    for text in odd + texts:
-        ids = ours(text)["input_ids"]
-        assert ids == theirs(text)["input_ids"], text
-        assert ours.decode(ids) == text

@@ -21,10 +21,8 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 13))
 ATTENTION = ["q_proj", "v_proj"]
 # family -> (targets, rank-stabilised)
 CASES = {
-    "llama3": ("all-linear", False),
     "qwen2": ("all-linear", True),
     "qwen3-window": (["o_proj", "k_proj", "up_proj"], False),
-    "gemma3": ("all-linear", False),
     "moe": (ATTENTION, True),
     "phi3": ("all-linear", True),
     "glm4": (["gate_up_proj", "q_proj"], False),

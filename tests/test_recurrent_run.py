@@ -11,6 +11,7 @@ from conftest import make_trajectories
 from small_files import RECURRENT, logits_of, make
 from small_hub import IDS, hub_directory, questions
 
+from topd_jax.cli import main
 from topd_jax.models import load
 from topd_jax.training.logging import read_jsonl
 
@@ -46,7 +47,23 @@ def flags(pair):
         "student.source": pair / "student", "teacher.source": pair / "teacher",
         "data.source": "jsonl", "data.path": data,
     }  # fmt: skip
-    return [f"--config.{name}={value}" for name, value in given.items()]
+    line = [f"--config.{name}={value}" for name, value in given.items()]
+    return [
+        f"--config={small_run.__file__}", *line, f"--config.objective={TOPD}",
+        "--config.rollout.slots=4",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(flags, tmp_path_factory):
+    """The work directory of a run on one device, which the preflight let by."""
+    workdir = tmp_path_factory.mktemp("one")
+    line = [*flags, f"--workdir={workdir}"]
+    with pytest.raises(SystemExit) as done:
+        main.run(["doctor", *line])
+    assert done.value.code == 0
+    main.run(["train", *line])
+    return workdir
 
 
 def losses(workdir):
@@ -56,18 +73,13 @@ def losses(workdir):
     return [(row["divergence"], row["grad_norm"]) for row in rows]
 
 
-def test_a_pair_is_checked_trained_graded_and_exported(
-    pair, flags, tmp_path, topd
+def test_a_pair_is_trained_graded_and_exported(
+    pair, flags, one, tmp_path, topd
 ):
     more = ["--which=start", f"--config.student.source={tmp_path / 'out'}",
             f"--workdir={tmp_path}"]  # fmt: skip
-    line = [f"--config={small_run.__file__}", *flags]
-    line += [f"--config.objective={TOPD}", f"--workdir={tmp_path / 'run'}"]
-    with pytest.raises(SystemExit) as done:
-        topd("doctor", *line)
-    assert done.value.code == 0
-    topd("train", *line)
-    assert all(grad > 0 for _, grad in losses(tmp_path / "run"))
+    line = [*flags, f"--workdir={one}"]
+    assert all(grad > 0 for _, grad in losses(one))
     graded = json.loads(topd("eval", *line))
     assert graded["step"] == 3
     topd("export", *line, f"--output={tmp_path / 'out'}")
@@ -81,19 +93,14 @@ def test_a_pair_is_checked_trained_graded_and_exported(
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
-def test_eight_devices_write_it_in_slots(pair, flags, tmp_path, topd):
+def test_eight_devices_write_it_in_slots(flags, one, tmp_path):
     """Slots of recurrent layers lie on several devices."""
-    line = [
-        "train", f"--config={small_run.__file__}", *flags,
-        f"--config.objective={TOPD}", "--config.rollout.slots=4",
-    ]  # fmt: skip
-    topd(*line, f"--workdir={tmp_path / 'one'}")
     on_eight_devices(
-        "-m", "topd_jax.cli", *line, f"--workdir={tmp_path / 'eight'}",
+        "-m", "topd_jax.cli", "train", *flags, f"--workdir={tmp_path}",
         "--config.mesh.data=2", "--config.mesh.fsdp=2",
         "--config.mesh.tensor=2",
     )  # fmt: skip
-    one, eight = (np.array(losses(tmp_path / n)) for n in ("one", "eight"))
+    one, eight = (np.array(losses(where)) for where in (one, tmp_path))
     np.testing.assert_allclose(eight[:, 0], one[:, 0], rtol=1e-4)
     # Adam makes more of the last digits of a gradient, step by step.
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-3)
