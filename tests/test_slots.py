@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from interpreted import interpreted_kernels
 from small_run import refusal_of, settings_with
 from test_rollout import KEY, Bigram, Tape, chain, prompt_of, some_prompts
@@ -28,101 +27,68 @@ def assert_same(out, fixed):
     np.testing.assert_allclose(out.logp, fixed.logp, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def fixed(student):
-    """What the student writes, all rows side by side."""
-    rows = rollout(student, some_prompts(LENGTHS), KEY, **RUN)
-    lengths = np.asarray(rows.mask.sum(1))
-    assert lengths.min() < 8 and lengths.sum() > 2 * WIDTH
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("options", "slots"), [(dict(unroll=1), 1), (SLIDING, 4)]
-)
-def test_the_rollout_is_that_of_the_fixed_batch(
-    student, fixed, options, slots, monkeypatch
-):
+def test_the_rollout_is_that_of_the_fixed_batch(student, monkeypatch):
     """By caches of every width, whose columns are dropped again and again."""
-    monkeypatch.setattr(caches, "_SHORTEST", 3)
-    prompts = some_prompts(LENGTHS)
-    model = Decoder(student.config.replace(**options), student.arrays)
-    if options is SLIDING:
-        fixed = rollout(model, prompts, KEY, **RUN)
-    assert_same(rollout(model, prompts, KEY, slots=slots, **RUN), fixed)
-
-
-def test_samples_limits_and_filters_are_those_of_the_fixed_batch(student):
+    monkeypatch.setattr(caches, "_SHORTEST", 7)
     limits = jnp.asarray(np.random.default_rng(0).integers(1, 12, 22))
+    limits = limits.at[::4].set(99)
     run = RUN | dict(samples=2, limits=limits, top_p=0.9, top_k=30)
-    fixed = rollout(student, some_prompts(LENGTHS), KEY, **run)
+    model = Decoder(student.config.replace(**SLIDING), student.arrays)
+    prompts = some_prompts(LENGTHS)
+    fixed = rollout(model, prompts, KEY, **run)
     lengths = np.asarray(fixed.mask.sum(1))
+    assert lengths.max() > 15 and lengths.sum() > 2 * WIDTH
     assert (lengths <= limits).all() and (lengths < limits).any()
     ended = np.isin(fixed.tokens, RUN["eos_ids"]) & fixed.mask
     np.testing.assert_array_equal(fixed.truncated, ~ended.any(1))
-    assert fixed.truncated.any() and (fixed.mask.sum(1) == limits).any()
-    out = rollout(student, some_prompts(LENGTHS), KEY, slots=5, **run)
-    assert_same(out, fixed)
+    assert fixed.truncated.any() and (lengths == limits).any()
+    assert_same(rollout(model, prompts, KEY, slots=4, **run), fixed)
 
 
-def test_the_kernel_reads_what_slots_hold(student):
-    config = student.config.replace(attention="flash")
+def test_the_kernel_reads_what_slots_hold(student, monkeypatch):
+    """By scanned layers, in a single slot."""
+    monkeypatch.setattr(caches, "_SHORTEST", 6)
+    config = student.config.replace(attention="flash", unroll=1)
     prompts, run = some_prompts(LENGTHS), RUN | dict(max_new_tokens=12)
     model = Decoder(config, student.arrays)
     fixed = rollout(model, prompts, KEY, **run)
     with interpreted_kernels() as calls:
-        out = rollout(model, prompts, KEY, slots=3, **run)
+        out = rollout(model, prompts, KEY, slots=1, **run)
     assert_same(out, fixed)
-    assert {shapes[0][0] for name, shapes, _ in calls if name == "read"} == {3}
+    assert {shapes[0][0] for name, shapes, _ in calls if name == "read"} == {1}
 
 
-def test_a_function_without_a_cache_begins_rows_anew(student, fixed):
+def test_a_function_without_a_cache_begins_rows_anew(student, monkeypatch):
+    """Prompts are so long that half a copy, 73 columns, is wider than all."""
+
     def read(params, tokens, positions, mask, cache):
         return student(tokens, positions, mask)
 
-    model = from_function(read, {}, head=lambda _: student.head)
-    out = rollout(model, some_prompts(LENGTHS), KEY, slots=2, **RUN)
-    assert_same(out, fixed)
-
-
-def test_prompts_may_be_far_longer_than_completions(student, monkeypatch):
-    """A copy for the first half, 73 columns, would be wider than all 69."""
     monkeypatch.setattr(caches, "_SHORTEST", 3)
+    model = from_function(read, {}, head=lambda _: student.head)
     prompts, run = some_prompts(LENGTHS, width=60), RUN | dict(max_new_tokens=8)
     fixed = rollout(student, prompts, KEY, **run)
-    assert_same(rollout(student, prompts, KEY, slots=3, **run), fixed)
+    assert_same(rollout(model, prompts, KEY, slots=2, **run), fixed)
 
 
 def test_every_slot_is_refilled_at_once():
-    """Rows of 2, 4, 2, 3 and 1 tokens in two slots."""
+    """Rows of 2, 3, 2, 3 and 1 tokens in two slots; one has no end."""
     calls = Tape()
     bigram = Bigram(chain(9, t1=2, t2=3, t3=4, t4=5), calls)
-    run = dict(max_new_tokens=500, eos_ids=(5,), pad_id=0)
     prompts = prompt_of([3], [1], [3], [2], [4])
-    out = rollout(bigram, prompts, KEY, slots=2, **run)
+    out = rollout(
+        bigram, prompts, KEY, max_new_tokens=3, eos_ids=(5,), pad_id=0,
+        slots=2, limits=jnp.full(5, 40),
+    )  # fmt: skip
     jax.block_until_ready(out)
     jax.effects_barrier()
-    np.testing.assert_array_equal(out.mask.sum(1), [2, 4, 2, 3, 1])
+    np.testing.assert_array_equal(out.mask.sum(1), [2, 3, 2, 3, 1])
     steps = [(2, 1)]
     one = [(1, 1)]
-    # Rows 0, 2, 4 follow one another, and 1 and 3: five, and seven steps.
+    # Rows 0, 2, 4 follow one another, and 1 and 3: five, and six steps.
     assert list(calls) == (
-        2 * one + 2 * steps + one + 2 * steps + 2 * one + steps + 2 * steps
-    )
-
-
-def test_limits_above_all_are_none():
-    def steps(limits):
-        bigram = Bigram(chain(9), calls := Tape())
-        out = rollout(
-            bigram, prompt_of([3], [1], [2]), KEY, max_new_tokens=4,
-            eos_ids=(), pad_id=0, slots=2, limits=limits,
-        )  # fmt: skip
-        jax.block_until_ready(out)
-        jax.effects_barrier()
-        return list(calls)
-
-    assert steps(jnp.full(3, 40)) == steps(None)
+        2 * one + 2 * steps + 3 * (one + steps) + steps
+    )  # fmt: skip
 
 
 def test_slots_that_save_nothing_or_do_not_divide_are_one_line():
