@@ -71,13 +71,10 @@ def experts():
 
     want = everything(one_device())
     for shape, rules in (
-        ((1, 1, 1, 4), "train"), ((2, 1, 1, 4), "train"),
-        ((1, 2, 2, 2), "tensor"), ((2, 2, 1, 2), "gathered"),
-        ((1, 2, 2, 2), "rows"),
+        ((2, 1, 1, 4), "train"), ((1, 2, 2, 2), "tensor"),
+        ((2, 2, 1, 2), "gathered"), ((1, 2, 2, 2), "rows"),
     ):  # fmt: skip
-        used = jax.devices()[: math.prod(shape)]
-        mesh = make_mesh(*shape, devices=used)
-        assert_same(want, everything(mesh, rules), atol=2e-4)
+        assert_same(want, everything(make_mesh(*shape), rules), atol=2e-4)
         print(f"same on {shape}", flush=True)
 
 
@@ -132,7 +129,7 @@ def flash():
     long = dict(prompt=20, completion=131)
     want = run_mixture(one_device(), **long)
     # data, fsdp, tensor, expert, sequence
-    for shape in ((1, 2, 2, 1, 2), (2, 1, 2, 2, 1), (1, 1, 1, 1, 8)):
+    for shape in ((1, 2, 2, 1, 2), (2, 1, 2, 2, 1)):
         config = MIXTURE.replace(attention="flash")
         with interpreted_kernels() as calls:
             assert_same(want, run_mixture(make_mesh(*shape), config, **long))

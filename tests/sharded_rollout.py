@@ -92,7 +92,7 @@ def everything(model, batch, sharding="train"):
 
 
 def rollouts():
-    shapes = [(dict(data=8), "train"), *((MIXED, name) for name in DECODING)]
+    shapes = [(MIXED, name) for name in DECODING]
     # Two kv heads, and more devices than they divide among.
     shapes.append((dict(data=1, fsdp=4, tensor=2), "rows"))
 
@@ -157,7 +157,6 @@ def decode():
     for shape, sharding, part in (
         (MIXED, "train", (8, 1)),
         (dict(data=4, fsdp=1, tensor=2), "tensor", (8, 1)),
-        (MIXED, "rows", (8, 1)),
         (MIXED, "tensor", None),
     ):
         with (

@@ -1,14 +1,13 @@
 """Compiled programs are kept for machines of one kind, and for no other."""
 
 import functools
-import json
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from children import run_script
+from jax.experimental.compilation_cache import compilation_cache
 
 from topd_jax.cli import main
 from topd_jax.objectives.loading import make_objective
@@ -26,6 +25,7 @@ def restored():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -83,22 +83,31 @@ def test_another_machine_has_another_directory(monkeypatch):
     assert keys == [keys[0]] * 2 and compilation.machine_key() != keys[0]
 
 
-def test_programs_are_read_again_but_none_that_was_cut_short(home):
-    def run():
-        out = run_script(
-            "kept_program.py", XDG_CACHE_HOME=str(home),
-            JAX_COMPILATION_CACHE_DIR="", XLA_FLAGS="",
-        )  # fmt: skip
-        return json.loads(out.splitlines()[-1])
+def test_programs_are_read_again_but_none_that_was_cut_short(home, monkeypatch):
+    monkeypatch.setattr(compilation, "_WORTH_KEEPING", 0.0)
+    folder = compilation.keep_compiled()
+    compilation_cache.reset_cache()
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    events = []
 
-    first = run()
-    assert first["read"] == 0 and first["written"] > 1
-    file, *_ = home.rglob("*-cache")
-    data = file.read_bytes()
-    file.write_bytes(data[: len(data) // 2])
-    second = run()
-    assert second["read"] == first["written"] - 1
-    assert first["result"] == second["result"]
+    def listen(name, **_):
+        events.append(name.rsplit("/", 1)[-1])
+
+    def run():
+        programs = (lambda x: jnp.sin(x) @ x.T), (lambda x: jnp.cos(x) @ x.T)
+        return [jax.jit(program)(x).tolist() for program in programs]
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        first = run()
+        assert "cache_hits" not in events
+        one, _ = folder.glob("*-cache")
+        data = one.read_bytes()
+        one.write_bytes(data[: len(data) // 2])
+        assert run() == first
+        assert events.count("cache_hits") == 1
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def test_a_command_asks_as_its_settings_say(monkeypatch):

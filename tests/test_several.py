@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 from children import HERE, finish, start_several
 
-import topd_jax
 from topd_jax.parallel import lock
 
 SMALL = HERE / "small_run.py"
@@ -102,27 +100,6 @@ def test_four_processes_write_solutions_and_resume(world_cache, tmp_path):
             assert code == 0, err
         sets.append({p.name: p.read_bytes() for p in folder.iterdir()})
     assert sets[0] == sets[1] and len(sets[0]) == 9
-
-
-def test_another_version_or_config_is_refused_by_name(world_cache, tmp_path):
-    package = Path(topd_jax.__file__).parent
-    other = tmp_path / "other" / "topd_jax"
-    shutil.copytree(package, other)
-    with (other / "types.py").open("a") as file:
-        file.write("# another version\n")
-    line = topd("eval", tmp_path / "run", world_cache, "--which=start")
-    children = start_several(
-        line, 2, last=["--config.eval.samples=3"],
-        PYTHONPATH=str(other.parent), PYTHONSAFEPATH="1",
-    )  # fmt: skip
-    for out, err, code in finish(children):
-        assert code == 2 and "{" not in out, err  # Gloo speaks there
-        (told,) = [x for x in err.splitlines() if x.startswith("topd: ")]
-        assert "process 1 runs something else than the first (" in told
-        assert "config.eval.samples: 1 in the first, 3 in process 1" in told
-        assert "files of topd_jax: '" in told
-        assert told.count(" in process 1") == 2
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
