@@ -82,25 +82,18 @@ def sent_by(compiled):
     return hlo_cost.count(hlo.parse(compiled.as_text())).sent
 
 
-def on_topology(loss, topology):
-    without_tpu()
-    devices = topology_devices(topology)
+def sent_once(loss, topology="", **sizes):
+    """Four times the tokens: no more is sent, on devices of a topology too."""
+    devices = topology_devices(topology) if topology else None
     few, many = (
-        sent_by(compiled_for(loss, n, dict(fsdp=8), devices)) for n in (64, 256)
+        sent_by(compiled_for(loss, tokens, sizes, devices))
+        for tokens in (64, 256)
     )
-    assert many <= 1.1 * few, (few, many)
-    print(f"{loss.__name__} {topology}: {few:.0f} then {many:.0f} bytes")
-
-
-def on_eight_devices(loss):
-    for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
-        few, many = (
-            sent_by(compiled_for(loss, tokens, sizes)) for tokens in (64, 256)
-        )
-        # Between tensor devices the states' gradient is summed a token.
-        states = 2 * 4 * WIDTH * ROWS * (256 - 64) if "tensor" in sizes else 0
-        assert few <= many <= 1.1 * few + states, (few, many)
-        print(f"{loss.__name__} {sizes}: {few:.0f} then {many:.0f} bytes")
+    # Between tensor devices the states' gradient is summed a token.
+    states = 2 * 4 * WIDTH * ROWS * (256 - 64) if "tensor" in sizes else 0
+    assert few <= many <= 1.1 * few + states, (few, many)
+    where = f"{topology} {sizes}"
+    print(f"{loss.__name__} {where}: {few:.0f} then {many:.0f} bytes")
 
 
 def on_meshes():
@@ -173,13 +166,16 @@ def best():
         print(f"same best on {shape}")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["sent"]:
+def sent(topology=""):
+    if topology:
+        without_tpu()
+    else:
         best()
-    if sys.argv[1] == "meshes":
-        on_meshes()
     for loss in (weighted, recomputed, normalized):
-        if sys.argv[1:] == ["sent"]:
-            on_eight_devices(loss)
-        elif sys.argv[1] == "sent":
-            on_topology(loss, sys.argv[2])
+        sent_once(loss, topology, fsdp=8)
+        if not topology:
+            sent_once(loss, data=2, fsdp=2, tensor=2)
+
+
+if __name__ == "__main__":
+    {"meshes": on_meshes, "sent": sent}[sys.argv[1]](*sys.argv[2:])

@@ -1,13 +1,13 @@
 """Compiles every program of a run over a mesh, and looks what is gathered.
 
-    python sharded_programs.py DIRECTORY dense|experts|columns RULES [TOPOLOGY]
+    python sharded_programs.py DIRECTORY dense|experts|columns [TOPOLOGY]
 
-DIRECTORY gets the models' config.json, RULES is ``rollout.sharding``, and
-``rollout.branch_sharding`` where that knows them; without
-a topology the programs are compiled for eight simulated devices. Whole stacks
-of parameters, all logits [B, T, V] and the cache may never come together on a
-device: no collective that moves arrays may make one of their size, nor of a
-part of it that is larger than a device's own. Sizes are odd enough to tell
+DIRECTORY gets the models' config.json. The rules of a run are
+``rollout.sharding``, and ``rollout.branch_sharding`` where that knows them;
+without a topology the programs are compiled for eight simulated devices. Whole
+stacks of parameters, all logits [B, T, V] and the cache may never come together
+on a device: no collective that moves arrays may make one of their size, nor of
+a part of it that is larger than a device's own. Sizes are odd enough to tell
 them from everything else.
 """
 
@@ -141,12 +141,7 @@ def gathered(
     ]
 
 
-def main(folder: str, kind: str, rules: str, topology: str = "") -> None:
-    settings = settings_of(pathlib.Path(folder), kind, rules)
-    devices = None
-    if topology:
-        without_tpu()
-        devices = topology_devices(topology)
+def look(settings: Settings, devices: list | None, rules: str) -> None:
     mesh = sharding.make_mesh(
         **dataclasses.asdict(settings.mesh), devices=devices
     )
@@ -156,8 +151,19 @@ def main(folder: str, kind: str, rules: str, topology: str = "") -> None:
         for name in names.get(rules, ("rollout", "score")):
             text = run[name].fn.lower(*run[name].args).compile().as_text()
             found = gathered(hlo.parse(text), settings, mesh, rules, name)
-            assert not found, f"{name} gathers {found}"
-            print(f"{name} gathers no whole", flush=True)
+            assert not found, f"{rules}: {name} gathers {found}"
+            print(f"{rules}: {name} gathers no whole", flush=True)
+
+
+def main(folder: str, kind: str, topology: str = "") -> None:
+    devices, names = None, ["train", "tensor", "rows"]
+    if topology:
+        without_tpu()
+        devices = topology_devices(topology)
+    elif kind == "dense":
+        names.append("gathered")
+    for rules in names:
+        look(settings_of(pathlib.Path(folder), kind, rules), devices, rules)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,10 @@ def home(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_the_users_cache_directory_is_the_default(home):
+def test_the_users_cache_directory_or_another_keeps_programs(home, monkeypatch):
     folder = compilation.keep_compiled()
     assert folder.parent == home / "topd_jax"
     assert jax.config.jax_compilation_cache_dir == str(folder)
-
-
-def test_another_directory_may_be_named(home, monkeypatch):
     other = home / "other"
     assert compilation.keep_compiled(str(other)).parent == other
     compilation.keep_compiled("gs://bucket/programs")  # JAX can read there
