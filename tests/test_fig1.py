@@ -32,8 +32,9 @@ def window(words):
 
 # With the position term "2" sits one place off: 0.5 / 7 of price against a
 # whole mismatch. It does not cure the literal target; the anchor does.
-@pytest.mark.parametrize("position_weight", [0.0, 0.5])
-@pytest.mark.parametrize("anchor_first", [False, True])
+@pytest.mark.parametrize(
+    ("position_weight", "anchor_first"), [(0.5, False), (0.0, True)]
+)
 def test_the_first_target(position_weight, anchor_first):
     distance, plan = window_distance(
         EMBEDDING, window(STUDENT), window(TEACHER),
