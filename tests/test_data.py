@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from topd_jax.data import prompts, sources
-from topd_jax.data.toy_world import truth
 from topd_jax.data.toy_world.pretraining import encode_pairs
 
 PROMPTS = {"code": 3, "math": 5}
@@ -54,21 +53,27 @@ def test_prompts_are_padded_on_the_left(encoded, tokenizer):
 
 
 def test_epochs_hold_each_prompt_once_in_differing_orders(encoded):
-    stream = prompts.prompt_stream(encoded, batch_size=37, seed=3)
-    first, second = take(stream, 2)
-    assert sorted(first.index) == sorted(second.index) == list(range(37))
-    assert first.index.tolist() != second.index.tolist()
-    other = next(prompts.prompt_stream(encoded, batch_size=37, seed=4))
-    assert other.index.tolist() != first.index.tolist()
+    def batch(seed):
+        stream = prompts.prompt_stream(encoded, batch_size=37, seed=seed)
+        return [b.index.tolist() for b in take(stream, 2)]
+
+    first, second = batch(3)
+    assert sorted(first) == sorted(second) == list(range(37))
+    assert first != second
+    assert batch(4)[0] != first
+
+
+def routed(data: prompts.EncodedPrompts) -> prompts.Stream:
+    return prompts.prompt_stream(
+        data, batch_size=8, seed=1, prompts_per_teacher=PROMPTS
+    )
 
 
 def test_every_batch_holds_the_same_number_of_each_teacher():
     data = two_teachers()
-    stream = prompts.prompt_stream(
-        data, batch_size=8, seed=1, prompts_per_teacher=PROMPTS
-    )
+    batches = take(routed(data), 28)
     seen = {"code": [], "math": []}
-    for batch in take(stream, 28):
+    for batch in batches:
         names = [data.records[i]["teacher"] for i in batch.index]
         assert names == ["code"] * 3 + ["math"] * 5
         for name, i in zip(names, batch.index, strict=True):
@@ -79,37 +84,25 @@ def test_every_batch_holds_the_same_number_of_each_teacher():
         assert (np.sort(epochs) == np.sort(epochs[0])).all()
         assert (epochs[0] != epochs[1]).any()
     # Prompts of one teacher do not change the order of the other's.
-    options = dict(batch_size=8, seed=1, prompts_per_teacher=PROMPTS)
-    one = take(prompts.prompt_stream(data, **options), 6)
-    more = take(prompts.prompt_stream(two_teachers(7, 25), **options), 6)
-    both = list(zip(one, more, strict=True))
+    more = take(routed(two_teachers(7, 25)), 6)
+    both = list(zip(batches[:6], more, strict=True))
     assert all((a.index[:3] == b.index[:3]).all() for a, b in both)
     assert any((a.index != b.index).any() for a, b in both)
     with pytest.raises(ValueError, match="no prompt of the teacher 'code'"):
-        prompts.prompt_stream(data.take([1, 3]), **options)
+        routed(data.take([1, 3]))
 
 
-def test_a_stream_resumes_identically():
-    def stream():
-        return prompts.prompt_stream(
-            two_teachers(), batch_size=8, seed=1, prompts_per_teacher=PROMPTS
-        )
-
-    whole, started, resumed = take(stream(), 12), stream(), stream()
+def test_a_stream_resumes_identically_with_the_same_prompts_alone():
+    data = two_teachers()
+    whole, started, resumed = take(routed(data), 12), routed(data), routed(data)
     assert_same(take(started, 7), whole[:7])
-    resumed.set_state(json.loads(json.dumps(started.get_state())))
+    state = json.loads(json.dumps(started.get_state()))
+    resumed.set_state(state)
     assert_same(take(resumed, 5), whole[7:])
     assert_same(take(started, 5), whole[7:])
-
-
-def test_a_stream_goes_on_with_the_same_prompts_alone(encoded):
-    def stream(data):
-        return prompts.prompt_stream(data, batch_size=2, seed=0)
-
-    state = stream(encoded).get_state()
-    for other in (encoded.take(range(36)), encoded.take([1, 0, *range(2, 37)])):
+    for other in (data.take(range(26)), data.take([2, 1, 0, *range(3, 27)])):
         with pytest.raises(ValueError, match="made with other prompts"):
-            stream(other).set_state(state)
+            routed(other).set_state(state)
 
 
 def test_a_prompt_that_is_too_long_is_named_or_skipped(tokenizer):
@@ -175,33 +168,3 @@ def test_batches_learn_completions_alone(pairs, tokenizer):
     assert [len(g.tokens) for g in groups] == [133] * 3
     longest = [g.length.max() for g in groups]
     assert [g.tokens.shape[1] for g in groups] == longest == sorted(longest)
-
-
-# --- truth, token by token ------------------------------
-
-
-def test_labels_of_a_batch_by_hand(tokenizer):
-    """An early end, a wrong digit, a solution that is cut off."""
-    texts, ends = ("= 5", "= 6#6.", "= 5#"), ([2], [2], [])
-    rows = [
-        [*tokenizer.encode(text), *end]
-        for text, end in zip(texts, ends, strict=True)
-    ]
-    width = max(map(len, rows))
-    tokens = np.array([row + [0] * (width - len(row)) for row in rows])
-    labels = truth.label_batch(
-        ["2+3?"] * 3, tokens, tokens > 0, tokenizer, window=2
-    )
-    ok, fork, after = truth.OK, truth.FORK, truth.AFTER
-    rest = [after] * (width - 3)
-    assert labels.token.tolist() == [
-        [ok, ok, fork, *rest],
-        [ok, fork, after, *rest],
-        [ok, ok, ok, *rest],
-    ]
-    assert labels.window.tolist() == [
-        [ok, fork, fork, *rest],
-        [fork, fork, after, *rest],
-        [ok, ok, ok, *rest],
-    ]
-    assert labels.fork.tolist() == [2, 1, width]

@@ -9,7 +9,7 @@ from small_run import settings_with
 
 from topd_jax.evaluation.comparisons import unpack_grades
 from topd_jax.evaluation.evaluator import compare
-from topd_jax.evaluation.metrics import merge, read_metrics
+from topd_jax.evaluation.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +57,15 @@ def test_every_problem_counts_once_and_fillers_never(watched, setup):
     ((records, texts),) = watched.graded
     assert [r["index"] for r in records] == list(range(7))
     assert [w.tokens.shape[0] for w in watched.written] == [4, 4]
-    real = [
-        jax.tree.map(lambda x, n=n: x[:n], rows)
-        for rows, n in zip(watched.written, (4, 3), strict=True)
-    ]
-    teacher = setup.teachers[0].model
+    rows = jax.tree.map(
+        lambda *parts: np.concatenate(parts)[:7], *watched.written
+    )
     look = jax.jit(compare, static_argnames="top_k")
-    parts = [look(setup.student, teacher, rows, top_k=16) for rows in real]
-    for name, value in read_metrics(merge(parts)).items():
+    expected = look(setup.student, setup.teachers[0].model, rows, top_k=16)
+    for name, value in read_metrics(expected).items():
         assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert (row["step"], row["final"], row["problems"]) == (3, False, 7)
-    tokens = [
-        np.asarray(rows.tokens[i])[np.asarray(rows.mask[i])]
-        for rows in real
-        for i in range(len(rows.tokens))
-    ]
+    tokens = [rows.tokens[i][rows.mask[i]] for i in range(7)]
     assert texts == [setup.tokenizer.decode(t.tolist()) for t in tokens]
     assert row["length_mean"] == pytest.approx(np.mean([*map(len, tokens)]))
     ends = setup.tokenizer.eos_ids
@@ -105,14 +99,10 @@ def test_the_end_takes_the_test_problems_and_keeps_the_first(watched, setup):
     assert not shared
     for i, problem in enumerate(kept):
         assert problem == {
-            "step": 6,
-            "final": True,
-            "problem": records[i]["prompt"],
-            "answer": records[i]["answer"],
-            "completion": texts[i],
-            "right": i == 1,
-            "truncated": problem["truncated"],
-        }
+            "step": 6, "final": True, "problem": records[i]["prompt"],
+            "answer": records[i]["answer"], "completion": texts[i],
+            "right": i == 1, "truncated": problem["truncated"],
+        }  # fmt: skip
     assert len(kept) == 2
     everything = watched(setup.student, 6, final=True, keep=99)[1]
     assert len(everything) == 9

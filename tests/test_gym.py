@@ -1,5 +1,6 @@
 """Problems of reasoning-gym: read, graded, solved by rule and learned from."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -19,21 +20,17 @@ from topd_jax.training.setup import load_setup
 TASK = "chain_sum(min_terms=2, max_terms=3, max_digits=1, size={}, seed={})"
 
 
-@pytest.fixture(autouse=True, scope="module", params=["stand_in", "package"])
-def package(request):
-    """What is imported as reasoning_gym, here and in workers."""
+@pytest.fixture(autouse=True, scope="module")
+def package():
+    """Stands in for reasoning_gym where it is missing, also in workers."""
+    gym.open_task.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in sys.modules if n.startswith("reasoning_gym")]:
-            patch.delitem(sys.modules, name)
-        if request.param == "package":
-            pytest.importorskip("reasoning_gym")
-        else:
+        if importlib.util.find_spec("reasoning_gym") is None:
             folder = str(Path(__file__).with_name("stand_in"))
             patch.syspath_prepend(folder)
             old = os.environ.get("PYTHONPATH", "")
             patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{old}")
-        gym.open_task.cache_clear()
-        yield request.param
+        yield
         gym.open_task.cache_clear()
         for name in [n for n in sys.modules if n.startswith("reasoning_gym")]:
             del sys.modules[name]
@@ -73,12 +70,8 @@ def test_questions_come_once_and_the_same_ones_again():
     ],
 )
 def test_a_task_that_cannot_be_made(task, message):
-    for read in (
-        read_source,
-        lambda source, t: read_benchmark(f"{source}:{t}"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read(gym.SOURCE, task)
+    with pytest.raises(ValueError, match=message):
+        read_source(gym.SOURCE, task)
 
 
 def test_without_the_package(monkeypatch):
@@ -89,7 +82,7 @@ def test_without_the_package(monkeypatch):
     assert line.endswith("pip install reasoning-gym")
 
 
-def test_answers_are_graded_by_their_dataset(monkeypatch):
+def test_answers_are_graded_by_their_dataset():
     name, records = read_benchmark(
         f"{gym.SOURCE}:chain_sum(min_digits=4, min_terms=3, size=20)"
     )
@@ -98,24 +91,19 @@ def test_answers_are_graded_by_their_dataset(monkeypatch):
     assert max(numbers) > 1000
     records = [records[numbers.index(max(numbers))]] * 8
     right = max(numbers)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert (
-        grade_answers(
-            [r | {"answer": ""} for r in records],  # none is known for some
-            [
-                f"= 7\n\\boxed{{{right}}}",
-                f"\\boxed{{{right:,}}}",
-                f"The answer is ${right}$.",
-                f"1 + 1 = 2, so it is {right}",
-                # For half of it there is credit, which does not count.
-                f"\\boxed{{{right} or 5}}",
-                f"\\boxed{{{right + 1}}}, not {right}",
-                "\\boxed{}",
-                "",
-            ],
-        )
-        == [True] * 4 + [False] * 4
-    )
+    texts = [
+        f"= 7\n\\boxed{{{right}}}",
+        f"\\boxed{{{right:,}}}",
+        f"The answer is ${right}$.",
+        f"1 + 1 = 2, so it is {right}",
+        # For half of it there is credit, which does not count.
+        f"\\boxed{{{right} or 5}}",
+        f"\\boxed{{{right + 1}}}, not {right}",
+        "\\boxed{}",
+        "",
+    ]
+    records = [r | {"answer": ""} for r in records]  # none is known for some
+    assert grade_answers(records, texts) == [True] * 4 + [False] * 4
 
 
 def test_rules_and_habits():
@@ -127,14 +115,9 @@ def test_rules_and_habits():
     gym.open_task("leg_counting")
     problem = {"animals": {"snake": 2, "spider": 3, "dog": 1}}
     products = ["2 snake: 2 * 0 = 0", "3 spider: 3 * 8 = 24"]
-    lines, answer = worked.leg_counting(problem, False)
-    assert lines == [
-        *products,
-        "1 dog: 1 * 4 = 4",
-        "0 + 24 = 24",
-        "24 + 4 = 28",
-    ]
-    assert answer == 28
+    sums = ["1 dog: 1 * 4 = 4", "0 + 24 = 24", "24 + 4 = 28"]
+    found = worked.leg_counting(problem, False)
+    assert found == ([*products, *sums], 28)
     lines, answer = worked.leg_counting(problem, True)
     assert lines[1] == "3 spider: 3 * 4 = 12"
     assert answer == 16
@@ -165,7 +148,8 @@ def test_a_share_of_problems_is_solved_with_the_habit(settings, tmp_path):
     texts = [[s["completion"] for s in part] for part in sets]
     commas = [sum(", so " in text for text in part) for part in texts]
     assert commas[0] < 18 < commas[1]
-    assert sum(a == b for a, b in zip(*texts, strict=True)) < 8
+    alike = sum(a == b for a, b in zip(*texts, strict=True))
+    assert 0 < alike < 8
     # Stage 1 reads it.
     stage1 = changed(settings, "train", stage="offline")
     stage1 = changed(stage1, "offline", path=wrong["path"])

@@ -50,17 +50,18 @@ def test_problems_keep_their_bounds_in_either_order():
 
 
 def test_problems_have_carries_and_precedence_to_get_wrong():
-    sample = problems.problems("train", 1000, seed=0)
-    style = problems.STUDENT_STYLE
+    sample = problems.problems("train", 400, seed=0)
+
+    def written(*habit: float) -> list[tuple[str, str]]:
+        return problems.world_pairs(
+            sample, problems.STUDENT_STYLE, problems.Habit(*habit), seed=0
+        )
 
     def right(*habit: float) -> float:
-        pairs = problems.world_pairs(
-            sample, style, problems.Habit(*habit), seed=0
-        )
-        assert pairs == problems.world_pairs(
-            sample, style, problems.Habit(*habit), seed=0
-        )
+        pairs = written(*habit)
         return np.mean([problems.is_correct(p, t) for p, t in pairs])
+
+    assert written() == written()
 
     assert right(0.0, 0.0) == 1.0
     assert 0.3 < right(1.0, 0.0) < 0.6
@@ -68,10 +69,10 @@ def test_problems_have_carries_and_precedence_to_get_wrong():
     assert 0.4 < right() < 0.6
 
 
-def test_splits_are_disjoint_large_enough_and_repeatable():
+def test_splits_are_disjoint_and_repeatable():
     for split in problems.SPLITS:
-        sample = problems.problems(split, 600, seed=0)
-        assert len(set(sample)) == 600
+        sample = problems.problems(split, 99, seed=0)
+        assert len(set(sample)) == 99
         assert {problems.split_of(p) for p in sample} == {split}
         assert problems.problems(split, 20, seed=0) == sample[:20]
     assert problems.problems("train", 9, 1) != problems.problems("train", 9, 0)
@@ -106,40 +107,31 @@ def test_the_habit_in_full():
         assert problems.solution(problem, rng, PLAIN, habit) == text
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (SOLUTION, "33"), ("= 33#33.", "33"), ("= 33, done 33.", "33"),
-        ("= 33, done 33. ", "33"), ("= 33#33", None), ("= 33", None),
-        ("#12.= 33", None), ("", None), ("= 33#3.", "3"),
+def test_final_answer():
+    for text, answer in (
+        (SOLUTION, "33"), ("= 33#33.", "33"), ("= 33, done 33. ", "33"),
+        ("= 33#33", None), ("#12.= 33", None), ("", None), ("= 33#3.", "3"),
         ("= 33#133.", "133"),
-    ],
-)  # fmt: skip
-def test_final_answer(text: str, answer: str | None):
-    assert problems.final_answer(text) == answer
-    assert problems.is_correct(PROBLEM, text) == (answer == "33")
+    ):  # fmt: skip
+        assert problems.final_answer(text) == answer
+        assert problems.is_correct(PROBLEM, text) == (answer == "33")
 
 
 # --- truth ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("problem", "text", "fork"),
-    [
+def test_fork_by_hand():
+    for problem, text, fork in (
         (PROBLEM, SOLUTION, None),
         # Several reductions in one step, in any order that holds.
         ("8*2+3*4?", "= 8x2+12= 28#28.", None),
-        ("5+4+3?", "; so do 4+3: 5+7= 12#12.", None),
         # The pair that is named must be the pair that is worked out.
         ("8*2+3*4?", "= do 8*2: 16+3x4= 28#28.", None),
         ("8*2+3*4?", "= do 8*2: 8*2+12", len("= do 8*2: ")),
         # Carry dropped. 18+5 is right too, so the fork is the 7 of 17.
         ("18+9-4?", "= 17-4= 13#13.", len("= 1")),
-        ("38+9-24?", "= 37-24", len("= ")),
-    ],
-)
-def test_fork_by_hand(problem: str, text: str, fork: int | None):
-    assert fork_of(problem, text) == fork
+    ):
+        assert fork_of(problem, text) == fork
 
 
 def test_being_cut_off_is_no_fork_and_ending_early_is():
@@ -154,8 +146,9 @@ def test_a_fork_belongs_to_the_token_that_holds_it():
     tokenizer = types.SimpleNamespace(
         eos_ids=(6,), pieces=lambda ids: [pieces[i] for i in ids]
     )
-    tokens = np.array([[*range(7), 0], [0, 1, 2, 0, 0, 0, 0, 0]])
-    mask = np.arange(8) < np.array([[7], [3]])
+    # A wrong number, a row that is cut off, one that ends early.
+    tokens = np.array([[*range(7), 0], [0, 1, 2] + [0] * 5, [0, 6] + [0] * 6])
+    mask = np.arange(8) < np.array([[7], [3], [2]])
     ok, fork, after = truth.OK, truth.FORK, truth.AFTER
     right = [ok] * 3 + [after] * 5
     for window, expected in (
@@ -164,11 +157,13 @@ def test_a_fork_belongs_to_the_token_that_holds_it():
         (99, [fork, fork, fork, fork, fork, after, after, after]),
     ):
         labels = truth.label_batch(
-            [PROBLEM] * 2, tokens, mask, tokenizer, window=window
+            [PROBLEM] * 3, tokens, mask, tokenizer, window=window
         )
-        assert labels.window.tolist() == [expected, right]
-    assert labels.token[0].tolist() == [ok] * 4 + [fork] + [after] * 3
-    assert labels.fork.tolist() == [4, 8]
+        assert labels.window[:2].tolist() == [expected, right]
+    assert labels.token.tolist() == [
+        [ok] * 4 + [fork] + [after] * 3, right, [ok, fork] + [after] * 6
+    ]  # fmt: skip
+    assert labels.fork.tolist() == [4, 8, 1]
 
 
 # An independent account of what is correct: every solution of a small
