@@ -86,6 +86,11 @@ def test_parts_of_a_log_are_cut_at_a_step(bucket, tmp_path, copied):
     assert [row["step"] for row in read_jsonl(path)] == [1, 2, 2, 3]
 
 
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert buckets.as_path("~/runs") == tmp_path / "runs"
+
+
 def test_a_sweep_reports_there(bucket, settings, capsys):
     record = bucket / "sweep" / "record.jsonl"
     row = line("opd", 0, draw(0, 0.5), fingerprint="x")
@@ -190,7 +195,7 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(
     train = ["train", *run, "--config.log.tensorboard=True"]
     train += ["--config.checkpoint.every=4"]
     gone = "allow this machine's account to use it"
-    for status, out in ((404, "check that the bucket exists"), (403, gone)):
+    for status, out in ((404, "check that bucket and path exist"), (403, gone)):
         service.fault = lambda method, path, status=status: status
         line = refused(*train)
         assert str(bucket) in line and out in line and str(status) in line

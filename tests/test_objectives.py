@@ -147,6 +147,8 @@ def starred(*all):
         ("suppress(detector='future_loss', epsilon=1)", "detector='transport'"),
         ("opd(token_loss='k1')", "token_loss='k1' must be one of reverse_kl"),
         ("opd(token_loss=5)", "5 must be a function of student_logp"),
+        ("opd(token_loss='.a:f')", "must be one of reverse_kl, .* or 'package"),
+        (topd.opd(), "is no text such as .topd.; an Objective is used as"),
         ("nowhere:at_all", "cannot be imported .* beside where topd is"),
         ("my_objectives:nothing", "cannot be imported"),
         ("my_objectives:wrong", "returns int; it must return a topd_jax.Obj"),

@@ -143,6 +143,8 @@ def ahead():
 def test_a_near_future_of_ones_own_trains(student, teacher, trajectories):
     bound = topd.Objective(token_weights=(functools.partial(late),))
     assert bound.row_weights  # a mark is seen through a partial
+    whole = topd.row_wise(functools.partial(lambda mask, by: by * mask, by=2))
+    assert topd.Objective(token_weights=(whole,)).row_weights  # and on one
     assert not ahead().needs_branches  # nobody names the teacher's windows
     run = step(student, (topd.Teacher(teacher),), trajectories, ahead)
     (scored,), mask = run[0], np.asarray(trajectories.mask)

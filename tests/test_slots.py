@@ -78,7 +78,7 @@ def test_every_slot_is_refilled_at_once():
     prompts = prompt_of([3], [1], [3], [2], [4])
     out = rollout(
         bigram, prompts, KEY, max_new_tokens=3, eos_ids=(5,), pad_id=0,
-        slots=2, limits=jnp.full(5, 40),
+        slots=2, limits=[40] * 5,
     )  # fmt: skip
     jax.block_until_ready(out)
     jax.effects_barrier()

@@ -67,6 +67,11 @@ def make_objective(text: str) -> Objective:
     Raises:
       ValueError: for an unknown name or option, or a value out of bounds.
     """
+    if not isinstance(text, str):
+        raise ValueError(
+            f"objective={text!r:.60} is no text such as 'topd'; an Objective "
+            "is used as it is: topd.train(..., objective=it)"
+        )
     return (_make.__wrapped__ if names_code(text) else _make)(text)
 
 
@@ -227,7 +232,8 @@ def _imported(
     name: str, what: str, choices: Mapping[str, Any]
 ) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
-    if not attribute:
+    parts = [*module.split("."), *attribute.split(".")]
+    if not all(part.isidentifier() for part in parts):
         raise ValueError(
             f"{what}={name!r} must be one of {', '.join(choices)}, or "
             "'package.module:function'"

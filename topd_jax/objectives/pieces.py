@@ -55,9 +55,9 @@ def row_wise(weight: Piece) -> Piece:
 
 def is_row_wise(weight: Piece) -> bool:
     """Return whether a token weight was marked by :func:`row_wise`."""
-    if isinstance(weight, functools.partial):
-        return is_row_wise(weight.func)
-    return getattr(weight, "row_wise", False)
+    if getattr(weight, "row_wise", False):
+        return True
+    return isinstance(weight, functools.partial) and is_row_wise(weight.func)
 
 
 def needs(piece: Piece, *, after: int = 0) -> frozenset[str]:

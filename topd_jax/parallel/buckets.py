@@ -30,7 +30,7 @@ _WAYS_OUT = {
         "allow this machine's account to use it (roles storage.objectUser and "
         "storage.legacyBucketReader)"
     ),
-    r"\b404\b|NOT_FOUND|NotFound": "check that the bucket exists",
+    r"\b404\b|NOT_FOUND|NotFound": "check that bucket and path exist",
     r"\b(429|5\d\d)\b|UNAVAILABLE|ABORTED|EXCEEDED|EXHAUSTED|[Cc]onnect": AWAY,
 }
 _SHOWN = 300  # characters of an error
@@ -56,7 +56,7 @@ def as_path(path: str | os.PathLike) -> Any:
       ValueError: for another service, or where the client is not installed.
     """
     if not is_remote(path):
-        return pathlib.Path(path)
+        return pathlib.Path(os.path.expanduser(path))  # --workdir=~/runs
     text = os.fspath(path)
     scheme, _, place = text.partition("://")
     if scheme not in _SCHEMES:

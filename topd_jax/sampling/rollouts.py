@@ -100,6 +100,8 @@ def rollout(
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
     check_ends(eos_ids, ids)
     check_prompts(prompts)
+    if limits is not None:
+        limits = jnp.asarray(limits, jnp.int32)
     check_limits(limits, prompts.tokens.shape[0] * int(samples))
     return _rollout(
         model,
