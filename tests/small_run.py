@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,22 +163,3 @@ def saved_arrays(
 def get_config() -> ConfigDict:
     """So that this file serves as --config."""
     return small_config()
-
-
-def main(workdir: str, cache: str, kill_at: str) -> None:
-    """A run that SIGKILL ends before it saves a step."""
-    from topd_jax.training import loop
-
-    plain = loop.Run.save
-
-    def deadly(self: loop.Run) -> None:
-        if self.step == int(kill_at):
-            os.kill(os.getpid(), signal.SIGKILL)
-        plain(self)
-
-    loop.Run.save = deadly
-    loop.train(settings_with(Path(cache)), workdir)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -26,6 +26,7 @@ class _Kernel(geometry.Geometry):
     def apply_kernel(
         self, vec: jax.Array, eps: float | None = None, axis: int = 0
     ) -> jax.Array:
+        """Return kernel or, for axis 0, its transpose times vec: f32[n]."""
         kernel = self.kernel_matrix.T if axis == 0 else self.kernel_matrix
         return jnp.matmul(kernel, vec, precision=jax.lax.Precision.HIGHEST)
 
