@@ -290,7 +290,9 @@ def assert_numbers_count(name, tmp_path, seen):
     return moved
 
 
-@pytest.mark.parametrize("family", {kind for kind, _ in MODELS.values()})
+@pytest.mark.parametrize(
+    "family", dict.fromkeys(kind for kind, _ in MODELS.values())
+)
 def test_every_number_counts_as_in_the_reference(family, tmp_path):
     names = [name for name, (kind, _) in MODELS.items() if kind == family]
     seen, moved = set(), set()
