@@ -1,4 +1,4 @@
-"""A run of small models on many rows: too large for v5e:2x4 as it is."""
+"""A run of small models on long rollouts: too large for v5e:2x4 as it is."""
 
 from ml_collections import ConfigDict
 from small_run import small_config
@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 8
     config.world.student_layers = 8
     config.world.student_width = 256
-    config.data.batch_size = 8192
-    config.rollout.max_new_tokens = 64
+    config.data.batch_size = 512
+    config.rollout.max_new_tokens = 1024
     config.objective = "opd"
     return config

@@ -254,8 +254,12 @@ def large(**sections):
     [
         ({}, program(held=12 * GIB, temporaries=9 * GIB), 8,
          "mesh.data=1 --config.mesh.fsdp=8"),
-        # 9 GiB of room: a twentieth of 180.
+        # 9 GiB of room: half of 18, and a twentieth of 180.
+        ({}, program(temporaries=18 * GIB), 1, "optimizer.accumulate=2"),
         ({}, program(temporaries=180 * GIB), 1, "student.remat=full"),
+        ({}, LARGE["score"], 1, "train.chunk_size=2048"),
+        (dict(teacher=dict(attention="blocks")), LARGE["score"], 1,
+         "teacher.attention=flash"),
         # As evaluations, they read with both models.
         (dict(teacher=dict(attention="blocks")), LARGE["statistics"], 1,
          "teacher.attention=flash"),
