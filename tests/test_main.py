@@ -155,6 +155,8 @@ def test_shipped_configs_are_found_by_name_and_by_path(tmp_path, monkeypatch):
         assert Path(config_path(name)).name == "tiny.py"
     (tmp_path / "tiny").write_text("")
     assert config_path("tiny") == "tiny"  # a file goes before
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config_path("~/tiny") == str(tmp_path / "tiny")
 
 
 def test_overrides_reach_the_settings():

@@ -1,6 +1,7 @@
 """Config files of the command line, and overrides of their settings."""
 
 import ast
+import os
 import pathlib
 import re
 import runpy
@@ -105,8 +106,8 @@ def config_path(name: str) -> str:
     Raises:
       ValueError: naming what is shipped.
     """
-    if pathlib.Path(name).is_file():
-        return name
+    if os.path.isfile(path := os.path.expanduser(name)):
+        return path
     from topd_jax import configs
 
     folder = pathlib.Path(configs.__file__).parent

@@ -136,21 +136,30 @@ def check_ends(eos_ids: Sequence[int], drawn: int) -> None:
         )
 
 
-def check_limits(limits: jax.Array | None, rows: int) -> None:
+def check_limits(
+    limits: Sequence[int] | jax.Array | None, rows: int
+) -> jax.Array | None:
     """Refuse limits that are not of each row.
 
     Args:
-      limits: i32[rows] tokens of each row at the most, or None.
+      limits: tokens of each row at the most, integers; or None.
       rows: completions, all samples of all prompts.
 
+    Returns:
+      i32[rows], or None.
+
     Raises:
-      ValueError: for another shape.
+      ValueError: for another shape, or what is no integer.
     """
-    if limits is not None and jnp.shape(limits) != (rows,):
+    if limits is None:
+        return None
+    limits = jnp.asarray(limits)
+    if limits.shape != (rows,) or not jnp.issubdtype(limits.dtype, jnp.integer):
         raise ValueError(
-            f"limits has shape {jnp.shape(limits)} and must have ({rows},), "
-            "one for each of the samples of each prompt"
+            f"limits is {limits.dtype}{[*limits.shape]} and must be int32"
+            f"[{rows}], one for each of the samples of each prompt"
         )
+    return limits.astype(jnp.int32)
 
 
 def check_candidates(candidates: Candidates, rows: int) -> None:

@@ -55,7 +55,7 @@ def rollout(
     vocab_size: int | None = None,
     sharding: str = "train",
     slots: int = 0,
-    limits: jax.Array | None = None,
+    limits: Sequence[int] | jax.Array | None = None,
 ) -> Trajectories:
     """Let a model complete prompts.
 
@@ -100,9 +100,7 @@ def rollout(
     eos_ids = check_ids(eos_ids, pad_id, model.head.shape[0])
     check_ends(eos_ids, ids)
     check_prompts(prompts)
-    if limits is not None:
-        limits = jnp.asarray(limits, jnp.int32)
-    check_limits(limits, prompts.tokens.shape[0] * int(samples))
+    limits = check_limits(limits, prompts.tokens.shape[0] * int(samples))
     return _rollout(
         model,
         prompts,
