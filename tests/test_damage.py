@@ -88,7 +88,7 @@ def test_every_file_is_verified_or_unused(saved, tmp_path):
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum")
 def test_coreutils_read_the_checksums(saved):
     line = ["sha256sum", "--check", "--strict", "--quiet", SUMS]
-    subprocess.run(line, cwd=saved / "6", check=True)
+    assert subprocess.run(line, cwd=saved / "6").returncode == 0
 
 
 def test_damaged_checkpoints_are_named_and_moved_only_if_one_is_intact(

@@ -50,8 +50,8 @@ def dense_loop(x, w, config):
     return out
 
 
-def check_mix(x, w, config):
-    """Compares with the loop; tokens are [T, D]."""
+def assert_mix(x, w, config):
+    """Compare with the loop; tokens are [T, D]."""
     arrays = {n: jnp.asarray(p, jnp.float32) for n, p in w.items()}
     read = jax.jit(mix, static_argnums=2)
     got = read(jnp.asarray(x, jnp.float32)[None], arrays, config)[0]
@@ -66,7 +66,7 @@ def test_biased_and_clamped_experts_equal_a_dense_loop():
         for name, width in (("gate", 12), ("up", 12), ("down", 16))
     }
     x = rng.normal(size=(10, 16))
-    check_mix(x, w, CONFIG.replace(expert_biases=True, swiglu_limit=2.0))
+    assert_mix(x, w, CONFIG.replace(expert_biases=True, swiglu_limit=2.0))
 
 
 def test_no_token_is_dropped_where_all_want_one_expert():
@@ -77,7 +77,7 @@ def test_no_token_is_dropped_where_all_want_one_expert():
     config = CONFIG.replace(experts_per_token=1)
     chosen, _ = route(jnp.asarray(x), jnp.asarray(w["router"]), config)
     assert (np.asarray(chosen) == 3).all()
-    check_mix(x, w, config)
+    assert_mix(x, w, config)
 
 
 def test_routing_by_hand():

@@ -26,11 +26,11 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(flash_decode, "_BYTES", 1)
 
 
-def check(
+def assert_reads(
     *written, dtype="float32", length=L, shape=(B, G, R, D), cap=None,
     window=None, tolerance=2e-5,
 ):  # fmt: skip
-    """Compares the two; what may not be read is nan, and a row has no keys."""
+    """Compare the two; what may not be read is nan, and a row has no keys."""
     rows, groups, shared, size = shape
     rng = np.random.default_rng(0)
     query, *cache = (
@@ -72,8 +72,8 @@ def check(
 
 def test_it_is_attention_over_what_is_written(small_blocks):
     # A block is of 128 columns, and the last one of 300 is not whole.
-    check(40, 128, 129, 300)
-    check(50, 290, 300, window=100, dtype="bfloat16", tolerance=0.02)
+    assert_reads(40, 128, 129, 300)
+    assert_reads(50, 290, 300, window=100, dtype="bfloat16", tolerance=0.02)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_it_is_attention_over_what_is_written(small_blocks):
 )
 def test_blocks_of_several_rows_and_heads(options):
     length = options.get("length", L)
-    check(60, length, **options)
+    assert_reads(60, length, **options)
 
 
 # In a decoder's rollout: the kernel interpreted in the place of XLA's.
