@@ -129,7 +129,7 @@ def flash():
     long = dict(prompt=20, completion=131)
     want = run_mixture(one_device(), **long)
     # data, fsdp, tensor, expert, sequence
-    for shape in ((1, 2, 2, 1, 2), (2, 1, 2, 2, 1)):
+    for shape in ((1, 2, 2, 1, 2), (2, 1, 2, 2, 1), (1, 1, 1, 1, 8)):
         config = MIXTURE.replace(attention="flash")
         with interpreted_kernels() as calls:
             assert_same(want, run_mixture(make_mesh(*shape), config, **long))

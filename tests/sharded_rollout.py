@@ -157,6 +157,7 @@ def decode():
     for shape, sharding, part in (
         (MIXED, "train", (8, 1)),
         (dict(data=4, fsdp=1, tensor=2), "tensor", (8, 1)),
+        (MIXED, "rows", (8, 1)),
         (MIXED, "tensor", None),
     ):
         with (

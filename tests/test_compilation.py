@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import run_script
 from jax.experimental.compilation_cache import compilation_cache
 
 from topd_jax.cli import main
@@ -36,7 +37,7 @@ def home(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_the_users_cache_directory_or_another_keeps_programs(home, monkeypatch):
+def test_programs_go_to_the_users_cache_directory_or_another(home, monkeypatch):
     folder = compilation.keep_compiled()
     assert folder.parent == home / "topd_jax"
     assert jax.config.jax_compilation_cache_dir == str(folder)
@@ -75,7 +76,10 @@ def test_only_gathers_at_every_token_of_a_tpu_are_not_fused():
 
 
 def test_another_machine_has_another_directory(monkeypatch):
-    keys = [compilation.machine_key(), compilation.machine_key()]
+    """And every process of one machine has the same."""
+    line = "from topd_jax.parallel import compilation as it"
+    told = run_script("-c", f"{line}; print(it.machine_key())")
+    keys = [compilation.machine_key(), told.splitlines()[-1]]
     monkeypatch.setattr(compilation.platform, "machine", lambda: "another")
     assert keys == [keys[0]] * 2 and compilation.machine_key() != keys[0]
 

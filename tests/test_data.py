@@ -92,7 +92,7 @@ def test_every_batch_holds_the_same_number_of_each_teacher():
         routed(data.take([1, 3]))
 
 
-def test_a_stream_resumes_identically_with_the_same_prompts_alone():
+def test_a_stream_resumes_identically_and_refuses_other_prompts():
     data = two_teachers()
     whole, started, resumed = take(routed(data), 12), routed(data), routed(data)
     assert_same(take(started, 7), whole[:7])

@@ -104,6 +104,7 @@ def test_remat_and_unroll_change_no_gradient():
             np.testing.assert_allclose(got[name], want[name], atol=1e-5)
     for name, slope in want.items():
         each = np.abs(slope).reshape(len(slope), -1).max(-1)
+        assert np.isfinite(each).all() and each.max() > 0, name
         assert name in ("embedding", "output", "final_norm") or each.all(), name
 
 

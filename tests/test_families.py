@@ -255,7 +255,7 @@ def reference(directory, tokens, mask):
 
 
 def assert_numbers_count(name, tmp_path, seen):
-    """Of one model, but for what another one of its family had as well."""
+    """Of one model, without those that one of its family had before."""
     build(name).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text())

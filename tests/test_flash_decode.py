@@ -110,13 +110,13 @@ def written_by(config):
 
 
 def test_a_rollout_by_the_kernel_has_the_same_tokens():
-    """And where there is no TPU, by plain attention."""
+    """And where there is no TPU, by plain attention, a layer apart."""
     wanted = written_by(CONFIG)
     assert wanted.mask.sum() > 100
     config = CONFIG.replace(attention="flash")
     with interpreted_kernels() as calls:
         by_kernel = written_by(config)
-    for found in (by_kernel, written_by(config)):
+    for found in (by_kernel, written_by(config.replace(unroll=2))):
         for name in ("tokens", "mask", "truncated"):
             np.testing.assert_array_equal(
                 getattr(found, name), getattr(wanted, name)

@@ -142,8 +142,8 @@ def test_fingerprint_is_of_the_parameters(foreign):
     assert len(wide) == 3
 
 
-def test_an_nnx_module_writes_rows_apart_while_columns_grow():
-    """128 tokens grow the columns once; two samples repeat the rows."""
+def test_an_nnx_module_writes_past_its_first_columns():
+    """Of 128 tokens: columns grow once. Two samples repeat the rows."""
 
     class Bag(nnx.Module):
         def __init__(self, rngs):

@@ -111,7 +111,7 @@ def attention_of(config):
 
 
 def test_the_preflight_compares_what_a_gpu_takes(on_gpu, monkeypatch):
-    """By XLA for cuDNN, and a fifth too large."""
+    """XLA takes cuDNN's place, and makes its values a fifth too large."""
     blocks = attention_of(CONFIG.replace(dtype="float32"))
     assert blocks.level == "ok" and "in blocks of queries" in blocks.text
     plain = cudnn.attend

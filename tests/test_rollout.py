@@ -95,7 +95,7 @@ def test_end_is_counted_and_nothing_after_it():
     np.testing.assert_array_equal(out.logp, np.zeros((4, 4)))
 
 
-def test_stops_when_every_row_has_ended_by_what_is_the_padding():
+def test_stops_when_all_rows_have_ended_by_the_id_of_padding():
     calls = Tape()
     bigram = Bigram(chain(9, t1=2, t2=3, t3=4), calls)
     out = rollout(

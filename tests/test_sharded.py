@@ -24,10 +24,10 @@ OTHER = jax.sharding.AbstractMesh((4, 2), ("x", "y"), axis_types=AUTO)
         ("models", "experts", 4),
         ("models", "quantized", 2),
         ("models", "foreign", 2),
-        ("models", "flash", 2),
+        ("models", "flash", 3),
         ("rollout", "rollouts", 5),
         ("rollout", "slots", 4),
-        ("rollout", "decode", 3),
+        ("rollout", "decode", 4),
     ],
 )
 def test_eight_devices_compute_what_one_does(script, which, count):

@@ -144,7 +144,7 @@ def test_a_fork_belongs_to_the_token_that_holds_it():
     pieces = ["= ", "1", "8", "+19-4", "= 38", "-4", None]
     assert truth.fork_index(PROBLEM, pieces) == 4
     tokenizer = types.SimpleNamespace(
-        eos_ids=(6,), pieces=lambda ids: [pieces[i] for i in ids]
+        eos_ids=(6,), pieces=lambda ids: [pieces[i] or "" for i in ids]
     )
     # A wrong number, a row that is cut off, one that ends early.
     tokens = np.array([[*range(7), 0], [0, 1, 2] + [0] * 5, [0, 6] + [0] * 6])

@@ -69,7 +69,8 @@ def test_a_step_and_its_branches_run():
     work = works.against_opd(spec, "candidates=3", "window=2")
     told = work["branches"].spec
     assert (told["branches"], told["window"], told["trained"]) == (1, 2, True)
-    assert ours.step(**work["opd"].spec)()["train_step"] > 0
+    for name in ("ours", "opd"):
+        assert ours.step(**work[name].spec)()["train_step"] > 0
     assert bounds.branches(**told)()["train_step"] > 0
 
 
