@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from importlib import metadata
 from pathlib import Path
 
@@ -95,8 +94,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     python("setup.py", "-q", "sdist", "--dist-dir", folder, cwd=source)
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(archive, folder / "unpacked")
     (unpacked,) = (folder / "unpacked").iterdir()
     pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
     alone = ("--no-build-isolation", "--no-deps", "--no-index")
